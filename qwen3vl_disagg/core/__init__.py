@@ -1,0 +1,1 @@
+"""What all rooms need: errors, request types, settings, spans."""

@@ -1,0 +1,93 @@
+"""Typed errors. Each class says who is at fault; the command line and HTTP map them to a status."""
+
+from __future__ import annotations
+
+
+class DisaggError(Exception):
+    """Base of all errors raised on purpose. `code` is a stable machine-readable word."""
+
+    code = "internal_error"
+
+
+class InputError(DisaggError, ValueError):
+    """The caller's input is wrong (exit status 2, HTTP 4xx).
+
+    `param` names the place, e.g. `messages[1].content[0]`; `status` is the HTTP status (400, 413, 415).
+    The message is shown to the client: it holds no paths, addresses or library texts.
+    """
+
+    code = "invalid_request"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, status: int = 400, code: str = "invalid_request"
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.status = status
+        self.code = code
+
+    def at(self, param: str) -> InputError:
+        """The same error with its place named, unless one is named already."""
+        return InputError(self.message, param=self.param or param, status=self.status, code=self.code)
+
+
+class NotBuiltYet(InputError):
+    """A capability that the command line knows and this version does not have."""
+
+    def __init__(self, what: str, *, param: str | None = None) -> None:
+        super().__init__(f"{what} is not built yet", param=param, code="not_built_yet")
+
+
+class CheckpointError(DisaggError, ValueError):
+    """A checkpoint folder cannot be used. `problems` lists everything wrong, each naming file, tensor and reason."""
+
+    code = "bad_checkpoint"
+
+    def __init__(self, folder: object, problems: list[str]) -> None:
+        self.folder = str(folder)
+        self.problems = list(problems)
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        super().__init__(f"cannot use checkpoint {folder}: {len(problems)} problem(s){lines}")
+
+
+class OverloadedError(DisaggError):
+    """No room now; the client may try again after `retry_after` seconds (HTTP 429)."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnavailableError(DisaggError):
+    """A role that the request needs is not there, or the server is going down (HTTP 503)."""
+
+    code = "unavailable"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(DisaggError, TimeoutError):
+    """A stage took longer than it may (HTTP 504)."""
+
+    code = "deadline_exceeded"
+
+
+class TransferError(DisaggError):
+    """A link or a session failed; the item may be tried again on another encode rank."""
+
+    code = "transfer_failed"
+
+
+class HandshakeError(TransferError):
+    """Two ranks that do not fit together. Names the field and both values."""
+
+    code = "handshake_refused"
+
+    def __init__(self, field: str, expected: object, got: object) -> None:
+        super().__init__(f"handshake refused: {field}: expected {expected!r}, got {got!r}")
+        self.field, self.expected, self.got = field, expected, got

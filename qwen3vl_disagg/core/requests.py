@@ -1,0 +1,78 @@
+"""Request types shared by the rooms above: plain, immutable, msgspec-encodable values."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are picked. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch those filters off."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    ignore_eos: bool = False
+    """Ban the end tokens, so that exactly `max_new_tokens` come."""
+    logprobs: int | None = None
+    """None: none. K >= 0: each token's logprob and the K most likely ones, from the raw distribution."""
+
+
+class VisualItem(msgspec.Struct, frozen=True, kw_only=True):
+    """One image or video of a prompt, known from its header alone.
+
+    `grid` is (t, h, w) in patches, `num_rows = t * h * w / merge**2` the rows it fills in the prompt, `offset` the
+    index of its first placeholder token, `digest` the SHA-256 (hex) of its bytes, `param` where it stood in the
+    caller's messages.
+    """
+
+    modality: Literal["image", "video"]
+    digest: str
+    num_bytes: int
+    grid: tuple[int, int, int]
+    num_rows: int
+    offset: int
+    param: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """Log probability (natural, raw distribution) of a sampled token and of the most likely ones."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class ItemTimings(msgspec.Struct, kw_only=True):
+    """Wall milliseconds of one item's stages."""
+
+    preprocess: float = 0.0
+    encode: float = 0.0
+    transfer: float = 0.0
+    transfer_bytes: int = 0
+    encode_rank: int = -1
+    rows: int = 0
+    resumes: int = 0
+    attempts: int = 1
+
+
+class RequestTimings(msgspec.Struct, kw_only=True):
+    """Wall milliseconds per stage of one request, plus what travelled and where. The names are the HTTP surface's."""
+
+    queue: float = 0.0
+    preprocess: float = 0.0
+    encode: float = 0.0
+    transfer: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    transfer_bytes: int = 0
+    encode_ranks: list[int] = msgspec.field(default_factory=list)
+    language_rank: int = 0
+    resumes: int = 0
+    cached_tokens: int = 0
+    items: list[ItemTimings] = msgspec.field(default_factory=list)

@@ -1,0 +1,39 @@
+"""Options shared by the commands, and what `auto` means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What to run and on what."""
+
+    model: Annotated[str | None, tyro.conf.arg(metavar="DIR_OR_HUB_ID")] = None
+    """Checkpoint folder. Without it, the small checkpoint inside the package."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: the checkpoint's own."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA if there are at least as many GPUs as local ranks, else CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """`auto`: on for CUDA, off on CPU."""
+    quantize: Literal["none", "int8"] = "none"
+    """Weight-only quantization."""
+
+
+def resolve_device(name: str, *, local_rank: int = 0, num_local_ranks: int = 1) -> torch.device:
+    """`auto` -> the local rank's GPU if every local rank can have one of its own, else the CPU."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if num_gpus >= num_local_ranks else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if num_gpus == 0:
+        raise ValueError("--device cuda: no CUDA device is visible")
+    return torch.device("cuda", local_rank % num_gpus)

@@ -1,0 +1,319 @@
+"""Every message that crosses a process border, as tagged msgspec structs: never pickle, never code.
+
+Two kinds of connection carry them, both TCP with the framing of `control.py`:
+
+* **hub**: each rank <-> the frontend process, which routes. A rank opens it with `RankHello`.
+* **link**: each encode rank <-> each language rank, beside the 2-rank process group that carries the rows. The encode
+  rank opens it with `LinkHello`.
+
+A session is one item of one request: (`request_id`, `item`). Each try on an encode rank is one `attempt`, counted from
+1 by the router; whatever belongs to an older attempt changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
+
+PROTOCOL_VERSION = 1
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base: the struct's name is its tag on the wire."""
+
+
+# ---- on both kinds of connection ----
+
+
+class Heartbeat(Message):
+    """Sent when nothing else was for a while; a connection silent for longer than its limit is dead."""
+
+
+class Refused(Message):
+    """Answer to a hello that does not fit; the connection is closed after it."""
+
+    field: str
+    expected: str
+    got: str
+
+
+# ---- hub: rank -> frontend ----
+
+
+class RankHello(Message):
+    """First message of a rank. `link_address` (host, port) is where a language rank listens for encode ranks;
+    `store_address` is given by the first language rank, which hosts the store that links meet in."""
+
+    token: str
+    role: Literal["encode", "language"]
+    rank: int
+    pid: int
+    fingerprint: dict[str, str]
+    link_address: tuple[str, int] | None = None
+    store_address: tuple[str, int] | None = None
+
+
+class LinksUp(Message):
+    """An encode rank's current links; it can be given items for these language ranks."""
+
+    language_ranks: list[int]
+
+
+class Decoded(Message):
+    """The item's bytes are a good image: a streamed answer may begin."""
+
+    request_id: str
+    item: int
+    attempt: int
+
+
+class ItemFailed(Message):
+    """An encode rank gives an item up. kind `input`: the media is bad, trying again is useless; else try another."""
+
+    request_id: str
+    item: int
+    attempt: int
+    kind: Literal["input", "failed"]
+    message: str
+
+
+class NeedItems(Message):
+    """A language rank has room for these items of a request and lacks their rows."""
+
+    request_id: str
+    items: list[int]
+
+
+class ItemLost(Message):
+    """A transfer to a language rank failed; the item has to be assigned again."""
+
+    request_id: str
+    item: int
+    attempt: int
+    reason: str
+
+
+class ItemReceived(Message):
+    """All rows of an item arrived and were checked."""
+
+    request_id: str
+    item: int
+    attempt: int
+
+
+class Tokens(Message):
+    """New tokens of a request, in order; `index` is the number of the first one, from 0."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Finished(Message):
+    request_id: str
+    finish_reason: Literal["stop", "length"]
+    timings: RequestTimings
+
+
+class RequestFailed(Message):
+    """A request ended with an error. `status` is the HTTP status that fits."""
+
+    request_id: str
+    code: str
+    message: str
+    status: int = 500
+
+
+# ---- hub: frontend -> rank ----
+
+
+class Welcome(Message):
+    """The frontend took the rank in."""
+
+
+class Peers(Message):
+    """To encode ranks: where the store is and which language ranks to link to (rank, host, port)."""
+
+    store_address: tuple[str, int]
+    language_ranks: list[tuple[int, str, int]]
+
+
+class Submit(Message):
+    """To a language rank: a whole request. `token_ids` are little-endian int32, placeholders expanded."""
+
+    request_id: str
+    token_ids: bytes
+    items: list[VisualItem]
+    sampling: SamplingParams
+    timeout_s: float
+
+
+class Assign(Message):
+    """To a language rank: `item` will come from `encode_rank`; grant it room over that link."""
+
+    request_id: str
+    item: int
+    attempt: int
+    encode_rank: int
+
+
+class EncodeItem(Message):
+    """To an encode rank: fetch the bytes under `visual.digest`, encode them, send the rows to `language_rank`.
+
+    `visual_token_id` is the placeholder's id, for the fill_ids buffer.
+    """
+
+    request_id: str
+    item: int
+    attempt: int
+    language_rank: int
+    visual: VisualItem
+    visual_token_id: int
+    timeout_s: float
+
+
+class Cancel(Message):
+    """The request (to a language rank) or all its items (to an encode rank) are no longer wanted."""
+
+    request_id: str
+
+
+class Stop(Message):
+    """Leave: the job is going down. The rank says `Goodbye` on its links and exits 0."""
+
+
+# ---- media store, on a connection of its own to the frontend ----
+
+
+class Pull(Message):
+    """First message: send me the bytes under this SHA-256 (hex)."""
+
+    token: str
+    digest: str
+
+
+class Blob(Message):
+    """Answer: `num_bytes` raw bytes follow; -1 when there is nothing under that digest."""
+
+    num_bytes: int
+
+
+# ---- link: encode rank <-> language rank ----
+
+
+class LinkHello(Message):
+    token: str
+    encode_rank: int
+    pid: int
+    fingerprint: dict[str, str]
+
+
+class LinkAccept(Message):
+    """The fingerprints agree. Both ends now build the 2-rank group under `link/{encode}-{language}/{epoch}`."""
+
+    epoch: int
+    language_rank: int
+
+
+class Grant(Message):
+    """Language -> encode: room for rows [row_start, row_stop) and DeepStack rows [deepstack_start, deepstack_stop)."""
+
+    request_id: str
+    item: int
+    attempt: int
+    row_start: int
+    row_stop: int
+    deepstack_start: int
+    deepstack_stop: int
+
+
+class Header(Message):
+    """Encode -> language, before the rows: what follows on the process group, and the item as the encoder saw it.
+
+    Payload order: embedding rows, fill_ids, positions, aux, DeepStack rows. `digest` is over the granted rows.
+    `preprocess_ms` and `encode_ms` are the encoder's wall times.
+    """
+
+    request_id: str
+    item: int
+    attempt: int
+    total_rows: int
+    row_start: int
+    row_stop: int
+    deepstack_start: int
+    deepstack_stop: int
+    grid: tuple[int, int, int]
+    digest: int
+    preprocess_ms: float
+    encode_ms: float
+
+
+class HeaderOk(Message):
+    """Language -> encode: the receives are posted, send."""
+
+    request_id: str
+    item: int
+    attempt: int
+
+
+class Ack(Message):
+    """Language -> encode: rows below `received` arrived and are right. With all of them the sender may forget."""
+
+    request_id: str
+    item: int
+    attempt: int
+    received: int
+
+
+class Nack(Message):
+    """Either way: that cannot be done, with the reason; the attempt is over."""
+
+    request_id: str
+    item: int
+    attempt: int
+    reason: str
+
+
+class Abort(Message):
+    """Either way: the attempt is no longer wanted."""
+
+    request_id: str
+    item: int
+    attempt: int
+    reason: str
+
+
+class Goodbye(Message):
+    """The sender leaves on purpose; not a failure."""
+
+
+HubMessage = (
+    Heartbeat
+    | Refused
+    | RankHello
+    | LinksUp
+    | Decoded
+    | ItemFailed
+    | NeedItems
+    | ItemLost
+    | ItemReceived
+    | Tokens
+    | Finished
+    | RequestFailed
+    | Welcome
+    | Peers
+    | Submit
+    | Assign
+    | EncodeItem
+    | Cancel
+    | Stop
+    | Pull
+    | Blob
+)
+LinkMessage = (
+    Heartbeat | Refused | LinkHello | LinkAccept | Grant | Header | HeaderOk | Ack | Nack | Abort | Goodbye
+)

@@ -1,0 +1,288 @@
+"""Model configuration, read from a checkpoint's `config.json` in either of its two spellings.
+
+Nothing that decides a tensor's shape or the rotary angles has a default: an absent key is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ARCHITECTURES = ("Qwen3VLMoeForConditionalGeneration", "Qwen3VLForConditionalGeneration")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Decoder. `num_experts == 0` means a dense model (`intermediate_size` wide MLPs everywhere)."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    max_position_embeddings: int
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    mlp_only_layers: tuple[int, ...] = ()
+    decoder_sparse_step: int = 1
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether `layer` (from 0) has experts."""
+        sparse = (layer + 1) % self.decoder_sparse_step == 0
+        return self.num_experts > 0 and layer not in self.mlp_only_layers and sparse
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Vision tower. One DeepStack level per entry of `deepstack_visual_indexes` (tower blocks, from 0)."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    out_hidden_size: int
+    num_position_embeddings: int
+    deepstack_visual_indexes: tuple[int, ...]
+    in_channels: int = 3
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch: channels * frames * height * width."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that become one visual token."""
+        return self.spatial_merge_size**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The whole model: text, vision and the token ids that tie them."""
+
+    architecture: str
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    tie_word_embeddings: bool
+    dtype: str = "bfloat16"
+
+    @property
+    def num_deepstack_levels(self) -> int:
+        return len(self.vision.deepstack_visual_indexes)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Read a parsed `config.json`. Raises ValueError naming every absent or impossible entry at once."""
+        reader = _Reader(raw)
+        config = reader.model()
+        problems = reader.problems or check_config(config)
+        if problems:
+            raise ValueError("config.json: " + "; ".join(problems))
+        return config
+
+
+class _Reader:
+    """Collects problems while reading, so that all of them are reported together."""
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self.raw = raw
+        self.problems: list[str] = []
+
+    def number(self, source: Mapping[str, Any], where: str, *names: str, kind: type = int) -> Any:
+        for name in names:
+            value = source.get(name)
+            if value is None:
+                continue
+            good = (int,) if kind is int else (int, float)
+            if isinstance(value, bool) or not isinstance(value, good) or value < 0:
+                self.problems.append(f"{where}{name} must be a non-negative {kind.__name__}, got {value!r}")
+                return kind(0)
+            return kind(value)
+        self.problems.append(f"{where}{' or '.join(names)} is missing")
+        return kind(0)
+
+    def integers(self, source: Mapping[str, Any], where: str, name: str, default: object = None) -> tuple[int, ...]:
+        value = source.get(name, default)
+        if not isinstance(value, (list, tuple)) or not all(type(v) is int for v in value):
+            self.problems.append(f"{where}{name} must be a list of integers, got {value!r}")
+            return ()
+        return tuple(value)
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        value = self.raw.get(name)
+        if not isinstance(value, Mapping):
+            self.problems.append(f"{name} is missing")
+            return {}
+        return value
+
+    def model(self) -> ModelConfig:
+        architectures = self.raw.get("architectures") or []
+        architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+        if architecture not in ARCHITECTURES:
+            self.problems.append(f"architectures: {architecture!r} is not one of {', '.join(ARCHITECTURES)}")
+            architecture = ARCHITECTURES[0]
+        if self.raw.get("auto_map"):
+            self.problems.append("auto_map: remote code is refused")
+        token_ids = {
+            name: self.number(self.raw, "", name)
+            for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        }
+        text = self.section("text_config")
+        dtype = self.raw.get("dtype") or self.raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
+        return ModelConfig(
+            architecture=architecture,
+            text=self.text(text, is_moe="Moe" in architecture),
+            vision=self.vision(self.section("vision_config")),
+            tie_word_embeddings=bool(self.raw.get("tie_word_embeddings", False)),
+            dtype=str(dtype or "bfloat16"),
+            **token_ids,
+        )
+
+    def text(self, raw: Mapping[str, Any], *, is_moe: bool) -> TextConfig:
+        where = "text_config."
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            self.problems.append(f"{where}rope_parameters must be an object, got {rope!r}")
+            rope = {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "mrope"):
+            self.problems.append(f"{where}rope type {rope_type!r} is not supported yet (only 'default')")
+        if rope.get("mrope_interleaved") is False:
+            self.problems.append(f"{where}mrope_interleaved must be true")
+        if raw.get("norm_topk_prob") is False:
+            self.problems.append(f"{where}norm_topk_prob=false is not supported")
+        if raw.get("attention_bias"):
+            self.problems.append(f"{where}attention_bias=true is not supported")
+        if raw.get("hidden_act", "silu") != "silu":
+            self.problems.append(f"{where}hidden_act must be 'silu', got {raw.get('hidden_act')!r}")
+        section = self.integers(rope, where, "mrope_section")
+        if len(section) != 3:
+            self.problems.append(f"{where}mrope_section must have 3 entries, got {list(section)}")
+            section = (0, 0, 0)
+
+        def number(*names: str, kind: type = int) -> Any:
+            return self.number(raw, where, *names, kind=kind)
+
+        experts = {}
+        if is_moe:
+            experts = {
+                "num_experts": number("num_experts", "num_local_experts"),
+                "num_experts_per_tok": number("num_experts_per_tok"),
+                "moe_intermediate_size": number("moe_intermediate_size"),
+                "mlp_only_layers": self.integers(raw, where, "mlp_only_layers", []),
+                "decoder_sparse_step": raw.get("decoder_sparse_step", 1),
+            }
+        return TextConfig(
+            vocab_size=number("vocab_size"),
+            hidden_size=number("hidden_size"),
+            num_hidden_layers=number("num_hidden_layers"),
+            num_attention_heads=number("num_attention_heads"),
+            num_key_value_heads=number("num_key_value_heads"),
+            head_dim=number("head_dim"),
+            intermediate_size=number("intermediate_size"),
+            rms_norm_eps=number("rms_norm_eps", kind=float),
+            rope_theta=self.number({**rope, **raw}, where, "rope_theta", kind=float),
+            mrope_section=(section[0], section[1], section[2]),
+            max_position_embeddings=number("max_position_embeddings"),
+            **experts,
+        )
+
+    def vision(self, raw: Mapping[str, Any]) -> VisionConfig:
+        where = "vision_config."
+
+        def number(name: str) -> Any:
+            return self.number(raw, where, name)
+
+        if raw.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+            self.problems.append(f"{where}hidden_act must be 'gelu_pytorch_tanh', got {raw.get('hidden_act')!r}")
+        return VisionConfig(
+            depth=number("depth"),
+            hidden_size=number("hidden_size"),
+            num_heads=number("num_heads"),
+            intermediate_size=number("intermediate_size"),
+            out_hidden_size=number("out_hidden_size"),
+            num_position_embeddings=number("num_position_embeddings"),
+            deepstack_visual_indexes=self.integers(raw, where, "deepstack_visual_indexes"),
+            in_channels=number("in_channels"),
+            patch_size=number("patch_size"),
+            temporal_patch_size=number("temporal_patch_size"),
+            spatial_merge_size=number("spatial_merge_size"),
+        )
+
+
+def check_config(config: ModelConfig) -> list[str]:
+    """What makes a config impossible, each with its formula. Empty when it is sound."""
+    text, vision, problems = config.text, config.vision, []
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            problems.append(message)
+
+    sizes = {name: getattr(text, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim")}
+    sizes |= {name: getattr(vision, name) for name in ("depth", "num_heads", "patch_size", "spatial_merge_size")}
+    sizes |= {name: getattr(text, name) for name in ("num_attention_heads", "num_key_value_heads")}
+    zero = [name for name, value in sizes.items() if value <= 0]
+    if zero:
+        return [f"{name} must be positive, got {sizes[name]}" for name in zero]
+    need(
+        text.num_attention_heads % text.num_key_value_heads == 0,
+        f"num_attention_heads {text.num_attention_heads} is not a multiple of num_key_value_heads "
+        f"{text.num_key_value_heads}",
+    )
+    need(text.head_dim % 2 == 0, f"head_dim {text.head_dim} is odd")
+    half, (_, height, width) = text.head_dim // 2, text.mrope_section
+    need(
+        3 * (height - 1) + 1 < half and 3 * (width - 1) + 2 < half,
+        f"mrope_section {list(text.mrope_section)} does not fit head_dim / 2 = {half}",
+    )
+    need(
+        sum(text.mrope_section) == half,
+        f"mrope_section {list(text.mrope_section)} adds up to {sum(text.mrope_section)}, not to head_dim / 2 = {half}",
+    )
+    if text.num_experts:
+        need(
+            0 < text.num_experts_per_tok <= text.num_experts,
+            f"num_experts_per_tok {text.num_experts_per_tok} is not in 1..{text.num_experts}",
+        )
+        need(text.moe_intermediate_size > 0, "moe_intermediate_size must be positive")
+        need(
+            type(text.decoder_sparse_step) is int and text.decoder_sparse_step > 0,
+            f"decoder_sparse_step must be a positive integer, got {text.decoder_sparse_step!r}",
+        )
+    need(
+        vision.hidden_size % (4 * vision.num_heads) == 0,
+        f"vision head size {vision.hidden_size}/{vision.num_heads} is not a multiple of 4",
+    )
+    side = round(vision.num_position_embeddings**0.5)
+    need(
+        side * side == vision.num_position_embeddings,
+        f"num_position_embeddings {vision.num_position_embeddings} is not a square",
+    )
+    need(
+        vision.out_hidden_size == text.hidden_size,
+        f"vision out_hidden_size {vision.out_hidden_size} differs from text hidden_size {text.hidden_size}",
+    )
+    indexes = vision.deepstack_visual_indexes
+    need(
+        all(0 <= i < vision.depth for i in indexes) and list(indexes) == sorted(set(indexes)),
+        f"deepstack_visual_indexes {list(indexes)} must rise within 0..{vision.depth - 1}",
+    )
+    need(
+        len(indexes) <= text.num_hidden_layers,
+        f"{len(indexes)} DeepStack levels but only {text.num_hidden_layers} decoder layers",
+    )
+    return problems

@@ -1,0 +1,91 @@
+"""Mixture of experts: router, experts, and the two ways to run them.
+
+Dims: T tokens, D hidden, E experts, K experts per token, F expert width, R = T * K routed rows.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qwen3vl_disagg.model.config import TextConfig
+
+
+def route(x_TD: Tensor, gate_ED: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
+    """Softmax over all experts, top K, renormalised -> weights `[T, K]` (x's dtype), ids `[T, K]` int64.
+
+    Logits in x's dtype, everything after them in float32.
+    """
+    scores_TE = F.linear(x_TD, gate_ED).float().softmax(-1)
+    weights_TK, ids_TK = scores_TE.topk(num_experts_per_tok, dim=-1)
+    weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    return weights_TK.to(x_TD.dtype), ids_TK
+
+
+def run_experts_loop(
+    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Reference: one expert after another. Returns the weighted sum `[T, D]`, accumulated in float32."""
+    out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    for expert in range(gate_up_EGD.shape[0]):
+        token_R, choice_R = (ids_TK == expert).nonzero(as_tuple=True)
+        gate, up = F.linear(x_TD[token_R], gate_up_EGD[expert]).chunk(2, dim=-1)
+        y_RD = F.linear(F.silu(gate) * up, down_EDF[expert])
+        out_TD = out_TD.index_add(0, token_R, y_RD.float() * weights_TK[token_R, choice_R, None].float())
+    return out_TD.to(x_TD.dtype)
+
+
+def run_experts_grouped(
+    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Same value: rows sorted by expert, one grouped matmul for each projection."""
+    num_experts, num_choices = gate_up_EGD.shape[0], ids_TK.shape[1]
+    order_R = ids_TK.flatten().argsort(stable=True)
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=x_TD.device)
+    counts_E = counts_E.scatter_add(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
+    offsets_E = counts_E.cumsum(0).to(torch.int32)
+    x_RD = x_TD[order_R // num_choices]
+    gate, up = F.grouped_mm(x_RD, gate_up_EGD.transpose(1, 2), offs=offsets_E).chunk(2, dim=-1)
+    y_RD = F.grouped_mm(F.silu(gate) * up, down_EDF.transpose(1, 2), offs=offsets_E)
+    unsorted_RD = torch.empty_like(y_RD).index_copy(0, order_R, y_RD)
+    y_TKD = unsorted_RD.unflatten(0, ids_TK.shape).float()
+    return (y_TKD * weights_TK.float().unsqueeze(-1)).sum(1).to(x_TD.dtype)
+
+
+EXPERT_IMPLS = {"loop": run_experts_loop, "grouped": run_experts_grouped}
+
+
+class Experts(nn.Module):
+    """Weights of all experts: `gate_up_proj [E, 2F, D]` (first half gate, second half up), `down_proj [E, D, F]`."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        num_experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
+        self.impl: Literal["loop", "grouped"] = "grouped"
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.gate_up_proj, std=0.02)
+        nn.init.normal_(self.down_proj, std=0.02)
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        return EXPERT_IMPLS[self.impl](x_TD, weights_TK, ids_TK, self.gate_up_proj, self.down_proj)
+
+
+class SparseMoe(nn.Module):
+    """Router and experts: each token goes to `num_experts_per_tok` of them; none is dropped."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        weights_TK, ids_TK = route(x_TD, self.gate.weight, self.num_experts_per_tok)
+        return self.experts(x_TD, weights_TK, ids_TK)

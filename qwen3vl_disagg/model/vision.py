@@ -1,0 +1,183 @@
+"""The vision tower: patches -> one main row and n DeepStack rows for each visual token.
+
+Patch order is fixed by preprocessing: within a frame, merge block by merge block (row, col), inside a block row by row,
+so `merge_unit` consecutive patches become one visual token.
+
+Dims: P patches, D tower width, N heads, H head size, R = P / merge_unit visual rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qwen3vl_disagg.model.config import VisionConfig
+from qwen3vl_disagg.model.rope import apply_rotary, vision_rotary
+
+Grid = tuple[int, int, int]
+_EPS = 1e-6
+
+
+def patch_coordinates(grids: Sequence[Grid], merge: int) -> Tensor:
+    """(row, col) of each patch, `[P, 2]` int64, in the tower's patch order.
+
+    A 4 x 4 frame with merge 2 goes (0,0) (0,1) (1,0) (1,1) (0,2) (0,3) (1,2) (1,3) (2,0) ..
+    """
+    parts = []
+    for frames, height, width in grids:
+        rows = torch.arange(height)[:, None].expand(height, width)
+        cols = torch.arange(width)[None, :].expand(height, width)
+        frame = torch.stack((rows, cols), dim=-1)
+        frame = frame.view(height // merge, merge, width // merge, merge, 2).transpose(1, 2).reshape(-1, 2)
+        parts.append(frame.repeat(frames, 1))
+    return torch.cat(parts)
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose kernel equals its stride, run as the matmul that it is."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, size, stride=size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)
+        return F.linear(pixels.to(weight.dtype), weight, self.proj.bias)
+
+
+class PositionEmbedding(nn.Embedding):
+    """A learned square table, read by bilinear interpolation with aligned corners; float32 until the last cast."""
+
+    def forward(self, coords_P2: Tensor, sizes_P2: Tensor) -> Tensor:
+        """Embedding `[P, D]` float32 of patches at `coords` in frames of `sizes` (height, width) patches."""
+        side = round(self.num_embeddings**0.5)
+        source_P2 = coords_P2.float() * (side - 1) / (sizes_P2 - 1).clamp(min=1).float()
+        low_P2 = source_P2.floor().long()
+        high_P2 = (low_P2 + 1).clamp(max=side - 1)
+        frac_P2 = source_P2 - low_P2
+        index, weight = [], []
+        for row, row_weight in ((low_P2, 1 - frac_P2), (high_P2, frac_P2)):
+            for col, col_weight in ((low_P2, 1 - frac_P2), (high_P2, frac_P2)):
+                index.append(row[:, 0] * side + col[:, 1])
+                weight.append(row_weight[:, 0] * col_weight[:, 1])
+        taps_4PD = super().forward(torch.stack(index)) * torch.stack(weight)[:, :, None]
+        return taps_4PD.sum(0)
+
+
+class VisionAttention(nn.Module):
+    """Full attention within each frame, none across frames or images."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x_PD: Tensor, frame_lens: Sequence[int], rotary: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = self.qkv(x_PD).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        q, k = (apply_rotary(x.float(), *rotary).to(x.dtype) for x in (q, k))
+        outs, start = [], 0
+        for length, run in groupby(frame_lens):  # neighbours of one length share a batched call
+            count = len(list(run))
+            rows = slice(start, start + count * length)
+            frames = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
+            outs.append(F.scaled_dot_product_attention(*frames).transpose(1, 2).flatten(0, 1))
+            start = rows.stop
+        return self.proj(torch.cat(outs).flatten(1))
+
+
+class VisionMlp(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_PD: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x_PD), approximate="tanh"))
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=_EPS)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=_EPS)
+        self.attn = VisionAttention(config)
+        self.mlp = VisionMlp(config)
+
+    def forward(self, x_PD: Tensor, frame_lens: Sequence[int], rotary: tuple[Tensor, Tensor]) -> Tensor:
+        x_PD = x_PD + self.attn(self.norm1(x_PD), frame_lens, rotary)
+        return x_PD + self.mlp(self.norm2(x_PD))
+
+
+class PatchMerger(nn.Module):
+    """Merge blocks of patches into visual tokens of the decoder's width. GELU is the exact (erf) one.
+
+    The main merger norms each patch before regrouping, the DeepStack mergers the regrouped row.
+    """
+
+    def __init__(self, config: VisionConfig, *, norm_after_regroup: bool) -> None:
+        super().__init__()
+        self.width = config.hidden_size * config.merge_unit
+        self.norm_after_regroup = norm_after_regroup
+        self.norm = nn.LayerNorm(self.width if norm_after_regroup else config.hidden_size, eps=_EPS)
+        self.linear_fc1 = nn.Linear(self.width, self.width)
+        self.linear_fc2 = nn.Linear(self.width, config.out_hidden_size)
+
+    def forward(self, x_PD: Tensor) -> Tensor:
+        if self.norm_after_regroup:
+            rows = self.norm(x_PD.reshape(-1, self.width))
+        else:
+            rows = self.norm(x_PD).reshape(-1, self.width)
+        return self.linear_fc2(F.gelu(self.linear_fc1(rows)))
+
+
+class VisionTower(nn.Module):
+    """Patch embedding, blocks, the main merger and one merger for each DeepStack level."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = PositionEmbedding(config.num_position_embeddings, config.hidden_size)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = PatchMerger(config, norm_after_regroup=False)
+        self.deepstack_merger_list = nn.ModuleList(
+            PatchMerger(config, norm_after_regroup=True) for _ in config.deepstack_visual_indexes
+        )
+
+    def forward(self, pixels: Tensor, grid_thw: Tensor | Sequence[Grid]) -> tuple[Tensor, list[Tensor]]:
+        """Main rows `[R, out]` and the n DeepStack levels, each `[R, out]`, in the tower's dtype.
+
+        Args:
+            pixels: `[P, patch_dim]` float, all images behind one another.
+            grid_thw: frames, height and width in patches of each image, `[images, 3]`; best kept on the host.
+        """
+        grids = [(t, h, w) for t, h, w in torch.as_tensor(grid_thw).tolist()]  # shapes decide on the host
+        merge = self.config.spatial_merge_size
+        expected = sum(t * h * w for t, h, w in grids)
+        if pixels.shape != (expected, self.config.patch_dim):
+            raise ValueError(f"pixels {tuple(pixels.shape)} do not fit grids {grids}: {expected} patches")
+        if any(h % merge or w % merge for _, h, w in grids):
+            raise ValueError(f"grids {grids}: heights and widths must be multiples of {merge}")
+        coords = patch_coordinates(grids, merge).to(pixels.device)
+        sizes = torch.tensor([g[1:] for g in grids], device=pixels.device)
+        sizes = sizes.repeat_interleave(torch.tensor([t * h * w for t, h, w in grids], device=pixels.device), dim=0)
+        frame_lens = [h * w for t, h, w in grids for _ in range(t)]
+        rotary = vision_rotary(coords, head_dim=self.config.hidden_size // self.config.num_heads)
+
+        x_PD = self.patch_embed(pixels)
+        x_PD = x_PD + self.pos_embed(coords, sizes).to(x_PD.dtype)
+        levels = []
+        mergers = dict(zip(self.config.deepstack_visual_indexes, self.deepstack_merger_list, strict=True))
+        for i, block in enumerate(self.blocks):
+            x_PD = block(x_PD, frame_lens, rotary)
+            if i in mergers:
+                levels.append(mergers[i](x_PD))
+        return self.merger(x_PD), levels
