@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
+
+from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -35,5 +38,23 @@ def resolve_device(name: str, *, local_rank: int = 0, num_local_ranks: int = 1) 
     if name == "cpu":
         return torch.device("cpu")
     if num_gpus == 0:
-        raise ValueError("--device cuda: no CUDA device is visible")
+        raise InputError("--device cuda: no CUDA device is visible", param="device")
     return torch.device("cuda", local_rank % num_gpus)
+
+
+def resolve_model_folder(model: str | None) -> Path:
+    """The checkpoint folder: the one given, or the small one inside the package. InputError when it is not there."""
+    folder = Path(model) if model is not None else Path(__file__).parent.parent / "assets" / "tiny"
+    if folder.is_dir():
+        return folder
+    if model is not None and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        raise NotBuiltYet(f"--model {model}: no such folder, and loading from the hub", param="model")
+    raise InputError(f"--model {folder}: no such folder", param="model")
+
+
+def check_supported(options: ModelOptions) -> None:
+    """Refuse the options that this version knows by name only."""
+    if options.compile == "on":
+        raise NotBuiltYet("--compile on", param="compile")
+    if options.quantize != "none":
+        raise NotBuiltYet(f"--quantize {options.quantize}", param="quantize")

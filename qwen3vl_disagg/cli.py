@@ -1,0 +1,198 @@
+"""`qwen3vl-disagg`: one-off generation. `python -m qwen3vl_disagg` is the same."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import tyro
+
+from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError, NotBuiltYet
+from qwen3vl_disagg.core.settings import ModelOptions
+
+_LATER = ("simulate", "faults", "plan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ModelOptions):
+    """Answer one question, or a file of them, in one process.
+
+    The user turn is the images in order, then the prompt. Sampling values that are not given come from the checkpoint.
+    """
+
+    image: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = ()
+    """Image file; repeat for several."""
+    video: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = ()
+    """Video file (not built yet)."""
+    prompt: str | None = None
+    """The question."""
+    messages: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """A conversation in OpenAI chat form, in place of --image and --prompt."""
+    batch: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    """One JSON object a line (`messages`, or `images` and `prompt`): one JSON result a line."""
+    system: str | None = None
+    """System turn before the question."""
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    """0 is greedy."""
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    ignore_eos: bool = False
+    """Ban the end tokens, so that exactly --max-new-tokens come."""
+    logprobs: int | None = None
+    """Give each token's log probability and this many alternatives (with --json or --batch)."""
+    json: bool = False
+    """Print one JSON object in place of text."""
+
+
+def read_messages(options: GenerateOptions) -> list[Any]:
+    """The conversations that the options name, in OpenAI form. InputError naming file and line for anything odd."""
+    given = [name for name in ("prompt", "messages", "batch") if getattr(options, name) is not None]
+    if len(given) != 1:
+        raise InputError(f"give exactly one of --prompt, --messages and --batch, got {given or 'none'}")
+    if options.video:
+        raise NotBuiltYet("--video", param="video")
+    if options.prompt is not None:
+        return [_conversation(list(map(str, options.image)), options.prompt, options.system)]
+    if options.image or options.system:
+        raise InputError("--image and --system go with --prompt only")
+    if options.messages is not None:
+        return [_parse_json(_read(options.messages), str(options.messages))]
+    assert options.batch is not None
+    lines = [(n, line) for n, line in enumerate(_read(options.batch).splitlines(), 1) if line.strip()]
+    return [_batch_entry(line, f"{options.batch}, line {n}", options.batch.parent) for n, line in lines]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+
+
+def _parse_json(data: bytes, where: str) -> Any:
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{where}: not JSON: {error}") from error
+
+
+def _conversation(images: list[str], prompt: str, system: str | None) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": image}} for image in images]
+    turn = {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
+    return ([{"role": "system", "content": system}] if system is not None else []) + [turn]
+
+
+def _batch_entry(line: bytes, where: str, folder: Path) -> Any:
+    entry = _parse_json(line, where)
+    if isinstance(entry, dict) and "messages" in entry:
+        return entry["messages"]
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise InputError(f"{where}: needs `messages`, or `prompt` with an optional list `images`")
+    images = entry.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise InputError(f"{where}: `images` must be a list of file names")
+    # File names are relative to the batch file.
+    return _conversation([str(folder / image) for image in images], entry["prompt"], entry.get("system"))
+
+
+def generate(options: GenerateOptions) -> int:
+    """Run the command; returns the exit status."""
+    conversations = read_messages(options)
+    from qwen3vl_disagg.engine.llm import LLM, tokens_per_second  # torch and the engine load here, not for --help
+    from qwen3vl_disagg.processing import GenerationDefaults
+
+    defaults: GenerationDefaults
+    llm = LLM(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        compile=options.compile,
+        quantize=options.quantize,
+        progress=sys.stderr.isatty(),
+    )
+    print(f"model {llm.folder.name} on {llm.device}", file=sys.stderr)
+    defaults = llm.processor.generation
+    sampling = defaults.sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+        ignore_eos=options.ignore_eos,
+        logprobs=options.logprobs,
+    )
+    plain = not options.json and options.batch is None
+
+    def on_text(_: int, piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    started = time.monotonic()
+    results = llm.chat_each(conversations, sampling, on_text=on_text if plain else None)
+    status = 0
+    for n, result in enumerate(results, 1):
+        if isinstance(result, DisaggError):
+            status = max(status, _report(result, prefix=f"{options.batch}, entry {n}: " if options.batch else ""))
+            if options.batch is not None:
+                error = {"message": str(result), "param": getattr(result, "param", None), "code": result.code}
+                print(msgspec.json.encode({"error": error}).decode())
+        elif plain:
+            print()
+        else:
+            print(msgspec.json.encode(result).decode())
+    answers = [result for result in results if not isinstance(result, DisaggError)]
+    if answers:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        count = sum(len(result.token_ids) for result in answers)
+        rate = tokens_per_second(answers, started)
+        print(f"{count} tokens, {rate:.1f} tokens/s, peak memory {peak:.2f} GiB", file=sys.stderr)
+    if plain and answers:
+        from qwen3vl_disagg.core.waterfall import waterfall
+
+        print(waterfall(answers[0].timings), file=sys.stderr)
+    return status
+
+
+def _report(error: DisaggError, prefix: str = "") -> int:
+    """One line on stderr; the exit status that fits: 2 for bad input, 1 else."""
+    is_input = isinstance(error, (InputError, CheckpointError)) and getattr(error, "status", 400) < 500
+    param = getattr(error, "param", None)
+    print(f"error: {prefix}{f'{param}: ' if param else ''}{error}", file=sys.stderr)
+    return 2 if is_input else 1
+
+
+def main() -> NoReturn:
+    """Entry point of the command."""
+    if len(sys.argv) > 1 and sys.argv[1] in _LATER:
+        sys.exit(_report(NotBuiltYet(f"qwen3vl-disagg {sys.argv[1]}")))
+    options = tyro.extras.subcommand_cli_from_dict(
+        {"generate": _generate_options, "version": _version}, prog="qwen3vl-disagg", config=(tyro.conf.OmitArgPrefixes,)
+    )
+    try:
+        sys.exit(generate(options) if isinstance(options, GenerateOptions) else 0)
+    except DisaggError as error:
+        sys.exit(_report(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _generate_options(options: GenerateOptions) -> GenerateOptions:
+    """Answer one question, or a file of them, in one process."""
+    return options
+
+
+def _version() -> None:
+    """Print the version."""
+    from importlib.metadata import version
+
+    print(version("qwen3vl-disagg"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""`LLM`: the whole system in one process: encode worker, in-process transfer, engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qwen3vl_disagg.checkpoint import load_language_model, load_vision_model, read_config
+from qwen3vl_disagg.core.errors import DisaggError, InputError
+from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob
+from qwen3vl_disagg.core.settings import (
+    DTYPES,
+    ModelOptions,
+    check_supported,
+    resolve_device,
+    resolve_model_folder,
+)
+from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
+from qwen3vl_disagg.disagg.local import LocalTransfer
+from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
+from qwen3vl_disagg.engine.engine import Engine, EngineEvent, EngineOptions
+from qwen3vl_disagg.engine.sequence import ItemRows
+from qwen3vl_disagg.processing import Processor, Prompt
+
+TextCallback = Callable[[int, str], None]
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatResult(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One answer, as `generate --json` prints it. `token_ids` ends with the end token if it came; `text` has none."""
+
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: RequestTimings
+    logprobs: list[TokenLogprob] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; each logprobs entry is `{"token_id", "logprob", "top": [[id, logprob], ..]}`."""
+        return msgspec.to_builtins(self)
+
+
+@dataclass
+class _Answer:
+    """An answer under way."""
+
+    prompt: Prompt
+    stream: Any
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class LLM:
+    """A checkpoint, ready to answer.
+
+    Args:
+        model: checkpoint folder; None for the small one inside the package.
+        dtype, device, compile, quantize: as on the command line.
+        progress: show progress bars on stderr while loading.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        compile: str = "auto",
+        quantize: str = "none",
+        progress: bool = False,
+        engine_options: EngineOptions | None = None,
+    ) -> None:
+        name = None if model is None else str(model)
+        options = ModelOptions(model=name, dtype=dtype, device=device, compile=compile, quantize=quantize)  # type: ignore[arg-type]
+        check_supported(options)
+        if options.dtype != "auto" and options.dtype not in DTYPES:
+            raise InputError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}", param="dtype")
+        self.folder = resolve_model_folder(name)
+        self.device = resolve_device(device)
+        torch_dtype = DTYPES.get(options.dtype)
+        self.config = read_config(self.folder)
+        self.processor = Processor.from_folder(self.folder, self.config)
+        vision = load_vision_model(self.folder, dtype=torch_dtype, device=self.device, progress=progress)
+        language = load_language_model(self.folder, dtype=torch_dtype, device=self.device, progress=progress)
+        self.engine = Engine(language, eos_ids=self.processor.generation.eos_token_ids, options=engine_options)
+        worker = EncodeWorker(vision, self.processor.image, self.config)
+        self.transfer = LocalTransfer.for_model(worker, self.config, dtype=language.lm_head.weight.dtype)
+        self._num_requests = 0
+
+    def chat(
+        self,
+        conversations: Sequence[list[dict[str, Any]]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_text: TextCallback | None = None,
+    ) -> list[ChatResult]:
+        """Answer each conversation (messages in OpenAI form; local image paths allowed).
+
+        `sampling`: one for all, one for each, or None for the checkpoint's own. `on_text(i, piece)` gets conversation
+        i's text as it comes. Raises InputError for the first conversation that cannot be answered.
+        """
+        results = self.chat_each(conversations, sampling, on_text=on_text)
+        for result in results:
+            if isinstance(result, DisaggError):
+                raise result
+        return [result for result in results if isinstance(result, ChatResult)]
+
+    def chat_each(
+        self,
+        conversations: Sequence[list[dict[str, Any]]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_text: TextCallback | None = None,
+    ) -> list[ChatResult | DisaggError]:
+        """Like `chat`, but a conversation that fails leaves its error in its place and the others are answered."""
+        if sampling is None:
+            sampling = self.processor.generation.sampling()
+        params = [sampling] * len(conversations) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(params) != len(conversations):
+            raise InputError(f"{len(conversations)} conversations but {len(params)} sampling parameters")
+        results: list[ChatResult | DisaggError | None] = [None] * len(conversations)
+        answers: dict[str, tuple[int, _Answer]] = {}
+        for i, messages in enumerate(conversations):
+            request_id = f"local-{self._num_requests}"
+            self._num_requests += 1
+            try:
+                prompt = self.processor.prepare(messages, allow_paths=True)
+                self.engine.add(request_id, prompt.token_ids, prompt.items, params[i])
+            except InputError as error:
+                results[i] = error
+                continue
+            answers[request_id] = (i, _Answer(prompt, self.processor.tokenizer.stream()))
+        try:
+            while answers:
+                for event in self.engine.step():
+                    i, answer = answers[event.request_id]
+                    result = self._handle(event, answer, lambda piece, i=i: on_text and on_text(i, piece))
+                    if result is not None:
+                        results[i] = result
+                        del answers[event.request_id]
+        finally:
+            for request_id in answers:
+                self.engine.cancel(request_id)
+        return [result for result in results if result is not None]
+
+    def _handle(
+        self, event: EngineEvent, answer: _Answer, emit: Callable[[str], None]
+    ) -> ChatResult | DisaggError | None:
+        match event:
+            case NeedItems():
+                return self._fetch_items(event, answer.prompt)
+            case Tokens():
+                answer.logprobs.extend(event.logprobs or [])
+                for token_id in event.token_ids:
+                    answer.token_ids.append(token_id)
+                    if token_id not in self.engine.eos_ids:
+                        self._emit(answer, answer.stream.push(token_id), emit)
+                return None
+            case RequestFailed():
+                return InputError(event.message, status=event.status, code=event.code)
+            case Finished():
+                self._emit(answer, answer.stream.finish(), emit)
+                num_prompt, num_new = len(answer.prompt.token_ids), len(answer.token_ids)
+                return ChatResult(
+                    text="".join(answer.text),
+                    token_ids=answer.token_ids,
+                    prompt_token_ids=answer.prompt.token_ids,
+                    finish_reason=event.finish_reason,
+                    usage=Usage(
+                        prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new
+                    ),
+                    timings=event.timings,
+                    logprobs=answer.logprobs or None,
+                )
+
+    @staticmethod
+    def _emit(answer: _Answer, piece: str, emit: Callable[[str], None]) -> None:
+        if piece:
+            answer.text.append(piece)
+            emit(piece)
+
+    def _fetch_items(self, event: NeedItems, prompt: Prompt) -> DisaggError | None:
+        for index in event.items:
+            visual = prompt.items[index]
+            try:
+                received, timings = self.transfer.run(event.request_id, index, 1, visual, prompt.media[index])
+            except DisaggError as error:
+                self.engine.cancel(event.request_id)
+                return error.at(visual.param) if isinstance(error, InputError) else error
+            self.engine.provide_item(
+                event.request_id, index, ItemRows(received.main, received.deepstack), timings
+            )
+        return None
+
+
+def tokens_per_second(results: Sequence[ChatResult], started: float) -> float:
+    """New tokens of all results per second of wall time since `started` (`time.monotonic`)."""
+    return sum(len(result.token_ids) for result in results) / max(time.monotonic() - started, 1e-9)

@@ -1,0 +1,81 @@
+"""The model on its device: key-value pools, and batches of sequences turned into tensors.
+
+Dims: T packed tokens, B sequences, h hidden size, n DeepStack levels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.engine.sequence import Sequence
+from qwen3vl_disagg.model import PagedBatch, Qwen3MoeForCausalLMWithDeepStack
+
+
+class ModelRunner:
+    """Runs prefill and decode of packed sequences over a page pool. KV is float32 on CPU, the model's dtype else."""
+
+    def __init__(self, model: Qwen3MoeForCausalLMWithDeepStack, *, num_pages: int, page_size: int) -> None:
+        self.model = model
+        weight = model.model.embed_tokens.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.page_size = page_size
+        text = model.config.text
+        kv_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        shape = (num_pages * page_size, text.num_key_value_heads, text.head_dim)
+        # calloc'ed on CPU: pages cost memory only once they are written.
+        self.caches = [
+            tuple(torch.zeros(shape, dtype=kv_dtype, device=self.device) for _ in "kv")
+            for _ in range(text.num_hidden_layers)
+        ]
+
+    @torch.inference_mode()
+    def prefill(self, sequences: Seq[Sequence]) -> Tensor:
+        """Whole prompts -> logits `[B, V]` of their last tokens."""
+        lens = [s.num_prompt for s in sequences]
+        ids_T = torch.tensor([i for s in sequences for i in s.token_ids], device=self.device)
+        positions = torch.cat([s.positions for s in sequences], dim=1).to(self.device)
+        embeds, deepstack = self._splice(ids_T, sequences)
+        return self.model(
+            ids_T, positions, self._batch(sequences, lens, lens), embeds, input_deepstack_embeds=deepstack
+        )
+
+    @torch.inference_mode()
+    def decode(self, sequences: Seq[Sequence]) -> Tensor:
+        """The last token of each sequence -> logits `[B, V]`."""
+        contexts = [s.num_cached + 1 for s in sequences]
+        ids_T = torch.tensor([s.generated[-1] for s in sequences], device=self.device)
+        next_position = torch.tensor([s.num_cached + s.delta for s in sequences], device=self.device)
+        batch = self._batch(sequences, [1] * len(sequences), contexts)
+        return self.model(ids_T, next_position.expand(3, -1), batch)
+
+    def _batch(self, sequences: Seq[Sequence], seq_lens: list[int], context_lens: list[int]) -> PagedBatch:
+        longest = max(len(s.pages) for s in sequences)
+        tables = torch.tensor([s.pages + [0] * (longest - len(s.pages)) for s in sequences], device=self.device)
+        return PagedBatch(seq_lens, context_lens, tables, self.page_size, self.caches)
+
+    def _splice(self, ids_T: Tensor, sequences: Seq[Sequence]) -> tuple[Tensor | None, Tensor | None]:
+        """input_embeds `[T, h]` and input_deepstack_embeds `[T, n * h]`; None, None for text alone."""
+        if not any(s.items for s in sequences):
+            return None, None
+        embeds = self.model.model.embed_tokens(ids_T)
+        width = self.model.model.num_deepstack_levels * embeds.shape[1]
+        deepstack = embeds.new_zeros(len(ids_T), width)
+        start = 0
+        for sequence in sequences:
+            for index, item in enumerate(sequence.items):
+                rows = sequence.rows[index]
+                if len(rows.main) != item.num_rows or len(rows.deepstack) != item.num_rows:
+                    raise InputError(
+                        f"item {index} has {len(rows.main)} main and {len(rows.deepstack)} DeepStack rows, "
+                        f"the prompt has room for {item.num_rows}",
+                        param=item.param,
+                    )
+                where = slice(start + item.offset, start + item.offset + item.num_rows)
+                embeds[where] = rows.main.to(embeds)
+                deepstack[where] = rows.deepstack.to(deepstack)
+            start += sequence.num_prompt
+        return embeds, deepstack
