@@ -33,9 +33,7 @@ def random_size(rng: random.Random) -> tuple[int, int]:
     return (width, height) if rng.random() < 0.5 else (height, width)
 
 
-def draw_scene(
-    scene: Sequence[tuple[str, str] | None], size: tuple[int, int], rng: random.Random
-) -> Image.Image:
+def draw_scene(scene: Sequence[tuple[str, str] | None], size: tuple[int, int], rng: random.Random) -> Image.Image:
     """An RGB picture `size` = (width, height) of nine cells in reading order, each (colour, shape) or None.
 
     Place within the cell, size, shade and background vary.
@@ -58,9 +56,7 @@ def draw_scene(
     return image
 
 
-def _draw_shape(
-    draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, rgb: tuple[int, ...]
-) -> None:
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, rgb: tuple[int, ...]) -> None:
     if shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=rgb)
     elif shape == "square":

@@ -71,9 +71,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` could do something now (not: whether requests wait for their items)."""
-        scheduler = self.scheduler
-        can_admit = bool(scheduler.waiting) and len(scheduler.admitted) < scheduler.max_running
-        return can_admit or any(s.num_cached or s.has_all_items for s in scheduler.admitted.values())
+        return self.scheduler.has_step
 
     @property
     def is_empty(self) -> bool:

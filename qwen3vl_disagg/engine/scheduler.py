@@ -43,6 +43,14 @@ class Scheduler:
             )
         self.waiting.append(sequence)
 
+    @property
+    def has_step(self) -> bool:
+        """Whether `admit` or `schedule` could do something now."""
+        has_place = bool(self.waiting) and len(self.admitted) < self.max_running
+        if has_place and self.pool.pages_for(self.waiting[0].max_tokens) <= self.pool.num_free:
+            return True
+        return any(s.num_cached or s.has_all_items for s in self.admitted.values())
+
     def admit(self) -> list[Sequence]:
         """Move requests from the queue in, first come first served, as far as there is room."""
         new = []

@@ -5,11 +5,23 @@ Nothing that decides a tensor's shape or the rotary angles has a default: an abs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 ARCHITECTURES = ("Qwen3VLMoeForConditionalGeneration", "Qwen3VLForConditionalGeneration")
+MAX_LAYERS = 1024
+MAX_SIZE = 2**24
+"""Bounds on counts and sizes, so that a wrong config is refused instead of built."""
+
+
+class ConfigError(ValueError):
+    """`problems` lists everything that is wrong with a config."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("config.json: " + "; ".join(problems))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +98,12 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Read a parsed `config.json`. Raises ValueError naming every absent or impossible entry at once."""
+        """Read a parsed `config.json`. Raises ConfigError naming every absent or impossible entry at once."""
         reader = _Reader(raw)
         config = reader.model()
         problems = reader.problems or check_config(config)
         if problems:
-            raise ValueError("config.json: " + "; ".join(problems))
+            raise ConfigError(problems)
         return config
 
 
@@ -108,7 +120,7 @@ class _Reader:
             if value is None:
                 continue
             good = (int,) if kind is int else (int, float)
-            if isinstance(value, bool) or not isinstance(value, good) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, good) or not 0 <= value < math.inf:
                 self.problems.append(f"{where}{name} must be a non-negative {kind.__name__}, got {value!r}")
                 return kind(0)
             return kind(value)
@@ -234,10 +246,16 @@ def check_config(config: ModelConfig) -> list[str]:
 
     sizes = {name: getattr(text, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim")}
     sizes |= {name: getattr(vision, name) for name in ("depth", "num_heads", "patch_size", "spatial_merge_size")}
-    sizes |= {name: getattr(text, name) for name in ("num_attention_heads", "num_key_value_heads")}
-    zero = [name for name, value in sizes.items() if value <= 0]
-    if zero:
-        return [f"{name} must be positive, got {sizes[name]}" for name in zero]
+    sizes |= {name: getattr(vision, name) for name in ("in_channels", "temporal_patch_size", "num_position_embeddings")}
+    sizes |= {name: getattr(text, name) for name in ("num_attention_heads", "num_key_value_heads", "rope_theta")}
+    sizes |= {"text intermediate_size": text.intermediate_size, "vision intermediate_size": vision.intermediate_size}
+    sizes["vision hidden_size"] = vision.hidden_size
+    largest = {"num_hidden_layers": MAX_LAYERS, "depth": MAX_LAYERS, "rope_theta": math.inf}
+    wrong = [name for name, value in sizes.items() if not 0 < value <= largest.get(name, MAX_SIZE)]
+    wrong += [name for name in ("num_experts", "moe_intermediate_size") if getattr(text, name) > MAX_SIZE]
+    if wrong:
+        sizes |= {"num_experts": text.num_experts, "moe_intermediate_size": text.moe_intermediate_size}
+        return [f"{name} must be in 1..{largest.get(name, MAX_SIZE)}, got {sizes[name]}" for name in wrong]
     need(
         text.num_attention_heads % text.num_key_value_heads == 0,
         f"num_attention_heads {text.num_attention_heads} is not a multiple of num_key_value_heads "
@@ -259,10 +277,15 @@ def check_config(config: ModelConfig) -> list[str]:
             f"num_experts_per_tok {text.num_experts_per_tok} is not in 1..{text.num_experts}",
         )
         need(text.moe_intermediate_size > 0, "moe_intermediate_size must be positive")
-        need(
-            type(text.decoder_sparse_step) is int and text.decoder_sparse_step > 0,
-            f"decoder_sparse_step must be a positive integer, got {text.decoder_sparse_step!r}",
-        )
+    need(
+        type(text.decoder_sparse_step) is int and text.decoder_sparse_step > 0,
+        f"decoder_sparse_step must be a positive integer, got {text.decoder_sparse_step!r}",
+    )
+    token_ids = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    need(
+        len(set(token_ids)) == 4 and max(token_ids) < text.vocab_size,
+        f"vision token ids {token_ids} must differ and lie within the vocabulary of {text.vocab_size}",
+    )
     need(
         vision.hidden_size % (4 * vision.num_heads) == 0,
         f"vision head size {vision.hidden_size}/{vision.num_heads} is not a multiple of 4",

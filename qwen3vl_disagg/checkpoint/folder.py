@@ -1,0 +1,191 @@
+"""A checkpoint folder: its config, which file holds each tensor, and reading single tensors.
+
+Everything is checked on opening, from headers alone, and all problems are reported together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from qwen3vl_disagg.checkpoint.headers import TensorInfo, parse_json, read_header
+from qwen3vl_disagg.core.errors import CheckpointError
+from qwen3vl_disagg.core.settings import DTYPES
+from qwen3vl_disagg.model.config import ConfigError, ModelConfig
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_MAX_JSON_BYTES = 100_000_000
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def read_config(folder: Path | str) -> ModelConfig:
+    """The model's config. CheckpointError lists every absent or impossible entry."""
+    folder = Path(folder)
+    raw, problems = _read_json_object(folder, CONFIG_FILE)
+    if problems:
+        raise CheckpointError(folder, problems)
+    try:
+        config = ModelConfig.from_dict(raw)
+    except ConfigError as error:
+        raise CheckpointError(folder, [f"{CONFIG_FILE}: {problem}" for problem in error.problems]) from error
+    if config.dtype not in DTYPES:
+        problem = f"{CONFIG_FILE}: dtype {config.dtype!r} is not one of {', '.join(DTYPES)}"
+        raise CheckpointError(folder, [problem])
+    return config
+
+
+def open_checkpoint(folder: Path | str) -> Checkpoint:
+    """Check config and all headers, without reading any weights. CheckpointError lists everything wrong."""
+    folder = Path(folder)
+    problems: list[str] = []
+    config = None
+    try:
+        config = read_config(folder)
+    except CheckpointError as error:
+        problems += error.problems
+    files, file_problems = _weight_files(folder)
+    problems += file_problems
+    tensors: dict[str, TensorInfo] = {}
+    for name, indexed in files.items():
+        held, header_problems = read_header(folder / name, name)
+        problems += header_problems
+        if indexed is not None and not header_problems:
+            problems += [f"{name}: {tensor}: in {INDEX_FILE}, not in the file" for tensor in indexed - held.keys()]
+            problems += [f"{name}: {tensor}: in the file, not in {INDEX_FILE}" for tensor in held.keys() - indexed]
+        tensors |= held
+    if problems or config is None:
+        raise CheckpointError(folder, problems)
+    return Checkpoint(folder, config, tensors)
+
+
+class Checkpoint:
+    """Opened files of one folder, as a context manager. `tensors` says what there is, by name."""
+
+    def __init__(self, folder: Path, config: ModelConfig, tensors: dict[str, TensorInfo]) -> None:
+        self.folder = folder
+        self.config = config
+        self.tensors = tensors
+        self.bytes_read = 0
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap all files. Tensors that were read share their memory: copy them first."""
+        self._files.clear()
+        self._stack.close()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as stored, a view of the mapped file."""
+        self.bytes_read += self.tensors[name].num_bytes
+        return self._file(name).get_tensor(name)
+
+    def read_rows(self, name: str) -> Iterator[Tensor]:
+        """`read(name)[0]`, `read(name)[1]`, .. one after another."""
+        info = self.tensors[name]
+        rows = self._file(name).get_slice(name)
+        for i in range(info.shape[0]):
+            self.bytes_read += info.num_bytes // info.shape[0]
+            yield rows[i]
+
+    def _file(self, name: str) -> Any:
+        label = self.tensors[name].file
+        if label not in self._files:
+            self._files[label] = self._stack.enter_context(safe_open(self.folder / label, framework="pt"))
+        return self._files[label]
+
+
+def _weight_files(folder: Path) -> tuple[dict[str, set[str] | None], list[str]]:
+    """File name -> the tensors that the index says it holds (None without an index), and what is wrong."""
+    single, index = (folder / SINGLE_FILE).exists(), (folder / INDEX_FILE).exists()
+    if single and index:
+        return {}, [f"both {SINGLE_FILE} and {INDEX_FILE} are there: remove the one that is out of date"]
+    if single:
+        problem = _file_problem(folder, SINGLE_FILE)
+        return ({}, [problem]) if problem else ({SINGLE_FILE: None}, [])
+    if index:
+        return _indexed_files(folder)
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        return {}, [f"{name}: pickled weights are refused, convert them to safetensors" for name in pickles]
+    return {}, [f"neither {SINGLE_FILE} nor {INDEX_FILE} is there"]
+
+
+def _indexed_files(folder: Path) -> tuple[dict[str, set[str] | None], list[str]]:
+    raw, problems = _read_json_object(folder, INDEX_FILE)
+    if problems:
+        return {}, problems
+    weight_map = raw.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        return {}, [f"{INDEX_FILE}: weight_map is missing or empty"]
+    files: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            problems.append(f"{INDEX_FILE}: {tensor}: file name {name!r} is not a string")
+        else:
+            files.setdefault(name, set()).add(tensor)
+    good: dict[str, set[str] | None] = {}
+    for name, tensors in sorted(files.items()):
+        problem = _file_problem(folder, name)
+        if problem is None and not name.endswith(".safetensors"):
+            problem = f"{name}: not a safetensors file"
+        if problem:
+            problems.append(f"{INDEX_FILE}: {problem}")
+        else:
+            good[name] = tensors
+    return good, problems
+
+
+def _file_problem(folder: Path, name: str) -> str | None:
+    """Why `name` may not be read: not inside the folder, not there, or not a regular file."""
+    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        return f"{name!r}: the path leaves the folder"
+    path = folder / name
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        return f"{name}: cannot be resolved: {type(error).__name__}"
+    if not any(real.is_relative_to(root) for root in _roots(folder)):
+        return f"{name}: a link that leaves the folder"
+    if not real.exists():
+        return f"{name}: missing"
+    if not real.is_file():
+        return f"{name}: not a regular file"
+    if not os.access(real, os.R_OK):
+        return f"{name}: may not be read"
+    return None
+
+
+def _roots(folder: Path) -> list[Path]:
+    """The folder, and the store beside it that a hub cache links into (`snapshots/<revision>` -> `blobs/`)."""
+    real = folder.resolve()
+    return [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+
+
+def _read_json_object(folder: Path, name: str) -> tuple[dict[str, Any], list[str]]:
+    problem = _file_problem(folder, name)
+    if problem:
+        return {}, [problem]
+    path = folder / name
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        return {}, [f"{name}: larger than {_MAX_JSON_BYTES} bytes"]
+    try:
+        raw = parse_json(path.read_bytes())
+    except ValueError as error:
+        return {}, [f"{name}: not JSON: {error}"]
+    if not isinstance(raw, dict):
+        return {}, [f"{name}: not a JSON object"]
+    return raw, []

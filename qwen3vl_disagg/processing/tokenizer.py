@@ -1,0 +1,89 @@
+"""Text <-> token ids. Text never becomes a special token: those are placed by id, where the prompt's structure says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from qwen3vl_disagg.core.errors import CheckpointError
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+STRUCTURAL = (IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+
+
+class TextStream:
+    """Turns tokens into text as they come. The pieces joined equal `Tokenizer.decode` of all of them.
+
+    A piece ends at a whole character: bytes of an unfinished one wait for the next token, or for `finish`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._token_ids: list[int] = []
+        self._num_chars = 0
+
+    def push(self, token_id: int) -> str:
+        self._token_ids.append(token_id)
+        piece = self._stream.step(self._tokenizer.backend, token_id) or ""
+        self._num_chars += len(piece)
+        return piece
+
+    def finish(self) -> str:
+        """What is left: an unfinished character shows as U+FFFD."""
+        return self._tokenizer.decode(self._token_ids)[self._num_chars :]
+
+
+class Tokenizer:
+    """Byte-level BPE from a checkpoint's tokenizer.json."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self.backend = backend
+        # Special tokens found in a text are split like any other characters.
+        backend.encode_special_tokens = True
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = {token.content: i for i, token in added.items() if token.special}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Read tokenizer.json. CheckpointError if it is absent, broken, or lacks a token that prompts are built of."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(folder, ["tokenizer.json is missing"])
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises its own untyped exceptions
+            raise CheckpointError(folder, [f"tokenizer.json cannot be read: {error}"]) from error
+        tokenizer = cls(backend)
+        missing = [name for name in STRUCTURAL if name not in tokenizer.special_ids]
+        if missing:
+            raise CheckpointError(folder, [f"tokenizer.json: {name} is not a special token" for name in missing])
+        return tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids in use are below this."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def token_id(self, special: str) -> int:
+        """The id of a special token. KeyError if there is none of that name."""
+        return self.special_ids[special]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; nothing in it becomes a special token."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text without special tokens."""
+        return self.backend.decode(token_ids, skip_special_tokens=True)
+
+    def token_text(self, token_id: int) -> str:
+        """One token by itself, special or not; part of a character shows as U+FFFD."""
+        return self.backend.decode([token_id], skip_special_tokens=False)
+
+    def stream(self) -> TextStream:
+        return TextStream(self)
