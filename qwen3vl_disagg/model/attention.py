@@ -61,6 +61,13 @@ class PromptBatch(ForwardBatch):
         if not self.seq_lens or min(self.seq_lens) < 1:
             raise ValueError(f"each sequence needs at least one token, got lengths {self.seq_lens}")
         self.logit_rows = torch.tensor(self.seq_lens).cumsum(0) - 1 if last_only else None
+        lens_B = torch.tensor(self.seq_lens)
+        token_L = torch.arange(int(lens_B.max()))
+        self.is_token_BL = token_L < lens_B[:, None]
+        # Padding repeats row 0. One gather, because a copy per sequence is slow to differentiate.
+        starts_B1 = (lens_B.cumsum(0) - lens_B)[:, None]
+        self.rows_BL = torch.where(self.is_token_BL, starts_B1 + token_L, 0)
+        self.padded_rows_T = self.is_token_BL.flatten().nonzero().squeeze(1)
 
     def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, cache: LayerCache | None) -> Tensor:
         # Right padding is invisible to a causal mask, so one SDPA call serves sequences of different lengths.
@@ -70,13 +77,14 @@ class PromptBatch(ForwardBatch):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         if len(set(self.seq_lens)) == 1:
             return out.reshape(q_TNH.shape)
-        return torch.cat([out[b, :length] for b, length in enumerate(self.seq_lens)])
+        return out.flatten(0, 1).index_select(0, self.padded_rows_T.to(out.device))
 
     def _pad(self, x_TNH: Tensor) -> Tensor:
         """`[T, N, H]` -> `[B, longest, N, H]`."""
         if len(set(self.seq_lens)) == 1:
             return x_TNH.unflatten(0, (len(self.seq_lens), self.seq_lens[0]))
-        return nn.utils.rnn.pad_sequence(list(x_TNH.split(self.seq_lens)), batch_first=True)
+        rows = x_TNH.index_select(0, self.rows_BL.flatten().to(x_TNH.device))
+        return rows.unflatten(0, self.rows_BL.shape)
 
 
 class PagedBatch(ForwardBatch):

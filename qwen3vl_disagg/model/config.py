@@ -120,7 +120,7 @@ class _Reader:
             if value is None:
                 continue
             good = (int,) if kind is int else (int, float)
-            if isinstance(value, bool) or not isinstance(value, good) or not 0 <= value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, good) or not 0 <= value < 2**63:
                 self.problems.append(f"{where}{name} must be a non-negative {kind.__name__}, got {value!r}")
                 return kind(0)
             return kind(value)

@@ -30,10 +30,10 @@ def run_experts_loop(
 ) -> Tensor:
     """Reference: one expert after another. Returns the weighted sum `[T, D]`, accumulated in float32."""
     out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-    for expert in range(gate_up_EGD.shape[0]):
+    for expert, (gate_up_GD, down_DF) in enumerate(zip(gate_up_EGD.unbind(0), down_EDF.unbind(0), strict=True)):
         token_R, choice_R = (ids_TK == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x_TD[token_R], gate_up_EGD[expert]).chunk(2, dim=-1)
-        y_RD = F.linear(F.silu(gate) * up, down_EDF[expert])
+        gate, up = F.linear(x_TD.index_select(0, token_R), gate_up_GD).chunk(2, dim=-1)
+        y_RD = F.linear(F.silu(gate) * up, down_DF)
         out_TD = out_TD.index_add(0, token_R, y_RD.float() * weights_TK[token_R, choice_R, None].float())
     return out_TD.to(x_TD.dtype)
 

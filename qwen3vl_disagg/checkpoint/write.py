@@ -1,0 +1,168 @@
+"""Writing checkpoint folders in the published form: config, weights, processor and generation settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qwen3vl_disagg.checkpoint.folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from qwen3vl_disagg.checkpoint.layouts import ExpertLayout, checkpoint_name
+from qwen3vl_disagg.core.settings import DTYPES
+from qwen3vl_disagg.model.config import ModelConfig
+
+Spelling = Literal["hub", "v5"]
+
+
+def config_to_dict(config: ModelConfig, *, spelling: Spelling = "hub") -> dict[str, Any]:
+    """The parsed `config.json` of a config, as the published files or as transformers 5 spell it."""
+    text, vision, is_moe = config.text, config.vision, config.text.num_experts > 0
+    family = "qwen3_vl_moe" if is_moe else "qwen3_vl"
+    mrope = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": list(text.mrope_section)}
+    text_dict: dict[str, Any] = {
+        "model_type": f"{family}_text",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "head_dim": text.head_dim,
+        "intermediate_size": text.intermediate_size,
+        "rms_norm_eps": text.rms_norm_eps,
+        "max_position_embeddings": text.max_position_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "dtype": config.dtype,
+    }
+    if spelling == "hub":
+        text_dict |= {"rope_theta": text.rope_theta, "rope_scaling": mrope}
+    else:
+        text_dict |= {"rope_parameters": {**mrope, "rope_theta": text.rope_theta}}
+    if is_moe:
+        text_dict |= {
+            "num_experts" if spelling == "hub" else "num_local_experts": text.num_experts,
+            "num_experts_per_tok": text.num_experts_per_tok,
+            "moe_intermediate_size": text.moe_intermediate_size,
+            "mlp_only_layers": list(text.mlp_only_layers),
+            "decoder_sparse_step": text.decoder_sparse_step,
+            "norm_topk_prob": True,
+        }
+    vision_dict: dict[str, Any] = {
+        "model_type": family if spelling == "hub" else f"{family}_vision",
+        "depth": vision.depth,
+        "hidden_size": vision.hidden_size,
+        "num_heads": vision.num_heads,
+        "intermediate_size": vision.intermediate_size,
+        "out_hidden_size": vision.out_hidden_size,
+        "num_position_embeddings": vision.num_position_embeddings,
+        "deepstack_visual_indexes": list(vision.deepstack_visual_indexes),
+        "in_channels": vision.in_channels,
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "spatial_merge_size": vision.spatial_merge_size,
+        "hidden_act": "gelu_pytorch_tanh",
+    }
+    if spelling == "v5":
+        vision_dict["rope_parameters"] = {"rope_type": "axial", "rope_theta": 10000.0}
+    return {
+        "architectures": [config.architecture],
+        "model_type": family,
+        "image_token_id": config.image_token_id,
+        "video_token_id": config.video_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+        "vision_end_token_id": config.vision_end_token_id,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "dtype": config.dtype,
+        "text_config": text_dict,
+        "vision_config": vision_dict,
+    }
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters under their published names (experts as in the module), a tied head once."""
+    return {checkpoint_name(name): parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def write_checkpoint(
+    folder: Path | str,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    layout: ExpertLayout = "hub",
+    spelling: Spelling = "hub",
+    num_shards: int = 1,
+    min_pixels: int = 65536,
+    max_pixels: int = 16777216,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config, weights, `preprocessor_config.json` and `generation_config.json`; no tokenizer.
+
+    Args:
+        tensors: published names, experts as the modules hold them; cast to the config's dtype.
+        min_pixels, max_pixels: bounds of a resized image's area.
+        generation: entries of `generation_config.json` besides the end and padding tokens; greedy if absent.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / CONFIG_FILE, config_to_dict(config, spelling=spelling))
+    stored = {
+        name: part.to(DTYPES[config.dtype]).contiguous()
+        for source, tensor in tensors.items()
+        for name, part in _in_layout(source, tensor, layout).items()
+    }
+    _write_weights(folder, stored, num_shards)
+    vision = config.vision
+    preprocessor = {
+        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+    }
+    _write_json(folder / "preprocessor_config.json", preprocessor)
+    # In every tokenizer of this family <|endoftext|> and <|im_end|> stand 9 and 7 before <|vision_start|>.
+    end_of_text, end_of_turn = config.vision_start_token_id - 9, config.vision_start_token_id - 7
+    generation_config = {"eos_token_id": [end_of_turn, end_of_text], "pad_token_id": end_of_text}
+    _write_json(folder / "generation_config.json", {**generation_config, **(generation or {"do_sample": False})})
+
+
+def _in_layout(name: str, tensor: Tensor, layout: ExpertLayout) -> dict[str, Tensor]:
+    """One tensor of the modules -> what the layout stores for it."""
+    experts, _, which = name.rpartition(".")
+    if not experts.endswith(".mlp.experts") or layout == "v5":
+        return {name: tensor}
+    if layout == "hub":
+        return {name: tensor.transpose(1, 2)}
+    parts = ("gate_proj", "up_proj") if which == "gate_up_proj" else ("down_proj",)
+    return {
+        f"{experts}.{expert}.{part}.weight": weight
+        for expert, rows in enumerate(tensor)
+        for part, weight in zip(parts, rows.chunk(len(parts)), strict=True)
+    }
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor], num_shards: int) -> None:
+    if num_shards == 1:
+        save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+        return
+    names: Sequence[str] = list(tensors)
+    weight_map = {}
+    for i in range(num_shards):
+        file = f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
+        shard = names[i * len(names) // num_shards : (i + 1) * len(names) // num_shards]
+        save_file({name: tensors[name] for name in shard}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,175 @@
+"""Train the small checkpoint inside the package, on CPU, from a seed, and measure what it learned.
+
+    python recipes/train_tiny.py --out qwen3vl_disagg/assets/tiny
+    python recipes/train_tiny.py --out qwen3vl_disagg/assets/tiny --evaluate-only
+
+It takes under an hour on two cores. docs/tiny.md has the loss curve and the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import tyro
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from qwen3vl_disagg.assets import tiny_folder
+from qwen3vl_disagg.assets.evaluate import Report, evaluate
+from qwen3vl_disagg.assets.folder import load_model, read_config, save_weights, write_settings
+from qwen3vl_disagg.assets.lessons import Lessons, lesson_loss
+from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train the small checkpoint."""
+
+    out: Path = field(default_factory=tiny_folder)
+    """The checkpoint's folder."""
+    steps: int = 6000
+    seed: int = 0
+    num_scenes: int = 32
+    """Balanced questions in a batch; each brings others about the same pictures."""
+    list_share: float = 0.6
+    """Share of the questions that come with a list of all cells."""
+    learning_rate: float = 1.2e-3
+    weight_decay: float = 0.01
+    evaluate_only: bool = False
+    evaluation_seed: int = 1_000_003
+    """Seed of the unseen scenes."""
+    evaluation_count: int = 500
+    save_every: int = 300
+    """Steps between saves of the weights."""
+    threads: int = 2
+    plot: Path | None = None
+    """Where to draw the loss curve (PNG or SVG by its suffix); needs matplotlib."""
+    workers: int = 1
+
+
+def initialise(model: nn.Module) -> None:
+    """Linears at 1 / sqrt(fan in), the outputs of residual branches at half of that; the default 0.02 learns nothing."""
+    residual_ends = ("o_proj.weight", "down_proj", "attn.proj.weight", "mlp.linear_fc2.weight")
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif "embed_tokens" in name or "pos_embed" in name:
+            nn.init.normal_(parameter, std=0.5)
+        elif parameter.dim() >= 2:
+            fan_in = parameter[0].numel() if parameter.dim() != 3 else parameter.shape[-1]
+            std = fan_in**-0.5 * (0.5 if name.endswith(residual_ends) else 1.0)
+            nn.init.normal_(parameter, std=std)
+
+
+def train(settings: Settings) -> list[float]:
+    """Write the folder; returns the loss of each step."""
+    torch.manual_seed(settings.seed)
+    torch.set_num_threads(settings.threads)
+    write_settings(settings.out)
+    model = Qwen3VLMoeForConditionalGeneration(read_config(settings.out))
+    for module in model.modules():
+        if hasattr(module, "impl"):
+            module.impl = "loop"  # its backward is the faster one on CPU
+    initialise(model)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), foreach=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1, cycle_momentum=False
+    )
+    lessons = Lessons(settings.out, settings.seed, settings.num_scenes, settings.list_share)
+    loader = iter(DataLoader(lessons, batch_size=None, num_workers=settings.workers))
+    losses: list[float] = []
+    with tqdm(total=settings.steps, unit="step", mininterval=5, file=sys.stderr) as bar:
+        for step in range(settings.steps):
+            loss = lesson_loss(model, next(loader))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise SystemExit(f"loss {losses[-1]} at step {step}")
+            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
+            bar.update()
+            if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+                save_weights(model, settings.out / "model.safetensors")
+    return losses
+
+
+def draw_curve(losses: list[float], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    window = max(1, len(losses) // 100)
+    smooth = [sum(losses[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(losses))]
+    figure, axes = pyplot.subplots(figsize=(8, 4))
+    axes.plot(losses, color="0.8", linewidth=0.5, label="each step")
+    axes.plot(smooth, color="C0", linewidth=1.5, label=f"mean of {window + 1}")
+    axes.set(xlabel="step", ylabel="loss (answer tokens)", yscale="log")
+    axes.legend()
+    axes.grid(True, which="both", linewidth=0.3)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def print_table(report: Report) -> None:
+    print(f"{'kind':<12} {'n':>4} {'exact':>7} {'most frequent':>14}")
+    for kind, row in report.kinds.items():
+        print(f"{kind:<12} {row.count:>4} {row.exact:>7.1%} {row.most_frequent:>14.1%}")
+    print(f"{'all':<12} {report.count:>4} {report.exact:>7.1%} {report.most_frequent:>14.1%}")
+    for name, exact in report.ablations.items():
+        print(f"{name:<24} {exact:>7.1%}")
+
+
+def main() -> None:
+    settings = tyro.cli(Settings, description=__doc__)
+    record: dict[str, object] = {}
+    record_path = settings.out / "training.json"
+    if settings.evaluate_only:
+        torch.set_num_threads(settings.threads)
+        if record_path.is_file():
+            record = json.loads(record_path.read_text())
+    else:
+        started = time.monotonic()
+        losses = train(settings)
+        minutes = (time.monotonic() - started) / 60
+        (settings.out / "losses.json").write_text(json.dumps([round(loss, 5) for loss in losses]))
+        if settings.plot is not None:
+            draw_curve(losses, settings.plot)
+        record = {
+            "command": " ".join([Path(sys.executable).name, *sys.argv]),
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            "hardware": f"{os.cpu_count()} x {platform.machine()} CPU, {settings.threads} threads",
+            "torch": torch.__version__,
+            "steps": settings.steps,
+            "seed": settings.seed,
+            "minutes": round(minutes, 1),
+            "final_loss": round(sum(losses[-100:]) / len(losses[-100:]), 5),
+        }
+    model = load_model(settings.out)
+    record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    report = evaluate(model, settings.out, settings.evaluation_seed, settings.evaluation_count)
+    record["evaluation"] = asdict(report)
+    record_path.write_text(json.dumps(record, indent=2) + "\n")
+    print_table(report)
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
