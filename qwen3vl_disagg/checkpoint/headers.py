@@ -16,8 +16,14 @@ from typing import Any
 MAX_HEADER_BYTES = 100_000_000
 
 DTYPE_BYTES = {
-    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1},
-    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1},
+    name: bits // 8
+    for bits, names in {
+        64: ("F64", "I64", "U64"),
+        32: ("F32", "I32", "U32"),
+        16: ("F16", "BF16", "I16", "U16"),
+        8: ("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+    }.items()
+    for name in names
 }
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -154,7 +153,7 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor], num_shards: int) ->
         save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
         return
     names: Sequence[str] = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(num_shards):
         file = f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
         shard = names[i * len(names) // num_shards : (i + 1) * len(names) // num_shards]

@@ -53,7 +53,7 @@ class PatchEmbed(nn.Module):
 class PositionEmbedding(nn.Embedding):
     """A learned square table, read by bilinear interpolation with aligned corners; float32 until the last cast."""
 
-    def forward(self, coords_P2: Tensor, sizes_P2: Tensor) -> Tensor:
+    def forward(self, coords_P2: Tensor, sizes_P2: Tensor) -> Tensor:  # type: ignore[override]
         """Embedding `[P, D]` float32 of patches at `coords` in frames of `sizes` (height, width) patches."""
         side = round(self.num_embeddings**0.5)
         source_P2 = coords_P2.float() * (side - 1) / (sizes_P2 - 1).clamp(min=1).float()

@@ -1,0 +1,155 @@
+"""A served system under torchrun, for tests: free ports, a deadline on every wait, children ended by pid."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).parent.parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class Server:
+    """`torchrun --nproc-per-node WORLD recipes/serve.py ...` as a context manager.
+
+    Leaving the block ends it with SIGTERM, then SIGKILL for what is left.
+    """
+
+    def __init__(self, world: int, *args: str, ready_s: float = 120.0) -> None:
+        self.world, self.ready_s = world, ready_s
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log", prefix="serve-", delete=False)  # noqa: SIM115
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
+        torchrun += [f"--master-port={free_port()}"]
+        self.port = free_port()
+        command = [*torchrun, "recipes/serve.py", "--port", str(self.port), "--debug", *args]
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            command,
+            cwd=REPO,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        self.seconds_to_ready = float("nan")
+        self.pids: set[int] = set()
+
+    def __enter__(self) -> Server:
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remember_pids()
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(40)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(10)
+        for pid in self.alive():
+            os.kill(pid, signal.SIGKILL)
+        self.log.close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def output(self) -> str:
+        return Path(self.log.name).read_text()
+
+    def wait_ready(self) -> None:
+        """Until the ready line stands in the output."""
+        while time.monotonic() - self.started < self.ready_s:
+            if re.search(rf"^ready: {re.escape(self.url)}$", self.output(), re.MULTILINE):
+                self.seconds_to_ready = time.monotonic() - self.started
+                self.remember_pids()
+                return
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.1)
+        raise AssertionError(f"the server did not become ready:\n{self.output()[-4000:]}")
+
+    def processes(self) -> list[dict[str, Any]]:
+        """Pids and roles, as the server says."""
+        answer = self.get("/debug/processes")
+        return answer["processes"] if isinstance(answer, dict) else answer
+
+    def remember_pids(self) -> None:
+        """Every process below torchrun, now."""
+        self.pids |= descendants(self.process.pid)
+
+    def alive(self) -> set[int]:
+        """Of all processes ever remembered, those that still run."""
+        return {pid for pid in self.pids if _is_running(pid)}
+
+    def get(self, path: str, timeout: float = 30.0) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=timeout) as response:  # noqa: S310
+            return json.load(response)
+
+    def post(self, path: str, body: Any, timeout: float = 120.0) -> tuple[int, Any]:
+        """Status and parsed body, also of an error."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(  # noqa: S310
+            self.url + path, data, {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:  # noqa: S310
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def chat(self, content: Any, timeout: float = 120.0, **fields: Any) -> tuple[int, Any]:
+        """One user turn, greedy, with token ids and logprobs."""
+        body = {
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": 64,
+            "logprobs": True,
+            "top_logprobs": 1,
+            "return_token_ids": True,
+        }
+        return self.post("/v1/chat/completions", {**body, **fields}, timeout)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def descendants(pid: int) -> set[int]:
+    """Pids of all children of children of `pid`."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue  # it ended meanwhile
+    found, frontier = set[int](), {pid}
+    while frontier:
+        frontier = {child for child, parent in parents.items() if parent in frontier} - found
+        found |= frontier
+    return found

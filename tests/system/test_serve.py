@@ -1,0 +1,178 @@
+"""The served system under torchrun against `LLM` in one process: equal answers, deaths, and the way down."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from qwen3vl_disagg import LLM
+from qwen3vl_disagg.core.requests import SamplingParams
+from tests.support.scenes import Asked, ask_scenes
+from tests.support.server import Server
+
+SAMPLING = SamplingParams(max_new_tokens=64, logprobs=1)
+SEED = 4242
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory) -> list[Asked]:
+    count = 200 if os.environ.get("Q3VL_ACCEPTANCE") else 36
+    return ask_scenes(tmp_path_factory.mktemp("scenes"), seed=SEED, count=count)
+
+
+@pytest.fixture(scope="module")
+def expected(asked) -> list[Any]:
+    return LLM().chat([entry.messages() for entry in asked], SAMPLING)
+
+
+def ask_all(server: Server, asked: list[Asked], at_once: int = 8) -> list[tuple[int, Any]]:
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(lambda entry: server.chat(entry.content()), asked))
+
+
+def check_equal(answers: list[tuple[int, Any]], expected: list[Any]) -> None:
+    """Token ids equal, logprobs within 1e-4."""
+    for (status, answer), mine in zip(answers, expected, strict=True):
+        assert status == 200, answer
+        choice = answer["choices"][0]
+        assert choice["token_ids"] == mine.token_ids
+        assert answer["prompt_token_ids"] == mine.prompt_token_ids
+        assert choice["message"]["content"] == mine.text
+        entries = choice["logprobs"]["content"]
+        assert [entry["token_id"] for entry in entries] == mine.token_ids
+        for entry, own in zip(entries, mine.logprobs, strict=True):
+            assert abs(entry["logprob"] - own.logprob) < 1e-4
+
+
+def rank_pid(server: Server, role: str, rank: int) -> int:
+    [pid] = [p["pid"] for p in server.processes() if p["role"] == role and p.get("rank") == rank]
+    return pid
+
+
+def check_split(world: int, encode_ranks: int, asked: list[Asked], expected: list[Any]) -> None:
+    with Server(world, "--encode-ranks", str(encode_ranks)) as server:
+        answers = ask_all(server, asked)
+        check_equal(answers, expected)
+        timings = [answer["timings"] for _, answer in answers]
+        pairs = [t for t, entry in zip(timings, asked, strict=True) if len(entry.images) == 2]
+        if encode_ranks > 1:
+            assert any(len(t["encode_ranks"]) == 2 for t in pairs)
+        if world - encode_ranks > 1:
+            assert len({t["language_rank"] for t in timings}) > 1
+        hidden = 128
+        for t, entry in zip(timings, asked, strict=True):
+            rows = sum(item["rows"] for item in t["items"])
+            assert len(t["items"]) == len(entry.images)
+            if world > 1:
+                assert rows * 4 * hidden * 4 <= t["transfer_bytes"] <= 1.1 * rows * 4 * hidden * 4
+
+
+def test_four_ranks_answer_as_one_process(asked, expected):
+    check_split(4, 2, asked, expected)
+
+
+def test_one_worker_runs_both_roles(asked, expected):
+    check_split(1, 1, asked[:12], expected[:12])
+
+
+def test_an_encode_rank_is_killed_under_load_and_nothing_is_lost(asked, expected):
+    many = (asked * 50)[:50] if len(asked) < 50 else asked[:50]
+    wanted = (expected * 50)[:50] if len(asked) < 50 else expected[:50]
+    with Server(3, "--encode-ranks", "1") as server, ThreadPoolExecutor(8) as pool:
+        victim = rank_pid(server, "encode", 0)
+        futures = [pool.submit(server.chat, entry.content()) for entry in many]
+        while sum(future.done() for future in futures) < 10:
+            time.sleep(0.01)
+        os.kill(victim, signal.SIGKILL)
+        check_equal([future.result(120) for future in futures], wanted)
+        server.remember_pids()
+        assert rank_pid(server, "encode", 0) != victim
+        check_equal([server.chat(many[0].content())], wanted[:1])
+
+
+def test_sigterm_under_load_ends_every_request_and_every_process(asked):
+    with Server(3) as server, ThreadPoolExecutor(12) as pool:
+        futures = [pool.submit(_status, server, entry) for entry in asked]
+        while sum(future.done() for future in futures) < 3:
+            time.sleep(0.01)
+        server.remember_pids()
+        server.process.send_signal(signal.SIGTERM)
+        statuses = [future.result(60) for future in futures]
+        server.process.wait(40)
+        assert set(statuses) <= {200, 503, "refused"}
+        assert statuses.count(200) >= 3
+        deadline = time.monotonic() + 5
+        while server.alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not server.alive()
+        assert "exit 0" not in server.output()
+        assert "Traceback" not in server.output().split("SignalException")[0]
+
+
+def _status(server: Server, entry: Asked) -> int | str:
+    try:
+        return server.chat(entry.content())[0]
+    except (ConnectionError, urllib.request.URLError):
+        return "refused"
+
+
+def test_bad_input_is_a_4xx_and_the_next_good_request_succeeds(asked, expected):
+    good = asked[0].content()
+    image = asked[0].images[0].read_bytes()
+    import base64
+
+    def data_uri(data: bytes) -> list[dict[str, Any]]:
+        uri = "data:image/png;base64," + base64.b64encode(data).decode()
+        return [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "?"}]
+
+    bad: list[dict[str, Any]] = [
+        {"content": data_uri(image[: len(image) // 2])},
+        {"content": data_uri(b"not an image")},
+        {"content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}]},
+        {"content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]},
+        {"content": good, "temperature": -1},
+        {"content": good, "max_tokens": 0},
+        {"content": good, "max_tokens": 10**9},
+        {"content": "word " * 5000},
+        {"content": good, "model": "no-such-model"},
+        {"content": good, "stream": True, "top_p": 7},
+    ]
+    with Server(2) as server:
+        for fields in bad:
+            status, body = server.chat(**fields)
+            assert 400 <= status < 500, (fields, status, body)
+            assert set(body["error"]) == {"message", "type", "param", "code"}
+        broken = {"stream": True, "messages": [{"role": "user", "content": data_uri(image[: len(image) // 2])}]}
+        status, body = server.post("/v1/chat/completions", broken)
+        assert status == 400
+        check_equal([server.chat(good)], expected[:1])
+        assert stream_text(server, good) == expected[0].text
+
+
+def stream_text(server: Server, content: Any) -> str:
+    body = {"messages": [{"role": "user", "content": content}], "stream": True, "temperature": 0}
+    request = urllib.request.Request(  # noqa: S310
+        server.url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
+        lines = [line.decode().strip() for line in response]
+    chunks = [line[6:] for line in lines if line.startswith("data: ")]
+    assert chunks[-1] == "[DONE]"
+    parsed = [json.loads(chunk) for chunk in chunks[:-1]]
+    assert len({chunk["id"] for chunk in parsed}) == 1
+    assert "timings" in parsed[-1]
+    return "".join(choice["delta"].get("content") or "" for chunk in parsed for choice in chunk["choices"])
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("world", "encode_ranks"), [(8, 2), (2, 1), (4, 1), (4, 3), (8, 4), (1, 1)])
+def test_every_split_answers_as_one_process(world, encode_ranks, asked, expected):
+    check_split(world, encode_ranks, asked, expected)

@@ -1,0 +1,66 @@
+"""Write a checkpoint of random weights, with a small tokenizer.
+
+    python tools/make_checkpoint.py --out /tmp/random --preset tiny-random --seed 1 --text.num-experts 12
+
+Every size of the preset can be overridden as `--text.NAME` and `--vision.NAME`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from qwen3vl_disagg.assets.make_tokenizer import SPECIAL_TOKENS, build_tokenizer
+from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, write_random_checkpoint
+from qwen3vl_disagg.model.config import ModelConfig, check_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    out: Path
+    """Folder to write."""
+    preset: Literal["tiny-random", "tiny-random-dense", "tiny-random-mixed"] = "tiny-random"
+    seed: int = 0
+    std: float = 0.04
+    """Standard deviation of the weights."""
+    layout: Literal["hub", "v5", "per_expert"] = "hub"
+    """How expert weights are stored."""
+    spelling: Literal["hub", "v5"] = "hub"
+    """Which of the two spellings of config.json."""
+    num_shards: int = 1
+    tokenizer: bool = True
+    """Write tokenizer and chat template too; the vision token ids must then leave room for 256 bytes and the merges."""
+
+
+def write_small_tokenizer(folder: Path, config: ModelConfig) -> None:
+    """A tokenizer whose special tokens get the ids that the config names."""
+    first_special = config.vision_start_token_id - SPECIAL_TOKENS.index("<|vision_start|>")
+    texts = (Path(__file__).read_text(), Path(tyro.__file__).read_text())
+    build_tokenizer(texts, first_special, folder)
+
+
+def main() -> None:
+    options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+    config = tyro.cli(ModelConfig, default=RANDOM_PRESETS[options.preset], args=rest)
+    problems = check_config(config)
+    if problems:
+        raise SystemExit("\n".join(problems))
+    config = write_random_checkpoint(
+        options.out,
+        config,
+        seed=options.seed,
+        std=options.std,
+        layout=options.layout,
+        num_shards=options.num_shards,
+        spelling=options.spelling,
+    )
+    if options.tokenizer:
+        write_small_tokenizer(options.out, config)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()
