@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from qwen3vl_disagg.assets.evaluate import Report, evaluate
 from qwen3vl_disagg.assets.folder import load_model, read_config, save_weights, write_settings
 from qwen3vl_disagg.assets.lessons import Lessons, lesson_loss
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
+from qwen3vl_disagg.model.moe import Experts
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Settings:
 
 
 def initialise(model: nn.Module) -> None:
-    """Linears at 1 / sqrt(fan in), the outputs of residual branches at half of that; the default 0.02 learns nothing."""
+    """Linears at 1 / sqrt(fan in), the outputs of residual branches at half of that; with 0.02 it learns little."""
     residual_ends = ("o_proj.weight", "down_proj", "attn.proj.weight", "mlp.linear_fc2.weight")
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -78,7 +79,7 @@ def train(settings: Settings) -> list[float]:
     write_settings(settings.out)
     model = Qwen3VLMoeForConditionalGeneration(read_config(settings.out))
     for module in model.modules():
-        if hasattr(module, "impl"):
+        if isinstance(module, Experts):
             module.impl = "loop"  # its backward is the faster one on CPU
     initialise(model)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -149,12 +150,11 @@ def main() -> None:
         started = time.monotonic()
         losses = train(settings)
         minutes = (time.monotonic() - started) / 60
-        (settings.out / "losses.json").write_text(json.dumps([round(loss, 5) for loss in losses]))
         if settings.plot is not None:
             draw_curve(losses, settings.plot)
         record = {
             "command": " ".join([Path(sys.executable).name, *sys.argv]),
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "hardware": f"{os.cpu_count()} x {platform.machine()} CPU, {settings.threads} threads",
             "torch": torch.__version__,
             "steps": settings.steps,

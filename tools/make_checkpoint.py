@@ -38,8 +38,7 @@ class Options:
 def write_small_tokenizer(folder: Path, config: ModelConfig) -> None:
     """A tokenizer whose special tokens get the ids that the config names."""
     first_special = config.vision_start_token_id - SPECIAL_TOKENS.index("<|vision_start|>")
-    texts = (Path(__file__).read_text(), Path(tyro.__file__).read_text())
-    build_tokenizer(texts, first_special, folder)
+    build_tokenizer([Path(__file__).read_text()], first_special, folder)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -76,7 +77,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: fl
 def save_image(image: Image.Image, folder: Path, stem: str, rng: random.Random) -> str:
     """Write `image` in a random format and return the file's name. Lossy formats are near lossless."""
     suffix = rng.choice(FORMATS)
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if suffix == "jpg":
         options = {"quality": rng.randint(92, 98)}
     elif suffix == "webp":

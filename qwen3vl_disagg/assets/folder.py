@@ -29,8 +29,9 @@ def write_settings(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     size = tokenizer.get_vocab_size()
     vocab_size = -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    ids = {name: tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "endoftext", "im_end")}
-    ids |= {name: tokenizer.token_to_id(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    vocabulary = tokenizer.get_vocab()
+    names = ("image_pad", "video_pad", "vision_start", "vision_end", "endoftext", "im_end")
+    ids = {name: vocabulary[f"<|{name}|>"] for name in names}
     files = {
         "config.json": model_settings(vocab_size, ids),
         "generation_config.json": {
@@ -124,6 +125,7 @@ def save_weights(model: Qwen3VLMoeForConditionalGeneration, path: Path) -> None:
         tensors[_hub_name(name)] = value.contiguous().clone()
     part = path.with_suffix(".part")
     save_file(tensors, part, metadata={"format": "pt"})
+    part.chmod(0o644)
     part.replace(path)
 
 

@@ -80,7 +80,7 @@ class Prompts:
         self.config = read_config(folder)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.processor = ImageProcessor.from_folder(folder, self.config.vision)
-        self.end_id = self.tokenizer.token_to_id("<|im_end|>")
+        self.end_id = self.tokenizer.get_vocab()["<|im_end|>"]
 
     def question(self, text: str, grids: Sequence[Grid]) -> tuple[list[int], list[VisualItem]]:
         """Ids of a user turn with images and the opening of the answer, and where the images stand."""
@@ -232,10 +232,8 @@ def side_args(kind: str, scene: Scene, rng: random.Random) -> dict[str, str]:
 
 def training_picture(scene: Scene, rng: random.Random) -> Image.Image:
     """A drawn scene, mostly at native size; some of another size, some through a JPEG file."""
-    if rng.random() < RESIZED:
-        size = random_size(rng)
-    else:
-        size = rng.choices(NATIVE_SIZES, weights=(6, 1, 1))[0]
+    native = rng.random() >= RESIZED
+    size = rng.choices(NATIVE_SIZES, weights=(6, 1, 1))[0] if native else random_size(rng)
     image = draw_scene(scene, size, rng)
     if rng.random() < JPEG:
         buffer = io.BytesIO()

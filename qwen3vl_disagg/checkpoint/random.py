@@ -1,4 +1,4 @@
-"""Checkpoints of random weights: for tests, and for real shapes without real weights."""
+"""Checkpoints of random weights, for tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from qwen3vl_disagg.checkpoint.layouts import ExpertLayout, checkpoint_name
 from qwen3vl_disagg.checkpoint.write import Spelling, write_checkpoint
 from qwen3vl_disagg.model.config import ModelConfig, TextConfig, VisionConfig
-from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration
 
 # Sizes differ from one another wherever they can, so that a swap of two of them fails.
@@ -59,7 +58,6 @@ RANDOM_PRESETS: dict[str, ModelConfig] = {
     "tiny-random": _TINY,
     "tiny-random-dense": _TINY_DENSE,
     "tiny-random-mixed": replace(_TINY, text=replace(_TINY.text, mlp_only_layers=(3,))),
-    **PRESETS,
 }
 
 

@@ -220,7 +220,10 @@ class LinkAccept(Message):
 
 
 class Grant(Message):
-    """Language -> encode: room for rows [row_start, row_stop) and DeepStack rows [deepstack_start, deepstack_stop)."""
+    """Language -> encode: room for rows [row_start, row_stop) and DeepStack rows [deepstack_start, deepstack_stop).
+
+    `row_runs` and `deepstack_runs` are the lengths of the contiguous pieces to send them in.
+    """
 
     request_id: str
     item: int
@@ -229,6 +232,8 @@ class Grant(Message):
     row_stop: int
     deepstack_start: int
     deepstack_stop: int
+    row_runs: list[int]
+    deepstack_runs: list[int]
 
 
 class Header(Message):
@@ -314,6 +319,4 @@ HubMessage = (
     | Pull
     | Blob
 )
-LinkMessage = (
-    Heartbeat | Refused | LinkHello | LinkAccept | Grant | Header | HeaderOk | Ack | Nack | Abort | Goodbye
-)
+LinkMessage = Heartbeat | Refused | LinkHello | LinkAccept | Grant | Header | HeaderOk | Ack | Nack | Abort | Goodbye

@@ -131,9 +131,7 @@ class Engine:
         for sequence in self.scheduler.admit():
             sequence.admitted_at = time.monotonic()
             if sequence.items:
-                events.append(
-                    NeedItems(request_id=sequence.request_id, items=list(range(len(sequence.items))))
-                )
+                events.append(NeedItems(request_id=sequence.request_id, items=list(range(len(sequence.items)))))
             else:
                 sequence.items_at = sequence.admitted_at
         step = self.scheduler.schedule()
@@ -142,9 +140,7 @@ class Engine:
         batch = step.prefill or step.decode
         try:
             logits = self.runner.prefill(batch) if step.prefill else self.runner.decode(batch)
-            token_ids, entries = self.sampler.sample(
-                logits, [s.sampling for s in batch], [s.generator for s in batch]
-            )
+            token_ids, entries = self.sampler.sample(logits, [s.sampling for s in batch], [s.generator for s in batch])
         except (RuntimeError, ValueError) as error:
             return events + self._fail(batch, error)
         now = time.monotonic()
@@ -172,9 +168,7 @@ class Engine:
                 self.scheduler.remove(sequence.request_id)
                 timings = sequence.timings(now, self.language_rank)
                 events.append(
-                    Finished(
-                        request_id=sequence.request_id, finish_reason=sequence.finish_reason, timings=timings
-                    )
+                    Finished(request_id=sequence.request_id, finish_reason=sequence.finish_reason, timings=timings)
                 )
         return events
 

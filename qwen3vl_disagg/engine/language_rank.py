@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -150,8 +151,8 @@ class LanguageRank:
         self._links.cancel(request_id)
         self._engine.post(lambda engine: engine.cancel(request_id))
 
-    def _from_engine[T](self, handler: Callable[[T], None]) -> Callable[[T], None]:
-        def call(value: T) -> None:
+    def _from_engine(self, handler: Callable[[Any], None]) -> Callable[[Any], None]:
+        def call(value: Any) -> None:
             self._loop.call_soon_threadsafe(handler, value)
 
         return call
@@ -203,5 +204,3 @@ class LanguageRank:
         """Queue a message to the hub; when it is gone, the loop that reads from it finds out and cleans up."""
         if self._hub is not None and not self._hub.is_closed:
             self._hub.post(message)
-
-

@@ -179,9 +179,7 @@ class LLM:
                     token_ids=answer.token_ids,
                     prompt_token_ids=answer.prompt.token_ids,
                     finish_reason=event.finish_reason,
-                    usage=Usage(
-                        prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new
-                    ),
+                    usage=Usage(prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new),
                     timings=event.timings,
                     logprobs=answer.logprobs or None,
                 )
@@ -200,9 +198,7 @@ class LLM:
             except DisaggError as error:
                 self.engine.cancel(event.request_id)
                 return error.at(visual.param) if isinstance(error, InputError) else error
-            self.engine.provide_item(
-                event.request_id, index, ItemRows(received.main, received.deepstack), timings
-            )
+            self.engine.provide_item(event.request_id, index, ItemRows(received.main, received.deepstack), timings)
         return None
 
 

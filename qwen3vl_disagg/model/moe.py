@@ -25,9 +25,7 @@ def route(x_TD: Tensor, gate_ED: Tensor, num_experts_per_tok: int) -> tuple[Tens
     return weights_TK.to(x_TD.dtype), ids_TK
 
 
-def run_experts_loop(
-    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
-) -> Tensor:
+def run_experts_loop(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
     """Reference: one expert after another. Returns the weighted sum `[T, D]`, accumulated in float32."""
     out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for expert, (gate_up_GD, down_DF) in enumerate(zip(gate_up_EGD.unbind(0), down_EDF.unbind(0), strict=True)):

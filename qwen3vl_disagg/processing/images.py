@@ -140,9 +140,7 @@ class ImageProcessor:
         return 1, new_height // self.config.patch_size, new_width // self.config.patch_size
 
     def _target(self, height: int, width: int) -> tuple[int, int]:
-        return smart_resize(
-            height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels
-        )
+        return smart_resize(height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
 
     def pixels(self, data: bytes) -> tuple[Tensor, Grid]:
         """Decode -> patches `[P, patch_dim]` float32 and the grid. InputError for a damaged image."""

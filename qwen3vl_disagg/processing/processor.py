@@ -87,9 +87,7 @@ class Processor:
         pieces = self.template.render(checked, add_generation_prompt=add_generation_prompt)
         num_slots = sum(piece.is_special and piece.text == IMAGE_PAD for piece in pieces)
         if num_slots != len(media):
-            raise InputError(
-                f"the chat template made room for {num_slots} of {len(media)} images", param="messages"
-            )
+            raise InputError(f"the chat template made room for {num_slots} of {len(media)} images", param="messages")
         token_ids: list[int] = []
         items: list[VisualItem] = []
         for text, is_special in pieces:

@@ -1,0 +1,127 @@
+"""Payload transport of one encode rank -> language rank pair. Blocking; one thread at each end uses it.
+
+What is sent and into what it is received has been agreed on the control connection before: a message longer than the
+posted buffer would take the receiving process down, a shorter one would leave stale bytes in its tail.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Literal, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from qwen3vl_disagg.core.errors import TransferError
+from qwen3vl_disagg.disagg.process_group import build_pair
+
+Side = Literal["encode", "language"]
+_RANK_IN_PAIR = {"encode": 0, "language": 1}
+
+
+class Link(Protocol):
+    """`send` on one end and `receive` on the other, with tensors of equal shapes and dtypes in equal order.
+
+    Both raise TransferError when the peer is gone or `timeout` seconds have passed; the link is then of no more use.
+    """
+
+    def send(self, tensors: Sequence[Tensor], timeout: float) -> None: ...
+
+    def receive(self, tensors: Sequence[Tensor], timeout: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+LinkFactory = Callable[[Side, int, int, int], Link]
+"""(side, encode rank, language rank, epoch) -> this side's end; blocks until the other side is there too."""
+
+
+class ProcessGroupLink:
+    """Over a 2-rank Gloo group. Tensors that are not on the CPU are staged through it."""
+
+    def __init__(self, group: dist.ProcessGroupGloo, side: Side) -> None:
+        self._group = group
+        self._peer = 1 - _RANK_IN_PAIR[side]
+
+    def send(self, tensors: Sequence[Tensor], timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        staged = [tensor.cpu() for tensor in tensors]
+        self._wait([self._group.send([tensor], self._peer, 0) for tensor in staged], deadline)
+
+    def receive(self, tensors: Sequence[Tensor], timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        staged = [tensor if tensor.device.type == "cpu" else tensor.new_empty(tensor.shape).cpu() for tensor in tensors]
+        self._wait([self._group.recv([tensor], self._peer, 0) for tensor in staged], deadline)
+        for tensor, stage in zip(tensors, staged, strict=True):
+            if stage is not tensor:
+                tensor.copy_(stage)
+
+    @staticmethod
+    def _wait(works: Sequence[dist.Work], deadline: float) -> None:
+        try:
+            for work in works:
+                work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
+        except RuntimeError as error:
+            raise TransferError(f"the payload did not get through: {type(error).__name__}") from error
+
+    def close(self) -> None:
+        """The group's sockets close when its last reference goes."""
+        del self._group
+
+
+def process_group_links(store: dist.Store, *, host: str, timeout_s: float = 20.0) -> LinkFactory:
+    """Links over Gloo groups that meet in `store`, on the interface of `host`."""
+
+    def make(side: Side, encode_rank: int, language_rank: int, epoch: int) -> Link:
+        prefix = f"link/{encode_rank}-{language_rank}/{epoch}"
+        # A clone of the client: a thread that waits in the store would block every other call on it.
+        client = store.clone()
+        try:
+            group = build_pair(client, prefix, rank_in_pair=_RANK_IN_PAIR[side], host=host, timeout_s=timeout_s)
+        except RuntimeError as error:
+            raise TransferError(f"no group with the other end of {prefix}") from error
+        return ProcessGroupLink(group, side)
+
+    return make
+
+
+class InProcessLink:
+    """Both ends in one process."""
+
+    def __init__(self) -> None:
+        self._sent: queue.Queue[list[Tensor]] = queue.Queue()
+
+    def send(self, tensors: Sequence[Tensor], timeout: float) -> None:
+        self._sent.put(list(tensors), timeout=timeout)
+
+    def receive(self, tensors: Sequence[Tensor], timeout: float) -> None:
+        try:
+            sent = self._sent.get(timeout=timeout)
+        except queue.Empty:
+            raise TransferError(f"nothing was sent within {timeout:g} s") from None
+        for target, source in zip(tensors, sent, strict=True):
+            if target.shape != source.shape or target.dtype != source.dtype:
+                raise TransferError(
+                    f"sent {tuple(source.shape)} {source.dtype}, expected {tuple(target.shape)} {target.dtype}"
+                )
+            target.copy_(source)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def in_process_links() -> LinkFactory:
+    """Links between roles that live in one process."""
+    made: dict[tuple[int, int, int], InProcessLink] = {}
+    lock = threading.Lock()
+
+    def make(side: Side, encode_rank: int, language_rank: int, epoch: int) -> Link:
+        with lock:
+            key = (encode_rank, language_rank, epoch)
+            return made.pop(key) if key in made else made.setdefault(key, InProcessLink())
+
+    return make

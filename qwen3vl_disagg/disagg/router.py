@@ -1,0 +1,432 @@
+"""Who does what: the one place that assigns requests to language ranks and items to encode ranks.
+
+Pure: `handle(event, now)` changes the tables and returns actions; no clock, socket or random number inside. The hub
+carries the actions out. Ranks never choose for themselves.
+
+An item of a request goes through: idle -> (the language rank needs it) waiting -> encoding -> received, back to
+waiting when the encode rank or the transfer fails. Each encoding is an attempt with a number of its own; what carries
+an older number, or belongs to a request that has ended, changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qwen3vl_disagg.core.errors import (
+    DeadlineError,
+    DisaggError,
+    InputError,
+    OverloadedError,
+    TransferError,
+    UnavailableError,
+)
+from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.disagg.messages import (
+    Assign,
+    Cancel,
+    Decoded,
+    EncodeItem,
+    Finished,
+    ItemFailed,
+    ItemLost,
+    ItemReceived,
+    LinksUp,
+    Message,
+    NeedItems,
+    RequestFailed,
+    Submit,
+    Tokens,
+)
+from qwen3vl_disagg.disagg.routing import (
+    Abandon,
+    Action,
+    Admit,
+    Deliver,
+    Drain,
+    End,
+    EndAll,
+    Event,
+    FromRank,
+    RankDown,
+    RankUp,
+    Send,
+    Tick,
+)
+
+
+@dataclass(frozen=True)
+class RouterLimits:
+    max_waiting: int = 64
+    """Requests that have no token yet."""
+    max_waiting_tokens: int = 1 << 20
+    """Their tokens, prompt and output at most."""
+    max_attempts: int = 3
+    """Encodings of one item that may fail before its request does."""
+    encode_wait_s: float = 30.0
+    """How long an item waits for an encode rank when none is there."""
+
+
+@dataclass
+class _Item:
+    visual: VisualItem
+    state: Literal["idle", "waiting", "encoding", "received"] = "idle"
+    attempt: int = 0
+    encode_rank: int = -1
+    failures: int = 0
+    failed_on: set[tuple[int, int]] = field(default_factory=set)
+    """(encode rank, its incarnation) of failed attempts."""
+    wait_until: float = math.inf
+    is_decoded: bool = False
+
+    @property
+    def num_patches(self) -> int:
+        return math.prod(self.visual.grid)
+
+
+@dataclass
+class _Request:
+    language_rank: int
+    items: list[_Item]
+    num_tokens: int
+    deadline: float
+    num_received_tokens: int = 0
+
+
+@dataclass
+class _EncodeRank:
+    incarnation: int
+    links: set[int] = field(default_factory=set)
+    jobs: dict[tuple[str, int], int] = field(default_factory=dict)
+    """(request, item) being encoded -> patches."""
+
+    @property
+    def num_patches(self) -> int:
+        return sum(self.jobs.values())
+
+
+@dataclass
+class _LanguageRank:
+    last_used: int = 0
+    requests: dict[str, int] = field(default_factory=dict)
+    """Request -> tokens."""
+
+
+class Router:
+    """The tables and the rules. `visual_token_ids`: placeholder id by modality."""
+
+    def __init__(self, visual_token_ids: Mapping[str, int], limits: RouterLimits | None = None) -> None:
+        self.limits = limits or RouterLimits()
+        self.is_draining = False
+        self._visual_token_ids = visual_token_ids
+        self._requests: dict[str, _Request] = {}
+        self._encode: dict[int, _EncodeRank] = {}
+        self._language: dict[int, _LanguageRank] = {}
+        self._num_incarnations = 0
+        self._num_submitted = 0
+        self._actions: list[Action] = []
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    @property
+    def encode_ranks(self) -> set[int]:
+        """Encode ranks with a link to some language rank."""
+        return {rank for rank, state in self._encode.items() if state.links & self._language.keys()}
+
+    @property
+    def language_ranks(self) -> set[int]:
+        return set(self._language)
+
+    @property
+    def linked_language_ranks(self) -> set[int]:
+        """Language ranks that some encode rank can send to."""
+        return {rank for rank in self._language if any(rank in state.links for state in self._encode.values())}
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take one event in; `now` is in seconds on any clock that does not go back."""
+        match event:
+            case Admit():
+                self._admit(event, now)
+            case Abandon():
+                self._end(event.request_id)
+            case RankUp():
+                self._rank_up(event, now)
+            case RankDown():
+                self._rank_down(event, now)
+            case FromRank(role="encode") if event.rank in self._encode:
+                self._from_encode(event.rank, event.message, now)
+            case FromRank(role="language") if event.rank in self._language:
+                self._from_language(event.rank, event.message, now)
+            case Tick():
+                self._tick(now)
+            case Drain():
+                self.is_draining = True
+            case EndAll():
+                for request_id in list(self._requests):
+                    self._end(request_id, event.error)
+        actions, self._actions = self._actions, []
+        return actions
+
+    # ---- requests ----
+
+    def _admit(self, event: Admit, now: float) -> None:
+        if error := self._refusal(event):
+            self._actions.append(End(event.request_id, error))
+            return
+        rank = self._pick_language_rank(has_items=bool(event.items))
+        self._num_submitted += 1
+        self._language[rank].last_used = self._num_submitted
+        self._language[rank].requests[event.request_id] = event.num_tokens
+        items = [_Item(visual) for visual in event.items]
+        self._requests[event.request_id] = _Request(rank, items, event.num_tokens, now + event.timeout_s)
+        submit = Submit(
+            request_id=event.request_id,
+            token_ids=event.token_ids,
+            items=event.items,
+            sampling=event.sampling,
+            timeout_s=event.timeout_s,
+        )
+        self._actions.append(Send("language", rank, submit))
+
+    def _refusal(self, event: Admit) -> DisaggError | None:
+        if self.is_draining:
+            return UnavailableError("the server is shutting down")
+        if not self._language:
+            return UnavailableError("no language rank is ready")
+        waiting = [request.num_tokens for request in self._requests.values() if not request.num_received_tokens]
+        if len(waiting) >= self.limits.max_waiting:
+            return OverloadedError(f"{len(waiting)} requests are waiting")
+        # One request alone always fits: whether it is too long for the model is not decided here.
+        if waiting and sum(waiting) + event.num_tokens > self.limits.max_waiting_tokens:
+            return OverloadedError("too many tokens are waiting")
+        return None
+
+    def _pick_language_rank(self, has_items: bool) -> int:
+        """The least tokens under way, then the longest unused; for images, one that an encode rank can reach."""
+        candidates = (self.linked_language_ranks if has_items else set()) or self.language_ranks
+
+        def load(rank: int) -> tuple[int, int, int]:
+            state = self._language[rank]
+            return sum(state.requests.values()), state.last_used, rank
+
+        return min(candidates, key=load)
+
+    def _end(self, request_id: str, error: DisaggError | None = None, *, by_language_rank: bool = False) -> None:
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return
+        encoding = {item.encode_rank for item in request.items if item.state == "encoding"}
+        for index in range(len(request.items)):
+            self._take_from_encode_rank(request_id, index, request.items[index])
+        for rank in sorted(encoding):
+            self._actions.append(Send("encode", rank, Cancel(request_id=request_id)))
+        if request.language_rank in self._language:
+            del self._language[request.language_rank].requests[request_id]
+            if not by_language_rank:
+                self._actions.append(Send("language", request.language_rank, Cancel(request_id=request_id)))
+        self._actions.append(End(request_id, error))
+
+    def _tick(self, now: float) -> None:
+        for request_id, request in list(self._requests.items()):
+            if now >= request.deadline:
+                self._end(request_id, DeadlineError("the request took longer than its time limit"))
+            elif any(now >= item.wait_until for item in request.items):
+                self._end(request_id, UnavailableError("no encode rank is available"))
+
+    # ---- ranks ----
+
+    def _rank_up(self, event: RankUp, now: float) -> None:
+        self._rank_down(RankDown(event.role, event.rank), now)
+        if event.role == "encode":
+            self._num_incarnations += 1
+            self._encode[event.rank] = _EncodeRank(self._num_incarnations)
+        else:
+            self._language[event.rank] = _LanguageRank()
+
+    def _rank_down(self, event: RankDown, now: float) -> None:
+        if event.role == "encode":
+            state = self._encode.pop(event.rank, None)
+            if state is not None:
+                for request_id, index in list(state.jobs):
+                    self._attempt_failed(request_id, index, (event.rank, state.incarnation), now, is_death=True)
+            return
+        language = self._language.pop(event.rank, None)
+        for encode in self._encode.values():
+            encode.links.discard(event.rank)
+        for request_id in list(language.requests) if language else ():
+            self._end(request_id, UnavailableError("the rank that ran the request was lost"))
+
+    # ---- items ----
+
+    def _current(self, message: Decoded | ItemFailed | ItemLost | ItemReceived) -> _Item | None:
+        """The item that the message speaks of, if its attempt is the one under way."""
+        request = self._requests.get(message.request_id)
+        if request is None or not 0 <= message.item < len(request.items):
+            return None
+        item = request.items[message.item]
+        return item if item.state == "encoding" and item.attempt == message.attempt else None
+
+    def _from_encode(self, rank: int, message: Message, now: float) -> None:
+        match message:
+            case LinksUp():
+                self._links_up(rank, set(message.language_ranks), now)
+            case Decoded():
+                item = self._current(message)
+                if item is not None and item.encode_rank == rank and not item.is_decoded:
+                    item.is_decoded = True
+                    self._actions.append(Deliver(message.request_id, message))
+            case ItemFailed():
+                item = self._current(message)
+                if item is None or item.encode_rank != rank:
+                    return
+                if message.kind == "input":
+                    self._end(message.request_id, InputError(message.message, param=item.visual.param))
+                else:
+                    self._attempt_failed(message.request_id, message.item, self._worker(item), now)
+
+    def _links_up(self, rank: int, links: set[int], now: float) -> None:
+        state = self._encode[rank]
+        state.links = links
+        for request_id, index in list(state.jobs):
+            request = self._requests.get(request_id)
+            if request is not None and request.language_rank not in links:
+                self._attempt_failed(request_id, index, (rank, state.incarnation), now)
+        for request_id, index in self._waiting():
+            self._assign(request_id, index, now)
+
+    def _waiting(self) -> Iterator[tuple[str, int]]:
+        for request_id, request in list(self._requests.items()):
+            for index, item in enumerate(request.items):
+                if item.state == "waiting":
+                    yield request_id, index
+
+    def _worker(self, item: _Item) -> tuple[int, int]:
+        return item.encode_rank, self._encode[item.encode_rank].incarnation
+
+    def _take_from_encode_rank(self, request_id: str, index: int, item: _Item) -> None:
+        if item.state == "encoding" and item.encode_rank in self._encode:
+            self._encode[item.encode_rank].jobs.pop((request_id, index), None)
+
+    def _attempt_failed(
+        self, request_id: str, index: int, worker: tuple[int, int], now: float, *, is_death: bool = False
+    ) -> None:
+        """The item's attempt on `worker` is over without rows: try again, or give the request up."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        item = request.items[index]
+        self._take_from_encode_rank(request_id, index, item)
+        # The news of a lost link can come before that of the death behind it: one death counts once.
+        item.failures += 0 if is_death and worker in item.failed_on else 1
+        item.failed_on.add(worker)
+        item.state = "waiting"
+        if item.failures >= self.limits.max_attempts:
+            self._end(request_id, TransferError(f"an item failed on encode ranks {item.failures} times"))
+            return
+        self._wait(item, now)
+        self._assign(request_id, index, now)
+
+    def _wait(self, item: _Item, now: float) -> None:
+        item.state = "waiting"
+        item.wait_until = now + self.limits.encode_wait_s
+
+    def _assign(self, request_id: str, index: int, now: float) -> None:
+        """Give a waiting item to an encode rank; without one it goes on waiting."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        item = request.items[index]
+        rank = self._pick_encode_rank(item, request.language_rank)
+        if rank is None:
+            return
+        item.attempt += 1
+        item.state, item.encode_rank, item.wait_until = "encoding", rank, math.inf
+        self._encode[rank].jobs[request_id, index] = item.num_patches
+        assign = Assign(request_id=request_id, item=index, attempt=item.attempt, encode_rank=rank)
+        self._actions.append(Send("language", request.language_rank, assign))
+        encode = EncodeItem(
+            request_id=request_id,
+            item=index,
+            attempt=item.attempt,
+            language_rank=request.language_rank,
+            visual=item.visual,
+            visual_token_id=self._visual_token_ids[item.visual.modality],
+            timeout_s=max(0.0, request.deadline - now),
+        )
+        self._actions.append(Send("encode", rank, encode))
+
+    def _pick_encode_rank(self, item: _Item, language_rank: int) -> int | None:
+        """By content (rendezvous hashing), so that the same image meets the same rank and its cache; but where the
+        least loaded rank has at least this item less to do, encoding there costs no more time than waiting would.
+        Ranks that failed the item come last.
+        """
+        linked = {rank: state for rank, state in self._encode.items() if language_rank in state.links}
+        fresh = {rank: s for rank, s in linked.items() if (rank, s.incarnation) not in item.failed_on}
+        candidates = fresh or linked
+        if not candidates:
+            return None
+        load = {rank: state.num_patches for rank, state in candidates.items()}
+        by_content = max(candidates, key=lambda rank: _affinity(item.visual.digest, rank))
+        least = min(candidates, key=lambda rank: (load[rank], -_affinity(item.visual.digest, rank)))
+        return least if load[by_content] - load[least] >= item.num_patches else by_content
+
+    def _from_language(self, rank: int, message: Message, now: float) -> None:
+        if not isinstance(message, (NeedItems, ItemLost, ItemReceived, Tokens, Finished, RequestFailed)):
+            return
+        request = self._requests.get(message.request_id)
+        if request is None or request.language_rank != rank:
+            # Ended here, or before this process was born: the rank may not know.
+            if isinstance(message, (NeedItems, Tokens)):
+                self._actions.append(Send("language", rank, Cancel(request_id=message.request_id)))
+            return
+        match message:
+            case NeedItems():
+                for index in message.items:
+                    if 0 <= index < len(request.items) and request.items[index].state in ("idle", "received"):
+                        self._wait(request.items[index], now)
+                        self._assign(message.request_id, index, now)
+            case ItemLost():
+                item = self._current(message)
+                if item is not None:
+                    self._attempt_failed(message.request_id, message.item, self._worker(item), now)
+            case ItemReceived():
+                item = self._current(message)
+                if item is not None:
+                    self._take_from_encode_rank(message.request_id, message.item, item)
+                    item.state = "received"
+            case Tokens():
+                self._tokens(request, message)
+            case Finished():
+                self._actions.append(Deliver(message.request_id, message))
+                self._end(message.request_id, by_language_rank=True)
+            case RequestFailed():
+                self._end(message.request_id, error_of(message), by_language_rank=True)
+
+    def _tokens(self, request: _Request, message: Tokens) -> None:
+        """Pass on what continues the answer; a repetition is dropped, a gap ends the request."""
+        if message.index > request.num_received_tokens:
+            self._end(message.request_id, TransferError("part of the answer was lost"))
+        elif message.index == request.num_received_tokens and message.token_ids:
+            request.num_received_tokens += len(message.token_ids)
+            self._actions.append(Deliver(message.request_id, message))
+
+
+def _affinity(digest: str, rank: int) -> int:
+    """Highest-random-weight hashing: a rank that comes or goes moves only the items that are its own."""
+    return int.from_bytes(hashlib.blake2b(f"{digest}/{rank}".encode(), digest_size=8).digest(), "big")
+
+
+def error_of(message: RequestFailed) -> DisaggError:
+    """The typed error behind a rank's report."""
+    if 400 <= message.status < 500:
+        return InputError(message.message, status=message.status, code=message.code)
+    if message.status == 503:
+        return UnavailableError(message.message)
+    if message.status == 504:
+        return DeadlineError(message.message)
+    return TransferError(message.message)

@@ -1,0 +1,34 @@
+"""The store in which links meet: ours, bound to the address it is given, never torchrun's."""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+
+import torch.distributed as dist
+
+Address = tuple[str, int]
+STORE_TIMEOUT_S = 30.0
+
+
+def host_store(host: str) -> tuple[dist.TCPStore, Address]:
+    """Start the store on a free port of `host`. A socket that we bound ourselves keeps it off other interfaces."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind((host, 0))
+    listener.listen(128)
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=STORE_TIMEOUT_S),
+        master_listen_fd=listener.detach(),
+    )
+    return store, (host, port)
+
+
+def join_store(address: Address) -> dist.TCPStore:
+    """A client of a hosted store."""
+    timeout = timedelta(seconds=STORE_TIMEOUT_S)
+    return dist.TCPStore(address[0], address[1], is_master=False, wait_for_workers=False, timeout=timeout)

@@ -1,0 +1,236 @@
+"""The oracle (`transformers`), ours beside it, and prompts to run through both.
+
+Both read the same checkpoint folder, each with its own loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+from transformers.utils import logging
+
+from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, load_model, write_random_checkpoint
+from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.model import ForwardBatch, ModelConfig, Qwen3VLMoeForConditionalGeneration, separate_deepstack
+from qwen3vl_disagg.processing.positions import mrope_positions
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+Grid = tuple[int, int, int]
+
+_TINY = RANDOM_PRESETS["tiny-random"]
+ODD = replace(
+    _TINY,
+    text=replace(
+        _TINY.text,
+        vocab_size=312,
+        hidden_size=72,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=24,
+        mrope_section=(4, 4, 4),
+        rope_theta=1e4,
+        rms_norm_eps=1e-5,
+        num_experts=5,
+        num_experts_per_tok=3,
+        moe_intermediate_size=24,
+        decoder_sparse_step=2,
+    ),
+    vision=replace(
+        _TINY.vision,
+        depth=3,
+        hidden_size=40,
+        num_heads=2,
+        intermediate_size=56,
+        out_hidden_size=72,
+        num_position_embeddings=25,
+        deepstack_visual_indexes=(0, 2),
+        patch_size=14,
+    ),
+)
+"""Two levels, dense and sparse layers in turn, another patch size, odd position table, other frequencies."""
+
+CONFIGS: dict[str, ModelConfig] = {
+    "moe": _TINY,
+    "dense": RANDOM_PRESETS["tiny-random-dense"],
+    "mixed": RANDOM_PRESETS["tiny-random-mixed"],
+    "odd": ODD,
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids `[T]`, the visual items among them, their pixels `[P, patch_dim]`."""
+
+    ids: Tensor
+    items: tuple[VisualItem, ...]
+    pixels: Tensor
+
+    @property
+    def grids(self) -> list[Grid]:
+        return [item.grid for item in self.items]
+
+
+CASES: dict[str, list[list[int | Grid]]] = {
+    "text": [[11]],
+    "one image": [[4, (1, 4, 6), 3]],
+    "image first, not square": [[0, (1, 2, 10), 5]],
+    "two images": [[2, (1, 6, 4), 1, (1, 2, 2), 6]],
+    "batch": [[7], [3, (1, 4, 4), 2], [1], [2, (1, 8, 6), 3, (1, 2, 6), 1], [9]],
+}
+"""Name -> prompts, each a list of text lengths and grids."""
+
+
+def make_prompt(config: ModelConfig, parts: Sequence[int | Grid], *, seed: int = 0) -> Prompt:
+    """Random text tokens and random pixels, each image between vision start and end."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = []
+    items = []
+    for part in parts:
+        if isinstance(part, int):
+            ids += torch.randint(0, config.vision_start_token_id - 9, (part,), generator=generator).tolist()
+            continue
+        rows = part[0] * part[1] * part[2] // config.vision.merge_unit
+        ids.append(config.vision_start_token_id)
+        items.append(
+            VisualItem(
+                modality="image", digest="", num_bytes=0, grid=part, num_rows=rows, offset=len(ids), param="image"
+            )
+        )
+        ids += [config.image_token_id] * rows + [config.vision_end_token_id]
+    num_patches = sum(t * h * w for t, h, w in (item.grid for item in items))
+    pixels = torch.rand(num_patches, config.vision.patch_dim, generator=generator) * 2 - 1
+    return Prompt(torch.tensor(ids), tuple(items), pixels)
+
+
+def make_case(config: ModelConfig, name: str) -> list[Prompt]:
+    return [make_prompt(config, parts, seed=seed) for seed, parts in enumerate(CASES[name])]
+
+
+@dataclass
+class Outputs:
+    """What both sides give for a list of prompts, packed behind one another.
+
+    logits `[T, V]`, positions `[3, T]`, layers (each layer's own output `[T, D]`, before DeepStack is added),
+    main `[R, D]`, levels n of `[R, D]`.
+    """
+
+    logits: Tensor
+    positions: Tensor
+    layers: list[Tensor]
+    main: Tensor
+    levels: list[Tensor]
+
+
+def load_oracle(folder: Path, dtype: torch.dtype = torch.float32, *, attention: str = "eager") -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+
+
+@torch.no_grad()
+def run_oracle(oracle: Any, config: ModelConfig, prompts: Sequence[Prompt]) -> Outputs:
+    """Each prompt by itself."""
+    logits, positions, layers, main, levels = [], [], [], [], []
+    for prompt in prompts:
+        is_image = (prompt.ids == config.image_token_id)[None].int()
+        visual = {}
+        oracle.model.rope_deltas = None
+        if prompt.items:
+            grids = torch.tensor(prompt.grids)
+            visual = {"pixel_values": prompt.pixels, "image_grid_thw": grids}
+            features = oracle.model.get_image_features(prompt.pixels, grids, return_dict=True)
+            main.append(torch.cat(features.pooler_output))
+            levels.append(torch.stack([torch.cat(level) for level in features.deepstack_features]))
+        index, _ = oracle.model.get_rope_index(prompt.ids[None], is_image, visual.get("image_grid_thw"))
+        out = oracle(
+            input_ids=prompt.ids[None], mm_token_type_ids=is_image, output_hidden_states=True, use_cache=False, **visual
+        )
+        logits.append(out.logits[0])
+        positions.append(index[:, 0])
+        # The last recorded hidden state is after the final norm, so the last layer's output is not among them.
+        layers.append(torch.stack([hidden[0] for hidden in out.hidden_states[1:-1]]))
+    return Outputs(
+        torch.cat(logits),
+        torch.cat(positions, dim=1),
+        list(torch.cat(layers, dim=1)),
+        torch.cat(main) if main else torch.empty(0, config.text.hidden_size),
+        list(torch.cat(levels, dim=1)) if levels else [],
+    )
+
+
+@torch.no_grad()
+def run_ours(model: Qwen3VLMoeForConditionalGeneration, prompts: Sequence[Prompt]) -> Outputs:
+    """All prompts in one packed batch."""
+    config = model.config
+    merge = config.vision.spatial_merge_size
+    ids = torch.cat([prompt.ids for prompt in prompts])
+    positions = torch.cat([mrope_positions(len(p.ids), p.items, merge)[0] for p in prompts], dim=1)
+    pixels, grids = torch.cat([p.pixels for p in prompts]), [grid for p in prompts for grid in p.grids]
+    visual = {"pixel_values": pixels, "image_grid_thw": grids} if grids else {}
+    layers: list[Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda _module, _inputs, output: layers.append(output))
+        for layer in model.language_model.model.layers[:-1]
+    ]
+    try:
+        batch = ForwardBatch.for_prompt([len(p.ids) for p in prompts], last_only=False)
+        logits = model(ids, positions, batch, **visual)
+    finally:
+        for handle in handles:
+            handle.remove()
+    main, levels = torch.empty(0, config.text.hidden_size), []
+    if grids:
+        main, deepstack = separate_deepstack(model.get_image_feature(pixels, grids), config.text.hidden_size)
+        levels = list(deepstack.split(config.text.hidden_size, dim=1))
+    return Outputs(logits, positions, layers, main, levels)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """norm(difference) / norm(theirs), in float64; 0 for two empty tensors."""
+    if ours.shape != theirs.shape:
+        raise ValueError(f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)} differ")
+    if theirs.numel() == 0:
+        return 0.0
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+class OraclePool:
+    """Checkpoints, oracles and models, each made once a session."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._cache: dict[tuple[object, ...], Any] = {}
+
+    def _once(self, key: tuple[object, ...], make: Any) -> Any:
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def folder(self, name: str) -> Path:
+        def make() -> Path:
+            write_random_checkpoint(self.root / name, CONFIGS[name], seed=len(name))
+            return self.root / name
+
+        return self._once(("folder", name), make)
+
+    def oracle(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
+        return self._once(("oracle", name, dtype), lambda: load_oracle(self.folder(name), dtype))
+
+    def ours(self, name: str, dtype: torch.dtype = torch.float32) -> Qwen3VLMoeForConditionalGeneration:
+        """Shared: a test that changes it loads its own with `load_model(pool.folder(name))`."""
+        return self._once(("ours", name, dtype), lambda: load_model(self.folder(name), dtype=dtype))
+
+    def expected(self, name: str, case: str, dtype: torch.dtype = torch.float32) -> Outputs:
+        """The oracle's outputs for a case."""
+
+        def make() -> Outputs:
+            return run_oracle(self.oracle(name, dtype), CONFIGS[name], make_case(CONFIGS[name], case))
+
+        return self._once(("expected", name, case, dtype), make)
