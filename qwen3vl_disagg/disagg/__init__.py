@@ -1,4 +1,4 @@
-"""The way of visual rows from encode ranks to language ranks, and the processes around it."""
+"""How visual rows get from encode ranks to language ranks: buffers, links, sessions, and the two ends."""
 
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 

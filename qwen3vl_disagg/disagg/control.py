@@ -197,6 +197,10 @@ class Connection:
         if self._watch is not None and self._watch is not asyncio.current_task():
             self._watch.cancel()
 
+    def abort(self) -> None:
+        """Drop the connection at once, without sending what is queued."""
+        self._fail(ConnectionLost("dropped on purpose"))
+
     async def close(self, timeout: float = 1.0) -> None:
         """Send what is queued, then close. Safe to call twice."""
         self._stop()

@@ -23,10 +23,16 @@ Side = Literal["encode", "language"]
 _RANK_IN_PAIR = {"encode": 0, "language": 1}
 
 
+class LinkBroken(TransferError):
+    """The peer is gone or did not keep up; the link is of no more use."""
+
+    code = "link_broken"
+
+
 class Link(Protocol):
     """`send` on one end and `receive` on the other, with tensors of equal shapes and dtypes in equal order.
 
-    Both raise TransferError when the peer is gone or `timeout` seconds have passed; the link is then of no more use.
+    Both raise LinkBroken when the peer is gone or `timeout` seconds have passed.
     """
 
     def send(self, tensors: Sequence[Tensor], timeout: float) -> None: ...
@@ -43,7 +49,7 @@ LinkFactory = Callable[[Side, int, int, int], Link]
 class ProcessGroupLink:
     """Over a 2-rank Gloo group. Tensors that are not on the CPU are staged through it."""
 
-    def __init__(self, group: dist.ProcessGroupGloo, side: Side) -> None:
+    def __init__(self, group: dist.ProcessGroup, side: Side) -> None:
         self._group = group
         self._peer = 1 - _RANK_IN_PAIR[side]
 
@@ -66,14 +72,14 @@ class ProcessGroupLink:
             for work in works:
                 work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
         except RuntimeError as error:
-            raise TransferError(f"the payload did not get through: {type(error).__name__}") from error
+            raise LinkBroken(f"the payload did not get through: {type(error).__name__}") from error
 
     def close(self) -> None:
         """The group's sockets close when its last reference goes."""
         del self._group
 
 
-def process_group_links(store: dist.Store, *, host: str, timeout_s: float = 20.0) -> LinkFactory:
+def process_group_links(store: dist.TCPStore, *, host: str, timeout_s: float = 20.0) -> LinkFactory:
     """Links over Gloo groups that meet in `store`, on the interface of `host`."""
 
     def make(side: Side, encode_rank: int, language_rank: int, epoch: int) -> Link:
@@ -83,7 +89,7 @@ def process_group_links(store: dist.Store, *, host: str, timeout_s: float = 20.0
         try:
             group = build_pair(client, prefix, rank_in_pair=_RANK_IN_PAIR[side], host=host, timeout_s=timeout_s)
         except RuntimeError as error:
-            raise TransferError(f"no group with the other end of {prefix}") from error
+            raise LinkBroken(f"no group with the other end of {prefix}") from error
         return ProcessGroupLink(group, side)
 
     return make
@@ -102,10 +108,10 @@ class InProcessLink:
         try:
             sent = self._sent.get(timeout=timeout)
         except queue.Empty:
-            raise TransferError(f"nothing was sent within {timeout:g} s") from None
+            raise LinkBroken(f"nothing was sent within {timeout:g} s") from None
         for target, source in zip(tensors, sent, strict=True):
             if target.shape != source.shape or target.dtype != source.dtype:
-                raise TransferError(
+                raise LinkBroken(
                     f"sent {tuple(source.shape)} {source.dtype}, expected {tuple(target.shape)} {target.dtype}"
                 )
             target.copy_(source)

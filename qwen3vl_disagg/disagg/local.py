@@ -47,7 +47,7 @@ class LocalTransfer:
             started = time.monotonic()
             header = encoded.header(grant)
             self._link.send(encoded.payload(grant), _TIMEOUT_S)
-            received = self.receiver.receive(self._link, header, _TIMEOUT_S)
+            received = self.receiver.receive(self._link, self.receiver.begin(header), _TIMEOUT_S)
         finally:
             self.receiver.drop(request_id, item, attempt)
         if received is None:

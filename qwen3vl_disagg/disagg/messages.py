@@ -28,11 +28,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 # ---- on both kinds of connection ----
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True):
     """Sent when nothing else was for a while; a connection silent for longer than its limit is dead."""
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """Answer to a hello that does not fit; the connection is closed after it."""
 
     field: str
@@ -43,7 +43,7 @@ class Refused(Message):
 # ---- hub: rank -> frontend ----
 
 
-class RankHello(Message):
+class RankHello(Message, frozen=True):
     """First message of a rank. `link_address` (host, port) is where a language rank listens for encode ranks;
     `store_address` is given by the first language rank, which hosts the store that links meet in."""
 
@@ -56,13 +56,13 @@ class RankHello(Message):
     store_address: tuple[str, int] | None = None
 
 
-class LinksUp(Message):
+class LinksUp(Message, frozen=True):
     """An encode rank's current links; it can be given items for these language ranks."""
 
     language_ranks: list[int]
 
 
-class Decoded(Message):
+class Decoded(Message, frozen=True):
     """The item's bytes are a good image: a streamed answer may begin."""
 
     request_id: str
@@ -70,7 +70,7 @@ class Decoded(Message):
     attempt: int
 
 
-class ItemFailed(Message):
+class ItemFailed(Message, frozen=True):
     """An encode rank gives an item up. kind `input`: the media is bad, trying again is useless; else try another."""
 
     request_id: str
@@ -80,14 +80,14 @@ class ItemFailed(Message):
     message: str
 
 
-class NeedItems(Message):
+class NeedItems(Message, frozen=True):
     """A language rank has room for these items of a request and lacks their rows."""
 
     request_id: str
     items: list[int]
 
 
-class ItemLost(Message):
+class ItemLost(Message, frozen=True):
     """A transfer to a language rank failed; the item has to be assigned again."""
 
     request_id: str
@@ -96,7 +96,7 @@ class ItemLost(Message):
     reason: str
 
 
-class ItemReceived(Message):
+class ItemReceived(Message, frozen=True):
     """All rows of an item arrived and were checked."""
 
     request_id: str
@@ -104,7 +104,7 @@ class ItemReceived(Message):
     attempt: int
 
 
-class Tokens(Message):
+class Tokens(Message, frozen=True):
     """New tokens of a request, in order; `index` is the number of the first one, from 0."""
 
     request_id: str
@@ -113,13 +113,13 @@ class Tokens(Message):
     logprobs: list[TokenLogprob] | None = None
 
 
-class Finished(Message):
+class Finished(Message, frozen=True):
     request_id: str
     finish_reason: Literal["stop", "length"]
     timings: RequestTimings
 
 
-class RequestFailed(Message):
+class RequestFailed(Message, frozen=True):
     """A request ended with an error. `status` is the HTTP status that fits."""
 
     request_id: str
@@ -131,18 +131,18 @@ class RequestFailed(Message):
 # ---- hub: frontend -> rank ----
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """The frontend took the rank in."""
 
 
-class Peers(Message):
+class Peers(Message, frozen=True):
     """To encode ranks: where the store is and which language ranks to link to (rank, host, port)."""
 
     store_address: tuple[str, int]
     language_ranks: list[tuple[int, str, int]]
 
 
-class Submit(Message):
+class Submit(Message, frozen=True):
     """To a language rank: a whole request. `token_ids` are little-endian int32, placeholders expanded."""
 
     request_id: str
@@ -152,7 +152,7 @@ class Submit(Message):
     timeout_s: float
 
 
-class Assign(Message):
+class Assign(Message, frozen=True):
     """To a language rank: `item` will come from `encode_rank`; grant it room over that link."""
 
     request_id: str
@@ -161,7 +161,7 @@ class Assign(Message):
     encode_rank: int
 
 
-class EncodeItem(Message):
+class EncodeItem(Message, frozen=True):
     """To an encode rank: fetch the bytes under `visual.digest`, encode them, send the rows to `language_rank`.
 
     `visual_token_id` is the placeholder's id, for the fill_ids buffer.
@@ -176,27 +176,27 @@ class EncodeItem(Message):
     timeout_s: float
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """The request (to a language rank) or all its items (to an encode rank) are no longer wanted."""
 
     request_id: str
 
 
-class Stop(Message):
+class Stop(Message, frozen=True):
     """Leave: the job is going down. The rank says `Goodbye` on its links and exits 0."""
 
 
 # ---- media store, on a connection of its own to the frontend ----
 
 
-class Pull(Message):
+class Pull(Message, frozen=True):
     """First message: send me the bytes under this SHA-256 (hex)."""
 
     token: str
     digest: str
 
 
-class Blob(Message):
+class Blob(Message, frozen=True):
     """Answer: `num_bytes` raw bytes follow; -1 when there is nothing under that digest."""
 
     num_bytes: int
@@ -205,21 +205,25 @@ class Blob(Message):
 # ---- link: encode rank <-> language rank ----
 
 
-class LinkHello(Message):
+class LinkHello(Message, frozen=True):
     token: str
     encode_rank: int
     pid: int
     fingerprint: dict[str, str]
 
 
-class LinkAccept(Message):
-    """The fingerprints agree. Both ends now build the 2-rank group under `link/{encode}-{language}/{epoch}`."""
+class LinkAccept(Message, frozen=True):
+    """The fingerprints agree. Both ends now build the 2-rank group under `link/{encode}-{language}/{epoch}`.
+
+    `store_address`: the store to meet in, where it is not the one that `Peers` named.
+    """
 
     epoch: int
     language_rank: int
+    store_address: tuple[str, int] | None = None
 
 
-class Grant(Message):
+class Grant(Message, frozen=True):
     """Language -> encode: room for rows [row_start, row_stop) and DeepStack rows [deepstack_start, deepstack_stop).
 
     `row_runs` and `deepstack_runs` are the lengths of the contiguous pieces to send them in.
@@ -236,7 +240,7 @@ class Grant(Message):
     deepstack_runs: list[int]
 
 
-class Header(Message):
+class Header(Message, frozen=True):
     """Encode -> language, before the rows: what follows on the process group, and the item as the encoder saw it.
 
     Payload order: embedding rows, fill_ids, positions, aux, DeepStack rows. `digest` is over the granted rows.
@@ -257,7 +261,7 @@ class Header(Message):
     encode_ms: float
 
 
-class HeaderOk(Message):
+class HeaderOk(Message, frozen=True):
     """Language -> encode: the receives are posted, send."""
 
     request_id: str
@@ -265,7 +269,7 @@ class HeaderOk(Message):
     attempt: int
 
 
-class Ack(Message):
+class Ack(Message, frozen=True):
     """Language -> encode: rows below `received` arrived and are right. With all of them the sender may forget."""
 
     request_id: str
@@ -274,7 +278,7 @@ class Ack(Message):
     received: int
 
 
-class Nack(Message):
+class Nack(Message, frozen=True):
     """Either way: that cannot be done, with the reason; the attempt is over."""
 
     request_id: str
@@ -283,7 +287,7 @@ class Nack(Message):
     reason: str
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     """Either way: the attempt is no longer wanted."""
 
     request_id: str
@@ -292,7 +296,7 @@ class Abort(Message):
     reason: str
 
 
-class Goodbye(Message):
+class Goodbye(Message, frozen=True):
     """The sender leaves on purpose; not a failure."""
 
 

@@ -7,18 +7,19 @@ knowing. `_Options` and `create_device` are half private, so this file is kept s
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 
 def build_pair(
     store: dist.Store, prefix: str, *, rank_in_pair: int, host: str, timeout_s: float
-) -> dist.ProcessGroupGloo:
+) -> dist.ProcessGroup:
     """Meet the other end under `prefix` in `store`; blocks until both are there. Raises RuntimeError after the timeout.
 
     Each wait on the group without a timeout of its own takes `timeout_s`.
     """
-    options = dist.ProcessGroupGloo._Options()
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host, lazy_init=False)]
     options._timeout = timedelta(seconds=timeout_s)
     options._threads = 1

@@ -44,6 +44,14 @@ class _Session:
     is_dropped: bool = False
 
 
+@dataclass(frozen=True)
+class Receiving:
+    """A session whose payload is on its way."""
+
+    session: _Session
+    header: Header
+
+
 class LanguageReceiver:
     """Sessions over one set of buffers. Thread-safe: links receive on threads of their own."""
 
@@ -92,10 +100,18 @@ class LanguageReceiver:
             self._sessions[request_id, item] = _Session(grant, visual, lease)
             return grant
 
-    def check_header(self, header: Header) -> str | None:
-        """Why this header cannot be received, or None."""
+    def begin(self, header: Header) -> Receiving:
+        """Accept a header: from here on its payload is going to come, and `receive` has to be called.
+
+        TransferError, and nothing changes, if it does not fit the session's grant.
+        """
         with self._lock:
-            return self._check_header(header)
+            problem = self._check_header(header)
+            if problem:
+                raise TransferError(problem)
+            session = self._sessions[header.request_id, header.item]
+            session.is_receiving = True
+            return Receiving(session, header)
 
     def _check_header(self, header: Header) -> str | None:
         session = self._sessions.get((header.request_id, header.item))
@@ -114,18 +130,12 @@ class LanguageReceiver:
         wrong = [f"{name}: expected {mine}, got {theirs}" for name, (mine, theirs) in pairs.items() if mine != theirs]
         return "; ".join(wrong) or None
 
-    def receive(self, link: Link, header: Header, timeout: float) -> ReceivedItem | None:
-        """Receive and check what `header` announced; blocks. None if the session was dropped meanwhile.
+    def receive(self, link: Link, receiving: Receiving, timeout: float) -> ReceivedItem | None:
+        """Receive and check what was announced; blocks. None if the session was dropped meanwhile.
 
-        TransferError if the payload does not come, or is not what was announced; the session is over then.
+        LinkBroken if the payload does not come, TransferError if it is not what was announced; the session is over.
         """
-        key = (header.request_id, header.item)
-        with self._lock:
-            problem = self._check_header(header)
-            if problem:
-                raise TransferError(problem)
-            session = self._sessions[key]
-            session.is_receiving = True
+        session, header = receiving.session, receiving.header
         try:
             link.receive(self.buffers.receive_views(session.lease, header.total_rows), timeout)
             return None if session.is_dropped else self._checked(session, header)
@@ -136,7 +146,7 @@ class LanguageReceiver:
                     allocator.release(session.lease)
                 else:
                     allocator.free(session.lease)
-                    del self._sessions[key]
+                    del self._sessions[header.request_id, header.item]
 
     def _checked(self, session: _Session, header: Header) -> ReceivedItem:
         """The rows, copied out of the buffers, if they are what the prompt and the header say."""

@@ -10,7 +10,6 @@ an older number, or belongs to a request that has ended, changes nothing.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,6 +40,7 @@ from qwen3vl_disagg.disagg.messages import (
     Submit,
     Tokens,
 )
+from qwen3vl_disagg.disagg.placement import EncodeRank, LanguageRank, choose_encode_rank, choose_language_rank
 from qwen3vl_disagg.disagg.routing import (
     Abandon,
     Action,
@@ -96,25 +96,6 @@ class _Request:
     num_received_tokens: int = 0
 
 
-@dataclass
-class _EncodeRank:
-    incarnation: int
-    links: set[int] = field(default_factory=set)
-    jobs: dict[tuple[str, int], int] = field(default_factory=dict)
-    """(request, item) being encoded -> patches."""
-
-    @property
-    def num_patches(self) -> int:
-        return sum(self.jobs.values())
-
-
-@dataclass
-class _LanguageRank:
-    last_used: int = 0
-    requests: dict[str, int] = field(default_factory=dict)
-    """Request -> tokens."""
-
-
 class Router:
     """The tables and the rules. `visual_token_ids`: placeholder id by modality."""
 
@@ -123,8 +104,8 @@ class Router:
         self.is_draining = False
         self._visual_token_ids = visual_token_ids
         self._requests: dict[str, _Request] = {}
-        self._encode: dict[int, _EncodeRank] = {}
-        self._language: dict[int, _LanguageRank] = {}
+        self._encode: dict[int, EncodeRank] = {}
+        self._language: dict[int, LanguageRank] = {}
         self._num_incarnations = 0
         self._num_submitted = 0
         self._actions: list[Action] = []
@@ -178,7 +159,9 @@ class Router:
         if error := self._refusal(event):
             self._actions.append(End(event.request_id, error))
             return
-        rank = self._pick_language_rank(has_items=bool(event.items))
+        # For images, a rank that some encode rank can send to, if there is one.
+        reachable = self.linked_language_ranks if event.items else set()
+        rank = choose_language_rank(self._language, reachable or self.language_ranks)
         self._num_submitted += 1
         self._language[rank].last_used = self._num_submitted
         self._language[rank].requests[event.request_id] = event.num_tokens
@@ -205,16 +188,6 @@ class Router:
         if waiting and sum(waiting) + event.num_tokens > self.limits.max_waiting_tokens:
             return OverloadedError("too many tokens are waiting")
         return None
-
-    def _pick_language_rank(self, has_items: bool) -> int:
-        """The least tokens under way, then the longest unused; for images, one that an encode rank can reach."""
-        candidates = (self.linked_language_ranks if has_items else set()) or self.language_ranks
-
-        def load(rank: int) -> tuple[int, int, int]:
-            state = self._language[rank]
-            return sum(state.requests.values()), state.last_used, rank
-
-        return min(candidates, key=load)
 
     def _end(self, request_id: str, error: DisaggError | None = None, *, by_language_rank: bool = False) -> None:
         request = self._requests.pop(request_id, None)
@@ -244,9 +217,9 @@ class Router:
         self._rank_down(RankDown(event.role, event.rank), now)
         if event.role == "encode":
             self._num_incarnations += 1
-            self._encode[event.rank] = _EncodeRank(self._num_incarnations)
+            self._encode[event.rank] = EncodeRank(self._num_incarnations)
         else:
-            self._language[event.rank] = _LanguageRank()
+            self._language[event.rank] = LanguageRank()
 
     def _rank_down(self, event: RankDown, now: float) -> None:
         if event.role == "encode":
@@ -341,9 +314,11 @@ class Router:
         if request is None:
             return
         item = request.items[index]
-        rank = self._pick_encode_rank(item, request.language_rank)
-        if rank is None:
+        linked = {rank: state for rank, state in self._encode.items() if request.language_rank in state.links}
+        fresh = {rank: s for rank, s in linked.items() if (rank, s.incarnation) not in item.failed_on}
+        if not linked:
             return
+        rank = choose_encode_rank(item.visual.digest, item.num_patches, fresh or linked)
         item.attempt += 1
         item.state, item.encode_rank, item.wait_until = "encoding", rank, math.inf
         self._encode[rank].jobs[request_id, index] = item.num_patches
@@ -359,21 +334,6 @@ class Router:
             timeout_s=max(0.0, request.deadline - now),
         )
         self._actions.append(Send("encode", rank, encode))
-
-    def _pick_encode_rank(self, item: _Item, language_rank: int) -> int | None:
-        """By content (rendezvous hashing), so that the same image meets the same rank and its cache; but where the
-        least loaded rank has at least this item less to do, encoding there costs no more time than waiting would.
-        Ranks that failed the item come last.
-        """
-        linked = {rank: state for rank, state in self._encode.items() if language_rank in state.links}
-        fresh = {rank: s for rank, s in linked.items() if (rank, s.incarnation) not in item.failed_on}
-        candidates = fresh or linked
-        if not candidates:
-            return None
-        load = {rank: state.num_patches for rank, state in candidates.items()}
-        by_content = max(candidates, key=lambda rank: _affinity(item.visual.digest, rank))
-        least = min(candidates, key=lambda rank: (load[rank], -_affinity(item.visual.digest, rank)))
-        return least if load[by_content] - load[least] >= item.num_patches else by_content
 
     def _from_language(self, rank: int, message: Message, now: float) -> None:
         if not isinstance(message, (NeedItems, ItemLost, ItemReceived, Tokens, Finished, RequestFailed)):
@@ -414,11 +374,6 @@ class Router:
         elif message.index == request.num_received_tokens and message.token_ids:
             request.num_received_tokens += len(message.token_ids)
             self._actions.append(Deliver(message.request_id, message))
-
-
-def _affinity(digest: str, rank: int) -> int:
-    """Highest-random-weight hashing: a rank that comes or goes moves only the items that are its own."""
-    return int.from_bytes(hashlib.blake2b(f"{digest}/{rank}".encode(), digest_size=8).digest(), "big")
 
 
 def error_of(message: RequestFailed) -> DisaggError:

@@ -76,7 +76,8 @@ class LanguageRank:
         self._engine.start()
         serving = asyncio.create_task(self._serve())
         try:
-            await asyncio.wait({serving, self._crash}, return_when=asyncio.FIRST_COMPLETED)
+            ends: list[asyncio.Future[Any]] = [serving, self._crash]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self._crash.done():
                 raise RuntimeError("the engine crashed") from self._crash.result()
             return await serving

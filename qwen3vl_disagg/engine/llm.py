@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ from qwen3vl_disagg.engine.sequence import ItemRows
 from qwen3vl_disagg.processing import Processor, Prompt
 
 TextCallback = Callable[[int, str], None]
+
+
+def _ignore(_: int, piece: str) -> None:
+    """Nobody listens to the pieces."""
 
 
 class Usage(msgspec.Struct, kw_only=True):
@@ -147,7 +152,7 @@ class LLM:
             while answers:
                 for event in self.engine.step():
                     i, answer = answers[event.request_id]
-                    result = self._handle(event, answer, lambda piece, i=i: on_text and on_text(i, piece))
+                    result = self._handle(event, answer, partial(on_text or _ignore, i))
                     if result is not None:
                         results[i] = result
                         del answers[event.request_id]

@@ -13,6 +13,7 @@ from torch import Tensor
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import PagedBatch, Qwen3MoeForCausalLMWithDeepStack
+from qwen3vl_disagg.model.attention import LayerCache
 
 
 class ModelRunner:
@@ -27,10 +28,10 @@ class ModelRunner:
         kv_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         shape = (num_pages * page_size, text.num_key_value_heads, text.head_dim)
         # calloc'ed on CPU: pages cost memory only once they are written.
-        self.caches = [
-            tuple(torch.zeros(shape, dtype=kv_dtype, device=self.device) for _ in "kv")
-            for _ in range(text.num_hidden_layers)
-        ]
+        self.caches: list[LayerCache] = []
+        for _ in range(text.num_hidden_layers):
+            keys, values = (torch.zeros(shape, dtype=kv_dtype, device=self.device) for _ in "kv")
+            self.caches.append((keys, values))
 
     @torch.inference_mode()
     def prefill(self, sequences: Seq[Sequence]) -> Tensor:

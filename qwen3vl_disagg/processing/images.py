@@ -116,7 +116,7 @@ class ImageProcessor:
         ):
             if raw.get(name, ours) != ours:
                 problems.append(f"{name} is {raw[name]!r}, config.json says {ours}")
-        vectors = {}
+        vectors: dict[str, Any] = {}
         for name, key in (("mean", "image_mean"), ("std", "image_std")):
             vectors[name] = tuple(raw.get(key, (0.5, 0.5, 0.5)))
             if len(vectors[name]) != config.in_channels:

@@ -90,7 +90,7 @@ class ChatTemplate:
     def _guard(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """A character that occurs neither in the messages nor in the template."""
         used = set(self._source)
-        self._map_strings(list(messages), lambda text: used.update(text) or text)
+        self._map_strings(list(messages), used.update)
         return next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)
 
     def _break_specials(self, text: str, guard: str) -> str:

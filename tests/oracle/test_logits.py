@@ -1,4 +1,4 @@
-"""Ours against the oracle: positions exact, every stage within 1e-5 in float32, within the rounding of bfloat16 else."""
+"""Ours against the oracle: positions exact, every stage within 1e-5 in float32, within rounding in bfloat16."""
 
 import itertools
 

@@ -1,0 +1,52 @@
+"""Which rank gets what: the two choices of the router, as functions of its tables."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+
+
+@dataclass
+class EncodeRank:
+    incarnation: int
+    links: set[int] = field(default_factory=set)
+    jobs: dict[tuple[str, int], int] = field(default_factory=dict)
+    """(request, item) being encoded -> patches."""
+
+    @property
+    def num_patches(self) -> int:
+        return sum(self.jobs.values())
+
+
+@dataclass
+class LanguageRank:
+    last_used: int = 0
+    requests: dict[str, int] = field(default_factory=dict)
+    """Request -> tokens."""
+
+
+def choose_language_rank(ranks: Mapping[int, LanguageRank], candidates: Set[int]) -> int:
+    """The one with the fewest tokens under way, then the longest unused."""
+
+    def load(rank: int) -> tuple[int, int, int]:
+        return sum(ranks[rank].requests.values()), ranks[rank].last_used, rank
+
+    return min(candidates, key=load)
+
+
+def choose_encode_rank(digest: str, num_patches: int, candidates: Mapping[int, EncodeRank]) -> int:
+    """By content, so that the same image meets the same rank and its cache, unless that rank is busy.
+
+    Busy: it has at least this item more to do than the least loaded one. Then encoding there costs no more time than
+    waiting here would. So the images of one request spread over idle ranks.
+    """
+    load = {rank: state.num_patches for rank, state in candidates.items()}
+    by_content = max(candidates, key=lambda rank: _affinity(digest, rank))
+    least = min(candidates, key=lambda rank: (load[rank], -_affinity(digest, rank)))
+    return least if load[by_content] - load[least] >= num_patches else by_content
+
+
+def _affinity(digest: str, rank: int) -> int:
+    """Highest-random-weight hashing: a rank that comes or goes moves only the items that are its own."""
+    return int.from_bytes(hashlib.blake2b(f"{digest}/{rank}".encode(), digest_size=8).digest(), "big")

@@ -1,0 +1,86 @@
+"""Rotary embeddings and patch order against worked examples."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3vl_disagg.model.rope import apply_rotary, mrope_axes, text_rotary, vision_rotary
+from qwen3vl_disagg.model.vision import patch_coordinates
+
+
+def test_axes_of_the_published_models():
+    assert mrope_axes(64, (24, 20, 20)) == [0, 1, 2] * 20 + [0] * 4
+
+
+def test_axes_of_small_heads():
+    assert mrope_axes(16, (6, 5, 5)) == [0, 1, 2] * 5 + [0]
+    assert mrope_axes(12, (4, 4, 4)) == [0, 1, 2] * 4
+
+
+@given(height=st.integers(0, 8), width=st.integers(0, 8), rest=st.integers(0, 8))
+def test_each_section_gets_its_number_of_frequencies(height, width, rest):
+    time = max(height, width) + rest
+    axes = mrope_axes(time + height + width, (time, height, width))
+    assert [axes.count(axis) for axis in range(3)] == [time, height, width]
+
+
+def test_text_angles():
+    positions = torch.tensor([[3, 7], [3, 9], [3, 8]])
+    cos, sin = text_rotary(positions, head_dim=12, theta=100.0, section=(2, 2, 2), dtype=torch.float32)
+    assert cos.shape == sin.shape == (2, 1, 12)
+    frequencies = [100.0 ** (-2 * j / 12) for j in range(6)]
+    for token, axes in enumerate([[3] * 6, [7, 9, 8, 7, 9, 8]]):
+        angles = torch.tensor([axis * frequency for axis, frequency in zip(axes, frequencies, strict=True)] * 2)
+        torch.testing.assert_close(cos[token, 0], angles.cos())
+        torch.testing.assert_close(sin[token, 0], angles.sin())
+
+
+def test_angles_are_float32_whatever_the_model_is():
+    positions = torch.full((3, 1), 10_001)
+    settings = {"head_dim": 128, "theta": 5e6, "section": (24, 20, 20)}
+    exact, _ = text_rotary(positions, **settings, dtype=torch.float32)
+    rounded, _ = text_rotary(positions, **settings, dtype=torch.bfloat16)
+    assert torch.equal(rounded, exact.bfloat16())
+
+
+def test_vision_angles_first_rows_then_columns():
+    cos, _ = vision_rotary(torch.tensor([[2, 5]]), head_dim=8)
+    angles = torch.tensor([2.0, 0.02, 5.0, 0.05] * 2)
+    torch.testing.assert_close(cos[0, 0], angles.cos())
+
+
+@given(st.integers(1, 3), st.integers(0, 500))
+def test_rotation_keeps_lengths_and_depends_on_distance_only(heads, shift):
+    x = torch.randn(2, heads, 12, generator=torch.Generator().manual_seed(0))
+    scores = []
+    for offset in (0, shift):
+        positions = torch.tensor([5, 9]).expand(3, 2) + offset
+        rotary = text_rotary(positions, head_dim=12, theta=1e4, section=(2, 2, 2), dtype=torch.float32)
+        rotated = apply_rotary(x, *rotary)
+        torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
+        scores.append((rotated[0] * rotated[1]).sum(-1))
+    torch.testing.assert_close(scores[0], scores[1], atol=1e-3, rtol=1e-3)
+
+
+def test_patch_order_of_a_square_frame():
+    first_rows = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
+    last_rows = [(2, 0), (2, 1), (3, 0), (3, 1), (2, 2), (2, 3), (3, 2), (3, 3)]
+    assert list(map(tuple, patch_coordinates([(1, 4, 4)], 2).tolist())) == first_rows + last_rows
+
+
+@given(
+    grids=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3),
+    merge=st.integers(1, 3),
+)
+def test_patch_order_by_formula(grids, merge):
+    grids = [(t, h * merge, w * merge) for t, h, w in grids]
+    expected = [
+        (
+            n // (merge * width) * merge + n // merge % merge,
+            n % (merge * width) // merge**2 * merge + n % merge,
+        )
+        for frames, height, width in grids
+        for _ in range(frames)
+        for n in range(height * width)
+    ]
+    assert list(map(tuple, patch_coordinates(grids, merge).tolist())) == expected
