@@ -22,6 +22,7 @@ from qwen3vl_disagg.disagg.messages import (
     HeaderOk,
     LinkAccept,
     LinkHello,
+    LinkReady,
     Message,
     Nack,
     Refused,
@@ -203,6 +204,8 @@ class EncodeLinks:
             if not isinstance(answer, LinkAccept) or answer.language_rank != language_rank:
                 raise TransferError(f"language rank {language_rank} answered {type(answer).__name__}")
             payload = await asyncio.to_thread(make_link, "encode", self._hello.encode_rank, language_rank, answer.epoch)
+            if not isinstance(await control.receive(timeout=CONNECT_S), LinkReady):
+                raise TransferError(f"language rank {language_rank} did not get ready")
         except BaseException:
             await control.close()
             raise

@@ -31,6 +31,7 @@ from qwen3vl_disagg.disagg.messages import (
     HeaderOk,
     LinkAccept,
     LinkHello,
+    LinkReady,
     Message,
     Nack,
     Refused,
@@ -154,6 +155,7 @@ class LinkServer:
             return
         self._links[link.encode_rank] = link
         control.keep_alive()
+        self._post(link, LinkReady())
         reason = "the encode rank left"
         try:
             while not isinstance(message := await control.receive(), Goodbye):

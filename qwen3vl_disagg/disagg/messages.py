@@ -223,6 +223,10 @@ class LinkAccept(Message, frozen=True):
     store_address: tuple[str, int] | None = None
 
 
+class LinkReady(Message, frozen=True):
+    """Language -> encode: this side has the group too and takes items from now on."""
+
+
 class Grant(Message, frozen=True):
     """Language -> encode: room for rows [row_start, row_stop) and DeepStack rows [deepstack_start, deepstack_stop).
 
@@ -323,4 +327,4 @@ HubMessage = (
     | Pull
     | Blob
 )
-LinkMessage = Heartbeat | Refused | LinkHello | LinkAccept | Grant | Header | HeaderOk | Ack | Nack | Abort | Goodbye
+LinkMessage = Heartbeat | Refused | LinkHello | LinkAccept | LinkReady | Grant | Header | HeaderOk | Ack | Nack | Abort | Goodbye

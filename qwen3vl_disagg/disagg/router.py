@@ -193,7 +193,7 @@ class Router:
         request = self._requests.pop(request_id, None)
         if request is None:
             return
-        encoding = {item.encode_rank for item in request.items if item.state == "encoding"}
+        encoding = {item.encode_rank for item in request.items if item.state == "encoding"} & self._encode.keys()
         for index in range(len(request.items)):
             self._take_from_encode_rank(request_id, index, request.items[index])
         for rank in sorted(encoding):

@@ -1,5 +1,7 @@
 """Pages change nothing: prefill whole or in chunks and decode, over scattered pages, equal one causal pass."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,7 +72,7 @@ def check(sequences, cuts, page_size=4, seed=0):
 def steps(length, *ends):
     """(start, stop) of each step: `steps(9, 4, 5)` -> (0, 4), (4, 5), (5, 9)."""
     bounds = [0, *ends, length]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(bounds))
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
@@ -131,7 +133,7 @@ def test_which_logits(last_only):
 
 @pytest.mark.parametrize(("new", "context"), [([0], [1]), ([3], [2]), ([1, 1], [1])])
 def test_impossible_paged_lengths(new, context):
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError, match=r"do not fit contexts|argument 2 is shorter"):
         PagedBatch(new, context, torch.zeros(1, 1, dtype=torch.int64), 4, [])
 
 

@@ -1,11 +1,15 @@
 """Rotary embeddings and patch order against worked examples."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen3vl_disagg.model.config import check_config
 from qwen3vl_disagg.model.rope import apply_rotary, mrope_axes, text_rotary, vision_rotary
 from qwen3vl_disagg.model.vision import patch_coordinates
+from tests.support.oracle import CONFIGS
 
 
 def test_axes_of_the_published_models():
@@ -17,11 +21,13 @@ def test_axes_of_small_heads():
     assert mrope_axes(12, (4, 4, 4)) == [0, 1, 2] * 4
 
 
-@given(height=st.integers(0, 8), width=st.integers(0, 8), rest=st.integers(0, 8))
-def test_each_section_gets_its_number_of_frequencies(height, width, rest):
-    time = max(height, width) + rest
-    axes = mrope_axes(time + height + width, (time, height, width))
-    assert [axes.count(axis) for axis in range(3)] == [time, height, width]
+@given(section=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)))
+def test_a_section_that_the_config_accepts_gets_its_numbers_of_frequencies(section):
+    half = sum(section)
+    text = replace(CONFIGS["moe"].text, head_dim=2 * half, mrope_section=section)
+    accepted = not check_config(replace(CONFIGS["moe"], text=text))
+    axes = mrope_axes(half, section)
+    assert accepted == ([axes.count(axis) for axis in range(3)] == list(section))
 
 
 def test_text_angles():

@@ -1,0 +1,154 @@
+"""How the slots of one job find slot 0: a file that only this user can read. Linux only.
+
+Slot 0 writes the address of its hub and a random token; the others poll for it. The file's name is made of what all
+workers of one torchrun agent share and no other job does: the agent's pid, the run id, the master port, the restart
+count. Nothing of ours goes into torchrun's own store, which listens on all interfaces without authentication.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from qwen3vl_disagg.core.errors import InputError, NotBuiltYet, UnavailableError
+from qwen3vl_disagg.core.settings import ModelOptions
+
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class World:
+    """The workers of the job, as torchrun's environment says; without torchrun, one."""
+
+    rank: int = 0
+    size: int = 1
+    has_agent: bool = False
+    """Whether the parent process is torchrun's agent."""
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> World:
+        if "TORCHELASTIC_RUN_ID" not in env:
+            return cls()
+        if env["LOCAL_WORLD_SIZE"] != env["WORLD_SIZE"]:
+            raise NotBuiltYet("a job on several hosts", param="nnodes")
+        return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), has_agent=True)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which ranks do what: 0 .. E-1 encode, the others generate; a world of one does both."""
+
+    world_size: int
+    num_encode_ranks: int
+
+    @classmethod
+    def of(cls, world_size: int, num_encode_ranks: int | None = None) -> Layout:
+        """Default: a quarter encodes, at least one. InputError for a split without one of the roles."""
+        num = max(1, world_size // 4) if num_encode_ranks is None else num_encode_ranks
+        most = max(1, world_size - 1)
+        if not 1 <= num <= most:
+            raise InputError(
+                f"{num} encode ranks of {world_size} ranks: must be 1 to {most}, so that both roles have a rank",
+                param="encode-ranks",
+            )
+        return cls(world_size, num)
+
+    @property
+    def encode_ranks(self) -> range:
+        return range(self.num_encode_ranks)
+
+    @property
+    def language_ranks(self) -> range:
+        return range(0 if self.world_size == 1 else self.num_encode_ranks, self.world_size)
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """All that a rank's body is told. `host` is the address its own listeners bind to."""
+
+    rank: int
+    layout: Layout
+    hub_address: tuple[str, int]
+    token: str
+    model: ModelOptions
+    host: str = "127.0.0.1"
+
+    @property
+    def is_first_language_rank(self) -> bool:
+        """This one hosts the store in which links meet."""
+        return self.rank == self.layout.language_ranks[0]
+
+
+class Meeting(msgspec.Struct, frozen=True, kw_only=True):
+    """What slot 0 tells the others."""
+
+    hub_address: tuple[str, int]
+    token: str
+    pid: int
+
+
+def meeting_path(env: Mapping[str, str] = os.environ) -> Path:
+    """The same for all slots of a job. Makes the user's own directory; InputError if others could have made it."""
+    folder = Path(tempfile.gettempdir()) / f"qwen3vl-disagg-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    info = folder.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+        raise InputError(f"{folder} must be a directory that only its owner, uid {os.getuid()}, can use")
+    if "TORCHELASTIC_RUN_ID" not in env:
+        return folder / f"alone-{os.getpid()}.json"
+    parts = [env.get(f"{name}", "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")]
+    return folder / (re.sub(r"[^A-Za-z0-9-]", "_", "-".join([str(os.getppid()), *parts])) + ".json")
+
+
+def publish(path: Path, meeting: Meeting) -> None:
+    """Put the file there at once, whole."""
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(msgspec.json.encode(meeting))
+    os.replace(draft, path)
+
+
+def find(path: Path, deadline_s: float) -> Meeting:
+    """Wait for slot 0's file. UnavailableError after `deadline_s`."""
+    end = time.monotonic() + deadline_s
+    while True:
+        meeting = _read(path)
+        if meeting is not None and parent_of(meeting.pid) == os.getppid():
+            return meeting
+        if time.monotonic() >= end:
+            raise UnavailableError(f"slot 0 did not show up within {deadline_s:g} s")
+        time.sleep(_POLL_S)
+
+
+def _read(path: Path) -> Meeting | None:
+    """None if there is nothing, or a file that is not this user's."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    with os.fdopen(fd, "rb") as file:
+        if os.fstat(fd).st_uid != os.getuid():
+            return None
+        try:
+            return msgspec.json.decode(file.read(), type=Meeting)
+        except msgspec.DecodeError:
+            return None
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent of a living process; None if it is gone or only waits to be reaped."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:2]
+    except OSError:
+        return None
+    return None if state == "Z" else int(parent)

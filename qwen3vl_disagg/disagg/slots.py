@@ -1,0 +1,210 @@
+"""A slot: the process that torchrun starts. It forks what does the work, and supervises. Linux only.
+
+torchrun ends the whole job when one worker dies; a slot lets an encode rank, or the frontend, die alone. It has no
+thread, no process group and no CUDA context, so that forking is safe, and has torch imported, so that it is cheap.
+
+Signals: SIGTERM and SIGINT stay blocked in the slot (it waits for them) and in its children. torchrun signals a
+worker's whole process group at once, so a rank would otherwise leave while requests run; ranks leave when the hub
+tells them to. The frontend unblocks the two and drains. What has not left in time is killed here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from qwen3vl_disagg.core.errors import CheckpointError, HandshakeError, InputError
+
+EXIT_INPUT = 2
+EXIT_REFUSED = 78
+"""A rank that does not fit the others. Like bad input, starting it again would not help."""
+
+LEAVE_S = 26.0
+"""After a signal, children have this long; torchrun kills after 30 s."""
+ORPHAN_S = 5.0
+"""After a signal and the end of the frontend, ranks have this long."""
+_TICK_S = 0.25
+_LONG_LIFE_S = 10.0
+_MAX_BACKOFF_S = 10.0
+_STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
+_WAITED = _STOP_SIGNALS | {signal.SIGCHLD}
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Child:
+    """A process to fork. `body` returns the exit status: 0 says that it was told to leave.
+
+    `is_vital`: its death ends the job; else it is forked again. `sockets`: the only ones of the slot's that it keeps.
+    `takes_signals`: SIGTERM and SIGINT are passed on to it.
+    """
+
+    name: str
+    body: Callable[[], int]
+    is_vital: bool
+    sockets: tuple[socket.socket, ...] = ()
+    takes_signals: bool = False
+
+
+@dataclass
+class _Running:
+    pid: int
+    started: float
+    num_quick_deaths: int
+
+
+@dataclass
+class Slot:
+    """Forks `children` and supervises them. `sockets` are the slot's own, inherited as each child says.
+
+    `is_hub_gone`: whether the frontend has left for good. `on_left(name)` is called when a child has.
+    """
+
+    children: Sequence[Child]
+    sockets: Sequence[socket.socket] = ()
+    is_hub_gone: Callable[[], bool] = lambda: False
+    on_left: Callable[[str], None] = lambda name: None
+    leave_s: float = LEAVE_S
+    orphan_s: float = ORPHAN_S
+    _running: dict[str, _Running] = field(default_factory=dict)
+    _again: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Name -> (when to fork it again, quick deaths so far)."""
+    _status: int = 0
+    _stop_by: float | None = None
+    _orphan_by: float | None = None
+
+    def run(self) -> int:
+        """Until every child has left. The exit status: 0, or that of the failure that ended the slot."""
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)
+        try:
+            for child in self.children:
+                self._fork(child, num_quick_deaths=0)
+            while self._running or self._again:
+                self._take_signal(signal.sigtimedwait(_WAITED, _TICK_S))
+                self._reap()
+                self._fork_again()
+                self._enforce()
+            return self._status
+        finally:
+            for running in self._running.values():
+                os.kill(running.pid, signal.SIGKILL)
+                os.waitpid(running.pid, 0)
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+    def _take_signal(self, info: signal.struct_siginfo | None) -> None:
+        if info is not None and info.si_signo in _STOP_SIGNALS:
+            self._stop()
+
+    def _stop(self) -> None:
+        """Fork nothing more, and let the children leave."""
+        if self._stop_by is not None:
+            return
+        self._stop_by = time.monotonic() + self.leave_s
+        self._again.clear()
+        for child in self.children:
+            if child.takes_signals and child.name in self._running:
+                os.kill(self._running[child.name].pid, signal.SIGTERM)
+
+    def _reap(self) -> None:
+        """Children are waited for one by one: the slot may have others, which are not ours to reap."""
+        for child in self.children:
+            running = self._running.get(child.name)
+            if running is None:
+                continue
+            pid, wait_status = os.waitpid(running.pid, os.WNOHANG)
+            if pid:
+                del self._running[child.name]
+                self._ended(child, running, os.waitstatus_to_exitcode(wait_status))
+
+    def _ended(self, child: Child, running: _Running, status: int) -> None:
+        if status == 0:
+            self.on_left(child.name)
+            return
+        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit {status}"
+        is_final = child.is_vital or status in (EXIT_INPUT, EXIT_REFUSED) or self._stop_by is not None
+        if not is_final:
+            lived = time.monotonic() - running.started
+            deaths = running.num_quick_deaths + 1 if lived < _LONG_LIFE_S else 0
+            # The first deaths are answered at once; what keeps dying is given time.
+            pause = min(0.25 * 2.0 ** (deaths - 3), _MAX_BACKOFF_S) if deaths >= 3 else 0.0
+            self._again[child.name] = (time.monotonic() + pause, deaths)
+            _say(f"{child.name}: {how}; starting it again" + (f" in {pause:g} s" if pause else ""))
+            return
+        _say(f"{child.name}: {how}" + ("; the job ends" if self._stop_by is None else ""))
+        self._status = self._status or (status if status > 0 else 1)
+        self.on_left(child.name)
+        self._stop()
+        # Without its frontend nobody tells the ranks of this slot to leave; without its rank a slot has no reason to.
+        if child.is_vital:
+            self._orphan_by = self._orphan_by or time.monotonic() + self.orphan_s
+
+    def _fork_again(self) -> None:
+        for child in self.children:
+            due, num_quick_deaths = self._again.get(child.name, (float("inf"), 0))
+            if time.monotonic() >= due:
+                del self._again[child.name]
+                self._fork(child, num_quick_deaths)
+
+    def _enforce(self) -> None:
+        if self._stop_by is None:
+            return
+        now = time.monotonic()
+        if self._orphan_by is None and self.is_hub_gone():
+            self._orphan_by = now + self.orphan_s
+        if now >= min(self._stop_by, self._orphan_by or self._stop_by):
+            for name, running in self._running.items():
+                _say(f"{name}: did not leave in time")
+                os.kill(running.pid, signal.SIGKILL)
+
+    def _fork(self, child: Child, num_quick_deaths: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _run_child(child, self.sockets, parent)
+        self._running[child.name] = _Running(pid, time.monotonic(), num_quick_deaths)
+
+
+def _run_child(child: Child, sockets: Sequence[socket.socket], parent: int) -> None:
+    """In the child, to its end: `os._exit`, so that no hanging thread and nothing of the slot's can hold it up."""
+    status = 1
+    try:
+        die_with_parent(parent)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        for sock in sockets:
+            if sock not in child.sockets:
+                sock.close()
+        status = child.body()
+    except (InputError, CheckpointError) as error:
+        _say(f"{child.name}: error: {error}")
+        status = EXIT_INPUT
+    except HandshakeError as error:
+        _say(f"{child.name}: {error}")
+        status = EXIT_REFUSED
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def die_with_parent(parent: int) -> None:
+    """The kernel kills this process when its parent dies, even with -9."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

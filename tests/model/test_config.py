@@ -1,0 +1,140 @@
+"""Reading configs: both spellings, nothing guessed, everything wrong named at once."""
+
+import contextlib
+import copy
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3vl_disagg.checkpoint import config_to_dict
+from qwen3vl_disagg.model import ModelConfig
+from qwen3vl_disagg.model.config import ConfigError
+from tests.support.oracle import CONFIGS
+
+RAW = {spelling: config_to_dict(CONFIGS["mixed"], spelling=spelling) for spelling in ("hub", "v5")}
+
+
+def problems(raw):
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(raw)
+    return caught.value.problems
+
+
+def edited(spelling="hub", **changes):
+    """`section__key=value`; a value of None removes the key."""
+    raw = copy.deepcopy(RAW[spelling])
+    for path, value in changes.items():
+        *sections, key = path.split("__")
+        place = raw
+        for section in sections:
+            place = place[section]
+        if value is None:
+            del place[key]
+        else:
+            place[key] = value
+    return raw
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("spelling", ["hub", "v5"])
+def test_written_and_read(name, spelling):
+    raw = json.loads(json.dumps(config_to_dict(CONFIGS[name], spelling=spelling)))
+    assert ModelConfig.from_dict(raw) == CONFIGS[name]
+
+
+def test_what_the_spellings_are():
+    hub, v5 = RAW["hub"], RAW["v5"]
+    assert (hub["text_config"]["num_experts"], v5["text_config"]["num_local_experts"]) == (8, 8)
+    assert hub["text_config"]["rope_theta"] == v5["text_config"]["rope_parameters"]["rope_theta"] == 5e6
+    assert "rope_theta" not in v5["text_config"]
+    assert hub["vision_config"]["model_type"] == "qwen3_vl_moe"
+
+
+@pytest.mark.parametrize("spelling", ["hub", "v5"])
+@pytest.mark.parametrize(
+    "key", ["num_experts_per_tok", "moe_intermediate_size", "head_dim", "num_key_value_heads", "rms_norm_eps"]
+)
+def test_text_sizes_have_no_default(spelling, key):
+    assert problems(edited(spelling, **{f"text_config__{key}": None})) == [f"text_config.{key} is missing"]
+
+
+def test_experts_theta_and_vision_width_have_no_default():
+    raw = edited(text_config__num_experts=None, text_config__rope_theta=None, vision_config__out_hidden_size=None)
+    assert set(problems(raw)) == {
+        "text_config.num_experts or num_local_experts is missing",
+        "text_config.rope_theta is missing",
+        "vision_config.out_hidden_size is missing",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM' is not one of"),
+        ({"architectures": None}, "architectures: None is not one of"),
+        ({"text_config": None}, "text_config is missing"),
+        ({"text_config__norm_topk_prob": False}, "norm_topk_prob=false is not supported"),
+        ({"text_config__attention_bias": True}, "attention_bias=true is not supported"),
+        ({"text_config__hidden_act": "gelu"}, "hidden_act must be 'silu'"),
+        ({"text_config__rope_scaling__rope_type": "yarn"}, "rope type 'yarn' is not supported yet"),
+        ({"text_config__rope_scaling__mrope_interleaved": False}, "mrope_interleaved must be true"),
+        ({"text_config__rope_scaling__mrope_section": [6, 5]}, "mrope_section must have 3 entries"),
+        ({"text_config__rope_scaling__mrope_section": [5, 5, 5]}, "adds up to 15, not to head_dim / 2 = 16"),
+        ({"text_config__rope_scaling__mrope_section": [2, 7, 7]}, "does not fit head_dim / 2 = 16"),
+        ({"text_config__num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
+        ({"text_config__hidden_size": True}, "hidden_size must be a non-negative int, got True"),
+        ({"text_config__hidden_size": -1}, "hidden_size must be a non-negative int, got -1"),
+        ({"text_config__hidden_size": 0}, "hidden_size must be in 1.."),
+        ({"text_config__hidden_size": "64"}, "hidden_size must be a non-negative int, got '64'"),
+        ({"text_config__rms_norm_eps": float("nan")}, "rms_norm_eps must be a non-negative float"),
+        ({"text_config__rope_theta": float("inf")}, "rope_theta must be a non-negative float"),
+        ({"text_config__num_hidden_layers": 10**9}, "num_hidden_layers must be in 1..1024"),
+        ({"text_config__vocab_size": 10**12}, "vocab_size must be in 1.."),
+        ({"text_config__num_experts_per_tok": 9}, "num_experts_per_tok 9 is not in 1..8"),
+        ({"text_config__decoder_sparse_step": 0}, "decoder_sparse_step must be a positive integer"),
+        ({"text_config__decoder_sparse_step": "1"}, "decoder_sparse_step must be a positive integer"),
+        ({"text_config__mlp_only_layers": 3}, "mlp_only_layers must be a list of integers"),
+        ({"vision_config__hidden_act": "gelu"}, "hidden_act must be 'gelu_pytorch_tanh'"),
+        ({"vision_config__out_hidden_size": 65}, "out_hidden_size 65 differs from text hidden_size 64"),
+        ({"vision_config__num_position_embeddings": 63}, "63 is not a square"),
+        ({"vision_config__num_heads": 5}, "vision head size 48/5"),
+        ({"vision_config__deepstack_visual_indexes": [0, 1, 4]}, "must rise within 0..3"),
+        ({"vision_config__deepstack_visual_indexes": [1, 0]}, "must rise within 0..3"),
+        (
+            {"vision_config__depth": 9, "vision_config__deepstack_visual_indexes": [1, 2, 3, 4, 5, 6]},
+            "6 DeepStack levels",
+        ),
+        ({"image_token_id": 304}, "must differ and lie within the vocabulary of 304"),
+        ({"video_token_id": 290}, "must differ and lie within the vocabulary of 304"),
+    ],
+)
+def test_refused(changes, reason):
+    assert any(reason in problem for problem in problems(edited(**changes)))
+
+
+def test_which_layers_have_experts():
+    assert [CONFIGS["mixed"].text.is_moe_layer(i) for i in range(5)] == [True, True, True, False, True]
+    assert [CONFIGS["odd"].text.is_moe_layer(i) for i in range(4)] == [False, True, False, True]
+    assert not any(CONFIGS["dense"].text.is_moe_layer(i) for i in range(5))
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(data=st.data())
+def test_any_value_anywhere_is_read_or_refused(data):
+    raw = copy.deepcopy(RAW[data.draw(st.sampled_from(["hub", "v5"]))])
+    for _ in range(data.draw(st.integers(1, 3))):
+        place, key = raw, data.draw(st.sampled_from(sorted(raw)))
+        while isinstance(place.get(key), dict) and data.draw(st.booleans()):
+            place = place[key]
+            key = data.draw(st.sampled_from(sorted(place)))
+        place[key] = data.draw(ANY_JSON)
+    with contextlib.suppress(ConfigError):
+        assert isinstance(ModelConfig.from_dict(raw), ModelConfig)

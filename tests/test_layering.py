@@ -1,0 +1,187 @@
+"""Rules that hold for the whole tree: imports go down, nothing is unpickled, files fit one head."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "qwen3vl_disagg"
+ROOMS = ["core", "model", "processing", "checkpoint", "parallel", "disagg", "engine", "serving", "assets", "cli"]
+"""Bottom to top: a room imports itself and rooms before it. The package's own `__init__` stands beside `cli`."""
+MAX_LINES = 400
+SOURCES = ("qwen3vl_disagg", "recipes", "tools")
+
+PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+UNPICKLING_NAMES = {"recv_pyobj", "send_pyobj", "recv_object", "send_object", "allow_pickle", "weights_only"}
+
+
+def python_files(root: Path, *folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
+
+
+def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import anywhere; `from a import b` gives `a.b`, which may be a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def room_of(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).parts
+    return parts[1].removesuffix(".py") if parts[0] == PACKAGE else parts[0]
+
+
+def height(room: str) -> int:
+    """Position of a room; what is not a room of the package stands above all of them."""
+    if room in ("__init__", "__main__"):
+        return ROOMS.index("cli")
+    return ROOMS.index(room) if room in ROOMS else len(ROOMS)
+
+
+def upward_imports(root: Path) -> list[str]:
+    found = []
+    for path in python_files(root, *SOURCES):
+        room, where = room_of(path, root), path.relative_to(root)
+        for line, name in imported_modules(ast.parse(path.read_text())):
+            if name.startswith("."):
+                found.append(f"{where}:{line}: relative import {name}")
+                continue
+            top, *rest = name.split(".")
+            if top not in SOURCES:
+                continue
+            target = rest[0] if top == PACKAGE and rest and rest[0] in ROOMS else "__init__"
+            if top == PACKAGE and height(target) > height(room):
+                found.append(f"{where}:{line}: {room} imports {name}")
+            elif top != PACKAGE and room in ROOMS:
+                found.append(f"{where}:{line}: {room} imports {name}")
+    return found
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of an attribute chain on a name, else an empty string."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (base := dotted(node.value)):
+        return f"{base}.{node.attr}"
+    return ""
+
+
+def unpickling(root: Path) -> list[str]:
+    found = []
+    for path in python_files(root, *SOURCES):
+        where, tree = path.relative_to(root), ast.parse(path.read_text())
+        names = [
+            *imported_modules(tree),
+            *((node.lineno, dotted(node)) for node in ast.walk(tree) if isinstance(node, ast.Attribute)),
+            *((node.value.lineno, node.arg) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg),
+        ]
+        for line, name in names:
+            last = name.rpartition(".")[2]
+            if (
+                PICKLERS & set(name.split("."))
+                or last in UNPICKLING_NAMES
+                or last.endswith("_object_list")
+                or name in ("torch.load", "torch.save")
+            ):
+                found.append(f"{where}:{line}: {name}")
+    return found
+
+
+def uses(root: Path, folder: str, module: str) -> list[str]:
+    """Imports of `module`, and dotted names below it, in a folder."""
+    found = []
+    for path in python_files(root, folder):
+        tree = ast.parse(path.read_text())
+        names = [
+            *imported_modules(tree),
+            *((n.lineno, dotted(n)) for n in ast.walk(tree) if isinstance(n, ast.Attribute)),
+        ]
+        found += [
+            f"{path.relative_to(root)}:{line}: {name}" for line, name in names if f"{name}.".startswith(f"{module}.")
+        ]
+    return found
+
+
+def long_files(root: Path) -> list[str]:
+    lines = {path: len(path.read_text().splitlines()) for path in python_files(root, *SOURCES, "tests")}
+    return [f"{path.relative_to(root)}: {count} lines" for path, count in lines.items() if count > MAX_LINES]
+
+
+def test_every_folder_of_the_package_is_a_room():
+    folders = {path.name for path in (ROOT / PACKAGE).iterdir() if (path / "__init__.py").exists()}
+    assert folders <= set(ROOMS)
+    assert len(python_files(ROOT, *SOURCES)) > 20
+
+
+def test_imports_go_down():
+    assert upward_imports(ROOT) == []
+
+
+def test_nothing_is_pickled():
+    assert unpickling(ROOT) == []
+
+
+def test_the_oracle_stays_in_the_tests():
+    assert [use for folder in SOURCES for use in uses(ROOT, folder, "transformers")] == []
+
+
+def test_models_know_nothing_of_ranks():
+    assert uses(ROOT, f"{PACKAGE}/model", "torch.distributed") == []
+
+
+def test_files_fit_one_head():
+    assert long_files(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("qwen3vl_disagg/core/a.py", "from qwen3vl_disagg.model import config"),
+        ("qwen3vl_disagg/core/a.py", "def f():\n    import qwen3vl_disagg.cli"),
+        ("qwen3vl_disagg/core/a.py", "from qwen3vl_disagg import model"),
+        ("qwen3vl_disagg/core/a.py", "from qwen3vl_disagg import LLM"),
+        ("qwen3vl_disagg/disagg/a.py", "from qwen3vl_disagg.engine.pages import Pages"),
+        ("qwen3vl_disagg/engine/a.py", "from ..serving import app"),
+        ("qwen3vl_disagg/serving/a.py", "import tools.make_checkpoint"),
+        ("qwen3vl_disagg/assets/a.py", "from qwen3vl_disagg.cli import main"),
+    ],
+)
+def test_an_upward_import_is_noticed(tmp_path, file, line):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(line)
+    (found,) = upward_imports(tmp_path)
+    assert found.startswith(file)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from multiprocessing.reduction import pickle",
+        "import torch\ntorch.load('x')",
+        "dist.broadcast_object_list(x)",
+        "from torch.distributed import all_gather_object_list",
+        "np.load(f, allow_pickle=True)",
+        "socket.recv_pyobj()",
+    ],
+)
+def test_unpickling_is_noticed(tmp_path, line):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "a.py").write_text(line)
+    assert unpickling(tmp_path)
+
+
+def test_the_other_rules_notice_too(tmp_path):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "a.py").write_text("import torch\ntorch.distributed.barrier()\n" + "\n" * MAX_LINES)
+    (tmp_path / "tools" / "b.py").write_text("from transformers.utils import logging")
+    assert uses(tmp_path, "tools", "torch.distributed")
+    assert len(uses(tmp_path, "tools", "transformers")) == 1
+    assert long_files(tmp_path) == [f"tools/a.py: {MAX_LINES + 2} lines"]
