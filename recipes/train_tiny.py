@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,10 +27,26 @@ from tqdm import tqdm
 
 from qwen3vl_disagg.assets import tiny_folder
 from qwen3vl_disagg.assets.evaluate import Report, evaluate
-from qwen3vl_disagg.assets.folder import load_model, read_config, save_weights, write_settings
-from qwen3vl_disagg.assets.lessons import Lessons, lesson_loss
+from qwen3vl_disagg.assets.folder import load_model, load_weights, read_config, save_weights, write_settings
+from qwen3vl_disagg.assets.lessons import SEARCHING, SEEING, Lesson, Lessons, Mix, lesson_loss
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.moe import Experts
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`share` of all steps with one mix of questions and an optimiser of its own.
+
+    The learning rate rises to `peak` and falls along a cosine; the stage uses the first `cycle` of that schedule.
+    """
+
+    mix: Mix
+    share: float
+    peak: float
+    cycle: float = 1.0
+
+
+STAGES = (Stage(SEEING, share=0.5, peak=1.2e-3, cycle=6 / 11), Stage(SEARCHING, share=0.5, peak=1.0e-3))
 
 
 @dataclass(frozen=True)
@@ -39,12 +56,12 @@ class Settings:
     out: Path = field(default_factory=tiny_folder)
     """The checkpoint's folder."""
     steps: int = 6000
+    """Of both stages together."""
+    from_stage: int = 0
+    """Start with this stage (0 or 1), from the weights in `out`."""
     seed: int = 0
     num_scenes: int = 32
     """Balanced questions in a batch; each brings others about the same pictures."""
-    list_share: float = 0.6
-    """Share of the questions that come with a list of all cells."""
-    learning_rate: float = 1.2e-3
     weight_decay: float = 0.01
     evaluate_only: bool = False
     evaluation_seed: int = 1_000_003
@@ -55,7 +72,6 @@ class Settings:
     threads: int = 2
     plot: Path | None = None
     """Where to draw the loss curve (PNG or SVG by its suffix); needs matplotlib."""
-    workers: int = 1
 
 
 def initialise(model: nn.Module) -> None:
@@ -76,24 +92,41 @@ def train(settings: Settings) -> list[float]:
     """Write the folder; returns the loss of each step."""
     torch.manual_seed(settings.seed)
     torch.set_num_threads(settings.threads)
+    weights = settings.out / "model.safetensors"
     write_settings(settings.out)
     model = Qwen3VLMoeForConditionalGeneration(read_config(settings.out))
     for module in model.modules():
         if isinstance(module, Experts):
             module.impl = "loop"  # its backward is the faster one on CPU
     initialise(model)
+    if settings.from_stage:
+        load_weights(model, weights)
+    losses: list[float] = []
+    for number, stage in list(enumerate(STAGES))[settings.from_stage :]:
+        lessons = Lessons(settings.out, settings.seed + number, settings.num_scenes, stage.mix)
+        loader = iter(DataLoader(lessons, batch_size=None, num_workers=1))
+        run_stage(model, stage, loader, settings, losses)
+    return losses
+
+
+def run_stage(
+    model: Qwen3VLMoeForConditionalGeneration,
+    stage: Stage,
+    loader: Iterator[Lesson],
+    settings: Settings,
+    losses: list[float],
+) -> None:
+    """Train, append each step's loss to `losses`, save now and then and at the end."""
+    steps = round(settings.steps * stage.share)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), foreach=True)
+    optimizer = torch.optim.AdamW(groups, lr=stage.peak, betas=(0.9, 0.98), foreach=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1, cycle_momentum=False
+        optimizer, stage.peak, total_steps=math.ceil(steps / stage.cycle), pct_start=0.1, cycle_momentum=False
     )
-    lessons = Lessons(settings.out, settings.seed, settings.num_scenes, settings.list_share)
-    loader = iter(DataLoader(lessons, batch_size=None, num_workers=settings.workers))
-    losses: list[float] = []
-    with tqdm(total=settings.steps, unit="step", mininterval=5, file=sys.stderr) as bar:
-        for step in range(settings.steps):
+    with tqdm(total=steps, unit="step", mininterval=5, file=sys.stderr) as bar:
+        for step in range(steps):
             loss = lesson_loss(model, next(loader))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -105,9 +138,10 @@ def train(settings: Settings) -> list[float]:
                 raise SystemExit(f"loss {losses[-1]} at step {step}")
             bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
             bar.update()
-            if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+            if (step + 1) % settings.save_every == 0 or step + 1 == steps:
                 save_weights(model, settings.out / "model.safetensors")
-    return losses
+                if settings.plot is not None:
+                    settings.plot.with_suffix(".json").write_text(json.dumps([round(x, 5) for x in losses]))
 
 
 def draw_curve(losses: list[float], path: Path) -> None:

@@ -57,9 +57,7 @@ def upward_imports(root: Path) -> list[str]:
             if top not in SOURCES:
                 continue
             target = rest[0] if top == PACKAGE and rest and rest[0] in ROOMS else "__init__"
-            if top == PACKAGE and height(target) > height(room):
-                found.append(f"{where}:{line}: {room} imports {name}")
-            elif top != PACKAGE and room in ROOMS:
+            if (top == PACKAGE and height(target) > height(room)) or (top != PACKAGE and room in ROOMS):
                 found.append(f"{where}:{line}: {room} imports {name}")
     return found
 

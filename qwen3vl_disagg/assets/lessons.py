@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from qwen3vl_disagg.assets.scenes import (
     LINES,
     ORDINALS,
     PLACES,
+    PLURALS,
     THINGS,
     Decks,
     Question,
@@ -38,10 +39,36 @@ from qwen3vl_disagg.model import ForwardBatch, Qwen3VLMoeForConditionalGeneratio
 from qwen3vl_disagg.processing.images import ImageProcessor
 from qwen3vl_disagg.processing.positions import Grid, mrope_positions
 
-SIDE_KINDS = ("colour", "shape", "place", "at", "row")
-KIND_WEIGHTS = {kind: 2 if kind in ("shape", "colour") else 1 for kind in KINDS}
+_SEARCH = ("place", "number", "comparison", "pair_more", "pair_has")
 RESIZED, JPEG = 0.3, 0.15
 """Shares of the pictures that are drawn at another size, and that pass through JPEG."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What is asked: how often each kind as the balanced question, how often a list comes with it, and which kinds
+    are asked besides about one picture and about two."""
+
+    kinds: Mapping[str, int]
+    list_share: float
+    sides: Mapping[str, int]
+    pair_sides: tuple[str, ...]
+
+
+SEEING = Mix(
+    kinds={kind: 2 if kind in ("shape", "colour") else 1 for kind in KINDS},
+    list_share=0.6,
+    sides={"colour": 3, "shape": 4, "place": 2, "at": 1, "row": 1},
+    pair_sides=("pair_at",),
+)
+"""What is where."""
+SEARCHING = Mix(
+    kinds={kind: 3 if kind in _SEARCH else 1 for kind in KINDS},
+    list_share=0.25,
+    sides={"colour": 1, "shape": 1, "place": 3, "number": 2, "comparison": 1},
+    pair_sides=("pair_at", "pair_has", "pair_has", "pair_more"),
+)
+"""Where is what, and how often."""
 
 
 @dataclass(frozen=True)
@@ -156,19 +183,16 @@ def lesson_loss(model: Qwen3VLMoeForConditionalGeneration, lesson: Lesson) -> Te
 
 
 class Lessons(IterableDataset[Lesson]):
-    """An endless, seeded stream of batches of `num_scenes` balanced questions and what else is asked about them.
+    """An endless, seeded stream of batches of `num_scenes` balanced questions and what else is asked about them."""
 
-    `list_share` of the questions come with a list of the cells of one of their pictures.
-    """
-
-    def __init__(self, folder: Path, seed: int, num_scenes: int, list_share: float) -> None:
-        self.folder, self.seed, self.num_scenes, self.list_share = folder, seed, num_scenes, list_share
+    def __init__(self, folder: Path, seed: int, num_scenes: int, mix: Mix) -> None:
+        self.folder, self.seed, self.num_scenes, self.mix = folder, seed, num_scenes, mix
 
     def __iter__(self) -> Iterator[Lesson]:
         prompts = Prompts(self.folder)
         rng = random.Random(f"lessons {self.seed}")
         decks = Decks(rng)
-        deck = [kind for kind, weight in KIND_WEIGHTS.items() for _ in range(weight)]
+        deck = [kind for kind, weight in self.mix.kinds.items() for _ in range(weight)]
         while True:
             yield self.lesson(
                 prompts, rng, [build_question(decks.deal("kind", deck), rng, decks) for _ in range(self.num_scenes)]
@@ -200,27 +224,36 @@ class Lessons(IterableDataset[Lesson]):
         )
 
     def side_questions(self, question: Question, rng: random.Random) -> list[Question]:
-        """A list with probability `list_share`, and one more question about the same scenes."""
+        """Sometimes a list, and one more question about the same scenes."""
         pair = len(question.scenes) == 2
         more: list[Question | None] = []
-        if rng.random() < self.list_share and not question.kind.endswith("list"):
+        if rng.random() < self.mix.list_share and not question.kind.endswith("list"):
             args = {"image": rng.choice(ORDINALS)} if pair else {}
             more.append(ask("pair_list" if pair else "list", question.scenes, args, rng))
         if pair:
+            kinds = self.mix.pair_sides
+            kind = kinds[0] if len(kinds) == 1 else rng.choice(kinds)
             args = {"place": rng.choice(PLACES), "image": rng.choice(ORDINALS)}
-            more.append(ask("pair_at", question.scenes, args, rng))
+            if kind == "pair_has":
+                args["thing"] = str(rng.choice([thing for scene in question.scenes for thing in scene if thing]))
+            more.append(ask(kind, question.scenes, args, rng))
         else:
             candidates = [
                 ask(kind, question.scenes, side_args(kind, question.scenes[0], rng), rng)
-                for kind in rng.choices(SIDE_KINDS, weights=(3, 4, 2, 1, 1), k=4)
+                for kind in rng.choices(list(self.mix.sides), weights=list(self.mix.sides.values()), k=4)
             ]
             more += [each for each in candidates if each is not None][:1]
         return [each for each in more if each is not None]
 
 
 def side_args(kind: str, scene: Scene, rng: random.Random) -> dict[str, str]:
-    things = [thing for thing in scene if thing] or [rng.choice(THINGS)]
-    thing = rng.choice(things)
+    """Args for a question of `kind` about something that is there."""
+    thing = rng.choice([thing for thing in scene if thing] or [rng.choice(THINGS)])
+    if kind == "number":
+        return {"noun": rng.choice((PLURALS[thing.shape], f"{thing.colour} things"))}
+    if kind == "comparison":
+        other = rng.choice([shape for shape in PLURALS if shape != thing.shape])
+        return dict(zip(("first", "second"), rng.sample([PLURALS[thing.shape], PLURALS[other]], 2), strict=True))
     return {
         "colour": {"shape": thing.shape},
         "shape": {"colour": thing.colour},

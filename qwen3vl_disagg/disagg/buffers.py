@@ -11,6 +11,7 @@ from qwen3vl_disagg.model.config import ModelConfig
 
 DEFAULT_BLOCK_SIZE = 128
 """Rows per block."""
+DEFAULT_ROWS = 16384
 
 
 class MultimodalDataBuffers:
@@ -54,6 +55,13 @@ class MultimodalDataBuffers:
             num_slots=num_slots,
         )
         self.row_sizes = RowSizes.of(hidden_size=hidden, num_levels=levels, itemsize=dtype.itemsize)
+
+    @classmethod
+    def for_largest_item(
+        cls, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
+    ) -> MultimodalDataBuffers:
+        """DEFAULT_ROWS rows: the largest picture under the usual limit of 16 Mpx, or many smaller ones."""
+        return cls(config, num_rows=DEFAULT_ROWS, dtype=dtype, device=device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -70,6 +70,7 @@ class Connection:
         self._max_frame = max_frame
         self._silence_s = silence_s
         self._watch: asyncio.Task[None] | None = None
+        self._body_bytes: int | None = None  # of the frame under way: a cancelled receive can be taken up again
         self._waiting = False
         self._silent_ticks = 0
         self._failure: TransferError | None = None
@@ -136,14 +137,17 @@ class Connection:
             raise DeadlineError(f"no message within {timeout:g} s") from None
 
     async def _receive_one(self) -> Any:
-        length = int.from_bytes(await self._read(_HEADER_BYTES), "big")
-        if not 0 < length <= self._max_frame:
-            raise self._fail(FrameError(f"frame of {length} bytes, the limit is {self._max_frame}"))
-        body = await self._read(length)
+        if self._body_bytes is None:
+            length = int.from_bytes(await self._read(_HEADER_BYTES), "big")
+            if not 0 < length <= self._max_frame:
+                raise self._fail(FrameError(f"frame of {length} bytes, the limit is {self._max_frame}"))
+            self._body_bytes = length
+        body = await self._read(self._body_bytes)
+        self._body_bytes = None
         try:
             return self._decoder.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise self._fail(FrameError(f"frame of {length} bytes does not decode: {error}")) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise self._fail(FrameError(f"frame of {len(body)} bytes does not decode: {error}")) from None
 
     async def _read(self, num_bytes: int) -> bytes:
         if self._failure is not None:

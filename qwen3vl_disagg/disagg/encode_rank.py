@@ -33,11 +33,11 @@ from qwen3vl_disagg.disagg.messages import (
     Stop,
     Welcome,
 )
+from qwen3vl_disagg.disagg.rank_setup import RankSetup
+from qwen3vl_disagg.disagg.rendezvous import RankContext
+from qwen3vl_disagg.disagg.slots import EXIT_REFUSED
 from qwen3vl_disagg.disagg.store import join_store
 from qwen3vl_disagg.processing.images import MAX_BYTES
-
-EXIT_REFUSED = 78
-"""Exit status of a rank that does not fit the others: starting it again would not help."""
 
 PULL_S = 30.0
 
@@ -204,3 +204,14 @@ class EncodeRank:
         """Queue a message to the hub; when it is gone, the loop that reads from it finds out."""
         if self._hub is not None and not self._hub.is_closed:
             self._hub.post(message)
+
+
+def run_encode_rank(context: RankContext) -> int:
+    """The body of an encode rank's process; returns its exit status."""
+    setup = RankSetup.of(context)
+    worker = setup.encode_worker()
+
+    async def serve() -> int:
+        return await EncodeRank(worker, setup.hello("encode"), context.hub_address, host=context.host).run()
+
+    return asyncio.run(serve())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.disagg.layout import RowSizes
 from qwen3vl_disagg.disagg.messages import PROTOCOL_VERSION
@@ -14,28 +16,24 @@ Fingerprint = dict[str, str]
 
 
 def link_fingerprint(
-    config: ModelConfig, *, itemsize: int, dtype: str, block_size: int, processor: ImageProcessor, weights: str
+    config: ModelConfig,
+    checkpoint: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    block_size: int,
+    processor: ImageProcessor,
 ) -> Fingerprint:
-    """Named fields, all text. `weights` is the digest of the vision weights in the checkpoint."""
+    """The checkpoint's fingerprint (`checkpoint.fingerprint`) and how this job uses it; named fields, all text."""
     levels = config.num_deepstack_levels
-    sizes = RowSizes.of(hidden_size=config.text.hidden_size, num_levels=levels, itemsize=itemsize)
+    sizes = RowSizes.of(hidden_size=config.text.hidden_size, num_levels=levels, itemsize=dtype.itemsize)
     return {
+        **checkpoint,
+        **processor.settings(),
         "protocol": str(PROTOCOL_VERSION),
-        "hidden_size": str(config.text.hidden_size),
         "deepstack_levels": str(levels),
-        "deepstack_indexes": str(list(config.vision.deepstack_visual_indexes)),
-        "dtype": dtype,
+        "dtype": str(dtype).removeprefix("torch."),
         "block_size": str(block_size),
         **{f"row_bytes.{name}": str(getattr(sizes, name)) for name in sizes.__dataclass_fields__},
-        "image_token_id": str(config.image_token_id),
-        "video_token_id": str(config.video_token_id),
-        "vision_start_token_id": str(config.vision_start_token_id),
-        "vision_end_token_id": str(config.vision_end_token_id),
-        "patch_size": str(config.vision.patch_size),
-        "temporal_patch_size": str(config.vision.temporal_patch_size),
-        "spatial_merge_size": str(config.vision.spatial_merge_size),
-        **processor.settings(),
-        "vision_weights": weights,
     }
 
 

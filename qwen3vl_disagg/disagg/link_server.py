@@ -22,7 +22,7 @@ from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, InputError, 
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.control import Address, Connection, ConnectionLost
 from qwen3vl_disagg.disagg.fingerprint import Fingerprint, check_fingerprint
-from qwen3vl_disagg.disagg.links import Link, LinkBroken, LinkFactory
+from qwen3vl_disagg.disagg.links import Link, LinkBroken, LinkFactory, process_group_links
 from qwen3vl_disagg.disagg.messages import (
     Abort,
     Ack,
@@ -74,7 +74,16 @@ class LinkServer:
     on_item: ItemSink
     on_lost: LostSink
 
-    def __init__(self, receiver: LanguageReceiver, *, fingerprint: Fingerprint, token: str, language_rank: int) -> None:
+    def __init__(
+        self,
+        receiver: LanguageReceiver,
+        *,
+        fingerprint: Fingerprint,
+        token: str,
+        language_rank: int,
+        host: str = "127.0.0.1",
+        make_link: LinkFactory | None = None,
+    ) -> None:
         if not token:
             raise ValueError("an empty token would let anybody in")
         self._receiver, self._fingerprint, self._token = receiver, fingerprint, token
@@ -82,19 +91,25 @@ class LinkServer:
         self._links: dict[int, _PeerLink] = {}
         self._waiting: deque[_Wanted] = deque()
         self._store: dist.TCPStore | None = None
-        self._make_link: LinkFactory | None = None
+        self._host, self._make_link = host, make_link
         self._can_meet = asyncio.Event()
         self._server: asyncio.Server | None = None
 
-    async def serve(self, host: str) -> Address:
-        """Listen on a free port of `host`."""
-        self._server = await asyncio.start_server(self._accept, host, 0)
+    async def serve(self) -> Address:
+        """Listen for encode ranks on a free port."""
+        self._server = await asyncio.start_server(self._accept, self._host, 0)
         return self._server.sockets[0].getsockname()[:2]
 
-    def use_store(self, store: dist.TCPStore, make_link: LinkFactory) -> None:
-        """Where epochs are counted and how payload links are made; encode ranks wait at the door until then."""
-        self._store, self._make_link = store, make_link
+    def use_store(self, store: dist.TCPStore) -> None:
+        """Where epochs are counted and groups meet; encode ranks wait at the door until it is known."""
+        self._store = store
+        if self._make_link is None:
+            self._make_link = process_group_links(store, host=self._host)
         self._can_meet.set()
+
+    @property
+    def has_store(self) -> bool:
+        return self._store is not None
 
     async def close(self) -> None:
         """Say goodbye and let go of everything."""

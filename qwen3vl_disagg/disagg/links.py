@@ -85,7 +85,7 @@ def process_group_links(store: dist.TCPStore, *, host: str, timeout_s: float = 2
     def make(side: Side, encode_rank: int, language_rank: int, epoch: int) -> Link:
         prefix = f"link/{encode_rank}-{language_rank}/{epoch}"
         # A clone of the client: a thread that waits in the store would block every other call on it.
-        client = store.clone()
+        client = store.clone()  # type: ignore[attr-defined]
         try:
             group = build_pair(client, prefix, rank_in_pair=_RANK_IN_PAIR[side], host=host, timeout_s=timeout_s)
         except RuntimeError as error:

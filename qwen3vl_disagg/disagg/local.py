@@ -8,13 +8,12 @@ import torch
 
 from qwen3vl_disagg.core.errors import OverloadedError
 from qwen3vl_disagg.core.requests import ItemTimings, VisualItem
-from qwen3vl_disagg.disagg.buffers import DEFAULT_BLOCK_SIZE, MultimodalDataBuffers
+from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
 from qwen3vl_disagg.disagg.links import InProcessLink
 from qwen3vl_disagg.disagg.receiver import LanguageReceiver, ReceivedItem
 from qwen3vl_disagg.model import ModelConfig
 
-DEFAULT_ROWS = 16384
 _TIMEOUT_S = 10.0
 
 
@@ -27,10 +26,8 @@ class LocalTransfer:
 
     @classmethod
     def for_model(cls, worker: EncodeWorker, config: ModelConfig, *, dtype: torch.dtype) -> LocalTransfer:
-        """With buffers for the largest picture (64 Mpx is 65,536 rows; 16,384 is a checkpoint's usual limit)."""
-        buffers = MultimodalDataBuffers(
-            config, num_rows=DEFAULT_ROWS, block_size=DEFAULT_BLOCK_SIZE, dtype=dtype, device=worker.device
-        )
+        """With buffers for the largest item."""
+        buffers = MultimodalDataBuffers.for_largest_item(config, dtype=dtype, device=worker.device)
         return cls(worker, LanguageReceiver(buffers, config))
 
     def run(

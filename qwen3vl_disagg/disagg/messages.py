@@ -327,4 +327,6 @@ HubMessage = (
     | Pull
     | Blob
 )
-LinkMessage = Heartbeat | Refused | LinkHello | LinkAccept | LinkReady | Grant | Header | HeaderOk | Ack | Nack | Abort | Goodbye
+LinkMessage = (
+    Heartbeat | Refused | LinkHello | LinkAccept | LinkReady | Grant | Header | HeaderOk | Ack | Nack | Abort | Goodbye
+)

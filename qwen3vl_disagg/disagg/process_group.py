@@ -12,9 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 
-def build_pair(
-    store: dist.Store, prefix: str, *, rank_in_pair: int, host: str, timeout_s: float
-) -> dist.ProcessGroup:
+def build_pair(store: dist.Store, prefix: str, *, rank_in_pair: int, host: str, timeout_s: float) -> dist.ProcessGroup:
     """Meet the other end under `prefix` in `store`; blocks until both are there. Raises RuntimeError after the timeout.
 
     Each wait on the group without a timeout of its own takes `timeout_s`.
@@ -23,4 +21,5 @@ def build_pair(
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host, lazy_init=False)]
     options._timeout = timedelta(seconds=timeout_s)
     options._threads = 1
-    return dist.ProcessGroupGloo(dist.PrefixStore(prefix, store), rank_in_pair, 2, options)
+    # The stubs do not know that it is a ProcessGroup.
+    return dist.ProcessGroupGloo(dist.PrefixStore(prefix, store), rank_in_pair, 2, options)  # type: ignore[return-value]

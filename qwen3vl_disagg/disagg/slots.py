@@ -31,6 +31,7 @@ LEAVE_S = 26.0
 ORPHAN_S = 5.0
 """After a signal and the end of the frontend, ranks have this long."""
 _TICK_S = 0.25
+_IDLE_TICK_S = 5.0
 _LONG_LIFE_S = 10.0
 _MAX_BACKOFF_S = 10.0
 _STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
@@ -87,7 +88,8 @@ class Slot:
             for child in self.children:
                 self._fork(child, num_quick_deaths=0)
             while self._running or self._again:
-                self._take_signal(signal.sigtimedwait(_WAITED, _TICK_S))
+                has_deadlines = bool(self._again) or self._stop_by is not None
+                self._take_signal(signal.sigtimedwait(_WAITED, _TICK_S if has_deadlines else _IDLE_TICK_S))
                 self._reap()
                 self._fork_again()
                 self._enforce()

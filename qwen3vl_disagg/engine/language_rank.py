@@ -26,6 +26,7 @@ from qwen3vl_disagg.disagg.messages import (
     ItemLost,
     ItemReceived,
     Message,
+    Peers,
     RankHello,
     Refused,
     RequestFailed,
@@ -34,6 +35,7 @@ from qwen3vl_disagg.disagg.messages import (
     Welcome,
 )
 from qwen3vl_disagg.disagg.receiver import ReceivedItem
+from qwen3vl_disagg.disagg.store import join_store
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent
 from qwen3vl_disagg.engine.engine_thread import EngineThread
 from qwen3vl_disagg.engine.sequence import ItemRows
@@ -96,7 +98,7 @@ class LanguageRank:
                     message = await self._hub.receive()
                     if isinstance(message, Stop):
                         return 0
-                    self._handle(message)
+                    await self._handle(message)
             except ConnectionLost:
                 # The frontend died; with it went everybody who waits for these requests.
                 for request_id in list(self._requests):
@@ -112,7 +114,7 @@ class LanguageRank:
             raise TransferError(f"the hub answered {type(answer).__name__}")
         return hub.keep_alive()
 
-    def _handle(self, message: Message) -> None:
+    async def _handle(self, message: Message) -> None:
         match message:
             case Submit():
                 self._submit(message)
@@ -127,6 +129,9 @@ class LanguageRank:
                         request.items[message.item],
                         message.encode_rank,
                     )
+            case Peers():
+                if not self._links.has_store:
+                    self._links.use_store(await asyncio.to_thread(join_store, message.store_address))
             case Cancel():
                 self._forget(message.request_id)
 

@@ -15,6 +15,16 @@ IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 STRUCTURAL = (IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
 
+def _byte_chars() -> dict[str, int]:
+    """Byte-level BPE writes each byte as one visible character: itself where it is one, else from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(visible)]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+
+
+_BYTE_OF_CHAR = _byte_chars()
+
+
 class TextStream:
     """Turns tokens into text as they come. The pieces joined equal `Tokenizer.decode` of all of them.
 
@@ -46,6 +56,7 @@ class Tokenizer:
         # Special tokens found in a text are split like any other characters.
         backend.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
+        self._added = {i: token.content for i, token in added.items()}
         self.special_ids = {token.content: i for i, token in added.items() if token.special}
 
     @classmethod
@@ -81,9 +92,12 @@ class Tokenizer:
         """Text without special tokens."""
         return self.backend.decode(token_ids, skip_special_tokens=True)
 
-    def token_text(self, token_id: int) -> str:
-        """One token by itself, special or not; part of a character shows as U+FFFD."""
-        return self.backend.decode([token_id], skip_special_tokens=False)
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for; of a special token its name. Empty for an id that is not in use."""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self.backend.id_to_token(token_id) or ""
+        return bytes(_BYTE_OF_CHAR[char] for char in token)
 
     def stream(self) -> TextStream:
         return TextStream(self)

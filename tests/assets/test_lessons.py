@@ -7,7 +7,7 @@ import torch
 
 from qwen3vl_disagg.assets.drawing import draw_scene
 from qwen3vl_disagg.assets.folder import read_config, write_settings
-from qwen3vl_disagg.assets.lessons import Lessons, Prompts, lesson_loss
+from qwen3vl_disagg.assets.lessons import SEARCHING, SEEING, Lessons, Prompts, lesson_loss
 from qwen3vl_disagg.assets.scenes import Decks, build_question, generate
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.processing.positions import mrope_positions
@@ -52,7 +52,7 @@ def test_native_pictures_are_not_resized(tmp_path):
 
 def test_targets_follow_their_rows(tmp_path):
     write_settings(tmp_path)
-    lesson = next(iter(Lessons(tmp_path, seed=3, num_scenes=6, list_share=0.5)))
+    lesson = next(iter(Lessons(tmp_path, seed=3, num_scenes=6, mix=SEEING)))
     ids, rows = lesson.sequences.ids, lesson.logit_rows
     end_id = Prompts(tmp_path).end_id
     starts = torch.tensor(lesson.sequences.seq_lens).cumsum(0)
@@ -62,7 +62,7 @@ def test_targets_follow_their_rows(tmp_path):
         else:
             assert ids[row + 1] == target
     assert lesson.sequences.visual_rows.max() + 1 == sum(t * h * w // 4 for t, h, w in lesson.pictures.grids)
-    again = next(iter(Lessons(tmp_path, seed=3, num_scenes=6, list_share=0.5)))
+    again = next(iter(Lessons(tmp_path, seed=3, num_scenes=6, mix=SEEING)))
     assert torch.equal(ids, again.sequences.ids)
     assert torch.equal(lesson.pictures.pixels, again.pictures.pixels)
 
@@ -71,7 +71,7 @@ def test_loss_reaches_every_parameter(tmp_path):
     write_settings(tmp_path)
     torch.manual_seed(0)
     model = Qwen3VLMoeForConditionalGeneration(read_config(tmp_path))
-    lesson = next(iter(Lessons(tmp_path, seed=1, num_scenes=8, list_share=1.0)))
+    lesson = next(iter(Lessons(tmp_path, seed=1, num_scenes=8, mix=SEARCHING)))
     lesson_loss(model, lesson).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

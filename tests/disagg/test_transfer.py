@@ -21,7 +21,7 @@ from qwen3vl_disagg.disagg.encode_rank import EXIT_REFUSED, EncodeRank
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
 from qwen3vl_disagg.disagg.fingerprint import link_fingerprint
 from qwen3vl_disagg.disagg.link_server import LinkServer
-from qwen3vl_disagg.disagg.links import in_process_links, process_group_links
+from qwen3vl_disagg.disagg.links import in_process_links
 from qwen3vl_disagg.disagg.messages import (
     Blob,
     Cancel,
@@ -46,7 +46,7 @@ TOKEN = "secret"
 MODEL = random_vision_model(CONFIG, seed=1)
 PROCESSOR = ImageProcessor(CONFIG.vision, min_pixels=32 * 32, max_pixels=256 * 256)
 FINGERPRINT = link_fingerprint(
-    CONFIG, itemsize=4, dtype="float32", block_size=4, processor=PROCESSOR, weights="weights"
+    CONFIG, {"vision_weights": "a digest"}, dtype=torch.float32, block_size=4, processor=PROCESSOR
 )
 
 
@@ -145,13 +145,19 @@ async def running(*, num_rows: int = 256, fingerprint: Any = FINGERPRINT, in_pro
     store, store_address = host_store("127.0.0.1")
     buffers = MultimodalDataBuffers(CONFIG, num_rows=num_rows, block_size=4)
     receiver = LanguageReceiver(buffers, CONFIG)
-    links = LinkServer(receiver, fingerprint=FINGERPRINT, token=TOKEN, language_rank=1)
+    shared = in_process_links()
+    links = LinkServer(
+        receiver,
+        fingerprint=FINGERPRINT,
+        token=TOKEN,
+        language_rank=1,
+        make_link=shared if in_process else None,
+    )
     items, lost = asyncio.Queue(), asyncio.Queue()
     links.on_item = lambda *event: items.put_nowait(event)
     links.on_lost = lambda *event: lost.put_nowait(event)
-    shared = in_process_links()
-    links.use_store(store, shared if in_process else process_group_links(store, host="127.0.0.1"))
-    host, port = await links.serve("127.0.0.1")
+    links.use_store(store)
+    host, port = await links.serve()
     hub.peers = Peers(store_address=store_address, language_ranks=[(1, host, port)])
     tasks = []
 
@@ -214,7 +220,7 @@ def test_items_wait_for_room_in_order():
             await system.hub.until(is_linked)
             for i in range(7):
                 system.ask(make_image(i, (64, 64)), request_id=f"r{i}")
-            for i in range(7):
+            for _ in range(7):
                 request_id, _, _, received, _, _ = await asyncio.wait_for(system.items.get(), 15)
                 index = int(request_id[1:])
                 assert torch.equal(received.main, expect_rows(make_image(index, (64, 64)))[:, :32])

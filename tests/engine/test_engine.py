@@ -159,7 +159,9 @@ def test_cancel_at_every_stage_leaks_nothing(model):
             for event in engine.step():
                 if isinstance(event, NeedItems) and stage % 2:
                     for index in event.items:
-                        engine.provide_item(event.request_id, index, requests[event.request_id][2][index], ItemTimings())
+                        engine.provide_item(
+                            event.request_id, index, requests[event.request_id][2][index], ItemTimings()
+                        )
         for name in requests:
             engine.cancel(name)
         assert engine.is_empty

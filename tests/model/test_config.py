@@ -132,7 +132,7 @@ def test_any_value_anywhere_is_read_or_refused(data):
     raw = copy.deepcopy(RAW[data.draw(st.sampled_from(["hub", "v5"]))])
     for _ in range(data.draw(st.integers(1, 3))):
         place, key = raw, data.draw(st.sampled_from(sorted(raw)))
-        while isinstance(place.get(key), dict) and data.draw(st.booleans()):
+        while place[key] and isinstance(place[key], dict) and data.draw(st.booleans()):
             place = place[key]
             key = data.draw(st.sampled_from(sorted(place)))
         place[key] = data.draw(ANY_JSON)

@@ -1,0 +1,73 @@
+"""What every rank works out from its context before it loads anything: folder, config, device, dtype, fingerprint."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from qwen3vl_disagg.checkpoint import fingerprint, load_vision_model, read_config
+from qwen3vl_disagg.core.settings import DTYPES, resolve_device, resolve_model_folder
+from qwen3vl_disagg.disagg.buffers import DEFAULT_BLOCK_SIZE
+from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
+from qwen3vl_disagg.disagg.fingerprint import Fingerprint, link_fingerprint
+from qwen3vl_disagg.disagg.messages import RankHello
+from qwen3vl_disagg.disagg.rendezvous import RankContext
+from qwen3vl_disagg.model import ModelConfig
+from qwen3vl_disagg.processing import ImageProcessor
+
+
+@dataclass(frozen=True)
+class RankSetup:
+    """A rank's model, before its weights are loaded."""
+
+    context: RankContext
+    folder: Path
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    processor: ImageProcessor
+    fingerprint: Fingerprint
+
+    @classmethod
+    def of(cls, context: RankContext) -> RankSetup:
+        """Read the small files. CheckpointError or InputError if they cannot be used."""
+        folder = resolve_model_folder(context.model.model)
+        config = read_config(folder)
+        world = context.layout.world_size
+        device = resolve_device(context.model.device, local_rank=context.rank, num_local_ranks=world)
+        name = config.dtype if context.model.dtype == "auto" else context.model.dtype
+        processor = ImageProcessor.from_folder(folder, config.vision)
+        fields = link_fingerprint(
+            config,
+            fingerprint(folder),
+            dtype=DTYPES[name],
+            block_size=DEFAULT_BLOCK_SIZE,
+            processor=processor,
+        )
+        return cls(context, folder, config, device, DTYPES[name], processor, fields)
+
+    def encode_worker(self) -> EncodeWorker:
+        """Load the vision tower, and nothing else of the weights."""
+        model = load_vision_model(self.folder, dtype=self.dtype, device=self.device)
+        return EncodeWorker(model, self.processor, self.config)
+
+    def hello(
+        self,
+        role: Literal["encode", "language"],
+        *,
+        link_address: tuple[str, int] | None = None,
+        store_address: tuple[str, int] | None = None,
+    ) -> RankHello:
+        return RankHello(
+            token=self.context.token,
+            role=role,
+            rank=self.context.rank,
+            pid=os.getpid(),
+            fingerprint=self.fingerprint,
+            link_address=link_address,
+            store_address=store_address,
+        )

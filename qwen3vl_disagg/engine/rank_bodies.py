@@ -1,0 +1,71 @@
+"""Process bodies of the ranks that generate."""
+
+from __future__ import annotations
+
+import asyncio
+
+from qwen3vl_disagg.checkpoint import load_language_model
+from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
+from qwen3vl_disagg.disagg.encode_rank import EncodeRank
+from qwen3vl_disagg.disagg.link_server import LinkServer
+from qwen3vl_disagg.disagg.links import LinkFactory, in_process_links
+from qwen3vl_disagg.disagg.rank_setup import RankSetup
+from qwen3vl_disagg.disagg.receiver import LanguageReceiver
+from qwen3vl_disagg.disagg.rendezvous import RankContext
+from qwen3vl_disagg.disagg.store import host_store
+from qwen3vl_disagg.engine.engine import Engine
+from qwen3vl_disagg.engine.language_rank import LanguageRank
+from qwen3vl_disagg.processing import Processor
+
+
+def run_language_rank(context: RankContext) -> int:
+    """The body of a language rank's process; returns its exit status."""
+    setup = RankSetup.of(context)
+    engine = load_engine(setup)
+
+    async def serve() -> int:
+        return await (await start_language_rank(setup, engine)).run()
+
+    return asyncio.run(serve())
+
+
+def run_combined_rank(context: RankContext) -> int:
+    """Both roles in one process, joined by an in-process link: what a world of one runs."""
+    setup = RankSetup.of(context)
+    engine, worker = load_engine(setup), setup.encode_worker()
+
+    async def serve() -> int:
+        links = in_process_links()
+        language = await start_language_rank(setup, engine, links)
+        encode = EncodeRank(worker, setup.hello("encode"), context.hub_address, make_link=links, host=context.host)
+        return max(await asyncio.gather(language.run(), encode.run()))
+
+    return asyncio.run(serve())
+
+
+def load_engine(setup: RankSetup) -> Engine:
+    """Load the decoder, and nothing else of the weights."""
+    model = load_language_model(setup.folder, dtype=setup.dtype, device=setup.device)
+    processor = Processor.from_folder(setup.folder, setup.config)
+    return Engine(model, eos_ids=processor.generation.eos_token_ids, language_rank=setup.context.rank)
+
+
+async def start_language_rank(setup: RankSetup, engine: Engine, make_link: LinkFactory | None = None) -> LanguageRank:
+    """Listen for encode ranks; the first language rank also hosts the store in which links meet."""
+    context = setup.context
+    buffers = MultimodalDataBuffers.for_largest_item(setup.config, dtype=setup.dtype, device=setup.device)
+    links = LinkServer(
+        LanguageReceiver(buffers, setup.config),
+        fingerprint=setup.fingerprint,
+        token=context.token,
+        language_rank=context.rank,
+        host=context.host,
+        make_link=make_link,
+    )
+    store_address = None
+    if context.is_first_language_rank:
+        store, store_address = host_store(context.host)
+        links.use_store(store)
+    link_address = await links.serve()
+    hello = setup.hello("language", link_address=link_address, store_address=store_address)
+    return LanguageRank(engine, links, hello, context.hub_address)

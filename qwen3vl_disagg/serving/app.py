@@ -1,0 +1,112 @@
+"""The HTTP application: routes, request ids, errors. Fields and shapes are OpenAI's, see docs/http.md."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qwen3vl_disagg.core.errors import DisaggError
+from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.serving.backend import Backend
+from qwen3vl_disagg.serving.body import ClientGone
+from qwen3vl_disagg.serving.chat import ChatCompletions
+from qwen3vl_disagg.serving.errors import JSONResponse, envelope, error_response, on_error, on_http_exception
+from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.types import Model, ModelList
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class RequestGuard:
+    """Around everything: each response names its request, no exception leaves without an envelope."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        started = False
+
+        async def send_named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        except ClientGone:
+            logger.info("request %s: the client left", request_id)
+        except Exception as error:
+            if started:
+                raise
+            logger.exception("request %s failed", request_id)
+            await error_response(error)(scope, receive, send_named)
+
+
+def create_app(
+    backend: Backend,
+    processor: Processor,
+    *,
+    model_name: str,
+    limits: Limits | None = None,
+    debug: bool = False,
+) -> Starlette:
+    """The application over a backend. `debug` opens GET /debug/processes."""
+    limits = limits or Limits()
+    created = int(time.time())
+    context = processor.config.text.max_position_embeddings
+
+    async def models(request: Request) -> Response:
+        return JSONResponse(ModelList(data=[Model(id=model_name, created=created, max_model_len=context)]))
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(request: Request) -> Response:
+        state = backend.readiness()
+        status = "degraded" if state.ready and state.degraded else "ready" if state.ready else "not_ready"
+        body = {"status": status, "ready": state.ready, "degraded": state.degraded, "reasons": state.reasons}
+        if state.ready:
+            return JSONResponse(body)
+        reasons = "; ".join(state.reasons) or "starting"
+        error = envelope(503, f"the server is not ready: {reasons}", code="unavailable").error
+        return JSONResponse({"error": error, **body}, 503, {"Retry-After": "1"})
+
+    async def processes(request: Request) -> Response:
+        return JSONResponse({"processes": backend.debug_processes()})
+
+    chat = ChatCompletions(backend, processor, model_name=model_name, limits=limits)
+    routes = [
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/health", health),
+        Route("/ready", ready),
+    ]
+    if debug:
+        routes.append(Route("/debug/processes", processes))
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(RequestGuard)],
+        exception_handlers={HTTPException: on_http_exception, DisaggError: on_error},
+    )
+    app.router.redirect_slashes = False
+    return app

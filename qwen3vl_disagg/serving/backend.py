@@ -1,0 +1,63 @@
+"""What the HTTP surface needs of whoever runs the requests. The hub is one; tests have another."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import msgspec
+
+from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob
+from qwen3vl_disagg.processing import Prompt
+
+
+class Readiness(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether requests can be served. `degraded`: served, but a role or a rank is missing; `reasons` name what is."""
+
+    ready: bool
+    degraded: bool = False
+    reasons: list[str] = msgspec.field(default_factory=list)
+
+
+class Decoded(msgspec.Struct, frozen=True):
+    """All media of the request are good images (at once, if it has none): the answer may begin."""
+
+
+class TokenEvent(msgspec.Struct, frozen=True):
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+class FinishedEvent(msgspec.Struct, frozen=True):
+    """The last event of a request that was answered."""
+
+    finish_reason: FinishReason
+    timings: RequestTimings
+
+
+Event = Decoded | TokenEvent | FinishedEvent
+
+
+class RequestHandle(Protocol):
+    """A running request. Iterated once: Decoded, then tokens, then FinishedEvent; or a DisaggError is raised
+    (InputError for a broken image)."""
+
+    request_id: str
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+
+    def cancel(self) -> None:
+        """The client is gone, or the time is up. May be called at any stage and more than once."""
+
+
+class Backend(Protocol):
+    def readiness(self) -> Readiness: ...
+
+    def submit(self, prompt: Prompt, sampling: SamplingParams, timeout_s: float) -> RequestHandle:
+        """Start a request; it may take `timeout_s` seconds in all. Does not wait.
+
+        OverloadedError, UnavailableError or InputError if it is not taken.
+        """
+
+    def debug_processes(self) -> list[dict[str, Any]]:
+        """Pids and roles of all processes of the job."""

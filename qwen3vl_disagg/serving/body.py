@@ -1,0 +1,206 @@
+"""Request bodies: read under limits, then parsed more strictly than JSON asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Receive
+
+from qwen3vl_disagg.core.errors import InputError, OverloadedError
+from qwen3vl_disagg.processing.messages import check_text
+from qwen3vl_disagg.serving.limits import Limits
+
+MAX_DEPTH = 64
+# Objects, lists and their entries: each costs tens of bytes once parsed, whatever it took on the wire.
+MAX_VALUES = 2**18
+_MAX_INT = 2**64
+_DISCARD_FACTOR = 4
+_DISCARD_S = 10.0
+
+
+class ClientGone(Exception):
+    """The client closed the connection: nobody waits for an answer."""
+
+
+class BodyBudget:
+    """Bytes of request bodies in memory, all requests together."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used = limit, 0
+
+
+class BodyAccount:
+    """One request's share of the budget; given back when the block is left, or earlier by `release`."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget, self._taken = budget, 0
+
+    def take(self, num_bytes: int) -> None:
+        """OverloadedError if that is more than is left."""
+        if self._budget.used + num_bytes > self._budget.limit:
+            raise OverloadedError("too many large requests at once")
+        self._budget.used += num_bytes
+        self._taken += num_bytes
+
+    def release(self) -> None:
+        self._budget.used -= self._taken
+        self._taken = 0
+
+    def __enter__(self) -> BodyAccount:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
+
+
+async def read_body(receive: Receive, headers: Headers, limits: Limits, account: BodyAccount) -> bytearray:
+    """The whole body. The limit holds while it comes, whether or not its length was declared.
+
+    InputError 408 (too slow), 413 (too large), 415 (not plain JSON); OverloadedError; ClientGone.
+    """
+    content_type = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    body, chunks = bytearray(), _Chunks(receive)
+    try:
+        if content_type != "application/json":
+            raise InputError("Content-Type must be application/json", status=415, code="unsupported_media_type")
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise InputError("Content-Encoding is not supported", status=415, code="unsupported_encoding")
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > limits.max_body_bytes:
+            raise _too_large(limits)
+        async with asyncio.timeout(limits.body_timeout_s):
+            async for chunk in chunks:
+                if len(body) + len(chunk) > limits.max_body_bytes:
+                    raise _too_large(limits)
+                account.take(len(chunk))
+                body += chunk
+    except TimeoutError:
+        raise InputError("the body came too slowly", status=408, code="body_timeout") from None
+    except (InputError, OverloadedError):
+        body.clear()
+        # Most clients read no answer before they have sent everything. One that asked first (Expect) is not kept.
+        if "expect" not in headers:
+            await chunks.discard(_DISCARD_FACTOR * limits.max_body_bytes)
+        raise
+    return body
+
+
+def _too_large(limits: Limits) -> InputError:
+    return InputError(
+        f"the body is larger than the limit of {limits.max_body_bytes} bytes", status=413, code="request_too_large"
+    )
+
+
+class _Chunks:
+    """The pieces of a body as they come. ClientGone if the connection closes before the last one."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self._ended = receive, False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while not self._ended:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            self._ended = not message.get("more_body", False)
+            yield message.get("body", b"")
+
+    async def discard(self, num_bytes: int) -> None:
+        """Read on without keeping anything, for some bytes and some seconds."""
+        try:
+            async with asyncio.timeout(_DISCARD_S):
+                async for chunk in self:
+                    num_bytes -= len(chunk)
+                    if num_bytes < 0:
+                        return
+        except TimeoutError:
+            return  # the answer goes out all the same
+
+
+def parse_json(body: bytes | bytearray) -> dict[str, Any]:
+    """A JSON object as Python values.
+
+    InputError for anything that is not one, for NaN, infinite and very large numbers, keys that occur twice, depth
+    over MAX_DEPTH, too many values, bytes that are not UTF-8, NUL and lone surrogates; `param` names the place.
+    """
+    if sum(body.count(sign) for sign in (b"[", b"{", b",")) > MAX_VALUES:
+        raise InputError(f"the body has more than {MAX_VALUES} values", code="invalid_json")
+    try:
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+    except UnicodeDecodeError:
+        raise InputError("the body is not valid UTF-8", code="invalid_json") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"the body is not valid JSON ({place})", code="invalid_json") from None
+    except InputError:
+        raise
+    except ValueError:  # an integer with more digits than Python converts
+        raise InputError("a number in the body is too long", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise InputError("the body must be a JSON object", code="invalid_json")
+    try:
+        _check(value, 1)
+    except _Bad as bad:
+        raise InputError(bad.message, param="".join(reversed(bad.path)).lstrip(".") or None) from None
+    return value
+
+
+def _too_deep() -> InputError:
+    return InputError(f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
+
+
+def _constant(name: str) -> None:
+    raise InputError(f"{name} is not JSON", code="invalid_json")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise InputError("a key occurs twice in one object", param=key, code="invalid_json")
+            seen.add(key)
+    return value
+
+
+class _Bad(Exception):
+    """A bad value; its path is put together on the way out, so that good bodies cost nothing."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+        self.path: list[str] = []
+
+
+def _check(value: Any, depth: int) -> None:
+    if isinstance(value, str):
+        try:
+            check_text(value, "")
+        except InputError as error:
+            raise _Bad(error.message) from None
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise _Bad("the number is too large")
+    elif isinstance(value, int):
+        if abs(value) >= _MAX_INT:
+            raise _Bad("the number is too large")
+    elif isinstance(value, (dict, list)):
+        if depth > MAX_DEPTH:
+            raise _too_deep()
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, entry in entries:
+            try:
+                if isinstance(key, str):
+                    _check(key, depth)
+                _check(entry, depth + 1)
+            except _Bad as bad:
+                bad.path.append(f".{key[:64]}" if isinstance(key, str) else f"[{key}]")
+                raise

@@ -1,0 +1,187 @@
+"""`POST /v1/chat/completions`: body -> prompt -> backend -> answer, cancelled at any stage when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from qwen3vl_disagg.core.errors import DeadlineError, InputError, OverloadedError, UnavailableError
+from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.processing import Processor, Prompt
+from qwen3vl_disagg.serving.answer import Answer, TokenNames, with_frontend
+from qwen3vl_disagg.serving.backend import Backend, FinishedEvent, RequestHandle, TokenEvent
+from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, parse_json, read_body
+from qwen3vl_disagg.serving.errors import JSONResponse
+from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.stream import EventStream, timed_events
+from qwen3vl_disagg.serving.types import ChatCompletion, ChatRequest, Choice, Logprobs, Message, parse_chat_request
+
+TIMEOUT_HEADER = "X-Request-Timeout-Ms"
+# The backend keeps the same deadline and knows more about what took so long: its error should come first.
+_GRACE_S = 1.0
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A checked request. `started`: when a thread took it up (monotonic)."""
+
+    request: ChatRequest
+    prompt: Prompt
+    sampling: SamplingParams
+    started: float
+    preprocess_ms: float
+
+
+class ChatCompletions:
+    """The route as an ASGI app: it needs `receive` to notice that a client leaves."""
+
+    def __init__(self, backend: Backend, processor: Processor, *, model_name: str, limits: Limits) -> None:
+        self._backend, self._processor = backend, processor
+        self._model_name, self._limits = model_name, limits
+        self._context = processor.config.text.max_position_embeddings
+        self._names = TokenNames(processor.tokenizer)
+        self._budget = BodyBudget(limits.max_body_memory)
+        self._threads = ThreadPoolExecutor(limits.prepare_threads, thread_name_prefix="prepare")
+        self._num_running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        with BodyAccount(self._budget) as account:
+            body = await read_body(receive, headers, self._limits, account)
+            if self._num_running >= self._limits.max_requests:
+                raise OverloadedError(f"{self._num_running} requests are running, the limit is reached")
+            self._num_running += 1
+            try:
+                timeout_s = self._timeout(headers)
+                await until_disconnect(receive, self._work(scope, receive, send, body, account, timeout_s))
+            finally:
+                self._num_running -= 1
+
+    def _timeout(self, headers: Headers) -> float:
+        text = headers.get(TIMEOUT_HEADER)
+        if text is None:
+            return self._limits.request_timeout_s
+        most = int(self._limits.max_request_timeout_s * 1000)
+        if not (text.isascii() and text.isdecimal() and len(text) < 20 and 1 <= int(text) <= most):
+            raise InputError(f"{TIMEOUT_HEADER} must be a whole number from 1 to {most}", param=TIMEOUT_HEADER)
+        return int(text) / 1000
+
+    async def _work(
+        self, scope: Scope, receive: Receive, send: Send, body: bytearray, account: BodyAccount, timeout_s: float
+    ) -> None:
+        arrival = time.monotonic()
+        deadline = arrival + timeout_s
+        readiness = self._backend.readiness()
+        if not readiness.ready:
+            raise UnavailableError("the server is not ready: " + "; ".join(readiness.reasons))
+        prepared = await self._prepare(body, timeout_s)
+        account.release()
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineError("making the prompt took longer than the request may")
+        request, prompt = prepared.request, prepared.prompt
+        generation, tokenizer = self._processor.generation, self._processor.tokenizer
+        answer = Answer(tokenizer, self._names, generation.eos_token_ids, len(prompt.token_ids))
+        queue_ms = (prepared.started - arrival) * 1e3
+        handle = self._backend.submit(prompt, prepared.sampling, left)
+        try:
+            if request.stream:
+                stream = EventStream(
+                    send,
+                    request,
+                    answer,
+                    id=_id(handle),
+                    model=self._model_name,
+                    prompt_token_ids=prompt.token_ids,
+                    send_timeout_s=self._limits.send_timeout_s,
+                )
+                await stream.run(
+                    handle,
+                    deadline=deadline + _GRACE_S,
+                    ping_s=self._limits.ping_s,
+                    queue_ms=queue_ms,
+                    preprocess_ms=prepared.preprocess_ms,
+                )
+            else:
+                completion = await self._collect(handle, prepared, answer, deadline + _GRACE_S, queue_ms)
+                await JSONResponse(completion)(scope, receive, send)
+        finally:
+            handle.cancel()
+
+    async def _prepare(self, body: bytearray, timeout_s: float) -> _Prepared:
+        future = asyncio.get_running_loop().run_in_executor(self._threads, self._prepare_now, body)
+        try:
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            raise DeadlineError("making the prompt took longer than the request may") from None
+
+    def _prepare_now(self, body: bytearray) -> _Prepared:
+        started = time.monotonic()
+        request = parse_chat_request(parse_json(body), model_name=self._model_name)
+        prompt = self._processor.prepare(request.messages)
+        sampling = request.sampling(self._processor.generation, num_prompt=len(prompt.token_ids), context=self._context)
+        return _Prepared(request, prompt, sampling, started, (time.monotonic() - started) * 1e3)
+
+    async def _collect(
+        self, handle: RequestHandle, prepared: _Prepared, answer: Answer, deadline: float, queue_ms: float
+    ) -> ChatCompletion:
+        finished: FinishedEvent | None = None
+        async with aclosing(timed_events(handle, deadline=deadline, silence_s=self._limits.ping_s)) as events:
+            async for event in events:
+                if isinstance(event, TokenEvent):
+                    answer.push(event)
+                elif isinstance(event, FinishedEvent):
+                    finished = event
+        if finished is None:  # timed_events ends with it
+            raise RuntimeError("no FinishedEvent")
+        answer.finish()
+        request = prepared.request
+        choice = Choice(message=Message(content=answer.text), finish_reason=finished.finish_reason)
+        if request.logprobs is not None:
+            choice.logprobs = Logprobs(content=answer.entries)
+        completion = ChatCompletion(
+            id=_id(handle),
+            created=int(time.time()),
+            model=self._model_name,
+            choices=[choice],
+            usage=answer.usage(finished.timings.cached_tokens),
+            timings=with_frontend(finished.timings, queue_ms=queue_ms, preprocess_ms=prepared.preprocess_ms),
+        )
+        if request.return_token_ids:
+            choice.token_ids = answer.token_ids
+            completion.prompt_token_ids = prepared.prompt.token_ids
+        return completion
+
+
+def _id(handle: RequestHandle) -> str:
+    return f"chatcmpl-{handle.request_id}"
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[None, None, None]) -> None:
+    """Run `work` to its end; if the client leaves first, cancel it, let it clean up, and raise ClientGone.
+
+    The body must have been read: `receive` says then nothing but that the connection closed.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for one in (task, watch):
+            one.cancel()
+        await asyncio.wait({task, watch}, timeout=_GRACE_S)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,112 @@
+"""Errors -> HTTP: one table of statuses, one envelope."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from qwen3vl_disagg.core.errors import (
+    DeadlineError,
+    DisaggError,
+    InputError,
+    OverloadedError,
+    TransferError,
+    UnavailableError,
+)
+
+# InputError brings its own status. A failed transfer has been tried again on every rank there was, so what is left is
+# an outage: 503, which clients may repeat. What is not here is our fault: 500.
+STATUSES: dict[type[DisaggError], int] = {
+    OverloadedError: 429,
+    UnavailableError: 503,
+    TransferError: 503,
+    DeadlineError: 504,
+}
+# Messages of these may name hosts, ranks or files: clients get a general one.
+_GENERAL_MESSAGES: dict[type[DisaggError], str] = {
+    TransferError: "the embeddings of an image could not be transferred; try again",
+}
+_INTERNAL = "the server failed on this request"
+
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+_HTTP_MESSAGES = {
+    404: ("there is nothing at this path", "not_found"),
+    405: ("this path does not take this method", "method_not_allowed"),
+}
+_MAX_MESSAGE = 1000
+
+
+class ErrorBody(msgspec.Struct, kw_only=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(msgspec.Struct):
+    error: ErrorBody
+
+
+class JSONResponse(Response):
+    """A msgspec value as JSON."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return msgspec.json.encode(content)
+
+
+def clean(text: str) -> str:
+    """Text that can be encoded and is not long: parts of it may come from the client."""
+    text = text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "..."
+    return text.encode("utf-8", "replace").decode()
+
+
+def envelope(status: int, message: str, *, param: str | None = None, code: str | None = None) -> ErrorEnvelope:
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    body = ErrorBody(message=clean(message), type=kind, param=None if param is None else clean(param), code=code)
+    return ErrorEnvelope(body)
+
+
+def describe(error: Exception) -> tuple[int, ErrorEnvelope, dict[str, str]]:
+    """Status, envelope and headers of an error. Only what was meant for the client gets into the envelope."""
+    if isinstance(error, InputError):
+        return error.status, envelope(error.status, error.message, param=error.param, code=error.code), {}
+    for kind, status in STATUSES.items():
+        if isinstance(error, kind):
+            message = _GENERAL_MESSAGES.get(kind) or str(error) or error.code
+            headers = {}
+            if status in (429, 503):
+                headers["Retry-After"] = str(max(1, math.ceil(getattr(error, "retry_after", 1.0))))
+            return status, envelope(status, message, code=error.code), headers
+    return 500, envelope(500, _INTERNAL, code="internal_error"), {}
+
+
+def error_response(error: Exception) -> JSONResponse:
+    status, body, headers = describe(error)
+    return JSONResponse(body, status, headers)
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    """Starlette's handler for DisaggError."""
+    return error_response(error)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own errors: no route, wrong method."""
+    if not isinstance(error, HTTPException):
+        return error_response(error)
+    message, code = _HTTP_MESSAGES.get(error.status_code, ("the request was refused", "refused"))
+    return JSONResponse(envelope(error.status_code, message, code=code), error.status_code, dict(error.headers or {}))

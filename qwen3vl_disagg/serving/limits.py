@@ -1,0 +1,28 @@
+"""What one client may cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds of the HTTP surface; sizes in bytes, times in seconds."""
+
+    max_body_bytes: int = 64 * MIB
+    max_body_memory: int = 512 * MIB
+    """Bodies of all requests that have not been read into a prompt yet."""
+    body_timeout_s: float = 30.0
+    max_requests: int = 256
+    """Chat requests at a time, whatever their stage."""
+    prepare_threads: int = 2
+    """Threads that parse bodies and make prompts."""
+    request_timeout_s: float = 120.0
+    """Used when the client sends no X-Request-Timeout-Ms."""
+    max_request_timeout_s: float = 3600.0
+    ping_s: float = 15.0
+    """A stream silent for this long gets a comment line, so that nothing between us and the client gives up."""
+    send_timeout_s: float = 30.0
+    """A client that reads nothing for this long is gone."""

@@ -1,0 +1,172 @@
+"""Server-sent events: an answer as chunks, each sent as soon as its token is there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+import msgspec
+from starlette.types import Message, Send
+
+from qwen3vl_disagg.core.errors import DeadlineError, DisaggError
+from qwen3vl_disagg.core.requests import FinishReason, RequestTimings
+from qwen3vl_disagg.serving.answer import Answer, with_frontend
+from qwen3vl_disagg.serving.backend import Event, FinishedEvent, RequestHandle, TokenEvent
+from qwen3vl_disagg.serving.body import ClientGone
+from qwen3vl_disagg.serving.errors import describe
+from qwen3vl_disagg.serving.types import (
+    ChatCompletionChunk,
+    ChatRequest,
+    ChunkChoice,
+    Delta,
+    LogprobEntry,
+    Logprobs,
+)
+
+logger = logging.getLogger(__name__)
+
+PING = b": ping\n\n"
+DONE = b"data: [DONE]\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # a proxy must not collect the chunks
+]
+
+
+def sse(value: object) -> bytes:
+    """One event. JSON has no raw line break, so one `data:` line holds it."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+async def timed_events(handle: RequestHandle, *, deadline: float, silence_s: float) -> AsyncGenerator[Event | None]:
+    """The request's events; None after each `silence_s` without one. DeadlineError at `deadline` (monotonic)."""
+    iterator = aiter(handle)
+    while True:
+        # Waited for beside the clock, not under a timeout: cancelling would end the iterator.
+        pending = asyncio.ensure_future(_next(iterator))
+        try:
+            while not pending.done():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise DeadlineError("the request took longer than it may")
+                await asyncio.wait({pending}, timeout=min(left, silence_s))
+                if not pending.done():
+                    yield None
+            event = pending.result()
+        finally:
+            pending.cancel()
+        if event is None:
+            raise DisaggError("the request ended without a result")
+        yield event
+        if isinstance(event, FinishedEvent):
+            return
+
+
+async def _next(iterator: AsyncIterator[Event]) -> Event | None:
+    return await anext(iterator, None)
+
+
+class EventStream:
+    """One streamed answer. The status line goes out with the first event: until then errors can still be a 4xx."""
+
+    def __init__(
+        self,
+        send: Send,
+        request: ChatRequest,
+        answer: Answer,
+        *,
+        id: str,
+        model: str,
+        prompt_token_ids: list[int],
+        send_timeout_s: float,
+    ) -> None:
+        self._send_message, self._send_timeout_s = send, send_timeout_s
+        self._request, self._answer = request, answer
+        self._id, self._model, self._created = id, model, int(time.time())
+        self._prompt_token_ids = prompt_token_ids
+        self._started = False
+
+    async def run(
+        self, handle: RequestHandle, *, deadline: float, ping_s: float, queue_ms: float, preprocess_ms: float
+    ) -> None:
+        """Send everything. Raises what goes wrong before the status line; later errors become an event."""
+        try:
+            async with aclosing(timed_events(handle, deadline=deadline, silence_s=ping_s)) as events:
+                async for event in events:
+                    if event is None:
+                        if self._started:
+                            await self._send(PING)
+                        continue
+                    if not self._started:
+                        await self._start()
+                    if isinstance(event, TokenEvent):
+                        await self._token(event)
+                    elif isinstance(event, FinishedEvent):
+                        timings = with_frontend(event.timings, queue_ms=queue_ms, preprocess_ms=preprocess_ms)
+                        await self._finish(event.finish_reason, timings)
+        except ClientGone:
+            raise
+        except Exception as error:
+            if not self._started:
+                raise
+            status, body, _ = describe(error)
+            if status == 500:
+                logger.exception("a stream failed")
+            await self._send(sse(body), last=True)
+
+    async def _start(self) -> None:
+        await self._message({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
+        self._started = True
+        chunk = self._chunk(ChunkChoice(delta=Delta(role="assistant", content="")))
+        if self._request.return_token_ids:
+            chunk.prompt_token_ids = self._prompt_token_ids
+        await self._send(sse(chunk))
+
+    async def _token(self, event: TokenEvent) -> None:
+        piece = self._answer.push(event)
+        entries = self._answer.entries[-1:] if self._request.logprobs is not None else []
+        if piece or entries or self._request.return_token_ids:
+            await self._send(sse(self._chunk(self._content(piece, entries, [event.token_id]))))
+
+    async def _finish(self, reason: FinishReason, timings: RequestTimings) -> None:
+        rest = self._answer.finish()
+        if rest:
+            await self._send(sse(self._chunk(self._content(rest, [], []))))
+        last = self._chunk(ChunkChoice(delta=Delta(), finish_reason=reason))
+        if self._request.include_usage:
+            await self._send(sse(last))
+            last = self._chunk()
+            last.usage = self._answer.usage(timings.cached_tokens)
+        last.timings = timings
+        await self._send(sse(last))
+        await self._send(DONE, last=True)
+
+    def _content(self, text: str, entries: list[LogprobEntry], token_ids: list[int]) -> ChunkChoice:
+        choice = ChunkChoice(delta=Delta(content=text))
+        if entries:
+            choice.logprobs = Logprobs(content=entries)
+        if self._request.return_token_ids:
+            choice.token_ids = token_ids
+        return choice
+
+    def _chunk(self, *choices: ChunkChoice) -> ChatCompletionChunk:
+        chunk = ChatCompletionChunk(id=self._id, created=self._created, model=self._model, choices=list(choices))
+        if self._request.continuous_usage:
+            chunk.usage = self._answer.usage()
+        elif self._request.include_usage:
+            chunk.usage = None
+        return chunk
+
+    async def _send(self, data: bytes, *, last: bool = False) -> None:
+        await self._message({"type": "http.response.body", "body": data, "more_body": not last})
+
+    async def _message(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await self._send_message(message)
+        except (TimeoutError, OSError):
+            raise ClientGone from None

@@ -1,0 +1,265 @@
+"""Messages -> ids: equal to the reference for honest text, and text can never become structure."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from qwen3vl_disagg.core.errors import CheckpointError, InputError
+from qwen3vl_disagg.model import ModelConfig
+from qwen3vl_disagg.processing import ChatTemplate, GenerationDefaults, ImageProcessor, Processor, Tokenizer
+from tests.support.random_model import small_config
+from tests.support.tokenizer import write_tokenizer
+
+SPECIALS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|endoftext|>"]
+
+
+def png(width: int = 64, height: int = 64) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def uri(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def image_part(data: bytes) -> dict:
+    return {"type": "image_url", "image_url": {"url": uri(data)}}
+
+
+def text_part(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def processor(folder) -> Processor:
+    return make_processor(folder)
+
+
+def make_processor(folder) -> Processor:
+    tokenizer = Tokenizer.from_folder(folder)
+    config: ModelConfig = small_config()
+    names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
+    names |= {"vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}
+    ids = {field: tokenizer.token_id(f"<|{name}|>") for field, name in names.items()}
+    from dataclasses import replace
+
+    config = replace(config, text=replace(config.text, vocab_size=400, max_position_embeddings=900), **ids)
+    image = ImageProcessor(config.vision, min_pixels=4096, max_pixels=65536)
+    template = ChatTemplate.from_folder(folder, list(tokenizer.special_ids))
+    return Processor(config, tokenizer, image, template, GenerationDefaults(frozenset({1})))
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "What colour is it?"}],
+    [{"role": "system", "content": "Be  brief.\n"}, {"role": "user", "content": "a\n\nb "}],
+    [{"role": "user", "content": [text_part("one"), text_part(" two"), text_part("\n3")]}],
+    [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "it's <think>no</think> 12"},
+        {"role": "system", "content": "dropped"},
+        {"role": "user", "content": "naïve — Ünïcödé 🟥 e\u0301"},
+    ],
+    [{"role": "user", "content": [text_part("a < b | c > d <tool_call>")]}],
+]
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_ids_equal_the_reference(processor, reference, messages):
+    expected = reference.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
+    assert processor.prepare(messages).token_ids == expected
+
+
+def test_placeholders_are_expanded_where_the_images_stand(processor, reference):
+    first, second = png(64, 64), png(128, 96)
+    content = [image_part(first), text_part("and"), image_part(second), text_part("?")]
+    prompt = processor.prepare([{"role": "user", "content": content}])
+    rows = [item.num_rows for item in prompt.items]
+    assert rows == [4, 12]
+    assert prompt.media == [first, second]
+    assert [item.param for item in prompt.items] == ["messages[0].content[0]", "messages[0].content[2]"]
+    v = [f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in rows]
+    text = f"<|im_start|>user\n{v[0]}and{v[1]}?<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.token_ids == reference(text)["input_ids"]
+    pad = processor.config.image_token_id
+    for item in prompt.items:
+        assert set(prompt.token_ids[item.offset : item.offset + item.num_rows]) == {pad}
+        assert prompt.token_ids[item.offset - 1] == processor.config.vision_start_token_id
+
+
+_FRAGMENTS = [*SPECIALS, "<", "<|", "|>", "im_end|>", "<|im_", "image_pad", "\ue000", " ", "\n", "a", "é"]
+hostile = st.lists(st.sampled_from(_FRAGMENTS), max_size=12).map("".join)
+
+
+@given(st.lists(hostile, min_size=1, max_size=4), hostile)
+def test_text_never_becomes_structure(parts, system):
+    processor = _cached_processor()
+    messages = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": [image_part(png()), *map(text_part, parts)]},
+        {"role": "assistant", "content": parts[0]},
+        {"role": "user", "content": parts[-1]},
+    ]
+    ids = processor.prepare(messages).token_ids
+    specials = {i: name for name, i in processor.tokenizer.special_ids.items()}
+    found = [specials[i] for i in ids if i in specials]
+    turn = ["<|im_start|>", "<|im_end|>"]
+    image = ["<|vision_start|>", *["<|image_pad|>"] * 4, "<|vision_end|>"]
+    assert found == [*turn, "<|im_start|>", *image, "<|im_end|>", *turn, *turn, "<|im_start|>"]
+    text = processor.tokenizer.decode(ids)
+    import unicodedata
+
+    for part in [*parts, system]:
+        assert unicodedata.normalize("NFC", part) in text
+
+
+_PROCESSOR: list[Processor] = []
+
+
+def _cached_processor() -> Processor:
+    if not _PROCESSOR:
+        import tempfile
+        from pathlib import Path
+
+        with tempfile.TemporaryDirectory() as folder:
+            _PROCESSOR.append(make_processor(write_tokenizer(Path(folder))))
+    return _PROCESSOR[0]
+
+
+@given(st.text(max_size=60))
+def test_streamed_pieces_join_to_the_whole(text):
+    tokenizer = _cached_processor().tokenizer
+    try:
+        ids = tokenizer.encode(text)
+    except UnicodeEncodeError:
+        return
+    stream = tokenizer.stream()
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) + stream.finish() == tokenizer.decode(ids)
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == tokenizer.decode(ids)
+
+
+def test_an_unfinished_character_comes_at_the_end():
+    tokenizer = _cached_processor().tokenizer
+    ids = tokenizer.encode("a🟥")[:-1]
+    stream = tokenizer.stream()
+    assert "".join(stream.push(i) for i in ids) == "a"
+    assert stream.finish() == tokenizer.decode(ids)[1:]
+
+
+@pytest.mark.parametrize(
+    ("messages", "param", "text"),
+    [
+        ([], "messages", "at least one"),
+        ("hi", "messages", "list"),
+        ([1], "messages[0]", "object"),
+        ([{"role": "robot", "content": "x"}], "messages[0].role", "role must be"),
+        ([{"role": "user"}], "messages[0].content", "content must be"),
+        ([{"role": "user", "content": []}], "messages[0].content", "content must be"),
+        ([{"role": "user", "content": [{"type": "smell"}]}], "messages[0].content[0].type", "type must be"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "messages[0].content[0].text", "string"),
+        ([{"role": "user", "content": "\ud800"}], "messages[0].content", "surrogates"),
+        ([{"role": "user", "content": "a\0b"}], "messages[0].content", "NUL"),
+        ([{"role": "system", "content": [image_part(png())]}], "messages[0].content[0]", "user turns"),
+        ([{"role": "user", "content": [image_part(b"x")]}], "messages[0].content[0]", "not an image"),
+        ([{"role": "user", "content": [image_part(b"")]}], "messages[0].content[0]", "empty"),
+        ([{"role": "user", "content": [image_part(png())] * 17}], "messages[0].content[16]", "more than 16"),
+        ([{"role": "user", "content": [{"type": "video_url"}]}], "messages[0].content[0]", "not built yet"),
+        ([{"role": "user", "content": "a " * 2000}], "messages", "the context is 900"),
+        ([{"role": "tool", "content": "x"}], "messages[0]", "not built yet"),
+        *(
+            (
+                [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}],
+                "messages[0].content[0]",
+                t,
+            )
+            for url, t in [
+                ("http://example.com/a.png", "only data:"),
+                ("file:///etc/passwd", "only data:"),
+                ("/etc/passwd", "only data:"),
+                ("data:image/png,abc", "must be data:"),
+                ("data:image/png;base64,@@@@", "base64"),
+                (3, "string"),
+            ]
+        ),
+    ],
+)
+def test_bad_messages_name_their_place(processor, messages, param, text):
+    with pytest.raises(InputError, match=text) as caught:
+        processor.prepare(messages)
+    assert caught.value.param == param
+
+
+def test_local_files_only_where_allowed(processor, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png())
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": str(path)}}]}]
+    assert processor.prepare(messages, allow_paths=True).media == [png()]
+    with pytest.raises(InputError, match="only data:"):
+        processor.prepare(messages)
+    messages[0]["content"][0]["image_url"]["url"] = str(tmp_path / "none.png")
+    with pytest.raises(InputError, match="No such file"):
+        processor.prepare(messages, allow_paths=True)
+
+
+def test_a_template_cannot_reach_out(folder):
+    for source in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ raise_exception('no') }}"):
+        template = ChatTemplate(source, SPECIALS)
+        with pytest.raises(InputError, match="refuses"):
+            template.render([{"role": "user", "content": "x"}])
+
+
+def test_generation_defaults(tmp_path):
+    assert GenerationDefaults.from_folder(tmp_path, default_eos=7) == GenerationDefaults(frozenset({7}))
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"do_sample": true, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "eos_token_id": [5, 6]}')
+    defaults = GenerationDefaults.from_folder(tmp_path, default_eos=7)
+    assert defaults.eos_token_ids == {5, 6}
+    sampling = defaults.sampling(top_k=3)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.8, 3)
+    assert defaults.sampling(temperature=0).temperature == 0
+    path.write_text('{"temperature": "hot"}')
+    with pytest.raises(CheckpointError, match="temperature"):
+        GenerationDefaults.from_folder(tmp_path, default_eos=7)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": True},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -2},
+        {"top_k": 1.5},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 10**9},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"logprobs": 21},
+    ],
+)
+def test_numbers_out_of_bounds_are_refused(values):
+    with pytest.raises(InputError, match=next(iter(values))):
+        GenerationDefaults(frozenset({1})).sampling(**values)

@@ -1,0 +1,179 @@
+"""Whole answers: text, usage, logprobs, token ids, timings, and what reaches the backend."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from qwen3vl_disagg.processing import GenerationDefaults
+from qwen3vl_disagg.serving.app import create_app
+from tests.support.fake_backend import FakeBackend, answer_of, tiny_processor
+
+PATH = "/v1/chat/completions"
+ASK = {"messages": [{"role": "user", "content": "what is it?"}]}
+
+
+def serve(backend: FakeBackend, **options) -> TestClient:
+    app = create_app(backend, tiny_processor(), model_name="tiny", **options)
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def image_uri(size: tuple[int, int] = (64, 64)) -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "red").save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_a_whole_answer():
+    backend = FakeBackend()
+    reply = serve(backend).post(PATH, json={**ASK, "model": "tiny"})
+    assert reply.status_code == 200
+    body = reply.json()
+    [handle] = backend.handles
+    num_prompt, num_new = len(handle.prompt.token_ids), len(tiny_processor().tokenizer.encode("red circle")) + 1
+    assert body["id"] == f"chatcmpl-{handle.request_id}"
+    assert (body["object"], body["model"]) == ("chat.completion", "tiny")
+    [choice] = body["choices"]
+    assert choice == {
+        "index": 0,
+        "message": {"role": "assistant", "content": "red circle"},
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+    assert body["usage"] == {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_new,
+        "total_tokens": num_prompt + num_new,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    assert "prompt_token_ids" not in body
+
+
+def test_timings_hold_the_ranks_figures_and_add_the_frontends():
+    body = serve(FakeBackend()).post(PATH, json=ASK).json()
+    timings = body["timings"]
+    assert set(timings) == {
+        *("queue", "preprocess", "encode", "transfer", "prefill", "decode", "transfer_bytes"),
+        *("encode_ranks", "language_rank", "resumes", "cached_tokens", "items"),
+    }
+    assert timings["preprocess"] > 1  # 1 ms from the rank
+    assert timings["queue"] >= 1
+    assert timings["encode"] == 2
+    assert timings["items"][0]["rows"] == 5
+
+
+def test_logprobs_are_openais_with_token_ids_and_exact_bytes():
+    tokenizer = tiny_processor().tokenizer
+    part_of_a_character = tokenizer.encode("\u00e9")[0]
+    eos = tokenizer.token_id("<|im_end|>")
+    token_ids = [*tokenizer.encode("red"), part_of_a_character, eos]
+    backend = FakeBackend(lambda prompt, sampling: answer_of(token_ids, sampling))
+    asked = {**ASK, "logprobs": True, "top_logprobs": 2, "return_token_ids": True}
+    body = serve(backend).post(PATH, json=asked).json()
+    [choice] = body["choices"]
+    entries = choice["logprobs"]["content"]
+    assert choice["token_ids"] == token_ids == [entry["token_id"] for entry in entries]
+    assert body["prompt_token_ids"] == backend.handles[0].prompt.token_ids
+    for entry in entries:
+        assert set(entry) == {"token", "token_id", "logprob", "bytes", "top_logprobs"}
+        assert bytes(entry["bytes"]).decode("utf-8", "replace") == entry["token"]
+        assert [top["token_id"] for top in entry["top_logprobs"]] == [entry["token_id"], 5]
+        assert entry["top_logprobs"][1]["logprob"] == -9999.0  # JSON has no -Infinity
+    assert entries[-1]["token"] == "<|im_end|>"
+    assert bytes(entries[-2]["bytes"]) == b"\xc3"
+    assert b"".join(bytes(entry["bytes"]) for entry in entries[:-2]) == b"red"
+    assert backend.handles[0].sampling.logprobs == 2
+
+
+def test_logprobs_without_alternatives():
+    choice = serve(FakeBackend()).post(PATH, json={**ASK, "logprobs": True}).json()["choices"][0]
+    assert {tuple(entry["top_logprobs"]) for entry in choice["logprobs"]["content"]} == {()}
+
+
+def test_what_is_asked_reaches_the_backend():
+    backend = FakeBackend()
+    fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "seed": 3, "max_tokens": 9, "ignore_eos": True}
+    assert serve(backend).post(PATH, json={**ASK, **fields}).status_code == 200
+    sampling = backend.handles[0].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.5, 0.9, 7, 3)
+    assert (sampling.max_new_tokens, sampling.ignore_eos, sampling.logprobs) == (9, True, None)
+
+
+def test_max_completion_tokens_goes_before_max_tokens():
+    backend = FakeBackend()
+    serve(backend).post(PATH, json={**ASK, "max_tokens": 9, "max_completion_tokens": 1})
+    assert backend.handles[0].sampling.max_new_tokens == 1
+
+
+def test_an_answer_that_is_cut_says_so():
+    body = serve(FakeBackend()).post(PATH, json={**ASK, "max_tokens": 1}).json()
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"]["completion_tokens"] == 1
+
+
+def test_defaults_are_the_checkpoints(monkeypatch):
+    backend = FakeBackend()
+    client = serve(backend)
+    client.post(PATH, json=ASK)
+    assert (backend.handles[0].sampling.temperature, backend.handles[0].sampling.max_new_tokens) == (0, 128)
+    eos = tiny_processor().generation.eos_token_ids
+    own = GenerationDefaults(eos, do_sample=True, temperature=0.7, top_p=0.8, top_k=20)
+    monkeypatch.setattr(tiny_processor(), "generation", own)
+    client.post(PATH, json=ASK)
+    sampling = backend.handles[1].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.8, 20)
+
+
+def test_the_default_length_shrinks_to_what_is_left_of_the_context():
+    backend = FakeBackend()
+    context = tiny_processor().config.text.max_position_embeddings
+    around = len(tiny_processor().prepare([{"role": "user", "content": ""}]).token_ids)
+    letters = "q" * (context - around - 3)
+    reply = serve(backend).post(PATH, json={"messages": [{"role": "user", "content": letters}]})
+    assert reply.status_code == 200, reply.text
+    [handle] = backend.handles
+    room = context - len(handle.prompt.token_ids)
+    assert handle.sampling.max_new_tokens == min(128, room)
+    assert room < 128, "the test needs a prompt that nearly fills the context"
+
+
+def test_images_reach_the_backend_in_order():
+    backend = FakeBackend()
+    parts = [{"type": "image_url", "image_url": {"url": image_uri(size)}} for size in ((64, 64), (128, 64))]
+    content = [*parts, {"type": "text", "text": "?"}]
+    assert serve(backend).post(PATH, json={"messages": [{"role": "user", "content": content}]}).status_code == 200
+    prompt = backend.handles[0].prompt
+    assert [item.param for item in prompt.items] == ["messages[0].content[0]", "messages[0].content[1]"]
+    assert [len(data) for data in prompt.media] == [item.num_bytes for item in prompt.items]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "me", "nobody_knows_this": {"a": [1]}},
+        {"n": 1, "stop": [], "tools": [], "logit_bias": {}, "response_format": {"type": "text"}},
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_p": 0},
+        {"temperature": None, "max_tokens": None, "stop": None, "stream": None, "stream_options": None, "model": None},
+        {"top_logprobs": 0, "logprobs": True},
+    ],
+)
+def test_fields_that_ask_for_nothing_are_tolerated(fields):
+    reply = serve(FakeBackend()).post(PATH, json={**ASK, **fields})
+    assert reply.status_code == 200, reply.text
+
+
+def test_the_clients_timeout_reaches_the_backend():
+    backend = FakeBackend()
+    client = serve(backend)
+    client.post(PATH, json=ASK, headers={"X-Request-Timeout-Ms": "5000"})
+    client.post(PATH, json=ASK)
+    assert 4 < backend.handles[0].timeout_s <= 5
+    assert 119 < backend.handles[1].timeout_s <= 120
+    for bad in ("0", "-1", "1e3", "abc", "9" * 30, "\u0661".encode()):
+        reply = client.post(PATH, json=ASK, headers={"X-Request-Timeout-Ms": bad})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] == "X-Request-Timeout-Ms"

@@ -1,0 +1,99 @@
+"""A backend that plays a script in place of ranks, and a real processor over the small checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3vl_disagg.checkpoint import read_config
+from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, SamplingParams, TokenLogprob
+from qwen3vl_disagg.core.settings import resolve_model_folder
+from qwen3vl_disagg.processing import Processor, Prompt
+from qwen3vl_disagg.serving.backend import Decoded, Event, FinishedEvent, Readiness, TokenEvent
+
+Step = Event | Exception | float
+"""An event, an error to raise, or seconds to wait."""
+
+
+@functools.cache
+def tiny_processor() -> Processor:
+    folder = resolve_model_folder(None)
+    return Processor.from_folder(folder, read_config(folder))
+
+
+@dataclass
+class FakeHandle:
+    request_id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    timeout_s: float
+    steps: list[Step]
+    was_cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    num_sent: int = 0
+    finished: bool = False
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        for step in self.steps:
+            if isinstance(step, Exception):
+                raise step
+            if isinstance(step, (int, float)):
+                await asyncio.sleep(step)
+                continue
+            self.num_sent += 1
+            self.finished = isinstance(step, FinishedEvent)
+            yield step
+
+    def cancel(self) -> None:
+        self.was_cancelled.set()
+
+
+class FakeBackend:
+    """`script`: what a request's steps are. `handles`: all requests so far."""
+
+    def __init__(self, script: Callable[[Prompt, SamplingParams], list[Step]] | None = None) -> None:
+        self.script = script or (lambda prompt, sampling: answer_steps("red circle", sampling))
+        self.state = Readiness(ready=True)
+        self.handles: list[FakeHandle] = []
+
+    def readiness(self) -> Readiness:
+        return self.state
+
+    def submit(self, prompt: Prompt, sampling: SamplingParams, timeout_s: float) -> FakeHandle:
+        steps = self.script(prompt, sampling)
+        if steps and isinstance(steps[0], Exception):
+            raise steps[0]
+        handle = FakeHandle(f"r{len(self.handles)}", prompt, sampling, timeout_s, steps)
+        self.handles.append(handle)
+        return handle
+
+    def debug_processes(self) -> list[dict[str, Any]]:
+        return [{"pid": 1, "role": "encode", "rank": 0}]
+
+
+def timings() -> RequestTimings:
+    item = ItemTimings(preprocess=1, encode=2, transfer=3, transfer_bytes=4, encode_rank=0, rows=5)
+    return RequestTimings(
+        queue=1, preprocess=1, encode=2, transfer=3, prefill=4, decode=5, encode_ranks=[0], items=[item]
+    )
+
+
+def answer_steps(text: str, sampling: SamplingParams) -> list[Step]:
+    """Decoded, the text's tokens and the end token as far as the limit goes, the end."""
+    tokenizer = tiny_processor().tokenizer
+    token_ids = [*tokenizer.encode(text), tokenizer.token_id("<|im_end|>")]
+    return answer_of(token_ids, sampling)
+
+
+def answer_of(token_ids: list[int], sampling: SamplingParams) -> list[Step]:
+    cut = token_ids[: sampling.max_new_tokens]
+    steps: list[Step] = [Decoded()]
+    for token_id in cut:
+        entry = None
+        if sampling.logprobs is not None:
+            entry = TokenLogprob(token_id, -0.5, [(token_id, -0.5), (5, float("-inf"))][: sampling.logprobs])
+        steps.append(TokenEvent(token_id, entry))
+    reason = "stop" if len(cut) == len(token_ids) else "length"
+    return [*steps, FinishedEvent(reason, timings())]
