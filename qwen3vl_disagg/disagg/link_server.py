@@ -125,6 +125,10 @@ class LinkServer:
 
     def request(self, request_id: str, item: int, attempt: int, visual: VisualItem, encode_rank: int) -> None:
         """Get an item from an encode rank: a grant goes out as soon as there is room, in the order of the calls."""
+        session = (request_id, item)
+        self._waiting = deque(old for old in self._waiting if (old.request_id, old.item) != session)
+        for link in self._links.values():
+            self._abort(link, session, "another attempt takes its place")
         self._waiting.append(_Wanted(request_id, item, attempt, visual, encode_rank))
         self._grant_waiting()
 
@@ -133,10 +137,16 @@ class LinkServer:
         self._waiting = deque(wanted for wanted in self._waiting if wanted.request_id != request_id)
         for link in self._links.values():
             for session in [session for session in link.attempts if session[0] == request_id]:
-                attempt = link.attempts.pop(session)
-                self._post(link, Abort(request_id=request_id, item=session[1], attempt=attempt, reason="cancelled"))
+                self._abort(link, session, "cancelled")
         self._receiver.cancel(request_id)
         self._grant_waiting()
+
+    def _abort(self, link: _PeerLink, session: Session, reason: str) -> None:
+        """Tell the encode rank that an attempt is no longer wanted, and give up its room."""
+        attempt = link.attempts.pop(session, None)
+        if attempt is not None:
+            self._post(link, Abort(request_id=session[0], item=session[1], attempt=attempt, reason=reason))
+            self._receiver.drop(*session, attempt)
 
     def _grant_waiting(self) -> None:
         while self._waiting:
@@ -210,6 +220,9 @@ class LinkServer:
         for session, attempt in attempts.items():
             self._receiver.drop(*session, attempt)
             self._lose(session, attempt, reason)
+        for wanted in [wanted for wanted in self._waiting if wanted.encode_rank == link.encode_rank]:
+            self._waiting.remove(wanted)
+            self._lose((wanted.request_id, wanted.item), wanted.attempt, reason)
         link.thread.shutdown(wait=False)
         self._grant_waiting()
 

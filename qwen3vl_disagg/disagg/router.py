@@ -371,7 +371,7 @@ class Router:
         """Pass on what continues the answer; a repetition is dropped, a gap ends the request."""
         if message.index > request.num_received_tokens:
             self._end(message.request_id, TransferError("part of the answer was lost"))
-        elif message.index <= request.num_received_tokens and message.token_ids:
+        elif message.index == request.num_received_tokens and message.token_ids:
             request.num_received_tokens += len(message.token_ids)
             self._actions.append(Deliver(message.request_id, message))
 

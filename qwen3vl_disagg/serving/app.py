@@ -16,13 +16,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen3vl_disagg.core.errors import DisaggError
+from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.backend import Backend
 from qwen3vl_disagg.serving.body import ClientGone
 from qwen3vl_disagg.serving.chat import ChatCompletions
 from qwen3vl_disagg.serving.errors import JSONResponse, envelope, error_response, on_error, on_http_exception
-from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.limits import MAX_HEADER_BYTES, Limits
 from qwen3vl_disagg.serving.types import Model, ModelList
 
 logger = logging.getLogger(__name__)
@@ -52,14 +52,25 @@ class RequestGuard:
             await send(message)
 
         try:
+            # The server bounds headers that are still coming; those that came in one piece are measured here.
+            if _header_bytes(scope) > MAX_HEADER_BYTES:
+                message = f"the headers are larger than the limit of {MAX_HEADER_BYTES} bytes"
+                error = InputError(message, status=431, code="headers_too_large")
+                await error_response(error)(scope, receive, send_named)
+                return
             await self._app(scope, receive, send_named)
         except ClientGone:
             logger.info("request %s: the client left", request_id)
-        except Exception as error:
+        except Exception as failure:
             if started:
                 raise
             logger.exception("request %s failed", request_id)
-            await error_response(error)(scope, receive, send_named)
+            await error_response(failure)(scope, receive, send_named)
+
+
+def _header_bytes(scope: Scope) -> int:
+    target = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    return target + sum(len(name) + len(value) for name, value in scope["headers"])
 
 
 def create_app(

@@ -83,7 +83,9 @@ def envelope(status: int, message: str, *, param: str | None = None, code: str |
 def describe(error: Exception) -> tuple[int, ErrorEnvelope, dict[str, str]]:
     """Status, envelope and headers of an error. Only what was meant for the client gets into the envelope."""
     if isinstance(error, InputError):
-        return error.status, envelope(error.status, error.message, param=error.param, code=error.code), {}
+        # After these a part of the request may be unread: the connection can carry no other.
+        headers = {"Connection": "close"} if error.status in (408, 413, 431) else {}
+        return error.status, envelope(error.status, error.message, param=error.param, code=error.code), headers
     for kind, status in STATUSES.items():
         if isinstance(error, kind):
             message = _GENERAL_MESSAGES.get(kind) or str(error) or error.code

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwen3vl_disagg.serving.errors import envelope
+from qwen3vl_disagg.serving.limits import MAX_HEADER_BYTES
 
-MAX_HEADER_BYTES = 16 * 1024
 MAX_CONNECTIONS = 1024
 HEADER_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 30.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MIB = 2**20
+MAX_HEADER_BYTES = 16 * 2**10
 
 
 @dataclass(frozen=True, kw_only=True)

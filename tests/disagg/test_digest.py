@@ -45,7 +45,7 @@ def test_swapped_shifted_and_lost_rows_show(rows, width, dtype, seed, data):
     assert rows_digest(x, start=1) != digest
 
 
-@given(st.integers(1, 6), st.integers(1, 9), st.sampled_from(DTYPES), seeds, st.data())
+@given(st.integers(1, 6), st.integers(1, 9), st.sampled_from(DTYPES[:4]), seeds, st.data())
 def test_a_changed_low_byte_shows(rows, width, dtype, seed, data):
     x = make_rows(rows, width, dtype, seed)
     damaged = x.clone()

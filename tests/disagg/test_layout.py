@@ -22,7 +22,9 @@ def test_runs_name_the_rows_of_the_blocks_in_order(blocks, block_size, data):
     every_row = [block * block_size + i for block in blocks for i in range(block_size)]
     assert [row for start, stop in runs for row in range(start, stop)] == every_row[:rows]
     assert all(start < stop for start, stop in runs)
-    assert all(first[1] != second[0] for first, second in zip(runs, runs[1:], strict=False)), "neighbours were not joined"
+    assert all(first[1] != second[0] for first, second in zip(runs, runs[1:], strict=False)), (
+        "neighbours were not joined"
+    )
 
 
 @given(tables, block_sizes)

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
-
 import pytest
-from PIL import Image
-from starlette.testclient import TestClient
 
 from qwen3vl_disagg.processing import GenerationDefaults
-from qwen3vl_disagg.serving.app import create_app
-from tests.support.fake_backend import FakeBackend, answer_of, tiny_processor
-
-PATH = "/v1/chat/completions"
-ASK = {"messages": [{"role": "user", "content": "what is it?"}]}
-
-
-def serve(backend: FakeBackend, **options) -> TestClient:
-    app = create_app(backend, tiny_processor(), model_name="tiny", **options)
-    return TestClient(app, raise_server_exceptions=False)
-
-
-def image_uri(size: tuple[int, int] = (64, 64)) -> str:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, "red").save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_of, serve, tiny_processor
+from tests.support.images import png, uri
 
 
 def test_a_whole_answer():
@@ -143,7 +124,7 @@ def test_the_default_length_shrinks_to_what_is_left_of_the_context():
 
 def test_images_reach_the_backend_in_order():
     backend = FakeBackend()
-    parts = [{"type": "image_url", "image_url": {"url": image_uri(size)}} for size in ((64, 64), (128, 64))]
+    parts = [{"type": "image_url", "image_url": {"url": uri(png(size))}} for size in ((64, 64), (128, 64))]
     content = [*parts, {"type": "text", "text": "?"}]
     assert serve(backend).post(PATH, json={"messages": [{"role": "user", "content": content}]}).status_code == 200
     prompt = backend.handles[0].prompt

@@ -8,11 +8,17 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.testclient import TestClient
+
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, SamplingParams, TokenLogprob
 from qwen3vl_disagg.core.settings import resolve_model_folder
 from qwen3vl_disagg.processing import Processor, Prompt
+from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.backend import Decoded, Event, FinishedEvent, Readiness, TokenEvent
+
+PATH = "/v1/chat/completions"
+ASK = {"messages": [{"role": "user", "content": "what is it?"}]}
 
 Step = Event | Exception | float
 """An event, an error to raise, or seconds to wait."""
@@ -71,6 +77,12 @@ class FakeBackend:
 
     def debug_processes(self) -> list[dict[str, Any]]:
         return [{"pid": 1, "role": "encode", "rank": 0}]
+
+
+def serve(backend: FakeBackend, **options: Any) -> TestClient:
+    """A client of the app over `backend`; `options` are create_app's."""
+    app = create_app(backend, tiny_processor(), model_name="tiny", **options)
+    return TestClient(app, raise_server_exceptions=False)
 
 
 def timings() -> RequestTimings:

@@ -1,0 +1,91 @@
+"""The frontend process: HTTP, router and media store on one event loop, over two inherited sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import time
+from collections.abc import MutableSequence
+
+from qwen3vl_disagg.checkpoint import read_config
+from qwen3vl_disagg.core.settings import resolve_model_folder
+from qwen3vl_disagg.disagg.rendezvous import RankContext
+from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.serving.app import create_app
+from qwen3vl_disagg.serving.http_server import HttpServer
+from qwen3vl_disagg.serving.hub import Hub
+
+DRAIN_S = 20.0
+LEAVE_S = 3.0
+SETTLE_S = 15.0
+"""How long to wait for the last encode rank before the ready line is printed without it."""
+
+
+def run_frontend(
+    context: RankContext,
+    http_socket: socket.socket,
+    hub_socket: socket.socket,
+    announced: MutableSequence[int],
+    *,
+    debug: bool = False,
+) -> int:
+    """The body of the frontend's process; returns its exit status.
+
+    `announced[0]`, in memory that outlives this process, says whether the ready line has been printed.
+    """
+    folder = resolve_model_folder(context.model.model)
+    config = read_config(folder)
+    processor = Processor.from_folder(folder, config)
+    hub = Hub(config, context.layout, context.token)
+    app = create_app(hub, processor, model_name=model_name_of(context), debug=debug)
+    return asyncio.run(serve(hub, HttpServer(app), http_socket, hub_socket, announced))
+
+
+async def serve(
+    hub: Hub,
+    http: HttpServer,
+    http_socket: socket.socket,
+    hub_socket: socket.socket,
+    announced: MutableSequence[int],
+) -> int:
+    """Until SIGTERM or SIGINT: then drain, send the ranks home, and return 0. Raises if a server ends by itself."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Once or more often makes no difference: torchrun and the slot both pass the signal on.
+        loop.add_signal_handler(number, stopping.set)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+
+    host, port = http_socket.getsockname()[:2]
+    ticking = await hub.serve(hub_socket)
+    serving = asyncio.ensure_future(http.serve(http_socket))
+    announcing = asyncio.ensure_future(_announce(hub, f"http://{host}:{port}", announced))
+    waiting = asyncio.ensure_future(stopping.wait())
+    done, _ = await asyncio.wait({ticking, serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    if waiting not in done:
+        raise RuntimeError("a server of the frontend ended") from done.pop().exception()
+    announcing.cancel()
+    await hub.drain(DRAIN_S)
+    http.shutdown()
+    await asyncio.wait([serving], timeout=LEAVE_S)
+    await hub.close(LEAVE_S)
+    return 0
+
+
+def model_name_of(context: RankContext) -> str:
+    """The model's name towards clients: the folder's."""
+    return resolve_model_folder(context.model.model).resolve().name
+
+
+async def _announce(hub: Hub, url: str, announced: MutableSequence[int]) -> None:
+    """Print the ready line, once in the life of the job."""
+    usable_since = None
+    while not announced[0]:
+        state = hub.readiness()
+        if state.ready:
+            usable_since = usable_since or time.monotonic()
+            if not state.degraded or time.monotonic() - usable_since > SETTLE_S:
+                announced[0] = 1
+                print(f"ready: {url}", flush=True)
+        await asyncio.sleep(0.05)

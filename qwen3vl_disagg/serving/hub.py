@@ -1,0 +1,313 @@
+"""The hub: the frontend's end of every rank's control connection, the router in the middle, requests on top.
+
+One event loop. What ranks and clients do becomes router events; what the router answers is carried out here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError, UnavailableError
+from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.disagg.control import Connection
+from qwen3vl_disagg.disagg.fingerprint import check_fingerprint
+from qwen3vl_disagg.disagg.messages import (
+    Blob,
+    Finished,
+    Message,
+    Peers,
+    Pull,
+    RankHello,
+    Refused,
+    Stop,
+    Tokens,
+    Welcome,
+)
+from qwen3vl_disagg.disagg.messages import Decoded as ItemDecoded
+from qwen3vl_disagg.disagg.rendezvous import Layout, parent_of
+from qwen3vl_disagg.disagg.router import Router
+from qwen3vl_disagg.disagg.routing import (
+    Abandon,
+    Action,
+    Admit,
+    Deliver,
+    Drain,
+    End,
+    EndAll,
+    Event,
+    FromRank,
+    RankDown,
+    RankUp,
+    Send,
+    Tick,
+)
+from qwen3vl_disagg.model import ModelConfig
+from qwen3vl_disagg.processing import Prompt
+from qwen3vl_disagg.serving.backend import Decoded, FinishedEvent, Readiness, TokenEvent
+from qwen3vl_disagg.serving.backend import Event as ClientEvent
+from qwen3vl_disagg.serving.media_store import MediaStore
+
+HELLO_S = 5.0
+PULL_S = 30.0
+TICK_S = 0.25
+
+RankKey = tuple[str, int]  # role, rank
+
+
+@dataclass
+class _Handle:
+    """A request as its HTTP handler sees it."""
+
+    hub: Hub
+    request_id: str
+    digests: list[str]
+    events: asyncio.Queue[ClientEvent | DisaggError] = field(default_factory=asyncio.Queue)
+    undecoded: set[int] = field(default_factory=set)
+
+    async def __aiter__(self) -> AsyncIterator[ClientEvent]:
+        while True:
+            event = await self.events.get()
+            if isinstance(event, DisaggError):
+                raise event
+            yield event
+            if isinstance(event, FinishedEvent):
+                return
+
+    def cancel(self) -> None:
+        self.hub.take(Abandon(self.request_id))
+
+    def deliver(self, message: ItemDecoded | Tokens | Finished) -> None:
+        match message:
+            case ItemDecoded():
+                self._decoded({message.item})
+            case Tokens():
+                # Another connection than the one that brings the news of decoded items: it may be faster.
+                self._decoded(set(self.undecoded))
+                for i, token_id in enumerate(message.token_ids):
+                    self.events.put_nowait(TokenEvent(token_id, message.logprobs[i] if message.logprobs else None))
+            case Finished():
+                self._decoded(set(self.undecoded))
+                self.events.put_nowait(FinishedEvent(message.finish_reason, message.timings))
+
+    def _decoded(self, items: set[int]) -> None:
+        if self.undecoded and items:
+            self.undecoded -= items
+            if not self.undecoded:
+                self.events.put_nowait(Decoded())
+
+
+class Hub:
+    """The `Backend` of the HTTP app, and the server that ranks connect to."""
+
+    def __init__(self, config: ModelConfig, layout: Layout, token: str, *, media: MediaStore | None = None) -> None:
+        if not token:
+            raise ValueError("an empty token would let anybody in")
+        self._layout, self._token = layout, token
+        self._router = Router({"image": config.image_token_id, "video": config.video_token_id})
+        self._media = media or MediaStore()
+        self._ranks: dict[RankKey, Connection] = {}
+        self._hellos: dict[RankKey, RankHello] = {}
+        self._handles: dict[str, _Handle] = {}
+        self._store_address: tuple[str, int] | None = None
+        self._prefix = secrets.token_hex(4)
+        self._num_requests = 0
+        self._was_ready = False
+        self._server: asyncio.Server | None = None
+        self._ticker: asyncio.Future[None] | None = None
+
+    # ---- for the HTTP app ----
+
+    def submit(self, prompt: Prompt, sampling: SamplingParams, timeout_s: float) -> _Handle:
+        self._num_requests += 1
+        request_id = f"{self._prefix}-{self._num_requests}"
+        digests = [item.digest for item in prompt.items]
+        self._media.hold(list(zip(digests, prompt.media, strict=True)))
+        handle = _Handle(self, request_id, digests, undecoded=set(range(len(prompt.items))))
+        self._handles[request_id] = handle
+        self.take(
+            Admit(
+                request_id,
+                np.asarray(prompt.token_ids, dtype="<i4").tobytes(),
+                len(prompt.token_ids) + sampling.max_new_tokens,
+                prompt.items,
+                sampling,
+                timeout_s,
+            )
+        )
+        if request_id not in self._handles:
+            refusal = handle.events.get_nowait()
+            if isinstance(refusal, DisaggError):
+                raise refusal
+        if not prompt.items:
+            handle.events.put_nowait(Decoded())
+        return handle
+
+    def readiness(self) -> Readiness:
+        """Ready once every language rank is there with a link from some encode rank; after that, and where others
+        are linked, a missing encode rank only degrades."""
+        router = self._router
+        if router.is_draining:
+            return Readiness(ready=False, reasons=["the server is shutting down"])
+        language = set(self._layout.language_ranks)
+        reasons = [f"language rank {rank} is missing" for rank in sorted(language - router.language_ranks)]
+        if reasons:
+            return Readiness(ready=False, reasons=reasons)
+        missing = sorted(set(self._layout.encode_ranks) - router.encode_ranks)
+        reasons = [f"encode rank {rank} is missing" for rank in missing]
+        unlinked = sorted(language - router.linked_language_ranks)
+        reasons += [f"language rank {rank} has no link to an encode rank" for rank in unlinked]
+        self._was_ready = self._was_ready or not unlinked
+        return Readiness(ready=self._was_ready, degraded=bool(reasons), reasons=reasons)
+
+    def debug_processes(self) -> list[dict[str, Any]]:
+        ranks = [{"role": role, "rank": rank, "pid": self._hellos[role, rank].pid} for role, rank in self._ranks]
+        return [{"role": "frontend", "pid": os.getpid()}, *ranks]
+
+    # ---- lifetime ----
+
+    async def serve(self, sock: socket.socket) -> asyncio.Future[None]:
+        """Take connections on a bound socket, until `close`. What it returns ends only if the hub fails before."""
+        self._server = await asyncio.start_server(self._accept, sock=sock)
+        self._ticker = asyncio.create_task(self._tick())
+        return self._ticker
+
+    async def drain(self, limit_s: float) -> None:
+        """Admit nothing more and wait until nothing runs; after `limit_s` end what is left with an error."""
+        self.take(Drain())
+        end = time.monotonic() + limit_s
+        while self._router.num_requests and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        self.take(EndAll(UnavailableError("the server is shutting down")))
+
+    async def close(self, limit_s: float) -> None:
+        """Send every rank home; returns when all have left, or after `limit_s`."""
+        for connection in self._ranks.values():
+            self._post(connection, Stop())
+        end = time.monotonic() + limit_s
+        while self._ranks and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        if self._ticker is not None:
+            self._ticker.cancel()
+        if self._server is not None:
+            self._server.close()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.take(Tick())
+
+    # ---- router ----
+
+    def take(self, event: Event) -> None:
+        """Let the router decide, and do what it says."""
+        for action in self._router.handle(event, time.monotonic()):
+            self._perform(action)
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Send():
+                connection = self._ranks.get((action.role, action.rank))
+                if connection is not None:
+                    self._post(connection, action.message)
+            case Deliver():
+                handle = self._handles.get(action.request_id)
+                if handle is not None:
+                    handle.deliver(action.message)
+            case End():
+                handle = self._handles.pop(action.request_id, None)
+                if handle is not None:
+                    self._media.release(handle.digests)
+                    if action.error is not None:
+                        handle.events.put_nowait(action.error)
+
+    @staticmethod
+    def _post(connection: Connection, message: Message) -> None:
+        try:
+            connection.post(message)
+        except TransferError:
+            return  # the connection is gone; its reader finds out
+
+    # ---- ranks ----
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection.hub(reader, writer)
+        try:
+            first = await connection.receive(timeout=HELLO_S)
+            if isinstance(first, Pull):
+                await self._give(connection, first)
+            elif isinstance(first, RankHello):
+                await self._welcome(connection, first)
+        except (DisaggError, OSError):
+            pass  # the peer is gone, or is none of ours; nobody else is touched
+        finally:
+            await connection.close()
+
+    async def _give(self, connection: Connection, pull: Pull) -> None:
+        """Media bytes for an encode rank."""
+        self._check_token(pull.token)
+        data = self._media.get(pull.digest)
+        await connection.send(Blob(num_bytes=-1 if data is None else len(data)))
+        if data is not None:
+            await connection.send_bytes(data, PULL_S)
+
+    async def _welcome(self, connection: Connection, hello: RankHello) -> None:
+        """Serve one rank until its connection ends."""
+        key: RankKey = (hello.role, hello.rank)
+        try:
+            self._check_hello(hello)
+        except HandshakeError as error:
+            await connection.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))
+            return
+        if key in self._ranks:  # an earlier incarnation, whose end has not been noticed yet
+            self._ranks[key].abort()
+        await connection.send(Welcome())
+        self._ranks[key], self._hellos[key] = connection.keep_alive(), hello
+        self.take(RankUp(hello.role, hello.rank))
+        if hello.store_address is not None:
+            self._store_address = hello.store_address
+        self._introduce()
+        try:
+            while True:
+                message = await connection.receive()
+                if self._ranks.get(key) is not connection:
+                    return
+                self.take(FromRank(hello.role, hello.rank, message))
+        except TransferError:
+            return
+        finally:
+            if self._ranks.get(key) is connection:
+                del self._ranks[key], self._hellos[key]
+                self.take(RankDown(hello.role, hello.rank))
+
+    def _check_token(self, token: str) -> None:
+        if not hmac.compare_digest(token.encode(), self._token.encode()):
+            raise HandshakeError("token", "the job's token", "another")
+
+    def _check_hello(self, hello: RankHello) -> None:
+        self._check_token(hello.token)
+        ranks = self._layout.encode_ranks if hello.role == "encode" else self._layout.language_ranks
+        if hello.rank not in ranks:
+            raise HandshakeError("rank", f"{hello.role} ranks {ranks.start} to {ranks.stop - 1}", hello.rank)
+        before = self._hellos.get((hello.role, hello.rank))
+        if before is not None and before.pid != hello.pid and parent_of(before.pid) is not None:
+            raise HandshakeError("rank", f"no other {hello.role} rank {hello.rank}", f"pid {hello.pid}")
+        for other in self._hellos.values():
+            check_fingerprint(other.fingerprint, hello.fingerprint)
+
+    def _introduce(self) -> None:
+        """Tell all ranks where the store is and who the language ranks are."""
+        if self._store_address is None:
+            return
+        links = [(h.rank, *h.link_address) for h in self._hellos.values() if h.link_address is not None]
+        for connection in self._ranks.values():
+            self._post(connection, Peers(store_address=self._store_address, language_ranks=sorted(links)))

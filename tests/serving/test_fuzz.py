@@ -1,0 +1,71 @@
+"""Random bodies: an answer or a 4xx, never a 500, and always an envelope."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3vl_disagg.serving.types import UNSUPPORTED
+from tests.support.fake_backend import PATH, FakeBackend, serve
+from tests.support.images import png, uri
+
+TEXT = st.text(max_size=20) | st.sampled_from(["user", "assistant", "system", "text", "<|image_pad|>", "\ud800", "\0"])
+NUMBER = st.integers() | st.floats() | st.sampled_from([0, 1, -1, 2**31, 2**63, 2**64, 1e308, 10**400])
+SCALAR = st.none() | st.booleans() | NUMBER | TEXT
+VALUE = st.recursive(SCALAR, lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXT, v, max_size=3), max_leaves=8)
+
+URL = st.sampled_from([uri(png()), uri(png()[:30]), "data:", "data:;base64,", "http://a", "file:///a"]) | TEXT
+PART = (
+    st.fixed_dictionaries({"type": st.just("text"), "text": TEXT | VALUE})
+    | st.fixed_dictionaries(
+        {"type": st.just("image_url"), "image_url": st.fixed_dictionaries({"url": URL}) | URL | VALUE}
+    )
+    | st.fixed_dictionaries({"type": VALUE, "text": TEXT})
+    | VALUE
+)
+MESSAGE = (
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["user", "user", "assistant", "system", "tool"]) | VALUE,
+            "content": TEXT | st.lists(PART, max_size=3) | VALUE,
+        },
+        optional={"name": VALUE, "tool_calls": VALUE},
+    )
+    | VALUE
+)
+MESSAGES = st.lists(MESSAGE, max_size=3) | VALUE
+GOOD = st.just([{"role": "user", "content": "?"}])
+FIELD = VALUE | NUMBER | st.booleans()
+NAMES = [
+    *("model", "temperature", "top_p", "top_k", "seed", "max_tokens", "max_completion_tokens", "logprobs"),
+    *("top_logprobs", "stream", "stream_options", "return_token_ids", "ignore_eos", "user"),
+]
+FIELDS = st.dictionaries(st.sampled_from([*NAMES, *UNSUPPORTED]) | TEXT, FIELD, max_size=4)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with serve(FakeBackend()) as client:
+        yield client
+
+
+def check(reply) -> None:
+    assert reply.status_code == 200 or 400 <= reply.status_code < 500, reply.text
+    if reply.status_code != 200:
+        assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@settings(max_examples=150)
+@given(messages=GOOD | MESSAGES, fields=FIELDS)
+def test_random_requests(client, messages, fields):
+    body = json.dumps({"messages": messages, **fields})
+    check(client.post(PATH, content=body.encode(), headers={"content-type": "application/json"}))
+
+
+@settings(max_examples=100)
+@given(body=st.binary(max_size=60) | VALUE.map(lambda value: json.dumps(value).encode()))
+def test_random_bytes(client, body):
+    check(client.post(PATH, content=body, headers={"content-type": "application/json"}))

@@ -1,0 +1,264 @@
+"""The whole surface behind real sockets: uvicorn, the command-line client, and what TCP lets a client do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from qwen3vl_disagg.serving import http_server
+from qwen3vl_disagg.serving.app import create_app
+from qwen3vl_disagg.serving.backend import Decoded, TokenEvent
+from qwen3vl_disagg.serving.http_server import HttpServer
+from qwen3vl_disagg.serving.limits import MIB, Limits
+from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, tiny_processor
+from tests.support.http import post_json, request, sse_events, sse_lines
+from tests.support.images import png, uri
+
+
+class Running:
+    """An app on a free loopback port, on an event loop of its own thread."""
+
+    def __init__(self, backend: FakeBackend, **limits) -> None:
+        self.backend = backend
+        app = create_app(backend, tiny_processor(), model_name="tiny", limits=Limits(**limits))
+        self.server = HttpServer(app, graceful_s=5)
+        self.sock = socket.socket()
+        self.sock.bind(("127.0.0.1", 0))
+        self.port = self.sock.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(self.sock)), daemon=True)
+
+    def __enter__(self) -> Running:
+        self.thread.start()
+        deadline = time.monotonic() + 10
+        while not self.server.started:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+    def raw(self, data: bytes, timeout_s: float = 5.0) -> bytes:
+        """Send bytes; everything that comes back until the server closes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout_s) as sock:
+            sock.sendall(data)
+            received = b""
+            with contextlib.suppress(ConnectionError):
+                while chunk := sock.recv(65536):
+                    received += chunk
+            return received
+
+
+@pytest.fixture(scope="module")
+def running():
+    with Running(FakeBackend()) as running:
+        yield running
+
+
+def envelope_of(raw: bytes) -> dict:
+    head, _, body = raw.partition(b"\r\n\r\n")
+    assert b"application/json" in head
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def test_plain_and_streamed_over_a_socket(running):
+    url = running.url + PATH
+    reply = post_json(url, ASK, headers={"X-Request-ID": "abc"})
+    assert (reply.status, reply.headers["x-request-id"]) == (200, "abc")
+    assert "server" not in reply.headers
+    assert reply.json["choices"][0]["message"]["content"] == "red circle"
+    *chunks, done = sse_events(url, {**ASK, "stream": True})
+    assert done == "[DONE]"
+    pieces = [choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(pieces) == "red circle"
+    assert post_json(url, {**ASK, "top_p": 7}).json["error"]["param"] == "top_p"
+    assert request(running.url + "/nothing").status == 404
+
+
+def test_tokens_come_one_by_one_and_leaving_cancels():
+    steps = [Decoded(), TokenEvent(40), TokenEvent(41), 60.0]
+    with Running(FakeBackend(lambda prompt, sampling: steps)) as running:
+        lines = sse_lines(running.url + PATH, {**ASK, "stream": True, "return_token_ids": True})
+        seen = 0
+        for line in lines:
+            seen += '"token_ids":[4' in line
+            if seen == 2:
+                break
+        [handle] = running.backend.handles
+        assert not handle.was_cancelled.is_set()
+        lines.close()
+        wait_for(handle.was_cancelled.is_set)
+
+
+def test_leaving_cancels_a_plain_request():
+    with Running(FakeBackend(lambda prompt, sampling: [60.0])) as running:
+        with pytest.raises(TimeoutError):
+            post_json(running.url + PATH, ASK, deadline_s=0.5)
+        wait_for(running.backend.handles[0].was_cancelled.is_set)
+
+
+def wait_for(condition, timeout_s: float = 2.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_large_body_is_refused_and_the_client_learns_why(declared):
+    with Running(FakeBackend(), max_body_bytes=MIB) as running:
+        data = b'{"user": "' + b"x" * 2 * MIB + b'"}'
+        head = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        if declared:
+            raw = running.raw(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        else:
+            chunk = f"{len(data):x}\r\n".encode() + data + b"\r\n0\r\n\r\n"
+            raw = running.raw(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunk)
+        assert raw.startswith(b"HTTP/1.1 413 ")
+        assert post_json(running.url + PATH, ASK).status == 200
+
+
+def test_a_client_that_asks_before_sending_is_told_at_once():
+    with Running(FakeBackend(), max_body_bytes=MIB) as running:
+        head = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Length: {9 * MIB}\r\nExpect: 100-continue\r\n\r\n"
+        raw = running.raw(head.encode())
+        assert raw.startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 2**20,
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        b"GET /caf\xc3\xa9 HTTP/1.1\r\nHost: a\r\n\r\n",
+    ],
+)
+def test_what_is_not_http_gets_an_envelope(running, data):
+    raw = running.raw(data)
+    assert raw.startswith(b"HTTP/1.1 400 ")
+    assert envelope_of(raw)["code"] == "invalid_http"
+    assert post_json(running.url + PATH, ASK).status == 200
+
+
+@pytest.mark.parametrize("start", [b"", b"GET / HT"])
+def test_headers_that_do_not_come(monkeypatch, start):
+    monkeypatch.setattr(http_server, "HEADER_TIMEOUT_S", 0.3)
+    with Running(FakeBackend()) as running:
+        raw = running.raw(start)
+        assert b"HTTP/1.1 408 " in raw
+
+
+def test_headers_that_do_not_come_on_a_used_connection(monkeypatch):
+    monkeypatch.setattr(http_server, "HEADER_TIMEOUT_S", 0.3)
+    with Running(FakeBackend()) as running, socket.create_connection(("127.0.0.1", running.port), 5) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+        sock.sendall(b"GET")
+        received = b""
+        while chunk := sock.recv(65536):
+            received += chunk
+        assert b"HTTP/1.1 408 " in received
+
+
+def test_large_headers_in_one_piece(running):
+    raw = running.raw(b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 17_000 + b"\r\n\r\n")
+    assert raw.startswith(b"HTTP/1.1 431 ")
+    assert envelope_of(raw)["code"] == "headers_too_large"
+
+
+def test_connections_are_counted(monkeypatch):
+    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 2)
+    with Running(FakeBackend()) as running:
+        address = ("127.0.0.1", running.port)
+        with socket.create_connection(address), socket.create_connection(address):
+            wait_for(lambda: len(running.server._server.server_state.connections) == 2)
+            raw = running.raw(b"")
+            assert raw.startswith(b"HTTP/1.1 503 ")
+            assert envelope_of(raw)["code"] == "overloaded"
+        wait_for(lambda: not running.server._server.server_state.connections)
+        assert post_json(running.url + PATH, ASK).status == 200
+
+
+def test_a_connection_serves_many_requests(monkeypatch):
+    """Also after the headers' deadline: its timer must not outlive them."""
+    monkeypatch.setattr(http_server, "HEADER_TIMEOUT_S", 0.3)
+    data = json.dumps(ASK).encode()
+    head = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n".encode()
+    with Running(FakeBackend()) as running, socket.create_connection(("127.0.0.1", running.port), 5) as sock:
+        for _ in range(3):
+            sock.sendall(head + b"\r\n" + data)
+            received = b""
+            while b'"timings"' not in received or not received.endswith(b"}}"):
+                received += sock.recv(65536)
+            assert received.startswith(b"HTTP/1.1 200 ")
+            time.sleep(0.4)
+
+
+def test_shutdown_finishes_what_runs_and_leaves_signals_alone():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    script = lambda prompt, sampling: [Decoded(), 0.5, *answer_steps("red", sampling)[1:]]  # noqa: E731
+    running = Running(FakeBackend(script))
+    replies: list = []
+    with running:
+        asking = threading.Thread(target=lambda: replies.append(post_json(running.url + PATH, ASK)))
+        asking.start()
+        wait_for(lambda: running.backend.handles)
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    asking.join(5)
+    assert [reply.status for reply in replies] == [200]
+    with pytest.raises(ConnectionError):
+        post_json(running.url + PATH, ASK)
+
+
+def client_module():
+    path = Path(__file__).parent.parent.parent / "tools" / "http_client.py"
+    spec = importlib.util.spec_from_file_location("http_client", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_the_command_line_client(running, tmp_path, capsys, monkeypatch, flags):
+    (tmp_path / "a.png").write_bytes(png())
+    arguments = ["http_client.py", "--url", running.url, "--image", str(tmp_path / "a.png"), "--prompt", "?", *flags]
+    monkeypatch.setattr("sys.argv", [*arguments, "--timings"])
+    assert client_module().main() == 0
+    out, err = capsys.readouterr()
+    assert out == "red circle\n"
+    assert json.loads(err)["transfer"] == 3
+    [media] = running.backend.handles[-1].prompt.media
+    assert media == png()
+
+
+def test_the_command_line_client_shows_errors(running, capsys, monkeypatch):
+    arguments = ["http_client.py", "--url", running.url, "--prompt", "?", "--max-tokens", "0"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert client_module().main() == 1
+    assert "max_tokens" in capsys.readouterr().err
+
+
+def test_a_broken_image_is_a_status_also_when_streamed(running):
+    content = [{"type": "image_url", "image_url": {"url": uri(b"broken")}}]
+    reply = post_json(running.url + PATH, {"messages": [{"role": "user", "content": content}], "stream": True})
+    assert reply.status == 400
+    assert reply.json["error"]["param"] == "messages[0].content[0]"
