@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
 import torch
 import tyro
 
@@ -48,13 +49,8 @@ class ServeOptions(ModelOptions):
 
 
 def parse_options(is_silent: bool) -> ServeOptions:
-    """The command line. SystemExit for --help; InputError, with all said already, for what does not parse."""
-    try:
-        return tyro.cli(ServeOptions, prog="serve.py", console_outputs=not is_silent)
-    except SystemExit as error:
-        if error.code == EXIT_INPUT and is_silent:
-            raise InputError("the arguments do not parse") from None
-        raise
+    """The command line. SystemExit for --help and for what does not parse."""
+    return tyro.cli(ServeOptions, prog="serve.py", console_outputs=not is_silent)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -131,7 +127,10 @@ def other_slot(options: ServeOptions, layout: Layout, rank: int, path: Path) -> 
 def main() -> int:
     """Run one slot; returns the exit status. Slot 0 speaks for all when something is wrong with the arguments."""
     rank = int(os.environ.get("RANK", "0"))
-    status = run_slot(rank)
+    try:
+        status = run_slot(rank)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
     if rank != 0 and status == EXIT_INPUT:
         time.sleep(EXIT_LAST_S)  # torchrun ends the others when the first one leaves
     return status

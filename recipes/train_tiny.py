@@ -28,7 +28,7 @@ from tqdm import tqdm
 from qwen3vl_disagg.assets import tiny_folder
 from qwen3vl_disagg.assets.evaluate import Report, evaluate
 from qwen3vl_disagg.assets.folder import load_model, load_weights, read_config, save_weights, write_settings
-from qwen3vl_disagg.assets.lessons import SEARCHING, SEEING, Lesson, Lessons, Mix, lesson_loss
+from qwen3vl_disagg.assets.lessons import FINISHING, SEARCHING, SEEING, Lesson, Lessons, Mix, lesson_loss
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.moe import Experts
 
@@ -46,7 +46,11 @@ class Stage:
     cycle: float = 1.0
 
 
-STAGES = (Stage(SEEING, share=0.5, peak=1.2e-3, cycle=6 / 11), Stage(SEARCHING, share=0.5, peak=1.0e-3))
+STAGES = (
+    Stage(SEEING, share=5 / 12, peak=1.2e-3, cycle=6 / 11),
+    Stage(SEARCHING, share=5 / 12, peak=1.0e-3),
+    Stage(FINISHING, share=1 / 6, peak=7e-4),
+)
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,10 @@ class Settings:
 
     out: Path = field(default_factory=tiny_folder)
     """The checkpoint's folder."""
-    steps: int = 6000
-    """Of both stages together."""
+    steps: int = 7200
+    """Of all stages together."""
     from_stage: int = 0
-    """Start with this stage (0 or 1), from the weights in `out`."""
+    """Start with this stage (0, 1 or 2), from the weights in `out`."""
     seed: int = 0
     num_scenes: int = 32
     """Balanced questions in a batch; each brings others about the same pictures."""

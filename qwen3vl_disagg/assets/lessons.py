@@ -69,6 +69,13 @@ SEARCHING = Mix(
     pair_sides=("pair_at", "pair_has", "pair_has", "pair_more"),
 )
 """Where is what, and how often."""
+FINISHING = Mix(
+    kinds={kind: {"pair_has": 8, "number": 5, "comparison": 5}.get(kind, 1) for kind in KINDS},
+    list_share=0.2,
+    sides={"shape": 1, "place": 1, "number": 3, "comparison": 3},
+    pair_sides=("pair_at", "pair_has", "pair_has", "pair_more"),
+)
+"""What is learned last."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from qwen3vl_disagg.core.errors import DeadlineError, InputError, OverloadedError, UnavailableError
-from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.serving.answer import Answer, TokenNames, with_frontend
 from qwen3vl_disagg.serving.backend import Backend, FinishedEvent, RequestHandle, TokenEvent
@@ -82,15 +82,18 @@ class ChatCompletions:
         if not readiness.ready:
             raise UnavailableError("the server is not ready: " + "; ".join(readiness.reasons))
         prepared = await self._prepare(body, timeout_s)
+        body.clear()
         account.release()
         left = deadline - time.monotonic()
         if left <= 0:
             raise DeadlineError("making the prompt took longer than the request may")
-        request, prompt = prepared.request, prepared.prompt
-        generation, tokenizer = self._processor.generation, self._processor.tokenizer
-        answer = Answer(tokenizer, self._names, generation.eos_token_ids, len(prompt.token_ids))
-        queue_ms = (prepared.started - arrival) * 1e3
-        handle = self._backend.submit(prompt, prepared.sampling, left)
+        request, prompt_token_ids = prepared.request, prepared.prompt.token_ids
+        queue_ms, preprocess_ms = (prepared.started - arrival) * 1e3, prepared.preprocess_ms
+        handle = self._backend.submit(prepared.prompt, prepared.sampling, left)
+        del prepared  # the images: from here on the backend says how long they are kept
+        answer = Answer(
+            self._processor.tokenizer, self._names, self._processor.generation.eos_token_ids, len(prompt_token_ids)
+        )
         try:
             if request.stream:
                 stream = EventStream(
@@ -99,7 +102,7 @@ class ChatCompletions:
                     answer,
                     id=_id(handle),
                     model=self._model_name,
-                    prompt_token_ids=prompt.token_ids,
+                    prompt_token_ids=prompt_token_ids,
                     send_timeout_s=self._limits.send_timeout_s,
                 )
                 await stream.run(
@@ -107,11 +110,15 @@ class ChatCompletions:
                     deadline=deadline + _GRACE_S,
                     ping_s=self._limits.ping_s,
                     queue_ms=queue_ms,
-                    preprocess_ms=prepared.preprocess_ms,
+                    preprocess_ms=preprocess_ms,
                 )
-            else:
-                completion = await self._collect(handle, prepared, answer, deadline + _GRACE_S, queue_ms)
-                await JSONResponse(completion)(scope, receive, send)
+                return
+            finished = await self._collect(handle, answer, deadline + _GRACE_S)
+            timings = with_frontend(finished.timings, queue_ms=queue_ms, preprocess_ms=preprocess_ms)
+            completion = self._completion(_id(handle), request, answer, finished, timings)
+            if request.return_token_ids:
+                completion.prompt_token_ids = prompt_token_ids
+            await JSONResponse(completion)(scope, receive, send)
         finally:
             handle.cancel()
 
@@ -124,40 +131,38 @@ class ChatCompletions:
 
     def _prepare_now(self, body: bytearray) -> _Prepared:
         started = time.monotonic()
-        request = parse_chat_request(parse_json(body), model_name=self._model_name)
-        prompt = self._processor.prepare(request.messages)
+        raw = parse_json(body)
+        request = parse_chat_request(raw, model_name=self._model_name)
+        prompt = self._processor.prepare(raw["messages"])
         sampling = request.sampling(self._processor.generation, num_prompt=len(prompt.token_ids), context=self._context)
         return _Prepared(request, prompt, sampling, started, (time.monotonic() - started) * 1e3)
 
-    async def _collect(
-        self, handle: RequestHandle, prepared: _Prepared, answer: Answer, deadline: float, queue_ms: float
-    ) -> ChatCompletion:
-        finished: FinishedEvent | None = None
+    async def _collect(self, handle: RequestHandle, answer: Answer, deadline: float) -> FinishedEvent:
         async with aclosing(timed_events(handle, deadline=deadline, silence_s=self._limits.ping_s)) as events:
             async for event in events:
                 if isinstance(event, TokenEvent):
                     answer.push(event)
                 elif isinstance(event, FinishedEvent):
-                    finished = event
-        if finished is None:  # timed_events ends with it
-            raise RuntimeError("no FinishedEvent")
-        answer.finish()
-        request = prepared.request
+                    answer.finish()
+                    return event
+        raise RuntimeError("timed_events ends with a FinishedEvent or an error")
+
+    def _completion(
+        self, id: str, request: ChatRequest, answer: Answer, finished: FinishedEvent, timings: RequestTimings
+    ) -> ChatCompletion:
         choice = Choice(message=Message(content=answer.text), finish_reason=finished.finish_reason)
         if request.logprobs is not None:
             choice.logprobs = Logprobs(content=answer.entries)
-        completion = ChatCompletion(
-            id=_id(handle),
+        if request.return_token_ids:
+            choice.token_ids = answer.token_ids
+        return ChatCompletion(
+            id=id,
             created=int(time.time()),
             model=self._model_name,
             choices=[choice],
-            usage=answer.usage(finished.timings.cached_tokens),
-            timings=with_frontend(finished.timings, queue_ms=queue_ms, preprocess_ms=prepared.preprocess_ms),
+            usage=answer.usage(timings.cached_tokens),
+            timings=timings,
         )
-        if request.return_token_ids:
-            choice.token_ids = answer.token_ids
-            completion.prompt_token_ids = prepared.prompt.token_ids
-        return completion
 
 
 def _id(handle: RequestHandle) -> str:

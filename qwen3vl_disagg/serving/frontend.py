@@ -6,7 +6,7 @@ import asyncio
 import signal
 import socket
 import time
-from collections.abc import MutableSequence
+from typing import Any
 
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.core.settings import resolve_model_folder
@@ -26,7 +26,7 @@ def run_frontend(
     context: RankContext,
     http_socket: socket.socket,
     hub_socket: socket.socket,
-    announced: MutableSequence[int],
+    announced: memoryview,
     *,
     debug: bool = False,
 ) -> int:
@@ -47,7 +47,7 @@ async def serve(
     http: HttpServer,
     http_socket: socket.socket,
     hub_socket: socket.socket,
-    announced: MutableSequence[int],
+    announced: memoryview,
 ) -> int:
     """Until SIGTERM or SIGINT: then drain, send the ranks home, and return 0. Raises if a server ends by itself."""
     stopping = asyncio.Event()
@@ -61,10 +61,10 @@ async def serve(
     ticking = await hub.serve(hub_socket)
     serving = asyncio.ensure_future(http.serve(http_socket))
     announcing = asyncio.ensure_future(_announce(hub, f"http://{host}:{port}", announced))
-    waiting = asyncio.ensure_future(stopping.wait())
-    done, _ = await asyncio.wait({ticking, serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    if waiting not in done:
-        raise RuntimeError("a server of the frontend ended") from done.pop().exception()
+    ends: list[asyncio.Future[Any]] = [asyncio.ensure_future(stopping.wait()), ticking, serving]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.is_set():
+        raise RuntimeError("a server of the frontend ended") from next(end for end in ends if end.done()).exception()
     announcing.cancel()
     await hub.drain(DRAIN_S)
     http.shutdown()
@@ -78,7 +78,7 @@ def model_name_of(context: RankContext) -> str:
     return resolve_model_folder(context.model.model).resolve().name
 
 
-async def _announce(hub: Hub, url: str, announced: MutableSequence[int]) -> None:
+async def _announce(hub: Hub, url: str, announced: memoryview) -> None:
     """Print the ready line, once in the life of the job."""
     usable_since = None
     while not announced[0]:

@@ -66,9 +66,11 @@ _NUMBERS = {
 
 
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked request. `logprobs`: None for none, else how many alternatives each token comes with."""
+    """A checked request, without its messages: they are large, and the prompt made of them is what lives on.
 
-    messages: Any
+    `logprobs`: None for none, else how many alternatives each token comes with.
+    """
+
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -126,7 +128,6 @@ def parse_chat_request(raw: dict[str, Any], *, model_name: str) -> ChatRequest:
     if "top_logprobs" in numbers and not wants_logprobs:
         raise InputError("top_logprobs needs logprobs: true", param="top_logprobs")
     return ChatRequest(
-        messages=raw["messages"],
         stream=stream,
         include_usage=_flag(options, "include_usage", "stream_options."),
         continuous_usage=_flag(options, "continuous_usage_stats", "stream_options."),

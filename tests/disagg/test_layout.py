@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -22,9 +24,7 @@ def test_runs_name_the_rows_of_the_blocks_in_order(blocks, block_size, data):
     every_row = [block * block_size + i for block in blocks for i in range(block_size)]
     assert [row for start, stop in runs for row in range(start, stop)] == every_row[:rows]
     assert all(start < stop for start, stop in runs)
-    assert all(first[1] != second[0] for first, second in zip(runs, runs[1:], strict=False)), (
-        "neighbours were not joined"
-    )
+    assert all(first[1] != second[0] for first, second in pairwise(runs)), "neighbours were not joined"
 
 
 @given(tables, block_sizes)
@@ -71,12 +71,14 @@ def test_pools_that_blocks_do_not_fill_are_refused(sizes):
 @given(st.permutations(list(range(6))), st.integers(1, 10), st.data())
 def test_what_is_received_into_the_views_is_what_is_gathered(order, rows, data):
     """Blocks anywhere and in any state of the pool: the views in payload order and the gathered rows agree."""
-    buffers = MultimodalDataBuffers(small_config(), num_rows=24, block_size=4, num_slots=6)
+    buffers = MultimodalDataBuffers(small_config(), num_rows=24, num_deepstack_rows=28, block_size=4, num_slots=7)
+    buffers.allocator.grant("shift", 0, 1)  # so that the two tables never hold the same ids
     leases = [buffers.grant(str(i), 4) for i in range(6)]
     for i in order[: data.draw(st.integers(3, 6))]:
         buffers.allocator.free(leases[i])
     lease = buffers.grant("item", rows)
     assert lease is not None
+    assert lease.rows != lease.deepstack
     generator = torch.Generator().manual_seed(rows)
     sent = [
         torch.randn(rows, 32, generator=generator),

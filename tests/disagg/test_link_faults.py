@@ -1,4 +1,4 @@
-"""The two ends of a link against a peer that a test plays by hand: late answers, stale attempts, second incarnations."""
+"""Each end of a link against a peer that a test plays by hand: late answers, stale attempts, second incarnations."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import os
 import time
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 import torch
 
-from qwen3vl_disagg.core.errors import TransferError
+from qwen3vl_disagg.core.errors import DeadlineError, TransferError
 from qwen3vl_disagg.disagg import encode_links
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.control import Connection, ConnectionLost, connect_link
@@ -59,23 +60,25 @@ class Language:
 
     def __init__(self, *, rows: int = 8) -> None:
         self.receiver = LanguageReceiver(MultimodalDataBuffers(CONFIG, num_rows=rows, block_size=4), CONFIG)
-        self.server = LinkServer(self.receiver, fingerprint=FINGERPRINT, token=TOKEN, language_rank=1)
+        self.make_link = in_process_links()
+        self.server = LinkServer(
+            self.receiver, fingerprint=FINGERPRINT, token=TOKEN, language_rank=1, make_link=self.make_link
+        )
         self.items: list[tuple] = []
         self.lost: list[tuple] = []
         self.server.on_item = lambda *event: self.items.append(event)
         self.server.on_lost = lambda *event: self.lost.append(event)
-        self.make_link = in_process_links()
         self.address = ("", 0)
 
     async def connect(self, encode_rank: int, *, token: str = TOKEN) -> tuple[Connection, InProcessLink]:
         control = await connect_link(self.address, deadline_s=5)
         hello = LinkHello(token=token, encode_rank=encode_rank, pid=os.getpid(), fingerprint=FINGERPRINT)
         await control.send(hello)
-        accept = await control.receive(5)
+        accept = await control.receive(15)
         if isinstance(accept, Refused):
             raise ConnectionLost(accept.field)
         link = self.make_link("encode", encode_rank, 1, accept.epoch)
-        assert isinstance(await control.receive(5), LinkReady)
+        assert isinstance(await control.receive(15), LinkReady)
         control.keep_alive()
         return control, link
 
@@ -84,8 +87,8 @@ class Language:
 async def language(*, rows: int = 8):
     store, _ = host_store("127.0.0.1")
     it = Language(rows=rows)
-    it.server.use_store(store, it.make_link)
-    it.address = await it.server.serve("127.0.0.1")
+    it.server.use_store(store)
+    it.address = await it.server.serve()
     try:
         yield it
     finally:
@@ -95,7 +98,7 @@ async def language(*, rows: int = 8):
 async def deliver(control: Connection, link: InProcessLink, grant: Grant, seed: int = 0):
     encoded = make_encoded(CONFIG, seed=seed)
     await control.send(encoded.header(grant))
-    answer = await control.receive(5)
+    answer = await control.receive(15)
     assert isinstance(answer, HeaderOk), answer
     link.send(encoded.payload(grant), 1)
     return encoded
@@ -108,10 +111,10 @@ def test_grants_follow_the_order_of_requests_and_room():
             for name in "abc":
                 it.server.request(name, 0, 1, VISUAL, 0)
             for seed, name in enumerate("abc"):
-                grant = await control.receive(5)
+                grant = await control.receive(15)
                 assert (grant.request_id, grant.attempt) == (name, 1)
                 encoded = await deliver(control, link, grant, seed)
-                ack = await control.receive(5)
+                ack = await control.receive(15)
                 assert isinstance(ack, Ack)
                 assert ack.received == 6
                 await until(lambda seed=seed: len(it.items) == seed + 1)
@@ -127,19 +130,17 @@ def test_a_bad_header_is_refused_and_the_link_goes_on():
         async with language() as it:
             control, link = await it.connect(0)
             it.server.request("a", 0, 1, VISUAL, 0)
-            grant = await control.receive(5)
+            grant = await control.receive(15)
             header = make_encoded(CONFIG).header(grant)
-            await control.send(
-                Header(**{name: getattr(header, name) for name in header.__struct_fields__} | {"total_rows": 5})
-            )
-            nack = await control.receive(5)
+            await control.send(msgspec.structs.replace(header, total_rows=5))
+            nack = await control.receive(15)
             assert isinstance(nack, Nack)
             assert "expected 6, got 5" in nack.reason
             await until(lambda: it.lost)
             assert it.lost[0][:3] == ("a", 0, 1)
             assert it.receiver.is_idle
             it.server.request("a", 0, 2, VISUAL, 0)
-            await deliver(control, link, await control.receive(5))
+            await deliver(control, link, await control.receive(15))
             await until(lambda: it.items)
             assert it.items[0][2].attempt == 2
 
@@ -151,13 +152,13 @@ def test_frames_of_an_attempt_that_ended_change_nothing():
         async with language() as it:
             control, link = await it.connect(0)
             it.server.request("a", 0, 1, VISUAL, 0)
-            old = await control.receive(5)
+            old = await control.receive(15)
             it.server.cancel("a")
-            assert isinstance(await control.receive(5), Abort)
+            assert isinstance(await control.receive(15), Abort)
             it.server.request("a", 0, 2, VISUAL, 0)
-            new = await control.receive(5)
+            new = await control.receive(15)
             await control.send(make_encoded(CONFIG).header(old))
-            assert isinstance(await control.receive(5), Nack)
+            assert isinstance(await control.receive(15), Nack)
             await control.send(Abort(request_id="a", item=0, attempt=1, reason="late"))
             await control.send(Nack(request_id="z", item=0, attempt=1, reason="never known"))
             await deliver(control, link, new)
@@ -174,16 +175,16 @@ def test_a_request_cancelled_in_mid_payload_gives_nothing_and_leaves_nothing():
             control, link = await it.connect(0)
             it.server.request("a", 0, 1, VISUAL, 0)
             it.server.request("b", 0, 1, VISUAL, 0)
-            grant = await control.receive(5)
+            grant = await control.receive(15)
             encoded = make_encoded(CONFIG)
             await control.send(encoded.header(grant))
-            assert isinstance(await control.receive(5), HeaderOk)
+            assert isinstance(await control.receive(15), HeaderOk)
             it.server.cancel("a")
-            assert isinstance(await control.receive(5), Abort)
+            assert isinstance(await control.receive(15), Abort)
             assert it.receiver.buffers.allocator.counts("rows") == (0, 0, 2), "not in quarantine"
             link.send(encoded.payload(grant), 1)
-            assert isinstance(await control.receive(5), Ack)
-            follower = await control.receive(5)
+            assert isinstance(await control.receive(15), Ack)
+            follower = await control.receive(15)
             assert follower.request_id == "b"
             await deliver(control, link, follower, seed=1)
             await until(lambda: it.items)
@@ -200,12 +201,12 @@ def test_a_lost_link_loses_its_items_and_no_others():
             second, link = await it.connect(2)
             it.server.request("a", 0, 1, VISUAL, 0)
             it.server.request("b", 0, 1, VISUAL, 2)
-            await first.receive(5)
-            grant = await second.receive(5)
+            await first.receive(15)
+            grant = await second.receive(15)
             started = time.monotonic()
             first.abort()
             await until(lambda: it.lost)
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 8
             assert [event[:3] for event in it.lost] == [("a", 0, 1)]
             await deliver(second, link, grant)
             await until(lambda: it.items)
@@ -218,7 +219,7 @@ def test_a_lost_link_loses_its_items_and_no_others():
 def test_a_wrong_token_is_named_but_not_told(token):
     async def scenario():
         async with language() as it:
-            with pytest.raises(ConnectionLost, match="^token$"):
+            with pytest.raises(ConnectionLost, match=r"^token$"):
                 await it.connect(0, token=token)
 
     run(scenario)
@@ -236,16 +237,15 @@ def test_a_second_incarnation_ends_the_first_ones_connection():
     run(scenario)
 
 
-@pytest.mark.xfail(strict=True, reason="the link of the older attempt keeps it, and its end reports it lost")
 def test_an_attempt_that_was_replaced_is_not_lost_later():
     async def scenario():
         async with language() as it:
             first, _ = await it.connect(0)
             second, link = await it.connect(2)
             it.server.request("a", 0, 1, VISUAL, 0)
-            await first.receive(5)
+            await first.receive(15)
             it.server.request("a", 0, 2, VISUAL, 2)  # the router gave it to another rank
-            await deliver(second, link, await second.receive(5))
+            await deliver(second, link, await second.receive(15))
             await until(lambda: it.items)
             first.abort()
             await asyncio.sleep(0.3)
@@ -261,7 +261,7 @@ async def encode_side():
 
     async def accept(reader, writer):
         control = Connection.link(reader, writer)
-        assert isinstance(await control.receive(5), LinkHello)
+        assert isinstance(await control.receive(15), LinkHello)
         await control.send(LinkAccept(epoch=1, language_rank=1))
         await control.send(LinkReady())
         if not accepted.done():
@@ -302,9 +302,9 @@ def test_a_grant_may_come_before_its_item_is_known():
             link, grant, encoded = links.get(1), make_grant("a"), make_encoded(CONFIG)
             await control.send(grant)
             await until(lambda: link.answers)
-            assert await link.wait_grant(("a", 0, 1), 1) == grant
+            assert await link.wait_grant(("a", 0, 1), 10) == grant
             delivering = asyncio.create_task(link.deliver(encoded, grant))
-            header = await control.receive(5)
+            header = await control.receive(15)
             ids = {"request_id": "a", "item": 0, "attempt": 1}
             await control.send(HeaderOk(**ids))
             got = [torch.zeros_like(piece) for piece in encoded.payload(grant)]
@@ -324,17 +324,21 @@ def test_a_dead_language_rank_fails_what_waits_for_it():
             link = links.get(1)
             waiting = asyncio.create_task(link.wait_grant(("a", 0, 1), 30))
             delivering = asyncio.create_task(link.deliver(make_encoded(CONFIG), make_grant("b")))
-            await control.receive(5)
+            await control.receive(15)
             control.abort()
             for task in (waiting, delivering):
                 with pytest.raises(TransferError):
-                    await asyncio.wait_for(task, 3)
+                    await asyncio.wait_for(task, 15)
             assert links.get(1) is not link
 
     run(scenario)
 
 
-@pytest.mark.xfail(strict=True, reason="the link stays, though the peer may have posted a receive for the missing rows")
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the link stays, though the peer may have posted a receive for the missing rows",
+)
 def test_a_header_that_is_not_answered_in_time_ends_the_link(monkeypatch):
     """The answer may only be late: then the peer waits for this payload and would take the next one for it."""
     monkeypatch.setattr(encode_links, "ANSWER_S", 0.2)
@@ -344,19 +348,16 @@ def test_a_header_that_is_not_answered_in_time_ends_the_link(monkeypatch):
             link = links.get(1)
             with pytest.raises(TransferError, match="not answered"):
                 await link.deliver(make_encoded(CONFIG), make_grant("a"))
-            assert isinstance(await control.receive(5), Header)
+            assert isinstance(await control.receive(15), Header)
             control.post(HeaderOk(request_id="a", item=0, attempt=1))  # late
             following = asyncio.create_task(link.deliver(make_encoded(CONFIG, seed=1), make_grant("b")))
-            try:
-                with pytest.raises(ConnectionLost):
-                    await control.receive(2)
-            finally:
-                await asyncio.gather(following, return_exceptions=True)
+            answers = await asyncio.gather(control.receive(2), following, return_exceptions=True)
+            assert isinstance(answers[0], ConnectionLost), f"the link goes on with {answers[0]}"
 
     run(scenario)
 
 
-@pytest.mark.xfail(strict=True, reason="a grant for an attempt that has ended is kept for ever")
+@pytest.mark.xfail(strict=True, raises=DeadlineError, reason="a grant for an attempt that has ended is kept for ever")
 def test_a_grant_for_an_attempt_that_was_given_up_is_not_kept():
     async def scenario():
         async with encode_side() as (links, control, _):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -105,14 +104,19 @@ def test_a_receive_ends_at_its_timeout_when_nothing_is_sent(pair):
     started = time.monotonic()
     with pytest.raises(LinkBroken):
         pair[1].receive(payload(0), 0.3)
-    assert 0.2 < time.monotonic() - started < 5
+    assert 0.2 < time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize(
     "kind",
     [
         "process_group",
-        pytest.param("in_process", marks=pytest.mark.xfail(strict=True, reason="its send never waits for a receiver")),
+        pytest.param(
+            "in_process",
+            marks=pytest.mark.xfail(
+                strict=True, raises=pytest.fail.Exception, reason="its send never waits for a receiver"
+            ),
+        ),
     ],
 )
 def test_a_send_ends_at_its_timeout_when_nobody_receives(kind):
@@ -120,7 +124,7 @@ def test_a_send_ends_at_its_timeout_when_nobody_receives(kind):
     started = time.monotonic()
     with pytest.raises(LinkBroken):
         ends[0].send([torch.zeros(2**22)], 0.3)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize(
@@ -177,17 +181,18 @@ def test_no_group_without_the_other_end():
 
 def test_a_thread_that_waits_for_its_peer_does_not_block_the_store():
     store, _ = host_store("127.0.0.1")
-    make = process_group_links(store, host="127.0.0.1", timeout_s=3)
-    waiting = threading.Thread(target=lambda: pytest.raises(LinkBroken, make, "encode", 0, 1, 1))
-    waiting.start()
-    time.sleep(0.2)
-    started = time.monotonic()
-    store.add("epoch/0-1", 1)
-    assert time.monotonic() - started < 1
-    waiting.join(10)
+    make = process_group_links(store, host="127.0.0.1", timeout_s=6)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(make, "encode", 0, 1, 1)
+        time.sleep(0.2)
+        started = time.monotonic()
+        store.add("epoch/0-1", 1)
+        assert time.monotonic() - started < 4
+        with pytest.raises(LinkBroken):
+            waiting.result(30)
 
 
-@pytest.mark.xfail(strict=True, reason="a link's rendezvous keys stay in the store for ever")
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a link's rendezvous keys stay in the store for ever")
 def test_a_link_leaves_no_keys_behind():
     store = host_store("127.0.0.1")
     before = store[0].num_keys()
@@ -215,7 +220,7 @@ def test_a_sender_killed_in_mid_payload_costs_the_receiver_its_timeout_and_no_mo
         started = time.monotonic()
         with pytest.raises(LinkBroken):
             link.receive([first, second], 2)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
         assert (first == 7).all()
         assert sender.wait(10) == -9
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.serving.types import UNSUPPORTED
@@ -58,14 +58,12 @@ def check(reply) -> None:
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
-@settings(max_examples=150)
 @given(messages=GOOD | MESSAGES, fields=FIELDS)
 def test_random_requests(client, messages, fields):
     body = json.dumps({"messages": messages, **fields})
     check(client.post(PATH, content=body.encode(), headers={"content-type": "application/json"}))
 
 
-@settings(max_examples=100)
 @given(body=st.binary(max_size=60) | VALUE.map(lambda value: json.dumps(value).encode()))
 def test_random_bytes(client, body):
     check(client.post(PATH, content=body, headers={"content-type": "application/json"}))

@@ -185,6 +185,26 @@ def test_bodies_share_a_budget_that_is_given_back():
     asyncio.run(main())
 
 
+def test_a_running_request_holds_no_body():
+    async def main() -> None:
+        backend = FakeBackend(lambda prompt, sampling: [60.0])
+        served = app(backend, limits=SMALL)
+        body = json.dumps({**ASK, "user": "x" * 800}).encode()
+        running = [Exchange(served, PATH, [body]) for _ in range(3)]
+        tasks = []
+        for n, exchange in enumerate(running):
+            tasks.append(asyncio.create_task(exchange.run()))
+            async with asyncio.timeout(5):
+                while len(backend.handles) == n:
+                    await asyncio.sleep(0.005)
+                    assert exchange.status is None
+        for exchange in running:
+            exchange.leave()
+        await asyncio.wait_for(asyncio.gather(*tasks), 5)
+
+    asyncio.run(main())
+
+
 def test_a_body_that_does_not_come():
     async def main() -> None:
         exchange = Exchange(app(limits=Limits(body_timeout_s=0.1)), PATH, [b"{", b"never"])

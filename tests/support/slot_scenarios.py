@@ -1,0 +1,99 @@
+"""Slots with trivial bodies. Each process writes lines `name pid event` to the file `log`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from qwen3vl_disagg.core.errors import HandshakeError, InputError
+from qwen3vl_disagg.disagg.slots import Child, Slot, die_with_parent
+
+LOG = Path()
+
+
+def note(name: str, event: str) -> None:
+    with LOG.open("a") as file:
+        file.write(f"{name} {os.getpid()} {event}\n")
+
+
+def sleeper(name: str) -> int:
+    """Runs until it is killed; tells when a signal got through."""
+    note(name, "up")
+    time.sleep(60)
+    return 9
+
+
+def leaver(name: str) -> int:
+    """Leaves well when told, as a rank on Stop."""
+    note(name, "up")
+    while not Path(f"{LOG}.stop").exists():
+        time.sleep(0.01)
+    note(name, "left")
+    return 0
+
+
+def frontend(name: str) -> int:
+    """Unblocks the signals, and tells the ranks to stop when one comes."""
+    note(name, "up")
+    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    time.sleep(0.2)
+    Path(f"{LOG}.stop").touch()
+    note(name, "left")
+    return 0
+
+
+def raising(error: Exception, name: str) -> int:
+    note(name, "up")
+    raise error
+
+
+def crashing(name: str) -> int:
+    note(name, "up")
+    return 5
+
+
+def child(name: str, body: Callable[[str], int], **options: bool) -> Child:
+    return Child(name, partial(body, name), is_vital=options.pop("is_vital", False), **options)
+
+
+def slots() -> dict[str, Slot]:
+    def hub_is_gone() -> bool:
+        return Path(f"{LOG}.gone").exists()
+
+    rank = child("language", leaver, is_vital=True)
+    return {
+        "encode": Slot([child("encode", sleeper)]),
+        "language": Slot([child("language", sleeper, is_vital=True)]),
+        "first": Slot([child("frontend", frontend, takes_signals=True), child("encode", leaver)]),
+        "both": Slot([child("frontend", frontend, takes_signals=True), rank]),
+        "stubborn": Slot([child("language", sleeper, is_vital=True)], leave_s=0.5),
+        "orphan": Slot([child("language", sleeper, is_vital=True)], is_hub_gone=hub_is_gone, orphan_s=0.5),
+        "refused": Slot([child("encode", partial(raising, HandshakeError("dtype", "a", "b")))]),
+        "input": Slot([child("encode", partial(raising, InputError("no such thing")))]),
+        "crashing": Slot([child("encode", crashing)]),
+    }
+
+
+def run_scenario(name: str, log: Path, errors: Path, has_agent: bool) -> None:
+    """The whole life of a slot, in a session of its own as torchrun starts its workers.
+
+    `has_agent` puts a parent between the caller and the slot, whose death the slot is not to survive.
+    """
+    global LOG
+    LOG = log
+    os.setsid()
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
+    if has_agent:
+        agent = os.getpid()
+        note("agent", "up")
+        if os.fork():
+            time.sleep(60)
+            sys.exit(0)
+        die_with_parent(agent)
+    note("slot", "up")
+    sys.exit(slots()[name].run())
