@@ -52,6 +52,8 @@ STAGES = (
     Stage(FINISHING, share=1 / 6, peak=7e-4),
 )
 
+MIN_STEPS = 240  # the rise of each stage's learning rate needs a few
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -178,6 +180,8 @@ def print_table(report: Report) -> None:
 
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
+    if settings.steps < MIN_STEPS or not 0 <= settings.from_stage < len(STAGES):
+        raise SystemExit(f"--steps must be at least {MIN_STEPS} and --from-stage in 0..{len(STAGES) - 1}")
     record: dict[str, object] = {}
     record_path = settings.out / "training.json"
     if settings.evaluate_only:

@@ -3,7 +3,7 @@
 A scene is a 3 x 3 board of cells, each empty or with one coloured shape. A question is built answer first: the answer
 is dealt from a shuffled deck (so none is frequent), then a scene and a wording are made that have it.
 
-    python -m qwen3vl_disagg.assets.scenes --seed 1 --count 20 --out /tmp/scenes
+    python -m qwen3vl_disagg.assets.scenes --seed 1 --count 20 --out scenes
 """
 
 from __future__ import annotations

@@ -82,8 +82,9 @@ class BlockAllocator:
 
     def release(self, lease: Lease) -> None:
         """End a quarantine. ValueError if there is none."""
-        if self._quarantine.pop(lease.generation, None) is None:
+        if self._quarantine.get(lease.generation) != lease:
             raise ValueError(f"lease {lease.generation} of {lease.owner} is not in quarantine")
+        del self._quarantine[lease.generation]
         self._return(lease)
 
     def _remove(self, lease: Lease) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwen3vl_disagg.core.tensors import lazy_zeros
 from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease
 from qwen3vl_disagg.disagg.layout import AUX_FIELDS, RowSizes, blocks_for, row_runs
 from qwen3vl_disagg.model.config import ModelConfig
@@ -44,11 +45,11 @@ class MultimodalDataBuffers:
             raise ValueError(f"{num_rows} rows and {num_deepstack_rows} DeepStack rows in blocks of {block_size}")
         hidden, levels = config.text.hidden_size, config.num_deepstack_levels
         self.hidden_size, self.num_levels, self.block_size = hidden, levels, block_size
-        self.input_embeddings = torch.zeros(num_rows, hidden, dtype=dtype, device=device)
-        self.fill_ids = torch.zeros(num_rows, dtype=torch.int32)
-        self.mrope_positions = torch.zeros(num_rows, 3, dtype=torch.int32)
+        self.input_embeddings = lazy_zeros((num_rows, hidden), dtype, device)
+        self.fill_ids = lazy_zeros((num_rows,), torch.int32)
+        self.mrope_positions = lazy_zeros((num_rows, 3), torch.int32)
         self.aux_datas = torch.zeros(num_slots, len(AUX_FIELDS), dtype=torch.int64)
-        self.deepstack_embeddings = torch.zeros(num_deepstack_rows, levels * hidden, dtype=dtype, device=device)
+        self.deepstack_embeddings = lazy_zeros((num_deepstack_rows, levels * hidden), dtype, device)
         self.allocator = BlockAllocator(
             num_blocks=num_rows // block_size,
             num_deepstack_blocks=num_deepstack_rows // block_size,

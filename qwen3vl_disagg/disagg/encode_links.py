@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from qwen3vl_disagg.disagg.messages import (
 CONNECT_S = 20.0
 PAYLOAD_S = 10.0
 ANSWER_S = 15.0
+MAX_ENDED = 4096
 
 Attempt = tuple[str, int, int]  # request id, item, attempt
 
@@ -70,6 +72,8 @@ class EncodeLink:
     order: asyncio.Lock = field(default_factory=asyncio.Lock)
     answers: dict[Attempt, _Answers] = field(default_factory=dict)
     delivering: set[Attempt] = field(default_factory=set)
+    _ended: OrderedDict[Attempt, None] = field(default_factory=OrderedDict)
+    """The last attempts that ended: a grant for one of them comes too late."""
 
     def answers_for(self, attempt: Attempt) -> _Answers:
         """A grant may come before the item itself is known here, or after."""
@@ -91,12 +95,20 @@ class EncodeLink:
         try:
             async with self.order:
                 await self.control.send(header)
-                await _within(answers.header_ok, ANSWER_S, "the header was not answered")
+                await self._header_answered(answers)
                 await self._send(payload)
             await _within(answers.ack, ANSWER_S, "the rows were not acknowledged")
         finally:
             self.delivering.discard(attempt)
             self.forget(attempt)
+
+    async def _header_answered(self, answers: _Answers) -> None:
+        await asyncio.wait([answers.header_ok], timeout=ANSWER_S)
+        if not answers.header_ok.done():
+            # The peer may be about to wait for this payload: it would take the next one for it.
+            self.control.abort()
+            raise LinkBroken(f"the header was not answered within {ANSWER_S:g} s")
+        answers.header_ok.result()
 
     async def _send(self, payload: list[Tensor]) -> None:
         try:
@@ -108,12 +120,21 @@ class EncodeLink:
 
     def forget(self, attempt: Attempt) -> None:
         """An attempt has ended, or is given up; a delivery under way ends by itself."""
-        if attempt not in self.delivering and attempt in self.answers:
+        if attempt in self.delivering:
+            return
+        self._ended[attempt] = None
+        while len(self._ended) > MAX_ENDED:
+            self._ended.popitem(last=False)
+        if attempt in self.answers:
             self.answers.pop(attempt).fail("given up")
 
     def handle(self, message: Message) -> None:
         """A frame from the language rank. Frames about attempts that ended change nothing."""
         match message:
+            case Grant() if attempt_of(message) in self._ended:
+                request_id, item, attempt = attempt_of(message)
+                late = Abort(request_id=request_id, item=item, attempt=attempt, reason="given up")
+                self.control.post(late)  # so that the language rank takes its blocks back
             case Grant():
                 answers = self.answers_for(attempt_of(message))
                 if not answers.grant.done():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.disagg.digest import add_digests, rows_digest
+from qwen3vl_disagg.disagg.digest import payload_digest
 from qwen3vl_disagg.disagg.messages import Grant, Header
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration, separate_deepstack
 from qwen3vl_disagg.processing import Grid, ImageProcessor, item_positions
@@ -75,10 +75,6 @@ class EncodedItem:
         aux = [len(self.main), *self.grid, levels, self.main.shape[1], self.digest, grant.attempt]
         pieces.append(torch.tensor(aux, dtype=torch.int64))
         return pieces + (list(self.deepstack.split(grant.deepstack_runs)) if levels else [])
-
-
-def payload_digest(main: Tensor, fill_ids: Tensor, positions: Tensor, deepstack: Tensor) -> int:
-    return add_digests(*(rows_digest(part) for part in (main, fill_ids, positions, deepstack)))
 
 
 class EncodeWorker:

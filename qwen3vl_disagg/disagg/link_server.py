@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, InputError, TransferError
+from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.control import Address, Connection, ConnectionLost
 from qwen3vl_disagg.disagg.fingerprint import Fingerprint, check_fingerprint
@@ -159,9 +159,9 @@ class LinkServer:
                 continue
             try:
                 grant = self._receiver.grant(*session, wanted.attempt, wanted.visual)
-            except InputError as error:
+            except DisaggError as error:  # larger than the buffers, or stale
                 self._waiting.popleft()
-                self._lose(session, wanted.attempt, error.message)
+                self._lose(session, wanted.attempt, str(error))
                 continue
             if grant is None:
                 return
@@ -206,7 +206,9 @@ class LinkServer:
             raise TransferError("the store is not known")
         encode_rank, language_rank = hello.encode_rank, self._language_rank
         if encode_rank in self._links:  # a new incarnation of that rank
-            self._drop(self._links[encode_rank], "the encode rank was started again")
+            old = self._links[encode_rank]
+            self._drop(old, "the encode rank was started again")
+            old.control.abort()
         epoch = await asyncio.to_thread(store.add, f"epoch/{encode_rank}-{language_rank}", 1)
         await control.send(LinkAccept(epoch=epoch, language_rank=language_rank))
         payload = await asyncio.to_thread(make_link, "language", encode_rank, language_rank, epoch)

@@ -50,21 +50,28 @@ class ProcessGroupLink:
     """Over a 2-rank Gloo group. Tensors that are not on the CPU are staged through it."""
 
     def __init__(self, group: dist.ProcessGroup, side: Side) -> None:
-        self._group = group
+        self._group: dist.ProcessGroup | None = group
         self._peer = 1 - _RANK_IN_PAIR[side]
 
     def send(self, tensors: Sequence[Tensor], timeout: float) -> None:
         deadline = time.monotonic() + timeout
         staged = [tensor.cpu() for tensor in tensors]
-        self._wait([self._group.send([tensor], self._peer, 0) for tensor in staged], deadline)
+        group = self._open_group()
+        self._wait([group.send([tensor], self._peer, 0) for tensor in staged], deadline)
 
     def receive(self, tensors: Sequence[Tensor], timeout: float) -> None:
         deadline = time.monotonic() + timeout
         staged = [tensor if tensor.device.type == "cpu" else tensor.new_empty(tensor.shape).cpu() for tensor in tensors]
-        self._wait([self._group.recv([tensor], self._peer, 0) for tensor in staged], deadline)
+        group = self._open_group()
+        self._wait([group.recv([tensor], self._peer, 0) for tensor in staged], deadline)
         for tensor, stage in zip(tensors, staged, strict=True):
             if stage is not tensor:
                 tensor.copy_(stage)
+
+    def _open_group(self) -> dist.ProcessGroup:
+        if self._group is None:
+            raise LinkBroken("the link is closed")
+        return self._group
 
     @staticmethod
     def _wait(works: Sequence[dist.Work], deadline: float) -> None:
@@ -76,7 +83,7 @@ class ProcessGroupLink:
 
     def close(self) -> None:
         """The group's sockets close when its last reference goes."""
-        del self._group
+        self._group = None
 
 
 def process_group_links(store: dist.TCPStore, *, host: str, timeout_s: float = 20.0) -> LinkFactory:
@@ -96,7 +103,7 @@ def process_group_links(store: dist.TCPStore, *, host: str, timeout_s: float = 2
 
 
 class InProcessLink:
-    """Both ends in one process."""
+    """Both ends in one process, possibly on one thread: what is sent waits here, and `send` returns at once."""
 
     def __init__(self) -> None:
         self._sent: queue.Queue[list[Tensor]] = queue.Queue()
@@ -109,6 +116,8 @@ class InProcessLink:
             sent = self._sent.get(timeout=timeout)
         except queue.Empty:
             raise LinkBroken(f"nothing was sent within {timeout:g} s") from None
+        if len(sent) != len(tensors):
+            raise LinkBroken(f"{len(sent)} tensors were sent, {len(tensors)} expected")
         for target, source in zip(tensors, sent, strict=True):
             if target.shape != source.shape or target.dtype != source.dtype:
                 raise LinkBroken(

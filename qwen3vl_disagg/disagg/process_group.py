@@ -21,5 +21,9 @@ def build_pair(store: dist.Store, prefix: str, *, rank_in_pair: int, host: str, 
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host, lazy_init=False)]
     options._timeout = timedelta(seconds=timeout_s)
     options._threads = 1
-    # The stubs do not know that it is a ProcessGroup.
-    return dist.ProcessGroupGloo(dist.PrefixStore(prefix, store), rank_in_pair, 2, options)  # type: ignore[return-value]
+    group = dist.ProcessGroupGloo(dist.PrefixStore(prefix, store), rank_in_pair, 2, options)
+    # The second end to get here knows that nobody needs the keys of the meeting any more.
+    if store.add(f"{prefix}/built", 1) == 2:
+        for key in (f"{prefix}/0/0", f"{prefix}/0/1", f"{prefix}/built"):
+            store.delete_key(key)
+    return group  # type: ignore[return-value]  # the stubs do not know that it is a ProcessGroup

@@ -17,7 +17,7 @@ from qwen3vl_disagg.core.errors import InputError, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.allocator import Lease
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
-from qwen3vl_disagg.disagg.encode_worker import payload_digest
+from qwen3vl_disagg.disagg.digest import payload_digest
 from qwen3vl_disagg.disagg.layout import AUX_FIELDS, row_runs
 from qwen3vl_disagg.disagg.links import Link
 from qwen3vl_disagg.disagg.messages import Grant, Header
@@ -69,7 +69,7 @@ class LanguageReceiver:
     def grant(self, request_id: str, item: int, attempt: int, visual: VisualItem) -> Grant | None:
         """Room for the whole item, or None when there is none now. An older attempt at it is dropped.
 
-        InputError if the item is larger than the buffers.
+        InputError if the item is larger than the buffers; TransferError, and nothing changes, if the attempt is stale.
         """
         if not self.buffers.could_ever_fit(visual.num_rows):
             raise InputError(
@@ -77,6 +77,9 @@ class LanguageReceiver:
                 param=visual.param,
             )
         with self._lock:
+            current = self._sessions.get((request_id, item))
+            if current is not None and current.grant.attempt > attempt:
+                raise TransferError(f"attempt {attempt} is older than {current.grant.attempt}, which is under way")
             self._drop((request_id, item))
             lease = self.buffers.grant(f"{request_id}/{item}/{attempt}", visual.num_rows)
             if lease is None:

@@ -228,9 +228,8 @@ class Router:
                 for request_id, index in list(state.jobs):
                     self._attempt_failed(request_id, index, (event.rank, state.incarnation), now, is_death=True)
             return
+        # Links are what the encode ranks say: they may outlive this rank's connection with the hub, or come before it.
         language = self._language.pop(event.rank, None)
-        for encode in self._encode.values():
-            encode.links.discard(event.rank)
         for request_id in list(language.requests) if language else ():
             self._end(request_id, UnavailableError("the rank that ran the request was lost"))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.tensors import lazy_zeros
 from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.attention import LayerCache
@@ -27,10 +28,9 @@ class ModelRunner:
         text = model.config.text
         kv_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         shape = (num_pages * page_size, text.num_key_value_heads, text.head_dim)
-        # calloc'ed on CPU: pages cost memory only once they are written.
         self.caches: list[LayerCache] = []
         for _ in range(text.num_hidden_layers):
-            keys, values = (torch.zeros(shape, dtype=kv_dtype, device=self.device) for _ in "kv")
+            keys, values = (lazy_zeros(shape, kv_dtype, self.device) for _ in "kv")
             self.caches.append((keys, values))
 
     @torch.inference_mode()

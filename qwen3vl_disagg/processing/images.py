@@ -52,14 +52,13 @@ class ImageInfo:
     height: int
 
 
-def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The size to resize to: multiples of `factor`, about the same aspect, pixels within the bounds.
 
     Arithmetic as in the reference processor (float64, ties to even): 300 x 400 -> 288 x 384 with factor 32 and bounds
     65536 .. 16777216. InputError if one side is more than 200 times the other.
     """
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise InputError(f"image of {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
+    _check_aspect(height, width)
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
@@ -72,11 +71,19 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     return new_height, new_width
 
 
+def _check_aspect(height: int, width: int) -> None:
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise InputError(f"image of {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
+
+
 class ImageProcessor:
     """One checkpoint's way from bytes to patches.
 
-    `backend` picks who resizes: "pil" equals the reference's PIL processor bit for bit, "torch" the reference's
-    torchvision one (they differ by up to 2 grey levels).
+    `backend` picks the arithmetic of resizing and normalising. "pil" equals the reference's PIL processor bit for bit:
+    Pillow's bicubic, levels times 1/255 in float64, then (x - mean) / std in float32. "torch" does what the reference's
+    torchvision processor does on a CPU: antialiased bicubic on uint8, then (x - 255 mean) / (255 std) in float32. They
+    differ by up to 2 grey levels where an image is resized, and in the last bit where it is not. "pil" is the default
+    because it is the one whose reference runs without torchvision, so that a test can hold the two equal.
     """
 
     def __init__(
@@ -94,16 +101,20 @@ class ImageProcessor:
             raise ValueError(f"pixel bounds {min_pixels}..{max_pixels} leave no room for {factor} x {factor}")
         self.config, self.factor, self.backend = config, factor, backend
         self.min_pixels, self.max_pixels, self.mean, self.std = min_pixels, max_pixels, mean, std
-        # One entry per grey level and channel: the reference's float64 rescale and float32 normalisation, exactly.
-        levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-        table = (levels[None] - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
-        self._table_C256 = torch.from_numpy(table)
+        # A pixel has one of 256 levels, so normalising is a look-up: the formula runs once per level and channel.
+        mean_C1, std_C1 = torch.tensor(mean)[:, None], torch.tensor(std)[:, None]
+        if backend == "pil":
+            levels_256 = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float()
+            self._table_C256 = (levels_256 - mean_C1) / std_C1
+        else:
+            self._table_C256 = (torch.arange(256.0) - mean_C1 * 255.0) / (std_C1 * 255.0)
 
     @classmethod
     def from_folder(cls, folder: Path, config: VisionConfig) -> ImageProcessor:
         """Read preprocessor_config.json, or the `image_processor` part of processor_config.json."""
         raw = read_image_settings(folder)
-        size = raw.get("size") or {}
+        size = raw.get("size")
+        size = size if isinstance(size, dict) else {}
         bounds = {
             "min_pixels": raw.get("min_pixels", size.get("shortest_edge")),
             "max_pixels": raw.get("max_pixels", size.get("longest_edge")),
@@ -116,14 +127,25 @@ class ImageProcessor:
         ):
             if raw.get(name, ours) != ours:
                 problems.append(f"{name} is {raw[name]!r}, config.json says {ours}")
+        for name, ours in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
+            if raw.get(name, ours) != ours:
+                problems.append(f"{name} is {raw[name]!r}, only {ours!r} is supported")
+        scale = raw.get("rescale_factor", 1 / 255)
+        if not isinstance(scale, (int, float)) or abs(scale * 255 - 1) > 1e-6:
+            problems.append(f"rescale_factor is {scale!r}, only 1/255 is supported")
         vectors: dict[str, Any] = {}
         for name, key in (("mean", "image_mean"), ("std", "image_std")):
-            vectors[name] = tuple(raw.get(key, (0.5, 0.5, 0.5)))
-            if len(vectors[name]) != config.in_channels:
-                problems.append(f"{key} must have {config.in_channels} entries, got {list(vectors[name])}")
+            value = raw.get(key, [0.5, 0.5, 0.5])
+            if not isinstance(value, list) or len(value) != 3 or any(type(v) not in (int, float) for v in value):
+                problems.append(f"{key} must have 3 numbers, got {value!r}")
+                continue
+            vectors[name] = tuple(map(float, value))
         if problems:
             raise CheckpointError(folder, [f"preprocessor_config.json: {problem}" for problem in problems])
-        return cls(config, min_pixels=bounds["min_pixels"], max_pixels=bounds["max_pixels"], **vectors)
+        try:
+            return cls(config, min_pixels=bounds["min_pixels"], max_pixels=bounds["max_pixels"], **vectors)
+        except ValueError as error:
+            raise CheckpointError(folder, [f"preprocessor_config.json: {error}"]) from error
 
     def settings(self) -> dict[str, str]:
         """What two ranks must agree on to see the same pixels."""
@@ -220,6 +242,7 @@ def _open(data: bytes) -> tuple[Image.Image, ImageInfo, int]:
         raise InputError(f"the image has no pixels ({width} x {height})")
     if width * height > MAX_PIXELS:
         raise InputError(f"the image has {width * height} pixels, the limit is {MAX_PIXELS}")
+    _check_aspect(height, width)
     orientation = _orientation(image)
     if orientation >= 5:
         width, height = height, width
@@ -229,9 +252,8 @@ def _open(data: bytes) -> tuple[Image.Image, ImageInfo, int]:
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 .. 8. A PNG's counts only when it stands before the pixels, so that headers suffice."""
     try:
-        if image.format == "PNG" and not any("exif" in key.lower() or "xmp" in key for key in map(str, image.info)):
-            return 1
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
+        # Not image.getexif(): a PNG's would decode the pixels to find metadata behind them.
+        value = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
     except Exception:  # damaged metadata does not make the picture unusable
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

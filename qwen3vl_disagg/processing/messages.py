@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,10 @@ def _data_uri(uri: str, where: str) -> bytes:
 
 def _read_file(path: Path, where: str) -> bytes:
     try:
-        if path.stat().st_size > MAX_BYTES:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe or device might never end
+            raise InputError(f"{str(path)[-_MAX_NAME:]}: not a file", param=where)
+        if found.st_size > MAX_BYTES:
             raise InputError(f"{path} is larger than the limit of {MAX_BYTES} bytes", param=where, status=413)
         return path.read_bytes()
     except (OSError, ValueError) as error:

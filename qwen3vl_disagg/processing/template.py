@@ -21,15 +21,26 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 
 MAX_RENDERED_CHARS = 8 * 2**20
-_PRIVATE_USE = range(0xE000, 0xF8FF)
+_PRIVATE_USE = range(0xE000, 0xF900)
+# What a template's own code can raise: it is the checkpoint's, and so may be wrong for messages that are not.
+_RENDER_ERRORS = (
+    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
+)
 
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: jinja's own filter would escape <, > and & for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class Piece(NamedTuple):
@@ -55,14 +66,14 @@ class ChatTemplate:
     def from_folder(cls, folder: Path, special_tokens: Sequence[str]) -> ChatTemplate:
         """chat_template.jinja, else chat_template.json, else tokenizer_config.json. CheckpointError if none has one."""
         source = None
-        if (folder / "chat_template.jinja").is_file():
-            source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        for name in ("chat_template.json", "tokenizer_config.json"):
-            if source is None and (folder / name).is_file():
-                try:
-                    source = json.loads((folder / name).read_bytes()).get("chat_template")
-                except ValueError as error:
-                    raise CheckpointError(folder, [f"{name}: not JSON ({error})"]) from error
+        for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+            if source is not None or not (folder / name).is_file():
+                continue
+            try:
+                text = (folder / name).read_text(encoding="utf-8")
+                source = text if name.endswith(".jinja") else json.loads(text).get("chat_template")
+            except (ValueError, AttributeError) as error:
+                raise CheckpointError(folder, [f"{name} cannot be read: {error}"]) from error
         if not isinstance(source, str):
             raise CheckpointError(folder, ["there is no chat template"])
         try:
@@ -77,21 +88,32 @@ class ChatTemplate:
         """
         guard = self._guard(messages)
         guarded = self._map_strings(list(messages), lambda text: self._break_specials(text, guard))
+        rendered: list[str] = []
+        num_chars = 0
         try:
-            rendered = self._template.render(messages=guarded, tools=None, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+            for part in self._template.generate(
+                messages=guarded, tools=None, add_generation_prompt=add_generation_prompt
+            ):
+                rendered.append(part)
+                num_chars += len(part)
+                if num_chars > MAX_RENDERED_CHARS:
+                    break
+        except _RENDER_ERRORS as error:
             raise InputError("the chat template refuses these messages", param="messages") from error
-        if len(rendered) > MAX_RENDERED_CHARS:
-            raise InputError(f"the prompt has {len(rendered)} characters, the limit is {MAX_RENDERED_CHARS}")
+        if num_chars > MAX_RENDERED_CHARS:
+            raise InputError(f"the prompt has more than the limit of {MAX_RENDERED_CHARS} characters", param="messages")
         # Splitting by a pattern with one group puts what it matched at odd indexes.
-        pieces = enumerate(self._split.split(rendered))
+        pieces = enumerate(self._split.split("".join(rendered)))
         return [Piece(text.replace(guard, ""), i % 2 == 1) for i, text in pieces if text]
 
     def _guard(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """A character that occurs neither in the messages nor in the template."""
         used = set(self._source)
         self._map_strings(list(messages), used.update)
-        return next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+        for code in _PRIVATE_USE:
+            if chr(code) not in used:
+                return chr(code)
+        raise InputError("the text uses every private-use character; one must be left", param="messages")
 
     def _break_specials(self, text: str, guard: str) -> str:
         """Put the guard behind the first character of each special token, also of one that is cut off at the end:
@@ -102,14 +124,13 @@ class ChatTemplate:
                 if text.endswith(special[:length]):
                     start = len(text) - length
                     text = text[: start + 1] + guard + text[start + 1 :]
-                    break
         return text
 
     def _map_strings(self, value: Any, change: Any) -> Any:
         if isinstance(value, str):
             return change(value)
         if isinstance(value, Mapping):
-            return {key: self._map_strings(item, change) for key, item in value.items()}
+            return {self._map_strings(key, change): self._map_strings(item, change) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._map_strings(item, change) for item in value]
         return value

@@ -1,11 +1,16 @@
-"""Text <-> token ids. Text never becomes a special token: those are placed by id, where the prompt's structure says."""
+"""Text <-> token ids. Text never becomes a special token: those are placed by id, where the prompt's structure says.
+
+Special is what tokenizer.json flags so. Its other added tokens (`<think>`, `<tool_call>`, ..) are words of the text:
+models write them, decoding keeps them, and typed ones are atomic, as in the reference.
+"""
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
+from tokenizers import decoders
 
 from qwen3vl_disagg.core.errors import CheckpointError
 
@@ -28,24 +33,23 @@ _BYTE_OF_CHAR = _byte_chars()
 class TextStream:
     """Turns tokens into text as they come. The pieces joined equal `Tokenizer.decode` of all of them.
 
-    A piece ends at a whole character: bytes of an unfinished one wait for the next token, or for `finish`.
+    A piece ends at a whole character: bytes of an unfinished one wait for the next token, or for `finish`. Each token
+    costs its own length, whatever came before. (The library's stream decodes again from the last whole character.)
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._token_ids: list[int] = []
-        self._num_chars = 0
+        self._specials = frozenset(tokenizer.special_ids.values())
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        self._token_ids.append(token_id)
-        piece = self._stream.step(self._tokenizer.backend, token_id) or ""
-        self._num_chars += len(piece)
-        return piece
+        if token_id in self._specials:
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
         """What is left: an unfinished character shows as U+FFFD."""
-        return self._tokenizer.decode(self._token_ids)[self._num_chars :]
+        return self._decoder.decode(b"", final=True)
 
 
 class Tokenizer:
@@ -70,9 +74,13 @@ class Tokenizer:
         except Exception as error:  # the library raises its own untyped exceptions
             raise CheckpointError(folder, [f"tokenizer.json cannot be read: {error}"]) from error
         tokenizer = cls(backend)
-        missing = [name for name in STRUCTURAL if name not in tokenizer.special_ids]
-        if missing:
-            raise CheckpointError(folder, [f"tokenizer.json: {name} is not a special token" for name in missing])
+        problems = [f"{name} is not a special token" for name in STRUCTURAL if name not in tokenizer.special_ids]
+        # A name of one character could not be broken apart where a user types it (see ChatTemplate).
+        problems += [f"special token {name!r} is too short" for name in tokenizer.special_ids if len(name) < 2]
+        if not isinstance(backend.decoder, decoders.ByteLevel):
+            problems.append("the decoder is not ByteLevel")
+        if problems:
+            raise CheckpointError(folder, [f"tokenizer.json: {problem}" for problem in problems])
         return tokenizer
 
     @property

@@ -59,6 +59,7 @@ from qwen3vl_disagg.serving.media_store import MediaStore
 
 HELLO_S = 5.0
 PULL_S = 30.0
+CLOSE_S = 2.0
 TICK_S = 0.25
 
 RankKey = tuple[str, int]  # role, rank
@@ -114,7 +115,7 @@ class Hub:
             raise ValueError("an empty token would let anybody in")
         self._layout, self._token = layout, token
         self._router = Router({"image": config.image_token_id, "video": config.video_token_id})
-        self._media = media or MediaStore()
+        self._media = MediaStore() if media is None else media
         self._ranks: dict[RankKey, Connection] = {}
         self._hellos: dict[RankKey, RankHello] = {}
         self._handles: dict[str, _Handle] = {}
@@ -122,6 +123,7 @@ class Hub:
         self._prefix = secrets.token_hex(4)
         self._num_requests = 0
         self._was_ready = False
+        self._accepting: set[asyncio.Task[Any]] = set()
         self._server: asyncio.Server | None = None
         self._ticker: asyncio.Future[None] | None = None
 
@@ -200,6 +202,9 @@ class Hub:
             self._ticker.cancel()
         if self._server is not None:
             self._server.close()
+        # Handlers still closing their connections; a cancelled one would be logged as an error by the loop.
+        if self._accepting:
+            await asyncio.wait(self._accepting, timeout=CLOSE_S)
 
     async def _tick(self) -> None:
         while True:
@@ -241,6 +246,10 @@ class Hub:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection.hub(reader, writer)
+        task = asyncio.current_task()
+        if task is not None:
+            self._accepting.add(task)
+            task.add_done_callback(self._accepting.discard)
         try:
             first = await connection.receive(timeout=HELLO_S)
             if isinstance(first, Pull):

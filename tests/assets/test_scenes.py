@@ -11,15 +11,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen3vl_disagg.assets import scenes
+from qwen3vl_disagg.assets.lessons import side_args
 from qwen3vl_disagg.assets.scenes import (
     COLOURS,
     KINDS,
     PLACES,
     SHAPES,
     Decks,
+    ask,
     build_question,
     generate,
     questions,
+    random_scene,
     write,
 )
 
@@ -93,6 +96,16 @@ def test_each_question_has_exactly_one_answer(kind, seed):
     question = build_question(kind, rng, Decks(rng))
     assert len(question.scenes) == (2 if kind.startswith("pair") else 1)
     assert right_answers(kind, question.text, question.scenes) == [question.answer]
+
+
+@given(st.sampled_from(["colour", "shape", "place", "number", "comparison"]), st.integers(0, 2**32))
+def test_ambiguous_questions_are_not_asked(kind, seed):
+    rng = random.Random(seed)
+    scene = random_scene(rng)
+    args = side_args(kind, scene, rng)
+    right = right_answers(kind, KINDS[kind].wordings[0].format(**args), (scene,))
+    asked = ask(kind, (scene,), args, rng)
+    assert (None if asked is None else [asked.answer]) == (right if len(right) == 1 else None)
 
 
 @pytest.mark.parametrize("seed", [0, 7, 1_000_003])

@@ -147,11 +147,6 @@ def test_what_can_never_fit_is_known():
         BlockAllocator(num_blocks=0, num_deepstack_blocks=0, num_slots=1)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="release looks at the generation alone and gives back the blocks it is shown",
-)
 def test_only_the_lease_itself_ends_its_quarantine():
     allocator = BlockAllocator(num_blocks=4, num_deepstack_blocks=4, num_slots=2)
     mine, other = allocator.grant("mine", 1, 1), allocator.grant("other", 1, 1)

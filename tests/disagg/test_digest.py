@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,7 +29,7 @@ def test_runs_add_up(rows, width, dtype, seed, data):
     edges = [0, *cuts, rows]
     parts = [rows_digest(x[a:b], start=a) for a, b in pairwise(edges)]
     assert add_digests(*parts) == rows_digest(x)
-    assert 0 <= rows_digest(x) < 2**63
+    assert -(2**63) <= rows_digest(x) < 2**63
 
 
 @given(st.integers(2, 12), st.integers(1, 9), st.sampled_from([torch.float32, torch.bfloat16]), seeds, st.data())
@@ -57,11 +56,6 @@ def test_a_changed_low_byte_shows(rows, width, dtype, seed, data):
     assert rows_digest(damaged) != rows_digest(x)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the top bit of each 8-byte word is masked out: signs of odd columns are lost",
-)
 def test_every_single_bit_shows():
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     missed = []
@@ -73,11 +67,6 @@ def test_every_single_bit_shows():
     assert not missed, f"{len(missed)} of 1024 bits are not seen; (row, column, bit): {missed[:8]}"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="every buffer is weighted alike, so rows may trade places between buffers",
-)
 def test_main_and_deepstack_rows_cannot_trade_places():
     generator = torch.Generator().manual_seed(0)
     main, level = (torch.randn(4, 8, generator=generator) for _ in range(2))
@@ -92,7 +81,7 @@ def test_the_digest_is_of_the_rows_not_of_their_memory():
     assert rows_digest(x[:0]) == rows_digest(torch.zeros(6, 0)) == 0
 
 
-def test_a_payload_is_the_sum_of_its_four_buffers():
+def test_every_buffer_of_a_payload_counts():
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(4, 8, generator=generator), torch.full((4,), 60, dtype=torch.int32)]
     parts += [torch.ones(4, 3, dtype=torch.int32), torch.randn(4, 16, generator=generator)]

@@ -226,7 +226,6 @@ def test_a_new_attempt_replaces_the_old_one():
     check_that_the_next_item_passes(receiver)
 
 
-@pytest.mark.xfail(strict=True, raises=TransferError, reason="grant drops whatever attempt is there, also a newer one")
 def test_a_grant_for_an_older_attempt_changes_nothing():
     receiver = make_receiver()
     new, encoded = grant_of(receiver, attempt=2), make_encoded(CONFIG)

@@ -1,14 +1,10 @@
-"""The router: named cases, and a state machine that plays random ranks and clients against it."""
+"""The router, case by case."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from qwen3vl_disagg.core.errors import (
     DeadlineError,
@@ -18,13 +14,11 @@ from qwen3vl_disagg.core.errors import (
     TransferError,
     UnavailableError,
 )
-from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.disagg.messages import (
     Assign,
     Cancel,
     Decoded,
     EncodeItem,
-    Finished,
     ItemFailed,
     ItemLost,
     ItemReceived,
@@ -34,93 +28,17 @@ from qwen3vl_disagg.disagg.messages import (
     Submit,
     Tokens,
 )
-from qwen3vl_disagg.disagg.router import Router, RouterLimits
 from qwen3vl_disagg.disagg.routing import (
     Abandon,
-    Action,
-    Admit,
     Deliver,
     Drain,
-    End,
     EndAll,
-    FromRank,
     RankDown,
     RankUp,
     Send,
     Tick,
 )
-
-
-def visual(name: str, side: int = 8) -> VisualItem:
-    return VisualItem(
-        modality="image",
-        digest=name,
-        num_bytes=10,
-        grid=(1, side, side),
-        num_rows=side * side // 4,
-        offset=3,
-        param=f"messages[0].content[{name}]",
-    )
-
-
-def admit(request_id: str, *names: str, num_tokens: int = 100, timeout_s: float = 100.0) -> Admit:
-    items = [visual(name) for name in names]
-    return Admit(request_id, b"\0\0\0\0", num_tokens, items, SamplingParams(), timeout_s)
-
-
-class Script:
-    """A router with its answers sorted by kind. `now` stands still unless moved."""
-
-    def __init__(self, encode: int = 2, language: int = 2, **limits: float) -> None:
-        self.router = Router({"image": 7}, RouterLimits(**limits))  # type: ignore[arg-type]
-        self.now = 0.0
-        self.actions: list[Action] = []
-        self.languages = list(range(encode, encode + language))
-        for rank in self.languages:
-            self.do(RankUp("language", rank))
-        for rank in range(encode):
-            self.do(RankUp("encode", rank))
-            self.encode_says(rank, LinksUp(language_ranks=self.languages))
-
-    def do(self, event) -> list[Action]:
-        self.actions = self.router.handle(event, self.now)
-        return self.actions
-
-    def encode_says(self, rank: int, message) -> list[Action]:
-        return self.do(FromRank("encode", rank, message))
-
-    def language_says(self, rank: int, message) -> list[Action]:
-        return self.do(FromRank("language", rank, message))
-
-    def start(self, request_id: str, *names: str) -> int:
-        """Admit, and let the language rank need all items. Returns that rank."""
-        [send] = self.do(admit(request_id, *names))
-        assert isinstance(send, Send)
-        assert isinstance(send.message, Submit)
-        if names:
-            self.language_says(send.rank, NeedItems(request_id=request_id, items=list(range(len(names)))))
-        return send.rank
-
-    def sent(self, kind: type) -> list[Send]:
-        return [a for a in self.actions if isinstance(a, Send) and isinstance(a.message, kind)]
-
-    def ends(self) -> list[End]:
-        return [a for a in self.actions if isinstance(a, End)]
-
-
-def finished(request_id: str) -> Finished:
-    return Finished(request_id=request_id, finish_reason="stop", timings=RequestTimings())
-
-
-def names_where(router: Script, rank: int) -> str:
-    """An item whose content belongs to `rank`."""
-    for n in range(100):
-        router.start(f"probe{n}", f"item{n}")
-        [send] = router.sent(EncodeItem)
-        router.do(Abandon(f"probe{n}"))
-        if send.rank == rank:
-            return f"item{n}"
-    raise AssertionError("no item went there")
+from tests.support.routing import Script, admit, finished
 
 
 def test_a_request_goes_to_the_least_loaded_language_rank_and_equal_ones_in_turn():
@@ -252,6 +170,19 @@ def test_a_death_and_the_lost_link_before_it_count_once():
     assert isinstance(script.ends()[0].error, TransferError)
 
 
+def test_a_request_that_ends_with_its_encode_rank_says_nothing_to_it():
+    script = Script(encode=1)
+    rank = script.start("a", "x", "y")
+    for _ in range(2):
+        script.do(RankDown("encode", 0))
+        script.do(RankUp("encode", 0))
+        script.encode_says(0, LinksUp(language_ranks=script.languages))
+    script.do(RankDown("encode", 0))  # the third failure of x, while y is there too
+    assert script.actions[0] == Send("language", rank, Cancel(request_id="a"))
+    assert len(script.actions) == 2
+    assert script.ends()
+
+
 def test_without_an_encode_rank_text_goes_on_and_images_wait_for_a_while():
     script = Script(encode=1, encode_wait_s=30.0)
     script.do(RankDown("encode", 0))
@@ -264,6 +195,15 @@ def test_without_an_encode_rank_text_goes_on_and_images_wait_for_a_while():
     [end] = script.ends()
     assert end.request_id == "image"
     assert isinstance(end.error, UnavailableError)
+
+
+def test_links_reported_before_the_language_rank_is_known_count():
+    """As when a new frontend hears from the encode rank first."""
+    script = Script(encode=1, language=0)
+    script.encode_says(0, LinksUp(language_ranks=[1]))
+    script.do(RankUp("language", 1))
+    script.start("a", "x")
+    assert script.sent(EncodeItem)
 
 
 def test_a_lost_language_rank_ends_its_requests_and_frees_the_encode_ranks():
@@ -356,231 +296,3 @@ def test_a_rank_s_failure_keeps_its_kind(status: int, kind: type[DisaggError]):
     assert type(end.error) is kind
     assert getattr(end.error, "status", status) == status
     assert script.sent(Cancel) == []
-
-
-NUM_ENCODE, NUM_LANGUAGE = 3, 2
-LANGUAGES = range(NUM_ENCODE, NUM_ENCODE + NUM_LANGUAGE)
-ENCODES = range(NUM_ENCODE)
-
-
-class RouterMachine(RuleBasedStateMachine):
-    """Ranks and clients that do anything, in any order; what the ranks were told is the model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.limits = RouterLimits(max_waiting=6, encode_wait_s=10.0)
-        self.router = Router({"image": 7}, self.limits)
-        self.now = 0.0
-        self.up: set[tuple[str, int]] = set()
-        self.links: dict[int, set[int]] = {}
-        self.live: dict[str, int] = {}  # admitted and not ended -> number of items
-        self.ended: dict[str, DisaggError | None] = {}
-        self.home: dict[str, int] = {}
-        self.tokens: dict[str, int] = defaultdict(int)
-        self.attempts: dict[tuple[str, int], list[int]] = defaultdict(list)  # encode rank of attempt 1, 2, ...
-        self.decoded: set[tuple[str, int]] = set()
-        self.counter = 0
-
-    def do(self, event) -> None:
-        actions = self.router.handle(event, self.now)
-        encoded: dict[tuple[str, int], tuple[int, int]] = {}
-        told: dict[tuple[str, int], tuple[int, int]] = {}
-        for action in actions:
-            match action:
-                case Send(role, rank, message):
-                    assert (role, rank) in self.up, "sent to a rank that is not there"
-                    self.check_send(role, rank, message, encoded, told)
-                case Deliver(request_id, message):
-                    assert request_id in self.live, "delivered to a request that has ended"
-                    if isinstance(message, Tokens):
-                        assert message.index == self.tokens[request_id], "tokens repeated or lost"
-                        self.tokens[request_id] += len(message.token_ids)
-                    if isinstance(message, Decoded):
-                        assert (request_id, message.item) not in self.decoded, "decoded twice"
-                        self.decoded.add((request_id, message.item))
-                        key = (request_id, message.item)
-                        assert message.attempt == len(self.attempts[key]), "an old attempt was heard"
-                case End(request_id, error):
-                    assert request_id not in self.ended, "ended twice"
-                    self.live.pop(request_id, None)
-                    self.ended[request_id] = error
-        assert encoded == told, "the two ends were told different things"
-
-    def check_send(self, role, rank, message, encoded, told) -> None:
-        if isinstance(message, Submit):
-            self.home[message.request_id] = rank
-        elif isinstance(message, EncodeItem):
-            key = (message.request_id, message.item)
-            assert role == "encode"
-            assert message.language_rank == self.home[message.request_id]
-            assert message.language_rank in self.links[rank], "assigned over a link that is not there"
-            assert message.attempt == len(self.attempts[key]) + 1, "attempts must count up"
-            self.attempts[key].append(rank)
-            encoded[key] = (message.attempt, rank)
-        elif isinstance(message, Assign):
-            assert rank == self.home[message.request_id]
-            told[message.request_id, message.item] = (message.attempt, message.encode_rank)
-
-    # ---- clients ----
-
-    @rule(num_items=st.integers(0, 3), timeout=st.sampled_from([5.0, 100.0, 100.0]), tokens=st.integers(1, 50))
-    def submit(self, num_items: int, timeout: float, tokens: int) -> None:
-        request_id = f"r{self.counter}"
-        self.counter += 1
-        self.live[request_id] = num_items
-        names = [f"{request_id}-{k % 2}" for k in range(num_items)]
-        self.do(admit(request_id, *names, num_tokens=tokens, timeout_s=timeout))
-        if request_id in self.ended:
-            assert isinstance(self.ended[request_id], OverloadedError | UnavailableError)
-
-    def pick(self, data) -> str | None:
-        """Mostly a live request, sometimes one that has ended."""
-        known = sorted(self.live.keys() & self.home.keys())
-        if not known or data.draw(st.integers(0, 4)) == 0:
-            known = sorted(self.home)
-        return data.draw(st.sampled_from(known)) if known else None
-
-    @rule(data=st.data())
-    def abandon(self, data) -> None:
-        if (request_id := self.pick(data)) is not None:
-            self.do(Abandon(request_id))
-            assert request_id not in self.live
-
-    # ---- ranks ----
-
-    @rule(rank=st.sampled_from(ENCODES), links=st.sets(st.sampled_from(LANGUAGES)))
-    def encode_up(self, rank: int, links: set[int]) -> None:
-        self.up.add(("encode", rank))
-        self.links[rank] = set()
-        self.do(RankUp("encode", rank))
-        self.links_up(rank, links)
-
-    @precondition(lambda self: any(role == "encode" for role, _ in self.up))
-    @rule(data=st.data(), links=st.sets(st.sampled_from(LANGUAGES)))
-    def links_change(self, data, links: set[int]) -> None:
-        self.links_up(data.draw(st.sampled_from(sorted(r for role, r in self.up if role == "encode"))), links)
-
-    def links_up(self, rank: int, links: set[int]) -> None:
-        self.links[rank] = links
-        self.do(FromRank("encode", rank, LinksUp(language_ranks=sorted(links))))
-
-    @rule(rank=st.sampled_from(LANGUAGES))
-    def language_up(self, rank: int) -> None:
-        self.up.add(("language", rank))
-        self.do(RankUp("language", rank))
-        self.check_orphans()
-
-    @precondition(lambda self: self.up)
-    @rule(data=st.data())
-    def rank_down(self, data) -> None:
-        role, rank = data.draw(st.sampled_from(sorted(self.up)))
-        self.up.remove((role, rank))
-        if role == "language":
-            for links in self.links.values():
-                links.discard(rank)
-        self.do(RankDown(role, rank))
-        self.check_orphans()
-
-    def check_orphans(self) -> None:
-        for request_id in self.live:
-            assert ("language", self.home[request_id]) in self.up
-
-    @initialize(links=st.lists(st.sets(st.sampled_from(LANGUAGES), min_size=1), max_size=NUM_ENCODE))
-    def start_ranks(self, links: list[set[int]]) -> None:
-        for rank in LANGUAGES:
-            self.language_up(rank)
-        for rank in range(len(links)):
-            self.encode_up(rank, links[rank])
-
-    @rule(data=st.data(), items=st.lists(st.integers(-1, 3), max_size=4) | st.just([0, 1, 2]))
-    def need(self, data, items: list[int]) -> None:
-        if (request_id := self.pick(data)) is not None:
-            message = NeedItems(request_id=request_id, items=items)
-            self.do(FromRank("language", self.home[request_id], message))
-
-    @precondition(lambda self: self.attempts)
-    @rule(
-        data=st.data(),
-        kind=st.sampled_from(["decoded", "received", "lost", "failed", "failed", "input"]),
-        lag=st.sampled_from([0, 0, 0, 0, 1, 2]),
-    )
-    def item_event(self, data, kind: str, lag: int) -> None:
-        """Mostly about the current attempt, sometimes about an older one, from the rank that made it."""
-        live = sorted(key for key, made in self.attempts.items() if key[0] in self.live and len(made) > lag)
-        request_id, item = data.draw(st.sampled_from(live or sorted(self.attempts)))
-        made = list(self.attempts[request_id, item])
-        attempt = len(made) - lag
-        if attempt < 1:
-            return
-        fields = {"request_id": request_id, "item": item, "attempt": attempt}
-        was_live = request_id in self.live
-        if kind == "received":
-            event = FromRank("language", self.home[request_id], ItemReceived(**fields))
-        elif kind == "lost":
-            event = FromRank("language", self.home[request_id], ItemLost(**fields, reason="?"))
-        elif kind == "decoded":
-            event = FromRank("encode", made[attempt - 1], Decoded(**fields))
-        else:
-            failure = "input" if kind == "input" else "failed"
-            event = FromRank("encode", made[attempt - 1], ItemFailed(**fields, kind=failure, message="?"))
-        self.do(event)
-        if lag:
-            assert (request_id in self.live) == was_live, "an old attempt ended a request"
-            assert self.attempts[request_id, item] == made, "an old attempt was tried again"
-
-    @rule(data=st.data(), back=st.sampled_from([0, 0, 0, 1]), count=st.integers(1, 3))
-    def tokens_come(self, data, back: int, count: int) -> None:
-        if (request_id := self.pick(data)) is not None:
-            index = max(0, self.tokens[request_id] - back)
-            message = Tokens(request_id=request_id, index=index, token_ids=[1] * count)
-            self.do(FromRank("language", self.home[request_id], message))
-
-    @rule(data=st.data(), is_error=st.booleans())
-    def finish(self, data, is_error: bool) -> None:
-        if (request_id := self.pick(data)) is not None:
-            failed = RequestFailed(request_id=request_id, code="x", message="?", status=500)
-            self.do(FromRank("language", self.home[request_id], failed if is_error else finished(request_id)))
-            if ("language", self.home[request_id]) in self.up:
-                assert request_id not in self.live
-
-    @rule(seconds=st.sampled_from([0.1, 1.0, 6.0]))
-    def time_passes(self, seconds: float) -> None:
-        self.now += seconds
-        self.do(Tick())
-        for request_id in self.live:
-            assert self.router._requests[request_id].deadline > self.now
-
-    # ---- what always holds ----
-
-    @invariant()
-    def tables_agree(self) -> None:
-        router = self.router
-        assert set(router._requests) == set(self.live)
-        jobs = {(rank, key) for rank, state in router._encode.items() for key in state.jobs}
-        expected = set()
-        for request_id, request in router._requests.items():
-            assert request_id in router._language[request.language_rank].requests
-            for index, item in enumerate(request.items):
-                assert item.failures < self.limits.max_attempts
-                if item.state == "encoding":
-                    expected.add((item.encode_rank, (request_id, index)))
-                    assert request.language_rank in router._encode[item.encode_rank].links
-                elif item.state == "waiting":
-                    assert item.wait_until < math.inf
-                    assert not any(request.language_rank in s.links for s in router._encode.values())
-        assert jobs == expected
-        assert sum(len(state.requests) for state in router._language.values()) == len(self.live)
-
-    def teardown(self) -> None:
-        """When the ranks are silent for ever, time alone ends every request."""
-        self.now += 1000.0
-        self.do(Tick())
-        assert not self.live
-        assert self.router.num_requests == 0
-        for state in (*self.router._language.values(), *self.router._encode.values()):
-            assert not getattr(state, "jobs", None)
-            assert not getattr(state, "requests", None)
-
-
-TestRouterMachine = RouterMachine.TestCase
-TestRouterMachine.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)

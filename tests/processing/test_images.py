@@ -179,9 +179,12 @@ def png_claiming(width: int, height: int) -> bytes:
     ],
 )
 def test_headers_are_enough_to_refuse(data, message, status):
-    with pytest.raises(InputError, match=message) as caught:
+    def look() -> None:
         info = PROCESSOR.probe(data)
         PROCESSOR.grid(info.width, info.height)
+
+    with pytest.raises(InputError, match=message) as caught:
+        look()
     assert caught.value.status == status
     assert "0x" not in caught.value.message
 
@@ -189,7 +192,7 @@ def test_headers_are_enough_to_refuse(data, message, status):
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
 def test_a_picture_that_is_cut_off_is_refused(form):
     data = encode(noise(200, 200), form)
-    with pytest.raises(InputError, match="damaged|not an image"):
+    with pytest.raises(InputError, match=r"damaged|not an image"):
         PROCESSOR.pixels(data[: len(data) // 2])
 
 

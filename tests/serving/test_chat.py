@@ -90,6 +90,16 @@ def test_max_completion_tokens_goes_before_max_tokens():
     assert backend.handles[0].sampling.max_new_tokens == 1
 
 
+def test_an_end_token_that_is_a_word_is_not_in_the_text(monkeypatch):
+    tokenizer = tiny_processor().tokenizer
+    red, end = tokenizer.encode("red"), tokenizer.encode(" circle")[-1]
+    monkeypatch.setattr(tiny_processor(), "generation", GenerationDefaults(frozenset({end})))
+    backend = FakeBackend(lambda prompt, sampling: answer_of([*red, end], sampling))
+    [choice] = serve(backend).post(PATH, json={**ASK, "return_token_ids": True}).json()["choices"]
+    assert choice["message"]["content"] == "red"
+    assert choice["token_ids"] == [*red, end]
+
+
 def test_an_answer_that_is_cut_says_so():
     body = serve(FakeBackend()).post(PATH, json={**ASK, "max_tokens": 1}).json()
     assert body["choices"][0]["finish_reason"] == "length"

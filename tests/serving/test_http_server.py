@@ -211,8 +211,34 @@ def test_a_connection_serves_many_requests(monkeypatch):
             time.sleep(0.4)
 
 
-def test_shutdown_finishes_what_runs_and_leaves_signals_alone():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+def test_signals_are_left_alone():
+    """In the main thread, where uvicorn would take them."""
+    handlers = lambda: (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))  # noqa: E731
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+
+    async def main() -> None:
+        server = HttpServer(create_app(FakeBackend(), tiny_processor(), model_name="tiny"))
+        serving = asyncio.create_task(server.serve(sock))
+        async with asyncio.timeout(5):
+            while not server.started:
+                await asyncio.sleep(0.01)
+        during = handlers()
+        server.shutdown()
+        await asyncio.wait_for(serving, 5)
+        assert during == before
+
+    with asyncio.Runner() as runner:
+        # Runner installs its own SIGINT handler while a coroutine runs in the main thread.
+        signal.signal(signal.SIGINT, lambda *_: None)
+        try:
+            before = handlers()
+            runner.run(main())
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_shutdown_finishes_what_runs():
     script = lambda prompt, sampling: [Decoded(), 0.5, *answer_steps("red", sampling)[1:]]  # noqa: E731
     running = Running(FakeBackend(script))
     replies: list = []
@@ -220,7 +246,6 @@ def test_shutdown_finishes_what_runs_and_leaves_signals_alone():
         asking = threading.Thread(target=lambda: replies.append(post_json(running.url + PATH, ASK)))
         asking.start()
         wait_for(lambda: running.backend.handles)
-        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     asking.join(5)
     assert [reply.status for reply in replies] == [200]
     with pytest.raises(ConnectionError):

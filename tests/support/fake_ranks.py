@@ -15,10 +15,14 @@ from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, VisualI
 from qwen3vl_disagg.core.settings import resolve_model_folder
 from qwen3vl_disagg.disagg.control import Connection, ConnectionLost, connect_hub
 from qwen3vl_disagg.disagg.messages import (
+    Assign,
+    Blob,
+    EncodeItem,
     Finished,
     LinksUp,
     Message,
     NeedItems,
+    Pull,
     RankHello,
     Submit,
     Tokens,
@@ -195,3 +199,30 @@ async def collect(handle: Any) -> list[Any]:
     except Exception as error:
         events.append(error)
     return events
+
+
+async def submitted_to(language: dict[int, FakeRank], request_id: str) -> tuple[FakeRank, Submit]:
+    """The language rank that got the request."""
+    waits = {asyncio.create_task(rank.expect(Submit, request_id=request_id)): rank for rank in language.values()}
+    done, pending = await asyncio.wait(waits, timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    [task] = done
+    return waits[task], task.result()
+
+
+async def encoder_of(encode: dict[int, FakeRank], assign: Assign) -> tuple[FakeRank, EncodeItem]:
+    rank = encode[assign.encode_rank]
+    item = await rank.expect(EncodeItem, request_id=assign.request_id, item=assign.item, attempt=assign.attempt)
+    return rank, item
+
+
+async def pull(system: System, digest: str, token: str = TOKEN) -> bytes | None:
+    connection = await connect_hub(system.address, deadline_s=WAIT_S)
+    try:
+        await connection.send(Pull(token=token, digest=digest))
+        blob = await connection.receive(timeout=WAIT_S)
+        assert isinstance(blob, Blob)
+        return None if blob.num_bytes < 0 else await connection.receive_bytes(blob.num_bytes, WAIT_S)
+    finally:
+        await connection.close()

@@ -104,17 +104,15 @@ class Server:
         return {pid for pid in self.pids if _is_running(pid)}
 
     def get(self, path: str, timeout: float = 30.0) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=timeout) as response:  # noqa: S310
+        with urllib.request.urlopen(self.url + path, timeout=timeout) as response:
             return json.load(response)
 
     def post(self, path: str, body: Any, timeout: float = 120.0) -> tuple[int, Any]:
         """Status and parsed body, also of an error."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(  # noqa: S310
-            self.url + path, data, {"Content-Type": "application/json"}
-        )
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=timeout) as response:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)

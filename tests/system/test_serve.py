@@ -112,8 +112,10 @@ def test_sigterm_under_load_ends_every_request_and_every_process(asked):
         while server.alive() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not server.alive()
-        assert "exit 0" not in server.output()
-        assert "Traceback" not in server.output().split("SignalException")[0]
+        # A slot says when a child did not leave with status 0. The one traceback is torchrun's own, about the signal.
+        for word in ("did not leave", "killed by", ": exit ", "Exception in"):
+            assert word not in server.output(), server.output()
+        assert server.output().count("Traceback") == server.output().count("got signal: 15") == 1
 
 
 def _status(server: Server, entry: Asked) -> int | str:
@@ -158,10 +160,10 @@ def test_bad_input_is_a_4xx_and_the_next_good_request_succeeds(asked, expected):
 
 def stream_text(server: Server, content: Any) -> str:
     body = {"messages": [{"role": "user", "content": content}], "stream": True, "temperature": 0}
-    request = urllib.request.Request(  # noqa: S310
+    request = urllib.request.Request(
         server.url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=60) as response:
         lines = [line.decode().strip() for line in response]
     chunks = [line[6:] for line in lines if line.startswith("data: ")]
     assert chunks[-1] == "[DONE]"
