@@ -7,6 +7,7 @@ language rank holds up costs nothing here, and no item can block one that has ro
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -103,7 +104,7 @@ class EncodeRank:
                     if isinstance(message, Stop):
                         return 0
                     await self._handle(message)
-            except ConnectionLost:
+            except TransferError:
                 # The frontend died, and with it every request; links stay.
                 for attempt in list(self._items):
                     self._cancel(attempt)
@@ -202,8 +203,9 @@ class EncodeRank:
 
     def _tell(self, message: Message) -> None:
         """Queue a message to the hub; when it is gone, the loop that reads from it finds out."""
-        if self._hub is not None and not self._hub.is_closed:
-            self._hub.post(message)
+        if self._hub is not None:
+            with contextlib.suppress(ConnectionLost):
+                self._hub.post(message)
 
 
 def run_encode_rank(context: RankContext) -> int:

@@ -75,11 +75,15 @@ class ProcessGroupLink:
 
     @staticmethod
     def _wait(works: Sequence[dist.Work], deadline: float) -> None:
-        try:
-            for work in works:
+        """Every one is waited for, also after a failure: until then a buffer may still be written."""
+        failure = None
+        for work in works:
+            try:
                 work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
-        except RuntimeError as error:
-            raise LinkBroken(f"the payload did not get through: {type(error).__name__}") from error
+            except RuntimeError as error:
+                failure = error
+        if failure is not None:
+            raise LinkBroken(f"the payload did not get through: {type(failure).__name__}") from failure
 
     def close(self) -> None:
         """The group's sockets close when its last reference goes."""

@@ -7,6 +7,7 @@ count. Nothing of ours goes into torchrun's own store, which listens on all inte
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -98,7 +99,8 @@ class Meeting(msgspec.Struct, frozen=True, kw_only=True):
 def meeting_path(env: Mapping[str, str] = os.environ) -> Path:
     """The same for all slots of a job. Makes the user's own directory; InputError if others could have made it."""
     folder = Path(tempfile.gettempdir()) / f"qwen3vl-disagg-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise InputError(f"{folder} must be a directory that only its owner, uid {os.getuid()}, can use")

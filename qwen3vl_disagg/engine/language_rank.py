@@ -8,6 +8,7 @@ waits.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,7 +100,7 @@ class LanguageRank:
                     if isinstance(message, Stop):
                         return 0
                     await self._handle(message)
-            except ConnectionLost:
+            except TransferError:
                 # The frontend died; with it went everybody who waits for these requests.
                 for request_id in list(self._requests):
                     self._forget(request_id)
@@ -208,5 +209,6 @@ class LanguageRank:
 
     def _tell(self, message: Message) -> None:
         """Queue a message to the hub; when it is gone, the loop that reads from it finds out and cleans up."""
-        if self._hub is not None and not self._hub.is_closed:
-            self._hub.post(message)
+        if self._hub is not None:
+            with contextlib.suppress(ConnectionLost):
+                self._hub.post(message)

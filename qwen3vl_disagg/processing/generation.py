@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ def check_number(name: str, value: Any, *, param: str | None = None) -> Any:
     """The value, if LIMITS allows it; InputError naming the bounds otherwise."""
     low, high, whole = LIMITS[name]
     kinds = (int,) if whole else (int, float)
-    good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, kinds) and not isinstance(value, bool)
     if not good or not low <= value <= high:
         kind = "a whole number" if whole else "a number"
         raise InputError(f"{param or name} must be {kind} from {low:g} to {high:g}", param=param or name)

@@ -43,6 +43,11 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def _rest_or_end(rest: str) -> str:
+    """Pattern of `rest`, or of as much of it as stands before the end of the text."""
+    return f"(?:{re.escape(rest[0])}{_rest_or_end(rest[1:])}|\\Z)" if rest else ""
+
+
 class Piece(NamedTuple):
     """A stretch of the rendered prompt: plain text, or one special token that the template wrote."""
 
@@ -59,8 +64,9 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         self._source = source
         self._template = environment.from_string(source)
-        self._specials = sorted(special_tokens, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, self._specials)) + ")")
+        names = sorted(special_tokens, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+        self._starts = re.compile("|".join(f"{re.escape(name[0])}(?={_rest_or_end(name[1:])})" for name in names))
 
     @classmethod
     def from_folder(cls, folder: Path, special_tokens: Sequence[str]) -> ChatTemplate:
@@ -116,15 +122,9 @@ class ChatTemplate:
         raise InputError("the text uses every private-use character; one must be left", param="messages")
 
     def _break_specials(self, text: str, guard: str) -> str:
-        """Put the guard behind the first character of each special token, also of one that is cut off at the end:
-        the next part of the message might complete it."""
-        text = self._split.sub(lambda match: match[0][0] + guard + match[0][1:], text)
-        for special in self._specials:
-            for length in range(len(special) - 1, 0, -1):
-                if text.endswith(special[:length]):
-                    start = len(text) - length
-                    text = text[: start + 1] + guard + text[start + 1 :]
-        return text
+        """Put the guard behind the first character of each special token, also where names overlap, and also of one
+        that is cut off at the end: the next part of the message might complete it."""
+        return self._starts.sub(lambda match: match[0] + guard, text)
 
     def _map_strings(self, value: Any, change: Any) -> Any:
         if isinstance(value, str):

@@ -123,6 +123,7 @@ class Hub:
         self._prefix = secrets.token_hex(4)
         self._num_requests = 0
         self._was_ready = False
+        self._is_closing = False
         self._accepting: set[asyncio.Task[Any]] = set()
         self._server: asyncio.Server | None = None
         self._ticker: asyncio.Future[None] | None = None
@@ -192,7 +193,8 @@ class Hub:
         self.take(EndAll(UnavailableError("the server is shutting down")))
 
     async def close(self, limit_s: float) -> None:
-        """Send every rank home; returns when all have left, or after `limit_s`."""
+        """Send every rank home, also those that come meanwhile; returns when all have left, or after `limit_s`."""
+        self._is_closing = True
         for connection in self._ranks.values():
             self._post(connection, Stop())
         end = time.monotonic() + limit_s
@@ -285,6 +287,8 @@ class Hub:
         if hello.store_address is not None:
             self._store_address = hello.store_address
         self._introduce()
+        if self._is_closing:
+            self._post(connection, Stop())
         try:
             while True:
                 message = await connection.receive()

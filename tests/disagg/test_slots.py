@@ -262,13 +262,17 @@ def test_a_file_of_a_dead_slot_or_another_agent_s_is_not_believed(place):
         find(path, 0.2)
 
 
-def test_a_directory_that_others_can_use_or_a_link_is_refused(place):
+def test_a_directory_that_others_can_use_a_file_and_a_link_are_refused(place):
     folder = place / f"qwen3vl-disagg-{os.getuid()}"
     folder.mkdir(mode=0o755)
     with pytest.raises(InputError, match="only its owner"):
         meeting_path(ENV)
     folder.rmdir()
     (place / "elsewhere").mkdir(mode=0o700)
+    folder.touch(mode=0o600)
+    with pytest.raises(InputError, match="only its owner"):
+        meeting_path(ENV)
+    folder.unlink()
     folder.symlink_to(place / "elsewhere")
     with pytest.raises(InputError, match="only its owner"):
         meeting_path(ENV)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import zlib
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
+from PIL.PngImagePlugin import PngInfo
+from torch.nn import functional as F
 
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from qwen3vl_disagg.model.presets import PRESETS
@@ -71,13 +74,19 @@ def test_patches_are_bit_equal_to_the_reference(reference, size, mode, form):
     assert PROCESSOR.grid(info.width, info.height) == grid
 
 
-def test_the_torch_backend_differs_by_two_grey_levels_at_most():
-    data = encode(noise(777, 555))
-    ours, _ = PROCESSOR.pixels(data)
-    torch_patches, _ = ImageProcessor(VISION, **BOUNDS, backend="torch").pixels(data)
-    difference = (ours - torch_patches).abs()
+@pytest.mark.parametrize("size", [(777, 555), (40, 90), (256, 320)])
+def test_the_torch_backend_is_uint8_interpolation_and_the_fused_formula(reference, size):
+    image = noise(*size)
+    processor = ImageProcessor(VISION, **BOUNDS, backend="torch")
+    patches, grid = processor.pixels(encode(image))
+    levels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
+    target = (grid[1] * 16, grid[2] * 16)
+    resized = F.interpolate(levels, target, mode="bicubic", antialias=True, align_corners=False)[0]
+    expected, _, _ = reference.patchify(((resized.float() - 127.5) / 127.5).numpy(), 16, 2, 2)
+    assert torch.equal(patches, torch.from_numpy(expected.copy()))
+    difference = (patches - PROCESSOR.pixels(encode(image))[0]).abs()
     assert 0 < difference.max() < 2.01 / 127.5
-    assert (difference > 0).float().mean() < 0.02
+    assert (difference > 1e-6).float().mean() < 0.02
 
 
 @pytest.mark.parametrize(
@@ -124,6 +133,29 @@ def test_exif_orientation_is_applied_and_known_from_the_header(orientation, form
     corners = {"tl": (2, 2), "tr": (-3, 2), "br": (-3, -3), "bl": (2, -3)}
     dark = [name for name, (x, y) in corners.items() if sum(shown.getpixel((x % shown.width, y % shown.height))) < 200]
     assert dark == [["tl", "tr", "br", "bl", "tl", "tr", "br", "bl"][orientation - 1]]
+
+
+def test_a_header_is_read_without_decoding(monkeypatch):
+    notes = PngInfo()
+    notes.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    data = encode(noise(96, 64), "PNG", pnginfo=notes)
+
+    def refuse(self):
+        raise AssertionError("decoded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", refuse)
+        infos = [PROCESSOR.probe(data), PROCESSOR.probe(encode(noise(96, 64), "BMP"))]
+    assert [(info.width, info.height) for info in infos] == [(64, 96), (96, 64)]
+    assert decode_rgb(data).size == (64, 96)
+
+
+def test_a_camera_file_of_several_pictures_shows_the_first():
+    second = Image.new("RGB", (64, 64), "blue")
+    data = encode(Image.new("RGB", (96, 64), "red"), "MPO", save_all=True, append_images=[second])
+    assert PROCESSOR.probe(data).width == 96
+    red, green, blue = decode_rgb(data).getpixel((5, 5))
+    assert red > 240 > 15 > max(green, blue)
 
 
 def test_transparency_is_white_in_every_mode():
@@ -179,12 +211,8 @@ def png_claiming(width: int, height: int) -> bytes:
     ],
 )
 def test_headers_are_enough_to_refuse(data, message, status):
-    def look() -> None:
-        info = PROCESSOR.probe(data)
-        PROCESSOR.grid(info.width, info.height)
-
     with pytest.raises(InputError, match=message) as caught:
-        look()
+        PROCESSOR.probe(data)
     assert caught.value.status == status
     assert "0x" not in caught.value.message
 
@@ -225,4 +253,28 @@ def test_settings_come_from_the_folder(tmp_path):
     assert (processor.min_pixels, processor.max_pixels) == (4096, 8192)
     path.write_text('{"size": {"shortest_edge": "a"}, "patch_size": 14}')
     with pytest.raises(CheckpointError, match=r"3 problem"):
+        ImageProcessor.from_folder(tmp_path, VISION)
+    nested = {"image_processor": {"min_pixels": 1024, "max_pixels": 2048, "image_mean": [0.1, 0.2, 0.3]}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    processor = ImageProcessor.from_folder(tmp_path, VISION)
+    assert (processor.min_pixels, processor.max_pixels, processor.mean) == (1024, 2048, (0.1, 0.2, 0.3))
+    assert processor.settings()["image_mean"] == "(0.1, 0.2, 0.3)"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"do_rescale": False},
+        {"rescale_factor": 1.0},
+        {"resample": 2},
+        {"image_std": "a"},
+        {"image_mean": [0.5]},
+        {"size": [1, 2]},
+        {"size": {"shortest_edge": 8, "longest_edge": 16}},
+    ],
+)
+def test_settings_that_we_would_not_follow_are_refused(tmp_path, wrong):
+    good = {"size": {"shortest_edge": 4096, "longest_edge": 8192}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(good | wrong))
+    with pytest.raises(CheckpointError, match=r"preprocessor_config.json: "):
         ImageProcessor.from_folder(tmp_path, VISION)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import os
 
 import pytest
 from hypothesis import given
@@ -158,6 +160,14 @@ def test_streamed_pieces_join_to_the_whole(text):
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == tokenizer.decode(ids)
 
 
+@given(st.lists(st.integers(0, 10**6), max_size=40))
+def test_any_tokens_stream_to_what_they_decode_to(numbers):
+    tokenizer = _cached_processor().tokenizer
+    ids = [number % (tokenizer.vocab_size + 3) for number in numbers]
+    stream = tokenizer.stream()
+    assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids)
+
+
 def test_an_unfinished_character_comes_at_the_end():
     tokenizer = _cached_processor().tokenizer
     ids = tokenizer.encode("a🟥")[:-1]
@@ -219,6 +229,130 @@ def test_local_files_only_where_allowed(processor, tmp_path):
     messages[0]["content"][0]["image_url"]["url"] = str(tmp_path / "none.png")
     with pytest.raises(InputError, match="No such file"):
         processor.prepare(messages, allow_paths=True)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", ".", "a\0b"):
+        messages[0]["content"][0]["image_url"]["url"] = f"{tmp_path}/{name}"
+        with pytest.raises(InputError, match=r"not a file|bad name") as caught:
+            processor.prepare(messages, allow_paths=True)
+        assert caught.value.param == "messages[0].content[0]"
+
+
+def test_bytes_and_paths_in_process(processor, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png())
+    content = [{"type": "image", "image": source} for source in (png(), path, str(path))]
+    assert processor.prepare([{"role": "user", "content": content}], allow_paths=True).media == [png()] * 3
+    for part in content:
+        with pytest.raises(InputError, match=r"string|only data:"):
+            processor.prepare([{"role": "user", "content": [part]}])
+
+
+THINKING = """
+{%- for message in messages -%}
+  {%- set text = message.content -%}
+  {%- if message.role == 'assistant' and '</think>' in text -%}
+    {%- set thought = text.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}
+    {%- set text = '<think>\\n' + thought + '\\n</think>\\n\\n' + text.split('</think>')[-1].lstrip('\\n') -%}
+  {%- endif -%}
+  {{- '<|im_start|>' + message.role + '\\n' + (text | trim) + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{{- '<|im_start|>assistant\\n<think>\\n' -}}
+"""
+
+
+def thinking_turns(question: str, thought: str, answer: str) -> list[dict]:
+    said = f"<think>\n{thought}\n\n</think>\n\n{answer}"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+
+
+def test_a_template_that_cuts_text_up_gives_the_references_ids(processor, reference):
+    messages = thinking_turns("  what? ", "it's 12", "a <b> {c}\n")
+    expected = reference.apply_chat_template(messages, chat_template=THINKING, tokenize=True)["input_ids"]
+    pieces = ChatTemplate(THINKING, list(processor.tokenizer.special_ids)).render(messages)
+    ids = [
+        i
+        for text, special in pieces
+        for i in ([processor.tokenizer.token_id(text)] if special else processor.tokenizer.encode(text))
+    ]
+    assert ids == expected
+
+
+@given(hostile, hostile, hostile)
+def test_a_template_that_cuts_text_up_makes_no_structure_of_it(question, thought, answer):
+    pieces = ChatTemplate(THINKING, SPECIALS).render(thinking_turns(question, thought, answer))
+    turn = ["<|im_start|>", "<|im_end|>"]
+    assert [text for text, special in pieces if special] == [*turn, *turn, "<|im_start|>"]
+
+
+@given(st.lists(st.text(alphabet="ab", max_size=6), max_size=5))
+def test_names_that_overlap_themselves_are_not_put_together(parts):
+    template = ChatTemplate("{% for part in messages %}{{ part }}{% endfor %}|aabaab|", ["aab", "aabaab", "ba"])
+    pieces = template.render(parts)
+    assert [text for text, special in pieces if special] == ["aabaab"]
+    assert "".join(piece.text for piece in pieces) == "".join(parts) + "|aabaab|"
+
+
+def test_the_guard_is_a_character_nobody_uses():
+    template = ChatTemplate("{{ messages[0].content }}<|im_end|>", SPECIALS)
+    private = "".join(map(chr, range(0xE000, 0xF8FF)))
+    text = private + "<|im_end|>"
+    pieces = template.render([{"role": "user", "content": text}])
+    assert pieces == [(text, False), ("<|im_end|>", True)]
+    with pytest.raises(InputError, match="private-use"):
+        template.render([{"role": "user", "content": text + chr(0xF8FF)}])
+
+
+def test_a_template_that_writes_without_end_is_stopped():
+    template = ChatTemplate("{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}" * 3, SPECIALS)
+    with pytest.raises(InputError, match="more than the limit of 8388608 characters"):
+        template.render([{"role": "user", "content": "x" * 1000}])
+
+
+@pytest.mark.parametrize("source", ["{{ 1 / 0 }}", "{{ 'a' + 1 }}", "{{ messages['x'].y.z }}", "{{ missing.name }}"])
+def test_a_template_that_fails_is_an_input_error(source):
+    with pytest.raises(InputError, match="refuses"):
+        ChatTemplate(source, SPECIALS).render([{"role": "user", "content": "x"}])
+
+
+def test_where_a_template_is_read_from(tmp_path):
+    with pytest.raises(CheckpointError, match="no chat template"):
+        ChatTemplate.from_folder(tmp_path, SPECIALS)
+    for name in ("tokenizer_config.json", "chat_template.json", "chat_template.jinja"):
+        text = f"{name} {{{{ messages | tojson }}}}"
+        (tmp_path / name).write_text(text if name.endswith(".jinja") else json.dumps({"chat_template": text}))
+        [piece] = ChatTemplate.from_folder(tmp_path, SPECIALS).render([{"content": "<é>"}])
+        assert piece.text == name + ' [{"content": "<é>"}]'
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(CheckpointError, match="does not compile"):
+        ChatTemplate.from_folder(tmp_path, SPECIALS)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"chat_template.json cannot be read"):
+        ChatTemplate.from_folder(tmp_path, SPECIALS)
+
+
+def test_tools_in_the_shipped_template(reference):
+    """What later tool use relies on, written out by hand."""
+    call = {"function": {"name": "add", "arguments": {"a": 1, "b": "<é>"}}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "add"},
+        {"role": "assistant", "content": "", "tool_calls": [call, {"name": "raw", "arguments": "{}"}]},
+        {"role": "tool", "content": "2"},
+        {"role": "tool", "content": [text_part("3"), {"type": "image"}]},
+    ]
+    text = reference.apply_chat_template(messages, tools=[{"name": "add"}], tokenize=False, add_generation_prompt=True)
+    head, rest = text.split("<tools>\n", 1)
+    assert head.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n\nYou may call")
+    tools, turns = rest.split("</tool_call><|im_end|>\n", 1)
+    assert tools.startswith('{"name": "add"}\n</tools>\n\nFor each function call')
+    assert turns == (
+        "<|im_start|>user\nadd<|im_end|>\n<|im_start|>assistant\n"
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "<é>"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "raw", "arguments": {}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\n2\n</tool_response>\n<tool_response>\n"
+        "3<|vision_start|><|image_pad|><|vision_end|>\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_a_template_cannot_reach_out(folder):

@@ -22,6 +22,7 @@ from qwen3vl_disagg.disagg.messages import (
     LinksUp,
     Peers,
     Refused,
+    Stop,
     Tokens,
     Welcome,
 )
@@ -97,6 +98,19 @@ async def test_all_ranks_learn_where_to_meet():
         for rank in (encode, second, await system.join("encode", 1)):
             peers = await rank.expect(Peers, language_ranks=both)
             assert peers.store_address == ("127.0.0.1", 99)
+
+
+@in_loop
+async def test_a_rank_that_comes_while_the_others_leave_is_sent_home_too():
+    async with System(2, 1) as system:
+        language = await system.join("language", 1)
+        closing = asyncio.create_task(system.hub.close(WAIT_S))
+        await language.expect(Stop)
+        late = await system.join("encode", 0)
+        await late.expect(Stop)
+        language.die()
+        late.die()
+        await closing
 
 
 @in_loop
