@@ -193,12 +193,14 @@ class Hub:
         self.take(EndAll(UnavailableError("the server is shutting down")))
 
     async def close(self, limit_s: float) -> None:
-        """Send every rank home, also those that come meanwhile; returns when all have left, or after `limit_s`."""
+        """Send every rank home, also those still to come; returns when all have left, or after `limit_s`."""
         self._is_closing = True
+        absent = self._all_ranks()
         for connection in self._ranks.values():
             self._post(connection, Stop())
         end = time.monotonic() + limit_s
-        while self._ranks and time.monotonic() < end:
+        while (self._ranks or absent) and time.monotonic() < end:
+            absent -= self._ranks.keys()
             await asyncio.sleep(0.02)
         if self._ticker is not None:
             self._ticker.cancel()
@@ -207,6 +209,10 @@ class Hub:
         # Handlers still closing their connections; a cancelled one would be logged as an error by the loop.
         if self._accepting:
             await asyncio.wait(self._accepting, timeout=CLOSE_S)
+
+    def _all_ranks(self) -> set[RankKey]:
+        encode, language = self._layout.encode_ranks, self._layout.language_ranks
+        return {("encode", rank) for rank in encode} | {("language", rank) for rank in language}
 
     async def _tick(self) -> None:
         while True:

@@ -160,10 +160,11 @@ def test_streamed_pieces_join_to_the_whole(text):
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == tokenizer.decode(ids)
 
 
-@given(st.lists(st.integers(0, 10**6), max_size=40))
-def test_any_tokens_stream_to_what_they_decode_to(numbers):
+@given(st.data())
+def test_any_tokens_stream_to_what_they_decode_to(data):
     tokenizer = _cached_processor().tokenizer
-    ids = [number % (tokenizer.vocab_size + 3) for number in numbers]
+    specials = st.sampled_from(sorted(tokenizer.special_ids.values()))
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3) | specials, max_size=40))
     stream = tokenizer.stream()
     assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids)
 
@@ -303,7 +304,7 @@ def test_the_guard_is_a_character_nobody_uses():
 
 
 def test_a_template_that_writes_without_end_is_stopped():
-    template = ChatTemplate("{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}" * 3, SPECIALS)
+    template = ChatTemplate("{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}{{ 1 / 0 }}", SPECIALS)
     with pytest.raises(InputError, match="more than the limit of 8388608 characters"):
         template.render([{"role": "user", "content": "x" * 1000}])
 

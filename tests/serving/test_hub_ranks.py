@@ -106,9 +106,11 @@ async def test_a_rank_that_comes_while_the_others_leave_is_sent_home_too():
         language = await system.join("language", 1)
         closing = asyncio.create_task(system.hub.close(WAIT_S))
         await language.expect(Stop)
+        language.die()
+        await language.lost()
+        assert not closing.done()
         late = await system.join("encode", 0)
         await late.expect(Stop)
-        language.die()
         late.die()
         await closing
 

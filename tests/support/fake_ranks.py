@@ -153,7 +153,7 @@ class System:
     async def __aexit__(self, *_: object) -> None:
         for rank in self.ranks:
             await rank.close()
-        await self.hub.close(1.0)
+        await self.hub.close(0.05)
         self.socket.close()
 
     async def connect(self, role: Any, rank: int, **changes: Any) -> FakeRank:
