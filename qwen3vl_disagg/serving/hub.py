@@ -124,6 +124,7 @@ class Hub:
         self._num_requests = 0
         self._was_ready = False
         self._is_closing = False
+        self._absent: set[RankKey] = set()
         self._accepting: set[asyncio.Task[Any]] = set()
         self._server: asyncio.Server | None = None
         self._ticker: asyncio.Future[None] | None = None
@@ -195,12 +196,11 @@ class Hub:
     async def close(self, limit_s: float) -> None:
         """Send every rank home, also those still to come; returns when all have left, or after `limit_s`."""
         self._is_closing = True
-        absent = self._all_ranks()
+        self._absent = self._all_ranks() - self._ranks.keys()
         for connection in self._ranks.values():
             self._post(connection, Stop())
         end = time.monotonic() + limit_s
-        while (self._ranks or absent) and time.monotonic() < end:
-            absent -= self._ranks.keys()
+        while (self._ranks or self._absent) and time.monotonic() < end:
             await asyncio.sleep(0.02)
         if self._ticker is not None:
             self._ticker.cancel()
@@ -294,6 +294,7 @@ class Hub:
             self._store_address = hello.store_address
         self._introduce()
         if self._is_closing:
+            self._absent.discard(key)
             self._post(connection, Stop())
         try:
             while True:
