@@ -66,6 +66,7 @@ class EncodeLink:
     """One live link. Payloads go out one after another, each in the order of its header."""
 
     language_rank: int
+    epoch: int
     control: Connection
     payload: Link
     thread: ThreadPoolExecutor
@@ -161,7 +162,7 @@ async def _within(future: asyncio.Future[Any], timeout: float, what: str) -> Any
 class EncodeLinks:
     """Keeps one link to each language rank alive.
 
-    `on_change` is called with the language ranks that are linked, whenever that changes; `on_refused` when a language
+    `on_change` is called with the live links (language rank, epoch), whenever they change; `on_refused` when a language
     rank says that this rank does not fit: there is no use in trying again then.
     """
 
@@ -169,7 +170,7 @@ class EncodeLinks:
         self,
         hello: LinkHello,
         *,
-        on_change: Callable[[list[int]], None],
+        on_change: Callable[[list[tuple[int, int]]], None],
         on_refused: Callable[[HandshakeError], None],
     ) -> None:
         self._hello, self._on_change, self._on_refused = hello, on_change, on_refused
@@ -180,8 +181,8 @@ class EncodeLinks:
         return self._links.get(language_rank)
 
     @property
-    def linked(self) -> list[int]:
-        return sorted(self._links)
+    def linked(self) -> list[tuple[int, int]]:
+        return sorted((rank, link.epoch) for rank, link in self._links.items())
 
     def connect(self, peers: list[tuple[int, str, int]], make_link: LinkFactory) -> None:
         """Link to these language ranks (rank, host, port); those already known are left alone."""
@@ -232,7 +233,7 @@ class EncodeLinks:
             raise
         control.keep_alive()
         thread = ThreadPoolExecutor(1, thread_name_prefix=f"link-{language_rank}")
-        return EncodeLink(language_rank, control, payload, thread)
+        return EncodeLink(language_rank, answer.epoch, control, payload, thread)
 
     def _lose(self, link: EncodeLink, reason: str) -> None:
         if self._links.get(link.language_rank) is link:

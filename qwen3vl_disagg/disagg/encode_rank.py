@@ -17,6 +17,7 @@ from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, InputError, 
 from qwen3vl_disagg.disagg.control import Address, Connection, ConnectionLost, connect_hub
 from qwen3vl_disagg.disagg.encode_links import Attempt, EncodeLink, EncodeLinks, attempt_of
 from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker, Pixels
+from qwen3vl_disagg.disagg.hub_client import join_hub
 from qwen3vl_disagg.disagg.links import LinkFactory, process_group_links
 from qwen3vl_disagg.disagg.messages import (
     Blob,
@@ -30,9 +31,7 @@ from qwen3vl_disagg.disagg.messages import (
     Peers,
     Pull,
     RankHello,
-    Refused,
     Stop,
-    Welcome,
 )
 from qwen3vl_disagg.disagg.rank_setup import RankSetup
 from qwen3vl_disagg.disagg.rendezvous import RankContext
@@ -97,7 +96,8 @@ class EncodeRank:
 
     async def _serve(self) -> int:
         while True:
-            self._hub = await self._join()
+            self._hub = await join_hub(self._hub_address, self._hello, deadline_s=self._reconnect_s)
+            self._tell_links(self._links.linked)
             try:
                 while True:
                     message = await self._hub.receive()
@@ -108,18 +108,6 @@ class EncodeRank:
                 # The frontend died, and with it every request; links stay.
                 for attempt in list(self._items):
                     self._cancel(attempt)
-
-    async def _join(self) -> Connection:
-        hub = await connect_hub(self._hub_address, deadline_s=self._reconnect_s)
-        await hub.send(self._hello)
-        answer = await hub.receive(timeout=self._reconnect_s)
-        if isinstance(answer, Refused):
-            self._on_refused(HandshakeError(answer.field, answer.expected, answer.got))
-        elif not isinstance(answer, Welcome):
-            raise TransferError(f"the hub answered {type(answer).__name__}")
-        self._hub = hub.keep_alive()
-        self._tell_links(self._links.linked)
-        return hub
 
     async def _handle(self, message: Message) -> None:
         match message:
@@ -193,8 +181,8 @@ class EncodeRank:
             raise TransferError("the item's bytes do not have its digest")
         return data
 
-    def _tell_links(self, language_ranks: list[int]) -> None:
-        self._tell(LinksUp(language_ranks=language_ranks))
+    def _tell_links(self, links: list[tuple[int, int]]) -> None:
+        self._tell(LinksUp(language_ranks=[rank for rank, _ in links], epochs=[epoch for _, epoch in links]))
 
     def _tell_failed(self, attempt: Attempt, kind: str, reason: str) -> None:
         request_id, item, number = attempt

@@ -43,7 +43,8 @@ PAYLOAD_S = 10.0
 
 Session = tuple[str, int]  # request id, item
 ItemSink = Callable[[str, int, Header, ReceivedItem, float, int], None]
-LostSink = Callable[[str, int, int, str], None]
+LostSink = Callable[[str, int, int, str, int], None]
+"""request id, item, attempt, reason, dead epoch (0: the link is sound)"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class _PeerLink:
     """One encode rank's link and the attempts that run over it."""
 
     encode_rank: int
+    epoch: int
     control: Connection
     payload: Link
     thread: ThreadPoolExecutor
@@ -89,6 +91,7 @@ class LinkServer:
         self._receiver, self._fingerprint, self._token = receiver, fingerprint, token
         self._language_rank = language_rank
         self._links: dict[int, _PeerLink] = {}
+        self._epochs: dict[int, int] = {}
         self._waiting: deque[_Wanted] = deque()
         self._store: dist.TCPStore | None = None
         self._host, self._make_link = host, make_link
@@ -155,7 +158,8 @@ class LinkServer:
             session = (wanted.request_id, wanted.item)
             if link is None:
                 self._waiting.popleft()
-                self._lose(session, wanted.attempt, f"no link to encode rank {wanted.encode_rank}")
+                reason, epoch = f"no link to encode rank {wanted.encode_rank}", self._epochs.get(wanted.encode_rank, 0)
+                self._lose(session, wanted.attempt, reason, epoch)
                 continue
             try:
                 grant = self._receiver.grant(*session, wanted.attempt, wanted.visual)
@@ -213,23 +217,27 @@ class LinkServer:
         await control.send(LinkAccept(epoch=epoch, language_rank=language_rank))
         payload = await asyncio.to_thread(make_link, "language", encode_rank, language_rank, epoch)
         thread = ThreadPoolExecutor(1, thread_name_prefix=f"link-{encode_rank}")
-        return _PeerLink(encode_rank, control, payload, thread)
+        self._epochs[encode_rank] = epoch
+        return _PeerLink(encode_rank, epoch, control, payload, thread)
 
     def _drop(self, link: _PeerLink, reason: str) -> None:
-        if self._links.get(link.encode_rank) is link:
+        is_current = self._links.get(link.encode_rank) is link
+        if is_current:
             del self._links[link.encode_rank]
         attempts, link.attempts = link.attempts, {}
         for session, attempt in attempts.items():
             self._receiver.drop(*session, attempt)
-            self._lose(session, attempt, reason)
-        for wanted in [wanted for wanted in self._waiting if wanted.encode_rank == link.encode_rank]:
-            self._waiting.remove(wanted)
-            self._lose((wanted.request_id, wanted.item), wanted.attempt, reason)
+            self._lose(session, attempt, reason, link.epoch)
+        if is_current:  # a newer link of the same rank serves what waits
+            lost = [wanted for wanted in self._waiting if wanted.encode_rank == link.encode_rank]
+            self._waiting = deque(wanted for wanted in self._waiting if wanted.encode_rank != link.encode_rank)
+            for wanted in lost:
+                self._lose((wanted.request_id, wanted.item), wanted.attempt, reason, link.epoch)
         link.thread.shutdown(wait=False)
         self._grant_waiting()
 
-    def _lose(self, session: Session, attempt: int, reason: str) -> None:
-        self.on_lost(*session, attempt, reason)
+    def _lose(self, session: Session, attempt: int, reason: str, dead_epoch: int = 0) -> None:
+        self.on_lost(*session, attempt, reason, dead_epoch)
 
     def _post(self, link: _PeerLink, message: Message) -> None:
         try:
@@ -261,12 +269,12 @@ class LinkServer:
         work = asyncio.get_running_loop().run_in_executor(link.thread, self._receive, link, receiving)
         work.add_done_callback(lambda done: self._received(link, header, done))
 
-    def _end(self, link: _PeerLink, session: Session, attempt: int, reason: str) -> None:
+    def _end(self, link: _PeerLink, session: Session, attempt: int, reason: str, dead_epoch: int = 0) -> None:
         """An attempt that failed by itself; stale ones change nothing."""
         if link.attempts.get(session) == attempt:
             del link.attempts[session]
             self._receiver.drop(*session, attempt)
-            self._lose(session, attempt, reason)
+            self._lose(session, attempt, reason, dead_epoch)
             self._grant_waiting()
 
     def _receive(self, link: _PeerLink, receiving: Receiving) -> tuple[ReceivedItem | None, float]:
@@ -280,8 +288,9 @@ class LinkServer:
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
         if error is not None:
             self._post(link, Nack(**ids, reason=str(error)))
-            self._end(link, session, attempt, str(error))
-            if not isinstance(error, TransferError) or isinstance(error, LinkBroken):
+            is_broken = not isinstance(error, TransferError) or isinstance(error, LinkBroken)
+            self._end(link, session, attempt, str(error), link.epoch if is_broken else 0)
+            if is_broken:
                 link.control.abort()  # its reader drops the link
         else:
             received, transfer_ms = done.result()

@@ -57,9 +57,10 @@ class RankHello(Message, frozen=True):
 
 
 class LinksUp(Message, frozen=True):
-    """An encode rank's current links; it can be given items for these language ranks."""
+    """An encode rank's current links; it can be given items for these language ranks. `epochs` in the same order."""
 
     language_ranks: list[int]
+    epochs: list[int] = []
 
 
 class Decoded(Message, frozen=True):
@@ -88,12 +89,16 @@ class NeedItems(Message, frozen=True):
 
 
 class ItemLost(Message, frozen=True):
-    """A transfer to a language rank failed; the item has to be assigned again."""
+    """A transfer to a language rank failed; the item has to be assigned again.
+
+    `dead_epoch`: the link of that epoch, and of all earlier ones, is gone; 0 when the link itself is sound.
+    """
 
     request_id: str
     item: int
     attempt: int
     reason: str
+    dead_epoch: int = 0
 
 
 class ItemReceived(Message, frozen=True):

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 class EncodeRank:
     incarnation: int
     links: set[int] = field(default_factory=set)
+    """Language ranks that it can send to."""
+    epochs: dict[int, int] = field(default_factory=dict)
+    """Language rank -> epoch of the link to it."""
     jobs: dict[tuple[str, int], int] = field(default_factory=dict)
     """(request, item) being encoded -> patches."""
 

@@ -246,6 +246,7 @@ class Router:
     def _from_encode(self, rank: int, message: Message, now: float) -> None:
         match message:
             case LinksUp():
+                self._encode[rank].epochs = dict(zip(message.language_ranks, message.epochs, strict=False))
                 self._links_up(rank, set(message.language_ranks), now)
             case Decoded():
                 item = self._current(message)
@@ -352,7 +353,13 @@ class Router:
             case ItemLost():
                 item = self._current(message)
                 if item is not None:
-                    self._attempt_failed(message.request_id, message.item, self._worker(item), now)
+                    # The other end may not have noticed, or may be dead itself: nothing goes that way before it says
+                    # that there is a new link.
+                    encode = self._encode[item.encode_rank]
+                    if message.dead_epoch >= encode.epochs.get(rank, 1):
+                        encode.links.discard(rank)
+                    is_death = message.dead_epoch > 0
+                    self._attempt_failed(message.request_id, message.item, self._worker(item), now, is_death=is_death)
             case ItemReceived():
                 item = self._current(message)
                 if item is not None:

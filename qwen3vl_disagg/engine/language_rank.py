@@ -17,7 +17,8 @@ import numpy as np
 
 from qwen3vl_disagg.core.errors import InputError, TransferError
 from qwen3vl_disagg.core.requests import ItemTimings, VisualItem
-from qwen3vl_disagg.disagg.control import Connection, ConnectionLost, connect_hub
+from qwen3vl_disagg.disagg.control import Connection, ConnectionLost
+from qwen3vl_disagg.disagg.hub_client import join_hub
 from qwen3vl_disagg.disagg.link_server import LinkServer
 from qwen3vl_disagg.disagg.messages import (
     Assign,
@@ -29,11 +30,9 @@ from qwen3vl_disagg.disagg.messages import (
     Message,
     Peers,
     RankHello,
-    Refused,
     RequestFailed,
     Stop,
     Submit,
-    Welcome,
 )
 from qwen3vl_disagg.disagg.receiver import ReceivedItem
 from qwen3vl_disagg.disagg.store import join_store
@@ -93,7 +92,7 @@ class LanguageRank:
 
     async def _serve(self) -> int:
         while True:
-            self._hub = await self._join()
+            self._hub = await join_hub(self._hub_address, self._hello, deadline_s=self._reconnect_s)
             try:
                 while True:
                     message = await self._hub.receive()
@@ -104,16 +103,6 @@ class LanguageRank:
                 # The frontend died; with it went everybody who waits for these requests.
                 for request_id in list(self._requests):
                     self._forget(request_id)
-
-    async def _join(self) -> Connection:
-        hub = await connect_hub(self._hub_address, deadline_s=self._reconnect_s)
-        await hub.send(self._hello)
-        answer = await hub.receive(timeout=self._reconnect_s)
-        if isinstance(answer, Refused):
-            raise TransferError(f"the hub refused: {answer.field}: expected {answer.expected}, got {answer.got}")
-        if not isinstance(answer, Welcome):
-            raise TransferError(f"the hub answered {type(answer).__name__}")
-        return hub.keep_alive()
 
     async def _handle(self, message: Message) -> None:
         match message:
@@ -203,9 +192,10 @@ class LanguageRank:
         self._engine.post(lambda engine: engine.provide_item(request_id, item, rows, timings))
         self._tell(ItemReceived(request_id=request_id, item=item, attempt=header.attempt))
 
-    def _on_lost(self, request_id: str, item: int, attempt: int, reason: str) -> None:
+    def _on_lost(self, request_id: str, item: int, attempt: int, reason: str, dead_epoch: int) -> None:
         if request_id in self._requests:
-            self._tell(ItemLost(request_id=request_id, item=item, attempt=attempt, reason=reason))
+            lost = ItemLost(request_id=request_id, item=item, attempt=attempt, reason=reason, dead_epoch=dead_epoch)
+            self._tell(lost)
 
     def _tell(self, message: Message) -> None:
         """Queue a message to the hub; when it is gone, the loop that reads from it finds out and cleans up."""

@@ -10,6 +10,7 @@ import hmac
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from qwen3vl_disagg.disagg.fingerprint import check_fingerprint
 from qwen3vl_disagg.disagg.messages import (
     Blob,
     Finished,
+    ItemFailed,
+    ItemLost,
     Message,
     Peers,
     Pull,
@@ -105,6 +108,14 @@ class _Handle:
             self.undecoded -= items
             if not self.undecoded:
                 self.events.put_nowait(Decoded())
+
+
+def _log_failure(hello: RankHello, message: Message) -> None:
+    """One line for each attempt that failed: clients do not hear of it when another one succeeds."""
+    if isinstance(message, ItemLost) or (isinstance(message, ItemFailed) and message.kind == "failed"):
+        reason = message.reason if isinstance(message, ItemLost) else message.message
+        name = f"request {message.request_id}, item {message.item}, attempt {message.attempt}"
+        print(f"{hello.role} rank {hello.rank}: {name}: {reason}", file=sys.stderr, flush=True)
 
 
 class Hub:
@@ -301,6 +312,7 @@ class Hub:
                 message = await connection.receive()
                 if self._ranks.get(key) is not connection:
                     return
+                _log_failure(hello, message)
                 self.take(FromRank(hello.role, hello.rank, message))
         except TransferError:
             return

@@ -296,3 +296,19 @@ def test_a_rank_s_failure_keeps_its_kind(status: int, kind: type[DisaggError]):
     assert type(end.error) is kind
     assert getattr(end.error, "status", status) == status
     assert script.sent(Cancel) == []
+
+
+def test_nothing_goes_over_a_dead_link_before_a_new_one_is_there():
+    """The language rank hears of an encode rank's death first; until the hub knows too, trying again is in vain."""
+    script = Script(encode=1, language=1)
+    script.encode_says(0, LinksUp(language_ranks=[1], epochs=[3]))
+    script.do(admit("a", "x"))
+    script.language_says(1, NeedItems(request_id="a", items=[0]))
+    assert any(isinstance(action.message, Assign) for action in script.actions)
+    script.language_says(1, ItemLost(request_id="a", item=0, attempt=1, reason="gone", dead_epoch=3))
+    assert script.actions == []
+    script.encode_says(0, LinksUp(language_ranks=[1], epochs=[4]))
+    assert [a.message.attempt for a in script.actions if isinstance(a.message, Assign)] == [2]
+    # News of an older link do not touch the new one.
+    script.language_says(1, ItemLost(request_id="a", item=0, attempt=2, reason="late", dead_epoch=3))
+    assert [a.message.attempt for a in script.actions if isinstance(a.message, Assign)] == [3]
