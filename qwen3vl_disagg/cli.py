@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -15,7 +16,7 @@ import tyro
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError, NotBuiltYet
 from qwen3vl_disagg.core.settings import ModelOptions
 
-_LATER = ("simulate", "faults", "plan")
+_LATER = ("plan",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,13 +172,25 @@ def main() -> NoReturn:
     """Entry point of the command."""
     if len(sys.argv) > 1 and sys.argv[1] in _LATER:
         sys.exit(_report(NotBuiltYet(f"qwen3vl-disagg {sys.argv[1]}")))
-    options = tyro.extras.subcommand_cli_from_dict(
-        {"generate": _generate_options, "version": _version}, prog="qwen3vl-disagg", config=(tyro.conf.OmitArgPrefixes,)
-    )
+    commands: dict[str, Any] = {
+        "generate": _generate_options,
+        "simulate": _simulate_options,
+        "faults": _faults,
+        "version": _version,
+    }
+    options = tyro.extras.subcommand_cli_from_dict(commands, prog="qwen3vl-disagg", config=(tyro.conf.OmitArgPrefixes,))
     try:
-        sys.exit(generate(options) if isinstance(options, GenerateOptions) else 0)
+        match options:
+            case GenerateOptions():
+                sys.exit(generate(options))
+            case SimulateOptions():
+                sys.exit(run_simulation(options))
+        sys.exit(0)
     except DisaggError as error:
         sys.exit(_report(error))
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -185,6 +198,71 @@ def main() -> NoReturn:
 def _generate_options(options: GenerateOptions) -> GenerateOptions:
     """Answer one question, or a file of them, in one process."""
     return options
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateOptions:
+    """Run the transfer's state machines under a virtual clock and network, with faults, and check every invariant."""
+
+    schedules: int = 1000
+    """How many fault schedules to run."""
+    seed: int = 0
+    first: int = 0
+    """Number of the first schedule, to replay one."""
+    mutant: str | None = None
+    """Plant this bug first; `list` names them all."""
+    table: bool = False
+    """Print how often each fault hit a session in each state, as a Markdown table."""
+    json: bool = False
+    """Print one JSON object in place of text."""
+
+
+def _simulate_options(options: SimulateOptions) -> SimulateOptions:
+    """Run the transfer's state machines under a virtual clock and network, with faults, and check every invariant."""
+    return options
+
+
+def run_simulation(options: SimulateOptions) -> int:
+    """Run the command; 0 when clean, 1 at the first violation."""
+    if options.schedules < 1 or options.first < 0:
+        raise InputError("--schedules must be at least 1 and --first at least 0", param="schedules")
+    from tqdm import tqdm
+
+    from qwen3vl_disagg.disagg.simulation.runner import fault_table, mutant_names, simulate
+
+    if options.mutant == "list":
+        print("\n".join(mutant_names()))
+        return 0
+    with tqdm(total=options.schedules, unit="schedule", disable=not sys.stderr.isatty()) as bar:
+        result = simulate(options.schedules, options.seed, options.mutant, first=options.first, on_progress=bar.update)
+    rate = result.events / max(result.seconds, 1e-9)
+    figures: dict[str, Any] = {
+        "schedules": result.schedules,
+        "events": result.events,
+        "violations": 0 if result.violation is None else 1,
+        "events_per_second": round(rate),
+    }
+    if result.violation is not None:
+        print(f"violation: {result.violation.violation}\nreplay: {result.replay}", file=sys.stderr)
+        figures |= {"violation": result.violation.violation, "replay": result.replay}
+    if options.table:
+        print(fault_table(result))
+    if options.json:
+        print(msgspec.json.encode(figures).decode())
+    else:
+        print(
+            f"{result.schedules} schedules, {result.events} events, {figures['violations']} violations, "
+            f"{rate:,.0f} events/s; {result.answered} requests answered, {result.failed} ended with a typed error"
+        )
+    return 0 if result.violation is None else 1
+
+
+def _faults() -> None:
+    """List the points at which Q3VL_FAULT=point:nth:kill|stop|raise makes a rank fail."""
+    from qwen3vl_disagg.core.faults import POINTS
+
+    for name, about in POINTS.items():
+        print(f"{name:22} {about}")
 
 
 def _version() -> None:

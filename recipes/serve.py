@@ -17,13 +17,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 
 from qwen3vl_disagg.checkpoint import open_checkpoint
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
-from qwen3vl_disagg.core.settings import ModelOptions, check_supported, resolve_model_folder
+from qwen3vl_disagg.core.faults import plan_faults
+from qwen3vl_disagg.core.settings import BufferOptions, ModelOptions, check_supported, resolve_model_folder
+from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_rank import run_encode_rank
 from qwen3vl_disagg.disagg.rendezvous import Layout, Meeting, RankContext, World, find, meeting_path, publish
 from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent
@@ -36,7 +39,7 @@ EXIT_LAST_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(ModelOptions):
+class ServeOptions(BufferOptions, ModelOptions):
     """Serve a checkpoint over HTTP."""
 
     encode_ranks: int | None = None
@@ -44,6 +47,8 @@ class ServeOptions(ModelOptions):
     host: str = "127.0.0.1"
     """Address of the HTTP server."""
     port: int = 8000
+    overlap: Literal["on", "off"] = "on"
+    """Prefill what is there while later images of the same request are still encoded or sent."""
     debug: bool = False
     """Open GET /debug/processes."""
 
@@ -85,6 +90,14 @@ def check_checkpoint(options: ServeOptions) -> None:
     folder = resolve_model_folder(options.model)
     with open_checkpoint(folder) as checkpoint:
         Processor.from_folder(folder, checkpoint.config)
+        MultimodalDataBuffers.check(checkpoint.config, options)
+
+
+def rank_context(options: ServeOptions, rank: int, layout: Layout, meeting: Meeting) -> RankContext:
+    """What a rank's body is told."""
+    return RankContext(
+        rank, layout, meeting.hub_address, meeting.token, options, buffers=options, overlap=options.overlap == "on"
+    )
 
 
 def first_slot(options: ServeOptions, layout: Layout, path: Path) -> Slot:
@@ -93,7 +106,7 @@ def first_slot(options: ServeOptions, layout: Layout, path: Path) -> Slot:
     http_socket, hub_socket = bind(options.host, options.port), bind("127.0.0.1", 0)
     announced = memoryview(mmap.mmap(-1, 1))  # shared with every frontend that is forked
     token = secrets.token_hex(16)
-    context = RankContext(0, layout, hub_socket.getsockname()[:2], token, options)
+    context = rank_context(options, 0, layout, Meeting(hub_address=hub_socket.getsockname()[:2], token=token, pid=0))
     publish(path, Meeting(hub_address=context.hub_address, token=token, pid=os.getpid()))
     frontend = Child(
         "frontend",
@@ -120,7 +133,7 @@ def first_slot(options: ServeOptions, layout: Layout, path: Path) -> Slot:
 def other_slot(options: ServeOptions, layout: Layout, rank: int, path: Path) -> Slot:
     """Any other slot: finds slot 0, forks its rank."""
     meeting = find(path, MEET_S)
-    context = RankContext(rank, layout, meeting.hub_address, meeting.token, options)
+    context = rank_context(options, rank, layout, meeting)
     return Slot([rank_child(context)], is_hub_gone=lambda: not path.exists())
 
 
@@ -146,6 +159,7 @@ def run_slot(rank: int) -> int:
             die_with_parent(os.getppid())
         layout = Layout.of(world.size, options.encode_ranks)
         check_supported(options)
+        plan_faults()
         path = meeting_path()
         if world.rank == 0:
             return first_slot(options, layout, path).run()

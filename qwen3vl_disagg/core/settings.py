@@ -30,6 +30,18 @@ class ModelOptions:
     """Weight-only quantization."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BufferOptions:
+    """Room for visual rows on a language rank. One block is enough for any item: what does not fit is resumed."""
+
+    block_size: int = 128
+    """Rows per block."""
+    blocks: int = 128
+    """Blocks of embedding rows."""
+    deepstack_rows: int | None = None
+    """Rows of the DeepStack pool. Default: as many as there are embedding rows."""
+
+
 def resolve_device(name: str, *, local_rank: int = 0, num_local_ranks: int = 1) -> torch.device:
     """`auto` -> the local rank's GPU if every local rank can have one of its own, else the CPU."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.settings import BufferOptions
 from qwen3vl_disagg.core.tensors import lazy_zeros
-from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease
-from qwen3vl_disagg.disagg.layout import AUX_FIELDS, RowSizes, blocks_for, row_runs
+from qwen3vl_disagg.disagg.allocator import BlockAllocator
+from qwen3vl_disagg.disagg.layout import AUX_FIELDS, RowSizes, row_runs
 from qwen3vl_disagg.model.config import ModelConfig
-
-DEFAULT_BLOCK_SIZE = 128
-"""Rows per block."""
-DEFAULT_ROWS = 16384
 
 
 class MultimodalDataBuffers:
@@ -36,7 +36,7 @@ class MultimodalDataBuffers:
         num_rows: int,
         num_deepstack_rows: int | None = None,
         num_slots: int = 64,
-        block_size: int = DEFAULT_BLOCK_SIZE,
+        block_size: int = BufferOptions.block_size,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -57,53 +57,52 @@ class MultimodalDataBuffers:
         )
         self.row_sizes = RowSizes.of(hidden_size=hidden, num_levels=levels, itemsize=dtype.itemsize)
 
+    @staticmethod
+    def check(config: ModelConfig, options: BufferOptions) -> None:
+        """InputError naming the option that cannot be."""
+        size = options.block_size
+        for name, value in (("block-size", size), ("blocks", options.blocks)):
+            if not 1 <= value <= 1 << 24:
+                raise InputError(f"--{name} must be 1 to {1 << 24}, got {value}", param=name)
+        rows = options.deepstack_rows
+        if rows is not None and config.num_deepstack_levels and not size <= rows <= 1 << 30:
+            raise InputError(f"--deepstack-rows must be at least a block, {size}, got {rows}", param="deepstack-rows")
+
     @classmethod
-    def for_largest_item(
-        cls, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
+    def from_options(
+        cls, config: ModelConfig, options: BufferOptions, *, dtype: torch.dtype, device: torch.device | str
     ) -> MultimodalDataBuffers:
-        """DEFAULT_ROWS rows: the largest picture under the usual limit of 16 Mpx, or many smaller ones."""
-        return cls(config, num_rows=DEFAULT_ROWS, dtype=dtype, device=device)
+        """What `--block-size`, `--blocks` and `--deepstack-rows` ask for. InputError naming what cannot be."""
+        cls.check(config, options)
+        size = options.block_size
+        num_rows = size * options.blocks
+        deepstack_rows = num_rows if options.deepstack_rows is None else options.deepstack_rows // size * size
+        return cls(
+            config, num_rows=num_rows, num_deepstack_rows=deepstack_rows, block_size=size, dtype=dtype, device=device
+        )
 
     @property
     def dtype(self) -> torch.dtype:
         return self.input_embeddings.dtype
 
-    def could_ever_fit(self, rows: int) -> bool:
-        """Whether an item of `rows` fits the empty pools."""
-        blocks = blocks_for(rows, self.block_size)
-        return self.allocator.could_ever_fit(blocks, blocks if self.num_levels else 0)
+    def aux_view(self, slot: int) -> Tensor:
+        """`[len(AUX_FIELDS)]`"""
+        return self.aux_datas[slot]
 
-    def grant(self, owner: str, rows: int) -> Lease | None:
-        """Room for a whole item of `rows`, or None."""
-        blocks = blocks_for(rows, self.block_size)
-        return self.allocator.grant(owner, blocks, blocks if self.num_levels else 0)
-
-    def receive_views(self, lease: Lease, rows: int) -> list[Tensor]:
-        """Contiguous views to receive an item into, in payload order: embeddings, fill_ids, positions (each run by
-        run), aux, DeepStack (run by run)."""
-        runs = row_runs(lease.rows, self.block_size, rows)
-        views = [
-            buffer[start:stop]
-            for buffer in (self.input_embeddings, self.fill_ids, self.mrope_positions)
-            for start, stop in runs
+    def row_views(self, blocks: Sequence[int], lengths: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Embeddings, fill_ids and positions of each run of a grant: contiguous views."""
+        return [
+            (self.input_embeddings[start:stop], self.fill_ids[start:stop], self.mrope_positions[start:stop])
+            for start, stop in self._runs(blocks, lengths, self.row_sizes.max_run_rows)
         ]
-        views.append(self.aux_datas[lease.slot])
-        if self.num_levels:
-            deepstack_runs = row_runs(lease.deepstack, self.block_size, rows)
-            views += [self.deepstack_embeddings[start:stop] for start, stop in deepstack_runs]
-        return views
 
-    def gather(self, lease: Lease, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Copies of an item's embeddings, fill_ids, positions, aux and DeepStack, in the item's order."""
-        runs = row_runs(lease.rows, self.block_size, rows)
-        deepstack_runs = row_runs(lease.deepstack, self.block_size, rows) if self.num_levels else []
-        embeddings, fill_ids, positions = (
-            torch.cat([buffer[start:stop] for start, stop in runs])
-            for buffer in (self.input_embeddings, self.fill_ids, self.mrope_positions)
-        )
-        deepstack = (
-            torch.cat([self.deepstack_embeddings[start:stop] for start, stop in deepstack_runs])
-            if deepstack_runs
-            else self.deepstack_embeddings.new_zeros(rows, 0)
-        )
-        return embeddings, fill_ids, positions, self.aux_datas[lease.slot].clone(), deepstack
+    def deepstack_views(self, blocks: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
+        """DeepStack rows of each run of a grant: contiguous views."""
+        runs = self._runs(blocks, lengths, self.row_sizes.max_deepstack_run_rows)
+        return [self.deepstack_embeddings[start:stop] for start, stop in runs]
+
+    def _runs(self, blocks: Sequence[int], lengths: Sequence[int], max_rows: int) -> list[tuple[int, int]]:
+        runs = row_runs(blocks, self.block_size, sum(lengths), max_rows)
+        if [stop - start for start, stop in runs] != list(lengths):
+            raise ValueError(f"runs {list(lengths)} are not how blocks {list(blocks)} lie")
+        return runs

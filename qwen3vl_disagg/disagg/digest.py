@@ -1,11 +1,13 @@
 """A cheap digest of rows: wrong, missing, swapped or shifted rows change it. No defence against an attacker.
 
-Each row's bytes are summed as int64 words; the sums are added up, modulo 2**64, with a weight for each row's position.
-Weights are odd, so that no bit of a row's sum can vanish. Digests of runs of an item's rows add up to the digest of
-all of them.
+Each row's bytes are summed as int64 words; the sums are added up, modulo 2**64, with a weight for each row's position
+and one for its buffer. Weights are odd, so that no bit of a row's sum can vanish. Digests of runs of an item's rows add
+up to the digest of all of them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,13 +21,10 @@ def _wrap(value: int) -> int:
     return (value + _HALF) % (2 * _HALF) - _HALF
 
 
-def rows_digest(rows: Tensor, start: int = 0) -> int:
-    """Digest of contiguous rows `[R, ...]` that are rows `start ..` of an item; a signed 64-bit number.
-
-    Row bytes are read as the widest integer that fits them.
-    """
+def row_sums(rows: Tensor) -> Tensor:
+    """The sum of each contiguous row's bytes, read as the widest integer that fits them: `[R, ...]` -> `[R]` int64."""
     if rows.numel() == 0:
-        return 0
+        return torch.zeros(len(rows), dtype=torch.int64)
     words = rows.detach().cpu().contiguous().view(len(rows), -1)
     row_bytes = words.shape[1] * words.itemsize
     kind = next(
@@ -33,9 +32,18 @@ def rows_digest(rows: Tensor, start: int = 0) -> int:
         for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2), (torch.uint8, 1))
         if row_bytes % size == 0
     )
-    sums_R = words.view(kind).sum(1, dtype=torch.int64)
-    weights_R = (2 * torch.arange(start, start + len(rows), dtype=torch.int64) + 1) * _PRIME
+    return words.view(kind).sum(1, dtype=torch.int64)
+
+
+def sums_digest(sums_R: Tensor, start: int = 0) -> int:
+    """The digest of rows `start ..` of an item, from their sums; a signed 64-bit number."""
+    weights_R = (2 * torch.arange(start, start + len(sums_R), dtype=torch.int64) + 1) * _PRIME
     return int((sums_R * weights_R).sum())
+
+
+def rows_digest(rows: Tensor, start: int = 0) -> int:
+    """Digest of contiguous rows `[R, ...]` that are rows `start ..` of an item."""
+    return sums_digest(row_sums(rows), start)
 
 
 def add_digests(*digests: int) -> int:
@@ -43,7 +51,16 @@ def add_digests(*digests: int) -> int:
     return _wrap(sum(digests))
 
 
-def payload_digest(main: Tensor, fill_ids: Tensor, positions: Tensor, deepstack: Tensor) -> int:
-    """The digest of an item's four buffers of rows, each with an odd weight, so that they cannot trade places."""
-    parts = (main, fill_ids, positions, deepstack)
-    return _wrap(sum((2 * i + 1) * rows_digest(part) for i, part in enumerate(parts)))
+def run_sums(main: Tensor, fill_ids: Tensor, positions: Tensor) -> Tensor:
+    """Sums of rows over the three buffers that share blocks; each buffer has a weight, so none can take another's
+    place."""
+    return row_sums(main) + 3 * row_sums(fill_ids) + 5 * row_sums(positions)
+
+
+def deepstack_sums(deepstack: Tensor) -> Tensor:
+    return 7 * row_sums(deepstack)
+
+
+def range_digests(sums_R: Tensor, ranges: Sequence[tuple[int, int]]) -> list[int]:
+    """One digest for each half-open range of an item's rows."""
+    return [sums_digest(sums_R[start:stop], start) for start, stop in ranges]

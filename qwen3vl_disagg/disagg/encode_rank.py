@@ -1,32 +1,23 @@
-"""The body of an encode rank: items from the hub, bytes from the media store, rows to language ranks.
-
-An item waits for its grant first and takes a place in memory only then: pull, decode, tower, send. So what a full
-language rank holds up costs nothing here, and no item can block one that has room.
-"""
+"""The body of an encode rank: items from the hub, bytes from the media store, rows to language ranks."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import hashlib
-import traceback
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, InputError, TransferError
+from qwen3vl_disagg.core.errors import HandshakeError, TransferError
 from qwen3vl_disagg.disagg.control import Address, Connection, ConnectionLost, connect_hub
-from qwen3vl_disagg.disagg.encode_links import Attempt, EncodeLink, EncodeLinks, attempt_of
-from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker, Pixels
+from qwen3vl_disagg.disagg.encode_server import EncodeServer
+from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
 from qwen3vl_disagg.disagg.hub_client import join_hub
 from qwen3vl_disagg.disagg.links import LinkFactory, process_group_links
 from qwen3vl_disagg.disagg.messages import (
     Blob,
     Cancel,
-    Decoded,
     EncodeItem,
-    ItemFailed,
     LinkHello,
-    LinksUp,
     Message,
     Peers,
     Pull,
@@ -35,6 +26,7 @@ from qwen3vl_disagg.disagg.messages import (
 )
 from qwen3vl_disagg.disagg.rank_setup import RankSetup
 from qwen3vl_disagg.disagg.rendezvous import RankContext
+from qwen3vl_disagg.disagg.session_events import SessionLimits
 from qwen3vl_disagg.disagg.slots import EXIT_REFUSED
 from qwen3vl_disagg.disagg.store import join_store
 from qwen3vl_disagg.processing.images import MAX_BYTES
@@ -56,19 +48,17 @@ class EncodeRank:
         *,
         make_link: LinkFactory | None = None,
         host: str = "127.0.0.1",
-        max_items: int = 8,
+        limits: SessionLimits | None = None,
         reconnect_s: float = 30.0,
     ) -> None:
-        self._worker, self._hello, self._hub_address = worker, hello, hub_address
+        self._hello, self._hub_address = hello, hub_address
         self._make_link, self._host, self._reconnect_s = make_link, host, reconnect_s
         self._hub: Connection | None = None
-        self._items: dict[Attempt, asyncio.Task[None]] = {}
-        self._memory = asyncio.Semaphore(max_items)
         self._refused: asyncio.Future[HandshakeError] = asyncio.get_running_loop().create_future()
-        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        self._tower = ThreadPoolExecutor(1, thread_name_prefix="tower")
         link_hello = LinkHello(token=hello.token, encode_rank=hello.rank, pid=hello.pid, fingerprint=hello.fingerprint)
-        self._links = EncodeLinks(link_hello, on_change=self._tell_links, on_refused=self._on_refused)
+        self.server = EncodeServer(
+            worker, link_hello, tell=self._tell, pull=self._pull, on_refused=self._on_refused, limits=limits
+        )
 
     async def run(self) -> int:
         """Serve until the hub says Stop (0) or a peer refuses this rank (EXIT_REFUSED). Raises without a hub."""
@@ -82,13 +72,11 @@ class EncodeRank:
             return await serving
         finally:
             serving.cancel()
-            for task in self._items.values():
-                task.cancel()
-            await self._links.close()
-            if self._hub is not None:
-                await self._hub.close()
-            for executor in (self._decoder, self._tower):
-                executor.shutdown(wait=False, cancel_futures=True)
+            try:
+                await self.server.close()
+            finally:
+                if self._hub is not None:
+                    await self._hub.close()
 
     def _on_refused(self, error: HandshakeError) -> None:
         if not self._refused.done():
@@ -97,7 +85,7 @@ class EncodeRank:
     async def _serve(self) -> int:
         while True:
             self._hub = await join_hub(self._hub_address, self._hello, deadline_s=self._reconnect_s)
-            self._tell_links(self._links.linked)
+            self.server.tell_links()
             try:
                 while True:
                     message = await self._hub.receive()
@@ -105,9 +93,7 @@ class EncodeRank:
                         return 0
                     await self._handle(message)
             except TransferError:
-                # The frontend died, and with it every request; links stay.
-                for attempt in list(self._items):
-                    self._cancel(attempt)
+                self.server.cancel(None)  # the frontend died, and with it every request; links stay
 
     async def _handle(self, message: Message) -> None:
         match message:
@@ -115,56 +101,11 @@ class EncodeRank:
                 if self._make_link is None:
                     store = await asyncio.to_thread(join_store, message.store_address)
                     self._make_link = process_group_links(store, host=self._host)
-                self._links.connect(message.language_ranks, self._make_link)
+                self.server.connect(message.language_ranks, self._make_link)
             case EncodeItem():
-                attempt = attempt_of(message)
-                if attempt not in self._items:
-                    task = asyncio.create_task(self._process(message))
-                    self._items[attempt] = task
-                    task.add_done_callback(lambda _: self._items.pop(attempt, None))
+                self.server.encode(message)
             case Cancel():
-                for attempt in [attempt for attempt in self._items if attempt[0] == message.request_id]:
-                    self._cancel(attempt)
-
-    def _cancel(self, attempt: Attempt) -> None:
-        task = self._items.get(attempt)
-        if task is not None:
-            task.cancel()
-
-    async def _process(self, message: EncodeItem) -> None:
-        """One item from grant to acknowledgement; whatever goes wrong is told to the hub."""
-        attempt = attempt_of(message)
-        link = self._links.get(message.language_rank)
-        try:
-            if link is None:
-                raise TransferError(f"no link to language rank {message.language_rank}")
-            async with asyncio.timeout(message.timeout_s):
-                await self._encode_and_deliver(message, link, attempt)
-        except InputError as error:
-            self._tell_failed(attempt, "input", error.message)
-        except (DisaggError, TimeoutError) as error:
-            self._tell_failed(attempt, "failed", str(error) or "out of time")
-        except Exception as error:  # one item's failure is not the rank's
-            traceback.print_exception(error)
-            self._tell_failed(attempt, "failed", type(error).__name__)
-        finally:
-            if link is not None:
-                link.forget(attempt)
-
-    async def _encode_and_deliver(self, message: EncodeItem, link: EncodeLink, attempt: Attempt) -> None:
-        loop = asyncio.get_running_loop()
-        grant = await link.wait_grant(attempt, message.timeout_s)
-        async with self._memory:
-            data = await self._pull(message.visual.digest, message.visual.num_bytes)
-            pixels = await loop.run_in_executor(self._decoder, self._worker.preprocess, data, message.visual)
-            self._tell(Decoded(request_id=attempt[0], item=attempt[1], attempt=attempt[2]))
-            encoded = await loop.run_in_executor(self._tower, self._encode, pixels, message.visual_token_id)
-            # A cancelled request leaves its delivery running to the end.
-            await asyncio.shield(asyncio.ensure_future(link.deliver(encoded, grant)))
-
-    def _encode(self, pixels: Pixels, visual_token_id: int) -> EncodedItem:
-        [encoded] = self._worker.encode([pixels], visual_token_id)
-        return encoded
+                self.server.cancel(message.request_id)
 
     async def _pull(self, digest: str, num_bytes: int) -> bytes:
         """The bytes under `digest` from the media store, checked."""
@@ -180,14 +121,6 @@ class EncodeRank:
         if hashlib.sha256(data).hexdigest() != digest:
             raise TransferError("the item's bytes do not have its digest")
         return data
-
-    def _tell_links(self, links: list[tuple[int, int]]) -> None:
-        self._tell(LinksUp(language_ranks=[rank for rank, _ in links], epochs=[epoch for _, epoch in links]))
-
-    def _tell_failed(self, attempt: Attempt, kind: str, reason: str) -> None:
-        request_id, item, number = attempt
-        failed = ItemFailed(request_id=request_id, item=item, attempt=number, kind=kind, message=reason)  # type: ignore[arg-type]
-        self._tell(failed)
 
     def _tell(self, message: Message) -> None:
         """Queue a message to the hub; when it is gone, the loop that reads from it finds out."""

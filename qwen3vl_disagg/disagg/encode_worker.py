@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.disagg.digest import payload_digest
+from qwen3vl_disagg.disagg.digest import add_digests, deepstack_sums, range_digests, run_sums, sums_digest
+from qwen3vl_disagg.disagg.layout import item_ranges
 from qwen3vl_disagg.disagg.messages import Grant, Header
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration, separate_deepstack
 from qwen3vl_disagg.processing import Grid, ImageProcessor, item_positions
@@ -28,7 +30,10 @@ class Pixels:
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """One item's rows: main `[R, h]`, deepstack `[R, n * h]`, fill_ids `[R]` int32, positions `[R, 3]` int32."""
+    """One item's rows: main `[R, h]`, deepstack `[R, n * h]`, fill_ids `[R]` int32, positions `[R, 3]` int32.
+
+    `sums` and `deepstack_sums` `[R]`: of each row's bytes, for the digests of whatever runs are asked for.
+    """
 
     main: Tensor
     deepstack: Tensor
@@ -38,43 +43,66 @@ class EncodedItem:
     preprocess_ms: float
     encode_ms: float
 
-    @property
+    @cached_property
+    def sums(self) -> Tensor:
+        return run_sums(self.main, self.fill_ids, self.positions)
+
+    @cached_property
+    def deepstack_sums(self) -> Tensor:
+        return deepstack_sums(self.deepstack)
+
+    @cached_property
     def digest(self) -> int:
-        """Over embeddings, fill_ids, positions and DeepStack."""
-        return payload_digest(self.main, self.fill_ids, self.positions, self.deepstack)
+        """Of the whole item: what the digests of all its runs add up to."""
+        return add_digests(sums_digest(self.sums), sums_digest(self.deepstack_sums))
 
     def header(self, grant: Grant) -> Header:
-        """What is about to be sent for `grant`."""
-        rows = len(self.main)
-        if (grant.row_start, grant.row_stop) != (0, rows) or (grant.deepstack_start, grant.deepstack_stop) != (0, rows):
-            raise TransferError(f"grant of rows {grant.row_start}..{grant.row_stop} for an item of {rows}")
+        """What is about to be sent for `grant`. TransferError if this item cannot fill it."""
+        total = len(self.main)
+        rows, deepstack = self._ranges(grant)
+        if not 0 <= grant.row_start < grant.row_stop <= total or (rows and rows[-1][1] != grant.row_stop):
+            raise TransferError(f"rows {grant.row_start}..{grant.row_stop} in runs {rows} of an item of {total}")
+        if deepstack and not 0 <= deepstack[0][0] <= deepstack[-1][1] == grant.deepstack_stop <= total:
+            raise TransferError(f"DeepStack rows ..{grant.deepstack_stop} in runs {deepstack} of an item of {total}")
         return Header(
             request_id=grant.request_id,
             item=grant.item,
             attempt=grant.attempt,
-            total_rows=rows,
-            row_start=0,
-            row_stop=rows,
-            deepstack_start=0,
-            deepstack_stop=rows,
+            total_rows=total,
+            row_start=grant.row_start,
+            row_stop=grant.row_stop,
+            deepstack_start=grant.deepstack_start,
+            deepstack_stop=grant.deepstack_stop,
             grid=self.grid,
-            digest=self.digest,
+            row_digests=range_digests(self.sums, rows),
+            deepstack_digests=range_digests(self.deepstack_sums, deepstack),
             preprocess_ms=self.preprocess_ms,
             encode_ms=self.encode_ms,
         )
 
     def payload(self, grant: Grant) -> list[Tensor]:
-        """Contiguous pieces in payload order, cut as the grant says."""
+        """Contiguous views in payload order, cut as the grant says; no copies."""
+        rows, deepstack = self._ranges(grant)
+        pieces = [self._aux(grant.attempt)] if grant.row_start == 0 else []
+        pieces += [self.deepstack[start:stop] for start, stop in deepstack]
+        for start, stop in rows:
+            pieces += [self.main[start:stop], self.fill_ids[start:stop], self.positions[start:stop]]
+        return pieces
+
+    @staticmethod
+    def _ranges(grant: Grant) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        rows = list(item_ranges(grant.row_runs, grant.row_start))
+        return rows, list(item_ranges(grant.deepstack_runs, grant.deepstack_start))
+
+    def _aux(self, attempt: int) -> Tensor:
+        """`[len(AUX_FIELDS)]` int64"""
         levels = self.deepstack.shape[1] // self.main.shape[1]
-        wanted = [len(self.main), len(self.main) if levels else 0]
-        if [sum(grant.row_runs), sum(grant.deepstack_runs)] != wanted:
-            raise TransferError(f"grant in runs {grant.row_runs} and {grant.deepstack_runs} for {len(self.main)} rows")
-        pieces = [
-            piece for buffer in (self.main, self.fill_ids, self.positions) for piece in buffer.split(grant.row_runs)
-        ]
-        aux = [len(self.main), *self.grid, levels, self.main.shape[1], self.digest, grant.attempt]
-        pieces.append(torch.tensor(aux, dtype=torch.int64))
-        return pieces + (list(self.deepstack.split(grant.deepstack_runs)) if levels else [])
+        return torch.tensor([len(self.main), *self.grid, levels, self.main.shape[1], self.digest, attempt])
+
+
+def _all_finite(rows: Tensor) -> bool:
+    """A sum is much cheaper than looking at each number; one that overflows says nothing, so then each is looked at."""
+    return bool(torch.isfinite(rows.sum(dtype=torch.float32))) or bool(torch.isfinite(rows).all())
 
 
 class EncodeWorker:
@@ -96,17 +124,22 @@ class EncodeWorker:
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Pixels], visual_token_id: int) -> list[EncodedItem]:
-        """Run the tower over several images at once; rows on the CPU or the tower's device, contiguous."""
+        """Run the tower over several images at once; rows on the CPU or the tower's device, contiguous.
+
+        TransferError if they are not finite.
+        """
         started = time.monotonic()
         pixels = torch.cat([entry.patches for entry in batch]).to(self.device)
         features = self.model.get_image_feature(pixels, [entry.grid for entry in batch])
         elapsed_ms = (time.monotonic() - started) * 1e3
         merge_unit = self.config.vision.merge_unit
         num_rows = [t * h * w // merge_unit for t, h, w in (entry.grid for entry in batch)]
-        items = []
+        items: list[EncodedItem] = []
         for entry, rows in zip(batch, features.split(num_rows), strict=True):
             main, deepstack = separate_deepstack(rows, self.config.text.hidden_size)
             positions = item_positions(entry.grid, self.config.vision.spatial_merge_size).T.contiguous()
             fill_ids = torch.full((len(main),), visual_token_id, dtype=torch.int32)
+            if not (_all_finite(main) and _all_finite(deepstack)):
+                raise TransferError("the vision tower's rows hold NaN or infinity")
             items.append(EncodedItem(main, deepstack, fill_ids, positions, entry.grid, entry.preprocess_ms, elapsed_ms))
         return items

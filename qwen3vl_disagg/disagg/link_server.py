@@ -1,8 +1,8 @@
-"""The language side of all links: lets encode ranks in, grants them room, receives what they send.
+"""The language side of all links: lets encode ranks in, and carries out what the sessions decide.
 
-One event loop for the control connections; for each link one thread that receives payloads in the order of their
-headers. A link is gone when its control connection ends or a payload fails; its sessions are then lost (the router
-gives them to another encode rank) and the same rank may come back under a new epoch.
+One event loop for the control connections and the sessions; for each link one thread that receives payloads in the
+order of their headers. A link is gone when its control connection ends or a payload fails; its sessions go on when the
+same rank is back under a new epoch.
 """
 
 from __future__ import annotations
@@ -10,97 +10,116 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError
-from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.disagg.control import Address, Connection, ConnectionLost
 from qwen3vl_disagg.disagg.fingerprint import Fingerprint, check_fingerprint
+from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
 from qwen3vl_disagg.disagg.links import Link, LinkBroken, LinkFactory, process_group_links
 from qwen3vl_disagg.disagg.messages import (
     Abort,
     Ack,
+    Frame,
     Goodbye,
-    Header,
-    HeaderOk,
     LinkAccept,
     LinkHello,
     LinkReady,
     Message,
-    Nack,
     Refused,
+    Resume,
 )
-from qwen3vl_disagg.disagg.receiver import LanguageReceiver, ReceivedItem, Receiving
+from qwen3vl_disagg.disagg.receiver import Receiver
+from qwen3vl_disagg.disagg.rows import Delivery, VisualRows
+from qwen3vl_disagg.disagg.session_events import (
+    Arrived,
+    Attempt,
+    BreakLink,
+    Expired,
+    Forget,
+    FrameIn,
+    LanguageAction,
+    LanguageEvent,
+    LinkDown,
+    LinkUp,
+    Lost,
+    PayloadEnd,
+    Recall,
+    Receive,
+    RowsReady,
+    SendFrame,
+    SessionLimits,
+    Tick,
+)
 
 HELLO_S = 5.0
-PAYLOAD_S = 10.0
-
-Session = tuple[str, int]  # request id, item
-ItemSink = Callable[[str, int, Header, ReceivedItem, float, int], None]
-LostSink = Callable[[str, int, int, str, int], None]
-"""request id, item, attempt, reason, dead epoch (0: the link is sound)"""
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """An item that waits for room."""
-
-    request_id: str
-    item: int
-    attempt: int
-    visual: VisualItem
-    encode_rank: int
+TICK_S = 0.25
 
 
 @dataclass
 class _PeerLink:
-    """One encode rank's link and the attempts that run over it."""
+    """One encode rank's link."""
 
     encode_rank: int
     epoch: int
     control: Connection
     payload: Link
     thread: ThreadPoolExecutor
-    attempts: dict[Session, int] = field(default_factory=dict)
 
 
 class LinkServer:
-    """Set `on_item` and `on_lost` before the first request; both are called on the event loop."""
+    """Set the sinks before the first request; all are called on the event loop."""
 
-    on_item: ItemSink
-    on_lost: LostSink
+    on_rows: Callable[[Delivery], None]
+    on_recall: Callable[[Recall], None]
+    """The engine must drop the attempt's rows and go back behind them; `handle(Returned(..))` when it has."""
+    on_arrived: Callable[[Arrived], None]
+    on_lost: Callable[[Lost], None]
+    on_expired: Callable[[Expired], None]
+    on_short_of_room: Callable[[bool], None]
+    """Whether items wait for blocks, whenever that changes."""
 
     def __init__(
         self,
-        receiver: LanguageReceiver,
+        receiver: Receiver,
         *,
         fingerprint: Fingerprint,
         token: str,
         language_rank: int,
         host: str = "127.0.0.1",
         make_link: LinkFactory | None = None,
+        limits: SessionLimits | None = None,
     ) -> None:
         if not token:
             raise ValueError("an empty token would let anybody in")
+        self.limits = limits or SessionLimits()
+        buffers = receiver.buffers
+        self.sessions = LanguageSessions(buffers.allocator, buffers.block_size, buffers.row_sizes, self.limits)
         self._receiver, self._fingerprint, self._token = receiver, fingerprint, token
         self._language_rank = language_rank
-        self._links: dict[int, _PeerLink] = {}
-        self._epochs: dict[int, int] = {}
-        self._waiting: deque[_Wanted] = deque()
+        self._links: dict[tuple[int, int], _PeerLink] = {}
+        self._events: deque[LanguageEvent] = deque()
+        self._is_handling = self._was_short_of_room = False
+        self._arrived: dict[Attempt, VisualRows] = {}
+        self._transfer_ms: dict[Attempt, float] = {}
+        self._headers: dict[Attempt, Receive] = {}
         self._store: dist.TCPStore | None = None
         self._host, self._make_link = host, make_link
         self._can_meet = asyncio.Event()
         self._server: asyncio.Server | None = None
+        self._ticker: asyncio.Task[None] | None = None
 
     async def serve(self) -> Address:
         """Listen for encode ranks on a free port."""
         self._server = await asyncio.start_server(self._accept, self._host, 0)
+        self._ticker = asyncio.create_task(self._tick())
         return self._server.sockets[0].getsockname()[:2]
 
     def use_store(self, store: dist.TCPStore) -> None:
@@ -114,64 +133,146 @@ class LinkServer:
     def has_store(self) -> bool:
         return self._store is not None
 
+    @property
+    def is_idle(self) -> bool:
+        """No session, all pools full."""
+        return self.sessions.is_idle
+
     async def close(self) -> None:
         """Say goodbye and let go of everything."""
+        if self._ticker is not None:
+            self._ticker.cancel()
         if self._server is not None:
             self._server.close()
+        fault_point("in-drain")
         for link in list(self._links.values()):
             if not link.control.is_closed:
                 link.control.post(Goodbye())
             self._drop(link, "the language rank leaves")
             await link.control.close()
 
-    # -- what the language rank asks for
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.handle(Tick())
 
-    def request(self, request_id: str, item: int, attempt: int, visual: VisualItem, encode_rank: int) -> None:
-        """Get an item from an encode rank: a grant goes out as soon as there is room, in the order of the calls."""
-        session = (request_id, item)
-        self._waiting = deque(old for old in self._waiting if (old.request_id, old.item) != session)
-        for link in self._links.values():
-            self._abort(link, session, "another attempt takes its place")
-        self._waiting.append(_Wanted(request_id, item, attempt, visual, encode_rank))
-        self._grant_waiting()
+    # -- sessions
 
-    def cancel(self, request_id: str) -> None:
-        """Give up all items of a request, wherever they are."""
-        self._waiting = deque(wanted for wanted in self._waiting if wanted.request_id != request_id)
-        for link in self._links.values():
-            for session in [session for session in link.attempts if session[0] == request_id]:
-                self._abort(link, session, "cancelled")
-        self._receiver.cancel(request_id)
-        self._grant_waiting()
+    def handle(self, event: LanguageEvent) -> None:
+        """Let the sessions decide, and do what they say. What comes up meanwhile waits its turn."""
+        self._events.append(event)
+        if self._is_handling:
+            return
+        self._is_handling = True
+        try:
+            while self._events:
+                event = self._events.popleft()
+                if isinstance(event, Forget):
+                    self._forget(event.request_id)
+                for action in self.sessions.handle(event, time.monotonic()):
+                    self._perform(action)
+        finally:
+            self._is_handling = False
+        if self._was_short_of_room != self.sessions.is_short_of_room:
+            self._was_short_of_room = self.sessions.is_short_of_room
+            self.on_short_of_room(self._was_short_of_room)
 
-    def _abort(self, link: _PeerLink, session: Session, reason: str) -> None:
-        """Tell the encode rank that an attempt is no longer wanted, and give up its room."""
-        attempt = link.attempts.pop(session, None)
-        if attempt is not None:
-            self._post(link, Abort(request_id=session[0], item=session[1], attempt=attempt, reason=reason))
-            self._receiver.drop(*session, attempt)
+    def _perform(self, action: LanguageAction) -> None:
+        match action:
+            case SendFrame():
+                self._post(action)
+            case Receive():
+                self._start_receiving(action)
+            case RowsReady():
+                self._deliver((action.request_id, action.item, action.attempt))
+            case BreakLink():
+                link = self._links.get((action.peer, action.epoch))
+                if link is not None:
+                    link.control.abort()  # its reader drops the link
+            case Recall():
+                self.on_recall(action)
+            case Arrived():
+                self.on_arrived(action)
+            case Lost():
+                self._receiver.forget(action.request_id, action.item)
+                self.on_lost(action)
+            case Expired():
+                self._forget(action.request_id)
+                self.on_expired(action)
 
-    def _grant_waiting(self) -> None:
-        while self._waiting:
-            wanted = self._waiting[0]
-            link = self._links.get(wanted.encode_rank)
-            session = (wanted.request_id, wanted.item)
-            if link is None:
-                self._waiting.popleft()
-                reason, epoch = f"no link to encode rank {wanted.encode_rank}", self._epochs.get(wanted.encode_rank, 0)
-                self._lose(session, wanted.attempt, reason, epoch)
-                continue
-            try:
-                grant = self._receiver.grant(*session, wanted.attempt, wanted.visual)
-            except DisaggError as error:  # larger than the buffers, or stale
-                self._waiting.popleft()
-                self._lose(session, wanted.attempt, str(error))
-                continue
-            if grant is None:
-                return
-            self._waiting.popleft()
-            link.attempts[session] = wanted.attempt
-            self._post(link, grant)
+    def _post(self, action: SendFrame) -> None:
+        link = self._links.get((action.peer, action.frame.epoch))
+        if link is None:
+            return
+        try:
+            if isinstance(action.frame.body, Resume):
+                fault_point("blocks-full")
+            link.control.post(action.frame)
+            if isinstance(action.frame.body, Ack):
+                fault_point("ack-sent")
+        except ConnectionLost:
+            return  # its reader finds out and drops the link
+        except Exception as error:  # a frame that does not go out leaves a gap: this link is over, and no other
+            traceback.print_exception(error)
+            link.control.abort()
+
+    def _forget(self, request_id: str) -> None:
+        self._receiver.forget(request_id)
+        for table in (self._transfer_ms, self._headers, self._arrived):
+            for attempt in [attempt for attempt in table if attempt[0] == request_id]:
+                del table[attempt]
+
+    # -- payloads
+
+    def _start_receiving(self, job: Receive) -> None:
+        grant = job.grant
+        link = self._links.get((job.encode_rank, job.epoch))
+        ends = PayloadEnd(job.encode_rank, job.epoch, grant.request_id, grant.item, grant.attempt)
+        if link is None:
+            self.handle(PayloadEnd(*_ids(ends), "the link is gone", True))
+            return
+        attempt = (grant.request_id, grant.item, grant.attempt)
+        self._headers.setdefault(attempt, job)
+        work = asyncio.get_running_loop().run_in_executor(link.thread, self._receive, link.payload, job)
+        work.add_done_callback(lambda done: self._received(ends, done))
+
+    def _receive(self, payload: Link, job: Receive) -> tuple[VisualRows, float]:
+        started = time.monotonic()
+        rows = self._receiver.receive(payload, job, self.limits.payload_s)
+        fault_point("payload-received")
+        if rows.stop == job.visual.num_rows:
+            fault_point("last-row")
+        return rows, (time.monotonic() - started) * 1e3
+
+    def _received(self, ends: PayloadEnd, done: asyncio.Future) -> None:
+        error = asyncio.CancelledError() if done.cancelled() else done.exception()
+        if error is not None:
+            # Whatever is not about the rows themselves leaves the stream of payloads in an unknown place.
+            is_broken = not isinstance(error, TransferError) or isinstance(error, LinkBroken)
+            self.handle(PayloadEnd(*_ids(ends), str(error) or type(error).__name__, is_broken))
+            return
+        rows, transfer_ms = done.result()
+        attempt = (ends.request_id, ends.item, ends.attempt)
+        if self.sessions.find(*attempt) is not None:
+            self._arrived[attempt] = rows
+            self._transfer_ms[attempt] = self._transfer_ms.get(attempt, 0.0) + transfer_ms
+        self.handle(ends)
+
+    def _deliver(self, attempt: Attempt) -> None:
+        rows, job = self._arrived.pop(attempt), self._headers[attempt]
+        num_bytes, num_transfers = self._receiver.totals(attempt)
+        self.on_rows(
+            Delivery(
+                *attempt,
+                rows=rows,
+                encode_rank=job.encode_rank,
+                preprocess_ms=job.header.preprocess_ms,
+                encode_ms=job.header.encode_ms,
+                transfer_ms=self._transfer_ms[attempt],
+                transfer_bytes=num_bytes,
+                resumes=num_transfers - 1,
+            )
+        )
 
     # -- links coming and going
 
@@ -182,17 +283,26 @@ class LinkServer:
         except (DisaggError, TimeoutError, RuntimeError):
             await control.close()
             return
-        self._links[link.encode_rank] = link
         control.keep_alive()
-        self._post(link, LinkReady())
+        self._links[link.encode_rank, link.epoch] = link
         reason = "the encode rank left"
         try:
+            control.post(LinkReady())
+            self.handle(LinkUp(link.encode_rank, link.epoch))
             while not isinstance(message := await control.receive(), Goodbye):
-                self._handle(link, message)
+                self._take(link, message)
         except TransferError as error:
             reason = str(error)
+        except Exception as error:  # one link's failure is not the rank's
+            reason = f"{type(error).__name__}: {error}"
         self._drop(link, reason)
         await control.close()
+
+    def _take(self, link: _PeerLink, message: Message) -> None:
+        if isinstance(message, Frame):
+            if isinstance(message.body, Abort):
+                fault_point("in-abort")
+            self.handle(FrameIn(link.encode_rank, message))
 
     async def _handshake(self, control: Connection) -> _PeerLink:
         hello = await control.receive(timeout=HELLO_S)
@@ -204,101 +314,27 @@ class LinkServer:
         except HandshakeError as error:
             await control.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))
             raise
+        fault_point("in-handshake")
         await asyncio.wait_for(self._can_meet.wait(), HELLO_S * 4)
         store, make_link = self._store, self._make_link
         if store is None or make_link is None:
             raise TransferError("the store is not known")
         encode_rank, language_rank = hello.encode_rank, self._language_rank
-        if encode_rank in self._links:  # a new incarnation of that rank
-            old = self._links[encode_rank]
-            self._drop(old, "the encode rank was started again")
-            old.control.abort()
+        for old in [link for link in self._links.values() if link.encode_rank == encode_rank]:
+            old.control.abort()  # an earlier incarnation of that rank, or of this link
+            self._drop(old, "the encode rank made a new link")
         epoch = await asyncio.to_thread(store.add, f"epoch/{encode_rank}-{language_rank}", 1)
         await control.send(LinkAccept(epoch=epoch, language_rank=language_rank))
         payload = await asyncio.to_thread(make_link, "language", encode_rank, language_rank, epoch)
         thread = ThreadPoolExecutor(1, thread_name_prefix=f"link-{encode_rank}")
-        self._epochs[encode_rank] = epoch
         return _PeerLink(encode_rank, epoch, control, payload, thread)
 
     def _drop(self, link: _PeerLink, reason: str) -> None:
-        is_current = self._links.get(link.encode_rank) is link
-        if is_current:
-            del self._links[link.encode_rank]
-        attempts, link.attempts = link.attempts, {}
-        for session, attempt in attempts.items():
-            self._receiver.drop(*session, attempt)
-            self._lose(session, attempt, reason, link.epoch)
-        if is_current:  # a newer link of the same rank serves what waits
-            lost = [wanted for wanted in self._waiting if wanted.encode_rank == link.encode_rank]
-            self._waiting = deque(wanted for wanted in self._waiting if wanted.encode_rank != link.encode_rank)
-            for wanted in lost:
-                self._lose((wanted.request_id, wanted.item), wanted.attempt, reason, link.epoch)
-        link.thread.shutdown(wait=False)
-        self._grant_waiting()
+        if self._links.pop((link.encode_rank, link.epoch), None) is not None:
+            link.payload.close()
+            link.thread.shutdown(wait=False)
+            self.handle(LinkDown(link.encode_rank, link.epoch, reason))
 
-    def _lose(self, session: Session, attempt: int, reason: str, dead_epoch: int = 0) -> None:
-        self.on_lost(*session, attempt, reason, dead_epoch)
 
-    def _post(self, link: _PeerLink, message: Message) -> None:
-        try:
-            link.control.post(message)
-        except ConnectionLost:
-            return  # its reader finds out and drops the link
-
-    # -- transfers
-
-    def _handle(self, link: _PeerLink, message: Message) -> None:
-        match message:
-            case Header():
-                self._start_receiving(link, message)
-            case Nack() | Abort():
-                self._end(link, (message.request_id, message.item), message.attempt, message.reason)
-
-    def _start_receiving(self, link: _PeerLink, header: Header) -> None:
-        session, attempt = (header.request_id, header.item), header.attempt
-        ids: dict[str, Any] = {"request_id": session[0], "item": session[1], "attempt": attempt}
-        try:
-            if link.attempts.get(session) != attempt:
-                raise TransferError("no such session on this link")
-            receiving = self._receiver.begin(header)
-        except TransferError as error:
-            self._post(link, Nack(**ids, reason=str(error)))
-            self._end(link, session, attempt, str(error))
-            return
-        self._post(link, HeaderOk(**ids))
-        work = asyncio.get_running_loop().run_in_executor(link.thread, self._receive, link, receiving)
-        work.add_done_callback(lambda done: self._received(link, header, done))
-
-    def _end(self, link: _PeerLink, session: Session, attempt: int, reason: str, dead_epoch: int = 0) -> None:
-        """An attempt that failed by itself; stale ones change nothing."""
-        if link.attempts.get(session) == attempt:
-            del link.attempts[session]
-            self._receiver.drop(*session, attempt)
-            self._lose(session, attempt, reason, dead_epoch)
-            self._grant_waiting()
-
-    def _receive(self, link: _PeerLink, receiving: Receiving) -> tuple[ReceivedItem | None, float]:
-        started = time.monotonic()
-        received = self._receiver.receive(link.payload, receiving, PAYLOAD_S)
-        return received, (time.monotonic() - started) * 1e3
-
-    def _received(self, link: _PeerLink, header: Header, done: asyncio.Future) -> None:
-        session, attempt = (header.request_id, header.item), header.attempt
-        ids: dict[str, Any] = {"request_id": session[0], "item": session[1], "attempt": attempt}
-        error = asyncio.CancelledError() if done.cancelled() else done.exception()
-        if error is not None:
-            self._post(link, Nack(**ids, reason=str(error)))
-            is_broken = not isinstance(error, TransferError) or isinstance(error, LinkBroken)
-            self._end(link, session, attempt, str(error), link.epoch if is_broken else 0)
-            if is_broken:
-                link.control.abort()  # its reader drops the link
-        else:
-            received, transfer_ms = done.result()
-            self._post(link, Ack(**ids, received=header.total_rows))
-            if received is not None and link.attempts.get(session) == attempt:
-                del link.attempts[session]
-                num_bytes = self._receiver.buffers.row_sizes.transfer_bytes(
-                    header.row_stop - header.row_start, header.deepstack_stop - header.deepstack_start
-                )
-                self.on_item(*session, header, received, transfer_ms, num_bytes)
-        self._grant_waiting()
+def _ids(ends: PayloadEnd) -> tuple[int, int, str, int, int]:
+    return ends.encode_rank, ends.epoch, ends.request_id, ends.item, ends.attempt

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import timedelta
 from typing import Literal, Protocol
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qwen3vl_disagg.core.errors import TransferError
+from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.disagg.process_group import build_pair
 
 Side = Literal["encode", "language"]
@@ -32,12 +33,18 @@ class LinkBroken(TransferError):
 class Link(Protocol):
     """`send` on one end and `receive` on the other, with tensors of equal shapes and dtypes in equal order.
 
-    Both raise LinkBroken when the peer is gone or `timeout` seconds have passed.
+    All tensors of a payload are in flight at once. Both raise LinkBroken when the peer is gone or `timeout` seconds
+    have passed; nothing is written into any of the tensors after that.
     """
 
     def send(self, tensors: Sequence[Tensor], timeout: float) -> None: ...
 
-    def receive(self, tensors: Sequence[Tensor], timeout: float) -> None: ...
+    def receive(self, tensors: Sequence[Tensor], timeout: float) -> Generator[Tensor, None, None]:
+        """Yield the tensors in order, each as soon as it is there: the one given, filled, or the sender's own.
+
+        Has to be run to its end, or closed.
+        """
+        ...
 
     def close(self) -> None: ...
 
@@ -55,18 +62,29 @@ class ProcessGroupLink:
 
     def send(self, tensors: Sequence[Tensor], timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        staged = [tensor.cpu() for tensor in tensors]
         group = self._open_group()
-        self._wait([group.send([tensor], self._peer, 0) for tensor in staged], deadline)
+        works = []
+        for number, tensor in enumerate(tensors):
+            works.append(group.send([tensor.cpu()], self._peer, 0))
+            if number == len(tensors) // 2:
+                fault_point("mid-payload-sent")
+        for _ in self._wait(works, deadline):
+            continue
 
-    def receive(self, tensors: Sequence[Tensor], timeout: float) -> None:
+    def receive(self, tensors: Sequence[Tensor], timeout: float) -> Generator[Tensor, None, None]:
         deadline = time.monotonic() + timeout
         staged = [tensor if tensor.device.type == "cpu" else tensor.new_empty(tensor.shape).cpu() for tensor in tensors]
         group = self._open_group()
-        self._wait([group.recv([tensor], self._peer, 0) for tensor in staged], deadline)
-        for tensor, stage in zip(tensors, staged, strict=True):
-            if stage is not tensor:
-                tensor.copy_(stage)
+        works = [group.recv([tensor], self._peer, 0) for tensor in staged]
+        waiting = self._wait(works, deadline)
+        try:
+            for tensor, stage, _ in zip(tensors, staged, waiting, strict=True):
+                if stage is not tensor:
+                    tensor.copy_(stage)
+                yield tensor
+        finally:
+            for _ in waiting:
+                continue
 
     def _open_group(self) -> dist.ProcessGroup:
         if self._group is None:
@@ -74,7 +92,7 @@ class ProcessGroupLink:
         return self._group
 
     @staticmethod
-    def _wait(works: Sequence[dist.Work], deadline: float) -> None:
+    def _wait(works: Sequence[dist.Work], deadline: float) -> Iterator[None]:
         """Every one is waited for, also after a failure: until then a buffer may still be written."""
         failure = None
         for work in works:
@@ -82,6 +100,8 @@ class ProcessGroupLink:
                 work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
             except RuntimeError as error:
                 failure = error
+            if failure is None:
+                yield
         if failure is not None:
             raise LinkBroken(f"the payload did not get through: {type(failure).__name__}") from failure
 
@@ -107,7 +127,8 @@ def process_group_links(store: dist.TCPStore, *, host: str, timeout_s: float = 2
 
 
 class InProcessLink:
-    """Both ends in one process, possibly on one thread: what is sent waits here, and `send` returns at once."""
+    """Both ends in one process, possibly on one thread: `send` leaves the tensors here and returns at once, `receive`
+    hands out the very same ones: nothing is copied."""
 
     def __init__(self) -> None:
         self._sent: queue.Queue[list[Tensor]] = queue.Queue()
@@ -115,7 +136,7 @@ class InProcessLink:
     def send(self, tensors: Sequence[Tensor], timeout: float) -> None:
         self._sent.put(list(tensors), timeout=timeout)
 
-    def receive(self, tensors: Sequence[Tensor], timeout: float) -> None:
+    def receive(self, tensors: Sequence[Tensor], timeout: float) -> Generator[Tensor, None, None]:
         try:
             sent = self._sent.get(timeout=timeout)
         except queue.Empty:
@@ -127,7 +148,7 @@ class InProcessLink:
                 raise LinkBroken(
                     f"sent {tuple(source.shape)} {source.dtype}, expected {tuple(target.shape)} {target.dtype}"
                 )
-            target.copy_(source)
+            yield source
 
     def close(self) -> None:
         """Nothing to release."""

@@ -1,60 +1,236 @@
-"""Both roles in one thread: what `LLM` uses."""
+"""Both roles in one thread: what `LLM` uses. The same sessions, worker, receiver and buffers as between ranks."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-
-from qwen3vl_disagg.core.errors import OverloadedError
-from qwen3vl_disagg.core.requests import ItemTimings, VisualItem
-from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
-from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
+from qwen3vl_disagg.core.errors import DisaggError, InputError, TransferError
+from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
+from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker
+from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
 from qwen3vl_disagg.disagg.links import InProcessLink
-from qwen3vl_disagg.disagg.receiver import LanguageReceiver, ReceivedItem
-from qwen3vl_disagg.model import ModelConfig
+from qwen3vl_disagg.disagg.messages import Frame
+from qwen3vl_disagg.disagg.receiver import Receiver
+from qwen3vl_disagg.disagg.rows import Delivery, VisualRows
+from qwen3vl_disagg.disagg.session_events import (
+    Assigned,
+    Attempt,
+    CancelItems,
+    Consumed,
+    Encode,
+    EncodeAction,
+    Encoded,
+    EncodeEvent,
+    EncodeFailed,
+    Expect,
+    Forget,
+    FrameIn,
+    LanguageAction,
+    LanguageEvent,
+    LinkUp,
+    Lost,
+    PayloadEnd,
+    PayloadSent,
+    Recall,
+    Receive,
+    Release,
+    Returned,
+    RowsReady,
+    SendFrame,
+    SendHeader,
+    SendPayload,
+    StartEncode,
+    TellFailed,
+)
 
+_ENCODE_RANK = _LANGUAGE_RANK = 0
+_EPOCH = 1
 _TIMEOUT_S = 10.0
 
 
+@dataclass(frozen=True)
+class ItemError:
+    """An item that cannot be had; its request cannot be answered."""
+
+    request_id: str
+    item: int
+    error: DisaggError
+
+
+@dataclass
+class _Payload:
+    """What has been received of an attempt so far."""
+
+    job: Receive
+    rows: VisualRows | None = None
+    seconds: float = 0.0
+
+
+Outcome = Delivery | Recall | ItemError
+
+
 class LocalTransfer:
-    """An encode worker and a receiver joined by an in-process link."""
+    """An encode worker and a receiver joined by an in-process link.
 
-    def __init__(self, worker: EncodeWorker, receiver: LanguageReceiver) -> None:
+    `need` items, `consumed` rows, `returned` what was recalled, `forget` requests; after each of them `run` carries on
+    as far as it goes and says what came of it.
+    """
+
+    def __init__(self, worker: EncodeWorker, receiver: Receiver) -> None:
         self.worker, self.receiver = worker, receiver
+        buffers = receiver.buffers
+        self.language = LanguageSessions(buffers.allocator, buffers.block_size, buffers.row_sizes)
+        self.encode = EncodeSessions()
         self._link = InProcessLink()
+        self._todo: deque[Callable[[], None]] = deque()
+        self._outcomes: list[Outcome] = []
+        self._media: dict[tuple[str, int], tuple[VisualItem, bytes]] = {}
+        self._encoded: dict[Attempt, EncodedItem] = {}
+        self._payloads: dict[Attempt, _Payload] = {}
+        self._errors: dict[Attempt, DisaggError] = {}
+        self._to_encode(LinkUp(_LANGUAGE_RANK, _EPOCH))
+        self._to_language(LinkUp(_ENCODE_RANK, _EPOCH))
 
-    @classmethod
-    def for_model(cls, worker: EncodeWorker, config: ModelConfig, *, dtype: torch.dtype) -> LocalTransfer:
-        """With buffers for the largest item."""
-        buffers = MultimodalDataBuffers.for_largest_item(config, dtype=dtype, device=worker.device)
-        return cls(worker, LanguageReceiver(buffers, config))
+    @property
+    def is_idle(self) -> bool:
+        return not self._todo and self.language.is_idle and self.encode.is_idle
 
-    def run(
-        self, request_id: str, item: int, attempt: int, visual: VisualItem, data: bytes
-    ) -> tuple[ReceivedItem, ItemTimings]:
-        """Encode one item and move its rows over. InputError for a damaged or too large image."""
-        token_id = self.worker.config.image_token_id
-        grant = self.receiver.grant(request_id, item, attempt, visual)
-        if grant is None:
-            raise OverloadedError("the buffers are full")
+    @property
+    def is_short_of_room(self) -> bool:
+        return self.language.is_short_of_room
+
+    def need(self, request_id: str, items: list[VisualItem], lacking: list[int], media: list[bytes]) -> None:
+        """Encode these of a request's items and bring their rows over. `media`: the bytes of all its items."""
+        self._to_language(Expect(request_id, items, lacking, math.inf))
+        for index in lacking:
+            self._media[request_id, index] = (items[index], media[index])
+            self._to_language(Assigned(request_id, index, 1, _ENCODE_RANK))
+            self._to_encode(Encode(request_id, index, 1, _LANGUAGE_RANK, items[index], math.inf))
+
+    def consumed(self, request_id: str, item: int, attempt: int, rows: int) -> None:
+        self._to_language(Consumed(request_id, item, attempt, rows))
+
+    def returned(self, recall: Recall) -> None:
+        self._to_language(Returned(recall.request_id, recall.item, recall.attempt))
+
+    def forget(self, request_id: str) -> None:
+        """The request is over."""
+        self._to_language(Forget(request_id))
+        self._to_encode(CancelItems(request_id))
+        self.receiver.forget(request_id)
+        tables: tuple[dict[Any, Any], ...] = (self._media, self._payloads, self._errors)
+        for table in tables:
+            for key in [key for key in table if key[0] == request_id]:
+                del table[key]
+
+    def run(self) -> list[Outcome]:
+        """Go on until nothing moves without the engine."""
+        while self._todo:
+            self._todo.popleft()()
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def _to_language(self, event: LanguageEvent) -> None:
+        def handle() -> None:
+            for action in self.language.handle(event, time.monotonic()):
+                self._do_language(action)
+
+        self._todo.append(handle)
+
+    def _to_encode(self, event: EncodeEvent) -> None:
+        def handle() -> None:
+            for action in self.encode.handle(event, time.monotonic()):
+                self._do_encode(action)
+
+        self._todo.append(handle)
+
+    def _do_language(self, action: LanguageAction) -> None:
+        match action:
+            case SendFrame():
+                self._to_encode(FrameIn(_LANGUAGE_RANK, action.frame))
+            case Receive():
+                self._todo.append(lambda: self._receive(action))  # after the answer that makes the other end send
+            case RowsReady():
+                self._deliver((action.request_id, action.item, action.attempt))
+            case Recall():
+                self._outcomes.append(action)
+            case Lost():
+                attempt = (action.request_id, action.item, action.attempt)
+                error = self._errors.pop(attempt, None) or TransferError(action.reason)
+                self._outcomes.append(ItemError(action.request_id, action.item, error))
+
+    def _do_encode(self, action: EncodeAction) -> None:
+        match action:
+            case SendFrame():
+                self._to_language(FrameIn(_ENCODE_RANK, action.frame))
+            case StartEncode():
+                self._encode(action.attempt)
+            case SendHeader():
+                header = self._encoded[_attempt_of(action)].header(action.grant)
+                frame = Frame(epoch=action.epoch, seq=action.seq, body=header)
+                self._to_language(FrameIn(_ENCODE_RANK, frame))
+            case SendPayload():
+                self._link.send(self._encoded[_attempt_of(action)].payload(action.grant), _TIMEOUT_S)
+                self._to_encode(PayloadSent(_LANGUAGE_RANK, _EPOCH, _attempt_of(action)))
+            case Release():
+                self._encoded.pop(action.attempt, None)
+            case TellFailed():
+                request_id, item, _ = action.attempt
+                error = self._errors.pop(action.attempt, None) or TransferError(action.reason)
+                self._outcomes.append(ItemError(request_id, item, error))
+
+    def _encode(self, attempt: Attempt) -> None:
+        visual, data = self._media[attempt[:2]]
+        config = self.worker.config
+        token_id = config.image_token_id if visual.modality == "image" else config.video_token_id
         try:
-            pixels = self.worker.preprocess(data, visual)
-            [encoded] = self.worker.encode([pixels], token_id)
-            started = time.monotonic()
-            header = encoded.header(grant)
-            self._link.send(encoded.payload(grant), _TIMEOUT_S)
-            received = self.receiver.receive(self._link, self.receiver.begin(header), _TIMEOUT_S)
-        finally:
-            self.receiver.drop(request_id, item, attempt)
-        if received is None:
-            raise OverloadedError("the request was cancelled")
-        timings = ItemTimings(
-            preprocess=encoded.preprocess_ms,
-            encode=encoded.encode_ms,
-            transfer=(time.monotonic() - started) * 1e3,
-            transfer_bytes=self.receiver.buffers.row_sizes.transfer_bytes(visual.num_rows, visual.num_rows),
-            encode_rank=0,
-            rows=visual.num_rows,
+            [encoded] = self.worker.encode([self.worker.preprocess(data, visual)], token_id)
+        except DisaggError as error:
+            self._errors[attempt] = error.at(visual.param) if isinstance(error, InputError) else error
+            kind = "input" if isinstance(error, InputError) else "failed"
+            self._to_encode(EncodeFailed(attempt, kind, str(error)))  # type: ignore[arg-type]
+            return
+        self._encoded[attempt] = encoded
+        self._to_encode(Encoded(attempt))
+
+    def _receive(self, job: Receive) -> None:
+        grant = job.grant
+        attempt = (grant.request_id, grant.item, grant.attempt)
+        started = time.monotonic()
+        payload = self._payloads.setdefault(attempt, _Payload(job))
+        error = None
+        try:
+            payload.rows = self.receiver.receive(self._link, job, _TIMEOUT_S)
+        except TransferError as failure:
+            error = str(failure)
+        payload.seconds += time.monotonic() - started
+        self._to_language(PayloadEnd(job.encode_rank, job.epoch, *attempt, error))
+
+    def _deliver(self, attempt: Attempt) -> None:
+        payload = self._payloads[attempt]
+        if payload.rows is None:
+            raise RuntimeError(f"rows of {attempt} are said to be here")
+        header = payload.job.header
+        num_bytes, num_transfers = self.receiver.totals(attempt)
+        self._outcomes.append(
+            Delivery(
+                *attempt,
+                rows=payload.rows,
+                encode_rank=_ENCODE_RANK,
+                preprocess_ms=header.preprocess_ms,
+                encode_ms=header.encode_ms,
+                transfer_ms=payload.seconds * 1e3,
+                transfer_bytes=num_bytes,
+                resumes=num_transfers - 1,
+            )
         )
-        return received, timings
+
+
+def _attempt_of(action: SendHeader | SendPayload) -> Attempt:
+    return action.grant.request_id, action.grant.item, action.grant.attempt

@@ -18,7 +18,7 @@ import msgspec
 
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -235,7 +235,8 @@ class LinkReady(Message, frozen=True):
 class Grant(Message, frozen=True):
     """Language -> encode: room for rows [row_start, row_stop) and DeepStack rows [deepstack_start, deepstack_stop).
 
-    `row_runs` and `deepstack_runs` are the lengths of the contiguous pieces to send them in.
+    `row_runs` and `deepstack_runs` are the lengths of the contiguous runs to send them in. The initial transfer starts
+    at row 0 and carries aux, the DeepStack of all rows and the granted rows.
     """
 
     request_id: str
@@ -249,11 +250,17 @@ class Grant(Message, frozen=True):
     deepstack_runs: list[int]
 
 
+class Resume(Grant, frozen=True):
+    """Language -> encode: rows below `row_start` are here and used; room for more. DeepStack rows are asked for only
+    when an item's DeepStack is larger than its whole pool."""
+
+
 class Header(Message, frozen=True):
     """Encode -> language, before the rows: what follows on the process group, and the item as the encoder saw it.
 
-    Payload order: embedding rows, fill_ids, positions, aux, DeepStack rows. `digest` is over the granted rows.
-    `preprocess_ms` and `encode_ms` are the encoder's wall times.
+    Payload order: aux (when `row_start` is 0), DeepStack run by run, then for each run of rows embeddings, fill_ids,
+    positions. `row_digests` and `deepstack_digests`: one for each run. `preprocess_ms` and `encode_ms` are the
+    encoder's wall times.
     """
 
     request_id: str
@@ -265,9 +272,10 @@ class Header(Message, frozen=True):
     deepstack_start: int
     deepstack_stop: int
     grid: tuple[int, int, int]
-    digest: int
-    preprocess_ms: float
-    encode_ms: float
+    row_digests: list[int]
+    deepstack_digests: list[int]
+    preprocess_ms: float = 0.0
+    encode_ms: float = 0.0
 
 
 class HeaderOk(Message, frozen=True):
@@ -276,6 +284,7 @@ class HeaderOk(Message, frozen=True):
     request_id: str
     item: int
     attempt: int
+    row_start: int
 
 
 class Ack(Message, frozen=True):
@@ -305,8 +314,26 @@ class Abort(Message, frozen=True):
     reason: str
 
 
+class Stale(Message, frozen=True):
+    """Answer to a frame of an old epoch, which changed nothing: this is the current one."""
+
+    epoch: int
+
+
+class Beat(Message, frozen=True):
+    """Nothing new; the frame's `seq` is that of the last one, so that a lost frame is noticed."""
+
+
 class Goodbye(Message, frozen=True):
     """The sender leaves on purpose; not a failure."""
+
+
+class Frame(Message, frozen=True):
+    """What travels on an established link: each direction counts its frames from 1; a gap ends the link."""
+
+    epoch: int
+    seq: int
+    body: Grant | Resume | Header | HeaderOk | Ack | Nack | Abort | Stale | Beat
 
 
 HubMessage = (
@@ -332,6 +359,4 @@ HubMessage = (
     | Pull
     | Blob
 )
-LinkMessage = (
-    Heartbeat | Refused | LinkHello | LinkAccept | LinkReady | Grant | Header | HeaderOk | Ack | Nack | Abort | Goodbye
-)
+LinkMessage = Heartbeat | Refused | LinkHello | LinkAccept | LinkReady | Frame | Goodbye

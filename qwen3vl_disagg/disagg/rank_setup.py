@@ -11,7 +11,6 @@ import torch
 
 from qwen3vl_disagg.checkpoint import fingerprint, load_vision_model, read_config
 from qwen3vl_disagg.core.settings import DTYPES, resolve_device, resolve_model_folder
-from qwen3vl_disagg.disagg.buffers import DEFAULT_BLOCK_SIZE
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
 from qwen3vl_disagg.disagg.fingerprint import Fingerprint, link_fingerprint
 from qwen3vl_disagg.disagg.messages import RankHello
@@ -45,7 +44,7 @@ class RankSetup:
             config,
             fingerprint(folder),
             dtype=DTYPES[name],
-            block_size=DEFAULT_BLOCK_SIZE,
+            block_size=context.buffers.block_size,
             processor=processor,
         )
         return cls(context, folder, config, device, DTYPES[name], processor, fields)

@@ -1,195 +1,161 @@
-"""What a language rank does with rows that arrive: grants, checks, placement, gathering.
+"""The bytes of a language rank's sessions: payloads into leased blocks, checked run by run, then lent to the engine.
 
-An item passes through the buffers and leaves them as soon as it is whole, so a session never holds blocks while it
-waits for more: GRANTED -> RECEIVING -> out. A session that is given up while RECEIVING keeps its blocks in quarantine
-until the pending receive has returned.
+Who gets which blocks, and when they come back, is decided by `language_sessions`; this only moves and checks.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from qwen3vl_disagg.core.errors import InputError, TransferError
-from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.disagg.allocator import Lease
+from qwen3vl_disagg.core.errors import TransferError
+from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
-from qwen3vl_disagg.disagg.digest import payload_digest
-from qwen3vl_disagg.disagg.layout import AUX_FIELDS, row_runs
+from qwen3vl_disagg.disagg.digest import add_digests, deepstack_sums, run_sums, sums_digest
+from qwen3vl_disagg.disagg.layout import AUX_FIELDS, item_ranges
 from qwen3vl_disagg.disagg.links import Link
-from qwen3vl_disagg.disagg.messages import Grant, Header
+from qwen3vl_disagg.disagg.rows import Pieces, VisualRows
+from qwen3vl_disagg.disagg.session_events import Attempt, Receive
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.processing import item_positions
 
 
-@dataclass(frozen=True)
-class ReceivedItem:
-    """An item's rows, out of the buffers: main `[R, h]`, deepstack `[R, n * h]`."""
-
-    main: Tensor
-    deepstack: Tensor
-
-
 @dataclass
-class _Session:
-    """One attempt at one item."""
+class _Item:
+    """What has arrived of one attempt."""
 
-    grant: Grant
-    visual: VisualItem
-    lease: Lease
-    is_receiving: bool = False
-    is_dropped: bool = False
-
-
-@dataclass(frozen=True)
-class Receiving:
-    """A session whose payload is on its way."""
-
-    session: _Session
-    header: Header
+    positions: Tensor
+    """`[R, 3]`, as the grid says."""
+    item_digest: int = 0
+    digest: int = 0
+    deepstack: list[tuple[int, Tensor]] = field(default_factory=list)
+    num_bytes: int = 0
+    num_transfers: int = 0
 
 
-class LanguageReceiver:
-    """Sessions over one set of buffers. Thread-safe: links receive on threads of their own."""
+class Receiver:
+    """Thread-safe: each link receives on a thread of its own."""
 
     def __init__(self, buffers: MultimodalDataBuffers, config: ModelConfig) -> None:
         self.buffers, self.config = buffers, config
-        self._sessions: dict[tuple[str, int], _Session] = {}
+        self._items: dict[Attempt, _Item] = {}
         self._lock = threading.Lock()
 
-    @property
-    def is_idle(self) -> bool:
-        """No sessions and all pools full."""
-        with self._lock:
-            return not self._sessions and self.buffers.allocator.is_idle
+    def receive(self, link: Link, job: Receive, timeout: float) -> VisualRows:
+        """Receive and check what was announced; blocks. The rows that are here now.
 
-    def grant(self, request_id: str, item: int, attempt: int, visual: VisualItem) -> Grant | None:
-        """Room for the whole item, or None when there is none now. An older attempt at it is dropped.
-
-        InputError if the item is larger than the buffers; TransferError, and nothing changes, if the attempt is stale.
+        LinkBroken if the payload does not come, TransferError if it is not what was announced.
         """
-        if not self.buffers.could_ever_fit(visual.num_rows):
-            raise InputError(
-                f"an image of {visual.num_rows} rows does not fit buffers of {len(self.buffers.fill_ids)} rows",
-                param=visual.param,
-            )
-        with self._lock:
-            current = self._sessions.get((request_id, item))
-            if current is not None and current.grant.attempt > attempt:
-                raise TransferError(f"attempt {attempt} is older than {current.grant.attempt}, which is under way")
-            self._drop((request_id, item))
-            lease = self.buffers.grant(f"{request_id}/{item}/{attempt}", visual.num_rows)
-            if lease is None:
-                return None
-            size = self.buffers.block_size
-            runs, deepstack_runs = (
-                [stop - start for start, stop in row_runs(blocks, size, visual.num_rows)] if blocks else []
-                for blocks in (lease.rows, lease.deepstack)
-            )
-            grant = Grant(
-                request_id=request_id,
-                item=item,
-                attempt=attempt,
-                row_start=0,
-                row_stop=visual.num_rows,
-                deepstack_start=0,
-                deepstack_stop=visual.num_rows,
-                row_runs=runs,
-                deepstack_runs=deepstack_runs,
-            )
-            self._sessions[request_id, item] = _Session(grant, visual, lease)
-            return grant
-
-    def begin(self, header: Header) -> Receiving:
-        """Accept a header: from here on its payload is going to come, and `receive` has to be called.
-
-        TransferError, and nothing changes, if it does not fit the session's grant.
-        """
-        with self._lock:
-            problem = self._check_header(header)
-            if problem:
-                raise TransferError(problem)
-            session = self._sessions[header.request_id, header.item]
-            session.is_receiving = True
-            return Receiving(session, header)
-
-    def _check_header(self, header: Header) -> str | None:
-        session = self._sessions.get((header.request_id, header.item))
-        if session is None or session.grant.attempt != header.attempt or session.is_receiving:
-            return "no such session"
-        visual, grant = session.visual, session.grant
-        pairs = {
-            "grid": (tuple(visual.grid), tuple(header.grid)),
-            "total_rows": (visual.num_rows, header.total_rows),
-            "rows": ((grant.row_start, grant.row_stop), (header.row_start, header.row_stop)),
-            "deepstack_rows": (
-                (grant.deepstack_start, grant.deepstack_stop),
-                (header.deepstack_start, header.deepstack_stop),
-            ),
-        }
-        wrong = [f"{name}: expected {mine}, got {theirs}" for name, (mine, theirs) in pairs.items() if mine != theirs]
-        return "; ".join(wrong) or None
-
-    def receive(self, link: Link, receiving: Receiving, timeout: float) -> ReceivedItem | None:
-        """Receive and check what was announced; blocks. None if the session was dropped meanwhile.
-
-        LinkBroken if the payload does not come, TransferError if it is not what was announced; the session is over.
-        """
-        session, header = receiving.session, receiving.header
+        attempt, grant = (job.grant.request_id, job.grant.item, job.grant.attempt), job.grant
+        item = self._begin(attempt, job)
+        views, deepstack_views, row_views = self._views(job)
+        arriving = link.receive(views, timeout)
+        here = _Counted(arriving, len(views))
         try:
-            link.receive(self.buffers.receive_views(session.lease, header.total_rows), timeout)
-            return None if session.is_dropped else self._checked(session, header)
+            if grant.row_start == 0:
+                self._check_aux(item, job, next(here))
+            deepstack: list[tuple[int, Tensor]] = []
+            digests = [item.digest]
+            ranges = item_ranges(grant.deepstack_runs, grant.deepstack_start)
+            for (start, stop), expected, _ in zip(ranges, job.header.deepstack_digests, deepstack_views, strict=True):
+                piece = next(here)
+                digests.append(_check(expected, deepstack_sums(piece), "DeepStack rows", start, stop))
+                deepstack.append((start, piece))
+            main: list[tuple[int, Tensor]] = []
+            ranges = item_ranges(grant.row_runs, grant.row_start)
+            for (start, stop), expected, _ in zip(ranges, job.header.row_digests, row_views, strict=True):
+                rows, fill_ids, positions = next(here), next(here), next(here)
+                digests.append(_check(expected, run_sums(rows, fill_ids, positions), "rows", start, stop))
+                self._check_run(item, job, start, fill_ids, positions)
+                main.append((start, rows))
+            for _ in here:  # nothing is left, but only the end says that the receives have returned
+                continue
         finally:
-            with self._lock:
-                allocator = self.buffers.allocator
-                if session.is_dropped:
-                    allocator.release(session.lease)
-                else:
-                    allocator.free(session.lease)
-                    del self._sessions[header.request_id, header.item]
+            arriving.close()
+        # Only now: a payload that breaks in the middle comes again.
+        item.digest = add_digests(*digests)
+        return self._end(item, job, tuple(main), deepstack)
 
-    def _checked(self, session: _Session, header: Header) -> ReceivedItem:
-        """The rows, copied out of the buffers, if they are what the prompt and the header say."""
-        visual = session.visual
-        main, fill_ids, positions, aux, deepstack = self.buffers.gather(session.lease, header.total_rows)
-        sizes = [len(main), *visual.grid, self.buffers.num_levels, main.shape[1], header.digest, header.attempt]
-        for name, expected, got in zip(AUX_FIELDS, sizes, aux.tolist(), strict=True):
-            if expected != got:
-                raise TransferError(f"aux {name}: expected {expected}, got {got}")
-        digest = payload_digest(main, fill_ids, positions, deepstack)
-        if digest != header.digest:
-            raise TransferError(f"digest of {len(main)} rows: expected {header.digest}, got {digest}")
-        token_id = self.config.image_token_id if visual.modality == "image" else self.config.video_token_id
+    def _begin(self, attempt: Attempt, job: Receive) -> _Item:
+        with self._lock:
+            item = self._items.get(attempt)
+            if item is None or job.grant.row_start == 0:
+                merge = self.config.vision.spatial_merge_size
+                item = self._items[attempt] = _Item(item_positions(job.visual.grid, merge).T.contiguous())
+            return item
+
+    def _views(self, job: Receive) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
+        """What to receive into, in payload order; and the DeepStack and row runs among it."""
+        grant = job.grant
+        deepstack = self.buffers.deepstack_views(job.room.deepstack or job.hold.deepstack, grant.deepstack_runs)
+        rows = self.buffers.row_views(job.room.rows, grant.row_runs)
+        aux = [self.buffers.aux_view(job.hold.slots[0])] if grant.row_start == 0 else []
+        return [*aux, *deepstack, *itertools.chain.from_iterable(rows)], deepstack, rows
+
+    def _check_aux(self, item: _Item, job: Receive, aux: Tensor) -> None:
+        visual, got = job.visual, aux.tolist()
+        sizes = [visual.num_rows, *visual.grid, self.buffers.num_levels, self.buffers.hidden_size]
+        for name, expected, value in zip(AUX_FIELDS, [*sizes, None, job.grant.attempt], got, strict=True):
+            if expected is not None and expected != value:
+                raise TransferError(f"aux {name}: expected {expected}, got {value}")
+        item.item_digest = got[AUX_FIELDS.index("digest")]
+
+    def _check_run(self, item: _Item, job: Receive, start: int, fill_ids: Tensor, positions: Tensor) -> None:
+        token_id = self.config.image_token_id if job.visual.modality == "image" else self.config.video_token_id
         if not bool((fill_ids == token_id).all()):
             raise TransferError(f"fill_ids are not all {token_id}")
-        if not torch.equal(positions.T, item_positions(visual.grid, self.config.vision.spatial_merge_size)):
-            raise TransferError(f"positions do not follow the grid {tuple(visual.grid)}")
-        if not (torch.isfinite(main).all() and torch.isfinite(deepstack).all()):
-            raise TransferError("rows hold NaN or infinity")
-        return ReceivedItem(main, deepstack)
+        if not torch.equal(positions, item.positions[start : start + len(positions)].to(positions)):
+            raise TransferError(f"positions do not follow the grid {tuple(job.visual.grid)}")
 
-    def drop(self, request_id: str, item: int, attempt: int) -> None:
-        """Give one attempt up. A stale attempt changes nothing."""
+    def _end(self, item: _Item, job: Receive, main: Pieces, deepstack: list[tuple[int, Tensor]]) -> VisualRows:
+        grant = job.grant
+        if deepstack:
+            item.deepstack = deepstack
+        item.num_bytes += self.buffers.row_sizes.transfer_bytes(
+            grant.row_stop - grant.row_start, grant.deepstack_stop - grant.deepstack_start, aux=grant.row_start == 0
+        )
+        item.num_transfers += 1
+        if grant.row_stop == job.visual.num_rows and item.digest != item.item_digest:
+            raise TransferError(f"digest of the item: expected {item.item_digest}, got {item.digest}")
+        return VisualRows(grant.attempt, grant.row_start, grant.row_stop, main, tuple(item.deepstack))
+
+    def totals(self, attempt: Attempt) -> tuple[int, int]:
+        """(payload bytes, transfers) of an attempt so far."""
         with self._lock:
-            session = self._sessions.get((request_id, item))
-            if session is not None and session.grant.attempt == attempt:
-                self._drop((request_id, item))
+            item = self._items.get(attempt)
+            return (0, 0) if item is None else (item.num_bytes, item.num_transfers)
 
-    def cancel(self, request_id: str) -> None:
-        """Give all items of a request up."""
+    def forget(self, request_id: str, item: int | None = None) -> None:
+        """Let go of what is remembered of a request, or of one item of it."""
         with self._lock:
-            for key in [key for key in self._sessions if key[0] == request_id]:
-                self._drop(key)
+            for key in [key for key in self._items if key[0] == request_id and item in (None, key[1])]:
+                del self._items[key]
 
-    def _drop(self, key: tuple[str, int]) -> None:
-        session = self._sessions.pop(key, None)
-        if session is None:
-            return
-        if session.is_receiving:
-            session.is_dropped = True
-            self.buffers.allocator.quarantine(session.lease)
-        else:
-            self.buffers.allocator.free(session.lease)
+
+def _check(expected: int, sums_R: Tensor, what: str, start: int, stop: int) -> int:
+    """The digest of rows start .. stop of an item, if it is the announced one."""
+    digest = sums_digest(sums_R, start)
+    if digest != expected:
+        raise TransferError(f"digest of {what} {start}..{stop}: expected {expected}, got {digest}")
+    return digest
+
+
+class _Counted:
+    """Passes a payload's tensors on; half-way through is a place to fail on purpose."""
+
+    def __init__(self, tensors: Iterator[Tensor], total: int) -> None:
+        self._tensors, self._half, self._seen = tensors, total // 2, 0
+
+    def __iter__(self) -> _Counted:
+        return self
+
+    def __next__(self) -> Tensor:
+        if self._seen == self._half:
+            fault_point("mid-payload-received")
+        self._seen += 1
+        return next(self._tensors)

@@ -14,13 +14,13 @@ import stat
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from qwen3vl_disagg.core.errors import InputError, NotBuiltYet, UnavailableError
-from qwen3vl_disagg.core.settings import ModelOptions
+from qwen3vl_disagg.core.settings import BufferOptions, ModelOptions
 
 _POLL_S = 0.05
 
@@ -81,6 +81,8 @@ class RankContext:
     token: str
     model: ModelOptions
     host: str = "127.0.0.1"
+    buffers: BufferOptions = field(default_factory=BufferOptions)
+    overlap: bool = True
 
     @property
     def is_first_language_rank(self) -> bool:

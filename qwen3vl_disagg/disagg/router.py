@@ -263,12 +263,8 @@ class Router:
                     self._attempt_failed(message.request_id, message.item, self._worker(item), now)
 
     def _links_up(self, rank: int, links: set[int], now: float) -> None:
-        state = self._encode[rank]
-        state.links = links
-        for request_id, index in list(state.jobs):
-            request = self._requests.get(request_id)
-            if request is not None and request.language_rank not in links:
-                self._attempt_failed(request_id, index, (rank, state.incarnation), now)
+        # An attempt whose link is gone may be resumed when it is back: its language rank says when it is lost.
+        self._encode[rank].links = links
         for request_id, index in self._waiting():
             self._assign(request_id, index, now)
 

@@ -8,19 +8,32 @@ import traceback
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
+from qwen3vl_disagg.disagg.rows import VisualRows
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.runner import ModelRunner
 from qwen3vl_disagg.engine.sampler import Sampler
-from qwen3vl_disagg.engine.scheduler import Scheduler
-from qwen3vl_disagg.engine.sequence import ItemRows, Sequence
+from qwen3vl_disagg.engine.scheduler import Chunk, Scheduler
+from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.processing import mrope_positions
 
-EngineEvent = NeedItems | Tokens | Finished | RequestFailed
+
+@dataclass(frozen=True)
+class RowsUsed:
+    """Rows below `rows` of this attempt are in the key-value cache and will not be read again."""
+
+    request_id: str
+    item: int
+    attempt: int
+    rows: int
+
+
+EngineEvent = NeedItems | RowsUsed | Tokens | Finished | RequestFailed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +45,10 @@ class EngineOptions:
     max_prefill_tokens: int = 4096
     page_size: int = 16
     kv_cache_gib: float = 1.0
+    overlap: bool = True
+    """Prefill the items that are here while later ones are still on their way."""
+    min_overlap_tokens: int = 256
+    """But not for fewer tokens than this, unless somebody waits for the room they take."""
 
     def num_pages(self, model: Qwen3MoeForCausalLMWithDeepStack, kv_itemsize: int) -> int:
         text = model.config.text
@@ -42,10 +59,10 @@ class EngineOptions:
 
 
 class Engine:
-    """Continuous batching of whole prompts over one model.
+    """Continuous batching over one model.
 
-    `add` a request; when `step` says NeedItems, bring each item's rows with `provide_item`; `step` returns tokens and
-    the end of each request. `cancel` at any time. What `step` returns are the messages a language rank sends on.
+    `add` a request; when `step` says NeedItems, bring each item's rows with `provide_rows`, all at once or part by part
+    as `step` says RowsUsed; `step` returns tokens and the end of each request. `cancel` at any time.
     """
 
     def __init__(
@@ -63,7 +80,11 @@ class Engine:
         pool = PagePool(self.options.num_pages(model, itemsize), self.options.page_size)
         self.runner = ModelRunner(model, num_pages=pool.num_pages, page_size=pool.page_size)
         self.scheduler = Scheduler(
-            pool, max_running=self.options.max_running, max_prefill_tokens=self.options.max_prefill_tokens
+            pool,
+            max_running=self.options.max_running,
+            max_prefill_tokens=self.options.max_prefill_tokens,
+            overlap=self.options.overlap,
+            min_overlap_tokens=self.options.min_overlap_tokens,
         )
         banned = (self.config.image_token_id, self.config.video_token_id)
         self.sampler = Sampler(banned_ids=banned, eos_ids=eos_ids)
@@ -111,15 +132,26 @@ class Engine:
         ):
             raise InputError(f"{num_pads} placeholders in the prompt do not match the items at {ranges}")
 
-    def provide_item(self, request_id: str, index: int, rows: ItemRows, timings: ItemTimings) -> None:
-        """The rows of one item are here. Unknown requests are ignored: they were cancelled meanwhile."""
+    def provide_rows(self, request_id: str, index: int, rows: VisualRows, timings: ItemTimings) -> None:
+        """These rows of an item are here, in place of those of before. Ignored for requests that are not known (they
+        were cancelled meanwhile) and for items that are in the cache."""
         sequence = self.scheduler.admitted.get(request_id)
-        if sequence is None or index in sequence.rows:
+        if sequence is None:
             return
-        sequence.rows[index] = rows
-        sequence.item_timings[index] = timings
-        if sequence.has_all_items:
-            sequence.items_at = time.monotonic()
+        item = sequence.items[index]
+        if sequence.num_cached < item.offset + item.num_rows:
+            sequence.rows[index] = rows
+            sequence.item_timings[index] = timings
+
+    def restart_item(self, request_id: str, index: int) -> None:
+        """The attempt behind an item's rows is over; what was taken from it must not meet rows of another one.
+
+        Prefill goes back to the item's first row. Ignored once the prompt is done.
+        """
+        sequence = self.scheduler.admitted.get(request_id)
+        if sequence is not None and not sequence.is_prefilled:
+            sequence.rows.pop(index, None)
+            sequence.num_cached = min(sequence.num_cached, sequence.items[index].offset)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, if it is known."""
@@ -132,25 +164,49 @@ class Engine:
             sequence.admitted_at = time.monotonic()
             if sequence.items:
                 events.append(NeedItems(request_id=sequence.request_id, items=list(range(len(sequence.items)))))
-            else:
-                sequence.items_at = sequence.admitted_at
         step = self.scheduler.schedule()
         if step is None:
             return events
-        batch = step.prefill or step.decode
+        if step.prefill:
+            return events + self._prefill(step.prefill)
         try:
-            logits = self.runner.prefill(batch) if step.prefill else self.runner.decode(batch)
-            token_ids, entries = self.sampler.sample(logits, [s.sampling for s in batch], [s.generator for s in batch])
+            logits = self.runner.decode(step.decode)
+            sampled = self._sample(logits, step.decode)
         except (RuntimeError, ValueError) as error:
-            return events + self._fail(batch, error)
+            return events + self._fail(step.decode, error)
+        for sequence in step.decode:
+            sequence.num_cached += 1
+        return events + sampled
+
+    def _prefill(self, chunks: list[Chunk]) -> list[EngineEvent]:
+        """Run chunks of prompts; those that end one give its first token."""
+        started = time.monotonic()
+        try:
+            logits = self.runner.prefill(chunks)
+            last = [number for number, chunk in enumerate(chunks) if chunk.is_last]
+            sampled = self._sample(logits[last], [chunks[number].sequence for number in last]) if last else []
+        except (RuntimeError, ValueError) as error:
+            return self._fail([chunk.sequence for chunk in chunks], error)
         now = time.monotonic()
+        events: list[EngineEvent] = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.num_cached = chunk.stop
+            sequence.prefill_s += now - started
+            for index, _, stop in sequence.touched(chunk.start, chunk.stop):
+                events.append(RowsUsed(sequence.request_id, index, sequence.rows[index].attempt, stop))
+                if stop == sequence.rows[index].stop:
+                    del sequence.rows[index]
+        return events + sampled
+
+    def _sample(self, logits: Tensor, batch: list[Sequence]) -> list[EngineEvent]:
+        """One more token for each sequence from `[B, V]`; the end of those that are done."""
+        token_ids, entries = self.sampler.sample(logits, [s.sampling for s in batch], [s.generator for s in batch])
+        now = time.monotonic()
+        events: list[EngineEvent] = []
         for sequence, token_id, entry in zip(batch, token_ids, entries, strict=True):
-            if step.prefill:
-                sequence.num_cached = sequence.num_prompt
+            if not sequence.generated:
                 sequence.first_token_at = now
-                sequence.rows.clear()
-            else:
-                sequence.num_cached += 1
             sequence.generated.append(token_id)
             events.append(
                 Tokens(

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from qwen3vl_disagg.core.errors import InputError, TransferError
-from qwen3vl_disagg.core.requests import ItemTimings, VisualItem
+from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.control import Connection, ConnectionLost
 from qwen3vl_disagg.disagg.hub_client import join_hub
 from qwen3vl_disagg.disagg.link_server import LinkServer
@@ -24,29 +26,39 @@ from qwen3vl_disagg.disagg.messages import (
     Assign,
     Cancel,
     Finished,
-    Header,
     ItemLost,
     ItemReceived,
     Message,
+    NeedItems,
     Peers,
     RankHello,
     RequestFailed,
     Stop,
     Submit,
 )
-from qwen3vl_disagg.disagg.receiver import ReceivedItem
+from qwen3vl_disagg.disagg.rows import Delivery
+from qwen3vl_disagg.disagg.session_events import (
+    Arrived,
+    Assigned,
+    Consumed,
+    Expect,
+    Expired,
+    Forget,
+    Lost,
+    Recall,
+    Returned,
+)
 from qwen3vl_disagg.disagg.store import join_store
-from qwen3vl_disagg.engine.engine import Engine, EngineEvent
+from qwen3vl_disagg.engine.engine import Engine, EngineEvent, RowsUsed
 from qwen3vl_disagg.engine.engine_thread import EngineThread
-from qwen3vl_disagg.engine.sequence import ItemRows
 
 
 @dataclass
 class _Request:
-    """What the loop remembers of a running request."""
+    """What the loop remembers of a running request. `deadline` is on the monotonic clock."""
 
     items: list[VisualItem]
-    encode_ranks: dict[int, int] = field(default_factory=dict)
+    deadline: float
 
 
 class LanguageRank:
@@ -71,7 +83,9 @@ class LanguageRank:
         self._loop = asyncio.get_running_loop()
         self._crash: asyncio.Future[BaseException] = self._loop.create_future()
         self._engine = EngineThread(engine, self._from_engine(self._on_events), self._from_engine(self._on_crash))
-        links.on_item, links.on_lost = self._on_item, self._on_lost
+        links.on_rows, links.on_recall = self._on_rows, self._on_recall
+        links.on_arrived, links.on_lost, links.on_expired = self._on_arrived, self._on_lost, self._on_expired
+        links.on_short_of_room = self._on_short_of_room
 
     async def run(self) -> int:
         """Serve until the hub says Stop (0). Raises if the engine crashes, or the hub stays away or refuses."""
@@ -109,16 +123,7 @@ class LanguageRank:
             case Submit():
                 self._submit(message)
             case Assign():
-                request = self._requests.get(message.request_id)
-                if request is not None:
-                    request.encode_ranks[message.item] = message.encode_rank
-                    self._links.request(
-                        message.request_id,
-                        message.item,
-                        message.attempt,
-                        request.items[message.item],
-                        message.encode_rank,
-                    )
+                self._links.handle(Assigned(message.request_id, message.item, message.attempt, message.encode_rank))
             case Peers():
                 if not self._links.has_store:
                     self._links.use_store(await asyncio.to_thread(join_store, message.store_address))
@@ -127,7 +132,8 @@ class LanguageRank:
 
     def _submit(self, message: Submit) -> None:
         token_ids = np.frombuffer(message.token_ids, dtype="<i4").tolist()
-        self._requests[message.request_id] = _Request(message.items)
+        self._requests[message.request_id] = _Request(message.items, time.monotonic() + message.timeout_s)
+        fault_point("admitted")
 
         def add(engine: Engine) -> list[EngineEvent]:
             try:
@@ -141,11 +147,19 @@ class LanguageRank:
 
         self._engine.post(add)
 
+    def _on_short_of_room(self, is_short: bool) -> None:
+        """Rows wait for the blocks of those that are here: the engine should use these up."""
+
+        def tell(engine: Engine) -> None:
+            engine.scheduler.is_short_of_room = is_short
+
+        self._engine.post(tell)
+
     def _forget(self, request_id: str) -> None:
         """Drop a request everywhere; safe for one that is not known."""
         self._requests.pop(request_id, None)
-        self._links.cancel(request_id)
         self._engine.post(lambda engine: engine.cancel(request_id))
+        self._links.handle(Forget(request_id))
 
     def _from_engine(self, handler: Callable[[Any], None]) -> Callable[[Any], None]:
         def call(value: Any) -> None:
@@ -159,43 +173,60 @@ class LanguageRank:
 
     def _on_events(self, events: list[EngineEvent]) -> None:
         for event in events:
-            if event.request_id not in self._requests:
+            request = self._requests.get(event.request_id)
+            if request is None:
                 continue  # cancelled while the step ran
+            if isinstance(event, RowsUsed):
+                fault_point("before-free")
+                self._links.handle(Consumed(event.request_id, event.item, event.attempt, event.rows))
+                continue
+            if isinstance(event, NeedItems):
+                self._links.handle(Expect(event.request_id, request.items, event.items, request.deadline))
             if isinstance(event, (Finished, RequestFailed)):
                 del self._requests[event.request_id]
-                self._links.cancel(event.request_id)
+                self._links.handle(Forget(event.request_id))
             self._tell(event)
 
-    def _on_item(
-        self,
-        request_id: str,
-        item: int,
-        header: Header,
-        received: ReceivedItem,
-        transfer_ms: float,
-        num_bytes: int,
-    ) -> None:
-        """All rows of an item are here: give them to the engine."""
-        request = self._requests.get(request_id)
-        if request is None:
-            return
-        timings = ItemTimings(
-            preprocess=header.preprocess_ms,
-            encode=header.encode_ms,
-            transfer=transfer_ms,
-            transfer_bytes=num_bytes,
-            encode_rank=request.encode_ranks[item],
-            rows=header.total_rows,
-            attempts=header.attempt,
-        )
-        rows = ItemRows(received.main, received.deepstack)
-        self._engine.post(lambda engine: engine.provide_item(request_id, item, rows, timings))
-        self._tell(ItemReceived(request_id=request_id, item=item, attempt=header.attempt))
+    def _on_rows(self, delivery: Delivery) -> None:
+        request_id, item, timings = delivery.request_id, delivery.item, delivery.timings()
+        self._engine.post(lambda engine: engine.provide_rows(request_id, item, delivery.rows, timings))
 
-    def _on_lost(self, request_id: str, item: int, attempt: int, reason: str, dead_epoch: int) -> None:
-        if request_id in self._requests:
-            lost = ItemLost(request_id=request_id, item=item, attempt=attempt, reason=reason, dead_epoch=dead_epoch)
-            self._tell(lost)
+    def _on_recall(self, recall: Recall) -> None:
+        """The rows may be read at this moment: only the engine's thread can say when that is over."""
+        returned = self._from_engine(self._links.handle)
+
+        def restart(engine: Engine) -> None:
+            engine.restart_item(recall.request_id, recall.item)
+            returned(Returned(recall.request_id, recall.item, recall.attempt))
+
+        self._engine.post(restart)
+
+    def _on_arrived(self, arrived: Arrived) -> None:
+        self._tell(ItemReceived(request_id=arrived.request_id, item=arrived.item, attempt=arrived.attempt))
+
+    def _on_lost(self, lost: Lost) -> None:
+        if lost.request_id in self._requests:
+            self._tell(
+                ItemLost(
+                    request_id=lost.request_id,
+                    item=lost.item,
+                    attempt=lost.attempt,
+                    reason=lost.reason,
+                    dead_epoch=lost.dead_epoch,
+                )
+            )
+
+    def _on_expired(self, expired: Expired) -> None:
+        if self._requests.pop(expired.request_id, None) is not None:
+            self._engine.post(lambda engine: engine.cancel(expired.request_id))
+            self._tell(
+                RequestFailed(
+                    request_id=expired.request_id,
+                    code="deadline_exceeded",
+                    message="the request took longer than its time limit",
+                    status=504,
+                )
+            )
 
     def _tell(self, message: Message) -> None:
         """Queue a message to the hub; when it is gone, the loop that reads from it finds out and cleans up."""

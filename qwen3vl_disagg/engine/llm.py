@@ -16,16 +16,19 @@ from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob
 from qwen3vl_disagg.core.settings import (
     DTYPES,
+    BufferOptions,
     ModelOptions,
     check_supported,
     resolve_device,
     resolve_model_folder,
 )
+from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
-from qwen3vl_disagg.disagg.local import LocalTransfer
+from qwen3vl_disagg.disagg.local import ItemError, LocalTransfer, Outcome
 from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
-from qwen3vl_disagg.engine.engine import Engine, EngineEvent, EngineOptions
-from qwen3vl_disagg.engine.sequence import ItemRows
+from qwen3vl_disagg.disagg.receiver import Receiver
+from qwen3vl_disagg.disagg.rows import Delivery
+from qwen3vl_disagg.engine.engine import Engine, EngineEvent, EngineOptions, RowsUsed
 from qwen3vl_disagg.processing import Processor, Prompt
 
 TextCallback = Callable[[int, str], None]
@@ -87,6 +90,7 @@ class LLM:
         quantize: str = "none",
         progress: bool = False,
         engine_options: EngineOptions | None = None,
+        buffer_options: BufferOptions | None = None,
     ) -> None:
         name = None if model is None else str(model)
         options = ModelOptions(model=name, dtype=dtype, device=device, compile=compile, quantize=quantize)  # type: ignore[arg-type]
@@ -102,7 +106,10 @@ class LLM:
         language = load_language_model(self.folder, dtype=torch_dtype, device=self.device, progress=progress)
         self.engine = Engine(language, eos_ids=self.processor.generation.eos_token_ids, options=engine_options)
         worker = EncodeWorker(vision, self.processor.image, self.config)
-        self.transfer = LocalTransfer.for_model(worker, self.config, dtype=language.lm_head.weight.dtype)
+        buffers = MultimodalDataBuffers.from_options(
+            self.config, buffer_options or BufferOptions(), dtype=language.lm_head.weight.dtype, device=self.device
+        )
+        self.transfer = LocalTransfer(worker, Receiver(buffers, self.config))
         self._num_requests = 0
 
     def chat(
@@ -150,23 +157,55 @@ class LLM:
             answers[request_id] = (i, _Answer(prompt, self.processor.tokenizer.stream()))
         try:
             while answers:
-                for event in self.engine.step():
+                self.engine.scheduler.is_short_of_room = self.transfer.is_short_of_room
+                events = self.engine.step()
+                for event in events:
                     i, answer = answers[event.request_id]
                     result = self._handle(event, answer, partial(on_text or _ignore, i))
                     if result is not None:
                         results[i] = result
                         del answers[event.request_id]
+                        self.transfer.forget(event.request_id)
+                outcomes = self._move_rows()
+                for outcome in outcomes:
+                    if isinstance(outcome, ItemError) and outcome.request_id in answers:
+                        results[answers.pop(outcome.request_id)[0]] = outcome.error
+                if not events and not outcomes and not self.engine.has_work:
+                    raise RuntimeError(f"nothing moves, and {len(answers)} requests are not answered")
         finally:
             for request_id in answers:
                 self.engine.cancel(request_id)
+                self.transfer.forget(request_id)
+            self._move_rows()
         return [result for result in results if result is not None]
+
+    def _move_rows(self) -> list[Outcome]:
+        """Bring over what can be brought, and give it to the engine."""
+        moved: list[Outcome] = []
+        while outcomes := self.transfer.run():
+            moved += outcomes
+            for outcome in outcomes:
+                match outcome:
+                    case Delivery():
+                        self.engine.provide_rows(outcome.request_id, outcome.item, outcome.rows, outcome.timings())
+                    case ItemError():
+                        self.engine.cancel(outcome.request_id)
+                        self.transfer.forget(outcome.request_id)
+                    case _:
+                        self.engine.restart_item(outcome.request_id, outcome.item)
+                        self.transfer.returned(outcome)
+        return moved
 
     def _handle(
         self, event: EngineEvent, answer: _Answer, emit: Callable[[str], None]
     ) -> ChatResult | DisaggError | None:
         match event:
             case NeedItems():
-                return self._fetch_items(event, answer.prompt)
+                self.transfer.need(event.request_id, answer.prompt.items, event.items, answer.prompt.media)
+                return None
+            case RowsUsed():
+                self.transfer.consumed(event.request_id, event.item, event.attempt, event.rows)
+                return None
             case Tokens():
                 answer.logprobs.extend(event.logprobs or [])
                 for token_id in event.token_ids:
@@ -194,17 +233,6 @@ class LLM:
         if piece:
             answer.text.append(piece)
             emit(piece)
-
-    def _fetch_items(self, event: NeedItems, prompt: Prompt) -> DisaggError | None:
-        for index in event.items:
-            visual = prompt.items[index]
-            try:
-                received, timings = self.transfer.run(event.request_id, index, 1, visual, prompt.media[index])
-            except DisaggError as error:
-                self.engine.cancel(event.request_id)
-                return error.at(visual.param) if isinstance(error, InputError) else error
-            self.engine.provide_item(event.request_id, index, ItemRows(received.main, received.deepstack), timings)
-        return None
 
 
 def tokens_per_second(results: Sequence[ChatResult], started: float) -> float:

@@ -10,10 +10,10 @@ from qwen3vl_disagg.disagg.encode_rank import EncodeRank
 from qwen3vl_disagg.disagg.link_server import LinkServer
 from qwen3vl_disagg.disagg.links import LinkFactory, in_process_links
 from qwen3vl_disagg.disagg.rank_setup import RankSetup
-from qwen3vl_disagg.disagg.receiver import LanguageReceiver
+from qwen3vl_disagg.disagg.receiver import Receiver
 from qwen3vl_disagg.disagg.rendezvous import RankContext
 from qwen3vl_disagg.disagg.store import host_store
-from qwen3vl_disagg.engine.engine import Engine
+from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.engine.language_rank import LanguageRank
 from qwen3vl_disagg.processing import Processor
 
@@ -47,15 +47,16 @@ def load_engine(setup: RankSetup) -> Engine:
     """Load the decoder, and nothing else of the weights."""
     model = load_language_model(setup.folder, dtype=setup.dtype, device=setup.device)
     processor = Processor.from_folder(setup.folder, setup.config)
-    return Engine(model, eos_ids=processor.generation.eos_token_ids, language_rank=setup.context.rank)
+    options = EngineOptions(overlap=setup.context.overlap)
+    return Engine(model, eos_ids=processor.generation.eos_token_ids, options=options, language_rank=setup.context.rank)
 
 
 async def start_language_rank(setup: RankSetup, engine: Engine, make_link: LinkFactory | None = None) -> LanguageRank:
     """Listen for encode ranks; the first language rank also hosts the store in which links meet."""
     context = setup.context
-    buffers = MultimodalDataBuffers.for_largest_item(setup.config, dtype=setup.dtype, device=setup.device)
+    buffers = MultimodalDataBuffers.from_options(setup.config, context.buffers, dtype=setup.dtype, device=setup.device)
     links = LinkServer(
-        LanguageReceiver(buffers, setup.config),
+        Receiver(buffers, setup.config),
         fingerprint=setup.fingerprint,
         token=context.token,
         language_rank=context.rank,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.tensors import lazy_zeros
+from qwen3vl_disagg.engine.scheduler import Chunk
 from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.attention import LayerCache
@@ -34,15 +35,15 @@ class ModelRunner:
             self.caches.append((keys, values))
 
     @torch.inference_mode()
-    def prefill(self, sequences: Seq[Sequence]) -> Tensor:
-        """Whole prompts -> logits `[B, V]` of their last tokens."""
-        lens = [s.num_prompt for s in sequences]
-        ids_T = torch.tensor([i for s in sequences for i in s.token_ids], device=self.device)
-        positions = torch.cat([s.positions for s in sequences], dim=1).to(self.device)
-        embeds, deepstack = self._splice(ids_T, sequences)
-        return self.model(
-            ids_T, positions, self._batch(sequences, lens, lens), embeds, input_deepstack_embeds=deepstack
-        )
+    def prefill(self, chunks: Seq[Chunk]) -> Tensor:
+        """Pieces of prompts -> logits `[B, V]` of the last token of each."""
+        sequences = [chunk.sequence for chunk in chunks]
+        ids = [i for chunk in chunks for i in chunk.sequence.token_ids[chunk.start : chunk.stop]]
+        ids_T = torch.tensor(ids, device=self.device)
+        positions = torch.cat([c.sequence.positions[:, c.start : c.stop] for c in chunks], dim=1).to(self.device)
+        embeds, deepstack = self._splice(ids_T, chunks)
+        batch = self._batch(sequences, [c.stop - c.start for c in chunks], [c.stop for c in chunks])
+        return self.model(ids_T, positions, batch, embeds, input_deepstack_embeds=deepstack)
 
     @torch.inference_mode()
     def decode(self, sequences: Seq[Sequence]) -> Tensor:
@@ -58,25 +59,25 @@ class ModelRunner:
         tables = torch.tensor([s.pages + [0] * (longest - len(s.pages)) for s in sequences], device=self.device)
         return PagedBatch(seq_lens, context_lens, tables, self.page_size, self.caches)
 
-    def _splice(self, ids_T: Tensor, sequences: Seq[Sequence]) -> tuple[Tensor | None, Tensor | None]:
+    def _splice(self, ids_T: Tensor, chunks: Seq[Chunk]) -> tuple[Tensor | None, Tensor | None]:
         """input_embeds `[T, h]` and input_deepstack_embeds `[T, n * h]`; None, None for text alone."""
-        if not any(s.items for s in sequences):
+        touched = [chunk.sequence.touched(chunk.start, chunk.stop) for chunk in chunks]
+        if not any(touched):
             return None, None
         embeds = self.model.model.embed_tokens(ids_T)
         width = self.model.model.num_deepstack_levels * embeds.shape[1]
         deepstack = embeds.new_zeros(len(ids_T), width)
         start = 0
-        for sequence in sequences:
-            for index, item in enumerate(sequence.items):
-                rows = sequence.rows[index]
-                if len(rows.main) != item.num_rows or len(rows.deepstack) != item.num_rows:
-                    raise InputError(
-                        f"item {index} has {len(rows.main)} main and {len(rows.deepstack)} DeepStack rows, "
-                        f"the prompt has room for {item.num_rows}",
-                        param=item.param,
-                    )
-                where = slice(start + item.offset, start + item.offset + item.num_rows)
-                embeds[where] = rows.main.to(embeds)
-                deepstack[where] = rows.deepstack.to(deepstack)
-            start += sequence.num_prompt
+        for chunk, items in zip(chunks, touched, strict=True):
+            for index, low, high in items:
+                item, rows = chunk.sequence.items[index], chunk.sequence.rows.get(index)
+                first = start + item.offset + low - chunk.start
+                where = slice(first, first + high - low)
+                try:
+                    if rows is None:
+                        raise ValueError("no rows are here")
+                    rows.write(low, high, embeds[where], deepstack[where])
+                except (ValueError, RuntimeError) as error:
+                    raise InputError(f"item {index}, rows {low} to {high}: {error}", param=item.param) from error
+            start += chunk.stop - chunk.start
         return embeds, deepstack

@@ -1,7 +1,8 @@
 """Who runs in the next step. Pure: sequences, page ids and counts; no tensors, clock or thread.
 
 A request is admitted, in order of arrival, once pages for its whole life are free (prompt and all new tokens), so a
-running request never runs out. It is then prefilled when all its items are there, whole, and decoded with all others.
+running request never runs out, and prefill may start before all its items are there. Prefill goes as far as the rows
+that are here allow, in chunks under a token budget; then the request is decoded with all others.
 """
 
 from __future__ import annotations
@@ -15,19 +16,44 @@ from qwen3vl_disagg.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
-class Step:
-    """What to run now: sequences to prefill whole, or sequences to decode one token of; never both."""
+class Chunk:
+    """Prompt tokens [start, stop) of a sequence."""
 
-    prefill: list[Sequence] = field(default_factory=list)
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def is_last(self) -> bool:
+        """Ends the prompt, so its last token's logits give the first new token."""
+        return self.stop == self.sequence.num_prompt
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to run now: chunks to prefill, or sequences to decode one token of; never both."""
+
+    prefill: list[Chunk] = field(default_factory=list)
     decode: list[Sequence] = field(default_factory=list)
 
 
 class Scheduler:
     """Admission by pages, prefill by a token budget, prefill and decode in turns when both wait."""
 
-    def __init__(self, pool: PagePool, *, max_running: int, max_prefill_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        max_running: int,
+        max_prefill_tokens: int,
+        overlap: bool = True,
+        min_overlap_tokens: int = 256,
+    ) -> None:
         self.pool = pool
         self.max_running, self.max_prefill_tokens = max_running, max_prefill_tokens
+        self.overlap, self.min_overlap_tokens = overlap, min_overlap_tokens
+        self.is_short_of_room = False
+        """Set from outside: rows wait for the blocks of those that are here, which should be used up now."""
         self.waiting: deque[Sequence] = deque()
         self.admitted: dict[str, Sequence] = {}
         self._prefilled_last = False
@@ -49,7 +75,19 @@ class Scheduler:
         has_place = bool(self.waiting) and len(self.admitted) < self.max_running
         if has_place and self.pool.pages_for(self.waiting[0].max_tokens) <= self.pool.num_free:
             return True
-        return any(s.num_cached or s.has_all_items for s in self.admitted.values())
+        return any(s.is_prefilled or self._chunk_end(s) for s in self.admitted.values())
+
+    def _chunk_end(self, sequence: Sequence) -> int:
+        """How far prefill should go on now; 0: it should wait."""
+        if sequence.is_prefilled:
+            return 0
+        reach, missing = sequence.limit
+        if reach <= sequence.num_cached:
+            return 0
+        # Rows of the item in the way have to be used before the rest of it can come.
+        must = missing is None or missing in sequence.rows or self.is_short_of_room
+        may = self.overlap and reach - sequence.num_cached >= self.min_overlap_tokens
+        return reach if must or may else 0
 
     def admit(self) -> list[Sequence]:
         """Move requests from the queue in, first come first served, as far as there is room."""
@@ -66,17 +104,18 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can run now."""
-        ready = [s for s in self.admitted.values() if s.num_cached == 0 and s.has_all_items]
-        running = [s for s in self.admitted.values() if s.num_cached > 0]
-        if ready and not (running and self._prefilled_last):
+        running = [s for s in self.admitted.values() if s.is_prefilled]
+        chunks: list[Chunk] = []
+        if not (running and self._prefilled_last):
+            budget = self.max_prefill_tokens
+            for sequence in self.admitted.values():
+                stop = min(self._chunk_end(sequence), sequence.num_cached + budget)
+                if stop > sequence.num_cached:
+                    chunks.append(Chunk(sequence, sequence.num_cached, stop))
+                    budget -= stop - sequence.num_cached
+        if chunks:
             self._prefilled_last = True
-            chosen, tokens = [ready[0]], ready[0].num_prompt
-            for sequence in ready[1:]:
-                tokens += sequence.num_prompt
-                if tokens > self.max_prefill_tokens:
-                    break
-                chosen.append(sequence)
-            return Step(prefill=chosen)
+            return Step(prefill=chunks)
         self._prefilled_last = False
         return Step(decode=running) if running else None
 

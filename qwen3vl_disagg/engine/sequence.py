@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.requests import FinishReason, ItemTimings, RequestTimings, SamplingParams, VisualItem
-
-
-@dataclass(frozen=True)
-class ItemRows:
-    """The visual rows of one item: main `[rows, h]`, deepstack `[rows, n * h]`."""
-
-    main: Tensor
-    deepstack: Tensor
+from qwen3vl_disagg.disagg.rows import VisualRows
 
 
 @dataclass
@@ -35,14 +28,16 @@ class Sequence:
     generator: torch.Generator
     arrival: float = field(default_factory=time.monotonic)
     generated: list[int] = field(default_factory=list)
-    rows: dict[int, ItemRows] = field(default_factory=dict)
+    rows: dict[int, VisualRows] = field(default_factory=dict)
+    """Item -> its rows that are here now; the rows before them have been consumed."""
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
     """Tokens whose keys and values are in pages."""
     finish_reason: FinishReason | None = None
     admitted_at: float = 0.0
-    items_at: float = 0.0
     first_token_at: float = 0.0
+    prefill_s: float = 0.0
+    """Wall time of the steps that prefilled this sequence."""
     item_timings: dict[int, ItemTimings] = field(default_factory=dict)
 
     @property
@@ -55,8 +50,33 @@ class Sequence:
         return self.num_prompt + self.sampling.max_new_tokens - 1
 
     @property
-    def has_all_items(self) -> bool:
-        return len(self.rows) == len(self.items)
+    def is_prefilled(self) -> bool:
+        return self.num_cached >= self.num_prompt
+
+    @property
+    def limit(self) -> tuple[int, int | None]:
+        """(tokens of the prompt that prefill can go up to, the item that is in the way)."""
+        for index, item in enumerate(self.items):
+            if self.num_cached >= item.offset + item.num_rows:
+                continue
+            rows = self.rows.get(index)
+            if rows is None:
+                return item.offset, index
+            if rows.stop < item.num_rows:
+                return item.offset + rows.stop, index
+        return self.num_prompt, None
+
+    def touched(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Items with rows among the prompt's tokens [start, stop): (index, first row, row after the last).
+
+        An item of 10 rows at offset 5 in the chunk [8, 30) is (index, 3, 10).
+        """
+        found = []
+        for index, item in enumerate(self.items):
+            low, high = max(start, item.offset), min(stop, item.offset + item.num_rows)
+            if low < high:
+                found.append((index, low - item.offset, high - item.offset))
+        return found
 
     def timings(self, now: float, language_rank: int) -> RequestTimings:
         """Stage times in ms. Items of one encode rank run one after another, those of several ranks side by side:
@@ -73,7 +93,7 @@ class Sequence:
             preprocess=stage("preprocess"),
             encode=stage("encode"),
             transfer=stage("transfer"),
-            prefill=(self.first_token_at - self.items_at) * 1e3,
+            prefill=self.prefill_s * 1e3,
             decode=(now - self.first_token_at) * 1e3,
             transfer_bytes=sum(item.transfer_bytes for item in items),
             encode_ranks=ranks,

@@ -1,0 +1,103 @@
+"""Faults on purpose, for tests: `Q3VL_FAULT=point:nth:kill|stop|raise` makes the nth passage of a named point fail.
+
+Each process counts its own passages. A rank that was started again counts on from a file beside it, so that a point
+fails once in a job and not once in each incarnation: `Q3VL_FAULT_MARK` names that file.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen3vl_disagg.core.errors import InputError
+
+POINTS = {
+    "admitted": "language rank: a request was admitted",
+    "before-encode": "encode rank: an item has its grant, its bytes are about to be fetched",
+    "in-tower": "encode rank: the patches are about to go through the vision tower",
+    "encoded": "encode rank: the rows are there, the header is not out",
+    "header-sent": "encode rank: the header is out",
+    "mid-payload-sent": "encode rank: half of a payload's messages were posted",
+    "payload-sent": "encode rank: a payload is on its way, not acknowledged",
+    "mid-payload-received": "language rank: half of a payload's messages are here",
+    "payload-received": "language rank: a payload is here, not acknowledged",
+    "ack-sent": "language rank: an acknowledgement is out",
+    "blocks-full": "language rank: granted rows were consumed, the resume is not out",
+    "resume-received": "encode rank: a resume came",
+    "last-row": "language rank: the last row of an item is here",
+    "before-free": "language rank: an item was consumed, its blocks are not free yet",
+    "in-abort": "either rank: an attempt was aborted by the other end",
+    "in-handshake": "either rank: a link is being made",
+    "in-drain": "either rank: the job is going down",
+}
+ACTIONS = ("kill", "stop", "raise")
+STOP_S = 5.0
+
+
+class InjectedFault(RuntimeError):
+    """What `raise` raises."""
+
+
+@dataclass(frozen=True)
+class FaultPlan:
+    point: str
+    nth: int
+    action: str
+
+    @classmethod
+    def parse(cls, spec: str) -> FaultPlan:
+        """`point:nth:action`. InputError for anything else."""
+        point, nth, action = ([*spec.split(":"), "", "", ""])[:3]
+        if spec.count(":") != 2 or point not in POINTS or not nth.isdecimal() or action not in ACTIONS:
+            raise InputError(f"Q3VL_FAULT={spec}: expected point:nth:{'|'.join(ACTIONS)}, with a point of `faults`")
+        return cls(point, int(nth), action)
+
+
+_plan: FaultPlan | None = None
+_passages: Counter[str] = Counter()
+_lock = threading.Lock()
+
+
+def plan_faults(environ: Mapping[str, str] = os.environ) -> None:
+    """Read `Q3VL_FAULT`; processes forked after this have it too."""
+    global _plan
+    spec = environ.get("Q3VL_FAULT")
+    _plan = FaultPlan.parse(spec) if spec else None
+    _passages.clear()
+
+
+def fault_point(name: str) -> None:
+    """Fail here if the environment asked for it. Costs one comparison otherwise."""
+    if _plan is None or _plan.point != name:
+        return
+    with _lock:
+        _passages[name] += 1
+        if _passages[name] != _plan.nth or not _claim():
+            return
+    if _plan.action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif _plan.action == "stop":
+        # A stopped process cannot wake itself.
+        subprocess.Popen(["/bin/sh", "-c", f"sleep {STOP_S}; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        raise InjectedFault(f"fault at {name}")
+
+
+def _claim() -> bool:
+    """Whether nobody in this job has failed here before."""
+    mark = os.environ.get("Q3VL_FAULT_MARK")
+    if mark is None:
+        return True
+    try:
+        with Path(mark).open("x") as file:
+            file.write(f"{os.getpid()}\n")
+    except FileExistsError:
+        return False
+    return True

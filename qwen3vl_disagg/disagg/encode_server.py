@@ -1,0 +1,265 @@
+"""The encode side of all transfers on one event loop: carries out what the sessions decide.
+
+Images are decoded on one thread, run through the tower on another, and sent on one thread for each link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from collections import deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, InputError
+from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.disagg.encode_links import EncodeLink, EncodeLinks
+from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
+from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker, Pixels
+from qwen3vl_disagg.disagg.links import LinkFactory
+from qwen3vl_disagg.disagg.messages import (
+    Abort,
+    Decoded,
+    EncodeItem,
+    Frame,
+    ItemFailed,
+    LinkHello,
+    LinksUp,
+    Message,
+    Resume,
+)
+from qwen3vl_disagg.disagg.session_events import (
+    Attempt,
+    BreakLink,
+    CancelItems,
+    Encode,
+    EncodeAction,
+    Encoded,
+    EncodeEvent,
+    EncodeFailed,
+    FrameIn,
+    LinkDown,
+    LinkUp,
+    PayloadSent,
+    Release,
+    SendFrame,
+    SendHeader,
+    SendPayload,
+    SessionLimits,
+    StartEncode,
+    TellFailed,
+    Tick,
+)
+
+TICK_S = 0.25
+Pull = Callable[[str, int], Awaitable[bytes]]
+"""(SHA-256 in hex, number of bytes) -> the bytes"""
+
+
+class EncodeServer:
+    """`tell` gets what the router should know; `pull` fetches an item's bytes."""
+
+    def __init__(
+        self,
+        worker: EncodeWorker,
+        hello: LinkHello,
+        *,
+        tell: Callable[[Message], None],
+        pull: Pull,
+        on_refused: Callable[[HandshakeError], None],
+        limits: SessionLimits | None = None,
+    ) -> None:
+        self.limits = limits or SessionLimits()
+        self.sessions = EncodeSessions(self.limits)
+        self._worker, self._tell, self._pull = worker, tell, pull
+        self._links = EncodeLinks(
+            hello, on_up=self._on_up, on_down=self._on_down, on_frame=self._on_frame, on_refused=on_refused
+        )
+        self._events: deque[EncodeEvent] = deque()
+        self._is_handling = False
+        self._items: dict[Attempt, EncodeItem] = {}
+        self._tasks: dict[Attempt, asyncio.Task[None]] = {}
+        self._encoded: dict[Attempt, EncodedItem] = {}
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self._tower = ThreadPoolExecutor(1, thread_name_prefix="tower")
+        self._ticker: asyncio.Task[None] | None = None
+
+    def connect(self, peers: list[tuple[int, str, int]], make_link: LinkFactory) -> None:
+        """Link to these language ranks (rank, host, port); those already known are left alone."""
+        if self._ticker is None:
+            self._ticker = asyncio.create_task(self._tick())
+        self._links.connect(peers, make_link)
+
+    def encode(self, message: EncodeItem) -> None:
+        attempt = (message.request_id, message.item, message.attempt)
+        self._items.setdefault(attempt, message)
+        self.handle(Encode(*attempt, message.language_rank, message.visual, message.timeout_s))
+        if attempt not in self.sessions.items:
+            self._items.pop(attempt, None)
+
+    def cancel(self, request_id: str | None) -> None:
+        """Give up a request's items; None: everybody's."""
+        self.handle(CancelItems(request_id))
+
+    def tell_links(self) -> None:
+        links = self._links.linked
+        self._tell(LinksUp(language_ranks=[rank for rank, _ in links], epochs=[epoch for _, epoch in links]))
+
+    async def close(self) -> None:
+        """Stop everything; says goodbye to the language ranks."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        for task in self._tasks.values():
+            task.cancel()
+        try:
+            await self._links.close()
+        finally:
+            for executor in (self._decoder, self._tower):
+                executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.handle(Tick())
+            # An attempt that ended before its encoding began has nothing to release.
+            for attempt in self._items.keys() - self.sessions.items.keys():
+                del self._items[attempt]
+
+    # -- sessions
+
+    def handle(self, event: EncodeEvent) -> None:
+        """Let the sessions decide, and do what they say. What comes up meanwhile waits its turn."""
+        self._events.append(event)
+        if self._is_handling:
+            return
+        self._is_handling = True
+        try:
+            while self._events:
+                for action in self.sessions.handle(self._events.popleft(), time.monotonic()):
+                    self._perform(action)
+        finally:
+            self._is_handling = False
+
+    def _perform(self, action: EncodeAction) -> None:
+        match action:
+            case SendFrame():
+                link = self._links.get(action.peer, action.frame.epoch)
+                if link is not None:
+                    link.post(action.frame)
+            case SendHeader():
+                self._send_header(action)
+            case SendPayload():
+                self._send_payload(action)
+            case StartEncode():
+                self._tasks[action.attempt] = asyncio.create_task(self._produce(action.attempt))
+            case Release():
+                self._release(action.attempt)
+            case TellFailed():
+                request_id, item, number = action.attempt
+                self._tell(
+                    ItemFailed(
+                        request_id=request_id, item=item, attempt=number, kind=action.kind, message=action.reason
+                    )
+                )
+                self._release(action.attempt)
+            case BreakLink():
+                link = self._links.get(action.peer, action.epoch)
+                if link is not None:
+                    link.control.abort()  # its reader drops the link
+
+    def _release(self, attempt: Attempt) -> None:
+        task = self._tasks.pop(attempt, None)
+        if task is not None:
+            task.cancel()
+        self._encoded.pop(attempt, None)
+        self._items.pop(attempt, None)
+
+    def _send_header(self, action: SendHeader) -> None:
+        link = self._links.get(action.peer, action.epoch)
+        if link is None:
+            return
+        grant = action.grant
+        attempt = (grant.request_id, grant.item, grant.attempt)
+        try:
+            link.post(Frame(epoch=action.epoch, seq=action.seq, body=self._encoded[attempt].header(grant)))
+            fault_point("header-sent")
+        except Exception as error:  # a grant that cannot be; the count of frames has a gap now
+            traceback.print_exception(error)
+            link.control.abort()
+
+    def _send_payload(self, action: SendPayload) -> None:
+        grant = action.grant
+        attempt = (grant.request_id, grant.item, grant.attempt)
+        link = self._links.get(action.language_rank, action.epoch)
+        if link is None:
+            return
+        payload = self._encoded[attempt].payload(grant)
+
+        def send() -> None:
+            link.payload.send(payload, self.limits.payload_s)
+            fault_point("payload-sent")
+
+        def sent(done: asyncio.Future) -> None:
+            error = asyncio.CancelledError() if done.cancelled() else done.exception()
+            reason = None if error is None else str(error) or type(error).__name__
+            self.handle(PayloadSent(action.language_rank, action.epoch, attempt, reason))
+
+        asyncio.get_running_loop().run_in_executor(link.thread, send).add_done_callback(sent)
+
+    # -- encoding
+
+    async def _produce(self, attempt: Attempt) -> None:
+        """From the bytes to the rows; whatever goes wrong is this item's failure alone."""
+        message = self._items[attempt]
+        try:
+            async with asyncio.timeout(message.timeout_s):
+                encoded = await self._encode(message)
+            fault_point("encoded")
+        except InputError as error:
+            self._failed(attempt, "input", error.message)
+        except (DisaggError, TimeoutError) as error:
+            self._failed(attempt, "failed", str(error) or "out of time")
+        except Exception as error:  # one item's failure is not the rank's
+            traceback.print_exception(error)
+            self._failed(attempt, "failed", type(error).__name__)
+        else:
+            if self._tasks.get(attempt) is asyncio.current_task():
+                self._encoded[attempt] = encoded
+                self.handle(Encoded(attempt))
+
+    def _failed(self, attempt: Attempt, kind: Literal["input", "failed"], reason: str) -> None:
+        if self._tasks.get(attempt) is asyncio.current_task():
+            self.handle(EncodeFailed(attempt, kind, reason))
+
+    async def _encode(self, message: EncodeItem) -> EncodedItem:
+        loop = asyncio.get_running_loop()
+        fault_point("before-encode")
+        data = await self._pull(message.visual.digest, message.visual.num_bytes)
+        pixels = await loop.run_in_executor(self._decoder, self._worker.preprocess, data, message.visual)
+        self._tell(Decoded(request_id=message.request_id, item=message.item, attempt=message.attempt))
+        return await loop.run_in_executor(self._tower, self._run_tower, pixels, message.visual_token_id)
+
+    def _run_tower(self, pixels: Pixels, visual_token_id: int) -> EncodedItem:
+        fault_point("in-tower")
+        [encoded] = self._worker.encode([pixels], visual_token_id)
+        _ = encoded.digest  # computed here, so that no event loop has to
+        return encoded
+
+    # -- links
+
+    def _on_up(self, link: EncodeLink) -> None:
+        self.tell_links()
+        self.handle(LinkUp(link.language_rank, link.epoch))
+
+    def _on_down(self, link: EncodeLink, reason: str) -> None:
+        self.tell_links()
+        self.handle(LinkDown(link.language_rank, link.epoch, reason))
+
+    def _on_frame(self, link: EncodeLink, frame: Frame) -> None:
+        if isinstance(frame.body, Abort):
+            fault_point("in-abort")
+        if isinstance(frame.body, Resume):
+            fault_point("resume-received")
+        self.handle(FrameIn(link.language_rank, frame))

@@ -1,0 +1,412 @@
+"""The language side of all transfers: who gets room, what is accepted, when blocks come back. Pure.
+
+`handle(event, now)` changes the tables and returns actions; no clock, thread, socket or tensor inside. Each item of a
+request is a session:
+
+    IDLE      no encode rank is at it
+    WAITING   for room, or for the link to its encode rank
+    GRANTED   a grant is out; the header is awaited
+    RECEIVING the receives are posted
+    HELD      granted rows are in the blocks; the engine reads them
+    DONE      all rows were consumed
+
+HELD goes back to WAITING, with a resume, while rows are missing. Room is given in one order: by arrival of the request,
+then by item. The first item that wants room takes what is free; nobody behind it gets any before it has enough. An
+item that cannot use room now (no encode rank, no link) is passed over, and with it the later items of its request. So
+at any time the items that hold blocks and need no more can finish by themselves, and those that need more are served
+first: no deadlock, and one block in all is enough.
+
+Blocks that a pending receive may write into, or the engine may read, are kept in quarantine when their session goes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease
+from qwen3vl_disagg.disagg.layout import RowSizes
+from qwen3vl_disagg.disagg.link_state import LinkState
+from qwen3vl_disagg.disagg.messages import Abort, Ack, Header, HeaderOk, Nack, Stale
+from qwen3vl_disagg.disagg.session import (
+    DONE,
+    GRANTED,
+    HELD,
+    IDLE,
+    RECEIVING,
+    WAITING,
+    RequestSessions,
+    Session,
+    header_problem,
+    take_room,
+)
+from qwen3vl_disagg.disagg.session_events import (
+    Arrived,
+    Assigned,
+    Attempt,
+    BreakLink,
+    Consumed,
+    Expect,
+    Expired,
+    Forget,
+    FrameIn,
+    LanguageAction,
+    LanguageEvent,
+    LinkDown,
+    LinkUp,
+    Lost,
+    PayloadEnd,
+    Recall,
+    Receive,
+    Returned,
+    RowsReady,
+    SessionLimits,
+    Tick,
+)
+
+
+@dataclass
+class LanguageSessions:
+    """All sessions of one language rank over one set of pools."""
+
+    allocator: BlockAllocator
+    block_size: int
+    row_sizes: RowSizes
+    limits: SessionLimits = field(default_factory=SessionLimits)
+
+    def __post_init__(self) -> None:
+        self.requests: dict[str, RequestSessions] = {}
+        """In order of arrival: the order of grants."""
+        self.links: dict[int, LinkState] = {}
+        self.pending: dict[Attempt, tuple[Lease, ...]] = {}
+        """Leases in quarantine until a posted receive has returned."""
+        self.lent: dict[Attempt, tuple[Lease, ...]] = {}
+        """Leases in quarantine until the engine has answered a recall."""
+        self.is_short_of_room = False
+        """Some item waits for blocks."""
+        self._last_epochs: dict[int, int] = {}
+        self._actions: list[LanguageAction] = []
+        self._handlers: dict[type, Callable[[Any, float], None]] = {
+            FrameIn: self._frame_in,
+            Tick: self._tick,
+            Expect: self._expect,
+            Assigned: self._assigned,
+            Forget: self._forget,
+            LinkUp: self._link_up,
+            LinkDown: self._link_down,
+            PayloadEnd: self._payload_end,
+            Consumed: self._consumed,
+            Returned: self._returned,
+        }
+        self._frames: dict[type, Callable[[LinkState, Any, float], None]] = {
+            Header: self._header,
+            Nack: self._given_up,
+            Abort: self._given_up,
+        }
+
+    def handle(self, event: LanguageEvent, now: float) -> list[LanguageAction]:
+        """Take one event in; `now` is in seconds on any clock that does not go back."""
+        self._handlers[type(event)](event, now)
+        actions, self._actions = self._actions, []
+        return actions
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.requests and not self.pending and not self.lent and self.allocator.is_idle
+
+    def find(self, request_id: str, item: int, attempt: int) -> Session | None:
+        """The session whose present attempt this is."""
+        request = self.requests.get(request_id)
+        if request is None or not 0 <= item < len(request.sessions):
+            return None
+        session = request.sessions[item]
+        return session if session.attempt == attempt and session.state != IDLE else None
+
+    # ---- requests ----
+
+    def _expect(self, event: Expect, now: float) -> None:
+        request = self.requests.get(event.request_id)
+        if request is None:
+            sessions = [Session(event.request_id, i, visual) for i, visual in enumerate(event.items)]
+            self.requests[event.request_id] = RequestSessions(sessions, event.deadline)
+            return
+        for index in event.lacking:  # rows that were consumed are needed once more
+            self._drop(request.sessions[index], "needed again", now)
+        self._give_room(now)
+
+    def _assigned(self, event: Assigned, now: float) -> None:
+        request = self.requests.get(event.request_id)
+        if request is None or not 0 <= event.item < len(request.sessions):
+            return
+        session = request.sessions[event.item]
+        if event.attempt <= session.attempt:
+            return
+        self._drop(session, "another attempt takes its place", now)
+        session.attempt, session.encode_rank, session.received = event.attempt, event.encode_rank, 0
+        self._wait(session, now)
+        self._give_room(now)
+
+    def _forget(self, event: Forget, now: float) -> None:
+        request = self.requests.pop(event.request_id, None)
+        if request is not None:
+            for session in request.sessions:
+                self._drop(session, "the request is over", now, is_over=True)
+            self._give_room(now)
+
+    def _drop(self, session: Session, reason: str, now: float, *, is_over: bool = False) -> None:
+        """End the attempt under way, if there is one; the other end is told."""
+        link = self.links.get(session.encode_rank)
+        if session.state not in (IDLE, DONE) and session.received < session.total and link is not None:
+            request_id, item, attempt = session.key
+            abort = Abort(request_id=request_id, item=item, attempt=attempt, reason=reason)
+            self._actions.append(link.send(abort, now))
+        self._let_go(session, is_over=is_over)
+
+    def _let_go(self, session: Session, *, is_over: bool = False) -> None:
+        """Give back what the attempt holds, or put it where nobody gets it before it is safe."""
+        leases = tuple([lease for lease in (session.room, session.hold) if lease is not None])
+        if session.state == RECEIVING:
+            self._keep_apart(leases, self.pending, session.key)
+        elif session.state == HELD:
+            self._keep_apart(leases, self.lent, session.key)
+        else:
+            for lease in leases:
+                self.allocator.free(lease)
+        if session.state == HELD or (session.received and session.state not in (IDLE, DONE) and not is_over):
+            self._actions.append(Recall(*session.key))
+        session.room = session.hold = session.grant = None
+        session.state, session.deadline, session.received = IDLE, math.inf, 0
+
+    def _keep_apart(self, leases: tuple[Lease, ...], where: dict[Attempt, tuple[Lease, ...]], key: Attempt) -> None:
+        for lease in leases:
+            self.allocator.quarantine(lease)
+        where[key] = leases
+
+    def _lose(self, session: Session, reason: str, dead_epoch: int = 0) -> None:
+        lost = Lost(*session.key, reason, dead_epoch)
+        self._let_go(session)
+        self._actions.append(lost)
+
+    def _tick(self, _: Tick, now: float) -> None:
+        for request_id, request in list(self.requests.items()):
+            if now >= request.deadline:
+                self._forget(Forget(request_id), now)
+                self._actions.append(Expired(request_id))
+                continue
+            for session in request.sessions:
+                if now >= session.deadline:
+                    self._out_of_time(session, now)
+        for link in self.links.values():
+            if now - link.sent_at >= self.limits.beat_s:
+                self._actions.append(link.beat(now))
+        self._give_room(now)
+
+    def _out_of_time(self, session: Session, now: float) -> None:
+        link = self.links.get(session.encode_rank)
+        if session.state == RECEIVING:  # the receive itself has a deadline and must have returned
+            session.deadline = math.inf
+            if link is not None:
+                self._break(link, "a payload did not come", now)
+        elif session.state == WAITING:
+            epoch = self._last_epochs.get(session.encode_rank, 0)
+            self._lose(session, f"no link to encode rank {session.encode_rank}", epoch)
+        else:
+            key = session.key
+            self._lose(session, "no header came")
+            if link is not None:
+                abort = Abort(request_id=key[0], item=key[1], attempt=key[2], reason="no header came")
+                self._actions.append(link.send(abort, now))
+
+    # ---- room ----
+
+    def _wait(self, session: Session, now: float) -> None:
+        session.state = WAITING
+        session.deadline = math.inf if session.encode_rank in self.links else now + self.limits.suspend_s
+
+    def _give_room(self, now: float) -> None:
+        """Grants, in the one order, as far as there is room."""
+        self.is_short_of_room = False
+        for request in self.requests.values():
+            for session in request.sessions:
+                if session.is_fully_granted:
+                    continue
+                link = self.links.get(session.encode_rank)
+                if link is None or session.state == IDLE:
+                    break  # cannot use room now
+                # One that has part of its room will want more as soon as its rows are consumed.
+                if session.state != WAITING or not self._grant(session, link, now) or not session.is_fully_granted:
+                    self.is_short_of_room = True
+                    return
+
+    def _grant(self, session: Session, link: LinkState, now: float) -> bool:
+        """Room for as many of the missing rows as there are free blocks; whether there was any."""
+        grant = take_room(session, self.allocator, self.block_size, self.row_sizes)
+        if grant is None:
+            return False
+        session.state, session.grant, session.deadline = GRANTED, grant, now + self.limits.grant_s
+        self._actions.append(link.send(grant, now))
+        return True
+
+    def _take_back_room(self, session: Session) -> None:
+        """A grant came to nothing: its blocks; and, as long as nothing was received, all else too."""
+        if session.room is not None:
+            self.allocator.free(session.room)
+        if session.hold is not None and session.received == 0:
+            self.allocator.free(session.hold)
+            session.hold = None
+        session.room = session.grant = None
+
+    # ---- links ----
+
+    def _link_up(self, event: LinkUp, now: float) -> None:
+        old = self.links.get(event.peer)
+        if event.epoch <= self._last_epochs.get(event.peer, 0):
+            return
+        if old is not None:
+            self._cut(old, now)
+        self._last_epochs[event.peer] = event.epoch
+        self.links[event.peer] = LinkState(event.peer, event.epoch, now)
+        for session in self._sessions_of(event.peer):
+            if session.state == WAITING:
+                session.deadline = math.inf
+            elif session.received == session.total:  # the last acknowledgement may have been lost with the old link
+                self._acknowledge(session, self.links[event.peer], now)
+        self._give_room(now)
+
+    def _link_down(self, event: LinkDown, now: float) -> None:
+        link = self.links.get(event.peer)
+        if link is not None and link.epoch == event.epoch:
+            self._cut(link, now)
+            self._give_room(now)
+
+    def _break(self, link: LinkState, reason: str, now: float) -> None:
+        self._actions.append(BreakLink(link.peer, link.epoch, reason))
+        self._cut(link, now)
+        self._give_room(now)
+
+    def _cut(self, link: LinkState, now: float) -> None:
+        """Sessions go on when the link is back; what was granted over it is void, what is being received will fail."""
+        del self.links[link.peer]
+        for session in self._sessions_of(link.peer):
+            if session.state == GRANTED:
+                self._take_back_room(session)
+                self._wait(session, now)
+            elif session.state == WAITING:
+                self._wait(session, now)
+
+    def _sessions_of(self, encode_rank: int) -> list[Session]:
+        return [s for request in self.requests.values() for s in request.sessions if s.encode_rank == encode_rank]
+
+    def _frame_in(self, event: FrameIn, now: float) -> None:
+        link, frame = self.links.get(event.peer), event.frame
+        if link is None:
+            return
+        if frame.epoch != link.epoch:
+            if frame.epoch < link.epoch and type(frame.body) is not Stale:
+                self._actions.append(link.send(Stale(epoch=link.epoch), now))
+            return
+        verdict = link.take(frame)
+        if verdict is None:
+            self._break(link, f"frames before {frame.seq} were lost", now)
+        elif verdict and (handler := self._frames.get(type(frame.body))) is not None:
+            handler(link, frame.body, now)
+
+    # ---- transfers ----
+
+    def _header(self, link: LinkState, header: Header, now: float) -> None:
+        ids: dict[str, Any] = {"request_id": header.request_id, "item": header.item, "attempt": header.attempt}
+        session = self.find(header.request_id, header.item, header.attempt)
+        if session is None or session.state != GRANTED or session.encode_rank != link.peer:
+            self._actions.append(link.send(Nack(**ids, reason="no such session"), now))
+            return
+        problem = header_problem(session, header)
+        if problem:
+            self._actions.append(link.send(Nack(**ids, reason=problem), now))
+            self._lose(session, problem)
+            self._give_room(now)
+            return
+        grant, room, hold = session.grant, session.room, session.hold
+        if grant is None or room is None or hold is None:
+            raise RuntimeError(f"session {session.key} is granted but holds nothing")
+        session.state, session.deadline = RECEIVING, now + 2 * self.limits.payload_s
+        self._actions.append(link.send(HeaderOk(**ids, row_start=grant.row_start), now))
+        self._actions.append(Receive(link.peer, link.epoch, header, grant, session.visual, room, hold))
+
+    def _given_up(self, link: LinkState, message: Nack | Abort, now: float) -> None:
+        session = self.find(message.request_id, message.item, message.attempt)
+        if session is None or session.encode_rank != link.peer or session.received == session.total:
+            return
+        self._lose(session, message.reason)
+        self._give_room(now)
+
+    def _payload_end(self, event: PayloadEnd, now: float) -> None:
+        leases = self.pending.pop((event.request_id, event.item, event.attempt), None)
+        if leases is not None:
+            for lease in leases:
+                self.allocator.release(lease)
+            if event.is_broken:
+                self._break_if_current(event, now)
+            self._give_room(now)
+            return
+        session = self.find(event.request_id, event.item, event.attempt)
+        if session is None or session.state != RECEIVING or session.grant is None:
+            raise ValueError(f"nothing is being received for {(event.request_id, event.item, event.attempt)}")
+        link = self.links.get(event.encode_rank)
+        is_current = link is not None and link.epoch == event.epoch
+        ids: dict[str, Any] = {"request_id": event.request_id, "item": event.item, "attempt": event.attempt}
+        if event.error is None:
+            start, session.received = session.received, session.grant.row_stop
+            session.state, session.deadline = HELD, math.inf
+            if link is not None and is_current:
+                self._acknowledge(session, link, now)
+            self._actions.append(RowsReady(*session.key, start, session.received))
+            if session.received == session.total:
+                self._actions.append(Arrived(*session.key))
+        elif event.is_broken:
+            self._take_back_room(session)
+            self._wait(session, now)
+            self._break_if_current(event, now)
+        else:
+            if link is not None and is_current:
+                self._actions.append(link.send(Nack(**ids, reason=event.error), now))
+            session.state = GRANTED  # nothing is pending any more
+            self._lose(session, event.error)
+        self._give_room(now)
+
+    def _acknowledge(self, session: Session, link: LinkState, now: float) -> None:
+        request_id, item, attempt = session.key
+        ack = Ack(request_id=request_id, item=item, attempt=attempt, received=session.received)
+        self._actions.append(link.send(ack, now))
+
+    def _break_if_current(self, event: PayloadEnd, now: float) -> None:
+        link = self.links.get(event.encode_rank)
+        if link is not None and link.epoch == event.epoch:
+            self._break(link, event.error or "broken", now)
+
+    # ---- the engine ----
+
+    def _consumed(self, event: Consumed, now: float) -> None:
+        session = self.find(event.request_id, event.item, event.attempt)
+        if session is None or session.state != HELD or event.rows < session.received:
+            return
+        if session.room is not None:
+            self.allocator.free(session.room)
+        session.room = None
+        if session.received == session.total:
+            if session.hold is not None:
+                self.allocator.free(session.hold)
+            session.hold = session.grant = None
+            session.state = DONE
+        else:
+            session.grant = None
+            self._wait(session, now)
+        self._give_room(now)
+
+    def _returned(self, event: Returned, now: float) -> None:
+        leases = self.lent.pop((event.request_id, event.item, event.attempt), None)
+        if leases is not None:
+            for lease in leases:
+                self.allocator.release(lease)
+            self._give_room(now)

@@ -1,0 +1,208 @@
+"""The invariants I1 to I16 of the transfer protocol, checked after every event that could break them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from qwen3vl_disagg.disagg.encode_sessions import PARKED
+from qwen3vl_disagg.disagg.messages import Ack, Frame, Grant, Resume
+from qwen3vl_disagg.disagg.session import DONE, HELD, IDLE, RECEIVING, WAITING
+from qwen3vl_disagg.disagg.session_events import Attempt, EncodeEvent, FrameIn, Receive, RowsReady, Tick
+from qwen3vl_disagg.disagg.simulation.world import Violation
+
+if TYPE_CHECKING:
+    from qwen3vl_disagg.disagg.link_state import LinkState
+    from qwen3vl_disagg.disagg.simulation.encode import SimEncode
+    from qwen3vl_disagg.disagg.simulation.engine import Window
+    from qwen3vl_disagg.disagg.simulation.language import SimLanguage
+    from qwen3vl_disagg.disagg.simulation.payload import Payload
+
+
+def language_side(rank: SimLanguage) -> None:
+    """I1, I4, I12: pools add up and are disjoint; received <= granted <= total; nothing without a deadline."""
+    sessions = rank.sessions
+    allocator = sessions.allocator
+    rows = list(allocator.free_ids("rows"))
+    deepstack = list(allocator.free_ids("deepstack"))
+    slots = list(allocator.free_ids("slots"))
+    for leases in (allocator.leases, allocator.quarantined):
+        for lease in leases.values():
+            rows += lease.rows
+            deepstack += lease.deepstack
+            slots += lease.slots
+    totals = allocator.totals
+    for ids, total in ((rows, totals["rows"]), (deepstack, totals["deepstack"]), (slots, totals["slots"])):
+        if len(ids) != total or len(set(ids)) != total:
+            raise Violation("I1", f"{sorted(ids)} should be each of {total} once")
+    num_held = 0
+    for request in sessions.requests.values():
+        for session in request.sessions:
+            state = session.state
+            if state is IDLE or state is DONE:
+                if session.room is not None or session.hold is not None:
+                    raise Violation("I15", f"{session.key} is {state} and holds blocks")
+                continue
+            num_held += (session.room is not None) + (session.hold is not None)
+            grant = session.grant
+            if grant is not None:
+                low = session.received if state is not HELD else grant.row_start
+                if not low <= grant.row_stop <= session.visual.num_rows or session.received > grant.row_stop:
+                    raise Violation("I4", f"{session.key} received {session.received} of {grant.row_stop}")
+            if state is not WAITING and state is not HELD and session.deadline == math.inf and state is not RECEIVING:
+                raise Violation("I11", f"{session.key} is {state} without a deadline")
+            if state is WAITING and session.deadline == math.inf and session.encode_rank not in sessions.links:
+                raise Violation("I11", f"{session.key} waits for a link without a deadline")
+    if len(allocator.leases) != num_held:
+        raise Violation("I2", f"{len(allocator.leases)} leases are owned, sessions hold {num_held}")
+    num_apart = sum([len(leases) for leases in sessions.pending.values()])
+    num_apart += sum([len(leases) for leases in sessions.lent.values()])
+    if len(allocator.quarantined) != num_apart:
+        raise Violation("I2", f"{len(allocator.quarantined)} leases in quarantine, {num_apart} are accounted for")
+
+
+def encode_side(rank: SimEncode) -> None:
+    """I12, I11: memory is bounded; every state has a deadline."""
+    sessions, limits = rank.sessions, rank.sessions.limits
+    num_parked, most = sessions.num_parked, limits.max_parked * rank.cluster.sizes.num_language
+    most += limits.max_items
+    if sessions.num_in_memory + num_parked > most or num_parked > most - limits.max_items:
+        raise Violation("I12", f"{sessions.num_in_memory} items in memory, {sessions.num_parked} parked")
+    if len(rank.encoded) > most:
+        raise Violation("I12", f"rows of {len(rank.encoded)} items in memory")
+    if len(sessions.ended) > limits.max_ended:
+        raise Violation("I12", f"{len(sessions.ended)} ended attempts remembered")
+    for item in sessions.items.values():
+        if item.deadline == math.inf and item.state not in ("header", "sending", "sent"):
+            raise Violation("I11", f"{item.attempt} is {item.state} without a deadline")
+
+
+def granted(rank: SimLanguage, grant: Grant) -> None:
+    """I16, I5, I12: room, DeepStack and slot came together, in the one order; DeepStack goes once."""
+    sessions = rank.sessions
+    session = sessions.find(grant.request_id, grant.item, grant.attempt)
+    if session is None or session.grant is not grant:
+        return  # given and taken back within one event
+    if session.room is None or session.hold is None or len(session.hold.slots) != 1:
+        raise Violation("I16", f"{grant.request_id}/{grant.item} was granted without blocks and slot")
+    size, total = sessions.block_size, session.visual.num_rows
+    num_rows = grant.row_stop - grant.row_start
+    if not 0 < num_rows <= len(session.room.rows) * size or sum(grant.row_runs) != num_rows:
+        raise Violation("I12", f"{num_rows} rows in runs {grant.row_runs} on {len(session.room.rows)} blocks")
+    if grant.row_start != session.received or isinstance(grant, Resume) != (grant.row_start > 0):
+        raise Violation("I4", f"a grant from row {grant.row_start}, received are {session.received}")
+    wanted = (grant.deepstack_start, grant.deepstack_stop)
+    if not sessions.row_sizes.deepstack_embeddings:
+        expected = (grant.row_start, grant.row_start)
+    elif -(-total // size) > sessions.allocator.totals["deepstack"]:
+        expected = (grant.row_start, grant.row_stop)
+    else:
+        expected = (0, total) if grant.row_start == 0 else (grant.row_start, grant.row_start)
+    if wanted != expected or sum(grant.deepstack_runs) != wanted[1] - wanted[0]:
+        raise Violation("I5", f"DeepStack rows {wanted} granted, should be {expected}")
+    if sum(grant.deepstack_runs) > len(session.room.deepstack + session.hold.deepstack) * size:
+        raise Violation("I16", "DeepStack rows were granted without blocks for them")
+    for request in sessions.requests.values():
+        for other in request.sessions:
+            if other is session:
+                return
+            if other.is_fully_granted:
+                continue
+            if other.state is IDLE or other.encode_rank not in sessions.links:
+                if other.request_id == session.request_id:
+                    raise Violation("I16", f"{session.key} was granted before item {other.item} had its room")
+                break
+            raise Violation("I16", f"{session.key} was granted before {other.key}")
+
+
+def may_write(rank: SimLanguage, job: Receive) -> None:
+    """I3, I8: what a receive writes into has not been given to anybody else."""
+    allocator = rank.sessions.allocator
+    for lease in (job.room, job.hold):
+        live = allocator.leases.get(lease.generation) or allocator.quarantined.get(lease.generation)
+        if live != lease:
+            raise Violation("I3", f"a pending receive writes into freed blocks of {lease.owner}")
+
+
+def fits(payload: Payload, job: Receive) -> None:
+    """I8: what is sent is what was agreed on; on a process group anything else aborts, or leaves stale bytes."""
+    if payload.grant != job.grant:
+        raise Violation("I8", f"sent {payload.grant}, posted {job.grant}")
+
+
+def aux_once(rank: SimLanguage, attempt: Attempt, grant: Grant) -> None:
+    """I6: no aux once rows of the attempt are in use."""
+    if rank.progress.get(attempt[:2], (0, 0)) != (attempt[2], 0) and rank.progress.get(attempt[:2]) is not None:
+        number, stop = rank.progress[attempt[:2]]
+        if number == attempt[2] and stop > 0:
+            raise Violation("I6", f"aux of {attempt} came again after {stop} rows")
+
+
+def in_order(rank: SimLanguage, action: RowsReady) -> None:
+    """I4: each row once and in order per attempt; and aux before them (I6)."""
+    key = (action.request_id, action.item)
+    number, stop = rank.progress.get(key, (action.attempt, 0))
+    if number != action.attempt:
+        stop = 0
+    if action.start != stop or action.stop <= action.start:
+        raise Violation("I4", f"rows {action.start}..{action.stop} of {key} delivered, the next is {stop}")
+    session = rank.sessions.find(*key, action.attempt)
+    if session is None or session.hold is None or session.room is None:
+        raise Violation("I2", f"rows of {key} are ready in blocks that nobody holds")
+    if rank.aux[session.hold.slots[0]] != (session.visual.num_rows, action.attempt):
+        raise Violation("I6", f"rows of {key} before its aux")
+    rank.progress[key] = (action.attempt, action.stop)
+
+
+def read(rank: SimLanguage, window: Window, start: int, stop: int) -> None:
+    """I5, I7, I8, I10: every row that is read is the one that was encoded, with its DeepStack, of this attempt."""
+    sessions, names = rank.sessions, rank.cluster.names
+    size, allocator = sessions.block_size, sessions.allocator
+    for lease in (window.room, window.hold):
+        live = allocator.leases.get(lease.generation) or allocator.quarantined.get(lease.generation)
+        if live != lease:
+            raise Violation("I8", f"rows of {window.attempt} are read from blocks that were given back")
+    has_deepstack = bool(sessions.row_sizes.deepstack_embeddings)
+    for row in range(start, stop):
+        at = row - window.start
+        expected = names.row(window.attempt, row)
+        cell = rank.rows[window.room.rows[at // size] * size + at % size]
+        if cell != expected:
+            raise Violation("I7", f"row {row} of {window.attempt} reads {cell}, encoded was {expected}")
+        if has_deepstack:
+            table, place = (window.room.deepstack, at) if window.room.deepstack else (window.hold.deepstack, row)
+            cell = rank.deepstack[table[place // size] * size + place % size] if place // size < len(table) else 0
+            if cell != -expected:
+                raise Violation("I5", f"DeepStack row {row} of {window.attempt} reads {cell}")
+
+
+def one_attempt(attempt: int, consumed: int, window: Window) -> None:
+    """I10: rows of two attempts never meet in one prompt."""
+    if consumed and attempt != window.attempt[2]:
+        raise Violation("I10", f"after {consumed} rows of attempt {attempt} come those of {window.attempt}")
+
+
+def gap_ends_link(link: LinkState | None, expected: int, frame: Frame) -> None:
+    """A frame was lost: the link must be over."""
+    if link is not None and frame.epoch == link.epoch and frame.seq > expected:
+        raise Violation("I9", f"frame {frame.seq} came after {expected - 1}, and the link goes on")
+
+
+def unchanged(rank: Any, before: Any, frame: Frame) -> None:
+    if rank.snapshot() != before:
+        raise Violation("I9", f"a copy of frame {frame.seq} ({type(frame.body).__name__}) changed something")
+
+
+def may_release(rank: SimEncode, event: EncodeEvent, attempt: Attempt) -> None:
+    """I13: rows live until the last acknowledgement or the end of the lease, within the bound on parked items."""
+    now, lease = rank.world.now, rank.lease_until.get(attempt)
+    has_room = rank.sessions.num_parked < rank.sessions.limits.max_parked  # of all ranks: less than one may keep
+    if isinstance(event, Tick) and lease is not None and now < lease and has_room:
+        item = rank.sessions.items.get(attempt)
+        if item is None or item.state is PARKED:
+            raise Violation("I13", f"rows of {attempt} dropped {lease - now:.1f} s before their lease ends")
+    if isinstance(event, FrameIn) and isinstance(event.frame.body, Ack):
+        body, message = event.frame.body, rank.items.get(attempt)
+        is_same = (body.request_id, body.item, body.attempt) == attempt
+        if is_same and message is not None and body.received < message.visual.num_rows:
+            raise Violation("I13", f"rows of {attempt} dropped after {body.received} were acknowledged")
