@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -26,6 +26,7 @@ from qwen3vl_disagg.checkpoint import open_checkpoint
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
 from qwen3vl_disagg.core.faults import plan_faults
 from qwen3vl_disagg.core.settings import BufferOptions, ModelOptions, check_supported, resolve_model_folder
+from qwen3vl_disagg.core.spans import write_spans
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_rank import run_encode_rank
 from qwen3vl_disagg.disagg.rendezvous import Layout, Meeting, RankContext, World, find, meeting_path, publish
@@ -49,6 +50,8 @@ class ServeOptions(BufferOptions, ModelOptions):
     port: int = 8000
     overlap: Literal["on", "off"] = "on"
     """Prefill what is there while later images of the same request are still encoded or sent."""
+    spans: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Write what each rank does when as JSON lines into this folder."""
     debug: bool = False
     """Open GET /debug/processes."""
 
@@ -82,6 +85,8 @@ def run_threaded(body: Callable[[RankContext], int], context: RankContext) -> in
     """A rank's body with its share of the cores."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // context.layout.world_size))
+    if context.spans is not None:
+        write_spans(context.spans, context.rank)
     return body(context)
 
 
@@ -96,7 +101,14 @@ def check_checkpoint(options: ServeOptions) -> None:
 def rank_context(options: ServeOptions, rank: int, layout: Layout, meeting: Meeting) -> RankContext:
     """What a rank's body is told."""
     return RankContext(
-        rank, layout, meeting.hub_address, meeting.token, options, buffers=options, overlap=options.overlap == "on"
+        rank,
+        layout,
+        meeting.hub_address,
+        meeting.token,
+        options,
+        buffers=options,
+        overlap=options.overlap == "on",
+        spans=options.spans,
     )
 
 

@@ -31,6 +31,8 @@ class Options:
     spelling: Literal["hub", "v5"] = "hub"
     """Which of the two spellings of config.json."""
     num_shards: int = 1
+    max_pixels: int = 65536
+    """Largest area of a resized image."""
     tokenizer: bool = True
     """Write tokenizer and chat template too; the vision token ids must then leave room for 256 bytes and the merges."""
 
@@ -54,6 +56,7 @@ def main() -> None:
         std=options.std,
         layout=options.layout,
         num_shards=options.num_shards,
+        max_pixels=options.max_pixels,
         spelling=options.spelling,
     )
     if options.tokenizer:

@@ -90,6 +90,9 @@ class EncodeRank:
                 while True:
                     message = await self._hub.receive()
                     if isinstance(message, Stop):
+                        left = self.server.left_over()
+                        if left:
+                            print(f"encode rank {self._hello.rank}: left over: {left}", flush=True)
                         return 0
                     await self._handle(message)
             except TransferError:

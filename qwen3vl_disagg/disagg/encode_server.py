@@ -6,6 +6,7 @@ Images are decoded on one thread, run through the tower on another, and sent on 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import traceback
 from collections import deque
@@ -15,6 +16,7 @@ from typing import Literal
 
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, InputError
 from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.disagg.encode_links import EncodeLink, EncodeLinks
 from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
 from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker, Pixels
@@ -102,6 +104,11 @@ class EncodeServer:
     def cancel(self, request_id: str | None) -> None:
         """Give up a request's items; None: everybody's."""
         self.handle(CancelItems(request_id))
+
+    def left_over(self) -> str:
+        """What is still held when nobody wants anything any more; "" for nothing."""
+        items = [(*item.attempt, item.state) for item in self.sessions.items.values()]
+        return f"items {items}, rows of {list(self._encoded)}" if items or self._encoded else ""
 
     def tell_links(self) -> None:
         links = self._links.linked
@@ -243,8 +250,9 @@ class EncodeServer:
 
     def _run_tower(self, pixels: Pixels, visual_token_id: int) -> EncodedItem:
         fault_point("in-tower")
-        [encoded] = self._worker.encode([pixels], visual_token_id)
-        _ = encoded.digest  # computed here, so that no event loop has to
+        with span("encode", rows=math.prod(pixels.grid) // self._worker.config.vision.merge_unit):
+            [encoded] = self._worker.encode([pixels], visual_token_id)
+            _ = encoded.digest  # computed here, so that no event loop has to
         return encoded
 
     # -- links

@@ -60,10 +60,15 @@ class EncodedItem:
         """What is about to be sent for `grant`. TransferError if this item cannot fill it."""
         total = len(self.main)
         rows, deepstack = self._ranges(grant)
-        if not 0 <= grant.row_start < grant.row_stop <= total or (rows and rows[-1][1] != grant.row_stop):
-            raise TransferError(f"rows {grant.row_start}..{grant.row_stop} in runs {rows} of an item of {total}")
-        if deepstack and not 0 <= deepstack[0][0] <= deepstack[-1][1] == grant.deepstack_stop <= total:
-            raise TransferError(f"DeepStack rows ..{grant.deepstack_stop} in runs {deepstack} of an item of {total}")
+        for name, ranges, start, stop in (
+            ("rows", rows, grant.row_start, grant.row_stop),
+            ("DeepStack rows", deepstack, grant.deepstack_start, grant.deepstack_stop),
+        ):
+            end = ranges[-1][1] if ranges else start
+            if not 0 <= start <= end == stop <= total or min(b - a for a, b in [*ranges, (0, 1)]) < 1:
+                raise TransferError(f"{name} {start}..{stop} in runs {ranges} of an item of {total}")
+        if not rows:
+            raise TransferError(f"a grant of no rows of an item of {total}")
         return Header(
             request_id=grant.request_id,
             item=grant.item,

@@ -39,7 +39,9 @@ from qwen3vl_disagg.disagg.session import (
     WAITING,
     RequestSessions,
     Session,
+    give_back_room,
     header_problem,
+    receive_job,
     take_room,
 )
 from qwen3vl_disagg.disagg.session_events import (
@@ -59,12 +61,13 @@ from qwen3vl_disagg.disagg.session_events import (
     Lost,
     PayloadEnd,
     Recall,
-    Receive,
     Returned,
     RowsReady,
     SessionLimits,
     Tick,
 )
+
+Leases = dict[Attempt, tuple[Lease, ...]]
 
 
 @dataclass
@@ -80,9 +83,9 @@ class LanguageSessions:
         self.requests: dict[str, RequestSessions] = {}
         """In order of arrival: the order of grants."""
         self.links: dict[int, LinkState] = {}
-        self.pending: dict[Attempt, tuple[Lease, ...]] = {}
+        self.pending: Leases = {}
         """Leases in quarantine until a posted receive has returned."""
-        self.lent: dict[Attempt, tuple[Lease, ...]] = {}
+        self.lent: Leases = {}
         """Leases in quarantine until the engine has answered a recall."""
         self.is_short_of_room = False
         """Some item waits for blocks."""
@@ -159,9 +162,7 @@ class LanguageSessions:
         """End the attempt under way, if there is one; the other end is told."""
         link = self.links.get(session.encode_rank)
         if session.state not in (IDLE, DONE) and session.received < session.total and link is not None:
-            request_id, item, attempt = session.key
-            abort = Abort(request_id=request_id, item=item, attempt=attempt, reason=reason)
-            self._actions.append(link.send(abort, now))
+            self._actions.append(link.send(Abort(**session.ids, reason=reason), now))
         self._let_go(session, is_over=is_over)
 
     def _let_go(self, session: Session, *, is_over: bool = False) -> None:
@@ -179,7 +180,7 @@ class LanguageSessions:
         session.room = session.hold = session.grant = None
         session.state, session.deadline, session.received = IDLE, math.inf, 0
 
-    def _keep_apart(self, leases: tuple[Lease, ...], where: dict[Attempt, tuple[Lease, ...]], key: Attempt) -> None:
+    def _keep_apart(self, leases: tuple[Lease, ...], where: Leases, key: Attempt) -> None:
         for lease in leases:
             self.allocator.quarantine(lease)
         where[key] = leases
@@ -213,11 +214,9 @@ class LanguageSessions:
             epoch = self._last_epochs.get(session.encode_rank, 0)
             self._lose(session, f"no link to encode rank {session.encode_rank}", epoch)
         else:
-            key = session.key
-            self._lose(session, "no header came")
             if link is not None:
-                abort = Abort(request_id=key[0], item=key[1], attempt=key[2], reason="no header came")
-                self._actions.append(link.send(abort, now))
+                self._actions.append(link.send(Abort(**session.ids, reason="no header came"), now))
+            self._lose(session, "no header came")
 
     # ---- room ----
 
@@ -248,15 +247,6 @@ class LanguageSessions:
         session.state, session.grant, session.deadline = GRANTED, grant, now + self.limits.grant_s
         self._actions.append(link.send(grant, now))
         return True
-
-    def _take_back_room(self, session: Session) -> None:
-        """A grant came to nothing: its blocks; and, as long as nothing was received, all else too."""
-        if session.room is not None:
-            self.allocator.free(session.room)
-        if session.hold is not None and session.received == 0:
-            self.allocator.free(session.hold)
-            session.hold = None
-        session.room = session.grant = None
 
     # ---- links ----
 
@@ -291,7 +281,7 @@ class LanguageSessions:
         del self.links[link.peer]
         for session in self._sessions_of(link.peer):
             if session.state == GRANTED:
-                self._take_back_room(session)
+                give_back_room(session, self.allocator)
                 self._wait(session, now)
             elif session.state == WAITING:
                 self._wait(session, now)
@@ -317,7 +307,7 @@ class LanguageSessions:
 
     def _header(self, link: LinkState, header: Header, now: float) -> None:
         ids: dict[str, Any] = {"request_id": header.request_id, "item": header.item, "attempt": header.attempt}
-        session = self.find(header.request_id, header.item, header.attempt)
+        session = self.find(**ids)
         if session is None or session.state != GRANTED or session.encode_rank != link.peer:
             self._actions.append(link.send(Nack(**ids, reason="no such session"), now))
             return
@@ -327,12 +317,10 @@ class LanguageSessions:
             self._lose(session, problem)
             self._give_room(now)
             return
-        grant, room, hold = session.grant, session.room, session.hold
-        if grant is None or room is None or hold is None:
-            raise RuntimeError(f"session {session.key} is granted but holds nothing")
+        job = receive_job(session, header, link.epoch)
         session.state, session.deadline = RECEIVING, now + 2 * self.limits.payload_s
-        self._actions.append(link.send(HeaderOk(**ids, row_start=grant.row_start), now))
-        self._actions.append(Receive(link.peer, link.epoch, header, grant, session.visual, room, hold))
+        self._actions.append(link.send(HeaderOk(**ids, row_start=header.row_start), now))
+        self._actions.append(job)
 
     def _given_up(self, link: LinkState, message: Nack | Abort, now: float) -> None:
         session = self.find(message.request_id, message.item, message.attempt)
@@ -342,48 +330,44 @@ class LanguageSessions:
         self._give_room(now)
 
     def _payload_end(self, event: PayloadEnd, now: float) -> None:
-        leases = self.pending.pop((event.request_id, event.item, event.attempt), None)
-        if leases is not None:
-            for lease in leases:
-                self.allocator.release(lease)
+        if self._is_back(self.pending, event, now):
             if event.is_broken:
                 self._break_if_current(event, now)
-            self._give_room(now)
             return
         session = self.find(event.request_id, event.item, event.attempt)
         if session is None or session.state != RECEIVING or session.grant is None:
             raise ValueError(f"nothing is being received for {(event.request_id, event.item, event.attempt)}")
-        link = self.links.get(event.encode_rank)
-        is_current = link is not None and link.epoch == event.epoch
-        ids: dict[str, Any] = {"request_id": event.request_id, "item": event.item, "attempt": event.attempt}
+        link = self._link_of(event)
         if event.error is None:
             start, session.received = session.received, session.grant.row_stop
             session.state, session.deadline = HELD, math.inf
-            if link is not None and is_current:
+            if link is not None:
                 self._acknowledge(session, link, now)
             self._actions.append(RowsReady(*session.key, start, session.received))
             if session.received == session.total:
                 self._actions.append(Arrived(*session.key))
         elif event.is_broken:
-            self._take_back_room(session)
+            give_back_room(session, self.allocator)
             self._wait(session, now)
             self._break_if_current(event, now)
         else:
-            if link is not None and is_current:
-                self._actions.append(link.send(Nack(**ids, reason=event.error), now))
+            if link is not None:
+                self._actions.append(link.send(Nack(**session.ids, reason=event.error), now))
             session.state = GRANTED  # nothing is pending any more
             self._lose(session, event.error)
         self._give_room(now)
 
     def _acknowledge(self, session: Session, link: LinkState, now: float) -> None:
-        request_id, item, attempt = session.key
-        ack = Ack(request_id=request_id, item=item, attempt=attempt, received=session.received)
-        self._actions.append(link.send(ack, now))
+        self._actions.append(link.send(Ack(**session.ids, received=session.received), now))
 
     def _break_if_current(self, event: PayloadEnd, now: float) -> None:
-        link = self.links.get(event.encode_rank)
-        if link is not None and link.epoch == event.epoch:
+        if (link := self._link_of(event)) is not None:
             self._break(link, event.error or "broken", now)
+
+    def _link_of(self, event: PayloadEnd) -> LinkState | None:
+        """The link that the payload came over, if it is still up."""
+        link = self.links.get(event.encode_rank)
+        return link if link is not None and link.epoch == event.epoch else None
 
     # ---- the engine ----
 
@@ -405,8 +389,12 @@ class LanguageSessions:
         self._give_room(now)
 
     def _returned(self, event: Returned, now: float) -> None:
-        leases = self.lent.pop((event.request_id, event.item, event.attempt), None)
-        if leases is not None:
-            for lease in leases:
-                self.allocator.release(lease)
-            self._give_room(now)
+        self._is_back(self.lent, event, now)
+
+    def _is_back(self, where: Leases, event: PayloadEnd | Returned, now: float) -> bool:
+        """End the quarantine that this event ends, if there is one."""
+        leases = where.pop((event.request_id, event.item, event.attempt), None)
+        for lease in leases or ():
+            self.allocator.release(lease)
+        self._give_room(now)
+        return leases is not None

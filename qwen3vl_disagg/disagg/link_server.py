@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError
 from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.disagg.control import Address, Connection, ConnectionLost
 from qwen3vl_disagg.disagg.fingerprint import Fingerprint, check_fingerprint
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
@@ -138,6 +139,19 @@ class LinkServer:
         """No session, all pools full."""
         return self.sessions.is_idle
 
+    async def left_over(self, patience_s: float) -> str:
+        """What is still held when nobody wants anything any more, after waiting a little for it to come back; "" for
+        nothing."""
+        end = time.monotonic() + patience_s
+        while not self.is_idle and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        if self.is_idle:
+            return ""
+        sessions = self.sessions
+        counts = {pool: sessions.allocator.counts(pool) for pool in ("rows", "deepstack", "slots")}
+        apart = [*sessions.pending, *sessions.lent]
+        return f"requests {list(sessions.requests)}, in quarantine {apart}, {counts}"
+
     async def close(self) -> None:
         """Say goodbye and let go of everything."""
         if self._ticker is not None:
@@ -238,13 +252,20 @@ class LinkServer:
 
     def _receive(self, payload: Link, job: Receive) -> tuple[VisualRows, float]:
         started = time.monotonic()
-        rows = self._receiver.receive(payload, job, self.limits.payload_s)
+        with span("receive", rows=job.grant.row_stop - job.grant.row_start, item=job.grant.item):
+            rows = self._receiver.receive(payload, job, self.limits.payload_s)
         fault_point("payload-received")
         if rows.stop == job.visual.num_rows:
             fault_point("last-row")
         return rows, (time.monotonic() - started) * 1e3
 
     def _received(self, ends: PayloadEnd, done: asyncio.Future) -> None:
+        self._end_receive(ends, done)
+        attempt = (ends.request_id, ends.item, ends.attempt)
+        if self.sessions.find(*attempt) is None:  # given up meanwhile, and forgotten before this was remembered
+            self._receiver.forget_attempt(attempt)
+
+    def _end_receive(self, ends: PayloadEnd, done: asyncio.Future) -> None:
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
         if error is not None:
             # Whatever is not about the rows themselves leaves the stream of payloads in an unknown place.

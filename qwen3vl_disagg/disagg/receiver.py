@@ -136,6 +136,10 @@ class Receiver:
             for key in [key for key in self._items if key[0] == request_id and item in (None, key[1])]:
                 del self._items[key]
 
+    def forget_attempt(self, attempt: Attempt) -> None:
+        with self._lock:
+            self._items.pop(attempt, None)
+
 
 def _check(expected: int, sums_R: Tensor, what: str, start: int, stop: int) -> int:
     """The digest of rows start .. stop of an item, if it is the announced one."""

@@ -83,6 +83,8 @@ class RankContext:
     host: str = "127.0.0.1"
     buffers: BufferOptions = field(default_factory=BufferOptions)
     overlap: bool = True
+    spans: Path | None = None
+    """Folder for JSON lines of what the rank does."""
 
     @property
     def is_first_language_rank(self) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease, Want
 from qwen3vl_disagg.disagg.layout import MAX_RUNS, RowSizes, blocks_for, row_runs
 from qwen3vl_disagg.disagg.messages import Grant, Header, Resume
-from qwen3vl_disagg.disagg.session_events import Attempt
+from qwen3vl_disagg.disagg.session_events import Attempt, Receive
 
 IDLE, WAITING, GRANTED, RECEIVING, HELD, DONE = "idle", "waiting", "granted", "receiving", "held", "done"
 
@@ -33,6 +34,11 @@ class Session:
     @property
     def key(self) -> Attempt:
         return self.request_id, self.item, self.attempt
+
+    @property
+    def ids(self) -> dict[str, Any]:
+        """What every frame about the attempt begins with."""
+        return {"request_id": self.request_id, "item": self.item, "attempt": self.attempt}
 
     @property
     def total(self) -> int:
@@ -95,6 +101,24 @@ def take_room(session: Session, allocator: BlockAllocator, block_size: int, size
         row_runs=[b - a for a, b in runs],
         deepstack_runs=[b - a for a, b in deepstack_runs],
     )
+
+
+def give_back_room(session: Session, allocator: BlockAllocator) -> None:
+    """A grant came to nothing: its blocks; and, as long as nothing was received, all else too."""
+    if session.room is not None:
+        allocator.free(session.room)
+    if session.hold is not None and session.received == 0:
+        allocator.free(session.hold)
+        session.hold = None
+    session.room = session.grant = None
+
+
+def receive_job(session: Session, header: Header, epoch: int) -> Receive:
+    """What to post for a granted session whose header is right."""
+    grant, room, hold = session.grant, session.room, session.hold
+    if grant is None or room is None or hold is None:
+        raise RuntimeError(f"session {session.key} is granted but holds nothing")
+    return Receive(session.encode_rank, epoch, header, grant, session.visual, room, hold)
 
 
 def header_problem(session: Session, header: Header) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, VisualItem
+from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
 from qwen3vl_disagg.disagg.rows import VisualRows
 from qwen3vl_disagg.engine.pages import PagePool
@@ -170,7 +171,8 @@ class Engine:
         if step.prefill:
             return events + self._prefill(step.prefill)
         try:
-            logits = self.runner.decode(step.decode)
+            with span("decode", tokens=len(step.decode)):
+                logits = self.runner.decode(step.decode)
             sampled = self._sample(logits, step.decode)
         except (RuntimeError, ValueError) as error:
             return events + self._fail(step.decode, error)
@@ -182,22 +184,29 @@ class Engine:
         """Run chunks of prompts; those that end one give its first token."""
         started = time.monotonic()
         try:
-            logits = self.runner.prefill(chunks)
+            with span("prefill", tokens=sum(chunk.stop - chunk.start for chunk in chunks)):
+                logits = self.runner.prefill(chunks)
+            now = time.monotonic()
+            used: list[EngineEvent] = []
+            for chunk in chunks:
+                chunk.sequence.prefill_s += now - started
+                used += self._advance(chunk)
             last = [number for number, chunk in enumerate(chunks) if chunk.is_last]
-            sampled = self._sample(logits[last], [chunks[number].sequence for number in last]) if last else []
+            return used + (self._sample(logits[last], [chunks[number].sequence for number in last]) if last else [])
         except (RuntimeError, ValueError) as error:
             return self._fail([chunk.sequence for chunk in chunks], error)
-        now = time.monotonic()
-        events: list[EngineEvent] = []
-        for chunk in chunks:
-            sequence = chunk.sequence
-            sequence.num_cached = chunk.stop
-            sequence.prefill_s += now - started
-            for index, _, stop in sequence.touched(chunk.start, chunk.stop):
-                events.append(RowsUsed(sequence.request_id, index, sequence.rows[index].attempt, stop))
-                if stop == sequence.rows[index].stop:
-                    del sequence.rows[index]
-        return events + sampled
+
+    @staticmethod
+    def _advance(chunk: Chunk) -> list[EngineEvent]:
+        """The chunk is in the cache: its rows are used."""
+        sequence, events = chunk.sequence, list[EngineEvent]()
+        sequence.num_cached = chunk.stop
+        for index, _, stop in sequence.touched(chunk.start, chunk.stop):
+            rows = sequence.rows[index]
+            events.append(RowsUsed(sequence.request_id, index, rows.attempt, stop))
+            if stop == rows.stop:
+                del sequence.rows[index]
+        return events
 
     def _sample(self, logits: Tensor, batch: list[Sequence]) -> list[EngineEvent]:
         """One more token for each sequence from `[B, V]`; the end of those that are done."""

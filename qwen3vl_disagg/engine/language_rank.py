@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,8 @@ from qwen3vl_disagg.disagg.session_events import (
 from qwen3vl_disagg.disagg.store import join_store
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent, RowsUsed
 from qwen3vl_disagg.engine.engine_thread import EngineThread
+
+LEAVE_S = 2.0
 
 
 @dataclass
@@ -111,17 +114,29 @@ class LanguageRank:
                 while True:
                     message = await self._hub.receive()
                     if isinstance(message, Stop):
-                        return 0
+                        return await self._leave()
                     await self._handle(message)
             except TransferError:
                 # The frontend died; with it went everybody who waits for these requests.
                 for request_id in list(self._requests):
                     self._forget(request_id)
 
+    async def _leave(self) -> int:
+        """Nobody wants anything any more: everything should come back."""
+        for request_id in list(self._requests):
+            self._forget(request_id)
+        left = await self._links.left_over(LEAVE_S)
+        if left:
+            print(f"language rank {self._hello.rank}: left over: {left}", flush=True)
+        return 0
+
     async def _handle(self, message: Message) -> None:
         match message:
             case Submit():
-                self._submit(message)
+                try:
+                    self._submit(message)
+                except Exception as error:  # one request's failure is not the rank's
+                    self._fail(message.request_id, error)
             case Assign():
                 self._links.handle(Assigned(message.request_id, message.item, message.attempt, message.encode_rank))
             case Peers():
@@ -176,16 +191,29 @@ class LanguageRank:
             request = self._requests.get(event.request_id)
             if request is None:
                 continue  # cancelled while the step ran
-            if isinstance(event, RowsUsed):
-                fault_point("before-free")
-                self._links.handle(Consumed(event.request_id, event.item, event.attempt, event.rows))
-                continue
-            if isinstance(event, NeedItems):
-                self._links.handle(Expect(event.request_id, request.items, event.items, request.deadline))
-            if isinstance(event, (Finished, RequestFailed)):
-                del self._requests[event.request_id]
-                self._links.handle(Forget(event.request_id))
-            self._tell(event)
+            try:
+                self._on_event(event, request)
+            except Exception as error:  # one request's failure is not the rank's
+                self._fail(event.request_id, error)
+
+    def _on_event(self, event: EngineEvent, request: _Request) -> None:
+        if isinstance(event, RowsUsed):
+            fault_point("before-free")
+            self._links.handle(Consumed(event.request_id, event.item, event.attempt, event.rows))
+            return
+        if isinstance(event, NeedItems):
+            self._links.handle(Expect(event.request_id, request.items, event.items, request.deadline))
+        if isinstance(event, (Finished, RequestFailed)):
+            del self._requests[event.request_id]
+            self._links.handle(Forget(event.request_id))
+        self._tell(event)
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        """Give a request up. The cause goes to the log; clients get no internals."""
+        traceback.print_exception(error)
+        self._forget(request_id)
+        message = "the language rank failed on this request"
+        self._tell(RequestFailed(request_id=request_id, code="internal_error", message=message, status=500))
 
     def _on_rows(self, delivery: Delivery) -> None:
         request_id, item, timings = delivery.request_id, delivery.item, delivery.timings()

@@ -24,7 +24,7 @@ from qwen3vl_disagg.disagg.control import (
     connect_link,
     encode_frame,
 )
-from qwen3vl_disagg.disagg.messages import Abort, Ack, Blob, Goodbye, Heartbeat, LinkMessage, Pull, Stop
+from qwen3vl_disagg.disagg.messages import Abort, Ack, Blob, Frame, Goodbye, Heartbeat, LinkMessage, Pull, Stop
 
 Raw = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -53,8 +53,8 @@ def with_peer(scenario: Callable[..., Awaitable[None]], make=Connection.link, **
     asyncio.run(run())
 
 
-def ack(received: int) -> Ack:
-    return Ack(request_id="r", item=0, attempt=1, received=received)
+def ack(received: int) -> Frame:
+    return Frame(epoch=1, seq=1, body=Ack(request_id="r", item=0, attempt=1, received=received))
 
 
 @given(cuts=st.lists(st.integers(1, 60), max_size=6), count=st.integers(1, 4))
@@ -66,7 +66,7 @@ def test_messages_survive_any_cut_of_the_stream(cuts, count):
             await writer.drain()
             data = data[cut:]
         writer.write(data)
-        assert [(await connection.receive(10)).received for _ in range(count)] == list(range(count))
+        assert [(await connection.receive(10)).body.received for _ in range(count)] == list(range(count))
 
     with_peer(scenario)
 
@@ -129,15 +129,15 @@ def test_an_impossible_length_ends_the_connection_before_the_body(make, limit, l
 
 
 def test_the_largest_frame_passes_and_one_byte_more_is_not_sent():
-    def abort(length: int) -> Abort:
-        return Abort(request_id="r", item=0, attempt=1, reason="x" * length)
+    def abort(length: int) -> Frame:
+        return Frame(epoch=1, seq=1, body=Abort(request_id="r", item=0, attempt=1, reason="x" * length))
 
     overhead = len(encode_frame(abort(40_000), MAX_LINK_FRAME)) - 4 - 40_000
     fits = MAX_LINK_FRAME - overhead
 
     async def scenario(connection, reader, writer):
         writer.write(encode_frame(abort(fits), MAX_LINK_FRAME))
-        assert len((await connection.receive(2)).reason) == fits
+        assert len((await connection.receive(2)).body.reason) == fits
         with pytest.raises(FrameError, match=str(MAX_LINK_FRAME + 1)):
             connection.post(abort(fits + 1))
         assert not connection.is_closed
@@ -173,7 +173,7 @@ def test_a_receive_that_ran_out_of_time_can_be_taken_up_again(sent):
             await connection.receive(timeout=0.1)
         assert not connection.is_closed
         writer.write(frame[sent:] + encode_frame(ack(8), MAX_LINK_FRAME))
-        assert [(await connection.receive(10)).received for _ in range(2)] == [7, 8]
+        assert [(await connection.receive(10)).body.received for _ in range(2)] == [7, 8]
 
     with_peer(scenario)
 
@@ -184,7 +184,7 @@ def test_heartbeats_are_sent_and_not_shown():
         frame = encode_frame(Heartbeat(), MAX_LINK_FRAME)
         assert await asyncio.wait_for(reader.readexactly(2 * len(frame)), 10) == 2 * frame
         writer.write(frame * 3 + encode_frame(ack(1), MAX_LINK_FRAME))
-        assert (await connection.receive(10)).received == 1
+        assert (await connection.receive(10)).body.received == 1
 
     with_peer(scenario)
 
@@ -210,7 +210,7 @@ def test_a_stall_of_this_process_does_not_make_the_peer_look_dead():
         await asyncio.sleep(0.1)
         writer.write(encode_frame(ack(1), MAX_LINK_FRAME))
         time.sleep(1.0)  # the whole loop stands still for longer than the limit
-        assert (await asyncio.wait_for(receiving, 20)).received == 1
+        assert (await asyncio.wait_for(receiving, 20)).body.received == 1
 
     with_peer(scenario, silence_s=0.4)
 

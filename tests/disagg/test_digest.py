@@ -8,8 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3vl_disagg.disagg.digest import add_digests, rows_digest
-from qwen3vl_disagg.disagg.encode_worker import payload_digest
+from qwen3vl_disagg.disagg.digest import (
+    add_digests,
+    deepstack_sums,
+    range_digests,
+    row_sums,
+    rows_digest,
+    run_sums,
+    sums_digest,
+)
+from qwen3vl_disagg.disagg.layout import item_ranges
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
 seeds = st.integers(0, 2**32 - 1)
@@ -67,11 +75,67 @@ def test_every_single_bit_shows():
     assert not missed, f"{len(missed)} of 1024 bits are not seen; (row, column, bit): {missed[:8]}"
 
 
-def test_main_and_deepstack_rows_cannot_trade_places():
-    generator = torch.Generator().manual_seed(0)
-    main, level = (torch.randn(4, 8, generator=generator) for _ in range(2))
-    fill_ids, positions = torch.full((4,), 60, dtype=torch.int32), torch.zeros(4, 3, dtype=torch.int32)
-    assert payload_digest(main, fill_ids, positions, level) != payload_digest(level, fill_ids, positions, main)
+def make_buffers(rows: int, seed: int, width: int = 8) -> list[torch.Tensor]:
+    """main, fill_ids, positions, DeepStack; all of them random, so that none is special."""
+    generator = torch.Generator().manual_seed(seed)
+    main, deepstack = (torch.randn(rows, width, generator=generator) for _ in range(2))
+    fill_ids = torch.randint(0, 99, (rows,), generator=generator, dtype=torch.int32)
+    return [main, fill_ids, torch.randint(0, 99, (rows, 3), generator=generator, dtype=torch.int32), deepstack]
+
+
+def item_digest(main, fill_ids, positions, deepstack) -> int:
+    return add_digests(sums_digest(run_sums(main, fill_ids, positions)), sums_digest(deepstack_sums(deepstack)))
+
+
+@given(st.integers(1, 12), st.lists(st.integers(1, 6), max_size=5), st.lists(st.integers(1, 6), max_size=5), seeds)
+def test_any_two_cuts_of_an_item_add_up_to_it(rows, row_cut, deepstack_cut, seed):
+    """Embedding runs and DeepStack runs are cut independently of one another, over any number of grants."""
+    main, fill_ids, positions, deepstack = make_buffers(rows, seed)
+
+    def ranges(cut):
+        found = [(a, min(b, rows)) for a, b in item_ranges([*cut, rows], 0)]
+        return [(a, b) for a, b in found if a < b]
+
+    got = [
+        sums_digest(run_sums(main[a:b], fill_ids[a:b], positions[a:b]), a) for a, b in ranges(row_cut)
+    ] + range_digests(deepstack_sums(deepstack), ranges(deepstack_cut))
+    assert add_digests(*got) == item_digest(main, fill_ids, positions, deepstack)
+
+
+@given(st.integers(1, 8), seeds)
+def test_buffers_that_trade_places_show(rows, seed):
+    main, fill_ids, positions, deepstack = make_buffers(rows, seed)
+    digest = item_digest(main, fill_ids, positions, deepstack)
+    assert item_digest(deepstack, fill_ids, positions, main) != digest
+    other = positions[:, 0].contiguous()
+    if not torch.equal(other, fill_ids):
+        swapped = positions.clone()
+        swapped[:, 0] = fill_ids
+        assert item_digest(main, other, swapped, deepstack) != digest
+
+
+@given(st.integers(2, 8), st.sampled_from(range(4)), seeds, st.data())
+def test_every_buffer_of_a_payload_counts(rows, which, seed, data):
+    """Lost, swapped and shifted rows of one buffer alone."""
+    buffers = make_buffers(rows, seed)
+    digest = item_digest(*buffers)
+    i, j = data.draw(st.lists(st.integers(0, rows - 1), min_size=2, max_size=2, unique=True))
+    rows_of = buffers[which]
+    swapped, lost = rows_of.clone(), rows_of.clone()
+    swapped[[i, j]] = rows_of[[j, i]]
+    lost[i] = 0
+    for other in (swapped, lost, rows_of.roll(1, 0), rows_of + 1):
+        same_sums = torch.equal(row_sums(other), row_sums(rows_of))
+        assert same_sums or item_digest(*[other if n == which else b for n, b in enumerate(buffers)]) != digest
+
+
+@given(st.integers(2, 8), seeds, st.data())
+def test_rows_of_one_run_in_the_place_of_another_show(rows, seed, data):
+    """What a run's own digest says depends on where in the item it lies."""
+    main, fill_ids, positions, _ = make_buffers(rows, seed)
+    sums = run_sums(main, fill_ids, positions)
+    start = data.draw(st.integers(1, rows - 1))
+    assert sums_digest(sums[start:], start) != sums_digest(sums[start:], start - 1)
 
 
 def test_the_digest_is_of_the_rows_not_of_their_memory():
@@ -79,14 +143,4 @@ def test_the_digest_is_of_the_rows_not_of_their_memory():
     wide = torch.cat([x, x], dim=1)
     assert rows_digest(wide[:, :8]) == rows_digest(x)
     assert rows_digest(x[:0]) == rows_digest(torch.zeros(6, 0)) == 0
-
-
-def test_every_buffer_of_a_payload_counts():
-    generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(4, 8, generator=generator), torch.full((4,), 60, dtype=torch.int32)]
-    parts += [torch.ones(4, 3, dtype=torch.int32), torch.randn(4, 16, generator=generator)]
-    digest = payload_digest(*parts)
-    for i, part in enumerate(parts):
-        damaged = [*parts]
-        damaged[i] = part + 1
-        assert payload_digest(*damaged) != digest
+    assert range_digests(row_sums(x), []) == []

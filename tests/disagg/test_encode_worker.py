@@ -8,19 +8,19 @@ from dataclasses import replace
 import msgspec
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from qwen3vl_disagg.core.errors import InputError, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
+from qwen3vl_disagg.disagg.digest import add_digests
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
 from qwen3vl_disagg.disagg.layout import AUX_FIELDS
-from qwen3vl_disagg.disagg.local import LocalTransfer
-from qwen3vl_disagg.disagg.messages import Grant
-from qwen3vl_disagg.disagg.receiver import LanguageReceiver
+from qwen3vl_disagg.disagg.messages import Grant, Resume
 from qwen3vl_disagg.processing import ImageProcessor, item_positions
 from tests.support.random_model import IMAGE_TOKEN, random_vision_model, small_config
-from tests.support.transfer import make_encoded, make_visual
+from tests.support.transfer import make_encoded, make_visual, split_payload
 
 CONFIG = small_config()
 MODEL = random_vision_model(CONFIG, seed=1)
@@ -41,18 +41,21 @@ def visual_of(size: tuple[int, int]) -> VisualItem:
     return make_visual(CONFIG, PROCESSOR.grid(*size))
 
 
-def grant_for(rows: int, runs: list[int], deepstack_runs: list[int] | None = None) -> Grant:
-    return Grant(
+def grant_for(
+    runs: list[int], deepstack_runs: list[int], *, start: int = 0, deepstack_start: int = 0, **changed: int
+) -> Grant:
+    grant = (Resume if start else Grant)(
         request_id="r",
         item=0,
         attempt=3,
-        row_start=0,
-        row_stop=rows,
-        deepstack_start=0,
-        deepstack_stop=rows,
+        row_start=start,
+        row_stop=start + sum(runs),
+        deepstack_start=deepstack_start,
+        deepstack_stop=deepstack_start + sum(deepstack_runs),
         row_runs=runs,
-        deepstack_runs=runs if deepstack_runs is None else deepstack_runs,
+        deepstack_runs=deepstack_runs,
     )
+    return msgspec.structs.replace(grant, **changed)
 
 
 def test_items_of_a_batch_are_the_items_alone():
@@ -90,84 +93,100 @@ def test_a_damaged_image_is_an_input_error_without_internals(data):
     assert "/" not in caught.value.message
 
 
-@pytest.mark.parametrize("levels", [0, 2])
-@pytest.mark.parametrize("runs", [[6], [4, 2], [1, 2, 3]])
-def test_a_payload_is_cut_where_the_grant_says(levels, runs):
+@pytest.mark.parametrize("part", ["main", "deepstack"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_rows_that_are_not_finite_are_refused(monkeypatch, part, value):
+    features = MODEL.get_image_feature
+
+    def broken(patches, grids):
+        rows = features(patches, grids).clone()
+        rows[2, 3 if part == "main" else -1] = value
+        return rows
+
+    monkeypatch.setattr(WORKER.model, "get_image_feature", broken)
+    with pytest.raises(TransferError, match="NaN or infinity"):
+        WORKER.encode([WORKER.preprocess(make_image(0, (64, 64)), visual_of((64, 64)))], IMAGE_TOKEN)
+
+
+def test_finite_rows_whose_sum_overflows_are_accepted(monkeypatch):
+    rows = torch.full((4, 96), 3e38)
+    monkeypatch.setattr(WORKER.model, "get_image_feature", lambda patches, grids: rows)
+    [encoded] = WORKER.encode([WORKER.preprocess(make_image(0, (64, 64)), visual_of((64, 64)))], IMAGE_TOKEN)
+    assert encoded.main.max() == rows.max()
+
+
+@st.composite
+def cuts(draw, rows: int):
+    """Lengths that add up to `rows`."""
+    edges = sorted(draw(st.sets(st.integers(1, rows - 1), max_size=4)))
+    return [b - a for a, b in zip([0, *edges], [*edges, rows], strict=True)]
+
+
+@pytest.mark.parametrize("levels", [0, 1, 3])
+@given(data=st.data())
+def test_any_grants_cut_the_item_into_views_whose_digests_add_up(levels, data):
+    """DeepStack once with the first grant, or ranged with each; runs are cut anywhere."""
     config = small_config(levels=levels)
-    encoded = make_encoded(config)
-    deepstack_runs = list(reversed(runs)) if levels else []
-    grant = grant_for(6, runs, deepstack_runs)
-    pieces, n = encoded.payload(grant), len(runs)
-    parts = [pieces[:n], pieces[n : 2 * n], pieces[2 * n : 3 * n]]
-    for part, whole in zip(parts, (encoded.main, encoded.fill_ids, encoded.positions), strict=True):
-        assert [len(piece) for piece in part] == runs
+    grid = data.draw(st.sampled_from([(1, 4, 6), (1, 2, 4), (1, 6, 10)]))
+    encoded = make_encoded(config, grid, seed=1)
+    total, is_ranged = len(encoded.main), data.draw(st.booleans())
+    digests, start, main, deepstack = [], 0, [], []
+    for length in data.draw(cuts(total)):
+        runs = data.draw(cuts(length)) if length > 1 else [length]
+        sent = (length if is_ranged else total if start == 0 else 0) if levels else 0
+        deepstack_runs = (data.draw(cuts(sent)) if sent > 1 else [sent]) if sent else []
+        grant = grant_for(runs, deepstack_runs, start=start, deepstack_start=start if is_ranged or not sent else 0)
+        header, payload = encoded.header(grant), encoded.payload(grant)
+        assert (header.row_start, header.row_stop, header.total_rows) == (start, start + length, total)
+        assert (header.deepstack_start, header.deepstack_stop) == (grant.deepstack_start, grant.deepstack_stop)
+        assert (len(header.row_digests), len(header.deepstack_digests)) == (len(runs), len(deepstack_runs))
+        digests += [*header.row_digests, *header.deepstack_digests]
+        aux, pieces, parts = split_payload(grant, payload)
+        assert len(aux) == (start == 0)
+        assert [len(piece) for piece in pieces] == deepstack_runs
+        assert all([len(piece) for piece in part] == runs for part in parts)
+        for whole, views in ((encoded.deepstack, pieces), (encoded.main, parts[0])):
+            for view in views:
+                assert view.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr(), "copied"
+                assert view.is_contiguous()
+        main.append([torch.cat(part) for part in parts])
+        deepstack += pieces
+        start += length
+    assert add_digests(*digests) == encoded.digest
+    for part, whole in zip(zip(*main, strict=True), (encoded.main, encoded.fill_ids, encoded.positions), strict=True):
         assert torch.equal(torch.cat(part), whole)
-    aux = dict(zip(AUX_FIELDS, pieces[3 * n].tolist(), strict=True))
-    header = encoded.header(grant)
-    assert aux == {
-        "rows": 6,
-        "frames": 1,
-        "height": 4,
-        "width": 6,
-        "levels": levels,
-        "hidden": 32,
-        "digest": header.digest,
-        "attempt": 3,
-    }
-    assert [len(piece) for piece in pieces[3 * n + 1 :]] == deepstack_runs
     if levels:
-        assert torch.equal(torch.cat(pieces[3 * n + 1 :]), encoded.deepstack)
-    assert all(piece.is_contiguous() for piece in pieces)
+        assert torch.equal(torch.cat(deepstack), encoded.deepstack)
 
 
-@pytest.mark.parametrize(("runs", "deepstack_runs"), [([5], [6]), ([6], [5]), ([6, 1], [6]), ([6], [])])
-def test_runs_that_do_not_add_up_are_refused(runs, deepstack_runs):
-    with pytest.raises(TransferError, match="6 rows"):
-        make_encoded(CONFIG).payload(grant_for(6, runs, deepstack_runs))
+@pytest.mark.parametrize("levels", [0, 2])
+def test_the_first_transfer_begins_with_aux(levels):
+    encoded = make_encoded(small_config(levels=levels))
+    grant = grant_for([4], [6] if levels else [])
+    aux = dict(zip(AUX_FIELDS, encoded.payload(grant)[0].tolist(), strict=True))
+    sizes = {"rows": 6, "frames": 1, "height": 4, "width": 6, "levels": levels, "hidden": 32}
+    assert aux == {**sizes, "digest": encoded.digest, "attempt": 3}
 
 
-@pytest.mark.parametrize("change", [{"row_stop": 5}, {"row_start": 1}, {"deepstack_stop": 5}, {"deepstack_start": 1}])
-def test_a_grant_for_another_number_of_rows_is_refused(change):
-    with pytest.raises(TransferError, match="of 6"):
-        make_encoded(CONFIG).header(msgspec.structs.replace(grant_for(6, [6]), **change))
+WRONG_GRANTS = {
+    "beyond the end": grant_for([7], [6]),
+    "before the start": grant_for([3], [], start=-1),
+    "a resume beyond the end": grant_for([3], [], start=4),
+    "no rows": grant_for([], [], row_stop=0),
+    "runs too short": grant_for([4, 1], [6], row_stop=6),
+    "runs too long": grant_for([4, 3], [6], row_stop=6),
+    "rows without runs": grant_for([], [6], row_stop=6),
+    "DeepStack beyond the end": grant_for([6], [7]),
+    "DeepStack before the start": grant_for([6], [6], deepstack_start=-1),
+    "DeepStack runs too short": grant_for([6], [5], deepstack_stop=6),
+    "DeepStack rows without runs": grant_for([6], [], deepstack_stop=6),
+}
 
 
-def local_transfer(*, rows: int = 64) -> LocalTransfer:
-    buffers = MultimodalDataBuffers(CONFIG, num_rows=rows, block_size=4, dtype=torch.float32)
-    return LocalTransfer(WORKER, LanguageReceiver(buffers, CONFIG))
-
-
-def test_the_local_transfer_gives_the_rows_of_the_tower():
-    transfer = local_transfer()
-    for i, size in enumerate(SIZES):
-        data = make_image(i, size)
-        received, timings = transfer.run("r", i, 1, visual_of(size), data)
-        patches, grid = PROCESSOR.pixels(data)
-        with torch.inference_mode():
-            features = MODEL.get_image_feature(patches, [grid])
-        assert torch.equal(torch.cat([received.main, received.deepstack], dim=1), features)
-        assert timings.rows == len(features)
-        assert timings.transfer_bytes == len(features) * (32 * 4 + 4 + 12 + 64 * 4) + 64
-        assert min(timings.preprocess, timings.encode, timings.transfer) > 0
-    assert transfer.receiver.is_idle
-
-
-@pytest.mark.parametrize("fault", ["damaged", "too large", "not as announced"])
-def test_a_local_transfer_that_fails_leaves_nothing_behind(fault):
-    transfer = local_transfer(rows=8)
-    data, size = make_image(0, (64, 64)), (64, 64)
-    visual = visual_of((256, 256) if fault == "too large" else size)
-    if fault == "not as announced":
-        visual = replace_grid(visual, (1, 2, 8))
-    with pytest.raises(TransferError if fault == "not as announced" else InputError):
-        transfer.run("r", 0, 1, visual, data[:-300] if fault == "damaged" else data)
-    assert transfer.receiver.is_idle
-    received, _ = transfer.run("r", 0, 2, visual_of(size), data)
-    assert len(received.main) == 4
-
-
-def replace_grid(visual: VisualItem, grid: tuple[int, int, int]) -> VisualItem:
-    return msgspec.structs.replace(visual, grid=grid)
+@pytest.mark.parametrize("grant", [pytest.param(grant, id=name) for name, grant in WRONG_GRANTS.items()])
+def test_grants_that_the_item_cannot_fill_are_refused(grant):
+    with pytest.raises(TransferError, match="of an item of 6"):
+        make_encoded(CONFIG).header(grant)
 
 
 def test_the_digest_covers_each_buffer():

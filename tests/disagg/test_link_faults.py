@@ -1,126 +1,61 @@
-"""Each end of a link against a peer that a test plays by hand: late answers, stale attempts, second incarnations."""
+"""The link server against encode ranks that a test plays by hand: late answers, stale attempts, second incarnations."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
-import torch
 
-from qwen3vl_disagg.core.errors import TransferError
-from qwen3vl_disagg.disagg import encode_links
-from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
-from qwen3vl_disagg.disagg.control import Connection, ConnectionLost, connect_link
-from qwen3vl_disagg.disagg.encode_links import EncodeLinks
-from qwen3vl_disagg.disagg.link_server import LinkServer
-from qwen3vl_disagg.disagg.links import InProcessLink, in_process_links
-from qwen3vl_disagg.disagg.messages import (
-    Abort,
-    Ack,
-    Grant,
-    Header,
-    HeaderOk,
-    LinkAccept,
-    LinkHello,
-    LinkReady,
-    Nack,
-    Refused,
-)
-from qwen3vl_disagg.disagg.receiver import LanguageReceiver
-from qwen3vl_disagg.disagg.store import host_store
-from tests.support.random_model import small_config
-from tests.support.transfer import make_encoded, make_visual
-
-CONFIG = small_config()
-VISUAL = make_visual(CONFIG)  # 6 rows
-FINGERPRINT = {"protocol": "1"}
-TOKEN = "secret"
+from qwen3vl_disagg.disagg.control import ConnectionLost
+from qwen3vl_disagg.disagg.messages import Abort, Ack, Frame, Goodbye, Grant, HeaderOk, Nack, Resume, Stale
+from qwen3vl_disagg.disagg.session_events import Consumed, Forget
+from tests.support.link_peers import language, make_grant
+from tests.support.link_scenarios import CONFIG, LIMITS, run, until
+from tests.support.transfer import make_encoded
 
 
-def run(scenario) -> None:
-    async def limited():
-        async with asyncio.timeout(60):
-            await scenario()
-
-    asyncio.run(limited())
-
-
-async def until(holds, timeout: float = 10) -> None:
-    async with asyncio.timeout(timeout):
-        while not holds():
-            await asyncio.sleep(0.01)
-
-
-class Language:
-    """A link server whose encode ranks are played by the test."""
-
-    def __init__(self, *, rows: int = 8) -> None:
-        self.receiver = LanguageReceiver(MultimodalDataBuffers(CONFIG, num_rows=rows, block_size=4), CONFIG)
-        self.make_link = in_process_links()
-        self.server = LinkServer(
-            self.receiver, fingerprint=FINGERPRINT, token=TOKEN, language_rank=1, make_link=self.make_link
-        )
-        self.items: list[tuple] = []
-        self.lost: list[tuple] = []
-        self.server.on_item = lambda *event: self.items.append(event)
-        self.server.on_lost = lambda *event: self.lost.append(event)
-        self.address = ("", 0)
-
-    async def connect(self, encode_rank: int, *, token: str = TOKEN) -> tuple[Connection, InProcessLink]:
-        control = await connect_link(self.address, deadline_s=5)
-        hello = LinkHello(token=token, encode_rank=encode_rank, pid=os.getpid(), fingerprint=FINGERPRINT)
-        await control.send(hello)
-        accept = await control.receive(15)
-        if isinstance(accept, Refused):
-            raise ConnectionLost(accept.field)
-        link = self.make_link("encode", encode_rank, 1, accept.epoch)
-        assert isinstance(await control.receive(15), LinkReady)
-        control.keep_alive()
-        return control, link
-
-
-@asynccontextmanager
-async def language(*, rows: int = 8):
-    store, _ = host_store("127.0.0.1")
-    it = Language(rows=rows)
-    it.server.use_store(store)
-    it.address = await it.server.serve()
-    try:
-        yield it
-    finally:
-        await it.server.close()
-
-
-async def deliver(control: Connection, link: InProcessLink, grant: Grant, seed: int = 0):
-    encoded = make_encoded(CONFIG, seed=seed)
-    await control.send(encoded.header(grant))
-    answer = await control.receive(15)
-    assert isinstance(answer, HeaderOk), answer
-    link.send(encoded.payload(grant), 1)
-    return encoded
+def lost(it) -> list[tuple[str, int, int]]:
+    return [(event.request_id, event.item, event.attempt) for event in it.engine.lost]
 
 
 def test_grants_follow_the_order_of_requests_and_room():
     async def scenario():
-        async with language(rows=8) as it:  # room for one item
-            control, link = await it.connect(0)
+        async with language() as it:  # room for one item
+            peer = await it.connect(0)
             for name in "abc":
-                it.server.request(name, 0, 1, VISUAL, 0)
+                it.expect(name)
             for seed, name in enumerate("abc"):
-                grant = await control.receive(15)
+                grant = await peer.hear(Grant)
                 assert (grant.request_id, grant.attempt) == (name, 1)
-                encoded = await deliver(control, link, grant, seed)
-                ack = await control.receive(15)
-                assert isinstance(ack, Ack)
-                assert ack.received == 6
-                await until(lambda seed=seed: len(it.items) == seed + 1)
-                assert torch.equal(it.items[-1][3].main, encoded.main)
-            assert it.receiver.is_idle
-            assert not it.lost
+                await it.has_rows(name, await peer.deliver(grant, seed))
+            assert it.engine.shortages == [True, False]
+            assert not it.engine.lost
+
+    run(scenario)
+
+
+def test_the_next_part_is_asked_for_when_rows_were_consumed():
+    async def scenario():
+        async with language(blocks=1) as it:
+            peer = await it.connect(0)
+            it.engine.is_holding = True
+            it.expect("a")
+            grant = await peer.hear(Grant)
+            assert (grant.row_start, grant.row_stop, grant.deepstack_stop) == (0, 4, 6)
+            await peer.deliver(grant)
+            await until(lambda: it.engine.held)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(peer.hear(Resume), 0.1)
+            it.engine.consume(it.engine.held[0])
+            resume = await peer.hear(Resume)
+            assert (resume.row_start, resume.row_stop, resume.deepstack_runs) == (4, 6, [])
+            encoded = await peer.deliver(resume)
+            await until(lambda: it.engine.held)
+            it.engine.consume(it.engine.held[0])
+            await it.has_rows("a", encoded)
+            it.server.handle(Consumed("a", 0, 1, 6))  # twice changes nothing
 
     run(scenario)
 
@@ -128,21 +63,39 @@ def test_grants_follow_the_order_of_requests_and_room():
 def test_a_bad_header_is_refused_and_the_link_goes_on():
     async def scenario():
         async with language() as it:
-            control, link = await it.connect(0)
-            it.server.request("a", 0, 1, VISUAL, 0)
-            grant = await control.receive(15)
+            peer = await it.connect(0)
+            it.expect("a")
+            grant = await peer.hear(Grant)
             header = make_encoded(CONFIG).header(grant)
-            await control.send(msgspec.structs.replace(header, total_rows=5))
-            nack = await control.receive(15)
-            assert isinstance(nack, Nack)
-            assert "expected 6, got 5" in nack.reason
-            await until(lambda: it.lost)
-            assert it.lost[0][:3] == ("a", 0, 1)
-            assert it.receiver.is_idle
-            it.server.request("a", 0, 2, VISUAL, 0)
-            await deliver(control, link, await control.receive(15))
-            await until(lambda: it.items)
-            assert it.items[0][2].attempt == 2
+            await peer.say(msgspec.structs.replace(header, total_rows=5))
+            assert "expected 6, got 5" in (await peer.hear(Nack)).reason
+            await until(lambda: it.engine.lost)
+            assert lost(it) == [("a", 0, 1)]
+            assert it.counts() == (2, 0, 0)
+            it.expect("a", attempt=2)
+            encoded = await peer.deliver(await peer.hear(Grant))
+            assert await it.has_rows("a", encoded) == 2
+
+    run(scenario)
+
+
+def test_rows_that_are_not_the_announced_ones_are_refused_and_the_link_goes_on():
+    async def scenario():
+        async with language() as it:
+            peer = await it.connect(0)
+            it.expect("a")
+            grant = await peer.hear(Grant)
+            await peer.say(make_encoded(CONFIG).header(grant))
+            await peer.hear(HeaderOk)
+            peer.link.send(make_encoded(CONFIG, seed=1).payload(grant), 1)
+            assert "digest" in (await peer.hear(Nack)).reason
+            await until(lambda: it.engine.lost)
+            assert lost(it) == [("a", 0, 1)]
+            assert it.engine.lost[0].dead_epoch == 0
+            assert it.counts() == (2, 0, 0)
+            it.expect("a", attempt=2)
+            encoded = await peer.deliver(await peer.hear(Grant))
+            assert await it.has_rows("a", encoded) == 2
 
     run(scenario)
 
@@ -150,21 +103,18 @@ def test_a_bad_header_is_refused_and_the_link_goes_on():
 def test_frames_of_an_attempt_that_ended_change_nothing():
     async def scenario():
         async with language() as it:
-            control, link = await it.connect(0)
-            it.server.request("a", 0, 1, VISUAL, 0)
-            old = await control.receive(15)
-            it.server.cancel("a")
-            assert isinstance(await control.receive(15), Abort)
-            it.server.request("a", 0, 2, VISUAL, 0)
-            new = await control.receive(15)
-            await control.send(make_encoded(CONFIG).header(old))
-            assert isinstance(await control.receive(15), Nack)
-            await control.send(Abort(request_id="a", item=0, attempt=1, reason="late"))
-            await control.send(Nack(request_id="z", item=0, attempt=1, reason="never known"))
-            await deliver(control, link, new)
-            await until(lambda: it.items)
-            assert it.items[0][2].attempt == 2
-            assert not it.lost
+            peer = await it.connect(0)
+            it.expect("a")
+            old = await peer.hear(Grant)
+            it.expect("a", attempt=2)
+            assert (await peer.hear(Abort)).attempt == 1
+            new = await peer.hear(Grant)
+            await peer.say(make_encoded(CONFIG).header(old))
+            assert (await peer.hear(Nack)).attempt == 1
+            await peer.say(Abort(request_id="a", item=0, attempt=1, reason="late"))
+            await peer.say(Nack(request_id="z", item=0, attempt=1, reason="never known"))
+            assert await it.has_rows("a", await peer.deliver(new)) == 2
+            assert not it.engine.lost
 
     run(scenario)
 
@@ -172,45 +122,97 @@ def test_frames_of_an_attempt_that_ended_change_nothing():
 def test_a_request_cancelled_in_mid_payload_gives_nothing_and_leaves_nothing():
     async def scenario():
         async with language() as it:
-            control, link = await it.connect(0)
-            it.server.request("a", 0, 1, VISUAL, 0)
-            it.server.request("b", 0, 1, VISUAL, 0)
-            grant = await control.receive(15)
+            peer = await it.connect(0)
+            it.expect("a")
+            it.expect("b")
+            grant = await peer.hear(Grant)
             encoded = make_encoded(CONFIG)
-            await control.send(encoded.header(grant))
-            assert isinstance(await control.receive(15), HeaderOk)
-            it.server.cancel("a")
-            assert isinstance(await control.receive(15), Abort)
-            assert it.receiver.buffers.allocator.counts("rows") == (0, 0, 2), "not in quarantine"
-            link.send(encoded.payload(grant), 1)
-            assert isinstance(await control.receive(15), Ack)
-            follower = await control.receive(15)
+            await peer.say(encoded.header(grant))
+            await peer.hear(HeaderOk)
+            it.server.handle(Forget("a"))
+            await peer.hear(Abort)
+            await asyncio.sleep(0.1)
+            assert it.counts() == (0, 0, 2), "not in quarantine"
+            peer.link.send(encoded.payload(grant), 1)
+            follower = await peer.hear(Grant)
             assert follower.request_id == "b"
-            await deliver(control, link, follower, seed=1)
-            await until(lambda: it.items)
-            assert [event[0] for event in it.items] == ["b"]
-            assert it.receiver.is_idle
+            await it.has_rows("b", await peer.deliver(follower, seed=1))
+            assert [d.request_id for d in it.engine.deliveries] == ["b"]
+
+    run(scenario)
+
+
+def test_a_payload_that_does_not_come_ends_the_link_and_is_asked_for_again():
+    async def scenario():
+        async with language(limits=msgspec.structs.replace(LIMITS, payload_s=0.3)) as it:
+            peer, other = await it.connect(0), await it.connect(2)
+            it.expect("a")
+            grant = await peer.hear(Grant)
+            await peer.say(make_encoded(CONFIG).header(grant))
+            await peer.hear(HeaderOk)
+            await peer.ended()
+            await until(lambda: it.counts() == (2, 0, 0))
+            again = await it.connect(0)
+            assert again.epoch == peer.epoch + 1
+            repeated = await again.hear(Grant)
+            assert repeated == grant
+            assert await it.has_rows("a", await again.deliver(repeated)) == 1
+            assert not other.control.is_closed
+            assert not it.engine.lost
+
+    run(scenario)
+
+
+def test_blocks_of_a_payload_under_way_are_not_given_to_others_when_its_link_dies():
+    async def scenario():
+        async with language(limits=msgspec.structs.replace(LIMITS, payload_s=0.5)) as it:
+            peer = await it.connect(0)
+            it.expect("a")
+            await peer.say(make_encoded(CONFIG).header(await peer.hear(Grant)))
+            await peer.hear(HeaderOk)
+            peer.control.abort()
+            again = await it.connect(0)
+            it.expect("b")
+            it.server.handle(Forget("a"))
+            assert it.counts() == (0, 0, 2), "not in quarantine"
+            assert (await again.hear(Abort)).request_id == "a"
+            started = time.monotonic()
+            grant = await again.hear(Grant)
+            assert grant.request_id == "b"
+            assert time.monotonic() - started > 0.2
+            await it.has_rows("b", await again.deliver(grant))
 
     run(scenario)
 
 
 def test_a_lost_link_loses_its_items_and_no_others():
     async def scenario():
-        async with language(rows=32) as it:
-            first, _ = await it.connect(0)
-            second, link = await it.connect(2)
-            it.server.request("a", 0, 1, VISUAL, 0)
-            it.server.request("b", 0, 1, VISUAL, 2)
-            await first.receive(15)
-            grant = await second.receive(15)
-            started = time.monotonic()
-            first.abort()
-            await until(lambda: it.lost)
-            assert time.monotonic() - started < 8
-            assert [event[:3] for event in it.lost] == [("a", 0, 1)]
-            await deliver(second, link, grant)
-            await until(lambda: it.items)
-            assert it.receiver.is_idle
+        async with language(blocks=8, limits=msgspec.structs.replace(LIMITS, suspend_s=0.2)) as it:
+            first, second = await it.connect(0), await it.connect(2)
+            it.expect("a")
+            it.expect("b", encode_rank=2)
+            await first.hear(Grant)
+            grant = await second.hear(Grant)
+            first.control.abort()
+            await until(lambda: it.engine.lost)
+            assert lost(it) == [("a", 0, 1)]
+            assert it.engine.lost[0].dead_epoch == first.epoch
+            await it.has_rows("b", await second.deliver(grant))
+
+    run(scenario)
+
+
+def test_a_rank_that_says_goodbye_is_waited_for_like_a_lost_one():
+    async def scenario():
+        async with language() as it:
+            peer = await it.connect(0)
+            it.expect("a")
+            await peer.hear(Grant)
+            await peer.control.send(Goodbye())
+            await peer.ended()
+            again = await it.connect(0)
+            await it.has_rows("a", await again.deliver(await again.hear(Grant)))
+            assert not it.engine.lost
 
     run(scenario)
 
@@ -228,139 +230,95 @@ def test_a_wrong_token_is_named_but_not_told(token):
 def test_a_second_incarnation_ends_the_first_ones_connection():
     async def scenario():
         async with language() as it:
-            first, _ = await it.connect(0)
-            await it.connect(0)
-            with pytest.raises(ConnectionLost):
-                await asyncio.wait_for(first.receive(), 3)
+            first = await it.connect(0)
+            it.expect("a")
+            await first.hear(Grant)
+            second = await it.connect(0)
+            await first.ended()
+            await it.has_rows("a", await second.deliver(await second.hear(Grant)))
 
     run(scenario)
 
 
 def test_an_attempt_that_was_replaced_is_not_lost_later():
     async def scenario():
+        async with language(limits=msgspec.structs.replace(LIMITS, suspend_s=0.1)) as it:
+            first, second = await it.connect(0), await it.connect(2)
+            it.expect("a")
+            await first.hear(Grant)
+            it.expect("a", attempt=2, encode_rank=2)  # the router gave it to another rank
+            await it.has_rows("a", await second.deliver(await second.hear(Grant)))
+            first.control.abort()
+            await asyncio.sleep(0.5)
+            assert not it.engine.lost
+
+    run(scenario)
+
+
+def test_a_frame_that_is_missing_ends_the_link_and_one_that_comes_twice_changes_nothing():
+    async def scenario():
         async with language() as it:
-            first, _ = await it.connect(0)
-            second, link = await it.connect(2)
-            it.server.request("a", 0, 1, VISUAL, 0)
-            await first.receive(15)
-            it.server.request("a", 0, 2, VISUAL, 2)  # the router gave it to another rank
-            await deliver(second, link, await second.receive(15))
-            await until(lambda: it.items)
-            first.abort()
-            await asyncio.sleep(0.3)
-            assert it.lost == []
+            peer = await it.connect(0)
+            it.expect("a")
+            grant = await peer.hear(Grant)
+            header = peer.frame(make_encoded(CONFIG).header(grant))
+            await peer.control.send(header)
+            await peer.hear(HeaderOk)
+            await peer.control.send(header)
+            peer.link.send(make_encoded(CONFIG).payload(grant), 1)
+            await peer.hear(Ack)
+            peer.frame(None)
+            await peer.say(Abort(request_id="a", item=0, attempt=1, reason="after a gap"))
+            await peer.ended()
+            await it.has_rows("a", make_encoded(CONFIG))
+            assert not it.engine.lost
 
     run(scenario)
 
 
-@asynccontextmanager
-async def encode_side():
-    """`EncodeLinks` linked to a language rank that the test plays: (links, its end's connection, payload link)."""
-    accepted: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
-
-    async def accept(reader, writer):
-        control = Connection.link(reader, writer)
-        assert isinstance(await control.receive(15), LinkHello)
-        await control.send(LinkAccept(epoch=1, language_rank=1))
-        await control.send(LinkReady())
-        if not accepted.done():
-            accepted.set_result(control.keep_alive())
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    host, port = server.sockets[0].getsockname()[:2]
-    make_link, changes = in_process_links(), []
-    hello = LinkHello(token=TOKEN, encode_rank=0, pid=os.getpid(), fingerprint=FINGERPRINT)
-    links = EncodeLinks(hello, on_change=changes.append, on_refused=changes.append)
-    links.connect([(1, host, port)], make_link)
-    try:
-        control = await accepted
-        await until(lambda: links.get(1) is not None)
-        yield links, control, make_link("language", 0, 1, 1)
-    finally:
-        await links.close()
-        server.close()
-
-
-def make_grant(request_id: str) -> Grant:
-    return Grant(
-        request_id=request_id,
-        item=0,
-        attempt=1,
-        row_start=0,
-        row_stop=6,
-        deepstack_start=0,
-        deepstack_stop=6,
-        row_runs=[4, 2],
-        deepstack_runs=[6],
-    )
-
-
-def test_a_grant_may_come_before_its_item_is_known():
+def test_a_frame_of_an_old_epoch_changes_nothing_and_is_answered_with_the_current_one():
     async def scenario():
-        async with encode_side() as (links, control, payload):
-            link, grant, encoded = links.get(1), make_grant("a"), make_encoded(CONFIG)
-            await control.send(grant)
-            await until(lambda: link.answers)
-            assert await link.wait_grant(("a", 0, 1), 10) == grant
-            delivering = asyncio.create_task(link.deliver(encoded, grant))
-            header = await control.receive(15)
-            ids = {"request_id": "a", "item": 0, "attempt": 1}
-            await control.send(HeaderOk(**ids))
-            got = [torch.zeros_like(piece) for piece in encoded.payload(grant)]
-            await asyncio.to_thread(payload.receive, got, 5)
-            assert torch.equal(torch.cat(got[:2]), encoded.main)
-            assert header.digest == encoded.digest
-            await control.send(Ack(**ids, received=6))
-            await delivering
-            assert not link.answers
+        async with language() as it:
+            await it.connect(0)
+            peer = await it.connect(0)
+            it.expect("a")
+            grant = await peer.hear(Grant)
+            abort = Abort(request_id="a", item=0, attempt=1, reason="old")
+            await peer.control.send(Frame(epoch=peer.epoch - 1, seq=1, body=abort))
+            assert (await peer.hear(Stale)).epoch == peer.epoch
+            await peer.control.send(Frame(epoch=peer.epoch + 1, seq=1, body=abort))
+            await it.has_rows("a", await peer.deliver(grant))
+            assert not it.engine.lost
 
     run(scenario)
 
 
-def test_a_dead_language_rank_fails_what_waits_for_it():
+def test_frames_that_only_a_language_rank_says_change_nothing():
     async def scenario():
-        async with encode_side() as (links, control, _):
-            link = links.get(1)
-            waiting = asyncio.create_task(link.wait_grant(("a", 0, 1), 30))
-            delivering = asyncio.create_task(link.deliver(make_encoded(CONFIG), make_grant("b")))
-            await control.receive(15)
-            control.abort()
-            for task in (waiting, delivering):
-                with pytest.raises(TransferError):
-                    await asyncio.wait_for(task, 15)
-            assert links.get(1) is not link
+        async with language() as it:
+            peer = await it.connect(0)
+            it.expect("a")
+            grant = await peer.hear(Grant)
+            await peer.say(make_grant("a"))
+            await peer.say(Ack(request_id="a", item=0, attempt=1, received=6))
+            await peer.say(HeaderOk(request_id="a", item=0, attempt=1, row_start=0))
+            await it.has_rows("a", await peer.deliver(grant))
 
     run(scenario)
 
 
-def test_a_header_that_is_not_answered_in_time_ends_the_link(monkeypatch):
-    """The answer may only be late: then the peer waits for this payload and would take the next one for it."""
-    monkeypatch.setattr(encode_links, "ANSWER_S", 0.2)
-
+def test_a_request_out_of_time_is_told_once_and_leaves_nothing():
     async def scenario():
-        async with encode_side() as (links, control, _):
-            link = links.get(1)
-            with pytest.raises(TransferError, match="not answered"):
-                await link.deliver(make_encoded(CONFIG), make_grant("a"))
-            assert isinstance(await control.receive(15), Header)
-            control.post(HeaderOk(request_id="a", item=0, attempt=1))  # late
-            following = asyncio.create_task(link.deliver(make_encoded(CONFIG, seed=1), make_grant("b")))
-            answers = await asyncio.gather(control.receive(2), following, return_exceptions=True)
-            assert isinstance(answers[0], ConnectionLost), f"the link goes on with {answers[0]}"
-
-    run(scenario)
-
-
-def test_a_grant_for_an_attempt_that_was_given_up_is_not_kept():
-    async def scenario():
-        async with encode_side() as (links, control, _):
-            link = links.get(1)
-            with pytest.raises(TransferError, match="no room"):
-                await link.wait_grant(("a", 0, 1), 0.1)
-            link.forget(("a", 0, 1))
-            await control.send(make_grant("a"))
-            abort = await control.receive(2)  # so that the language rank takes its blocks back
-            assert isinstance(abort, Abort)
-            assert not link.answers
+        async with language() as it:
+            peer = await it.connect(0)
+            it.expect("a", timeout_s=0.4)
+            it.expect("b")
+            await peer.hear(Grant)
+            await peer.hear(Abort)
+            grant = await peer.hear(Grant)
+            assert grant.request_id == "b"
+            await it.has_rows("b", await peer.deliver(grant))
+            assert [event.request_id for event in it.engine.expired] == ["a"]
+            assert not it.engine.lost
 
     run(scenario)

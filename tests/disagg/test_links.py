@@ -64,9 +64,10 @@ def transfer(pair, sent, *, timeout: float = 10) -> list[torch.Tensor]:
     got = [torch.zeros_like(tensor) for tensor in sent]
     with ThreadPoolExecutor(1) as thread:
         sending = thread.submit(pair[0].send, sent, timeout)
-        pair[1].receive(got, timeout)
+        here = list(pair[1].receive(got, timeout))
         sending.result(timeout)
-    return got
+    assert len(here) == len(sent)
+    return here
 
 
 def test_transfers_arrive_bit_for_bit_and_in_order(pair):
@@ -81,20 +82,105 @@ def test_several_transfers_may_be_sent_before_the_first_is_received(pair):
     with ThreadPoolExecutor(1) as thread:
         sending = [thread.submit(pair[0].send, batch, 10) for batch in batches]
         time.sleep(0.1)
-        for batch in got:
-            pair[1].receive(batch, 10)
+        here = [list(pair[1].receive(batch, 10)) for batch in got]
         for future in sending:
             future.result(10)
-    for mine, theirs in zip(got, batches, strict=True):
+    for mine, theirs in zip(here, batches, strict=True):
         assert all(same_bits(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
-def test_large_pieces_land_in_slices_and_nowhere_else(pair):
+def test_each_tensor_is_handed_out_in_its_turn_before_the_next_is_there(pair):
+    """What is here can be checked while the rest is on its way."""
+    seen = []
+    with ThreadPoolExecutor(1) as thread:
+        sent = payload(1)
+        sending = thread.submit(pair[0].send, sent, 10)
+        receiving = pair[1].receive([torch.zeros_like(tensor) for tensor in sent], 10)
+        for tensor in receiving:
+            assert same_bits(tensor, sent[len(seen)])
+            seen.append(tensor)
+        sending.result(10)
+    assert len(seen) == len(sent)
+    with pytest.raises(StopIteration):
+        next(receiving)
+
+
+def test_a_receive_that_is_closed_early_still_takes_the_whole_payload(pair):
+    """Whoever finds the first tensor wrong goes away; the next payload must not meet the rest of this one."""
+    first, second = payload(1), payload(2)
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(lambda: [pair[0].send(batch, 10) for batch in (first, second)])
+        receiving = pair[1].receive([torch.zeros_like(tensor) for tensor in first], 10)
+        assert same_bits(next(receiving), first[0])
+        receiving.close()
+        here = list(pair[1].receive([torch.zeros_like(tensor) for tensor in second], 10))
+        sending.result(10)
+    assert all(same_bits(a, b) for a, b in zip(here, second, strict=True))
+
+
+def test_a_closed_receive_returns_only_when_nothing_will_be_written_any_more():
+    """Blocks go back to the pool after that."""
+    ends = open_pair("process_group")
+    sent = [torch.full((4,), 1.0), torch.full((2**20,), 2.0)]
+    got = [torch.zeros_like(tensor) for tensor in sent]
+
+    def send_slowly():
+        ends[0].send(sent[:1], 10)
+        time.sleep(0.3)
+        ends[0].send(sent[1:], 10)
+
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(send_slowly)
+        receiving = ends[1].receive(got, 10)
+        next(receiving)
+        receiving.close()
+        assert (got[1] == 2).all()
+        sending.result(10)
+
+
+def test_a_closed_receive_that_is_never_filled_ends_at_its_timeout():
+    ends = open_pair("process_group")
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(ends[0].send, [torch.ones(4)], 10)
+        started = time.monotonic()
+        receiving = ends[1].receive([torch.zeros(4), torch.zeros(4)], 0.5)
+        next(receiving)
+        with pytest.raises(LinkBroken):
+            receiving.close()
+        assert 0.3 < time.monotonic() - started < 20
+        sending.result(10)
+
+
+def test_in_process_the_very_same_tensors_are_handed_out():
+    pair, sent = open_pair("in_process"), payload(3)
+    pool = [torch.zeros_like(tensor) for tensor in sent]
+    pair[0].send(sent, 1)
+    here = list(pair[1].receive(pool, 1))
+    assert [tensor.data_ptr() for tensor in here] == [tensor.data_ptr() for tensor in sent]
+    assert not any(tensor.view(torch.uint8).any() for tensor in pool), "something was copied"
+
+
+def test_over_a_process_group_the_given_tensors_are_handed_out():
+    pair, sent = open_pair("process_group"), payload(3)
+    pool = [torch.zeros_like(tensor) for tensor in sent]
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(pair[0].send, sent, 10)
+        here = list(pair[1].receive(pool, 10))
+        sending.result(10)
+    assert [tensor.data_ptr() for tensor in here] == [tensor.data_ptr() for tensor in pool]
+
+
+def test_a_payload_of_nothing_passes(pair):
+    assert transfer(pair, []) == []
+
+
+def test_large_pieces_land_in_slices_and_nowhere_else():
+    ends = open_pair("process_group")
     sent = torch.randn(3, 2**20, generator=torch.Generator().manual_seed(0))  # 4 MiB a row
     pool = torch.zeros(5, 2**20)
     with ThreadPoolExecutor(1) as thread:
-        sending = thread.submit(pair[0].send, [sent[:1], sent[1:]], 10)
-        pair[1].receive([pool[3:4], pool[0:2]], 10)
+        sending = thread.submit(ends[0].send, [sent[:1], sent[1:]], 10)
+        list(ends[1].receive([pool[3:4], pool[0:2]], 10))
         sending.result(10)
     assert torch.equal(pool[[3, 0, 1]], sent)
     assert not pool[[2, 4]].any()
@@ -103,7 +189,7 @@ def test_large_pieces_land_in_slices_and_nowhere_else(pair):
 def test_a_receive_ends_at_its_timeout_when_nothing_is_sent(pair):
     started = time.monotonic()
     with pytest.raises(LinkBroken):
-        pair[1].receive(payload(0), 0.3)
+        list(pair[1].receive(payload(0), 0.3))
     assert 0.2 < time.monotonic() - started < 20
 
 
@@ -122,27 +208,37 @@ def test_closing_twice_is_harmless(kind):
         end.close()
 
 
+def test_a_closed_link_is_broken():
+    ends = open_pair("process_group")
+    ends[1].close()
+    with pytest.raises(LinkBroken, match="closed"):
+        list(ends[1].receive(payload(0), 1))
+    ends[0].close()
+    with pytest.raises(LinkBroken, match="closed"):
+        ends[0].send(payload(0), 1)
+
+
 def test_what_was_not_agreed_on_is_refused_in_process():
     """A process group cannot notice; that is why sizes are agreed before."""
     for wrong in ([torch.zeros(3)], [torch.zeros(4, dtype=torch.int32)]):
         link = InProcessLink()
         link.send([torch.ones(4)], 1)
         with pytest.raises(LinkBroken):
-            link.receive(wrong, 1)
+            list(link.receive(wrong, 1))
 
 
 def test_a_wrong_number_of_tensors_breaks_the_link_in_process():
     link = InProcessLink()
     link.send([torch.ones(4)], 1)
     with pytest.raises(LinkBroken):
-        link.receive([torch.zeros(4), torch.zeros(4)], 1)
+        list(link.receive([torch.zeros(4), torch.zeros(4)], 1))
 
 
 def test_one_broken_link_leaves_the_others_alone():
     store = host_store("127.0.0.1")
     first, second = (open_pair("process_group", encode_rank=rank, store=store) for rank in (0, 1))
     with pytest.raises(LinkBroken):
-        first[1].receive(payload(0), 0.1)
+        list(first[1].receive(payload(0), 0.1))
     sent = payload(1)
     assert all(same_bits(a, b) for a, b in zip(transfer(second, sent), sent, strict=True))
     again = open_pair("process_group", encode_rank=0, epoch=2, store=store)
@@ -196,7 +292,7 @@ def test_a_sender_killed_in_mid_payload_costs_the_receiver_its_timeout_and_no_mo
         first, second = torch.zeros(2**20), torch.zeros(2**20)
         started = time.monotonic()
         with pytest.raises(LinkBroken):
-            link.receive([first, second], 2)
+            list(link.receive([first, second], 2))
         assert time.monotonic() - started < 30
         assert (first == 7).all()
         assert sender.wait(10) == -9

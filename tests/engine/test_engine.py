@@ -1,15 +1,17 @@
 """The engine over a small random model: its tokens against plain recomputation, batches, cancels, failures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, VisualItem
+from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams
 from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
-from qwen3vl_disagg.engine.engine import Engine, EngineOptions
-from qwen3vl_disagg.engine.sequence import ItemRows
+from qwen3vl_disagg.engine.engine import Engine
 from qwen3vl_disagg.model import ForwardBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.processing import mrope_positions
+from tests.support.engine import make_engine, make_item, make_requests, run, token_ids, without_deepstack
 from tests.support.random_model import IMAGE_TOKEN, random_language_model, small_config
 
 GREEDY = SamplingParams(max_new_tokens=6, logprobs=2)
@@ -18,61 +20,6 @@ GREEDY = SamplingParams(max_new_tokens=6, logprobs=2)
 @pytest.fixture(scope="module")
 def model() -> Qwen3MoeForCausalLMWithDeepStack:
     return random_language_model(small_config(), seed=0)
-
-
-def make_engine(model, **options) -> Engine:
-    defaults = {"max_running": 4, "max_prefill_tokens": 40, "page_size": 4, "kv_cache_gib": 0.01}
-    return Engine(model, eos_ids=frozenset({1}), options=EngineOptions(**{**defaults, **options}))
-
-
-def make_item(offset: int, grid=(1, 4, 6), name="image") -> VisualItem:
-    rows = grid[1] * grid[2] // 4
-    return VisualItem(
-        modality="image", digest=name, num_bytes=1, grid=grid, num_rows=rows, offset=offset, param="messages[0]"
-    )
-
-
-def make_rows(model, item: VisualItem, seed: int) -> ItemRows:
-    generator = torch.Generator().manual_seed(seed)
-    hidden, levels = model.config.text.hidden_size, model.config.num_deepstack_levels
-    return ItemRows(
-        torch.randn(item.num_rows, hidden, generator=generator),
-        torch.randn(item.num_rows, levels * hidden, generator=generator),
-    )
-
-
-def make_requests(model, count: int):
-    """name -> (token ids, items, rows): text, one image, two images, in turn."""
-    requests = {}
-    generator = torch.Generator().manual_seed(5)
-    for i in range(count):
-        length = 3 + int(torch.randint(0, 9, (1,), generator=generator))
-        text = torch.randint(10, 60, (length,), generator=generator).tolist()
-        items, ids = [], text[:2]
-        for _ in range(i % 3):
-            items.append(make_item(len(ids), grid=(1, 4, 6) if len(items) == 0 else (1, 2, 8)))
-            ids = ids + [IMAGE_TOKEN] * items[-1].num_rows + [7]
-        ids = ids + text[2:]
-        requests[f"r{i}"] = (ids, items, [make_rows(model, item, 10 * i + j) for j, item in enumerate(items)])
-    return requests
-
-
-def run(engine: Engine, requests, sampling) -> dict[str, list]:
-    """Drive the engine to the end; each request's events."""
-    events: dict[str, list] = {name: [] for name in requests}
-    for name, (ids, items, _) in requests.items():
-        engine.add(name, ids, items, sampling[name] if isinstance(sampling, dict) else sampling)
-    for _ in range(500):
-        if engine.is_empty:
-            return events
-        assert engine.has_work
-        for event in engine.step():
-            events[event.request_id].append(event)
-            if isinstance(event, NeedItems):
-                for index in event.items:
-                    rows = requests[event.request_id][2][index]
-                    engine.provide_item(event.request_id, index, rows, ItemTimings())
-    raise AssertionError("the engine does not come to an end")
 
 
 @torch.inference_mode()
@@ -85,7 +32,7 @@ def recompute(model, ids, items, rows, num_new: int) -> list[int]:
         deepstack = torch.zeros(len(ids), model.config.num_deepstack_levels * embeds.shape[1])
         for item, row in zip(items, rows, strict=True):
             where = slice(item.offset, item.offset + item.num_rows)
-            embeds[where], deepstack[where] = row.main, row.deepstack
+            row.write(0, item.num_rows, embeds[where], deepstack[where])
         positions, _ = mrope_positions(len(ids), items, 2)
         logits = model(tokens, positions, ForwardBatch.for_prompt([len(ids)]), embeds, input_deepstack_embeds=deepstack)
         logits[0, [IMAGE_TOKEN, IMAGE_TOKEN + 1]] = float("-inf")
@@ -93,10 +40,6 @@ def recompute(model, ids, items, rows, num_new: int) -> list[int]:
         if ids[-1] == 1:
             break
     return ids
-
-
-def token_ids(events) -> list[int]:
-    return [i for event in events if isinstance(event, Tokens) for i in event.token_ids]
 
 
 def test_batched_tokens_equal_plain_recomputation(model):
@@ -113,9 +56,11 @@ def test_batched_tokens_equal_plain_recomputation(model):
 
 def test_deepstack_rows_matter(model):
     requests = {k: v for k, v in make_requests(model, 6).items() if v[1]}
-    without = {k: (i, t, [ItemRows(r.main, r.deepstack * 0) for r in rows]) for k, (i, t, rows) in requests.items()}
+    without = {k: (i, t, [without_deepstack(r) for r in rows]) for k, (i, t, rows) in requests.items()}
     a, b = (run(make_engine(model), r, GREEDY) for r in (requests, without))
-    first = [(a[k][1].logprobs[0].logprob, b[k][1].logprobs[0].logprob) for k in requests]
+    first = [
+        tuple(next(e for e in x[k] if isinstance(e, Tokens)).logprobs[0].logprob for x in (a, b)) for k in requests
+    ]
     assert all(abs(x - y) > 1e-3 for x, y in first)
 
 
@@ -159,7 +104,7 @@ def test_cancel_at_every_stage_leaks_nothing(model):
             for event in engine.step():
                 if isinstance(event, NeedItems) and stage % 2:
                     for index in event.items:
-                        engine.provide_item(
+                        engine.provide_rows(
                             event.request_id, index, requests[event.request_id][2][index], ItemTimings()
                         )
         for name in requests:
@@ -169,11 +114,11 @@ def test_cancel_at_every_stage_leaks_nothing(model):
         assert engine.scheduler.pool.num_free == free
 
 
-def test_a_wrong_number_of_rows_fails_that_request_alone(model):
+def test_rows_that_are_not_there_fail_that_request_alone(model):
     requests = make_requests(model, 3)
-    short = [ItemRows(row.main[:-1], row.deepstack[:-1]) for row in requests["r1"][2]]
-    requests["r1"] = (requests["r1"][0], requests["r1"][1], short)
-    engine = make_engine(model, max_prefill_tokens=1)
+    [rows] = requests["r1"][2]
+    requests["r1"] = (*requests["r1"][:2], [replace(rows, main=((0, rows.main[0][1][:-1]),))])
+    engine = make_engine(model, max_prefill_tokens=12)
     events = run(engine, requests, GREEDY)
     assert isinstance(events["r1"][-1], RequestFailed)
     assert isinstance(events["r0"][-1], Finished)

@@ -1,12 +1,15 @@
 """The scheduler with no model: made-up sequences, hypothesis arrivals, cancels and page pressure."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
+from qwen3vl_disagg.disagg.rows import VisualRows
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.scheduler import Scheduler
 from qwen3vl_disagg.engine.sequence import Sequence
@@ -29,8 +32,16 @@ def advance(scheduler: Scheduler) -> list[str]:
     scheduler.admit()
     step = scheduler.schedule()
     finished = []
-    for sequence in (step.prefill or step.decode) if step else []:
-        sequence.num_cached = sequence.num_prompt if step.prefill else sequence.num_cached + 1
+    chunks = step.prefill if step else []
+    assert sum(chunk.stop - chunk.start for chunk in chunks) <= scheduler.max_prefill_tokens
+    for chunk in chunks:
+        assert chunk.sequence.num_cached == chunk.start < chunk.stop <= chunk.sequence.num_prompt
+        chunk.sequence.num_cached = chunk.stop
+    running = [chunk.sequence for chunk in chunks if chunk.is_last]
+    for sequence in step.decode if step else []:
+        sequence.num_cached += 1
+        running.append(sequence)
+    for sequence in running:
         assert sequence.num_cached <= len(sequence.pages) * scheduler.pool.page_size
         sequence.generated.append(0)
         if len(sequence.generated) == sequence.sampling.max_new_tokens:
@@ -57,8 +68,8 @@ def test_prefill_and_decode_take_turns():
     for _ in range(5):
         step = scheduler.schedule()
         kinds.append("prefill" if step.prefill else "decode")
-        for sequence in step.prefill:
-            sequence.num_cached = sequence.num_prompt
+        for chunk in step.prefill:
+            chunk.sequence.num_cached = chunk.stop
     assert kinds == ["prefill", "decode", "prefill", "decode", "prefill"]
 
 
@@ -82,7 +93,7 @@ def test_every_request_ends_once_and_no_page_leaks(requests, num_pages, max_runn
         scheduler.add(make_sequence(str(i), prompt, new))
         names.add(str(i))
     finished: list[str] = []
-    for step in range(sum(new for _, new in requests) * 3 + 10):
+    for step in range(sum(prompt + new for prompt, new in requests) * 3 + 10):
         finished += advance(scheduler)
         if step in cancelled and str(step) in names:
             assert scheduler.remove(str(step)) == (str(step) not in finished)
@@ -93,3 +104,78 @@ def test_every_request_ends_once_and_no_page_leaks(requests, num_pages, max_runn
     assert scheduler.pool.num_free == num_pages
     assert not scheduler.waiting
     assert not scheduler.admitted
+
+
+def make_visual(offset: int, num_rows: int) -> VisualItem:
+    return VisualItem(
+        modality="image", digest="", num_bytes=1, grid=(1, 2, 2 * num_rows), num_rows=num_rows, offset=offset, param=""
+    )
+
+
+def window(start: int, stop: int) -> VisualRows:
+    return VisualRows(1, start, stop, (), ())
+
+
+def with_items() -> Sequence:
+    """20 tokens: 2 of text, 6 rows, 2 of text, 8 rows, 2 of text."""
+    return replace(make_sequence("a", 20, 1), items=[make_visual(2, 6), make_visual(10, 8)])
+
+
+@pytest.mark.parametrize(
+    ("cached", "rows", "limit"),
+    [
+        (0, {}, (2, 0)),
+        (0, {0: (0, 6)}, (10, 1)),
+        (0, {0: (0, 4)}, (6, 0)),
+        (6, {0: (4, 6)}, (10, 1)),
+        (6, {}, (2, 0)),  # waits for the rest of item 0
+        (8, {1: (0, 3)}, (13, 1)),
+        (8, {1: (0, 8)}, (20, None)),
+        (0, {1: (0, 8)}, (2, 0)),
+        (18, {}, (20, None)),
+    ],
+)
+def test_prefill_goes_as_far_as_the_rows_do(cached, rows, limit):
+    sequence = with_items()
+    sequence.num_cached = cached
+    sequence.rows = {index: window(*rows[index]) for index in rows}
+    assert sequence.limit == limit
+
+
+def test_a_chunk_knows_its_rows():
+    sequence = with_items()
+    assert sequence.touched(0, 2) == []
+    assert sequence.touched(0, 3) == [(0, 0, 1)]
+    assert sequence.touched(5, 12) == [(0, 3, 6), (1, 0, 2)]
+    assert sequence.touched(8, 10) == []
+    assert sequence.touched(0, 20) == [(0, 0, 6), (1, 0, 8)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "is_short", "chunk"),
+    [
+        ({}, {}, False, None),
+        ({}, {"min_overlap_tokens": 2}, False, (0, 2)),
+        ({}, {"min_overlap_tokens": 2, "overlap": False}, False, None),
+        ({}, {"min_overlap_tokens": 3}, False, None),
+        ({}, {"overlap": False}, True, (0, 2)),
+        ({0: (0, 6)}, {}, False, None),
+        ({0: (0, 6)}, {"min_overlap_tokens": 10}, False, (0, 10)),
+        ({0: (0, 6)}, {"overlap": False}, True, (0, 10)),
+        ({0: (0, 4)}, {"overlap": False}, False, (0, 6)),  # the rest cannot come before these are used
+        ({0: (0, 6), 1: (0, 8)}, {"overlap": False}, False, (0, 20)),
+        ({0: (0, 6), 1: (0, 8)}, {"budget": 7}, False, (0, 7)),
+    ],
+)
+def test_when_a_prompt_that_is_not_whole_is_prefilled(rows, options, is_short, chunk):
+    options = dict(options)
+    budget = options.pop("budget", 100)
+    scheduler = Scheduler(PagePool(10, 4), max_running=8, max_prefill_tokens=budget, **options)
+    sequence = with_items()
+    scheduler.add(sequence)
+    scheduler.admit()
+    sequence.rows = {index: window(*rows[index]) for index in rows}
+    scheduler.is_short_of_room = is_short
+    assert scheduler.has_step == (chunk is not None)
+    step = scheduler.schedule()
+    assert (None if step is None else [(c.start, c.stop) for c in step.prefill]) == (None if chunk is None else [chunk])

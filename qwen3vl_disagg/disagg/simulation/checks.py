@@ -89,6 +89,9 @@ def granted(rank: SimLanguage, grant: Grant) -> None:
     num_rows = grant.row_stop - grant.row_start
     if not 0 < num_rows <= len(session.room.rows) * size or sum(grant.row_runs) != num_rows:
         raise Violation("I12", f"{num_rows} rows in runs {grant.row_runs} on {len(session.room.rows)} blocks")
+    attempt, delivered = rank.progress.get((grant.request_id, grant.item), (grant.attempt, 0))
+    if grant.row_start != (delivered if attempt == grant.attempt else 0):
+        raise Violation("I10", f"attempt {grant.attempt} is granted from row {grant.row_start}")
     if grant.row_start != session.received or isinstance(grant, Resume) != (grant.row_start > 0):
         raise Violation("I4", f"a grant from row {grant.row_start}, received are {session.received}")
     wanted = (grant.deepstack_start, grant.deepstack_stop)

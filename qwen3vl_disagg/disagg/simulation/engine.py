@@ -110,6 +110,7 @@ class SimEngine:
             if sequence.is_admitted:
                 window = sequence.windows.get(sequence.item)
                 if window is not None:
+                    checks.one_attempt(sequence.attempt, sequence.consumed, window)
                     work.append((sequence, window))
                 elif sequence.is_prefilled:
                     work.append((sequence, None))
@@ -131,7 +132,6 @@ class SimEngine:
             if window is None:
                 self._token(sequence)
             elif window.start <= start < window.stop:
-                checks.one_attempt(sequence.attempt, start, window)
                 self._consume(sequence, window)
         self._is_stepping = False
         self._wake()

@@ -15,7 +15,7 @@ from qwen3vl_disagg.disagg.link_state import LinkState
 from qwen3vl_disagg.disagg.messages import Frame
 from qwen3vl_disagg.disagg.router import Router
 from qwen3vl_disagg.disagg.routing import Deliver
-from qwen3vl_disagg.disagg.session import HELD, IDLE, WAITING, Session
+from qwen3vl_disagg.disagg.session import HELD, WAITING, Session
 from qwen3vl_disagg.disagg.session_events import Recall
 from qwen3vl_disagg.disagg.simulation import encode as sim_encode
 from qwen3vl_disagg.disagg.simulation import language as sim_language
@@ -187,13 +187,20 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("attempts-are-not-compared", "I10 I9 F5", "what belongs to an older attempt is taken for the present one")
+@mutant("two-attempts-mixed", "I10", "a new attempt goes on at the row where the old one was lost")
 def _() -> Iterator[None]:
-    def find(self: LanguageSessions, request_id: str, item: int, attempt: int) -> Session | None:
-        request = self.requests.get(request_id)
-        return request.sessions[item] if request is not None and request.sessions[item].state != IDLE else None
+    def assigned(self: LanguageSessions, event: Any, now: float) -> None:
+        request = self.requests.get(event.request_id)
+        if request is None or event.attempt <= request.sessions[event.item].attempt:
+            return
+        item = request.sessions[event.item]
+        received = item.received if item.state == WAITING else 0
+        self._drop(item, "another attempt takes its place", now)
+        item.attempt, item.encode_rank, item.received = event.attempt, event.encode_rank, received
+        self._wait(item, now)
+        self._give_room(now)
 
-    with swap(LanguageSessions, "find", find):
+    with swap(LanguageSessions, "_assigned", assigned):
         yield
 
 

@@ -189,17 +189,15 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("queue-drops", "F11 I11", "of many items that wait for a place, some are forgotten")
+@mutant("burst-is-dropped", "F11 I11", "of many requests at once, some are forgotten without a word")
 def _() -> Iterator[None]:
-    enqueue = method(EncodeSessions, "_enqueue")
+    admit = method(Router, "_admit")
 
-    def drop(self: EncodeSessions, item: Any) -> None:
-        enqueue(self, item)
-        if len(self.queue) > 1:
-            self.queue.pop()
-            del self.items[item.attempt]
+    def drop(self: Router, event: Any, now: float) -> None:
+        if self.num_requests < 3:
+            admit(self, event, now)
 
-    with swap(EncodeSessions, "_enqueue", drop):
+    with swap(Router, "_admit", drop):
         yield
 
 

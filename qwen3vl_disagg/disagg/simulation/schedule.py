@@ -61,11 +61,15 @@ def _prepare(seed: int) -> tuple[World, Cluster, _Plan]:
         world.faults = frozenset(rng.sample(FAULTS, count))
         world.faults_until = rng.choice((2.0, 4.0, 8.0))
         world.rate = rng.choice((0.02, 0.05, 0.15))
+    # Some clusters live on resumes and lose encode ranks in the middle of them.
+    is_tight = has_faults and rng.random() < 0.25
+    if is_tight:
+        world.faults |= {"kill-encode", "break"}
     block_size = rng.randint(1, 3)
-    blocks = rng.choice((1, 1, 2, 3, 4, 8))
+    blocks = 1 if is_tight else rng.choice((1, 1, 2, 3, 4, 8))
     levels = rng.choice((0, 1, 1, 1))
     sizes = Sizes(
-        num_encode=rng.randint(1, 3),
+        num_encode=rng.randint(1 + is_tight, 3),
         num_language=rng.randint(1, 2),
         block_size=block_size,
         blocks=blocks,
@@ -80,7 +84,7 @@ def _prepare(seed: int) -> tuple[World, Cluster, _Plan]:
     for number in range(rng.randint(2, 7)):
         world.at(start + 4.0 * rng.random() * rng.random(), None, _submit, cluster, f"r{number}", True)
     if has_faults:
-        for _ in range(rng.randint(1, 6)):
+        for _ in range(rng.randint(1, 6) + 4 * is_tight):
             world.at(start + plan.until * rng.random(), None, _strike, cluster)
     return world, cluster, plan
 

@@ -143,8 +143,12 @@ class Channel:
         if world.happens("duplicate"):
             link.count("duplicate")
             later = 0.05 if world.random() < 0.7 else 6.0
-            world.at_time(arrival + later * world.random(), self.owner, self._arrive_again, message)
-        elif world.happens("reorder"):
+            seen: list[bool] = []
+            world.at_time(arrival + later * world.random(), self.owner, self._arrive_again, message, seen)
+            world.at_time(arrival, self.owner, self._arrive_first, message, seen)
+            self.last = max(self.last, arrival)
+            return -1.0
+        if world.happens("reorder"):
             link.count("reorder")
             world.at_time(arrival + 0.05, self.owner, self._arrive, message)
             return -1.0
@@ -154,10 +158,15 @@ class Channel:
         if self.is_open:
             self.deliver(message)
 
-    def _arrive_again(self, message: Any) -> None:
-        """A copy, possibly after the connection's end: the rank gets it as one of an old epoch would come."""
+    def _arrive_first(self, message: Any, seen: list[bool]) -> None:
+        if self.is_open:
+            seen.append(True)
+            self.deliver(message)
+
+    def _arrive_again(self, message: Any, seen: list[bool]) -> None:
+        """A copy of what was here before, possibly after the connection's end, as one of an old epoch would come."""
         link = self.link
-        if link is not None:
+        if link is not None and seen:
             link.rank_at(self.owner).take_copy(link, message)
 
     def hold(self) -> None:

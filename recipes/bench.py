@@ -1,0 +1,34 @@
+"""Measure this machine and this checkout; the ceiling first, one JSON line last.
+
+    python recipes/bench.py transfer [--megabytes 1 4 16 64] [--rounds 40] [--json]
+    python recipes/bench.py overlap [--rounds 5] [--picture overlap.png]
+
+docs/transfer_bench.md has figures and says how to read them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.bench_overlap import overlap
+from tools.bench_transfer import transfer
+
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {"transfer": transfer, "overlap": overlap}
+
+
+def main() -> None:
+    app = tyro.extras.SubcommandApp()
+    for name, function in SUBCOMMANDS.items():
+        app.command(name=name)(function)
+    app.cli(description=__doc__)
+
+
+if __name__ == "__main__":
+    main()

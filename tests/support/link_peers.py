@@ -1,0 +1,296 @@
+"""The other end of a link, played by a test frame by frame: an encode rank, or a language rank."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
+from qwen3vl_disagg.disagg.control import Connection, ConnectionLost, connect_link
+from qwen3vl_disagg.disagg.encode_server import EncodeServer
+from qwen3vl_disagg.disagg.encode_worker import EncodedItem
+from qwen3vl_disagg.disagg.link_server import LinkServer
+from qwen3vl_disagg.disagg.links import InProcessLink, Link, in_process_links
+from qwen3vl_disagg.disagg.messages import (
+    Ack,
+    Beat,
+    EncodeItem,
+    Frame,
+    Grant,
+    HeaderOk,
+    LinkAccept,
+    LinkHello,
+    LinkReady,
+    Message,
+    Refused,
+)
+from qwen3vl_disagg.disagg.receiver import Receiver
+from qwen3vl_disagg.disagg.session_events import Assigned, Expect, Forget, SessionLimits
+from qwen3vl_disagg.disagg.store import host_store
+from tests.support.link_scenarios import BLOCK, CONFIG, LANGUAGE_RANK, LIMITS, TOKEN, Engine, FakeHub, System, until
+from tests.support.transfer import make_encoded, make_visual
+
+VISUAL = make_visual(CONFIG)  # 6 rows: two blocks
+FINGERPRINT = {"protocol": "1"}
+WAIT_S = 8.0
+
+
+@dataclass
+class Peer:
+    """One end of one link, with its count of frames."""
+
+    control: Connection
+    link: Link
+    epoch: int
+    num_said: int = 0
+    num_heard: int = 0
+
+    def frame(self, body: Any) -> Frame:
+        self.num_said += 1
+        return Frame(epoch=self.epoch, seq=self.num_said, body=body)
+
+    async def say(self, body: Any) -> None:
+        await self.control.send(self.frame(body))
+
+    async def hear(self, kind: type | None = None, timeout: float = WAIT_S) -> Any:
+        """The next frame's body, of this kind."""
+        while True:
+            frame = await self.control.receive(timeout)
+            assert isinstance(frame, Frame), frame
+            assert frame.epoch == self.epoch
+            self.num_heard += type(frame.body) is not Beat
+            assert frame.seq == self.num_heard, "a frame is missing"
+            if type(frame.body) is not Beat:
+                assert kind is None or type(frame.body) is kind, frame.body
+                return frame.body
+
+    async def ended(self) -> None:
+        """Wait until the other end has dropped the connection."""
+        try:
+            async with asyncio.timeout(WAIT_S):
+                while True:
+                    await self.control.receive()
+        except ConnectionLost:
+            await self.control.close()
+
+    async def deliver(self, grant: Grant, seed: int = 0) -> EncodedItem:
+        """As an encode rank: header and payload, up to the acknowledgement."""
+        encoded = make_encoded(CONFIG, seed=seed)
+        await self.say(encoded.header(grant))
+        assert (await self.hear(HeaderOk)).row_start == grant.row_start
+        self.link.send(encoded.payload(grant), 1)
+        assert (await self.hear(Ack)).received == grant.row_stop
+        return encoded
+
+    async def take(self, grant: Grant, encoded: EncodedItem) -> None:
+        """As a language rank: the payload of a header that was heard, which has to be this item's."""
+        ids = {"request_id": grant.request_id, "item": grant.item, "attempt": grant.attempt}
+        await self.say(HeaderOk(**ids, row_start=grant.row_start))
+        expected = encoded.payload(grant)
+        got = await asyncio.to_thread(lambda: list(self.link.receive([torch.empty_like(t) for t in expected], WAIT_S)))
+        assert all(map(torch.equal, got, expected))
+        await self.say(Ack(**ids, received=grant.row_stop))
+
+
+@dataclass
+class Language:
+    """A link server whose encode ranks are played by the test."""
+
+    system: System
+    make_link: Any
+    address: tuple[str, int]
+    peers: list[Peer] = field(default_factory=list)
+
+    @property
+    def server(self) -> LinkServer:
+        return self.system.links
+
+    @property
+    def engine(self) -> Engine:
+        return self.system.engine
+
+    async def connect(self, encode_rank: int, *, token: str = TOKEN) -> Peer:
+        control = await connect_link(self.address, deadline_s=5)
+        hello = LinkHello(token=token, encode_rank=encode_rank, pid=os.getpid(), fingerprint=FINGERPRINT)
+        await control.send(hello)
+        accept = await control.receive(WAIT_S)
+        if isinstance(accept, Refused):
+            await control.close()
+            raise ConnectionLost(accept.field)
+        link = self.make_link("encode", encode_rank, LANGUAGE_RANK, accept.epoch)
+        assert isinstance(await control.receive(WAIT_S), LinkReady)
+        self.peers.append(Peer(control.keep_alive(), link, accept.epoch))
+        return self.peers[-1]
+
+    def expect(self, name: str, *, attempt: int = 1, encode_rank: int = 0, timeout_s: float = 60) -> None:
+        """A request of one item; or a later attempt at it."""
+        if attempt == 1:
+            self.server.handle(Expect(name, [VISUAL], [0], time.monotonic() + timeout_s))
+        self.server.handle(Assigned(name, 0, attempt, encode_rank))
+
+    async def has_rows(self, name: str, encoded: EncodedItem) -> int:
+        """They are there, with these bits; the attempt that they came with."""
+        rows, delivery = await self.engine.item(name, 0, WAIT_S)
+        assert torch.equal(rows, torch.cat([encoded.main, encoded.deepstack], dim=1))
+        return delivery.attempt
+
+    def counts(self) -> tuple[int, int, int]:
+        """(free, owned, quarantined) row blocks."""
+        return self.server.sessions.allocator.counts("rows")
+
+
+@asynccontextmanager
+async def language(*, blocks: int = 2, limits: SessionLimits = LIMITS) -> AsyncIterator[Language]:
+    store, _ = host_store("127.0.0.1")
+    buffers = MultimodalDataBuffers(CONFIG, num_rows=blocks * BLOCK, num_deepstack_rows=64, block_size=BLOCK)
+    receiver, make_link = Receiver(buffers, CONFIG), in_process_links()
+    server = LinkServer(
+        receiver,
+        fingerprint=FINGERPRINT,
+        token=TOKEN,
+        language_rank=LANGUAGE_RANK,
+        make_link=make_link,
+        limits=limits,
+    )
+    system = System(FakeHub(), ("", 0), server, Engine(server), receiver, limits, make_link)
+    server.use_store(store)
+    it = Language(system, make_link, await server.serve())
+    try:
+        yield it
+        for name in list(server.sessions.requests):
+            server.handle(Forget(name))
+        await until(lambda: not system.leftovers(), WAIT_S, system.leftovers)
+    finally:
+        await server.close()
+        for peer in it.peers:
+            await peer.control.close()
+
+
+class FakeWorker:
+    """Every item is `make_encoded` of this seed."""
+
+    def __init__(self) -> None:
+        self.seed = 0
+        self.num_encoded = 0
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def preprocess(self, data: bytes, visual: VisualItem) -> bytes:
+        return data
+
+    def encode(self, batch: Sequence[Any], visual_token_id: int) -> list[EncodedItem]:
+        self.num_encoded += len(batch)
+        encoded = make_encoded(CONFIG, seed=self.seed)
+        if not self.gate.wait(20):
+            raise RuntimeError("the tower was held up for too long")
+        return [encoded for _ in batch]
+
+
+@dataclass
+class EncodeSide:
+    """An encode server whose one language rank is played by the test."""
+
+    server: EncodeServer
+    worker: FakeWorker
+    told: list[Message]
+    peers: asyncio.Queue[Peer]
+
+    async def link(self) -> Peer:
+        """The language rank's end of the next link."""
+        peer = await asyncio.wait_for(self.peers.get(), WAIT_S)
+        await until(lambda: (LANGUAGE_RANK, peer.epoch) in self.server._links.linked)
+        return peer
+
+    def encode(self, name: str, *, attempt: int = 1, timeout_s: float = 30) -> None:
+        message = EncodeItem(
+            request_id=name,
+            item=0,
+            attempt=attempt,
+            language_rank=LANGUAGE_RANK,
+            visual=VISUAL,
+            visual_token_id=CONFIG.image_token_id,
+            timeout_s=timeout_s,
+        )
+        self.server.encode(message)
+
+    def said(self, kind: type) -> list[Any]:
+        return [message for message in self.told if type(message) is kind]
+
+    def leftovers(self) -> dict[str, Any]:
+        server = self.server
+        tables = {"items": server.sessions.items, "messages": server._items, "tasks": server._tasks}
+        tables |= {"encoded": server._encoded, "busy": [] if server.sessions.is_idle else ["busy"]}
+        return {name: list(table) for name, table in tables.items() if table}
+
+
+@asynccontextmanager
+async def encode_side(
+    *, limits: SessionLimits = LIMITS, pull: Any = None, wrap: Any = None
+) -> AsyncIterator[EncodeSide]:
+    """`wrap` may put something around the factory of the encode side's links."""
+    make_link, peers, told = in_process_links(), asyncio.Queue[Peer](), []
+    num_links, controls = 0, []
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_links
+        num_links += 1
+        epoch = num_links
+        control = Connection.link(reader, writer)
+        controls.append(control)
+        try:
+            assert isinstance(await control.receive(WAIT_S), LinkHello)
+            await control.send(LinkAccept(epoch=epoch, language_rank=LANGUAGE_RANK))
+            await control.send(LinkReady())
+        except ConnectionLost:
+            return
+        payload = make_link("language", 0, LANGUAGE_RANK, epoch)
+        assert isinstance(payload, InProcessLink)
+        peers.put_nowait(Peer(control.keep_alive(), payload, epoch))
+
+    async def nothing(digest: str, num_bytes: int) -> bytes:
+        return b""
+
+    listener = await asyncio.start_server(accept, "127.0.0.1", 0)
+    host, port = listener.sockets[0].getsockname()[:2]
+    hello = LinkHello(token=TOKEN, encode_rank=0, pid=os.getpid(), fingerprint=FINGERPRINT)
+    worker: Any = FakeWorker()
+    refused: list[Exception] = []
+    server = EncodeServer(
+        worker, hello, tell=told.append, pull=pull or nothing, on_refused=refused.append, limits=limits
+    )
+    server.connect([(LANGUAGE_RANK, host, port)], wrap(make_link) if wrap else make_link)
+    it = EncodeSide(server, worker, told, peers)
+    try:
+        yield it
+        await until(lambda: not it.leftovers(), WAIT_S, it.leftovers)
+        assert not refused
+    finally:
+        worker.gate.set()
+        await server.close()
+        listener.close()
+        for control in controls:
+            await control.close()
+
+
+def make_grant(name: str, *, attempt: int = 1, start: int = 0, stop: int = 6, kind: type[Grant] = Grant) -> Grant:
+    deepstack = 0 if start else 6
+    return kind(
+        request_id=name,
+        item=0,
+        attempt=attempt,
+        row_start=start,
+        row_stop=stop,
+        deepstack_start=start,
+        deepstack_stop=start + deepstack,
+        row_runs=[stop - start],
+        deepstack_runs=[deepstack] if deepstack else [],
+    )
