@@ -132,7 +132,9 @@ def draw(path: Path, runs: dict[str, tuple[float, list[dict[str, Any]]]]) -> Non
         for entry in spans:
             if entry["name"] in lanes:
                 lane, width = lanes.index(entry["name"]), entry["stop"] - entry["start"]
-                axis.barh(lane, width, left=entry["start"], height=0.7, color=colours[entry["name"]], edgecolor="white")
+                # Transfers take milliseconds: drawn no thinner than can be seen.
+                edge = colours["receive"] if entry["name"] == "receive" else "white"
+                axis.barh(lane, width, left=entry["start"], height=0.7, color=colours[entry["name"]], edgecolor=edge)
         axis.axvline(seconds, color="black", linestyle="--", linewidth=1)
         axis.text(seconds, len(lanes) - 0.45, f" first token {seconds:.2f} s", ha="right", va="bottom", fontsize=9)
         axis.set_yticks(

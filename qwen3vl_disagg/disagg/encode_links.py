@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError
-from qwen3vl_disagg.core.faults import InjectedFault, fault_point
+from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.disagg.control import Address, Connection, ConnectionLost, connect_link
 from qwen3vl_disagg.disagg.links import Link, LinkFactory
 from qwen3vl_disagg.disagg.messages import Frame, Goodbye, LinkAccept, LinkHello, LinkReady, Refused
@@ -81,7 +81,9 @@ class EncodeLinks:
             except HandshakeError as error:
                 self._on_refused(error)
                 return
-            except (DisaggError, InjectedFault):
+            except Exception as error:  # whatever is in the way now may be gone the next time
+                if not isinstance(error, DisaggError):
+                    traceback.print_exception(error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 2.0)
                 continue

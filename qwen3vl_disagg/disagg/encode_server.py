@@ -6,7 +6,6 @@ Images are decoded on one thread, run through the tower on another, and sent on 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 import traceback
 from collections import deque
@@ -250,7 +249,7 @@ class EncodeServer:
 
     def _run_tower(self, pixels: Pixels, visual_token_id: int) -> EncodedItem:
         fault_point("in-tower")
-        with span("encode", rows=math.prod(pixels.grid) // self._worker.config.vision.merge_unit):
+        with span("encode"):
             [encoded] = self._worker.encode([pixels], visual_token_id)
             _ = encoded.digest  # computed here, so that no event loop has to
         return encoded

@@ -301,7 +301,7 @@ class LinkServer:
         control = Connection.link(reader, writer)
         try:
             link = await self._handshake(control)
-        except (DisaggError, TimeoutError, RuntimeError):
+        except (DisaggError, OSError, RuntimeError):
             await control.close()
             return
         control.keep_alive()

@@ -37,8 +37,10 @@ class SessionPair(RuleBasedStateMachine):
         run_rows=st.sampled_from([1, 2, 10**6]),
         has_deepstack=st.booleans(),
         max_runs=st.sampled_from([MAX_RUNS, MAX_RUNS, 2]),
+        requests=st.lists(items, min_size=1, max_size=3),
+        which=st.integers(0, 7),
     )
-    def build(self, block_size, blocks, deepstack_blocks, slots, run_rows, has_deepstack, max_runs):
+    def build(self, block_size, blocks, deepstack_blocks, slots, run_rows, has_deepstack, max_runs, requests, which):
         session_module.MAX_RUNS = max(max_runs, block_size)
         self.world = World(
             block_size=block_size,
@@ -51,13 +53,10 @@ class SessionPair(RuleBasedStateMachine):
         )
         for rank in RANKS:
             self.world.link_up(rank)
-
-    # ---- progress ----
-
-    @initialize(requests=st.lists(items, min_size=1, max_size=3), which=st.integers(0, 7))
-    def submit_some(self, requests, which):
         for rows in requests:
             self.world.submit(rows, which)
+
+    # ---- progress ----
 
     @rule(rows=items, which=st.integers(0, 7))
     def submit(self, rows, which):
