@@ -322,3 +322,20 @@ def test_a_request_out_of_time_is_told_once_and_leaves_nothing():
             assert not it.engine.lost
 
     run(scenario)
+
+
+def test_closing_while_a_payload_is_under_way_waits_for_nobody_and_keeps_its_blocks_apart():
+    async def scenario():
+        async with language(limits=msgspec.structs.replace(LIMITS, payload_s=0.5)) as it:
+            peer = await it.connect(0)
+            it.expect("a")
+            await peer.say(make_encoded(CONFIG).header(await peer.hear(Grant)))
+            await peer.hear(HeaderOk)
+            started = time.monotonic()
+            await it.server.close()
+            assert time.monotonic() - started < 0.4
+            assert isinstance(await peer.control.receive(1), Goodbye)
+            it.server.handle(Forget("a"))
+            assert it.counts() == (0, 0, 2), "not in quarantine"
+
+    run(scenario)

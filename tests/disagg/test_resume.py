@@ -308,12 +308,12 @@ def test_a_full_receiver_holds_the_encode_side_back():
             images = {f"r{n}": make_image(n, SMALL if n % 2 else LARGE) for n in range(8)}
             for name, data in images.items():
                 system.submit(name, data)
+            requests = system.links.sessions.requests
             while len(engine.arrived) < 8 or engine.held:
                 await until(lambda: engine.held)
                 await asyncio.sleep(0.03)
-                granted = {request.sessions[0].request_id for request in system.links.sessions.requests.values()}
-                granted = {name for name in granted if system.links.sessions.requests[name].sessions[0].grant}
-                done = {d.request_id for d in engine.deliveries}
+                granted = {name for name, request in requests.items() if request.sessions[0].grant}
+                done = {delivery.request_id for delivery in engine.deliveries}
                 assert encoded(system) <= len(granted | done), "encoded without room for it"
                 engine.consume(engine.held[0])
             for name, data in images.items():

@@ -153,6 +153,24 @@ def test_items_of_a_dead_rank_move_to_the_others_at_once():
     assert (send.rank, send.message.item, send.message.attempt) == (before[1], 0, 2)
 
 
+def test_an_attempt_outlives_its_link_until_the_language_rank_gives_it_up():
+    script = Script(encode=2, language=1)
+    rank = script.start("a", "x")
+    [first] = script.sent(EncodeItem)
+    script.encode_says(first.rank, LinksUp(language_ranks=[rank], epochs=[1]))
+    assert script.encode_says(first.rank, LinksUp(language_ranks=[], epochs=[])) == []
+    assert script.encode_says(first.rank, LinksUp(language_ranks=[rank], epochs=[2])) == []
+    received = ItemReceived(request_id="a", item=0, attempt=1)
+    script.language_says(rank, received)  # resumed over the new link
+    assert script.language_says(rank, ItemLost(request_id="a", item=0, attempt=1, reason="late")) == []
+    script.start("b", "x")
+    [first] = script.sent(EncodeItem)
+    assert script.encode_says(first.rank, LinksUp(language_ranks=[], epochs=[])) == []
+    script.language_says(rank, ItemLost(request_id="b", item=0, attempt=1, reason="no link", dead_epoch=2))
+    [second] = script.sent(EncodeItem)
+    assert (second.rank, second.message.attempt) == (1 - first.rank, 2)
+
+
 def test_a_death_and_the_lost_link_before_it_count_once():
     script = Script(encode=1, max_attempts=3)
     rank = script.start("a", "x")

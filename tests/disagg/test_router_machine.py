@@ -144,7 +144,7 @@ class RouterMachine(RuleBasedStateMachine):
             self.links_up(rank, links)
 
     def links_up(self, rank: int, links: set[int]) -> None:
-        self.links[rank] = links
+        self.links[rank] = set(links)
         self.do(FromRank("encode", rank, LinksUp(language_ranks=sorted(links))))
 
     def language_up(self, rank: int) -> None:
@@ -192,8 +192,9 @@ class RouterMachine(RuleBasedStateMachine):
         data=st.data(),
         kind=st.sampled_from(["decoded", "received", "lost", "failed", "failed", "input"]),
         lag=st.sampled_from([0, 0, 0, 0, 1, 2]),
+        is_link_dead=st.booleans(),
     )
-    def item_event(self, data, kind: str, lag: int) -> None:
+    def item_event(self, data, kind: str, lag: int, is_link_dead: bool) -> None:
         """Mostly about the current attempt, sometimes about an older one, from the rank that made it."""
         live = sorted(key for key, made in self.attempts.items() if key[0] in self.live and len(made) > lag)
         encoding = [key for key in live if self.router._requests[key[0]].items[key[1]].state == "encoding"]
@@ -207,7 +208,10 @@ class RouterMachine(RuleBasedStateMachine):
         if kind == "received":
             event = FromRank("language", self.home[request_id], ItemReceived(**fields))
         elif kind == "lost":
-            event = FromRank("language", self.home[request_id], ItemLost(**fields, reason="?"))
+            home = self.home[request_id]
+            event = FromRank("language", home, ItemLost(**fields, reason="?", dead_epoch=int(is_link_dead)))
+            if is_link_dead and not lag and (request_id, item) in encoding:
+                self.links[made[-1]].discard(home)  # until the encode rank says that there is a new one
         elif kind == "decoded":
             event = FromRank("encode", made[attempt - 1], Decoded(**fields))
         else:

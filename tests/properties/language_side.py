@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from qwen3vl_disagg.disagg.allocator import BlockAllocator
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
 from qwen3vl_disagg.disagg.layout import RowSizes
-from qwen3vl_disagg.disagg.messages import Beat, Frame, Grant, Header
+from qwen3vl_disagg.disagg.messages import Beat, Frame, Grant
 from qwen3vl_disagg.disagg.session import DONE, HELD, IDLE, RECEIVING
 from qwen3vl_disagg.disagg.session_events import (
     Assigned,
@@ -22,7 +20,7 @@ from qwen3vl_disagg.disagg.session_events import (
     SendFrame,
     Tick,
 )
-from tests.properties.session_parts import LIMITS, make_visual
+from tests.properties.session_parts import LIMITS, header_of, make_visual
 
 SIZES = RowSizes(4, 4, 12, 64, 8)
 DEADLINE = 1000.0
@@ -73,15 +71,7 @@ class Side:
     def header_of(self, request_id, item=0, **changed):
         grant = self.grants[request_id, item]
         total = self.sessions.requests[request_id].sessions[item].total
-        header = Header(
-            **{f: getattr(grant, f) for f in ("request_id", "item", "attempt", "row_start", "row_stop")},
-            deepstack_start=grant.deepstack_start,
-            deepstack_stop=grant.deepstack_stop,
-            total_rows=total,
-            grid=(1, 2, 2 * total),
-            row_digests=[0] * len(grant.row_runs),
-            deepstack_digests=[0] * len(grant.deepstack_runs),
-        )
+        header = header_of(grant, total)
         return msgspec.structs.replace(header, **changed)
 
     def header(self, request_id, item=0, rank=0, **changed):

@@ -9,7 +9,7 @@ from typing import Any
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.allocator import Lease
 from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
-from qwen3vl_disagg.disagg.messages import Frame, Grant
+from qwen3vl_disagg.disagg.messages import Frame, Grant, Header
 from qwen3vl_disagg.disagg.session_events import Attempt, Receive, SessionLimits
 
 READY = "ready"
@@ -36,6 +36,23 @@ def attempt_of(value: Any) -> Attempt:
 def make_visual(rows: int) -> VisualItem:
     return VisualItem(
         modality="image", digest="", num_bytes=1, grid=(1, 2, 2 * rows), num_rows=rows, offset=0, param="messages[0]"
+    )
+
+
+def header_of(grant: Grant, total: int) -> Header:
+    """What an encode rank says before the rows that `grant` asks for."""
+    return Header(
+        request_id=grant.request_id,
+        item=grant.item,
+        attempt=grant.attempt,
+        total_rows=total,
+        row_start=grant.row_start,
+        row_stop=grant.row_stop,
+        deepstack_start=grant.deepstack_start,
+        deepstack_stop=grant.deepstack_stop,
+        grid=(1, 2, 2 * total),
+        row_digests=[0] * len(grant.row_runs),
+        deepstack_digests=[0] * len(grant.deepstack_runs),
     )
 
 

@@ -9,41 +9,13 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+from qwen3vl_disagg.disagg import session_events as ev
 from qwen3vl_disagg.disagg.allocator import BlockAllocator
 from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
 from qwen3vl_disagg.disagg.layout import RowSizes
-from qwen3vl_disagg.disagg.messages import Abort, Frame, Header, Nack, Stale
-from qwen3vl_disagg.disagg.session_events import (
-    Arrived,
-    Assigned,
-    Attempt,
-    BreakLink,
-    CancelItems,
-    Consumed,
-    Encode,
-    Encoded,
-    EncodeFailed,
-    Expect,
-    Forget,
-    FrameIn,
-    LinkDown,
-    LinkUp,
-    Lost,
-    PayloadEnd,
-    PayloadSent,
-    Recall,
-    Receive,
-    Release,
-    Returned,
-    RowsReady,
-    SendFrame,
-    SendHeader,
-    SendPayload,
-    StartEncode,
-    TellFailed,
-    Tick,
-)
+from qwen3vl_disagg.disagg.messages import Abort, Frame, Nack, Stale
+from qwen3vl_disagg.disagg.session_events import Attempt
 from tests.properties.session_checks import Checks
 from tests.properties.session_parts import (
     LIMITS,
@@ -55,6 +27,7 @@ from tests.properties.session_parts import (
     ModelRouter,
     ModelSequence,
     attempt_of,
+    header_of,
     make_visual,
 )
 
@@ -88,7 +61,7 @@ class World:
         self.links: list[ModelLink] = []
         self.epochs = [0, 0]
         self.old_frames: list[tuple[int, str, Frame]] = []
-        self.jobs: dict[Attempt, Receive] = {}
+        self.jobs: dict[Attempt, ev.Receive] = {}
         self.progress: dict[Attempt, int] = {}
         self.running: dict[str, list[Any]] = {}
         """What the language rank's loop knows of."""
@@ -115,43 +88,43 @@ class World:
 
     def _note_given_up(self, encode: ModelEncode, event: Any) -> None:
         for key in encode.sessions.items:
-            if isinstance(event, FrameIn):
+            if isinstance(event, ev.FrameIn):
                 body = event.frame.body
                 is_over = isinstance(body, (Abort, Nack)) and attempt_of(body) == key
-            elif isinstance(event, Encode):
+            elif isinstance(event, ev.Encode):
                 is_over = key[:2] == (event.request_id, event.item) and key[2] < event.attempt
             else:
-                is_over = isinstance(event, CancelItems) and event.request_id == key[0]
+                is_over = isinstance(event, ev.CancelItems) and event.request_id == key[0]
             if is_over:
                 encode.given_up.add(key)
 
     def _do_language(self, action: Any, leases: dict[int, Any]) -> None:
         match action:
-            case SendFrame():
+            case ev.SendFrame():
                 link = self.link_of(action.peer, "language")
                 assert link is not None
                 assert action.frame.epoch == link.epoch
                 link.to["encode"].append(action.frame)
                 self.checks.sent_by_language(action.frame, leases)
-            case BreakLink():
+            case ev.BreakLink():
                 self.close(action.peer, "language", action.epoch)
-            case Receive():
+            case ev.Receive():
                 link = self.link_of(action.encode_rank, "language")
                 assert link is not None
                 assert action.epoch == link.epoch
                 link.receives.append(action)
-            case RowsReady():
+            case ev.RowsReady():
                 attempt = attempt_of(action)
                 assert self.progress.get(attempt, 0) == action.start < action.stop, "I4: rows out of order"
                 self.progress[attempt] = action.stop
                 self.engine.commands.append(("rows", attempt, action.start, action.stop, self.jobs[attempt]))
-            case Recall():
+            case ev.Recall():
                 self.engine.commands.append(("recall", attempt_of(action)))
-            case Arrived():
+            case ev.Arrived():
                 attempts = [(*attempt_of(action)[:2], number) for number in range(1, action.attempt + 1)]
                 assert self.checks.total(attempts[0]) in [self.progress.get(attempt) for attempt in attempts]
                 self.router.of["language"].append(("received", attempt_of(action)))
-            case Lost():
+            case ev.Lost():
                 if action.request_id in self.running:
                     self.router.of["language"].append(("lost", attempt_of(action)))
             case _:
@@ -160,22 +133,14 @@ class World:
     def _do_encode(self, rank: int, action: Any, event: Any) -> None:
         encode = self.encodes[rank]
         match action:
-            case SendFrame():
+            case ev.SendFrame():
                 self._post(rank, action.frame)
-            case SendHeader():
+            case ev.SendHeader():
                 attempt, grant = attempt_of(action.grant), action.grant
                 assert attempt in encode.encoded, f"I13: {attempt} is gone, its header was to be sent"
-                header = Header(
-                    **{name: getattr(grant, name) for name in ("request_id", "item", "attempt")},
-                    **{name: getattr(grant, name) for name in ("row_start", "row_stop")},
-                    **{name: getattr(grant, name) for name in ("deepstack_start", "deepstack_stop")},
-                    total_rows=self.checks.total(attempt),
-                    grid=(1, 2, 2 * self.checks.total(attempt)),
-                    row_digests=[0] * len(grant.row_runs),
-                    deepstack_digests=[0] * len(grant.deepstack_runs),
-                )
+                header = header_of(grant, self.checks.total(attempt))
                 self._post(rank, Frame(epoch=action.epoch, seq=action.seq, body=header))
-            case SendPayload():
+            case ev.SendPayload():
                 attempt = attempt_of(action.grant)
                 assert attempt in encode.encoded, f"I13: {attempt} is gone, its rows were to be sent"
                 link = self.link_of(rank, "encode")
@@ -183,18 +148,18 @@ class World:
                 assert link.epoch == action.epoch
                 link.sends.append(attempt)
                 link.arriving.append(action.grant)
-            case StartEncode():
+            case ev.StartEncode():
                 assert action.attempt not in encode.encoding
                 assert action.attempt not in encode.encoded, "encoded twice"
                 encode.encoding.append(action.attempt)
-            case Release():
+            case ev.Release():
                 self.checks.released(rank, action.attempt, event)
                 encode.drop(action.attempt)
-            case TellFailed():
-                assert event == Tick() or isinstance(event, EncodeFailed)
+            case ev.TellFailed():
+                assert event == ev.Tick() or isinstance(event, ev.EncodeFailed)
                 encode.drop(action.attempt)
                 self.router.of[rank].append(("failed", action.attempt, action.kind))
-            case BreakLink():
+            case ev.BreakLink():
                 self.close(rank, "encode", action.epoch)
 
     def _post(self, rank: int, frame: Frame) -> None:
@@ -220,7 +185,7 @@ class World:
         link.ups.discard(end)
         link.is_broken = True
         link.to[end].clear()
-        event = LinkDown(0 if end == "encode" else link.rank, link.epoch, "gone")
+        event = ev.LinkDown(0 if end == "encode" else link.rank, link.epoch, "gone")
         if end == "language":
             self.to_language(event)
         elif link.is_joined:
@@ -234,13 +199,13 @@ class World:
         link = ModelLink(rank, self.epochs[rank])
         link.to["encode"].append(READY)
         self.links.append(link)
-        self.to_language(LinkUp(rank, link.epoch))
+        self.to_language(ev.LinkUp(rank, link.epoch))
 
     def deliver(self, link: ModelLink, end: str) -> None:
         frame = link.to[end].popleft()
         if isinstance(frame, str):
             link.is_joined = True
-            self.to_encode(link.rank, LinkUp(0, link.epoch))
+            self.to_encode(link.rank, ev.LinkUp(0, link.epoch))
             return
         link.last[end] = frame
         self.old_frames = [*self.old_frames[-30:], (link.rank, end, frame)]
@@ -248,8 +213,8 @@ class World:
 
     def _frame(self, rank: int, end: str, frame: Frame) -> list[Any]:
         if end == "language":
-            return self.to_language(FrameIn(rank, frame))
-        return self.to_encode(rank, FrameIn(0, frame))
+            return self.to_language(ev.FrameIn(rank, frame))
+        return self.to_encode(rank, ev.FrameIn(0, frame))
 
     def deliver_again(self, rank: int, end: str, frame: Frame) -> None:
         """I9: a frame that was here before changes nothing; one of an old epoch is answered with the present one."""
@@ -269,7 +234,7 @@ class World:
     def payload_sent(self, link: ModelLink) -> None:
         attempt = link.sends.popleft()
         error = "broken" if link.is_broken else None
-        self.to_encode(link.rank, PayloadSent(0, link.epoch, attempt, error))
+        self.to_encode(link.rank, ev.PayloadSent(0, link.epoch, attempt, error))
 
     def payload_end(self, link: ModelLink, how: str = "ok") -> None:
         """A receive returns. how: ok, digest (it came, but not as announced), broken (part of it may have come)."""
@@ -283,7 +248,7 @@ class World:
         if how == "ok":
             self.jobs[attempt] = job
         error = None if how == "ok" else how
-        self.to_language(PayloadEnd(link.rank, link.epoch, *attempt, error, how == "broken"))
+        self.to_language(ev.PayloadEnd(link.rank, link.epoch, *attempt, error, how == "broken"))
 
     # ---- encode ranks ----
 
@@ -292,9 +257,9 @@ class World:
         encode.encoding.remove(attempt)
         if kind == "ok":
             encode.encoded.add(attempt)
-            self.to_encode(rank, Encoded(attempt))
+            self.to_encode(rank, ev.Encoded(attempt))
         else:
-            self.to_encode(rank, EncodeFailed(attempt, kind, "no"))  # type: ignore[arg-type]
+            self.to_encode(rank, ev.EncodeFailed(attempt, kind, "no"))  # type: ignore[arg-type]
 
     def kill(self, rank: int, *, loses_frames: bool) -> None:
         encode = self.encodes[rank]
@@ -318,7 +283,7 @@ class World:
         self.checks.totals |= {(request_id, item): n for item, n in enumerate(rows)}
         self.engine.known[request_id] = ModelSequence(rows)
         if visuals:
-            self.to_language(Expect(request_id, visuals, list(range(len(rows))), 1e9))
+            self.to_language(ev.Expect(request_id, visuals, list(range(len(rows))), 1e9))
         self.router.admit(request_id, visuals, ranks)
 
     def step(self, request_id: str, most: int = 10**6) -> None:
@@ -352,15 +317,15 @@ class World:
     def loop_takes(self) -> None:
         kind, attempt, *rest = self.engine.events.popleft()
         if kind == "returned":
-            self.to_language(Returned(*attempt))
+            self.to_language(ev.Returned(*attempt))
         elif attempt[0] in self.running:
-            self.to_language(Consumed(*attempt, *rest))
+            self.to_language(ev.Consumed(*attempt, *rest))
 
     def finish(self, request_id: str) -> None:
         """A prefilled request has all its tokens."""
         del self.engine.known[request_id]
         if self.running.pop(request_id, None) is not None:
-            self.to_language(Forget(request_id))
+            self.to_language(ev.Forget(request_id))
             self.router.of["language"].append(("finished", request_id))
 
     def cancel(self, request_id: str) -> None:
@@ -378,22 +343,22 @@ class World:
         if kind == "cancel" and target == "language":
             self.running.pop(subject, None)
             self.engine.commands.append(("cancel", (subject, 0, 0)))
-            self.to_language(Forget(subject))
+            self.to_language(ev.Forget(subject))
         elif kind == "cancel":
-            self.to_encode(target, CancelItems(subject))
+            self.to_encode(target, ev.CancelItems(subject))
         elif kind == "assign":
             if not self.is_racy and self.checks.is_complete(subject):
                 self.router.of["language"].append(("received", subject))
                 return
-            self.to_language(Assigned(*subject, rest[0]))
+            self.to_language(ev.Assigned(*subject, rest[0]))
         elif rest[1] == self.encodes[target].incarnation:
-            self.to_encode(target, Encode(*subject, 0, rest[0], 1e6))
+            self.to_encode(target, ev.Encode(*subject, 0, rest[0], 1e6))
 
     def tick(self, seconds: float) -> None:
         self.now += seconds
-        self.to_language(Tick())
+        self.to_language(ev.Tick())
         for rank in RANKS:
-            self.to_encode(rank, Tick())
+            self.to_encode(rank, ev.Tick())
 
     # ---- what can happen without a fault ----
 

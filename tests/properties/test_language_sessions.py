@@ -25,7 +25,6 @@ from qwen3vl_disagg.disagg.session_events import (
 from tests.properties.language_side import DEADLINE, SIZES, Side, bodies, granted, ids
 from tests.properties.session_parts import LIMITS, make_visual
 
-
 # ---- one item from beginning to end ----
 
 

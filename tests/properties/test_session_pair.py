@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from random import Random
 
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
@@ -189,3 +190,6 @@ class SessionPair(RuleBasedStateMachine):
 
 
 TestSessionPair = SessionPair.TestCase
+NUM_EXAMPLES = settings().max_examples
+TestSessionPair.settings = settings(max_examples=max(NUM_EXAMPLES, min(8 * NUM_EXAMPLES, 1000)))
+"""These are cheap: 240 (dev), 800 (ci), 2000 (nightly)."""

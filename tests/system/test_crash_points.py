@@ -1,4 +1,4 @@
-"""Each crash point in real processes, killed, stopped and raised: every request ends right or typed, nothing is left."""
+"""Each crash point in real processes, killed, stopped, raised: every request ends right or typed, nothing is left."""
 
 from __future__ import annotations
 
