@@ -282,4 +282,4 @@ class RouterMachine(RuleBasedStateMachine):
 
 
 TestRouterMachine = RouterMachine.TestCase
-TestRouterMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestRouterMachine.settings = settings(max_examples=max(150, settings().max_examples), deadline=None)
