@@ -330,9 +330,10 @@ class LanguageSessions:
         self._give_room(now)
 
     def _payload_end(self, event: PayloadEnd, now: float) -> None:
-        if self._is_back(self.pending, event, now):
+        if self._is_back(self.pending, event):
             if event.is_broken:
                 self._break_if_current(event, now)
+            self._give_room(now)
             return
         session = self.find(event.request_id, event.item, event.attempt)
         if session is None or session.state != RECEIVING or session.grant is None:
@@ -389,12 +390,12 @@ class LanguageSessions:
         self._give_room(now)
 
     def _returned(self, event: Returned, now: float) -> None:
-        self._is_back(self.lent, event, now)
+        self._is_back(self.lent, event)
+        self._give_room(now)
 
-    def _is_back(self, where: Leases, event: PayloadEnd | Returned, now: float) -> bool:
+    def _is_back(self, where: Leases, event: PayloadEnd | Returned) -> bool:
         """End the quarantine that this event ends, if there is one."""
         leases = where.pop((event.request_id, event.item, event.attempt), None)
         for lease in leases or ():
             self.allocator.release(lease)
-        self._give_room(now)
         return leases is not None

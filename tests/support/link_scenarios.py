@@ -57,6 +57,7 @@ FINGERPRINT = link_fingerprint(
 )
 LIMITS = SessionLimits(payload_s=2.0)
 _SPARE_FDS = 4
+gc.freeze()  # each test looks for what it left behind: not also among all that was imported
 _LINK_THREADS = ("link-", "decode", "tower")
 
 
@@ -79,7 +80,6 @@ def run(scenario: Callable[[], Awaitable[None]], timeout: float = 30) -> None:
             await scenario()
         await until(lambda: len(asyncio.all_tasks()) == 1, 5, asyncio.all_tasks)
 
-    gc.collect()
     num_fds = len(os.listdir("/proc/self/fd"))
     asyncio.run(limited())
     assert not unheard, unheard
