@@ -159,7 +159,7 @@ class LanguageSessions:
             self._give_room(now)
 
     def _drop(self, session: Session, reason: str, now: float, *, is_over: bool = False) -> None:
-        """End the attempt under way, if there is one; the other end is told."""
+        """End the attempt under way; the other end is told."""
         link = self.links.get(session.encode_rank)
         if session.state not in (IDLE, DONE) and session.received < session.total and link is not None:
             self._actions.append(link.send(Abort(**session.ids, reason=reason), now))
@@ -167,7 +167,7 @@ class LanguageSessions:
 
     def _let_go(self, session: Session, *, is_over: bool = False) -> None:
         """Give back what the attempt holds, or put it where nobody gets it before it is safe."""
-        leases = tuple([lease for lease in (session.room, session.hold) if lease is not None])
+        leases = tuple(lease for lease in (session.room, session.hold) if lease is not None)
         if session.state == RECEIVING:
             self._keep_apart(leases, self.pending, session.key)
         elif session.state == HELD:
@@ -225,7 +225,7 @@ class LanguageSessions:
         session.deadline = math.inf if session.encode_rank in self.links else now + self.limits.suspend_s
 
     def _give_room(self, now: float) -> None:
-        """Grants, in the one order, as far as there is room."""
+        """Grants, in the one order."""
         self.is_short_of_room = False
         for request in self.requests.values():
             for session in request.sessions:
@@ -324,10 +324,9 @@ class LanguageSessions:
 
     def _given_up(self, link: LinkState, message: Nack | Abort, now: float) -> None:
         session = self.find(message.request_id, message.item, message.attempt)
-        if session is None or session.encode_rank != link.peer or session.received == session.total:
-            return
-        self._lose(session, message.reason)
-        self._give_room(now)
+        if session is not None and session.encode_rank == link.peer and session.received < session.total:
+            self._lose(session, message.reason)
+            self._give_room(now)
 
     def _payload_end(self, event: PayloadEnd, now: float) -> None:
         if self._is_back(self.pending, event):

@@ -9,7 +9,18 @@ import pytest
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.disagg.links import LinkBroken
-from qwen3vl_disagg.disagg.messages import Abort, Decoded, Frame, Header, HeaderOk, ItemFailed, LinksUp, Nack, Resume
+from qwen3vl_disagg.disagg.messages import (
+    Abort,
+    Decoded,
+    Frame,
+    Goodbye,
+    Header,
+    HeaderOk,
+    ItemFailed,
+    LinksUp,
+    Nack,
+    Resume,
+)
 from tests.support.link_peers import encode_side, make_grant
 from tests.support.link_scenarios import CONFIG, LIMITS, run, until
 from tests.support.transfer import make_encoded
@@ -327,5 +338,15 @@ def test_a_group_that_cannot_be_made_is_tried_again(error):
             side.encode("a")
             await peer.say(make_grant("a"))
             await receive(peer, make_grant("a"))
+
+    run(scenario)
+
+
+def test_closing_says_goodbye():
+    async def scenario():
+        async with encode_side() as side:
+            peer = await side.link()
+            await side.server.close()
+            assert isinstance(await peer.control.receive(5), Goodbye)
 
     run(scenario)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import msgspec
 import pytest
 
 from qwen3vl_disagg.disagg.encode_sessions import ENCODING
-from qwen3vl_disagg.disagg.messages import Ack, Decoded, ItemFailed
+from qwen3vl_disagg.disagg.messages import Ack, ItemFailed
 from qwen3vl_disagg.disagg.session_events import Forget, Returned, SendFrame
 from tests.support.link_scenarios import BLOCK, LIMITS, System, describe, make_image, run, running, until
 
@@ -36,8 +35,7 @@ def test_an_item_larger_than_the_pool_comes_in_parts(blocks, size, kind):
             parts = -(-rows // (blocks * BLOCK))
             assert last.resumes == parts - 1
             assert last.transfer_bytes == rows * (ROW + DEEPSTACK_ROW) + AUX
-            counts = [min(blocks * BLOCK, rows - start) for start in range(0, rows, blocks * BLOCK)]
-            expected = [n * ROW for n in counts]
+            expected = [min(blocks * BLOCK, rows - start) * ROW for start in range(0, rows, blocks * BLOCK)]
             expected[0] += rows * DEEPSTACK_ROW + AUX  # all of it with the first, none with a resume
             assert system.make_link.sent == expected
             assert encoded(system) == 1
@@ -69,8 +67,6 @@ def test_deepstack_larger_than_its_pool_comes_with_its_rows(blocks, deepstack_bl
 @pytest.mark.parametrize("end", ["encode", "language"])
 @pytest.mark.parametrize("num_parts", [1, 2, 4])
 def test_a_link_that_dies_while_rows_are_held_is_resumed(num_parts, end, kind):
-    """Two of the links die; with all four parts here only the last acknowledgement can have been lost."""
-
     async def scenario():
         async with running(blocks=1, deepstack_blocks=4, kind=kind) as system:
             await system.start_encode_rank()
@@ -81,8 +77,7 @@ def test_a_link_that_dies_while_rows_are_held_is_resumed(num_parts, end, kind):
                 await until(lambda: engine.held)
                 if part == num_parts:
                     epoch = await system.cut(end)
-                    await until(lambda: system.link_of())
-                    assert system.link_of()[0] == epoch + 1
+                    await until(lambda link=epoch + 1: system.link_of() and system.link_of()[0] == link)
                 [held] = engine.held
                 assert held.rows.start == BLOCK * (part - 1)
                 engine.consume(held)
@@ -381,8 +376,7 @@ def test_a_cancelled_item_is_released_while_it_is_parked():
             server = system.ranks[0].server
             system.engine.is_holding = True
             system.submit("r", make_image(0, LARGE))
-            await until(lambda: server.sessions.num_parked == 1)
-            assert len(server._encoded) == 1
+            await until(lambda: server.sessions.num_parked == len(server._encoded) == 1)
             system.cancel("r")
             await until(lambda: not server._encoded)
             assert server.sessions.is_idle
@@ -397,12 +391,9 @@ def test_a_request_that_runs_out_of_time_is_given_up_everywhere():
             system.engine.is_holding = True
             system.submit("r", make_image(0, LARGE), timeout_s=0.5)
             await until(lambda: system.engine.held)
-            started = time.monotonic()
-            await until(lambda: system.engine.expired)
-            assert time.monotonic() - started < 2
+            await until(lambda: system.engine.expired, 2)
             assert [expired.request_id for expired in system.engine.expired] == ["r"]
             assert not system.engine.lost
             assert not any(isinstance(message, ItemFailed) for message in system.hub.said)
-            assert any(isinstance(message, Decoded) for message in system.hub.said)
 
     run(scenario)

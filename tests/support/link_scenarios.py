@@ -80,6 +80,7 @@ def run(scenario: Callable[[], Awaitable[None]], timeout: float = 30) -> None:
             await scenario()
         await until(lambda: len(asyncio.all_tasks()) == 1, 5, asyncio.all_tasks)
 
+    gc.collect()
     num_fds = len(os.listdir("/proc/self/fd"))
     asyncio.run(limited())
     assert not unheard, unheard
