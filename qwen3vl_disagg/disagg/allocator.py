@@ -120,6 +120,13 @@ class BlockAllocator:
         del self._quarantine[lease.generation]
         self._return(lease)
 
+    def reclaim(self, lease: Lease) -> None:
+        """End a quarantine by giving the lease back to the owner it was taken from. ValueError if there is none."""
+        if self._quarantine.get(lease.generation) != lease:
+            raise ValueError(f"lease {lease.generation} of {lease.owner} is not in quarantine")
+        del self._quarantine[lease.generation]
+        self._leases[lease.generation] = lease
+
     def _remove(self, lease: Lease) -> None:
         if self._leases.get(lease.generation) != lease:
             raise ValueError(f"lease {lease.generation} of {lease.owner} is not owned")

@@ -10,13 +10,15 @@ request is a session:
     HELD      granted rows are in the blocks; the engine reads them
     DONE      all rows were consumed
 
-HELD goes back to WAITING, with a resume, while rows are missing. Room is given in one order: by arrival of the request,
-then by item. The first item that wants room takes what is free; nobody behind it gets any before it has enough. An
-item that cannot use room now (no encode rank, no link) is passed over, and with it the later items of its request. So
-at any time the items that hold blocks and need no more can finish by themselves, and those that need more are served
-first: no deadlock, and one block in all is enough.
+HELD goes back to WAITING, with a resume, while rows are missing.
 
-Blocks that a pending receive may write into, or the engine may read, are kept in quarantine when their session goes.
+Room is given in one order, by arrival of the request, then by item, and first to items that have begun (they have their
+slot and DeepStack and want rows alone). The first that wants room takes what is free; nobody behind it gets any before
+it has enough. An item that cannot use room now (no encode rank, no link) is passed over, and with it the later items of
+its request. What an item has it keeps, through lost links and attempts, until its rows are consumed: so whoever has all
+its room can finish, whoever has begun is served first, no two wait for what the other has, and one block is enough.
+
+Blocks that a pending receive may write into, or the engine may read, are kept in quarantine when their attempt goes.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease
 from qwen3vl_disagg.disagg.layout import RowSizes
 from qwen3vl_disagg.disagg.link_state import LinkState
 from qwen3vl_disagg.disagg.messages import Abort, Ack, Header, HeaderOk, Nack, Stale
+from qwen3vl_disagg.disagg.room import in_line, take_room
 from qwen3vl_disagg.disagg.session import (
     DONE,
     GRANTED,
@@ -39,10 +42,8 @@ from qwen3vl_disagg.disagg.session import (
     WAITING,
     RequestSessions,
     Session,
-    give_back_room,
     header_problem,
     receive_job,
-    take_room,
 )
 from qwen3vl_disagg.disagg.session_events import (
     Arrived,
@@ -146,6 +147,12 @@ class LanguageSessions:
         session = request.sessions[event.item]
         if event.attempt <= session.attempt:
             return
+        if session.state in (HELD, DONE) and session.received == session.total:  # the news of that is on its way
+            if (link := self.links.get(event.encode_rank)) is not None:
+                ids = {**session.ids, "attempt": event.attempt}
+                self._actions.append(link.send(Abort(**ids, reason="the item is here"), now))
+            self._actions.append(Arrived(event.request_id, event.item, event.attempt))
+            return
         self._drop(session, "another attempt takes its place", now)
         session.attempt, session.encode_rank, session.received = event.attempt, event.encode_rank, 0
         self._wait(session, now)
@@ -166,19 +173,20 @@ class LanguageSessions:
         self._let_go(session, is_over=is_over)
 
     def _let_go(self, session: Session, *, is_over: bool = False) -> None:
-        """Give back what the attempt holds, or put it where nobody gets it before it is safe."""
+        """The attempt is over. Its blocks stay with the item, or go if the request is over too."""
         leases = tuple(lease for lease in (session.room, session.hold) if lease is not None)
-        if session.state == RECEIVING:
-            self._keep_apart(leases, self.pending, session.key)
-        elif session.state == HELD:
-            self._keep_apart(leases, self.lent, session.key)
-        else:
-            for lease in leases:
-                self.allocator.free(lease)
+        where = {RECEIVING: self.pending, HELD: self.lent}.get(session.state)
         if session.state == HELD or (session.received and session.state not in (IDLE, DONE) and not is_over):
             self._actions.append(Recall(*session.key))
-        session.room = session.hold = session.grant = None
-        session.state, session.deadline, session.received = IDLE, math.inf, 0
+        if where is not None:
+            self._keep_apart(leases, where, session.key)
+            session.apart = session.key
+        elif is_over:
+            for lease in leases:
+                self.allocator.free(lease)
+        if where is not None or is_over:
+            session.room = session.hold = None
+        session.grant, session.state, session.deadline, session.received = None, IDLE, math.inf, 0
 
     def _keep_apart(self, leases: tuple[Lease, ...], where: Leases, key: Attempt) -> None:
         for lease in leases:
@@ -221,32 +229,28 @@ class LanguageSessions:
     # ---- room ----
 
     def _wait(self, session: Session, now: float) -> None:
-        session.state = WAITING
+        session.state, session.grant = WAITING, None
         session.deadline = math.inf if session.encode_rank in self.links else now + self.limits.suspend_s
 
     def _give_room(self, now: float) -> None:
-        """Grants, in the one order."""
-        self.is_short_of_room = False
-        for request in self.requests.values():
-            for session in request.sessions:
-                if session.is_fully_granted:
-                    continue
-                link = self.links.get(session.encode_rank)
-                if link is None or session.state == IDLE:
-                    break  # cannot use room now
-                # One that has part of its room will want more as soon as its rows are consumed.
-                if session.state != WAITING or not self._grant(session, link, now) or not session.is_fully_granted:
-                    self.is_short_of_room = True
-                    return
+        while self._serve_line(now):
+            continue
 
-    def _grant(self, session: Session, link: LinkState, now: float) -> bool:
-        """Room for as many of the missing rows as there are free blocks; whether there was any."""
-        grant = take_room(session, self.allocator, self.block_size, self.row_sizes)
-        if grant is None:
-            return False
-        session.state, session.grant, session.deadline = GRANTED, grant, now + self.limits.grant_s
-        self._actions.append(link.send(grant, now))
-        return True
+    def _serve_line(self, now: float) -> bool:
+        """A grant to the first in line; whether the line is another by that."""
+        self.is_short_of_room = False
+        for session in in_line(self.requests.values(), self.links)[:1]:
+            is_kept = session.room is not None
+            if session.state == WAITING:
+                grant = take_room(session, self.allocator, self.block_size, self.row_sizes)
+                if grant is not None:
+                    session.state, session.grant, session.deadline = GRANTED, grant, now + self.limits.grant_s
+                    self._actions.append(self.links[session.encode_rank].send(grant, now))
+                    if is_kept or session.is_fully_granted:
+                        return True
+            # One that has part of its room will want more as soon as its rows are consumed.
+            self.is_short_of_room = True
+        return False
 
     # ---- links ----
 
@@ -280,10 +284,7 @@ class LanguageSessions:
         """Sessions go on when the link is back; what was granted over it is void, what is being received will fail."""
         del self.links[link.peer]
         for session in self._sessions_of(link.peer):
-            if session.state == GRANTED:
-                give_back_room(session, self.allocator)
-                self._wait(session, now)
-            elif session.state == WAITING:
+            if session.state == GRANTED or session.state == WAITING:
                 self._wait(session, now)
 
     def _sessions_of(self, encode_rank: int) -> list[Session]:
@@ -337,7 +338,7 @@ class LanguageSessions:
         session = self.find(event.request_id, event.item, event.attempt)
         if session is None or session.state != RECEIVING or session.grant is None:
             raise ValueError(f"nothing is being received for {(event.request_id, event.item, event.attempt)}")
-        link = self._link_of(event)
+        link = self.links.get(session.encode_rank)  # possibly a newer one than the payload came over
         if event.error is None:
             start, session.received = session.received, session.grant.row_stop
             session.state, session.deadline = HELD, math.inf
@@ -347,7 +348,6 @@ class LanguageSessions:
             if session.received == session.total:
                 self._actions.append(Arrived(*session.key))
         elif event.is_broken:
-            give_back_room(session, self.allocator)
             self._wait(session, now)
             self._break_if_current(event, now)
         else:
@@ -361,13 +361,9 @@ class LanguageSessions:
         self._actions.append(link.send(Ack(**session.ids, received=session.received), now))
 
     def _break_if_current(self, event: PayloadEnd, now: float) -> None:
-        if (link := self._link_of(event)) is not None:
-            self._break(link, event.error or "broken", now)
-
-    def _link_of(self, event: PayloadEnd) -> LinkState | None:
-        """The link that the payload came over, if it is still up."""
         link = self.links.get(event.encode_rank)
-        return link if link is not None and link.epoch == event.epoch else None
+        if link is not None and link.epoch == event.epoch:
+            self._break(link, event.error or "broken", now)
 
     # ---- the engine ----
 
@@ -395,6 +391,11 @@ class LanguageSessions:
     def _is_back(self, where: Leases, event: PayloadEnd | Returned) -> bool:
         """End the quarantine that this event ends, if there is one."""
         leases = where.pop((event.request_id, event.item, event.attempt), None)
+        request = self.requests.get(event.request_id)
+        session = request.sessions[event.item] if request is not None and leases else None
+        is_kept = session is not None and session.apart == (event.request_id, event.item, event.attempt)
         for lease in leases or ():
-            self.allocator.release(lease)
+            (self.allocator.reclaim if is_kept else self.allocator.release)(lease)
+        if session is not None and is_kept and leases:
+            session.apart, (session.room, session.hold) = None, leases
         return leases is not None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 AUX_FIELDS = ("rows", "frames", "height", "width", "levels", "hidden", "digest", "attempt")
 """The aux buffer's columns, int64."""
 
-RUN_BYTES = 4 << 20
+RUN_BYTES = 2 << 20
 """A run is not longer than this (but at least one row)."""
 MAX_RUNS = 1024
 """Runs in one grant, so that grant and header fit their frames; more is resumed."""

@@ -133,26 +133,34 @@ class Engine:
         ):
             raise InputError(f"{num_pads} placeholders in the prompt do not match the items at {ranges}")
 
-    def provide_rows(self, request_id: str, index: int, rows: VisualRows, timings: ItemTimings) -> None:
-        """These rows of an item are here, in place of those of before. Ignored for requests that are not known (they
-        were cancelled meanwhile) and for items that are in the cache."""
+    def provide_rows(self, request_id: str, index: int, rows: VisualRows, timings: ItemTimings | None) -> None:
+        """These rows of an item are here, in place of those of before; `timings`, if given, replace its timings.
+
+        Ignored for requests that are not known (they were cancelled meanwhile) and for items that are in the cache.
+        """
         sequence = self.scheduler.admitted.get(request_id)
         if sequence is None:
             return
         item = sequence.items[index]
-        if sequence.num_cached < item.offset + item.num_rows:
-            sequence.rows[index] = rows
+        if sequence.num_cached >= item.offset + item.num_rows:
+            return
+        if rows.start and index in sequence.restarted:
+            return  # of the attempt before; it was on its way when the item was restarted
+        sequence.restarted.discard(index)
+        sequence.rows[index] = rows
+        if timings is not None:
             sequence.item_timings[index] = timings
 
-    def restart_item(self, request_id: str, index: int) -> None:
+    def restart_item(self, request_id: str, index: int) -> list[int]:
         """The attempt behind an item's rows is over; what was taken from it must not meet rows of another one.
 
-        Prefill goes back to the item's first row. Ignored once the prompt is done.
+        Prefill goes back to the item's first row, and so forgets later items that it had reached. Returns the items
+        whose rows are needed from row 0 on: this one, then those; none once the prompt is done or the request gone.
         """
         sequence = self.scheduler.admitted.get(request_id)
-        if sequence is not None and not sequence.is_prefilled:
-            sequence.rows.pop(index, None)
-            sequence.num_cached = min(sequence.num_cached, sequence.items[index].offset)
+        if sequence is None or sequence.is_prefilled:
+            return []
+        return sequence.restart(index)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, if it is known."""

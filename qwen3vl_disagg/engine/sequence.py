@@ -30,6 +30,8 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     rows: dict[int, VisualRows] = field(default_factory=dict)
     """Item -> its rows that are here now; the rows before them have been consumed."""
+    restarted: set[int] = field(default_factory=set)
+    """Items whose next rows must begin with row 0."""
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
     """Tokens whose keys and values are in pages."""
@@ -65,6 +67,24 @@ class Sequence:
             if rows.stop < item.num_rows:
                 return item.offset + rows.stop, index
         return self.num_prompt, None
+
+    @property
+    def reach(self) -> int:
+        """Tokens of the prompt that prefill can go up to."""
+        return self.limit[0]
+
+    def restart(self, index: int) -> list[int]:
+        """Go back to an item's first row; the items whose rows are gone with that, this one first.
+
+        Rows in the cache after it are gone too: those of later items are no longer held by anybody.
+        """
+        later = range(index + 1, len(self.items))
+        gone = [index, *(other for other in later if self.items[other].offset < self.num_cached)]
+        for other in gone:
+            self.rows.pop(other, None)
+        self.restarted.update(gone)
+        self.num_cached = min(self.num_cached, self.items[index].offset)
+        return gone
 
     def touched(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Items with rows among the prompt's tokens [start, stop): (index, first row, row after the last).

@@ -342,11 +342,14 @@ def test_a_group_that_cannot_be_made_is_tried_again(error):
     run(scenario)
 
 
-def test_closing_says_goodbye():
+def test_closing_says_goodbye_and_ends_the_connection():
     async def scenario():
         async with encode_side() as side:
             peer = await side.link()
+            [link] = side.server._links._links.values()
             await side.server.close()
+            assert link.control.is_closed
             assert isinstance(await peer.control.receive(5), Goodbye)
+            await peer.ended()
 
     run(scenario)

@@ -339,3 +339,43 @@ def test_closing_while_a_payload_is_under_way_waits_for_nobody_and_keeps_its_blo
             assert it.counts() == (0, 0, 2), "not in quarantine"
 
     run(scenario)
+
+
+def test_a_payload_that_was_given_up_before_its_turn_leaves_nothing():
+    async def scenario():
+        async with language(blocks=4) as it:
+            peer = await it.connect(0)
+            grants, encoded = {}, make_encoded(CONFIG)
+            for name in "ab":
+                it.expect(name)
+                grants[name] = await peer.hear(Grant)
+                await peer.say(encoded.header(grants[name]))
+                await peer.hear(HeaderOk)
+            it.server.handle(Forget("b"))
+            await peer.hear(Abort)
+            for grant in grants.values():
+                peer.link.send(encoded.payload(grant), 1)
+            await peer.hear(Ack)
+            await it.has_rows("a", encoded)
+
+    run(scenario)
+
+
+def test_what_the_engine_answers_at_once_is_said_after_what_was_decided_before():
+    async def scenario():
+        async with language(blocks=4) as it:
+            peer = await it.connect(0)
+            it.engine.is_holding = True
+            it.expect("a", num_items=2)
+            it.expect("b")
+            it.expect("c")
+            held, _ = await peer.hear(Grant), await peer.hear(Grant)
+            await peer.deliver(held)
+            await until(lambda: it.engine.held)
+            it.server.handle(
+                Forget("a")
+            )  # frees one item's blocks at once, the other's when the engine gives them back
+            assert (await peer.hear(Abort)).item == 1
+            assert [(await peer.hear(Grant)).request_id for _ in "bc"] == ["b", "c"]
+
+    run(scenario)

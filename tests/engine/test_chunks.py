@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams
-from qwen3vl_disagg.disagg.messages import NeedItems, Tokens
+from qwen3vl_disagg.disagg.messages import Finished, NeedItems, Tokens
 from qwen3vl_disagg.disagg.rows import VisualRows
 from qwen3vl_disagg.engine.engine import Engine, RowsUsed
+from qwen3vl_disagg.engine.scheduler import Chunk
 from tests.support.engine import make_engine, make_requests, run, token_ids
 from tests.support.random_model import random_language_model, small_config
 
@@ -24,49 +27,63 @@ def logprobs(events) -> torch.Tensor:
     return torch.tensor([e.logprob for event in events if isinstance(event, Tokens) for e in event.logprobs])
 
 
+def spoil(window: VisualRows, rows: int) -> None:
+    """Nobody may read rows below `rows` of the item any more."""
+    for first, piece in (*window.main, *window.deepstack):
+        piece[: max(0, rows - first)] = float("nan")
+
+
 class Feeder:
-    """Gives an engine the rows of its requests in windows, and spoils what has been used."""
+    """Gives an engine the rows of its requests in windows, each a copy of its own, and spoils what has been used."""
 
     def __init__(self, engine: Engine, draw) -> None:
         self.engine, self.draw = engine, draw
         self.used: dict[tuple[str, int], int] = {}
         self.windows: dict[tuple[str, int], VisualRows] = {}
         self.attempts: dict[tuple[str, int], int] = {}
+        self.lacking: list[tuple[str, int]] = []
 
-    def give(self, name: str, index: int) -> None:
-        """The next rows, as copies of their own."""
-        start, total = self.used.get((name, index), 0), REQUESTS[name][1][index].num_rows
+    def give(self) -> None:
+        """The next rows of an item that lacks some."""
+        name, index = key = self.lacking.pop(self.draw(st.integers(0, len(self.lacking) - 1)))
+        start, total = self.used.get(key, 0), REQUESTS[name][1][index].num_rows
         stop = self.draw(st.integers(start + 1, total))
         whole = REQUESTS[name][2][index]
         main, deepstack = whole.main[0][1][start:stop].clone(), whole.deepstack[0][1].clone()
         cut = self.draw(st.integers(1, stop - start))
         pieces = ((start, main[:cut]), (start + cut, main[cut:])) if cut < stop - start else ((start, main),)
-        attempt = self.attempts.setdefault((name, index), 1)
-        self.windows[name, index] = VisualRows(attempt, start, stop, pieces, ((0, deepstack),))
-        self.engine.provide_rows(name, index, self.windows[name, index], ItemTimings())
+        attempt = self.attempts.setdefault(key, 1)
+        self.windows[key] = VisualRows(attempt, start, stop, pieces, ((0, deepstack),))
+        spoil(self.windows[key], start)
+        self.engine.provide_rows(name, index, self.windows[key], ItemTimings())
 
     def take(self, event: RowsUsed) -> None:
         key = (event.request_id, event.item)
         window = self.windows[key]
-        before = max(window.start, self.used.get(key, 0))
-        assert before < event.rows <= window.stop, "rows used twice, or before they came"
+        assert max(window.start, self.used.get(key, 0)) < event.rows <= window.stop, "used twice, or before they came"
         assert event.attempt == self.attempts[key]
         self.used[key] = event.rows
-        for first, piece in window.main:  # nobody may read them again
-            piece[: max(0, event.rows - first)] = float("nan")
+        spoil(window, event.rows)
         if event.rows == window.stop:
             del self.windows[key]
+            if event.rows < REQUESTS[key[0]][1][key[1]].num_rows:
+                self.lacking.append(key)
 
     def restart(self, name: str, index: int) -> None:
-        """The attempt is lost: rows of another one come, from the first row on."""
-        for _, piece in self.windows.pop((name, index)).main:
-            piece[:] = float("nan")
-        self.engine.restart_item(name, index)
-        self.attempts[name, index] += 1
-        self.used.pop((name, index), None)
+        """An attempt is lost, maybe after all its rows were used: rows of others come, from the first row on."""
+        again = self.engine.restart_item(name, index)
+        reached = [i for i in range(index + 1, len(REQUESTS[name][1])) if self.used.get((name, i))]
+        assert again == [index, *reached]
+        for key in ((name, i) for i in again):
+            if key in self.windows:
+                spoil(window := self.windows.pop(key), window.stop)
+            self.used.pop(key, None)
+            self.attempts[key] += 1
+            if key not in self.lacking:
+                self.lacking.append(key)
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(st.data())
 def test_pieces_in_any_order_give_the_same_answer(data):
     options = {
@@ -80,29 +97,29 @@ def test_pieces_in_any_order_give_the_same_answer(data):
     events: dict[str, list] = {name: [] for name in REQUESTS}
     for name, (ids, items, _) in REQUESTS.items():
         engine.add(name, ids, items, GREEDY)
-    lacking: list[tuple[str, int]] = []
     restarts = 3
     for _ in range(2000):
         if engine.is_empty:
             break
-        if lacking and (not engine.has_work or data.draw(st.booleans())):
-            feeder.give(*lacking.pop(data.draw(st.integers(0, len(lacking) - 1))))
-        if restarts and feeder.windows and data.draw(st.integers(0, 9)) == 0:
-            key = data.draw(st.sampled_from(sorted(feeder.windows)))
-            feeder.restart(*key)
-            lacking.append(key)
+        if feeder.lacking and (not engine.has_work or data.draw(st.booleans())):
+            feeder.give()
+        prefilling = [name for name, s in engine.scheduler.admitted.items() if not s.is_prefilled]
+        begun = sorted(key for key in feeder.attempts if key[0] in prefilling)
+        if restarts and begun and data.draw(st.integers(0, 9)) == 0:
+            feeder.restart(*data.draw(st.sampled_from(begun)))
             restarts -= 1
-        for event in engine.step():
+        had_work = engine.has_work
+        new = engine.step()
+        assert had_work or not new
+        kinds = [type(event) for event in new]
+        assert RowsUsed not in kinds or Tokens not in kinds[: kinds.index(RowsUsed)]
+        for event in new:
             events[event.request_id].append(event)
             if isinstance(event, NeedItems):
-                lacking += [(event.request_id, index) for index in event.items]
+                feeder.lacking += [(event.request_id, index) for index in event.items]
             if isinstance(event, RowsUsed):
-                window = feeder.windows[event.request_id, event.item]
                 feeder.take(event)
-                total = REQUESTS[event.request_id][1][event.item].num_rows
-                if event.rows == window.stop < total:
-                    lacking.append((event.request_id, event.item))
-        if not engine.has_work and not lacking:
+        if not engine.has_work and not feeder.lacking:
             engine.scheduler.is_short_of_room = True  # what a receiver without blocks says
     assert engine.is_empty
     for name in REQUESTS:
@@ -110,6 +127,133 @@ def test_pieces_in_any_order_give_the_same_answer(data):
         assert torch.allclose(logprobs(events[name]), logprobs(WHOLE[name]), atol=1e-4)
         for index, item in enumerate(REQUESTS[name][1]):
             assert feeder.used[name, index] == item.num_rows
+
+
+def begin(name: str, **options) -> tuple[Engine, list]:
+    """An engine that waits for the rows of one request, and these."""
+    ids, items, rows = REQUESTS[name]
+    engine = make_engine(MODEL, min_overlap_tokens=1, **options)
+    engine.add(name, ids, items, GREEDY)
+    engine.step()
+    return engine, rows
+
+
+def used(events) -> list[tuple[int, int, int]]:
+    return [(event.item, event.attempt, event.rows) for event in events if isinstance(event, RowsUsed)]
+
+
+def finish(engine: Engine) -> list:
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    assert engine.is_empty
+    return events
+
+
+def test_a_restart_tells_which_later_items_are_gone_and_takes_no_rows_on_their_way():
+    engine, (first, second) = begin("r2")
+    engine.provide_rows("r2", 0, first, ItemTimings())
+    engine.provide_rows("r2", 1, replace(second, stop=2), ItemTimings())
+    assert used(engine.step()) == [(0, 1, 6), (1, 1, 2)]
+    assert engine.restart_item("r2", 0) == [0, 1]
+    engine.provide_rows("r2", 1, replace(second, start=2), ItemTimings())  # of the attempt before
+    assert not engine.has_work
+    engine.provide_rows("r2", 0, replace(first, attempt=2), ItemTimings())
+    assert used(engine.step()) == [(0, 2, 6)]
+    assert not engine.has_work
+    engine.provide_rows("r2", 1, replace(second, attempt=2), ItemTimings())
+    events = finish(engine)
+    assert used(events) == [(1, 2, second.stop)]
+    assert token_ids(events) == token_ids(WHOLE["r2"])
+    assert torch.allclose(logprobs(events), logprobs(WHOLE["r2"]), atol=1e-4)
+
+
+def test_a_restart_goes_back_no_further_and_leaves_what_was_not_read():
+    engine, (first, second) = begin("r2", max_prefill_tokens=3)
+    engine.provide_rows("r2", 0, first, ItemTimings())
+    engine.provide_rows("r2", 1, second, ItemTimings())
+    assert used(engine.step()) == [(0, 1, 3)]
+    assert engine.restart_item("r2", 0) == [0]  # item 1 has not been reached: its rows stay
+    assert not engine.has_work
+    engine.provide_rows("r2", 0, replace(first, attempt=2), ItemTimings())
+    assert [used(engine.step()) for _ in range(2)] == [[(0, 2, 3)], [(0, 2, 6)]]
+    while engine.scheduler.admitted["r2"].num_cached <= REQUESTS["r2"][1][1].offset:
+        engine.step()
+    assert engine.restart_item("r2", 1) == [1]  # item 0 is in the cache and stays there
+    assert engine.scheduler.admitted["r2"].num_cached == REQUESTS["r2"][1][1].offset
+    engine.provide_rows("r2", 1, replace(second, attempt=2), ItemTimings())
+    events = finish(engine)
+    assert {item for item, _, _ in used(events)} == {1}
+    assert token_ids(events) == token_ids(WHOLE["r2"])
+
+
+def test_a_restart_that_comes_too_late_changes_nothing():
+    engine, (first, second) = begin("r2")
+    assert engine.restart_item("unknown", 0) == []
+    for index, rows in enumerate((first, second)):
+        engine.provide_rows("r2", index, rows, None)
+    events = engine.step()
+    assert engine.restart_item("r2", 0) == []
+    assert token_ids(events + finish(engine)) == token_ids(WHOLE["r2"])
+
+
+def test_rows_of_an_item_in_the_cache_are_ignored_and_timings_are_the_last_ones():
+    engine, (first, second) = begin("r2")
+    engine.provide_rows("r2", 0, replace(first, stop=2), ItemTimings(encode=1.0))
+    engine.step()
+    engine.provide_rows("r2", 0, replace(first, start=2), ItemTimings(encode=2.0))
+    engine.step()
+    engine.provide_rows("r2", 0, first, ItemTimings(encode=3.0))
+    assert not engine.has_work
+    engine.provide_rows("r2", 1, second, None)
+    engine.cancel("unknown")
+    engine.provide_rows("unknown", 0, first, ItemTimings())
+    [end] = [event for event in finish(engine) if isinstance(event, Finished)]
+    assert [item.encode for item in end.timings.items] == [2.0]
+    assert end.timings.prefill > 0
+
+
+def test_a_window_takes_the_place_of_the_one_before():
+    engine, (first, second) = begin("r2", max_prefill_tokens=3)
+    engine.provide_rows("r2", 0, replace(first, stop=5), ItemTimings())
+    assert used(engine.step()) == [(0, 1, 3)]
+    later = tuple((3 + row, piece) for row, piece in enumerate(first.main[0][1][3:].split(1)))
+    engine.provide_rows("r2", 0, replace(first, start=3, main=later), ItemTimings())
+    assert used(engine.step()) == [(0, 1, 6)]
+    engine.provide_rows("r2", 1, second, ItemTimings())
+    assert token_ids(finish(engine)) == token_ids(WHOLE["r2"])
+
+
+def test_prompts_in_pieces_draw_the_same_random_numbers():
+    sampling = SamplingParams(max_new_tokens=5, temperature=1.0, seed=3)
+    whole, pieces = (run(make_engine(MODEL, max_prefill_tokens=n), REQUESTS, sampling) for n in (100, 3))
+    assert {name: token_ids(events) for name, events in whole.items()} == {
+        name: token_ids(events) for name, events in pieces.items()
+    }
+
+
+def test_chunks_of_one_token_alone_and_beside_longer_ones():
+    """Visual rows too: a batch in which every chunk has length 1 takes another way through attention."""
+
+    def logits(cuts: list[tuple[int, int]]) -> torch.Tensor:
+        engine = make_engine(MODEL)
+        for name in ("r1", "r2"):
+            engine.add(name, *REQUESTS[name][:2], GREEDY)
+        sequences = engine.scheduler.admit()
+        starts, ends = [0, 0], torch.empty(2, MODEL.config.text.vocab_size)
+        for sequence, name in zip(sequences, ("r1", "r2"), strict=True):
+            sequence.rows = dict(enumerate(REQUESTS[name][2]))
+        for cut in [*cuts, (100, 100)]:
+            stops = [min(start + n, s.num_prompt) for start, n, s in zip(starts, cut, sequences, strict=True)]
+            batch = [b for b in range(2) if stops[b] > starts[b]]
+            if batch:
+                ends[batch] = engine.runner.prefill([Chunk(sequences[b], starts[b], stops[b]) for b in batch])
+            starts = stops
+        return ends
+
+    whole = logits([])
+    for cuts in ([(1, 1)] * 40, [(1, 4)] * 40, [(5, 1)] * 40, [(4, 1), (1, 6), (1, 1), (1, 1)]):
+        assert torch.allclose(logits(cuts), whole, atol=1e-4)
 
 
 def test_a_chunk_without_visual_rows_gives_the_model_no_deepstack(monkeypatch):
@@ -145,6 +289,6 @@ def test_cancel_in_the_middle_of_a_prompt_frees_its_pages(steps):
         for _ in range(steps):
             engine.step()
         engine.cancel(name)
-        engine.restart_item(name, 0)  # too late: nothing happens
+        assert engine.restart_item(name, 0) == []  # too late: nothing happens
     assert engine.is_empty
     assert engine.scheduler.pool.num_free == free

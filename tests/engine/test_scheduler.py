@@ -140,6 +140,7 @@ def test_prefill_goes_as_far_as_the_rows_do(cached, rows, limit):
     sequence.num_cached = cached
     sequence.rows = {index: window(*rows[index]) for index in rows}
     assert sequence.limit == limit
+    assert sequence.reach == limit[0]
 
 
 def test_a_chunk_knows_its_rows():
@@ -179,3 +180,72 @@ def test_when_a_prompt_that_is_not_whole_is_prefilled(rows, options, is_short, c
     assert scheduler.has_step == (chunk is not None)
     step = scheduler.schedule()
     assert (None if step is None else [(c.start, c.stop) for c in step.prefill]) == (None if chunk is None else [chunk])
+
+
+def test_the_budget_is_shared_in_order_of_arrival():
+    scheduler = Scheduler(PagePool(100, 4), max_running=8, max_prefill_tokens=25)
+    for name in "abc":
+        scheduler.add(replace(with_items(), request_id=name) if name == "b" else make_sequence(name, 12, 1))
+    a, b, c = scheduler.admit()
+    assert [(k.sequence, k.start, k.stop) for k in scheduler.schedule().prefill] == [(a, 0, 12), (c, 0, 12)]
+    b.rows = {0: window(0, 6), 1: window(0, 8)}
+    chunks = scheduler.schedule().prefill
+    assert [(k.sequence, k.start, k.stop, k.is_last) for k in chunks] == [(a, 0, 12, True), (b, 0, 13, False)]
+
+
+@given(
+    sequences=st.lists(
+        st.tuples(st.integers(0, 20), st.none() | st.integers(1, 6), st.none() | st.integers(1, 8)), max_size=4
+    ),
+    budget=st.integers(1, 30),
+    least=st.integers(1, 12),
+    overlap=st.booleans(),
+    is_short=st.booleans(),
+    max_running=st.integers(1, 4),
+    num_pages=st.integers(5, 20),
+)
+def test_there_is_a_step_exactly_when_has_step_says_so(
+    sequences, budget, least, overlap, is_short, max_running, num_pages
+):
+    """The engine's thread sleeps on `has_step`; rules as the requirement says them, not as the scheduler does."""
+    scheduler = Scheduler(
+        PagePool(num_pages, 4),
+        max_running=max_running,
+        max_prefill_tokens=budget,
+        overlap=overlap,
+        min_overlap_tokens=least,
+    )
+    scheduler.is_short_of_room = is_short
+    for number, (cached, *stops) in enumerate(sequences):
+        sequence = replace(with_items(), request_id=str(number))
+        sequence.num_cached = cached
+        sequence.rows = {index: window(0, stop) for index, stop in enumerate(stops) if stop is not None}
+        scheduler.add(sequence)
+    assert scheduler.has_step == bool(scheduler.admit() or scheduler.schedule())
+    for _ in range(3):
+        wanted = {}
+        for name, sequence in scheduler.admitted.items():
+            ends = [(item, sequence.rows.get(index)) for index, item in enumerate(sequence.items)]
+            reach, has_window = sequence.num_prompt, False
+            for item, rows in reversed(ends):
+                if sequence.num_cached < item.offset + item.num_rows and (rows is None or rows.stop < item.num_rows):
+                    reach, has_window = item.offset + (rows.stop if rows else 0), rows is not None
+            new = reach - sequence.num_cached
+            must = is_short or has_window or reach == sequence.num_prompt
+            if new > 0 and (must or (overlap and new >= least)):
+                wanted[name] = reach
+        is_decoding = any(s.is_prefilled for s in scheduler.admitted.values())
+        assert scheduler.has_step == bool(wanted or is_decoding)
+        step = scheduler.schedule()
+        assert (step is not None) == bool(wanted or is_decoding)
+        if step is None:
+            return
+        assert bool(step.prefill) != bool(step.decode)
+        left = budget
+        for chunk, name in zip(step.prefill, wanted, strict=False):
+            expected = min(wanted[name], chunk.sequence.num_cached + left)
+            assert (chunk.sequence.request_id, chunk.stop) == (name, expected)
+            left -= chunk.stop - chunk.start
+        assert not step.prefill or left == 0 or len(step.prefill) == len(wanted)
+        for chunk in step.prefill:
+            chunk.sequence.num_cached = chunk.stop

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from qwen3vl_disagg.disagg import session as session_module
+from qwen3vl_disagg.disagg import room as room_module
 from qwen3vl_disagg.disagg.allocator import POOLS
 from qwen3vl_disagg.disagg.encode_sessions import HEADER, PARKED, SENDING, SENT
-from qwen3vl_disagg.disagg.messages import Ack, Frame, Grant, Resume
+from qwen3vl_disagg.disagg.messages import Abort, Ack, Frame, Grant, Nack, Resume
 from qwen3vl_disagg.disagg.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING
-from qwen3vl_disagg.disagg.session_events import Attempt, FrameIn, Receive, Tick
+from qwen3vl_disagg.disagg.session_events import Attempt, CancelItems, Encode, FrameIn, Receive, Tick
 from tests.properties.session_parts import LIMITS, attempt_of
 
 if TYPE_CHECKING:
@@ -25,11 +25,6 @@ class Checks:
     def total(self, attempt: Attempt) -> int:
         """Rows of an item, also of a request that is over."""
         return self.totals[attempt[:2]]
-
-    def is_complete(self, attempt: Attempt) -> bool:
-        """All rows of an earlier attempt are here."""
-        request = self.world.language.requests.get(attempt[0])
-        return request is not None and request.sessions[attempt[1]].received == request.sessions[attempt[1]].total
 
     # ---- after every event ----
 
@@ -62,12 +57,14 @@ class Checks:
         if s.state in (GRANTED, RECEIVING, HELD):
             assert s.room is not None, "I16"
             assert s.hold is not None, "I16"
-            assert len(s.hold.slots) == 1
         else:
-            assert s.room is None
-            assert s.grant is None
-        if s.state in (IDLE, DONE):
+            assert s.grant is None, f"a {s.state} item has a grant"
+        assert s.hold is None or len(s.hold.slots) == 1
+        assert s.room is None or s.hold is not None, "I16: rows without a slot"
+        if s.state == DONE:
             assert s.hold is None, "I15: blocks kept by an item that needs none"
+        apart = {**self.world.language.pending, **self.world.language.lent}
+        assert s.apart is None or (s.apart in apart and s.hold is None), "blocks that never come back"
         if s.state == GRANTED:
             assert s.deadline < math.inf, "I11: no deadline"
             assert s.encode_rank in self.world.language.links, "granted over a link that is gone"
@@ -93,7 +90,7 @@ class Checks:
             for s in request.sessions:
                 if s.is_fully_granted:
                     continue
-                if s.state == WAITING and s.encode_rank in sessions.links:
+                if s.state == WAITING and s.encode_rank in sessions.links and s.apart is None:
                     assert sessions.is_short_of_room, f"{s.key} waits, and nobody knows"
                 break
 
@@ -129,19 +126,21 @@ class Checks:
             return  # taken back within the same event
         size, total = sessions.block_size, session.total
         room, hold = session.room, session.hold
-        assert room.generation not in leases
-        assert (hold.generation in leases) == (grant.row_start > 0), "I16"
+        is_kept, had_begun = room.generation in leases, hold.generation in leases
+        assert had_begun or grant.row_start == 0, "I16"
         # I4: the missing rows, from the first
         assert grant.row_start == session.received < grant.row_stop <= total
         assert isinstance(grant, Resume) == (grant.row_start > 0)
         rows = grant.row_stop - grant.row_start
-        assert len(room.rows) == -(-rows // size), "I12: blocks that are not needed"
+        assert rows <= len(room.rows) * size
+        assert is_kept or len(room.rows) == -(-rows // size), "I12: blocks that are not needed"
+        assert grant.row_stop == total or rows == len(room.rows) * size, "blocks left empty"
         assert sum(grant.row_runs) == rows
-        assert len(grant.row_runs) <= session_module.MAX_RUNS
+        assert len(grant.row_runs) <= room_module.MAX_RUNS
         assert all(length <= sessions.row_sizes.max_run_rows for length in grant.row_runs)
         # I5: DeepStack goes once, unless it can never fit
         item_blocks = -(-total // size) if self.world.has_deepstack else 0
-        is_ranged = item_blocks > min(sessions.allocator.totals["deepstack"], session_module.MAX_RUNS)
+        is_ranged = self._is_ranged(total)
         deepstack = (grant.deepstack_start, grant.deepstack_stop)
         if is_ranged:
             assert deepstack == (grant.row_start, grant.row_stop)
@@ -150,22 +149,37 @@ class Checks:
             assert deepstack == ((0, total) if grant.row_start == 0 and item_blocks else (grant.row_start,) * 2)
             assert (len(room.deepstack), len(hold.deepstack)) == (0, item_blocks)
         assert sum(grant.deepstack_runs) == deepstack[1] - deepstack[0]
-        self._in_order(session)
+        if not is_kept:
+            self._in_order(session, leases)
 
-    def _in_order(self, session: Any) -> None:
-        """I16: everybody before has all it needs, or cannot use room now; earlier items of the request have all."""
-        sessions = self.world.language
-        for request_id, request in sessions.requests.items():
+    def _in_order(self, session: Any, leases: dict[int, Any]) -> None:
+        """I16: everybody before has all it needs, or cannot use room now; earlier items of the request have all.
+        Those that had begun before this event come before those that had not."""
+        sessions, is_behind = self.world.language, False
+        had_begun = session.hold.generation in leases
+        for request in sessions.requests.values():
             for other in request.sessions:
                 if other is session:
-                    return
-                if not other.is_fully_granted:
-                    assert request_id != session.request_id, "I16: an earlier item of the request lacks room"
-                    if self.world.is_order_strict or session.grant.row_start == 0:
-                        cannot = other.encode_rank not in sessions.links or other.state == IDLE
-                        assert cannot, f"I16: {session.key} before {other.key} ({other.state})"
+                    is_behind = True
                     break
-        raise AssertionError("granted to nobody")
+                if not other.is_fully_granted:
+                    assert other.request_id != session.request_id, "I16: an earlier item of the request lacks room"
+                    cannot = other.encode_rank not in sessions.links or other.state == IDLE or other.apart is not None
+                    cannot = cannot or self._lacks_deepstack(other)
+                    has_begun = other.hold is not None and other.hold.generation in leases
+                    is_before = has_begun > had_begun or (has_begun == had_begun and not is_behind)
+                    assert cannot or not is_before, f"I16: {session.key} before {other.key} ({other.state})"
+                    break
+
+    def _lacks_deepstack(self, s: Any) -> bool:
+        """Each grant of a ranged item needs DeepStack blocks; there may be rows for the next one, but none of these."""
+        allocator = self.world.language.allocator
+        return s.state == WAITING and self._is_ranged(s.total) and not allocator.num_free("deepstack")
+
+    def _is_ranged(self, total: int) -> bool:
+        sessions = self.world.language
+        item_blocks = -(-total // sessions.block_size) if self.world.has_deepstack else 0
+        return item_blocks > min(sessions.allocator.totals["deepstack"], room_module.MAX_RUNS)
 
     def may_write(self, job: Receive) -> None:
         """I3: what a pending receive writes into is owned or in quarantine until it returns."""
@@ -179,6 +193,20 @@ class Checks:
         for lease in (job.room, job.hold):
             known = allocator.leases.get(lease.generation) or allocator.quarantined.get(lease.generation)
             assert known == lease, f"I3: lease {lease} was given back, and {what}"
+
+    def note_given_up(self, rank: int, event: Any) -> None:
+        """Of which attempts somebody else says now that they are over."""
+        encode = self.world.encodes[rank]
+        for key in encode.sessions.items:
+            if isinstance(event, FrameIn):
+                body = event.frame.body
+                is_over = isinstance(body, (Abort, Nack)) and attempt_of(body) == key
+            elif isinstance(event, Encode):
+                is_over = key[:2] == (event.request_id, event.item) and key[2] < event.attempt
+            else:
+                is_over = isinstance(event, CancelItems) and event.request_id == key[0]
+            if is_over:
+                encode.given_up.add(key)
 
     def released(self, rank: int, attempt: Attempt, event: Any) -> None:
         """I13: rows live until all are acknowledged or the lease ends, unless somebody gives the attempt up, or

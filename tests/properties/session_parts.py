@@ -187,6 +187,8 @@ class ModelEngine:
         self.known: dict[str, ModelSequence] = {}
         self.commands: deque[tuple[Any, ...]] = deque()
         self.events: deque[tuple[Any, ...]] = deque()
+        self.batch: tuple[str, int, int] | None = None
+        """Request, first token, token after the last: what the step under way reads."""
 
     def take_commands(self) -> None:
         while self.commands:

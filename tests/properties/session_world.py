@@ -14,7 +14,7 @@ from qwen3vl_disagg.disagg.allocator import BlockAllocator
 from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
 from qwen3vl_disagg.disagg.layout import RowSizes
-from qwen3vl_disagg.disagg.messages import Abort, Frame, Nack, Stale
+from qwen3vl_disagg.disagg.messages import Frame, Stale
 from qwen3vl_disagg.disagg.session_events import Attempt
 from tests.properties.session_checks import Checks
 from tests.properties.session_parts import (
@@ -44,15 +44,9 @@ class World:
         deepstack_blocks: int,
         slots: int,
         row_sizes: RowSizes,
-        is_racy: bool,
-        is_order_strict: bool,
     ) -> None:
         allocator = BlockAllocator(num_blocks=blocks, num_deepstack_blocks=deepstack_blocks, num_slots=slots)
         self.now = 0.0
-        self.is_racy = is_racy
-        """Whether a new attempt may be assigned to an item that has just arrived."""
-        self.is_order_strict = is_order_strict
-        """Whether the order of arrival also holds between an item that has begun and one that has not."""
         self.has_deepstack = row_sizes.deepstack_embeddings > 0
         self.language = LanguageSessions(allocator, block_size, row_sizes, LIMITS)
         self.cells = Cells(block_size, blocks, deepstack_blocks, slots)
@@ -71,7 +65,8 @@ class World:
     # ---- sessions ----
 
     def to_language(self, event: Any) -> list[Any]:
-        before = dict(self.language.allocator.leases)
+        allocator = self.language.allocator
+        before = {**allocator.leases, **allocator.quarantined}
         actions = self.language.handle(event, self.now)
         for action in actions:
             self._do_language(action, before)
@@ -79,24 +74,12 @@ class World:
         return actions
 
     def to_encode(self, rank: int, event: Any) -> list[Any]:
-        self._note_given_up(self.encodes[rank], event)
+        self.checks.note_given_up(rank, event)
         actions = self.encodes[rank].sessions.handle(event, self.now)
         for action in actions:
             self._do_encode(rank, action, event)
         self.checks.encode_side(rank)
         return actions
-
-    def _note_given_up(self, encode: ModelEncode, event: Any) -> None:
-        for key in encode.sessions.items:
-            if isinstance(event, ev.FrameIn):
-                body = event.frame.body
-                is_over = isinstance(body, (Abort, Nack)) and attempt_of(body) == key
-            elif isinstance(event, ev.Encode):
-                is_over = key[:2] == (event.request_id, event.item) and key[2] < event.attempt
-            else:
-                is_over = isinstance(event, ev.CancelItems) and event.request_id == key[0]
-            if is_over:
-                encode.given_up.add(key)
 
     def _do_language(self, action: Any, leases: dict[int, Any]) -> None:
         match action:
@@ -287,18 +270,26 @@ class World:
         self.router.admit(request_id, visuals, ranks)
 
     def step(self, request_id: str, most: int = 10**6) -> None:
-        """The engine puts some of the tokens that it could into the cache."""
+        """The engine begins to put some of the tokens that it could into the cache; or ends what it has begun."""
+        if self.engine.batch is not None:
+            self.end_step()
+            return
         self.engine.take_commands()
         sequence = self.engine.known.get(request_id)
-        if sequence is None:
-            return
-        start, stop = sequence.num_cached, min(sequence.num_cached + most, sequence.limit)
+        if sequence is not None:
+            start = sequence.num_cached
+            self.engine.batch = (request_id, start, max(start, min(start + most, sequence.limit)))
+
+    def end_step(self) -> None:
+        """Rows are read until now, whatever has become of them meanwhile."""
+        (request_id, start, stop), self.engine.batch = self.engine.batch, None  # type: ignore[misc]
+        sequence = self.engine.known[request_id]
         for item, rows in enumerate(sequence.rows):
             offset = sequence.offset(item)
             low, high = max(start - offset, 0), min(stop - offset, rows)
             if low < high:
                 self._read(request_id, item, sequence, low, high)
-        sequence.num_cached = max(stop, start)
+        sequence.num_cached = stop
 
     def _read(self, request_id: str, item: int, sequence: ModelSequence, low: int, high: int) -> None:
         first, last, job = sequence.here[item]
@@ -323,6 +314,8 @@ class World:
 
     def finish(self, request_id: str) -> None:
         """A prefilled request has all its tokens."""
+        if self.engine.batch is not None:
+            self.end_step()
         del self.engine.known[request_id]
         if self.running.pop(request_id, None) is not None:
             self.to_language(ev.Forget(request_id))
@@ -332,9 +325,6 @@ class World:
         self.router.end(request_id)
 
     def router_takes(self, source: Any) -> None:
-        if not self.is_racy and source != "language":
-            while self.router.of["language"]:
-                self.router.take("language")
         self.router.take(source)
 
     def rank_takes(self, target: Any) -> None:
@@ -347,9 +337,6 @@ class World:
         elif kind == "cancel":
             self.to_encode(target, ev.CancelItems(subject))
         elif kind == "assign":
-            if not self.is_racy and self.checks.is_complete(subject):
-                self.router.of["language"].append(("received", subject))
-                return
             self.to_language(ev.Assigned(*subject, rest[0]))
         elif rest[1] == self.encodes[target].incarnation:
             self.to_encode(target, ev.Encode(*subject, 0, rest[0], 1e6))
@@ -380,9 +367,13 @@ class World:
             found += [(self.encoded, (rank, attempt)) for attempt in self.encodes[rank].encoding]
         found += [(self.router_takes, (source,)) for source in self.router.of if self.router.of[source]]
         found += [(self.rank_takes, (target,)) for target in self.router.to if self.router.to[target]]
-        found += [(self.step, (r,)) for r in self.engine.known if self.engine.can_step(r) or self.engine.commands]
-        if self.engine.commands and not self.engine.known:
+        if self.engine.batch is not None:
+            found.append((self.end_step, ()))
+        elif self.engine.commands and not self.engine.known:
             found.append((self.step, ("",)))
+        else:
+            known = self.engine.known
+            found += [(self.step, (r,)) for r in known if self.engine.can_step(r) or self.engine.commands]
         if self.engine.events:
             found.append((self.loop_takes, ()))
         return found

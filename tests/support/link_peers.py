@@ -131,11 +131,15 @@ class Language:
         self.peers.append(Peer(control.keep_alive(), link, accept.epoch))
         return self.peers[-1]
 
-    def expect(self, name: str, *, attempt: int = 1, encode_rank: int = 0, timeout_s: float = 60) -> None:
-        """A request of one item; or a later attempt at it."""
+    def expect(
+        self, name: str, *, attempt: int = 1, encode_rank: int = 0, timeout_s: float = 60, num_items: int = 1
+    ) -> None:
+        """A request; or later attempts at its items."""
+        items = list(range(num_items))
         if attempt == 1:
-            self.server.handle(Expect(name, [VISUAL], [0], time.monotonic() + timeout_s))
-        self.server.handle(Assigned(name, 0, attempt, encode_rank))
+            self.server.handle(Expect(name, [VISUAL] * num_items, items, time.monotonic() + timeout_s))
+        for item in items:
+            self.server.handle(Assigned(name, item, attempt, encode_rank))
 
     async def has_rows(self, name: str, encoded: EncodedItem) -> int:
         """They are there, with these bits; the attempt that they came with."""

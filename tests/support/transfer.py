@@ -13,8 +13,9 @@ from qwen3vl_disagg.disagg.encode_worker import EncodedItem
 from qwen3vl_disagg.disagg.links import InProcessLink
 from qwen3vl_disagg.disagg.messages import Grant, Header
 from qwen3vl_disagg.disagg.receiver import Receiver
+from qwen3vl_disagg.disagg.room import take_room
 from qwen3vl_disagg.disagg.rows import VisualRows
-from qwen3vl_disagg.disagg.session import Session, take_room
+from qwen3vl_disagg.disagg.session import Session
 from qwen3vl_disagg.disagg.session_events import Receive
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.processing import Grid, item_positions

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3vl_disagg.disagg.encode_sessions import PARKED
 from qwen3vl_disagg.disagg.messages import Ack, Frame, Grant, Resume
-from qwen3vl_disagg.disagg.session import DONE, HELD, IDLE, RECEIVING, WAITING
+from qwen3vl_disagg.disagg.session import DONE, HELD, IDLE, RECEIVING, WAITING, Session
 from qwen3vl_disagg.disagg.session_events import Attempt, EncodeEvent, FrameIn, Receive, RowsReady, Tick
 from qwen3vl_disagg.disagg.simulation.world import Violation
 
@@ -39,11 +39,13 @@ def language_side(rank: SimLanguage) -> None:
     for request in sessions.requests.values():
         for session in request.sessions:
             state = session.state
-            if state is IDLE or state is DONE:
-                if session.room is not None or session.hold is not None:
-                    raise Violation("I15", f"{session.key} is {state} and holds blocks")
-                continue
             num_held += (session.room is not None) + (session.hold is not None)
+            if (state is WAITING or state is IDLE) and session.grant is not None:
+                raise Violation("I4", f"{session.key} is {state} and has a grant")
+            if state is DONE and (session.room is not None or session.hold is not None):
+                raise Violation("I15", f"{session.key} is done and holds blocks")
+            if state is IDLE or state is DONE:
+                continue
             grant = session.grant
             if grant is not None:
                 low = session.received if state is not HELD else grant.row_start
@@ -53,12 +55,38 @@ def language_side(rank: SimLanguage) -> None:
                 raise Violation("I11", f"{session.key} is {state} without a deadline")
             if state is WAITING and session.deadline == math.inf and session.encode_rank not in sessions.links:
                 raise Violation("I11", f"{session.key} waits for a link without a deadline")
+    _nobody_waits_in_vain(rank)
     if len(allocator.leases) != num_held:
         raise Violation("I2", f"{len(allocator.leases)} leases are owned, sessions hold {num_held}")
     num_apart = sum([len(leases) for leases in sessions.pending.values()])
     num_apart += sum([len(leases) for leases in sessions.lent.values()])
     if len(allocator.quarantined) != num_apart:
         raise Violation("I2", f"{len(allocator.quarantined)} leases in quarantine, {num_apart} are accounted for")
+
+
+def _nobody_waits_in_vain(rank: SimLanguage) -> None:
+    """I11: whoever is first in line gets room as soon as there is some."""
+    sessions = rank.sessions
+    allocator = sessions.allocator
+    begun = unbegun = None
+    for request in sessions.requests.values():
+        for session in request.sessions:
+            if session.is_fully_granted:
+                continue
+            if session.encode_rank in sessions.links and session.state is not IDLE and session.apart is None:
+                if session.state is WAITING and session.room is not None:
+                    raise Violation("I11", f"{session.key} has kept its room and is not granted")
+                begun = begun or (session if session.hold is not None else None)
+                unbegun = unbegun or (session if session.hold is None else None)
+            break
+    first = begun or unbegun
+    if first is None or first.state is not WAITING or not allocator.num_free("rows"):
+        return
+    needed = -(-first.visual.num_rows // sessions.block_size) if sessions.row_sizes.deepstack_embeddings else 0
+    is_ranged = needed > allocator.totals["deepstack"]
+    deepstack = min(needed, 1) if is_ranged else needed if first.hold is None else 0
+    if allocator.num_free("deepstack") >= deepstack and (first.hold is not None or allocator.num_free("slots")):
+        raise Violation("I11", f"{first.key} waits though there is room")
 
 
 def encode_side(rank: SimEncode) -> None:
@@ -105,17 +133,31 @@ def granted(rank: SimLanguage, grant: Grant) -> None:
         raise Violation("I5", f"DeepStack rows {wanted} granted, should be {expected}")
     if sum(grant.deepstack_runs) > len(session.room.deepstack + session.hold.deepstack) * size:
         raise Violation("I16", "DeepStack rows were granted without blocks for them")
+    key, room = (grant.request_id, grant.item), session.room.generation
+    had_begun, is_kept = key in rank.begun, rank.begun.get(key) == room
+    rank.begun[key] = room
+    if not is_kept:
+        _nobody_passed_over(rank, session, had_begun)
+
+
+def _nobody_passed_over(rank: SimLanguage, session: Session, had_begun: bool) -> None:
+    """I16: by arrival of the request, then by item; those that have begun before those that have not."""
+    sessions = rank.sessions
+    is_behind = False
     for request in sessions.requests.values():
         for other in request.sessions:
             if other is session:
-                return
+                is_behind = True
+                break
             if other.is_fully_granted:
                 continue
-            if other.state is IDLE or other.encode_rank not in sessions.links:
-                if other.request_id == session.request_id:
-                    raise Violation("I16", f"{session.key} was granted before item {other.item} had its room")
-                break
-            raise Violation("I16", f"{session.key} was granted before {other.key}")
+            can_use_room = other.state is not IDLE and other.encode_rank in sessions.links and other.apart is None
+            if other.request_id == session.request_id:
+                raise Violation("I16", f"{session.key} was granted before item {other.item} had its room")
+            has_begun = (other.request_id, other.item) in rank.begun
+            if can_use_room and (has_begun > had_begun or (has_begun == had_begun and not is_behind)):
+                raise Violation("I16", f"{session.key} was granted before {other.key}")
+            break
 
 
 def may_write(rank: SimLanguage, job: Receive) -> None:

@@ -64,6 +64,8 @@ class SimLanguage:
         self.engine = SimEngine(self)
         self.progress: dict[tuple[str, int], tuple[int, int]] = {}
         """(request, item) -> (attempt, rows delivered in order)"""
+        self.begun: dict[tuple[str, int], int] = {}
+        """(request, item) -> generation of the room it was granted last"""
         self._jobs: dict[Attempt, Receive] = {}
         self._do = {
             SendFrame: self._send_frame,

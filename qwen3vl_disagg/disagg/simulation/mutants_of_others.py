@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from qwen3vl_disagg.disagg import language_sessions, session
+from qwen3vl_disagg.disagg import language_sessions, room
 from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease, Want
 from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
@@ -22,7 +22,7 @@ from qwen3vl_disagg.disagg.simulation.mutants import method, mutant, swap
 
 @mutant("deepstack-of-the-first-grant-only", "F1 I5", "the initial transfer asks for the DeepStack of its own rows")
 def _() -> Iterator[None]:
-    take = session.take_room
+    take = room.take_room
 
     def cut(item: Session, *pools: Any) -> Any:
         grant = take(item, *pools)
@@ -44,22 +44,19 @@ def _first(runs: list[int], rows: int) -> list[int]:
     return kept
 
 
-@mutant("newcomers-take-freed-blocks", "F2 I16 I11", "an item that waits for more is passed over")
+@mutant("newcomers-take-freed-blocks", "F2 I16 I11", "whoever came last is served first")
 def _() -> Iterator[None]:
-    def give(self: LanguageSessions, now: float) -> None:
-        for request in self.requests.values():
-            for item in request.sessions:
-                link = self.links.get(item.encode_rank)
-                if item.state == WAITING and link is not None:
-                    self._grant(item, link, now)
+    def newest(requests: Any, links: Any) -> list[Session]:
+        waiting = [s for request in requests for s in request.sessions if s.state == WAITING]
+        return [s for s in reversed(waiting) if s.encode_rank in links and s.apart is None]
 
-    with swap(LanguageSessions, "_give_room", give):
+    with swap(language_sessions, "in_line", newest):
         yield
 
 
 @mutant("whole-item-or-nothing", "F3 I11", "an item is granted only when all of it fits")
 def _() -> Iterator[None]:
-    take = session.take_room
+    take = room.take_room
 
     def whole(item: Session, allocator: BlockAllocator, size: int, sizes: Any) -> Any:
         needed = -(-(item.visual.num_rows - item.received) // size)
