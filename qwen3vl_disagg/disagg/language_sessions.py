@@ -12,11 +12,11 @@ request is a session:
 
 HELD goes back to WAITING, with a resume, while rows are missing.
 
-Room is given in one order, by arrival of the request, then by item, and first to items that have begun (they have their
-slot and DeepStack and want rows alone). The first that wants room takes what is free; nobody behind it gets any before
-it has enough. An item that cannot use room now (no encode rank, no link) is passed over, and with it the later items of
-its request. What an item has it keeps, through lost links and attempts, until its rows are consumed: so whoever has all
-its room can finish, whoever has begun is served first, no two wait for what the other has, and one block is enough.
+Room is given in one order, by arrival of the request, then by item, and first to items that have begun (they have slot
+and DeepStack, and want rows alone). The first that wants room takes what is free; nobody behind it gets any before it
+has enough. An item that cannot use room now (no encode rank, no link) is passed over, and with it the later items of
+its request. What an item has it keeps, through lost links and attempts, until its rows are consumed: so no two wait for
+what the other has, and one block is enough.
 
 Blocks that a pending receive may write into, or the engine may read, are kept in quarantine when their attempt goes.
 """
@@ -88,8 +88,7 @@ class LanguageSessions:
         """Leases in quarantine until a posted receive has returned."""
         self.lent: Leases = {}
         """Leases in quarantine until the engine has answered a recall."""
-        self.is_short_of_room = False
-        """Some item waits for blocks."""
+        self.is_short_of_room = False  # some item waits for blocks
         self._last_epochs: dict[int, int] = {}
         self._actions: list[LanguageAction] = []
         self._handlers: dict[type, Callable[[Any, float], None]] = {
@@ -104,11 +103,8 @@ class LanguageSessions:
             Consumed: self._consumed,
             Returned: self._returned,
         }
-        self._frames: dict[type, Callable[[LinkState, Any, float], None]] = {
-            Header: self._header,
-            Nack: self._given_up,
-            Abort: self._given_up,
-        }
+        self._frames: dict[type, Callable[[LinkState, Any, float], None]]
+        self._frames = {Header: self._header, Nack: self._given_up, Abort: self._given_up}
 
     def handle(self, event: LanguageEvent, now: float) -> list[LanguageAction]:
         """Take one event in; `now` is in seconds on any clock that does not go back."""
@@ -239,17 +235,20 @@ class LanguageSessions:
     def _serve_line(self, now: float) -> bool:
         """A grant to the first in line; whether the line is another by that."""
         self.is_short_of_room = False
-        for session in in_line(self.requests.values(), self.links)[:1]:
-            is_kept = session.room is not None
-            if session.state == WAITING:
-                grant = take_room(session, self.allocator, self.block_size, self.row_sizes)
-                if grant is not None:
-                    session.state, session.grant, session.deadline = GRANTED, grant, now + self.limits.grant_s
-                    self._actions.append(self.links[session.encode_rank].send(grant, now))
-                    if is_kept or session.is_fully_granted:
-                        return True
+        for session in in_line(self.requests.values(), self.links):
+            if self.is_short_of_room and session.hold is None:
+                break
+            is_kept, is_waiting = session.room is not None, session.state == WAITING
+            grant = take_room(session, self.allocator, self.block_size, self.row_sizes) if is_waiting else None
+            if grant is not None:
+                session.state, session.grant, session.deadline = GRANTED, grant, now + self.limits.grant_s
+                self._actions.append(self.links[session.encode_rank].send(grant, now))
+                if is_kept or session.is_fully_granted:
+                    return True
             # One that has part of its room will want more as soon as its rows are consumed.
             self.is_short_of_room = True
+            if grant or not (is_waiting and session.hold and self.allocator.num_free("rows")):
+                break  # else it wants DeepStack only, which others that have begun may have: they go on
         return False
 
     # ---- links ----
@@ -380,7 +379,6 @@ class LanguageSessions:
             session.hold = session.grant = None
             session.state = DONE
         else:
-            session.grant = None
             self._wait(session, now)
         self._give_room(now)
 
@@ -396,6 +394,6 @@ class LanguageSessions:
         is_kept = session is not None and session.apart == (event.request_id, event.item, event.attempt)
         for lease in leases or ():
             (self.allocator.reclaim if is_kept else self.allocator.release)(lease)
-        if session is not None and is_kept and leases:
+        if session and leases and is_kept:
             session.apart, (session.room, session.hold) = None, leases
-        return leases is not None
+        return bool(leases)

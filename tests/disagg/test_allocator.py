@@ -72,17 +72,25 @@ class AllocatorHistory(RuleBasedStateMachine):
         self.allocator.release(lease)
         self.ended.append(lease)
 
+    @precondition(lambda self: self.quarantined)
+    @rule(data=st.data())
+    def reclaim(self, data):
+        """Out of quarantine, back to the owner it was taken from, as if it had never been there."""
+        lease = self.quarantined.pop(data.draw(st.sampled_from(sorted(self.quarantined))))
+        self.allocator.reclaim(lease)
+        self.owned[lease.generation] = lease
+
     @precondition(lambda self: self.ended or self.quarantined)
-    @rule(data=st.data(), how=st.sampled_from(["free", "quarantine", "release"]))
+    @rule(data=st.data(), how=st.sampled_from(["free", "quarantine", "release", "reclaim"]))
     def give_back_twice(self, data, how):
         lease = data.draw(st.sampled_from([*self.ended, *self.quarantined.values()]))
-        if how == "release" and lease.generation in self.quarantined:
+        if how in ("release", "reclaim") and lease.generation in self.quarantined:
             return
         with pytest.raises(ValueError, match=f"{lease.generation} of {lease.owner}"):
             getattr(self.allocator, how)(lease)
 
     @precondition(lambda self: self.owned)
-    @rule(data=st.data(), how=st.sampled_from(["free", "quarantine", "release"]))
+    @rule(data=st.data(), how=st.sampled_from(["free", "quarantine", "release", "reclaim"]))
     def give_back_what_nobody_was_given(self, data, how):
         lease = self.owned[data.draw(st.sampled_from(sorted(self.owned)))]
         forgeries = [
@@ -91,7 +99,7 @@ class AllocatorHistory(RuleBasedStateMachine):
             replace(lease, rows=(*lease.rows, 0)),
             replace(lease, slots=(*lease.slots, 0)),
         ]
-        if how == "release":
+        if how in ("release", "reclaim"):
             forgeries.append(lease)  # owned, not in quarantine
         for forgery in forgeries:
             with pytest.raises(ValueError, match=r"not owned|not in quarantine"):

@@ -220,6 +220,7 @@ def test_a_window_takes_the_place_of_the_one_before():
     later = tuple((3 + row, piece) for row, piece in enumerate(first.main[0][1][3:].split(1)))
     engine.provide_rows("r2", 0, replace(first, start=3, main=later), ItemTimings())
     assert used(engine.step()) == [(0, 1, 6)]
+    assert not engine.scheduler.admitted["r2"].rows  # nobody keeps what has been used
     engine.provide_rows("r2", 1, second, ItemTimings())
     assert token_ids(finish(engine)) == token_ids(WHOLE["r2"])
 

@@ -380,7 +380,6 @@ def test_the_last_rows_are_acknowledged_over_the_link_that_is_there():
     assert Ack(**ids(KEY), received=6) in bodies(side.payload("r", epoch=1))
 
 
-@pytest.mark.xfail(strict=True, reason="BUG 1c: an item that has begun waits for DeepStack that a later one has")
 def test_a_ranged_item_does_not_stop_the_one_that_has_the_deepstack_it_waits_for():
     """a's DeepStack is larger than its pool, so each of its grants needs blocks of it; b, which began while a had no
     link, has them all, and wants only rows. The first of those that have begun cannot be served: the next one can."""

@@ -152,6 +152,9 @@ def _nobody_passed_over(rank: SimLanguage, session: Session, had_begun: bool) ->
             if other.is_fully_granted:
                 continue
             can_use_room = other.state is not IDLE and other.encode_rank in sessions.links and other.apart is None
+            if other.state is WAITING and other.hold is not None and not sessions.allocator.num_free("deepstack"):
+                is_ranged = sessions.row_sizes.deepstack_embeddings and not other.hold.deepstack
+                can_use_room = can_use_room and not (is_ranged and had_begun)
             if other.request_id == session.request_id:
                 raise Violation("I16", f"{session.key} was granted before item {other.item} had its room")
             has_begun = (other.request_id, other.item) in rank.begun
