@@ -98,6 +98,15 @@ def check_checkpoint(options: ServeOptions) -> None:
         MultimodalDataBuffers.check(checkpoint.config, options)
 
 
+def make_folder(folder: Path | None) -> None:
+    """Where spans go. InputError if it cannot be made."""
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--spans {folder}: {error.strerror}", param="spans") from None
+
+
 def rank_context(options: ServeOptions, rank: int, layout: Layout, meeting: Meeting) -> RankContext:
     """What a rank's body is told."""
     return RankContext(
@@ -172,6 +181,7 @@ def run_slot(rank: int) -> int:
         layout = Layout.of(world.size, options.encode_ranks)
         check_supported(options)
         plan_faults()
+        make_folder(options.spans)
         path = meeting_path()
         if world.rank == 0:
             return first_slot(options, layout, path).run()

@@ -37,5 +37,17 @@ def span(name: str, **fields: Any) -> Iterator[None]:
     finally:
         line = msgspec.json.encode({"name": name, "rank": _rank, "start": start, "stop": time.monotonic(), **fields})
         with _lock:
-            _file.write(line + b"\n")
-            _file.flush()
+            _put(line + b"\n")
+
+
+def _put(line: bytes) -> None:
+    """A disk that is full ends the spans, not the work."""
+    global _file
+    if _file is None:
+        return
+    try:
+        _file.write(line)
+        _file.flush()
+    except OSError as error:
+        print(f"rank {_rank}: no more spans: {error.strerror}", flush=True)
+        _file = None

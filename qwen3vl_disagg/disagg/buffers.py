@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -64,6 +65,15 @@ class MultimodalDataBuffers:
         for name, value in (("block-size", size), ("blocks", options.blocks)):
             if not 1 <= value <= 1 << 24:
                 raise InputError(f"--{name} must be 1 to {1 << 24}, got {value}", param=name)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        row_bytes = RowSizes.of(
+            hidden_size=config.text.hidden_size, num_levels=config.num_deepstack_levels, itemsize=2
+        ).per_row
+        if size * options.blocks * row_bytes > memory:
+            raise InputError(
+                f"--blocks {options.blocks} of --block-size {size} rows: more than the {memory >> 30} GiB of memory",
+                param="blocks",
+            )
         rows = options.deepstack_rows
         if rows is not None and config.num_deepstack_levels and not size <= rows <= 1 << 30:
             raise InputError(f"--deepstack-rows must be at least a block, {size}, got {rows}", param="deepstack-rows")

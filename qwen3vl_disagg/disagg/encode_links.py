@@ -34,6 +34,9 @@ class EncodeLink:
             self.control.post(frame)
         except ConnectionLost:
             return
+        except Exception as error:  # a frame that does not go out leaves a gap: this link is over, and no other
+            traceback.print_exception(error)
+            self.control.abort()
 
 
 class EncodeLinks:

@@ -128,7 +128,10 @@ class EncodeServer:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self.handle(Tick())
+            try:
+                self.handle(Tick())
+            except Exception as error:  # without ticks there would be no deadlines
+                traceback.print_exception(error)
             # An attempt that ended before its encoding began has nothing to release.
             for attempt in self._items.keys() - self.sessions.items.keys():
                 del self._items[attempt]

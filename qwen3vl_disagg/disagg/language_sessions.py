@@ -9,7 +9,6 @@ request is a session:
     RECEIVING the receives are posted
     HELD      granted rows are in the blocks; the engine reads them
     DONE      all rows were consumed
-
 HELD goes back to WAITING, with a resume, while rows are missing.
 
 Room is given in one order, by arrival of the request, then by item, and first to items that have begun (they have slot
@@ -32,7 +31,7 @@ from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease
 from qwen3vl_disagg.disagg.layout import RowSizes
 from qwen3vl_disagg.disagg.link_state import LinkState
 from qwen3vl_disagg.disagg.messages import Abort, Ack, Header, HeaderOk, Nack, Stale
-from qwen3vl_disagg.disagg.room import in_line, take_room
+from qwen3vl_disagg.disagg.room import fits_whole, in_line, take_room
 from qwen3vl_disagg.disagg.session import (
     DONE,
     GRANTED,
@@ -81,13 +80,10 @@ class LanguageSessions:
     limits: SessionLimits = field(default_factory=SessionLimits)
 
     def __post_init__(self) -> None:
-        self.requests: dict[str, RequestSessions] = {}
-        """In order of arrival: the order of grants."""
+        self.requests: dict[str, RequestSessions] = {}  # in order of arrival: the order of grants
         self.links: dict[int, LinkState] = {}
-        self.pending: Leases = {}
-        """Leases in quarantine until a posted receive has returned."""
-        self.lent: Leases = {}
-        """Leases in quarantine until the engine has answered a recall."""
+        self.pending: Leases = {}  # in quarantine until a posted receive has returned
+        self.lent: Leases = {}  # in quarantine until the engine has answered a recall
         self.is_short_of_room = False  # some item waits for blocks
         self._last_epochs: dict[int, int] = {}
         self._actions: list[LanguageAction] = []
@@ -114,7 +110,7 @@ class LanguageSessions:
 
     @property
     def is_idle(self) -> bool:
-        return not self.requests and not self.pending and not self.lent and self.allocator.is_idle
+        return not (self.requests or self.pending or self.lent) and self.allocator.is_idle
 
     def find(self, request_id: str, item: int, attempt: int) -> Session | None:
         """The session whose present attempt this is."""
@@ -182,7 +178,8 @@ class LanguageSessions:
                 self.allocator.free(lease)
         if where is not None or is_over:
             session.room = session.hold = None
-        session.grant, session.state, session.deadline, session.received = None, IDLE, math.inf, 0
+        session.grant, session.state, session.deadline, session.num_broken = None, IDLE, math.inf, 0
+        session.received = 0
 
     def _keep_apart(self, leases: tuple[Lease, ...], where: Leases, key: Attempt) -> None:
         for lease in leases:
@@ -210,8 +207,8 @@ class LanguageSessions:
 
     def _out_of_time(self, session: Session, now: float) -> None:
         link = self.links.get(session.encode_rank)
-        if session.state == RECEIVING:  # the receive itself has a deadline and must have returned
-            session.deadline = math.inf
+        if session.state == RECEIVING:
+            session.deadline = math.inf  # the receive itself has one and must have returned
             if link is not None:
                 self._break(link, "a payload did not come", now)
         elif session.state == WAITING:
@@ -235,11 +232,12 @@ class LanguageSessions:
     def _serve_line(self, now: float) -> bool:
         """A grant to the first in line; whether the line is another by that."""
         self.is_short_of_room = False
-        for session in in_line(self.requests.values(), self.links):
+        pools = (self.allocator, self.block_size, self.row_sizes)
+        for session in in_line(self.requests.values(), self.links, lambda session: fits_whole(session, *pools)):
+            is_kept, is_waiting = session.room is not None, session.state == WAITING
             if self.is_short_of_room and session.hold is None:
                 break
-            is_kept, is_waiting = session.room is not None, session.state == WAITING
-            grant = take_room(session, self.allocator, self.block_size, self.row_sizes) if is_waiting else None
+            grant = take_room(session, *pools) if is_waiting else None
             if grant is not None:
                 session.state, session.grant, session.deadline = GRANTED, grant, now + self.limits.grant_s
                 self._actions.append(self.links[session.encode_rank].send(grant, now))
@@ -340,13 +338,14 @@ class LanguageSessions:
         link = self.links.get(session.encode_rank)  # possibly a newer one than the payload came over
         if event.error is None:
             start, session.received = session.received, session.grant.row_stop
-            session.state, session.deadline = HELD, math.inf
+            session.state, session.deadline, session.num_broken = HELD, math.inf, 0
             if link is not None:
                 self._acknowledge(session, link, now)
             self._actions.append(RowsReady(*session.key, start, session.received))
             if session.received == session.total:
                 self._actions.append(Arrived(*session.key))
-        elif event.is_broken:
+        elif event.is_broken and session.num_broken < 2:
+            session.num_broken += 1
             self._wait(session, now)
             self._break_if_current(event, now)
         else:
@@ -354,6 +353,8 @@ class LanguageSessions:
                 self._actions.append(link.send(Nack(**session.ids, reason=event.error), now))
             session.state = GRANTED  # nothing is pending any more
             self._lose(session, event.error)
+            if event.is_broken:
+                self._break_if_current(event, now)
         self._give_room(now)
 
     def _acknowledge(self, session: Session, link: LinkState, now: float) -> None:

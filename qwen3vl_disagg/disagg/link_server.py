@@ -168,7 +168,10 @@ class LinkServer:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self.handle(Tick())
+            try:
+                self.handle(Tick())
+            except Exception as error:  # without ticks there would be no deadlines
+                traceback.print_exception(error)
 
     # -- sessions
 

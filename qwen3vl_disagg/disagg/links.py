@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import timedelta
 from typing import Literal, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -73,7 +74,7 @@ class ProcessGroupLink:
 
     def receive(self, tensors: Sequence[Tensor], timeout: float) -> Generator[Tensor, None, None]:
         deadline = time.monotonic() + timeout
-        staged = [tensor if tensor.device.type == "cpu" else tensor.new_empty(tensor.shape).cpu() for tensor in tensors]
+        staged = [t if t.device.type == "cpu" else torch.empty(t.shape, dtype=t.dtype) for t in tensors]
         group = self._open_group()
         works = [group.recv([tensor], self._peer, 0) for tensor in staged]
         waiting = self._wait(works, deadline)

@@ -216,12 +216,13 @@ class LocalTransfer:
         payload = self._payloads[attempt]
         if payload.rows is None:
             raise RuntimeError(f"rows of {attempt} are said to be here")
-        header = payload.job.header
+        header, rows = payload.job.header, payload.rows
+        payload.rows = None  # kept by whoever reads them, no longer here
         num_bytes, num_transfers = self.receiver.totals(attempt)
         self._outcomes.append(
             Delivery(
                 *attempt,
-                rows=payload.rows,
+                rows=rows,
                 encode_rank=_ENCODE_RANK,
                 preprocess_ms=header.preprocess_ms,
                 encode_ms=header.encode_ms,

@@ -122,7 +122,10 @@ class Receiver:
         item.num_transfers += 1
         if grant.row_stop == job.visual.num_rows and item.digest != item.item_digest:
             raise TransferError(f"digest of the item: expected {item.item_digest}, got {item.digest}")
-        return VisualRows(grant.attempt, grant.row_start, grant.row_stop, main, tuple(item.deepstack))
+        rows = VisualRows(grant.attempt, grant.row_start, grant.row_stop, main, tuple(item.deepstack))
+        if grant.row_stop == job.visual.num_rows:
+            item.deepstack = []  # no resume will need it
+        return rows
 
     def totals(self, attempt: Attempt) -> tuple[int, int]:
         """(payload bytes, transfers) of an attempt so far."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from qwen3vl_disagg.disagg.allocator import BlockAllocator, Want
 from qwen3vl_disagg.disagg.layout import MAX_RUNS, RowSizes, blocks_for, row_runs
@@ -10,8 +10,20 @@ from qwen3vl_disagg.disagg.messages import Grant, Resume
 from qwen3vl_disagg.disagg.session import IDLE, WAITING, RequestSessions, Session
 
 
-def in_line(requests: Iterable[RequestSessions], links: Container[int]) -> list[Session]:
-    """The first item of each request that lacks room and could use some now.
+def fits_whole(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes) -> bool:
+    """Whether all that an item can ever want is free now."""
+    blocks = blocks_for(session.visual.num_rows, block_size)
+    deepstack = blocks if sizes.deepstack_embeddings else 0
+    wanted = {"rows": blocks, "deepstack": deepstack, "slots": 1}
+    is_one_grant = blocks <= MAX_RUNS // blocks_for(block_size, sizes.max_run_rows)
+    return is_one_grant and all(allocator.num_free(pool) >= count for pool, count in wanted.items())
+
+
+def in_line(
+    requests: Iterable[RequestSessions], links: Container[int], can_start_anew: Callable[[Session], bool]
+) -> list[Session]:
+    """The first item of each request that lacks room and could use some now. One whose room is in quarantine waits for
+    it, unless it can have all it wants anew: then it wants no more, and nobody waits for it.
 
     Those that have kept their room need none from anybody and come first; then those that have begun; each in the
     order of the requests.
@@ -20,7 +32,8 @@ def in_line(requests: Iterable[RequestSessions], links: Container[int]) -> list[
     for request in requests:
         for session in request.sessions:
             if not session.is_fully_granted:
-                if session.encode_rank in links and session.state != IDLE and session.apart is None:
+                is_apart = session.apart is not None and not can_start_anew(session)
+                if session.encode_rank in links and session.state != IDLE and not is_apart:
                     line.append(session)
                 break
     return sorted(line, key=lambda s: (s.state != WAITING or s.room is None, s.hold is None))
@@ -50,6 +63,7 @@ def take_room(session: Session, allocator: BlockAllocator, block_size: int, size
         if leases is None:
             return None
         session.room, session.hold = leases[0], leases[1] if len(leases) > 1 else session.hold
+        session.apart = None
     if session.hold is None:
         raise RuntimeError(f"{session.key} has room for rows, but no slot")
     stop = min(total, start + len(session.room.rows) * block_size)

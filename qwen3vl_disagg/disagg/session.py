@@ -33,6 +33,8 @@ class Session:
     hold: Lease | None = None
     apart: Attempt | None = None
     """`hold` and `room` are in quarantine since this attempt, and will come back."""
+    num_broken: int = 0
+    """Payloads that broke since rows came last."""
     deadline: float = math.inf
 
     @property

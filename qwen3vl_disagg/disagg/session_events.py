@@ -23,8 +23,8 @@ class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
     beat_s: float = 1.0
     suspend_s: float = 5.0
     """How long an item waits for a lost link to come back before it is given up."""
-    grant_s: float = 120.0
-    """From a grant to its header; the item is encoded meanwhile."""
+    grant_s: float = 3600.0
+    """From a grant to its header. Queueing and encoding are in it, so this only backs up the request's own deadline."""
     payload_s: float = 10.0
     """One payload on its link."""
     answer_s: float = 15.0

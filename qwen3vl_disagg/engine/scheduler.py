@@ -85,7 +85,8 @@ class Scheduler:
         if reach <= sequence.num_cached:
             return 0
         # Rows of the item in the way have to be used before the rest of it can come.
-        must = missing is None or missing in sequence.rows or self.is_short_of_room
+        has_rows = any(sequence.items[index].offset < reach for index in sequence.rows)
+        must = missing is None or missing in sequence.rows or (self.is_short_of_room and has_rows)
         may = self.overlap and reach - sequence.num_cached >= self.min_overlap_tokens
         return reach if must or may else 0
 

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import msgspec
 import pytest
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.disagg.links import LinkBroken
-from qwen3vl_disagg.disagg.messages import (
-    Abort,
-    Decoded,
-    Frame,
-    Goodbye,
-    Header,
-    HeaderOk,
-    ItemFailed,
-    LinksUp,
-    Nack,
-    Resume,
-)
+from qwen3vl_disagg.disagg.messages import Abort, Decoded, Frame, Goodbye, Header, HeaderOk, ItemFailed, LinksUp
+
+from qwen3vl_disagg.disagg.messages import Nack, Resume  # isort: skip
 from tests.support.link_peers import encode_side, make_grant
 from tests.support.link_scenarios import CONFIG, LIMITS, run, until
 from tests.support.transfer import make_encoded
@@ -114,6 +106,50 @@ def test_a_link_that_dies_is_resumed_with_the_same_rows(when):
     run(scenario)
 
 
+def test_rows_for_a_rank_that_stays_away_are_let_go_when_their_lease_ends():
+    def wrap(make):
+        def once(*key):
+            if key[-1] > 1:
+                raise LinkBroken("no more")
+            return make(*key)
+
+        return once
+
+    async def scenario():
+        async with encode_side(wrap=wrap, limits=msgspec.structs.replace(LIMITS, lease_s=0.3)) as side:
+            peer = await side.link()
+            side.encode("a")
+            await peer.say(make_grant("a"))
+            await peer.hear(Header)
+            peer.control.abort()
+            await until(lambda: side.server.sessions.num_parked)
+            await until(lambda: not side.leftovers(), 2, side.leftovers)
+            assert not side.said(ItemFailed)
+
+    run(scenario)
+
+
+def test_what_is_given_up_before_the_tower_runs_does_not_go_through_it():
+    async def scenario():
+        async with encode_side() as side:
+            peer = await side.link()
+            side.worker.gate.clear()
+            for name in "abcd":
+                side.encode(name)
+                await peer.say(make_grant(name))
+            await until(lambda: len(side.said(Decoded)) == 4)
+            assert side.worker.num_encoded == 1
+            for name in "abcd":
+                side.server.cancel(name)
+            side.worker.gate.set()
+            side.encode("e")
+            await peer.say(make_grant("e"))
+            await receive(peer, make_grant("e"))
+            assert side.worker.num_encoded == 2
+
+    run(scenario)
+
+
 def test_an_item_that_nobody_takes_fails_when_its_time_is_up():
     async def scenario():
         async with encode_side() as side:
@@ -159,13 +195,14 @@ def test_a_payload_that_cannot_be_sent_ends_the_link():
 
     async def scenario():
         async with encode_side(wrap=wrap) as side:
-            # Both ends are one object here; the other one only receives.
             peer, grant = await side.link(), make_grant("a")
             side.encode("a")
             await peer.say(grant)
             await peer.hear(Header)
             await peer.say(HeaderOk(**ids("a"), row_start=0))
+            started = time.monotonic()
             await peer.ended()
+            assert time.monotonic() - started < LIMITS.payload_s
             again = await side.link()
             await again.say(grant)
             await receive(again, grant)
@@ -185,7 +222,6 @@ def test_a_grant_that_cannot_be_ends_the_link_and_not_the_item(change):
             again = await side.link()
             await again.say(grant)
             await receive(again, grant)
-            assert side.worker.num_encoded == 1
 
     run(scenario)
 

@@ -197,6 +197,7 @@ def test_a_rank_that_died_and_came_back_answers_gone():
             [lost] = engine.lost
             assert (lost.request_id, lost.item, lost.attempt, lost.reason, lost.dead_epoch) == ("r", 0, 1, "gone", 0)
             assert [(r.item, r.attempt) for r in engine.recalls] == [(0, 1)]
+            assert not system.receiver._items
             engine.is_holding = False
             system.assign("r", attempt=2)
             [last] = await system.check("r", data)

@@ -159,7 +159,7 @@ def test_a_chunk_knows_its_rows():
         ({}, {"min_overlap_tokens": 2}, False, (0, 2)),
         ({}, {"min_overlap_tokens": 2, "overlap": False}, False, None),
         ({}, {"min_overlap_tokens": 3}, False, None),
-        ({}, {"overlap": False}, True, (0, 2)),
+        ({}, {"overlap": False}, True, None),  # text takes nobody's room
         ({0: (0, 6)}, {}, False, None),
         ({0: (0, 6)}, {"min_overlap_tokens": 10}, False, (0, 10)),
         ({0: (0, 6)}, {"overlap": False}, True, (0, 10)),

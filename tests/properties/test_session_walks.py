@@ -9,9 +9,10 @@ from random import Random
 
 from hypothesis import settings
 
+from qwen3vl_disagg.disagg import room
 from tests.properties.test_session_pair import MAX_RUNS, SessionPair
 
-NUM_WALKS = 15 * settings().max_examples
+NUM_WALKS = 10 * settings().max_examples
 NUM_STEPS = 60
 
 
@@ -71,9 +72,12 @@ def walk(seed: int) -> None:
         which=rng.randint(0, 7),
     )
     num_faults = rng.random()
-    for _ in range(NUM_STEPS):
-        _step(machine, rng, num_faults)
-    machine.teardown()
+    try:
+        for _ in range(NUM_STEPS):
+            _step(machine, rng, num_faults)
+        machine.teardown()
+    finally:
+        room.MAX_RUNS = MAX_RUNS
 
 
 def test_random_walks():

@@ -46,7 +46,7 @@ def _first(runs: list[int], rows: int) -> list[int]:
 
 @mutant("newcomers-take-freed-blocks", "F2 I16 I11", "whoever came last is served first")
 def _() -> Iterator[None]:
-    def newest(requests: Any, links: Any) -> list[Session]:
+    def newest(requests: Any, links: Any, _: Any) -> list[Session]:
         waiting = [s for request in requests for s in request.sessions if s.state == WAITING]
         return [s for s in reversed(waiting) if s.encode_rank in links and s.apart is None]
 
