@@ -12,13 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_PRIME = 1_000_003
 _HALF = 1 << 63
 
 
 def _wrap(value: int) -> int:
     """Modulo 2**64, as a signed 64-bit number."""
     return (value + _HALF) % (2 * _HALF) - _HALF
+
+
+_GOLDEN = _wrap(0x9E3779B97F4A7C15)
+_MIX = _wrap(0xBF58476D1CE4E5B9)
+_DEEPSTACK = _wrap(0x94D049BB133111EB)
 
 
 def row_sums(rows: Tensor) -> Tensor:
@@ -35,10 +39,19 @@ def row_sums(rows: Tensor) -> Tensor:
     return words.view(kind).sum(1, dtype=torch.int64)
 
 
+def _weights(start: int, stop: int) -> Tensor:
+    """`[stop - start]` int64, odd, and without small relations among them: a row that gains what another loses shows.
+
+    The finalizer of splitmix64 (Steele, Lea, Flood 2014) over the row's number.
+    """
+    x = (torch.arange(start, stop, dtype=torch.int64) + 1) * _GOLDEN
+    x = (x ^ (x >> 30)) * _MIX
+    return (x ^ (x >> 27)) | 1
+
+
 def sums_digest(sums_R: Tensor, start: int = 0) -> int:
     """The digest of rows `start ..` of an item, from their sums; a signed 64-bit number."""
-    weights_R = (2 * torch.arange(start, start + len(sums_R), dtype=torch.int64) + 1) * _PRIME
-    return int((sums_R * weights_R).sum())
+    return int((sums_R * _weights(start, start + len(sums_R))).sum())
 
 
 def rows_digest(rows: Tensor, start: int = 0) -> int:
@@ -54,11 +67,11 @@ def add_digests(*digests: int) -> int:
 def run_sums(main: Tensor, fill_ids: Tensor, positions: Tensor) -> Tensor:
     """Sums of rows over the three buffers that share blocks; each buffer has a weight, so none can take another's
     place."""
-    return row_sums(main) + 3 * row_sums(fill_ids) + 5 * row_sums(positions)
+    return row_sums(main) + _GOLDEN * row_sums(fill_ids) + _MIX * row_sums(positions)
 
 
 def deepstack_sums(deepstack: Tensor) -> Tensor:
-    return 7 * row_sums(deepstack)
+    return _DEEPSTACK * row_sums(deepstack)
 
 
 def range_digests(sums_R: Tensor, ranges: Sequence[tuple[int, int]]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.disagg.digest import (
@@ -103,6 +103,7 @@ def test_any_two_cuts_of_an_item_add_up_to_it(rows, row_cut, deepstack_cut, seed
 
 
 @given(st.integers(1, 8), seeds)
+@example(rows=2, seed=152055)  # what one row gained the next one lost, and weights of 1 and 3 did not tell
 def test_buffers_that_trade_places_show(rows, seed):
     main, fill_ids, positions, deepstack = make_buffers(rows, seed)
     digest = item_digest(main, fill_ids, positions, deepstack)
