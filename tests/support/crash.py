@@ -23,7 +23,7 @@ from tests.support.server import REPO, Server
 
 DEADLINE_S = 90.0
 HIDDEN = 2048
-"""Rows of 8 KiB: 576 of them are a payload of 4.7 MB and 14 MB of DeepStack, in runs of 4 MiB."""
+"""Rows of 8 KiB: 576 of them are a payload of 4.7 MB and 14 MB of DeepStack, in runs of RUN_BYTES."""
 
 
 def make_model(folder: Path) -> Path:
