@@ -16,9 +16,9 @@ from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
 from qwen3vl_disagg.disagg.rows import VisualRows
 from qwen3vl_disagg.engine.pages import PagePool
-from qwen3vl_disagg.engine.runner import ModelRunner
+from qwen3vl_disagg.engine.runner import BadRows, ModelRunner
 from qwen3vl_disagg.engine.sampler import Sampler
-from qwen3vl_disagg.engine.scheduler import Chunk, Scheduler
+from qwen3vl_disagg.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.processing import mrope_positions
@@ -34,22 +34,24 @@ class RowsUsed:
     rows: int
 
 
-EngineEvent = NeedItems | RowsUsed | Tokens | Finished | RequestFailed
+@dataclass(frozen=True)
+class Preempted:
+    """The request gave its pages up: until it says NeedItems again, it needs no rows."""
+
+    request_id: str
+
+
+EngineEvent = NeedItems | Preempted | RowsUsed | Tokens | Finished | RequestFailed
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
+class EngineOptions(SchedulerLimits):
     """Sizes of the engine. `kv_cache_gib`: memory for keys and values; the pool is never larger than the longest
-    context for each running request needs."""
+    context for each running request needs. `prefix_cache`: remember what full pages hold."""
 
-    max_running: int = 32
-    max_prefill_tokens: int = 4096
     page_size: int = 16
     kv_cache_gib: float = 1.0
-    overlap: bool = True
-    """Prefill the items that are here while later ones are still on their way."""
-    min_overlap_tokens: int = 256
-    """But not for fewer tokens than this, unless somebody waits for the room they take."""
+    prefix_cache: bool = True
 
     def num_pages(self, model: Qwen3MoeForCausalLMWithDeepStack, kv_itemsize: int) -> int:
         text = model.config.text
@@ -78,15 +80,10 @@ class Engine:
         self.options = options or EngineOptions()
         on_cpu = model.model.embed_tokens.weight.device.type == "cpu"
         itemsize = 4 if on_cpu else model.model.embed_tokens.weight.itemsize
-        pool = PagePool(self.options.num_pages(model, itemsize), self.options.page_size)
+        num_pages = self.options.num_pages(model, itemsize)
+        pool = PagePool(num_pages, self.options.page_size, keep=self.options.prefix_cache)
         self.runner = ModelRunner(model, num_pages=pool.num_pages, page_size=pool.page_size)
-        self.scheduler = Scheduler(
-            pool,
-            max_running=self.options.max_running,
-            max_prefill_tokens=self.options.max_prefill_tokens,
-            overlap=self.options.overlap,
-            min_overlap_tokens=self.options.min_overlap_tokens,
-        )
+        self.scheduler = Scheduler(pool, self.options)
         banned = (self.config.image_token_id, self.config.video_token_id)
         self.sampler = Sampler(banned_ids=banned, eos_ids=eos_ids)
 
@@ -112,6 +109,8 @@ class Engine:
             )
         self._check_placeholders(token_ids, items)
         positions, delta = mrope_positions(len(token_ids), items, self.config.vision.spatial_merge_size)
+        if sampling.logit_bias and not (0 <= min(sampling.logit_bias) and max(sampling.logit_bias) < text.vocab_size):
+            raise InputError(f"logit_bias takes token ids from 0 to {text.vocab_size - 1}", param="logit_bias")
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         sequence = Sequence(
             request_id=request_id,
@@ -120,7 +119,7 @@ class Engine:
             sampling=sampling,
             positions=positions,
             delta=delta,
-            generator=torch.Generator().manual_seed(seed),
+            seed=seed,
         )
         self.scheduler.add(sequence)
 
@@ -133,34 +132,39 @@ class Engine:
         ):
             raise InputError(f"{num_pads} placeholders in the prompt do not match the items at {ranges}")
 
-    def provide_rows(self, request_id: str, index: int, rows: VisualRows, timings: ItemTimings | None) -> None:
+    def provide_rows(
+        self, request_id: str, index: int, rows: VisualRows, timings: ItemTimings | None
+    ) -> list[EngineEvent]:
         """These rows of an item are here, in place of those of before; `timings`, if given, replace its timings.
 
-        Ignored for requests that are not known (they were cancelled meanwhile) and for items that are in the cache.
+        Ignored for requests that are not running (cancelled or preempted meanwhile). Rows that are all in the cache
+        are used at once.
+        """
+        sequence = self.scheduler.admitted.get(request_id)
+        if sequence is None:
+            return []
+        item = sequence.items[index]
+        if item.offset + rows.stop <= sequence.num_cached:
+            return [RowsUsed(request_id, index, rows.attempt, rows.stop)]
+        if rows.start > sequence.first_row(index) and index in sequence.restarted:
+            return []  # of the attempt before; it was on its way when the item was restarted
+        sequence.restarted.discard(index)
+        sequence.rows[index] = rows
+        if timings is not None:
+            sequence.item_timings[index] = timings
+        return []
+
+    def restart_item(self, request_id: str, index: int) -> None:
+        """The attempt behind an item's rows is over; what was taken from it must not meet rows of another one.
+
+        Prefill goes back to the item's first needed row. An item that is all in the cache is whole, and stays.
         """
         sequence = self.scheduler.admitted.get(request_id)
         if sequence is None:
             return
         item = sequence.items[index]
-        if sequence.num_cached >= item.offset + item.num_rows:
-            return
-        if rows.start and index in sequence.restarted:
-            return  # of the attempt before; it was on its way when the item was restarted
-        sequence.restarted.discard(index)
-        sequence.rows[index] = rows
-        if timings is not None:
-            sequence.item_timings[index] = timings
-
-    def restart_item(self, request_id: str, index: int) -> list[int]:
-        """The attempt behind an item's rows is over; what was taken from it must not meet rows of another one.
-
-        Prefill goes back to the item's first row, and so forgets later items that it had reached. Returns the items
-        whose rows are needed from row 0 on: this one, then those; none once the prompt is done or the request gone.
-        """
-        sequence = self.scheduler.admitted.get(request_id)
-        if sequence is None or sequence.is_prefilled:
-            return []
-        return sequence.restart(index)
+        if sequence.num_cached < item.offset + item.num_rows:
+            sequence.restart(index)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, if it is known."""
@@ -170,10 +174,12 @@ class Engine:
         """Admit what fits and run one batch. A failure of the batch fails its requests alone."""
         events: list[EngineEvent] = []
         for sequence in self.scheduler.admit():
-            sequence.admitted_at = time.monotonic()
-            if sequence.items:
-                events.append(NeedItems(request_id=sequence.request_id, items=list(range(len(sequence.items)))))
-        step = self.scheduler.schedule()
+            sequence.admitted_at = sequence.admitted_at or time.monotonic()
+            lacking = [i for i, item in enumerate(sequence.items) if sequence.first_row(i) < item.num_rows]
+            if lacking:
+                events.append(NeedItems(request_id=sequence.request_id, items=lacking))
+        step, preempted = self.scheduler.schedule()
+        events += [Preempted(sequence.request_id) for sequence in preempted]
         if step is None:
             return events
         if step.prefill:
@@ -181,34 +187,45 @@ class Engine:
         try:
             with span("decode", tokens=len(step.decode)):
                 logits = self.runner.decode(step.decode)
+            for sequence in step.decode:
+                sequence.num_cached += 1
+                self.scheduler.remember(sequence)
             sampled = self._sample(logits, step.decode)
         except (RuntimeError, ValueError) as error:
             return events + self._fail(step.decode, error)
-        for sequence in step.decode:
-            sequence.num_cached += 1
         return events + sampled
 
     def _prefill(self, chunks: list[Chunk]) -> list[EngineEvent]:
         """Run chunks of prompts; those that end one give its first token."""
         started = time.monotonic()
+        events: list[EngineEvent] = []
         try:
-            with span("prefill", tokens=sum(chunk.stop - chunk.start for chunk in chunks)):
-                logits = self.runner.prefill(chunks)
+            while True:
+                try:
+                    with span("prefill", tokens=sum(chunk.stop - chunk.start for chunk in chunks)):
+                        logits = self.runner.prefill(chunks)
+                    break
+                except BadRows as error:  # that request's failure alone; nothing has been computed yet
+                    events += self._fail([error.sequence], error)
+                    chunks = [chunk for chunk in chunks if chunk.sequence is not error.sequence]
+                    if not chunks:
+                        return events
             now = time.monotonic()
-            used: list[EngineEvent] = []
             for chunk in chunks:
                 chunk.sequence.prefill_s += now - started
-                used += self._advance(chunk)
+                events += self._advance(chunk)
             last = [number for number, chunk in enumerate(chunks) if chunk.is_last]
-            return used + (self._sample(logits[last], [chunks[number].sequence for number in last]) if last else [])
+            if last:
+                events += self._sample(logits[last], [chunks[number].sequence for number in last])
+            return events
         except (RuntimeError, ValueError) as error:
-            return self._fail([chunk.sequence for chunk in chunks], error)
+            return events + self._fail([chunk.sequence for chunk in chunks], error)
 
-    @staticmethod
-    def _advance(chunk: Chunk) -> list[EngineEvent]:
+    def _advance(self, chunk: Chunk) -> list[EngineEvent]:
         """The chunk is in the cache: its rows are used."""
         sequence, events = chunk.sequence, list[EngineEvent]()
         sequence.num_cached = chunk.stop
+        self.scheduler.remember(sequence)
         for index, _, stop in sequence.touched(chunk.start, chunk.stop):
             rows = sequence.rows[index]
             events.append(RowsUsed(sequence.request_id, index, rows.attempt, stop))
@@ -218,7 +235,7 @@ class Engine:
 
     def _sample(self, logits: Tensor, batch: list[Sequence]) -> list[EngineEvent]:
         """One more token for each sequence from `[B, V]`; the end of those that are done."""
-        token_ids, entries = self.sampler.sample(logits, [s.sampling for s in batch], [s.generator for s in batch])
+        token_ids, entries = self.sampler.sample(logits, [s.sampling_row for s in batch])
         now = time.monotonic()
         events: list[EngineEvent] = []
         for sequence, token_id, entry in zip(batch, token_ids, entries, strict=True):

@@ -50,7 +50,7 @@ from qwen3vl_disagg.disagg.session_events import (
     Returned,
 )
 from qwen3vl_disagg.disagg.store import join_store
-from qwen3vl_disagg.engine.engine import Engine, EngineEvent, RowsUsed
+from qwen3vl_disagg.engine.engine import Engine, EngineEvent, Preempted, RowsUsed
 from qwen3vl_disagg.engine.engine_thread import EngineThread
 
 LEAVE_S = 2.0
@@ -200,6 +200,9 @@ class LanguageRank:
         if isinstance(event, RowsUsed):
             fault_point("before-free")
             self._links.handle(Consumed(event.request_id, event.item, event.attempt, event.rows))
+            return
+        if isinstance(event, Preempted):
+            self._links.handle(Expect(event.request_id, request.items, [], request.deadline))
             return
         if isinstance(event, NeedItems):
             self._links.handle(Expect(event.request_id, request.items, event.items, request.deadline))

@@ -28,7 +28,7 @@ from qwen3vl_disagg.disagg.local import ItemError, LocalTransfer, Outcome
 from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
 from qwen3vl_disagg.disagg.receiver import Receiver
 from qwen3vl_disagg.disagg.rows import Delivery
-from qwen3vl_disagg.engine.engine import Engine, EngineEvent, EngineOptions, RowsUsed
+from qwen3vl_disagg.engine.engine import Engine, EngineEvent, EngineOptions, Preempted, RowsUsed
 from qwen3vl_disagg.processing import Processor, Prompt
 
 TextCallback = Callable[[int, str], None]
@@ -187,7 +187,10 @@ class LLM:
             for outcome in outcomes:
                 match outcome:
                     case Delivery():
-                        self.engine.provide_rows(outcome.request_id, outcome.item, outcome.rows, outcome.timings())
+                        delivered = outcome.request_id, outcome.item, outcome.rows, outcome.timings()
+                        for event in self.engine.provide_rows(*delivered):
+                            if isinstance(event, RowsUsed):
+                                self.transfer.consumed(event.request_id, event.item, event.attempt, event.rows)
                     case ItemError():
                         self.engine.cancel(outcome.request_id)
                         self.transfer.forget(outcome.request_id)
@@ -202,6 +205,9 @@ class LLM:
         match event:
             case NeedItems():
                 self.transfer.need(event.request_id, answer.prompt.items, event.items, answer.prompt.media)
+                return None
+            case Preempted():
+                self.transfer.need(event.request_id, answer.prompt.items, [], answer.prompt.media)
                 return None
             case RowsUsed():
                 self.transfer.consumed(event.request_id, event.item, event.attempt, event.rows)

@@ -18,6 +18,14 @@ from qwen3vl_disagg.model import PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.attention import LayerCache
 
 
+class BadRows(InputError):
+    """An item's rows are not what its sequence needs."""
+
+    def __init__(self, sequence: Sequence, message: str, param: str) -> None:
+        super().__init__(message, param=param)
+        self.sequence = sequence
+
+
 class ModelRunner:
     """Runs prefill and decode of packed sequences over a page pool. KV is float32 on CPU, the model's dtype else."""
 
@@ -38,9 +46,9 @@ class ModelRunner:
     def prefill(self, chunks: Seq[Chunk]) -> Tensor:
         """Pieces of prompts -> logits `[B, V]` of the last token of each."""
         sequences = [chunk.sequence for chunk in chunks]
-        ids = [i for chunk in chunks for i in chunk.sequence.token_ids[chunk.start : chunk.stop]]
+        ids = [i for chunk in chunks for i in chunk.sequence.tokens(chunk.start, chunk.stop)]
         ids_T = torch.tensor(ids, device=self.device)
-        positions = torch.cat([c.sequence.positions[:, c.start : c.stop] for c in chunks], dim=1).to(self.device)
+        positions = torch.cat([c.sequence.positions_of(c.start, c.stop) for c in chunks], dim=1).to(self.device)
         embeds, deepstack = self._splice(ids_T, chunks)
         batch = self._batch(sequences, [c.stop - c.start for c in chunks], [c.stop for c in chunks])
         return self.model(ids_T, positions, batch, embeds, input_deepstack_embeds=deepstack)
@@ -78,6 +86,7 @@ class ModelRunner:
                         raise ValueError("no rows are here")
                     rows.write(low, high, embeds[where], deepstack[where])
                 except (ValueError, RuntimeError) as error:
-                    raise InputError(f"item {index}, rows {low} to {high}: {error}", param=item.param) from error
+                    problem = f"item {index}, rows {low} to {high}: {error}"
+                    raise BadRows(chunk.sequence, problem, item.param) from error
             start += chunk.stop - chunk.start
         return embeds, deepstack

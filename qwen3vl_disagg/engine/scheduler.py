@@ -1,13 +1,17 @@
 """Who runs in the next step. Pure: sequences, page ids and counts; no tensors, clock or thread.
 
-A request is admitted, in order of arrival, once pages for its whole life are free (prompt and all new tokens), so a
-running request never runs out, and prefill may start before all its items are there. Prefill goes as far as the rows
-that are here allow, in chunks under a token budget; then the request is decoded with all others.
+Requests are admitted in order of arrival, each with pages for the whole prompt, so prefill may start before all its
+items are there. Prefill goes as far as the rows that are here allow, in chunks under a token budget; then the request
+is decoded with all others, a page at a time. When pages run out, the one that arrived last gives its pages back and
+waits to be admitted again: what it had is computed anew, its visual rows are asked for again. The one that arrived
+first is never stopped, so every request ends.
+
+What full pages hold is remembered, and a prompt that begins the same way starts behind them.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass, field
 
 from qwen3vl_disagg.core.errors import InputError
@@ -17,7 +21,7 @@ from qwen3vl_disagg.engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class Chunk:
-    """Prompt tokens [start, stop) of a sequence."""
+    """Tokens [start, stop) of a sequence's prompt, or of what is computed again after a preemption."""
 
     sequence: Sequence
     start: int
@@ -25,8 +29,8 @@ class Chunk:
 
     @property
     def is_last(self) -> bool:
-        """Ends the prompt, so its last token's logits give the first new token."""
-        return self.stop == self.sequence.num_prompt
+        """Ends what is known, so its last token's logits give the next token."""
+        return self.stop == self.sequence.num_tokens
 
 
 @dataclass(frozen=True)
@@ -37,25 +41,36 @@ class Step:
     decode: list[Sequence] = field(default_factory=list)
 
 
-class Scheduler:
-    """Admission by pages, prefill by a token budget, prefill and decode in turns when both wait."""
+@dataclass(frozen=True, kw_only=True)
+class SchedulerLimits:
+    """Tokens and sequences in a step. While requests are being decoded, prefill goes in chunks of `chunk_tokens`
+    together, one between two decode steps: that bounds the time between their tokens."""
 
-    def __init__(
-        self,
-        pool: PagePool,
-        *,
-        max_running: int,
-        max_prefill_tokens: int,
-        overlap: bool = True,
-        min_overlap_tokens: int = 256,
-    ) -> None:
-        self.pool = pool
-        self.max_running, self.max_prefill_tokens = max_running, max_prefill_tokens
-        self.overlap, self.min_overlap_tokens = overlap, min_overlap_tokens
+    max_running: int = 32
+    max_prefill_tokens: int = 4096
+    chunk_tokens: int = 512
+    overlap: bool = True
+    """Prefill the items that are here while later ones are still on their way."""
+    min_overlap_tokens: int = 256
+    """But not for fewer tokens than this, unless somebody waits for the room they take."""
+
+    def __post_init__(self) -> None:
+        if min(self.max_running, self.max_prefill_tokens, self.chunk_tokens) < 1:
+            raise ValueError(f"all limits must be at least 1: {self}")
+
+
+class Scheduler:
+    """`add` requests, then again and again: `admit`, `schedule`, and run the step (which moves `num_cached` on and
+    appends to `generated`), `remember` what is in the cache. `remove` at any time."""
+
+    def __init__(self, pool: PagePool, limits: SchedulerLimits | None = None) -> None:
+        self.pool, self.limits = pool, limits or SchedulerLimits()
         self.is_short_of_room = False
         """Set from outside: rows wait for the blocks of those that are here, which should be used up now."""
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []  # both in order of arrival
         self.admitted: dict[str, Sequence] = {}
+        self.num_preempted = 0
+        self._num_arrived = 0
         self._prefilled_last = False
 
     def add(self, sequence: Sequence) -> None:
@@ -67,19 +82,82 @@ class Scheduler:
                 f"{sequence.max_tokens} tokens of cache; there are {room}",
                 param="messages",
             )
+        self._num_arrived += 1
+        sequence.order = self._num_arrived
         self.waiting.append(sequence)
 
     @property
     def has_step(self) -> bool:
         """Whether `admit` or `schedule` could do something now."""
-        has_place = bool(self.waiting) and len(self.admitted) < self.max_running
-        if has_place and self.pool.pages_for(self.waiting[0].max_tokens) <= self.pool.num_free:
+        if self._next() is not None:
             return True
-        return any(s.is_prefilled or self._chunk_end(s) for s in self.admitted.values())
+        return any(s.is_decoding or self._chunk_end(s) for s in self.admitted.values())
+
+    # ---- admission ----
+
+    def admit(self) -> list[Sequence]:
+        """Move requests from the queue in, first come first served, as far as there is room."""
+        new = []
+        while (place := self._next()) is not None:
+            sequence = self.waiting.pop(0)
+            found, node, count = place
+            sequence.pages = self.pool.allocate(count, found) or []
+            sequence.num_found = sequence.num_cached = len(found) * self.pool.page_size
+            sequence.node, sequence.num_remembered = node, len(found)
+            sequence.cached_tokens = sequence.cached_tokens if sequence.num_preempted else sequence.num_found
+            self.admitted[sequence.request_id] = sequence
+            new.append(sequence)
+        if new:
+            self.admitted = {s.request_id: s for s in sorted(self.admitted.values(), key=lambda s: s.order)}
+        return new
+
+    def _next(self) -> tuple[list[int], int, int] | None:
+        """(pages that are there already, their node, new pages) for the first in the queue, if it can come in now."""
+        if not self.waiting or len(self.admitted) >= self.limits.max_running:
+            return None
+        sequence, pool = self.waiting[0], self.pool
+        # The last token has to be computed in any case: its logits are wanted.
+        contents = sequence.page_contents(pool.page_size, (sequence.num_tokens - 1) // pool.page_size)
+        found, node = pool.find(contents) if pool.keep else ([], 0)
+        count = pool.pages_for(sequence.num_tokens) - len(found)
+        # Those that are in may each want a page soon: who comes in now should not be the next to go.
+        spare = sum(1 for s in self.admitted.values() if s.num_tokens < s.max_tokens)
+        if sequence.num_preempted and pool.pages_for(sequence.max_tokens) > pool.pages_for(sequence.num_tokens):
+            spare += 1  # nor should it go again before it has gained a page of tokens
+        kept = sum(1 for page in found if pool.is_kept(page))
+        return (found, node, count) if count + spare + kept <= pool.num_free else None
+
+    # ---- steps ----
+
+    def schedule(self) -> tuple[Step | None, list[Sequence]]:
+        """The next step (None when nothing can run now), and the sequences that had to give their pages up for it."""
+        preempted: list[Sequence] = []
+        is_decoding = any(s.is_decoding for s in self.admitted.values())
+        if not (is_decoding and self._prefilled_last):
+            budget = self.limits.chunk_tokens if is_decoding else self.limits.max_prefill_tokens
+            chunks = self._chunks(budget)
+            if chunks:
+                self._prefilled_last = True
+                return Step(prefill=chunks), preempted
+        self._prefilled_last = False
+        running: list[Sequence] = []
+        for sequence in list(self.admitted.values()):
+            if sequence.request_id in self.admitted and sequence.is_decoding and self._grow(sequence, preempted):
+                running.append(sequence)
+        return (Step(decode=running) if running else None), preempted
+
+    def _chunks(self, budget: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in self.admitted.values():
+            stop = min(self._chunk_end(sequence), sequence.num_cached + budget)
+            if stop > sequence.num_cached:
+                chunks.append(Chunk(sequence, sequence.num_cached, stop))
+                budget -= stop - sequence.num_cached
+        return chunks
 
     def _chunk_end(self, sequence: Sequence) -> int:
         """How far prefill should go on now; 0: it should wait."""
-        if sequence.is_prefilled:
+        if sequence.is_decoding:
             return 0
         reach, missing = sequence.limit
         if reach <= sequence.num_cached:
@@ -87,38 +165,46 @@ class Scheduler:
         # Rows of the item in the way have to be used before the rest of it can come.
         has_rows = any(sequence.items[index].offset < reach for index in sequence.rows)
         must = missing is None or missing in sequence.rows or (self.is_short_of_room and has_rows)
-        may = self.overlap and reach - sequence.num_cached >= self.min_overlap_tokens
+        may = self.limits.overlap and reach - sequence.num_cached >= self.limits.min_overlap_tokens
         return reach if must or may else 0
 
-    def admit(self) -> list[Sequence]:
-        """Move requests from the queue in, first come first served, as far as there is room."""
-        new = []
-        while self.waiting and len(self.admitted) < self.max_running:
-            pages = self.pool.allocate(self.waiting[0].max_tokens)
-            if pages is None:
-                break
-            sequence = self.waiting.popleft()
-            sequence.pages = pages
-            self.admitted[sequence.request_id] = sequence
-            new.append(sequence)
-        return new
+    def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
+        """A page for the next token, if one is needed; False when the sequence itself was the last to arrive."""
+        while len(sequence.pages) * self.pool.page_size < sequence.num_tokens:
+            pages = self.pool.allocate(1)
+            if pages is not None:
+                sequence.pages += pages
+                continue
+            last = max(self.admitted.values(), key=lambda s: s.order)
+            self._preempt(last)
+            preempted.append(last)
+            if last is sequence:
+                return False
+        return True
 
-    def schedule(self) -> Step | None:
-        """The next step, or None when nothing can run now."""
-        running = [s for s in self.admitted.values() if s.is_prefilled]
-        chunks: list[Chunk] = []
-        if not (running and self._prefilled_last):
-            budget = self.max_prefill_tokens
-            for sequence in self.admitted.values():
-                stop = min(self._chunk_end(sequence), sequence.num_cached + budget)
-                if stop > sequence.num_cached:
-                    chunks.append(Chunk(sequence, sequence.num_cached, stop))
-                    budget -= stop - sequence.num_cached
-        if chunks:
-            self._prefilled_last = True
-            return Step(prefill=chunks)
-        self._prefilled_last = False
-        return Step(decode=running) if running else None
+    def _preempt(self, sequence: Sequence) -> None:
+        del self.admitted[sequence.request_id]
+        self.pool.free(sequence.pages)
+        sequence.leave()
+        sequence.num_preempted += 1
+        self.num_preempted += 1
+        insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def remember(self, sequence: Sequence) -> None:
+        """Note what the sequence's full pages hold, up to the first item that is not all in the cache: what was
+        computed from a part of an item may have to be forgotten."""
+        if not self.pool.keep or sequence.node is None:
+            return
+        partial = [i.offset for i in sequence.items if i.offset + i.num_rows > sequence.num_cached]
+        stop = min([sequence.num_cached, *partial]) // self.pool.page_size
+        if stop <= sequence.num_remembered:
+            return
+        contents = sequence.page_contents(self.pool.page_size, stop)
+        for number in range(sequence.num_remembered, stop):
+            sequence.node = self.pool.remember(sequence.pages[number], sequence.node, contents[number])
+            if sequence.node is None:
+                return
+            sequence.num_remembered = number + 1
 
     def remove(self, request_id: str) -> bool:
         """Take a request out, at whatever stage, and free its pages. False if it is not here."""

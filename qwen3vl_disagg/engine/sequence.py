@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.requests import FinishReason, ItemTimings, RequestTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.disagg.rows import VisualRows
+from qwen3vl_disagg.engine.pages import ROOT, PageContent
+from qwen3vl_disagg.engine.sampling import SamplingRow
 
 
 @dataclass
@@ -21,30 +24,52 @@ class Sequence:
 
     request_id: str
     token_ids: list[int]
+    """The prompt."""
     items: list[VisualItem]
     sampling: SamplingParams
     positions: Tensor
     delta: int
-    generator: torch.Generator
+    seed: int
     arrival: float = field(default_factory=time.monotonic)
+    order: int = 0
+    """Number of its arrival at the scheduler."""
     generated: list[int] = field(default_factory=list)
     rows: dict[int, VisualRows] = field(default_factory=dict)
     """Item -> its rows that are here now; the rows before them have been consumed."""
     restarted: set[int] = field(default_factory=set)
-    """Items whose next rows must begin with row 0."""
+    """Items whose next rows must begin with the first one that is needed."""
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
     """Tokens whose keys and values are in pages."""
+    num_found: int = 0
+    """Of these, tokens that were there when the sequence was admitted, in pages that others may read too."""
+    node: int | None = ROOT
+    """What the page pool calls the last page that it remembers of this sequence; None when it remembers no more."""
+    num_remembered: int = 0
     finish_reason: FinishReason | None = None
+    num_preempted: int = 0
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     prefill_s: float = 0.0
     """Wall time of the steps that prefilled this sequence."""
     item_timings: dict[int, ItemTimings] = field(default_factory=dict)
+    cached_tokens: int = 0
+    """`num_found` at the first admission."""
+    _contents: list[PageContent] = field(default_factory=list)
+
+    @cached_property
+    def sampling_row(self) -> SamplingRow:
+        """What the sampler needs; it sees `generated` grow."""
+        return SamplingRow(self.sampling, self.seed, self.token_ids, self.generated)
 
     @property
     def num_prompt(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and what has been generated."""
+        return len(self.token_ids) + len(self.generated)
 
     @property
     def max_tokens(self) -> int:
@@ -52,39 +77,58 @@ class Sequence:
         return self.num_prompt + self.sampling.max_new_tokens - 1
 
     @property
-    def is_prefilled(self) -> bool:
-        return self.num_cached >= self.num_prompt
+    def is_decoding(self) -> bool:
+        """All but the last generated token is in the cache."""
+        return bool(self.generated) and self.num_cached == self.num_tokens - 1
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Tokens [start, stop) of prompt and output."""
+        num_prompt = len(self.token_ids)
+        return self.token_ids[start:stop] + self.generated[max(0, start - num_prompt) : max(0, stop - num_prompt)]
+
+    def positions_of(self, start: int, stop: int) -> Tensor:
+        """`[3, stop - start]`"""
+        behind = torch.arange(max(start, self.num_prompt), max(stop, self.num_prompt)) + self.delta
+        return torch.cat([self.positions[:, start:stop], behind.expand(3, -1)], dim=1)
 
     @property
     def limit(self) -> tuple[int, int | None]:
-        """(tokens of the prompt that prefill can go up to, the item that is in the way)."""
+        """(tokens that prefill can go up to, the item that is in the way)."""
         for index, item in enumerate(self.items):
             if self.num_cached >= item.offset + item.num_rows:
                 continue
             rows = self.rows.get(index)
             if rows is None:
-                return item.offset, index
+                return max(item.offset, self.num_cached), index
             if rows.stop < item.num_rows:
                 return item.offset + rows.stop, index
-        return self.num_prompt, None
+        return self.num_tokens, None
 
     @property
     def reach(self) -> int:
-        """Tokens of the prompt that prefill can go up to."""
+        """Tokens that prefill can go up to."""
         return self.limit[0]
 
-    def restart(self, index: int) -> list[int]:
-        """Go back to an item's first row; the items whose rows are gone with that, this one first.
+    def first_row(self, index: int) -> int:
+        """The first row of an item that is needed, given what was found in the cache; num_rows when none is.
 
-        Rows in the cache after it are gone too: those of later items are no longer held by anybody.
+        An item of 10 rows at offset 5 needs its rows from 3 on when 8 tokens were found.
         """
-        later = range(index + 1, len(self.items))
-        gone = [index, *(other for other in later if self.items[other].offset < self.num_cached)]
-        for other in gone:
-            self.rows.pop(other, None)
-        self.restarted.update(gone)
-        self.num_cached = min(self.num_cached, self.items[index].offset)
-        return gone
+        item = self.items[index]
+        return min(max(0, self.num_found - item.offset), item.num_rows)
+
+    def restart(self, index: int) -> None:
+        """Go back to the first needed row of an item that is not all in the cache."""
+        self.rows.pop(index, None)
+        self.restarted.add(index)
+        self.num_cached = min(self.num_cached, self.items[index].offset + self.first_row(index))
+
+    def leave(self) -> None:
+        """Nothing of it is in the cache any more."""
+        self.pages, self.num_cached, self.num_found = [], 0, 0
+        self.node, self.num_remembered = ROOT, 0
+        self.rows.clear()
+        self.restarted.clear()
 
     def touched(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Items with rows among the prompt's tokens [start, stop): (index, first row, row after the last).
@@ -98,11 +142,25 @@ class Sequence:
                 found.append((index, low - item.offset, high - item.offset))
         return found
 
+    def page_contents(self, page_size: int, stop: int) -> list[PageContent]:
+        """What its first `stop` pages hold, all of them full: token ids, and of each item with rows there its address
+        and the first of these rows.
+
+        Positions need not be named: they follow from tokens and grids up to there.
+        """
+        for start in range(len(self._contents) * page_size, stop * page_size, page_size):
+            visual = tuple(
+                (self.items[i].modality, self.items[i].digest, tuple(self.items[i].grid), low)
+                for i, low, _ in self.touched(start, start + page_size)
+            )
+            self._contents.append((tuple(self.tokens(start, start + page_size)), visual))
+        return self._contents[:stop]
+
     def timings(self, now: float, language_rank: int) -> RequestTimings:
         """Stage times in ms. Items of one encode rank run one after another, those of several ranks side by side:
         a stage's time is the largest sum over a rank."""
-        items = [self.item_timings[i] for i in sorted(self.item_timings)]
-        ranks = sorted({item.encode_rank for item in items})
+        items = [self.item_timings.get(i, ItemTimings(rows=item.num_rows)) for i, item in enumerate(self.items)]
+        ranks = sorted({item.encode_rank for item in items} - {-1})
 
         def stage(name: str) -> float:
             sums = [sum(getattr(item, name) for item in items if item.encode_rank == rank) for rank in ranks]
@@ -119,5 +177,6 @@ class Sequence:
             encode_ranks=ranks,
             language_rank=language_rank,
             resumes=sum(item.resumes for item in items),
+            cached_tokens=self.cached_tokens,
             items=items,
         )

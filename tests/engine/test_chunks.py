@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams
 from qwen3vl_disagg.disagg.messages import Finished, NeedItems, Tokens
 from qwen3vl_disagg.disagg.rows import VisualRows
-from qwen3vl_disagg.engine.engine import Engine, RowsUsed
+from qwen3vl_disagg.engine.engine import Engine, Preempted, RowsUsed
 from qwen3vl_disagg.engine.scheduler import Chunk
 from tests.support.engine import make_engine, make_requests, run, token_ids
 from tests.support.random_model import random_language_model, small_config
@@ -21,6 +21,7 @@ GREEDY = SamplingParams(max_new_tokens=4, logprobs=2)
 MODEL = random_language_model(small_config(), seed=0)
 REQUESTS = {name: request for name, request in make_requests(MODEL, 6).items() if request[1]}
 WHOLE = run(make_engine(MODEL), REQUESTS, GREEDY)
+LONGEST = max(len(ids) for ids, _, _ in REQUESTS.values()) + GREEDY.max_new_tokens
 
 
 def logprobs(events) -> torch.Tensor:
@@ -39,28 +40,46 @@ class Feeder:
     def __init__(self, engine: Engine, draw) -> None:
         self.engine, self.draw = engine, draw
         self.used: dict[tuple[str, int], int] = {}
+        self.first: dict[tuple[str, int], int] = {}
         self.windows: dict[tuple[str, int], VisualRows] = {}
         self.attempts: dict[tuple[str, int], int] = {}
         self.lacking: list[tuple[str, int]] = []
 
+    def need(self, event: NeedItems) -> None:
+        sequence = self.engine.scheduler.admitted[event.request_id]
+        for index in event.items:
+            key = (event.request_id, index)
+            self.first[key] = self.used[key] = sequence.first_row(index)
+            self.attempts[key] = self.attempts.get(key, 0) + 1
+            self.lacking.append(key)
+
+    def forget(self, name: str) -> None:
+        """It was preempted."""
+        self.lacking = [key for key in self.lacking if key[0] != name]
+        for key in [key for key in self.windows if key[0] == name]:
+            self.spoil_window(key)
+
+    def spoil_window(self, key: tuple[str, int]) -> None:
+        window = self.windows.pop(key)
+        spoil(window, window.stop)
+
     def give(self) -> None:
         """The next rows of an item that lacks some."""
         name, index = key = self.lacking.pop(self.draw(st.integers(0, len(self.lacking) - 1)))
-        start, total = self.used.get(key, 0), REQUESTS[name][1][index].num_rows
+        start, total = self.used[key], REQUESTS[name][1][index].num_rows
         stop = self.draw(st.integers(start + 1, total))
         whole = REQUESTS[name][2][index]
         main, deepstack = whole.main[0][1][start:stop].clone(), whole.deepstack[0][1].clone()
         cut = self.draw(st.integers(1, stop - start))
         pieces = ((start, main[:cut]), (start + cut, main[cut:])) if cut < stop - start else ((start, main),)
-        attempt = self.attempts.setdefault(key, 1)
-        self.windows[key] = VisualRows(attempt, start, stop, pieces, ((0, deepstack),))
+        self.windows[key] = VisualRows(self.attempts[key], start, stop, pieces, ((0, deepstack),))
         spoil(self.windows[key], start)
         self.engine.provide_rows(name, index, self.windows[key], ItemTimings())
 
     def take(self, event: RowsUsed) -> None:
         key = (event.request_id, event.item)
         window = self.windows[key]
-        assert max(window.start, self.used.get(key, 0)) < event.rows <= window.stop, "used twice, or before they came"
+        assert max(window.start, self.used[key]) < event.rows <= window.stop, "used twice, or before they came"
         assert event.attempt == self.attempts[key]
         self.used[key] = event.rows
         spoil(window, event.rows)
@@ -70,43 +89,33 @@ class Feeder:
                 self.lacking.append(key)
 
     def restart(self, name: str, index: int) -> None:
-        """An attempt is lost, maybe after all its rows were used: rows of others come, from the first row on."""
-        again = self.engine.restart_item(name, index)
-        reached = [i for i in range(index + 1, len(REQUESTS[name][1])) if self.used.get((name, i))]
-        assert again == [index, *reached]
-        for key in ((name, i) for i in again):
-            if key in self.windows:
-                spoil(window := self.windows.pop(key), window.stop)
-            self.used.pop(key, None)
+        """An attempt is lost, maybe after all its rows were used: rows of another come, from the first one needed."""
+        key = (name, index)
+        self.engine.restart_item(name, index)
+        is_whole = self.used[key] == REQUESTS[name][1][index].num_rows
+        if key in self.windows:
+            self.spoil_window(key)
+        if not is_whole:
+            self.used[key] = self.first[key]
             self.attempts[key] += 1
             if key not in self.lacking:
                 self.lacking.append(key)
 
 
-@settings(max_examples=60)
-@given(st.data())
-def test_pieces_in_any_order_give_the_same_answer(data):
-    options = {
-        "max_prefill_tokens": data.draw(st.integers(1, 30)),
-        "min_overlap_tokens": data.draw(st.sampled_from([1, 5, 256])),
-        "overlap": data.draw(st.booleans()),
-    }
-    engine = make_engine(MODEL, **options)
-    engine.scheduler.is_short_of_room = data.draw(st.booleans())
-    feeder = Feeder(engine, data.draw)
+def drive(engine: Engine, draw, restarts: int) -> dict[str, list]:
+    """All requests at once, rows in windows of any size, some attempts lost."""
+    feeder = Feeder(engine, draw)
     events: dict[str, list] = {name: [] for name in REQUESTS}
     for name, (ids, items, _) in REQUESTS.items():
         engine.add(name, ids, items, GREEDY)
-    restarts = 3
-    for _ in range(2000):
+    for _ in range(3000):
         if engine.is_empty:
             break
-        if feeder.lacking and (not engine.has_work or data.draw(st.booleans())):
+        if feeder.lacking and (not engine.has_work or draw(st.booleans())):
             feeder.give()
-        prefilling = [name for name, s in engine.scheduler.admitted.items() if not s.is_prefilled]
-        begun = sorted(key for key in feeder.attempts if key[0] in prefilling)
-        if restarts and begun and data.draw(st.integers(0, 9)) == 0:
-            feeder.restart(*data.draw(st.sampled_from(begun)))
+        begun = sorted(key for key in feeder.used if key[0] in engine.scheduler.admitted)
+        if restarts and begun and draw(st.integers(0, 9)) == 0:
+            feeder.restart(*draw(st.sampled_from(begun)))
             restarts -= 1
         had_work = engine.has_work
         new = engine.step()
@@ -115,18 +124,51 @@ def test_pieces_in_any_order_give_the_same_answer(data):
         assert RowsUsed not in kinds or Tokens not in kinds[: kinds.index(RowsUsed)]
         for event in new:
             events[event.request_id].append(event)
-            if isinstance(event, NeedItems):
-                feeder.lacking += [(event.request_id, index) for index in event.items]
-            if isinstance(event, RowsUsed):
-                feeder.take(event)
+            match event:
+                case NeedItems():
+                    feeder.need(event)
+                case Preempted():
+                    feeder.forget(event.request_id)
+                case RowsUsed():
+                    feeder.take(event)
         if not engine.has_work and not feeder.lacking:
             engine.scheduler.is_short_of_room = True  # what a receiver without blocks says
     assert engine.is_empty
+    assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_pages
     for name in REQUESTS:
-        assert token_ids(events[name]) == token_ids(WHOLE[name])
-        assert torch.allclose(logprobs(events[name]), logprobs(WHOLE[name]), atol=1e-4)
         for index, item in enumerate(REQUESTS[name][1]):
-            assert feeder.used[name, index] == item.num_rows
+            assert feeder.used.get((name, index), item.num_rows) == item.num_rows
+    return events
+
+
+def gib_of(pages: int, page_size: int) -> float:
+    """Memory for so many pages of MODEL, float32."""
+    text = MODEL.config.text
+    token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
+    return (pages + 0.5) * page_size * token_bytes / 2**30
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_pieces_in_any_order_with_preemptions_and_found_pages_give_the_same_answer(data):
+    """Chunks from 1 token up, pages of any size, few pages or many, twice the same prompts with or without a cache."""
+    options = {
+        "max_prefill_tokens": data.draw(st.integers(1, 30)),
+        "chunk_tokens": data.draw(st.integers(1, 30)),
+        "min_overlap_tokens": data.draw(st.sampled_from([1, 5, 256])),
+        "overlap": data.draw(st.booleans()),
+        "page_size": data.draw(st.integers(1, 9)),
+        "prefix_cache": data.draw(st.booleans()),
+    }
+    least = -(-LONGEST // options["page_size"])
+    options["kv_cache_gib"] = gib_of(data.draw(st.integers(least, 5 * least)), options["page_size"])
+    engine = make_engine(MODEL, **options)
+    engine.scheduler.is_short_of_room = data.draw(st.booleans())
+    for _ in range(2):
+        events = drive(engine, data.draw, restarts=3)
+        for name in REQUESTS:
+            assert token_ids(events[name]) == token_ids(WHOLE[name])
+            assert torch.allclose(logprobs(events[name]), logprobs(WHOLE[name]), atol=1e-4)
 
 
 def begin(name: str, **options) -> tuple[Engine, list]:
@@ -150,16 +192,14 @@ def finish(engine: Engine) -> list:
     return events
 
 
-def test_a_restart_tells_which_later_items_are_gone_and_takes_no_rows_on_their_way():
+def test_a_restart_goes_back_to_the_first_row_and_takes_no_rows_on_their_way():
     engine, (first, second) = begin("r2")
     engine.provide_rows("r2", 0, first, ItemTimings())
     engine.provide_rows("r2", 1, replace(second, stop=2), ItemTimings())
     assert used(engine.step()) == [(0, 1, 6), (1, 1, 2)]
-    assert engine.restart_item("r2", 0) == [0, 1]
+    engine.restart_item("r2", 1)
+    assert engine.scheduler.admitted["r2"].num_cached == REQUESTS["r2"][1][1].offset
     engine.provide_rows("r2", 1, replace(second, start=2), ItemTimings())  # of the attempt before
-    assert not engine.has_work
-    engine.provide_rows("r2", 0, replace(first, attempt=2), ItemTimings())
-    assert used(engine.step()) == [(0, 2, 6)]
     assert not engine.has_work
     engine.provide_rows("r2", 1, replace(second, attempt=2), ItemTimings())
     events = finish(engine)
@@ -168,18 +208,21 @@ def test_a_restart_tells_which_later_items_are_gone_and_takes_no_rows_on_their_w
     assert torch.allclose(logprobs(events), logprobs(WHOLE["r2"]), atol=1e-4)
 
 
-def test_a_restart_goes_back_no_further_and_leaves_what_was_not_read():
+def test_a_restart_leaves_items_that_are_whole_or_have_not_been_read():
     engine, (first, second) = begin("r2", max_prefill_tokens=3)
     engine.provide_rows("r2", 0, first, ItemTimings())
     engine.provide_rows("r2", 1, second, ItemTimings())
     assert used(engine.step()) == [(0, 1, 3)]
-    assert engine.restart_item("r2", 0) == [0]  # item 1 has not been reached: its rows stay
+    engine.restart_item("r2", 0)  # item 1 has not been reached: its rows stay
     assert not engine.has_work
     engine.provide_rows("r2", 0, replace(first, attempt=2), ItemTimings())
     assert [used(engine.step()) for _ in range(2)] == [[(0, 2, 3)], [(0, 2, 6)]]
+    engine.restart_item("r2", 0)  # all of it is in the cache, from one attempt: it stays
+    [event] = engine.provide_rows("r2", 0, replace(first, attempt=3), ItemTimings())
+    assert used([event]) == [(0, 3, 6)]
     while engine.scheduler.admitted["r2"].num_cached <= REQUESTS["r2"][1][1].offset:
         engine.step()
-    assert engine.restart_item("r2", 1) == [1]  # item 0 is in the cache and stays there
+    engine.restart_item("r2", 1)
     assert engine.scheduler.admitted["r2"].num_cached == REQUESTS["r2"][1][1].offset
     engine.provide_rows("r2", 1, replace(second, attempt=2), ItemTimings())
     events = finish(engine)
@@ -189,27 +232,27 @@ def test_a_restart_goes_back_no_further_and_leaves_what_was_not_read():
 
 def test_a_restart_that_comes_too_late_changes_nothing():
     engine, (first, second) = begin("r2")
-    assert engine.restart_item("unknown", 0) == []
+    engine.restart_item("unknown", 0)
     for index, rows in enumerate((first, second)):
         engine.provide_rows("r2", index, rows, None)
     events = engine.step()
-    assert engine.restart_item("r2", 0) == []
+    engine.restart_item("r2", 0)
     assert token_ids(events + finish(engine)) == token_ids(WHOLE["r2"])
 
 
-def test_rows_of_an_item_in_the_cache_are_ignored_and_timings_are_the_last_ones():
+def test_rows_of_an_item_in_the_cache_are_used_at_once_and_timings_are_the_last_ones():
     engine, (first, second) = begin("r2")
     engine.provide_rows("r2", 0, replace(first, stop=2), ItemTimings(encode=1.0))
     engine.step()
     engine.provide_rows("r2", 0, replace(first, start=2), ItemTimings(encode=2.0))
     engine.step()
-    engine.provide_rows("r2", 0, first, ItemTimings(encode=3.0))
+    assert used(engine.provide_rows("r2", 0, first, ItemTimings(encode=3.0))) == [(0, 1, 6)]
     assert not engine.has_work
     engine.provide_rows("r2", 1, second, None)
     engine.cancel("unknown")
     engine.provide_rows("unknown", 0, first, ItemTimings())
     [end] = [event for event in finish(engine) if isinstance(event, Finished)]
-    assert [item.encode for item in end.timings.items] == [2.0]
+    assert [item.encode for item in end.timings.items] == [2.0, 0.0]
     assert end.timings.prefill > 0
 
 
@@ -290,6 +333,6 @@ def test_cancel_in_the_middle_of_a_prompt_frees_its_pages(steps):
         for _ in range(steps):
             engine.step()
         engine.cancel(name)
-        assert engine.restart_item(name, 0) == []  # too late: nothing happens
+        engine.restart_item(name, 0)  # too late: nothing happens
     assert engine.is_empty
     assert engine.scheduler.pool.num_free == free

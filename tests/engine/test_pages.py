@@ -2,62 +2,124 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from qwen3vl_disagg.engine.pages import PagePool
+from qwen3vl_disagg.engine.pages import ROOT, PagePool
 
 
 def test_seventeen_tokens_take_two_pages_of_sixteen():
     pool = PagePool(3, 16)
-    pages = pool.allocate(17)
-    assert pages is not None
-    assert len(pages) == 2
-    assert pool.allocate(17) is None
+    assert pool.pages_for(17) == 2
+    pages = pool.allocate(2)
+    assert len(set(pages)) == 2
+    assert pool.allocate(2) is None
     assert pool.num_free == 1
 
 
 def test_a_page_is_freed_once():
     pool = PagePool(4, 2)
-    pages = pool.allocate(4)
-    assert pages is not None
+    pages = pool.allocate(2)
     pool.free(pages)
     with pytest.raises(ValueError, match="not taken"):
         pool.free(pages)
     with pytest.raises(ValueError, match="not taken"):
         pool.free([99])
-    again = pool.allocate(2)
-    assert again is not None
+    again = pool.allocate(1)
     with pytest.raises(ValueError, match="once each"):
         pool.free(again * 2)
 
 
+def test_what_is_kept_is_found_and_goes_when_room_is_needed_the_end_first():
+    pool = PagePool(4, 2, keep=True)
+    [a, b, c] = pool.allocate(3)
+    node = pool.remember(a, ROOT, "A")
+    assert pool.remember(b, node, "B") not in (node, None)
+    pool.free([a, b, c])
+    assert pool.num_free == 4
+    assert pool.num_kept == 2
+    assert pool.find(["A", "B", "C"])[0] == [a, b]
+    assert pool.find(["B"]) == ([], ROOT)  # B is known after A only
+    [other, d, e] = pool.allocate(3)
+    assert {other, d, e} == {c, b, 3}  # the free ones, then B, which hangs below A
+    assert pool.find(["A", "B"]) == ([a], node)
+    shared = pool.allocate(0, [a])
+    assert shared == [a]
+    assert pool.num_free == 0
+    assert pool.allocate(1) is None  # what is taken is not evicted
+
+
+def test_the_same_content_twice_is_known_once():
+    pool = PagePool(4, 2, keep=True)
+    [a, b] = pool.allocate(2)
+    node = pool.remember(a, ROOT, "A")
+    assert pool.remember(b, ROOT, "A") == node
+    pool.free([b])
+    assert pool.num_kept == 0
+    pool.free([a])
+    assert pool.num_kept == 1
+
+
+def test_what_hung_below_a_page_that_is_gone_is_not_found():
+    pool = PagePool(2, 2, keep=True)
+    [a, b] = pool.allocate(2)
+    below = pool.remember(b, pool.remember(a, ROOT, "A"), "B")
+    pool.free([a])  # b stays taken
+    [again] = pool.allocate(1)
+    assert again == a
+    assert pool.remember(again, ROOT, "A") != below
+    assert pool.find(["A", "B"])[0] == [a]
+    assert pool.remember(again, ROOT + 10**6, "X") is None
+
+
 class PoolMachine(RuleBasedStateMachine):
-    """Against a plain dict of owners."""
+    """Against owners, and the contents that each page was said to hold, from the first one on."""
+
+    SIZE = 7
 
     def __init__(self):
         super().__init__()
-        self.pool = PagePool(7, 3)
-        self.owned: list[list[int]] = []
+        self.pool = PagePool(self.SIZE, 3, keep=True)
+        self.owned: list[tuple[list[int], list[str], int | None]] = []  # pages, contents known, node of the last
+        self.holds: dict[int, tuple[str, ...]] = {}
+        """What is written in each page, and in those before it in the sequence that wrote it."""
 
-    @rule(tokens=st.integers(1, 25))
-    def allocate(self, tokens):
-        free = 7 - sum(map(len, self.owned))
-        pages = self.pool.allocate(tokens)
-        if -(-tokens // 3) > free:
+    @rule(count=st.integers(0, 8), contents=st.lists(st.sampled_from("ab"), max_size=5))
+    def allocate(self, count, contents):
+        found, node = self.pool.find(contents)
+        for number, page in enumerate(found):
+            assert self.holds[page] == tuple(contents[: number + 1]), "found what is not there"
+        others = {page for pages, _, _ in self.owned for page in pages}
+        room = self.SIZE - len(others | set(found))
+        pages = self.pool.allocate(count, found)
+        if count > room:
             assert pages is None
-        else:
-            assert len(pages) == -(-tokens // 3)
-            self.owned.append(pages)
+            return
+        assert pages[: len(found)] == found
+        for page in pages[len(found) :]:
+            assert page not in others | set(found)
+            self.holds.pop(page, None)
+        self.owned.append((pages, contents[: len(found)], node))
+
+    @precondition(lambda self: any(len(pages) > len(known) for pages, known, _ in self.owned))
+    @rule(data=st.data(), content=st.sampled_from("ab"))
+    def remember(self, data, content):
+        choices = [i for i, (pages, known, _) in enumerate(self.owned) if len(pages) > len(known)]
+        i = data.draw(st.sampled_from(choices))
+        pages, known, node = self.owned[i]
+        page = pages[len(known)]
+        self.holds[page] = (*known, content)
+        known = [*known, content]
+        self.owned[i] = (pages, known, None if node is None else self.pool.remember(page, node, content))
 
     @precondition(lambda self: self.owned)
     @rule(data=st.data())
     def free(self, data):
-        self.pool.free(self.owned.pop(data.draw(st.integers(0, len(self.owned) - 1))))
+        self.pool.free(self.owned.pop(data.draw(st.integers(0, len(self.owned) - 1)))[0])
 
     @invariant()
-    def no_page_has_two_owners(self):
-        pages = [page for pages in self.owned for page in pages]
-        assert len(set(pages)) == len(pages)
-        assert set(pages) <= set(range(7))
-        assert self.pool.num_free == 7 - len(pages)
+    def pages_are_taken_or_can_be_had(self):
+        taken = {page for pages, _, _ in self.owned for page in pages}
+        assert all(len(set(pages)) == len(pages) for pages, _, _ in self.owned)
+        assert taken <= set(range(self.SIZE))
+        assert self.pool.num_free == self.SIZE - len(taken)
 
 
 TestPool = PoolMachine.TestCase

@@ -101,6 +101,14 @@ def abandon(server: Server, parts: list[dict[str, Any]], after_s: float) -> None
         return  # the server is on its way down
 
 
+def hang_up(server: Server, mark: Path) -> None:
+    """Hang up on requests at several points of their way, until the fault has struck somewhere."""
+    for after_s in (0.7, 0.3, 1.0, 0.5, 1.4, 0.2, 2.0):
+        abandon(server, content(picture(9), picture(8)), after_s)
+        if mark.exists():
+            return
+
+
 def has_ended(server: Server, patience_s: float) -> bool:
     """Whether torchrun leaves by itself."""
     end = time.monotonic() + patience_s
@@ -119,7 +127,7 @@ def run_fault(model: Path, point: str, action: str, expected: dict[int, list[int
     try:
         with server:
             with ThreadPoolExecutor(5) as pool:
-                hung_up = pool.submit(abandon, server, content(picture(9), picture(8)), 0.7)
+                hung_up = pool.submit(hang_up, server, mark)
                 started = time.monotonic()
                 answers = [pool.submit(ask, server, content(picture(n)), expected[n]) for n in expected]
                 result.outcomes = [answer.result(DEADLINE_S + 30) for answer in answers]

@@ -46,7 +46,8 @@ def make_requests(model, count: int):
         text = torch.randint(10, 60, (length,), generator=generator).tolist()
         items, ids = [], text[:2]
         for _ in range(i % 3):
-            items.append(make_item(len(ids), grid=(1, 4, 6) if len(items) == 0 else (1, 2, 8)))
+            grid = (1, 4, 6) if len(items) == 0 else (1, 2, 8)
+            items.append(make_item(len(ids), grid=grid, name=f"{i}-{len(items)}"))
             ids = ids + [IMAGE_TOKEN] * items[-1].num_rows + [7]
         ids = ids + text[2:]
         requests[f"r{i}"] = (ids, items, [make_rows(model, item, 10 * i + j) for j, item in enumerate(items)])
