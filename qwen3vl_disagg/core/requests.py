@@ -10,12 +10,28 @@ FinishReason = Literal["stop", "length"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How tokens are picked. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch those filters off."""
+    """How tokens are picked. `temperature == 0` is greedy; the defaults of all else switch it off.
+
+    `engine/sampler.py` says in which order these work.
+    """
 
     max_new_tokens: int = 128
+    min_tokens: int = 0
+    """No end token before that many tokens, and no stop string that is complete before them."""
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    """Tokens less likely than this share of the most likely one's probability are out."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token of the output; `frequency_penalty`: as often as it is there."""
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """Positive logits of tokens of prompt and output are divided by it, others multiplied."""
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
+    """Token id -> what is added to its logit, from -100 to 100."""
+    stop: list[str] = msgspec.field(default_factory=list)
+    """The text ends before the first of these. Whoever makes the text looks for them: the engine has no tokenizer."""
     seed: int | None = None
     ignore_eos: bool = False
     """Ban the end tokens, so that exactly `max_new_tokens` come."""
@@ -53,12 +69,17 @@ class ItemTimings(msgspec.Struct, kw_only=True):
 
     preprocess: float = 0.0
     encode: float = 0.0
+    """That of the whole batch."""
     transfer: float = 0.0
     transfer_bytes: int = 0
     encode_rank: int = -1
     rows: int = 0
     resumes: int = 0
     attempts: int = 1
+    cached: bool = False
+    """The encode rank had the rows already: `preprocess` and `encode` are 0."""
+    batch: int = 0
+    """Which run of the encode rank's tower the item was in, from 1. Items of one run share its time."""
 
 
 class RequestTimings(msgspec.Struct, kw_only=True):

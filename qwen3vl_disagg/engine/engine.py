@@ -7,7 +7,6 @@ import time
 import traceback
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.errors import InputError
@@ -109,7 +108,7 @@ class Engine:
             )
         self._check_placeholders(token_ids, items)
         positions, delta = mrope_positions(len(token_ids), items, self.config.vision.spatial_merge_size)
-        if sampling.logit_bias and not (0 <= min(sampling.logit_bias) and max(sampling.logit_bias) < text.vocab_size):
+        if sampling.logit_bias and not (min(sampling.logit_bias) >= 0 and max(sampling.logit_bias) < text.vocab_size):
             raise InputError(f"logit_bias takes token ids from 0 to {text.vocab_size - 1}", param="logit_bias")
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         sequence = Sequence(

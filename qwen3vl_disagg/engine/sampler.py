@@ -1,6 +1,19 @@
-"""From logits to tokens. Each request brings its own generator, so its tokens do not depend on its neighbours.
+"""From logits to tokens, all rows of a batch at once, on the logits' device.
 
-Dims: B sequences, V vocabulary.
+The steps, in the order of vLLM's sampler (v1/sample/sampler.py), whose filters come in transformers' order:
+
+1. logprobs, for those who want them, from the raw logits
+2. logit bias, then the penalties: repetition, frequency, presence
+3. bans: placeholders always, end tokens where they are ignored or come too early
+4. greedy rows: the largest logit
+5. the others: temperature, top-k, top-p, min-p; then the request's one random number picks from what is left
+
+A row's result does not depend on the other rows, not by a bit. Elementwise operations have no neighbours; sums do,
+where their order follows the batch's shape. So there are no sums of floats here: a probability is its ratio to the
+largest one in units of 2**-40, a whole number, and whole numbers can be added up in any order. (The model's own logits
+may differ in their last bits between batches of different sizes; that is not the sampler's to mend.)
+
+Dims: B rows, S sampled rows, R rows with logprobs, V vocabulary, K sorted logits.
 """
 
 from __future__ import annotations
@@ -10,61 +23,171 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from qwen3vl_disagg.core.requests import SamplingParams, TokenLogprob
+from qwen3vl_disagg.core.requests import TokenLogprob
+from qwen3vl_disagg.engine.sampling import Plan, SamplingRow
 
-
-def filter_logits(logits_V: Tensor, sampling: SamplingParams) -> Tensor:
-    """Temperature, then top-k, then top-p, in float32; removed tokens get -inf.
-
-    Top-p keeps the smallest set of most likely tokens whose probability reaches p, at least one.
-    """
-    logits_V = logits_V.float() / sampling.temperature
-    if 0 < sampling.top_k < logits_V.shape[-1]:
-        kth = logits_V.topk(sampling.top_k).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < kth, float("-inf"))
-    if sampling.top_p < 1.0:
-        sorted_V, order_V = logits_V.sort(descending=True)
-        probs_V = sorted_V.softmax(-1)
-        mass_before_V = probs_V.cumsum(-1) - probs_V
-        drop_V = torch.zeros_like(order_V, dtype=torch.bool).scatter(0, order_V, mass_before_V >= sampling.top_p)
-        logits_V = logits_V.masked_fill(drop_V, float("-inf"))
-    return logits_V
+ONE = 2**40
+"""Weight of the most likely token. 2**22 of these fit into 62 bits."""
+_SORT_ALL_FROM = 0.25
+"""Share of the vocabulary from which on a whole sort is cheaper than a search for the largest."""
 
 
 class Sampler:
-    """Picks one token for each sequence.
+    """Picks one token for each row.
 
-    `banned_ids` are never picked (placeholders a model may not write), `eos_ids` not by requests that ignore them.
+    `banned_ids` are never picked (placeholders a model may not write), `eos_ids` not by requests that ignore them or
+    must be longer.
     """
 
     def __init__(self, *, banned_ids: Iterable[int], eos_ids: Iterable[int]) -> None:
         self.banned_ids, self.eos_ids = sorted(set(banned_ids)), sorted(set(eos_ids))
+        self._banned = torch.tensor(self.banned_ids, dtype=torch.long)
 
-    def sample(
-        self, logits_BV: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
-    ) -> tuple[list[int], list[TokenLogprob | None]]:
-        """Token ids and, where asked for, logprobs of the raw distribution.
+    def sample(self, logits_BV: Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[TokenLogprob | None]]:
+        """Token ids and, where asked for, logprobs of the raw distribution. ValueError if a logit is not finite."""
+        if len(rows) != len(logits_BV):
+            raise ValueError(f"{len(logits_BV)} rows of logits for {len(rows)} requests")
+        plan = Plan.of(rows, vocab_size=logits_BV.shape[1], eos_ids=self.eos_ids)
+        # The step's only wait for the device, after all of its work is queued: the next step's input and the answer
+        # both need the ids on the host.
+        return unpack(self.run(logits_BV, plan).tolist(), plan)
 
-        One transfer to the host for the whole batch: the next step's input and the answer both need the ids there.
-        """
-        logits_BV = logits_BV.float().cpu()
-        logprobs_BV = logits_BV.log_softmax(-1) if any(p.logprobs is not None for p in params) else None
-        if not torch.isfinite(logits_BV).all():
-            raise ValueError("the model's logits are not finite")
-        ids: list[int] = []
-        entries: list[TokenLogprob | None] = []
-        for b, (sampling, generator) in enumerate(zip(params, generators, strict=True)):
-            masked_V = logits_BV[b].clone()
-            masked_V[self.banned_ids + (self.eos_ids if sampling.ignore_eos else [])] = float("-inf")
-            if sampling.temperature == 0:
-                token_id = int(masked_V.argmax())
-            else:
-                probs_V = filter_logits(masked_V, sampling).softmax(-1)
-                token_id = int(torch.multinomial(probs_V, 1, generator=generator))
-            ids.append(token_id)
-            entries.append(None)
-            if sampling.logprobs is not None and logprobs_BV is not None:
-                values, indexes = logprobs_BV[b].topk(min(sampling.logprobs, logprobs_BV.shape[1]))
-                top = list(zip(indexes.tolist(), values.tolist(), strict=True))
-                entries[b] = TokenLogprob(token_id, float(logprobs_BV[b, token_id]), top)
-        return ids, entries
+    @torch.inference_mode()
+    def run(self, logits_BV: Tensor, plan: Plan) -> Tensor:
+        """All of the work on the device, none of it waited for: everything the host wants in one float64 vector (token
+        ids are exact in it), as `unpack` reads it. The logits are left as they are."""
+        logits_BV = logits_BV.float()
+        low, high = logits_BV.aminmax()
+        masked_BV = self._masked(logits_BV, plan)
+        ids_B = masked_BV.argmax(-1) if len(plan.picked) < plan.num_rows else None
+        if plan.picked:
+            rows_S, *settings = _upload([plan.picked, *plan.settings], logits_BV.device)
+            masked_SV = masked_BV if ids_B is None else masked_BV.index_select(0, rows_S.long())
+            ids_S = pick(weigh(masked_SV, settings, plan), settings[-1])
+            ids_B = ids_S if ids_B is None else ids_B.index_copy(0, rows_S.long(), ids_S)
+        assert ids_B is not None
+        is_finite = torch.isfinite(low) & torch.isfinite(high)  # what is not a number is both
+        parts = [is_finite[None], ids_B]
+        if plan.told:
+            parts += logprobs(logits_BV, ids_B, _upload([plan.told], logits_BV.device)[0].long(), max(plan.num_top))
+        return torch.cat([part.double() for part in parts])
+
+    def _masked(self, logits_BV: Tensor, plan: Plan) -> Tensor:
+        """Steps 2 and 3, in a copy."""
+        if self._banned.device != logits_BV.device:
+            self._banned = self._banned.to(logits_BV.device)  # once
+        places, *changes = plan.edits
+        if not places:
+            return logits_BV.index_fill(1, self._banned, float("-inf"))
+        places_N, *columns = _upload([places, *changes], logits_BV.device)
+        bias_N, repetition_N, minus_N = (column.float() for column in columns)
+        logits_N = logits_BV.flatten().index_select(0, places_N.long()) + bias_N
+        logits_N = torch.where(logits_N > 0, logits_N / repetition_N, logits_N * repetition_N) - minus_N
+        edited_BV = logits_BV.flatten().index_copy(0, places_N.long(), logits_N).view_as(logits_BV)
+        return edited_BV.index_fill_(1, self._banned, float("-inf"))
+
+
+def weigh(logits_SV: Tensor, settings: Sequence[Tensor], plan: Plan) -> Tensor:
+    """What each token weighs (int64, `ONE` the most likely one) after temperature, top-k, top-p and min-p.
+
+    `settings` are the plan's, float64 `[S]` each. Top-k keeps all that are as large as the k-th, as transformers does.
+    Top-p keeps the smallest set of most likely tokens whose probability reaches p, at least one; of equally likely ones
+    those of lower ids. Min-p keeps those at least min_p times as likely as the most likely one.
+    """
+    temperature_S1, top_k_S1, top_p_S1, min_p_S1, _ = (column[:, None] for column in settings)
+    best_S1, temperature_S1 = logits_SV.amax(-1, keepdim=True), temperature_S1.float()
+
+    def weight_of(logits: Tensor) -> Tensor:
+        return (((logits - best_S1) / temperature_S1).exp() * ONE).long()
+
+    weights_SV = weight_of(logits_SV)
+    if plan.num_sorted:
+        largest_SK = _largest(logits_SV, plan.num_sorted)
+        kth_S1 = largest_SK.gather(1, (top_k_S1.long() - 1).clamp(min=0))
+        kth_S1 = kth_S1.masked_fill(top_k_S1 == 0, float("-inf"))
+        weights_SV.masked_fill_(logits_SV < kth_S1, 0)
+        if plan.has_top_p:
+            in_order_SK = weight_of(largest_SK).masked_fill_(largest_SK < kth_S1, 0)
+            enough_S1 = (top_p_S1 * weights_SV.sum(-1, keepdim=True)).ceil().long()
+            is_out_SV = _beyond(enough_S1, logits_SV, largest_SK, in_order_SK)
+            weights_SV.masked_fill_(is_out_SV & (top_p_S1 < 1), 0)
+    if plan.has_min_p:
+        weights_SV.masked_fill_(weights_SV < (min_p_S1 * ONE).ceil().long(), 0)
+    return weights_SV
+
+
+def _beyond(enough_S1: Tensor, logits_SV: Tensor, largest_SK: Tensor, in_order_SK: Tensor) -> Tensor:
+    """Tokens that are not needed to weigh `enough` together, the most likely ones taken first. `in_order` are the
+    weights of `largest`, which lacks at most some that are equal to its last one.
+
+    Weights 5 3 3 1, enough 7: before each come 0 5 8 11, so two are needed, and the cut is at the value of the second.
+    What is larger weighs 5, so 2 are missing: one of the two that weigh 3 is enough.
+    """
+    before_SK = in_order_SK.cumsum(-1) - in_order_SK
+    num_needed_S1 = (before_SK < enough_S1).sum(-1, keepdim=True).clamp(min=1)
+    cut_S1 = largest_SK.gather(1, num_needed_S1 - 1)
+    missing_S1 = enough_S1 - in_order_SK.masked_fill(largest_SK <= cut_S1, 0).sum(-1, keepdim=True)
+    each_S1 = in_order_SK.gather(1, num_needed_S1 - 1).clamp(min=1)
+    num_ties_S1 = (missing_S1 + each_S1 - 1).div(each_S1, rounding_mode="floor")
+    ties_SV = logits_SV == cut_S1
+    return (logits_SV < cut_S1) | (ties_SV & (ties_SV.cumsum(-1) > num_ties_S1))
+
+
+def _largest(logits_SV: Tensor, count: int) -> Tensor:
+    """At least the `count` largest values of each row, in order."""
+    if count < _SORT_ALL_FROM * logits_SV.shape[1]:
+        return logits_SV.topk(count).values
+    return logits_SV.sort(-1, descending=True).values
+
+
+def pick(weights_SV: Tensor, uniform_S: Tensor) -> Tensor:
+    """The token at which the weights, added up in the order of the ids, pass the share `uniform` of their sum."""
+    sums_SV = weights_SV.cumsum(-1)
+    total_S1 = sums_SV[:, -1:].contiguous()
+    # The product may be rounded up to the sum itself.
+    point_S1 = (uniform_S[:, None] * total_S1).long().minimum(total_S1 - 1)
+    ids_S1 = torch.searchsorted(sums_SV, point_S1, right=True)
+    return ids_S1.squeeze(1).clamp(max=weights_SV.shape[1] - 1)  # logits that are not finite lead anywhere
+
+
+def logprobs(logits_BV: Tensor, ids_B: Tensor, rows_R: Tensor, num_top: int) -> list[Tensor]:
+    """Log probability of the row's token `[R]`, and ids and log probabilities of the most likely ones `[R * num_top]`.
+
+    Among equal logits the lower id comes first, as in argmax: (logit, -id) are sorted as one number.
+    """
+    logits_RV = logits_BV.index_select(0, rows_R)
+    vocab_size = logits_RV.shape[1]
+    logprobs_RV = logits_RV.log_softmax(-1)
+    bits_RV = (logits_RV + 0.0).view(torch.int32)  # minus zero is zero
+    ordered_RV = torch.where(bits_RV < 0, bits_RV ^ 0x7FFFFFFF, bits_RV).long()
+    keys_RV = ordered_RV * 2**32 + torch.arange(vocab_size - 1, -1, -1, device=logits_BV.device)
+    top_RK = vocab_size - 1 - (keys_RV.topk(num_top).values & 0xFFFFFFFF)
+    own_R1 = logprobs_RV.gather(1, ids_B.index_select(0, rows_R)[:, None])
+    return [own_R1.flatten(), top_RK.flatten(), logprobs_RV.gather(1, top_RK).flatten()]
+
+
+def unpack(values: list[float], plan: Plan) -> tuple[list[int], list[TokenLogprob | None]]:
+    """The result of `Sampler.run`, on the host."""
+    is_finite, *values = values
+    if not is_finite:
+        raise ValueError("the model's logits are not finite")
+    ids = [int(value) for value in values[: plan.num_rows]]
+    entries: list[TokenLogprob | None] = [None] * plan.num_rows
+    if plan.told:
+        width, rest = max(plan.num_top), values[plan.num_rows :]
+        num_told = len(plan.told)
+        own, top_ids, top = rest[:num_told], rest[num_told : num_told * (1 + width)], rest[num_told * (1 + width) :]
+        for r, (b, count) in enumerate(zip(plan.told, plan.num_top, strict=True)):
+            part = slice(r * width, r * width + count)
+            pairs = zip(map(int, top_ids[part]), top[part], strict=True)
+            entries[b] = TokenLogprob(ids[b], own[r], list(pairs))
+    return ids, entries
+
+
+def _upload(columns: Sequence[Sequence[float]], device: torch.device) -> tuple[Tensor, ...]:
+    """Columns of numbers as float64 vectors on the device, in one transfer that nobody waits for.
+
+    From memory that is not pinned, the copy would wait for all that is queued.
+    """
+    table = torch.tensor(columns, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True).unbind(0)

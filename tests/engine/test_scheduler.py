@@ -23,7 +23,7 @@ def make_sequence(name: str, prompt: int, new: int) -> Sequence:
         sampling=SamplingParams(max_new_tokens=new),
         positions=torch.zeros(3, prompt, dtype=torch.long),
         delta=0,
-        generator=torch.Generator(),
+        seed=0,
     )
 
 

@@ -70,7 +70,7 @@ def make_sequence(name: str, token_ids: list[int], items: list[VisualItem], new:
         sampling=SamplingParams(max_new_tokens=new),
         positions=torch.empty(3, 0, dtype=torch.long),
         delta=0,
-        generator=torch.Generator(),
+        seed=0,
     )
 
 

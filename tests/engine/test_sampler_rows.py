@@ -1,0 +1,125 @@
+"""A row's token and logprobs are the same, bit for bit, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.engine.sampler import Sampler
+from qwen3vl_disagg.engine.sampling import SamplingRow
+from tests.support.sampling import weights
+
+SAMPLER = Sampler(banned_ids=[1, 5], eos_ids=[0, 3])
+
+
+@st.composite
+def params(draw) -> SamplingParams:
+    def sometimes(strategy, off):
+        return draw(st.one_of(st.just(off), strategy))
+
+    return SamplingParams(
+        temperature=sometimes(st.floats(0.05, 5), 0.0),
+        top_p=sometimes(st.floats(0.01, 1), 1.0),
+        top_k=sometimes(st.integers(1, 50), 0),
+        min_p=sometimes(st.floats(0, 1), 0.0),
+        presence_penalty=sometimes(st.floats(-2, 2), 0.0),
+        frequency_penalty=sometimes(st.floats(-2, 2), 0.0),
+        repetition_penalty=sometimes(st.floats(0.5, 2), 1.0),
+        logit_bias=sometimes(st.dictionaries(st.integers(0, 7), st.floats(-200, 200), max_size=3), {}),
+        min_tokens=draw(st.integers(0, 5)),
+        ignore_eos=draw(st.booleans()),
+        logprobs=sometimes(st.integers(0, 20), None),
+    )
+
+
+ids = st.lists(st.integers(0, 7), max_size=8)
+row = st.builds(SamplingRow, params(), st.integers(0, 2**63 - 1), ids, ids)
+
+
+def draw_logits(seed: int, count: int, vocab_size: int, coarse: bool) -> torch.Tensor:
+    """`coarse`: from few values, so that many are equal."""
+    logits = torch.randn(count, vocab_size, generator=torch.Generator().manual_seed(seed)) * 4
+    return logits.bfloat16() if coarse else logits
+
+
+@given(
+    rows=st.lists(row, min_size=1, max_size=9),
+    vocab_size=st.sampled_from([8, 9, 31, 64, 333, 1000]),
+    seed=st.integers(0, 2**31),
+    coarse=st.booleans(),
+    threads=st.integers(1, 2),
+)
+def test_a_row_alone_and_in_a_batch(rows, vocab_size, seed, coarse, threads):
+    logits = draw_logits(seed, len(rows), vocab_size, coarse)
+    torch.set_num_threads(threads)
+    try:
+        token_ids, entries = SAMPLER.sample(logits, rows)
+        for b, one in enumerate(rows):
+            alone = SAMPLER.sample(logits[b : b + 1].clone(), [one])
+            assert alone == ([token_ids[b]], [entries[b]])
+    finally:
+        torch.set_num_threads(1)
+
+
+@given(row=row, seed=st.integers(0, 2**31), coarse=st.booleans())
+def test_what_is_banned_is_never_picked(row, seed, coarse):
+    [token_id], _ = SAMPLER.sample(draw_logits(seed, 1, 40, coarse), [row])
+    assert token_id not in (1, 5)
+    if row.params.ignore_eos or row.index < row.params.min_tokens:
+        assert token_id not in (0, 3)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    coarse=st.booleans(),
+    top_p=st.floats(0.01, 1),
+    top_k=st.integers(0, 30),
+    min_p=st.floats(0, 1),
+    temperature=st.floats(0.1, 3),
+)
+def test_filters_keep_the_best_and_keep_it_larger_than_what_they_remove(seed, coarse, **given_params):
+    logits = draw_logits(seed, 3, 30, coarse).float()
+    found = weights(logits, **given_params)
+    for kept_V, logits_V in zip(found > 0, logits, strict=True):
+        assert kept_V[logits_V.argmax()]
+        if not kept_V.all():
+            assert logits_V[kept_V].min() >= logits_V[~kept_V].max()
+
+
+@given(
+    seed=st.integers(0, 2**31), coarse=st.booleans(), top_p=st.floats(0.01, 0.999), top_k=st.sampled_from([0, 2, 3, 40])
+)
+def test_top_p_keeps_the_smallest_set_of_most_likely_tokens(seed, coarse, top_p, top_k):
+    """Against the definition: tokens in order (equal ones by id), as long as those before weigh less than p."""
+    logits = draw_logits(seed, 1, 200, coarse).float()
+    before = weights(logits, top_k=top_k)[0].tolist()
+    total, mass, expected = sum(before), 0, set()
+    for token_id in sorted(range(200), key=lambda i: (-float(logits[0, i]), i)):
+        if mass < top_p * total and before[token_id]:
+            expected.add(token_id)
+        mass += before[token_id]
+    got = weights(logits, top_k=top_k, top_p=top_p)[0].tolist()
+    assert {i for i, weight in enumerate(got) if weight} == expected
+    assert all(got[i] == before[i] for i in expected)
+
+
+def test_answers_in_a_row():
+    """Thirty tokens, one after another: with other neighbours each time, and after being computed again."""
+    wanted = SamplingParams(temperature=1.0, top_k=40, presence_penalty=0.3)
+    other = SamplingParams(temperature=2.0, top_p=0.9, logprobs=3)
+    logits = draw_logits(0, 30, 100, False)
+    sampler = Sampler(banned_ids=[], eos_ids=[])
+    alone: list[int] = []
+    mine = SamplingRow(wanted, 7, [2, 3], alone)
+    for step in range(30):
+        alone.append(sampler.sample(logits[step : step + 1], [mine])[0][0])
+    again: list[int] = []
+    for step in range(30):
+        rows = [SamplingRow(other, step)] * (step % 4)
+        noise = draw_logits(step, len(rows) + 1, 100, False)
+        batch = torch.cat([noise[: len(rows)], logits[step : step + 1]])
+        again.append(sampler.sample(batch, [*rows, SamplingRow(wanted, 7, [2, 3], list(again))])[0][-1])
+    assert again == alone
+    assert len(set(alone)) > 10

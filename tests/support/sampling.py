@@ -1,0 +1,27 @@
+"""The sampler's filters on their own, for tests."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.engine.sampler import weigh
+from qwen3vl_disagg.engine.sampling import Plan, SamplingRow
+
+
+def weights(logits_BV: torch.Tensor, **params) -> torch.Tensor:
+    """What each token weighs after temperature (1 unless given), top-k, top-p and min-p."""
+    row = SamplingRow(SamplingParams(**{"temperature": 1.0, **params}), 0)
+    plan = Plan.of([row] * len(logits_BV), vocab_size=logits_BV.shape[1], eos_ids=[])
+    return weigh(logits_BV.float(), [torch.tensor(c, dtype=torch.float64) for c in plan.settings], plan)
+
+
+def shares(logits_BV: torch.Tensor, **params) -> torch.Tensor:
+    """The same as probabilities, float64."""
+    found = weights(logits_BV, **params).double()
+    return found / found.sum(-1, keepdim=True)
+
+
+def kept(logits_BV: torch.Tensor, **params) -> list[list[int]]:
+    """The tokens that can be picked."""
+    return [row.nonzero().flatten().tolist() for row in weights(logits_BV, **params)]
