@@ -39,11 +39,23 @@ class GenerateOptions(ModelOptions):
     system: str | None = None
     """System turn before the question."""
     max_new_tokens: int = 128
+    min_tokens: int = 0
+    """No end token and no stop string before that many tokens."""
     temperature: float | None = None
     """0 is greedy."""
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    """Leave out tokens less likely than this share of the most likely one's probability."""
+    presence_penalty: float = 0.0
+    """From -2 to 2, as OpenAI's; likewise --frequency-penalty."""
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    """Over prompt and answer, as in transformers; 1 is none."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
+    """The answer ends before this text; repeat for several."""
     seed: int | None = None
+    """The same seed gives the same answer."""
     ignore_eos: bool = False
     """Ban the end tokens, so that exactly --max-new-tokens come."""
     logprobs: int | None = None
@@ -122,9 +134,15 @@ def generate(options: GenerateOptions) -> int:
     defaults = llm.processor.generation
     sampling = defaults.sampling(
         max_new_tokens=options.max_new_tokens,
+        min_tokens=options.min_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,
+        min_p=options.min_p,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        repetition_penalty=options.repetition_penalty,
+        stop=options.stop,
         seed=options.seed,
         ignore_eos=options.ignore_eos,
         logprobs=options.logprobs,

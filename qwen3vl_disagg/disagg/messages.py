@@ -110,12 +110,14 @@ class ItemReceived(Message, frozen=True):
 
 
 class Tokens(Message, frozen=True):
-    """New tokens of a request, in order; `index` is the number of the first one, from 0."""
+    """New tokens of a request, in order; `index` is the number of the first one, from 0. `timings` come with the first
+    token: a client's end (a stop string, which ranks do not know) has no other."""
 
     request_id: str
     index: int
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
+    timings: RequestTimings | None = None
 
 
 class Finished(Message, frozen=True):

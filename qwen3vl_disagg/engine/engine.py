@@ -247,6 +247,7 @@ class Engine:
                     index=len(sequence.generated) - 1,
                     token_ids=[token_id],
                     logprobs=None if entry is None else [entry],
+                    timings=sequence.timings(now, self.language_rank) if len(sequence.generated) == 1 else None,
                 )
             )
             if token_id in self.eos_ids:

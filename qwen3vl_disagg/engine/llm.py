@@ -29,13 +29,14 @@ from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, T
 from qwen3vl_disagg.disagg.receiver import Receiver
 from qwen3vl_disagg.disagg.rows import Delivery
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent, EngineOptions, Preempted, RowsUsed
-from qwen3vl_disagg.processing import Processor, Prompt
+from qwen3vl_disagg.processing import AnswerText, Processor, Prompt
 
 TextCallback = Callable[[int, str], None]
 
 
-def _ignore(_: int, piece: str) -> None:
-    """Nobody listens to the pieces."""
+def _emit(on_text: TextCallback | None, i: int, piece: str) -> None:
+    if piece and on_text is not None:
+        on_text(i, piece)
 
 
 class Usage(msgspec.Struct, kw_only=True):
@@ -65,10 +66,23 @@ class _Answer:
     """An answer under way."""
 
     prompt: Prompt
-    stream: Any
-    text: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
+    text: AnswerText
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    first_timings: RequestTimings = field(default_factory=RequestTimings)
+    """As they were at the first token."""
+    first_token_at: float = 0.0
+
+    def result(self, finish_reason: FinishReason, timings: RequestTimings) -> ChatResult:
+        num_prompt, num_new = len(self.prompt.token_ids), len(self.text.token_ids)
+        return ChatResult(
+            text=self.text.text,
+            token_ids=self.text.token_ids,
+            prompt_token_ids=self.prompt.token_ids,
+            finish_reason=finish_reason,
+            usage=Usage(prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new),
+            timings=timings,
+            logprobs=self.logprobs or None,
+        )
 
 
 class LLM:
@@ -150,18 +164,21 @@ class LLM:
             self._num_requests += 1
             try:
                 prompt = self.processor.prepare(messages, allow_paths=True)
+                text = AnswerText(self.processor.tokenizer, self.engine.eos_ids, params[i])
                 self.engine.add(request_id, prompt.token_ids, prompt.items, params[i])
             except InputError as error:
                 results[i] = error
                 continue
-            answers[request_id] = (i, _Answer(prompt, self.processor.tokenizer.stream()))
+            answers[request_id] = (i, _Answer(prompt, text))
         try:
             while answers:
                 self.engine.scheduler.is_short_of_room = self.transfer.is_short_of_room
                 events = self.engine.step()
                 for event in events:
+                    if event.request_id not in answers:
+                        continue  # the same step brought the token that completed its stop string
                     i, answer = answers[event.request_id]
-                    result = self._handle(event, answer, partial(on_text or _ignore, i))
+                    result = self._handle(event, answer, partial(_emit, on_text, i))
                     if result is not None:
                         results[i] = result
                         del answers[event.request_id]
@@ -213,32 +230,26 @@ class LLM:
                 self.transfer.consumed(event.request_id, event.item, event.attempt, event.rows)
                 return None
             case Tokens():
-                answer.logprobs.extend(event.logprobs or [])
-                for token_id in event.token_ids:
-                    answer.token_ids.append(token_id)
-                    if token_id not in self.engine.eos_ids:
-                        self._emit(answer, answer.stream.push(token_id), emit)
-                return None
+                return self._tokens(event, answer, emit)
             case RequestFailed():
                 return InputError(event.message, status=event.status, code=event.code)
             case Finished():
-                self._emit(answer, answer.stream.finish(), emit)
-                num_prompt, num_new = len(answer.prompt.token_ids), len(answer.token_ids)
-                return ChatResult(
-                    text="".join(answer.text),
-                    token_ids=answer.token_ids,
-                    prompt_token_ids=answer.prompt.token_ids,
-                    finish_reason=event.finish_reason,
-                    usage=Usage(prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new),
-                    timings=event.timings,
-                    logprobs=answer.logprobs or None,
-                )
+                emit(answer.text.finish())
+                return answer.result("stop" if answer.text.is_stopped else event.finish_reason, event.timings)
 
-    @staticmethod
-    def _emit(answer: _Answer, piece: str, emit: Callable[[str], None]) -> None:
-        if piece:
-            answer.text.append(piece)
-            emit(piece)
+    def _tokens(self, event: Tokens, answer: _Answer, emit: Callable[[str], None]) -> ChatResult | None:
+        """Take tokens in; the result when one of them completes a stop string."""
+        if event.timings is not None:
+            answer.first_timings, answer.first_token_at = event.timings, time.monotonic()
+        for number, token_id in enumerate(event.token_ids):
+            emit(answer.text.push(token_id))
+            if event.logprobs:
+                answer.logprobs.append(event.logprobs[number])
+            if answer.text.is_stopped:
+                self.engine.cancel(event.request_id)
+                decode_ms = (time.monotonic() - answer.first_token_at) * 1e3
+                return answer.result("stop", msgspec.structs.replace(answer.first_timings, decode=decode_ms))
+        return None
 
 
 def tokens_per_second(results: Sequence[ChatResult], started: float) -> float:

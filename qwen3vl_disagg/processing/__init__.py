@@ -1,5 +1,6 @@
 """From messages and media to token ids, grids, patches and positions."""
 
+from qwen3vl_disagg.processing.answer_text import AnswerText, StopMatcher
 from qwen3vl_disagg.processing.generation import GenerationDefaults
 from qwen3vl_disagg.processing.images import ImageInfo, ImageProcessor, smart_resize
 from qwen3vl_disagg.processing.positions import Grid, item_positions, mrope_positions
@@ -8,6 +9,7 @@ from qwen3vl_disagg.processing.template import ChatTemplate
 from qwen3vl_disagg.processing.tokenizer import TextStream, Tokenizer
 
 __all__ = [
+    "AnswerText",
     "ChatTemplate",
     "GenerationDefaults",
     "Grid",
@@ -15,6 +17,7 @@ __all__ = [
     "ImageProcessor",
     "Processor",
     "Prompt",
+    "StopMatcher",
     "TextStream",
     "Tokenizer",
     "item_positions",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,23 @@ from qwen3vl_disagg.core.requests import SamplingParams
 # name -> (lowest, highest, whole numbers only)
 LIMITS: dict[str, tuple[float, float, bool]] = {
     "max_new_tokens": (1, 2**20, True),
+    "min_tokens": (0, 2**20, True),
     "temperature": (0, 100, False),
     "top_p": (1e-6, 1, False),
     "top_k": (0, 2**20, True),
+    "min_p": (0, 1, False),
+    "presence_penalty": (-2, 2, False),
+    "frequency_penalty": (-2, 2, False),
+    "repetition_penalty": (1e-3, 1e3, False),
     "seed": (0, 2**63 - 1, True),
     "logprobs": (0, 20, True),
 }
+
+
+MAX_STOPS, MAX_STOP_CHARS = 16, 256
+MAX_BIASES = 1024
+_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What generation_config.json may set."""
 
 
 def check_number(name: str, value: Any, *, param: str | None = None) -> Any:
@@ -32,15 +45,42 @@ def check_number(name: str, value: Any, *, param: str | None = None) -> Any:
     return value
 
 
+def check_stop(value: Any) -> list[str]:
+    """One stop string or several. InputError if there are too many, or one is empty or too long."""
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(stop, str) for stop in stops):
+        raise InputError("stop must be a string or a list of strings", param="stop")
+    if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
+        raise InputError(f"stop takes up to {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters", param="stop")
+    return list(stops)
+
+
+def check_logit_bias(value: Any) -> dict[int, float]:
+    """Token id (JSON: a string of digits) -> bias; the sampler clamps to -100..100. InputError for anything else."""
+    if not isinstance(value, dict) or len(value) > MAX_BIASES:
+        raise InputError(f"logit_bias must be an object of up to {MAX_BIASES} token ids", param="logit_bias")
+    found: dict[int, float] = {}
+    for key, bias in value.items():
+        text = str(key)
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise InputError(f"logit_bias takes token ids, not {text[:32]!r}", param="logit_bias")
+        if not isinstance(bias, (int, float)) or isinstance(bias, bool) or not math.isfinite(bias):
+            raise InputError(f"logit_bias of token {text} must be a number", param="logit_bias")
+        found[int(text)] = float(bias)
+    return found
+
+
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """The values of generation_config.json; greedy when it asks for no sampling."""
+    """The values of generation_config.json; greedy when it asks for no sampling (a repetition penalty stays)."""
 
     eos_token_ids: frozenset[int]
     do_sample: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     @classmethod
     def from_folder(cls, folder: Path, *, default_eos: int) -> GenerationDefaults:
@@ -51,7 +91,7 @@ class GenerationDefaults:
         try:
             raw = json.loads(path.read_bytes())
             eos = raw.get("eos_token_id", default_eos)
-            values = {name: raw[name] for name in ("temperature", "top_p", "top_k") if raw.get(name) is not None}
+            values = {name: raw[name] for name in _OWN if raw.get(name) is not None}
             for name, value in values.items():
                 check_number(name, value)
             eos_ids = frozenset(map(int, eos if isinstance(eos, list) else [eos]))
@@ -63,9 +103,16 @@ class GenerationDefaults:
         self,
         *,
         max_new_tokens: int = 128,
+        min_tokens: int = 0,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
+        min_p: float | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        repetition_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        stop: Sequence[str] = (),
         seed: int | None = None,
         ignore_eos: bool = False,
         logprobs: int | None = None,
@@ -74,13 +121,25 @@ class GenerationDefaults:
         own_temperature = self.temperature if self.do_sample else 0.0
         values: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
+            "min_tokens": min_tokens,
             "temperature": own_temperature if temperature is None else temperature,
             "top_p": self.top_p if top_p is None else top_p,
             "top_k": self.top_k if top_k is None else top_k,
+            "min_p": self.min_p if min_p is None else min_p,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "repetition_penalty": self.repetition_penalty if repetition_penalty is None else repetition_penalty,
             "seed": seed,
             "logprobs": logprobs,
         }
         for name, value in values.items():
             if value is not None:
                 check_number(name, value)
-        return SamplingParams(ignore_eos=ignore_eos, **values)
+        if min_tokens > max_new_tokens:
+            raise InputError(f"min_tokens is {min_tokens}, but only {max_new_tokens} may come", param="min_tokens")
+        return SamplingParams(
+            ignore_eos=ignore_eos,
+            stop=check_stop(list(stop)),
+            logit_bias=check_logit_bias(dict(logit_bias or {})),
+            **values,
+        )

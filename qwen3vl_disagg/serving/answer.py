@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 
-from qwen3vl_disagg.core.requests import RequestTimings, TokenLogprob
-from qwen3vl_disagg.processing import Tokenizer
-from qwen3vl_disagg.serving.backend import TokenEvent
+from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob
+from qwen3vl_disagg.processing import AnswerText, Tokenizer
+from qwen3vl_disagg.serving.backend import FinishedEvent, TokenEvent
 from qwen3vl_disagg.serving.types import LogprobEntry, PromptTokensDetails, TopLogprob, Usage
 
 # OpenAI's stand-in for a probability of zero: JSON has no -Infinity.
@@ -35,33 +37,50 @@ class TokenNames:
 class Answer:
     """Collects one request's tokens. `token_ids` and `entries` hold the end token too, the text does not."""
 
-    def __init__(self, tokenizer: Tokenizer, names: TokenNames, eos_ids: frozenset[int], num_prompt: int) -> None:
-        self._stream, self._names, self._eos_ids = tokenizer.stream(), names, eos_ids
-        self._pieces: list[str] = []
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        names: TokenNames,
+        eos_ids: frozenset[int],
+        sampling: SamplingParams,
+        num_prompt: int,
+    ) -> None:
+        self._text, self._names = AnswerText(tokenizer, eos_ids, sampling), names
+        self._first_timings, self._first_token_at = RequestTimings(), 0.0
         self.num_prompt = num_prompt
-        self.token_ids: list[int] = []
         self.entries: list[LogprobEntry] = []
 
     def push(self, event: TokenEvent) -> str:
-        """Take a token; returns the text that became certain with it, often none."""
-        self.token_ids.append(event.token_id)
+        """Take a token; returns the text that became certain with it, often none. Nothing counts after a stop."""
+        if self.is_stopped:
+            return ""
+        if event.timings is not None:
+            self._first_timings, self._first_token_at = event.timings, time.monotonic()
         if event.logprob is not None:
             self.entries.append(self._names.entry(event.logprob))
-        if event.token_id in self._eos_ids:
-            return ""
-        return self._keep(self._stream.push(event.token_id))
+        return self._text.push(event.token_id)
 
     def finish(self) -> str:
         """The text still held back."""
-        return self._keep(self._stream.finish())
+        return self._text.finish()
 
-    def _keep(self, piece: str) -> str:
-        self._pieces.append(piece)
-        return piece
+    @property
+    def is_stopped(self) -> bool:
+        """A stop string is complete."""
+        return self._text.is_stopped
+
+    def stop_event(self) -> FinishedEvent:
+        """The end at a stop string, in place of the rank's. The time of decoding is measured here."""
+        decode_ms = (time.monotonic() - self._first_token_at) * 1e3 if self._first_token_at else 0.0
+        return FinishedEvent("stop", msgspec.structs.replace(self._first_timings, decode=decode_ms))
 
     @property
     def text(self) -> str:
-        return "".join(self._pieces)
+        return self._text.text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self._text.token_ids
 
     def usage(self, cached_tokens: int = 0) -> Usage:
         return Usage(

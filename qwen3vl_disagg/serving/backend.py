@@ -24,8 +24,11 @@ class Decoded(msgspec.Struct, frozen=True):
 
 
 class TokenEvent(msgspec.Struct, frozen=True):
+    """`timings` come with the first token: all stages but `decode`."""
+
     token_id: int
     logprob: TokenLogprob | None = None
+    timings: RequestTimings | None = None
 
 
 class FinishedEvent(msgspec.Struct, frozen=True):
@@ -47,7 +50,7 @@ class RequestHandle(Protocol):
     def __aiter__(self) -> AsyncIterator[Event]: ...
 
     def cancel(self) -> None:
-        """The client is gone, or the time is up. May be called at any stage and more than once."""
+        """The client is gone, has all it wants, or the time is up. May be called at any stage and more than once."""
 
 
 class Backend(Protocol):

@@ -16,11 +16,11 @@ from qwen3vl_disagg.core.errors import DeadlineError, InputError, OverloadedErro
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.serving.answer import Answer, TokenNames, with_frontend
-from qwen3vl_disagg.serving.backend import Backend, FinishedEvent, RequestHandle, TokenEvent
+from qwen3vl_disagg.serving.backend import Backend, FinishedEvent, RequestHandle
 from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, parse_json, read_body
 from qwen3vl_disagg.serving.errors import JSONResponse
 from qwen3vl_disagg.serving.limits import Limits
-from qwen3vl_disagg.serving.stream import EventStream, timed_events
+from qwen3vl_disagg.serving.stream import EventStream, answer_events
 from qwen3vl_disagg.serving.types import ChatCompletion, ChatRequest, Choice, Logprobs, Message, parse_chat_request
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
@@ -87,12 +87,16 @@ class ChatCompletions:
         left = deadline - time.monotonic()
         if left <= 0:
             raise DeadlineError("making the prompt took longer than the request may")
-        request, prompt_token_ids = prepared.request, prepared.prompt.token_ids
+        request, sampling, prompt_token_ids = prepared.request, prepared.sampling, prepared.prompt.token_ids
         queue_ms, preprocess_ms = (prepared.started - arrival) * 1e3, prepared.preprocess_ms
-        handle = self._backend.submit(prepared.prompt, prepared.sampling, left)
+        handle = self._backend.submit(prepared.prompt, sampling, left)
         del prepared  # the images: from here on the backend says how long they are kept
         answer = Answer(
-            self._processor.tokenizer, self._names, self._processor.generation.eos_token_ids, len(prompt_token_ids)
+            self._processor.tokenizer,
+            self._names,
+            self._processor.generation.eos_token_ids,
+            sampling,
+            len(prompt_token_ids),
         )
         try:
             if request.stream:
@@ -134,18 +138,21 @@ class ChatCompletions:
         raw = parse_json(body)
         request = parse_chat_request(raw, model_name=self._model_name)
         prompt = self._processor.prepare(raw["messages"])
-        sampling = request.sampling(self._processor.generation, num_prompt=len(prompt.token_ids), context=self._context)
+        sampling = request.sampling(
+            self._processor.generation,
+            num_prompt=len(prompt.token_ids),
+            context=self._context,
+            vocab_size=self._processor.config.text.vocab_size,
+        )
         return _Prepared(request, prompt, sampling, started, (time.monotonic() - started) * 1e3)
 
     async def _collect(self, handle: RequestHandle, answer: Answer, deadline: float) -> FinishedEvent:
-        async with aclosing(timed_events(handle, deadline=deadline, silence_s=self._limits.ping_s)) as events:
-            async for event in events:
-                if isinstance(event, TokenEvent):
-                    answer.push(event)
-                elif isinstance(event, FinishedEvent):
-                    answer.finish()
+        events = answer_events(handle, answer, deadline=deadline, silence_s=self._limits.ping_s)
+        async with aclosing(events):
+            async for event, _ in events:
+                if isinstance(event, FinishedEvent):
                     return event
-        raise RuntimeError("timed_events ends with a FinishedEvent or an error")
+        raise RuntimeError("answer_events ends with a FinishedEvent or an error")
 
     def _completion(
         self, id: str, request: ChatRequest, answer: Answer, finished: FinishedEvent, timings: RequestTimings

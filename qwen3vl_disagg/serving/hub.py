@@ -98,7 +98,8 @@ class _Handle:
                 # Another connection than the one that brings the news of decoded items: it may be faster.
                 self._decoded(set(self.undecoded))
                 for i, token_id in enumerate(message.token_ids):
-                    self.events.put_nowait(TokenEvent(token_id, message.logprobs[i] if message.logprobs else None))
+                    entry = message.logprobs[i] if message.logprobs else None
+                    self.events.put_nowait(TokenEvent(token_id, entry, None if i else message.timings))
             case Finished():
                 self._decoded(set(self.undecoded))
                 self.events.put_nowait(FinishedEvent(message.finish_reason, message.timings))

@@ -70,6 +70,29 @@ async def _next(iterator: AsyncIterator[Event]) -> Event | None:
     return await anext(iterator, None)
 
 
+async def answer_events(
+    handle: RequestHandle, answer: Answer, *, deadline: float, silence_s: float
+) -> AsyncGenerator[tuple[Event | None, str]]:
+    """`timed_events`, each with the text that became certain with it. A stop string is the end: the rank is told at
+    once, before a client that reads slowly gets the rest."""
+    async with aclosing(timed_events(handle, deadline=deadline, silence_s=silence_s)) as events:
+        async for event in events:
+            if isinstance(event, TokenEvent):
+                piece = answer.push(event)
+                if answer.is_stopped:
+                    handle.cancel()
+                    yield event, piece
+                    yield answer.stop_event(), ""
+                    return
+                yield event, piece
+            elif isinstance(event, FinishedEvent):
+                rest = answer.finish()
+                # What an unfinished character shows as may complete a stop string, too.
+                yield (msgspec.structs.replace(event, finish_reason="stop") if answer.is_stopped else event), rest
+            else:
+                yield event, ""
+
+
 class EventStream:
     """One streamed answer. The status line goes out with the first event: until then errors can still be a 4xx."""
 
@@ -95,8 +118,9 @@ class EventStream:
     ) -> None:
         """Send everything. Raises what goes wrong before the status line; later errors become an event."""
         try:
-            async with aclosing(timed_events(handle, deadline=deadline, silence_s=ping_s)) as events:
-                async for event in events:
+            events = answer_events(handle, self._answer, deadline=deadline, silence_s=ping_s)
+            async with aclosing(events):
+                async for event, piece in events:
                     if event is None:
                         if self._started:
                             await self._send(PING)
@@ -104,10 +128,10 @@ class EventStream:
                     if not self._started:
                         await self._start()
                     if isinstance(event, TokenEvent):
-                        await self._token(event)
+                        await self._token(event, piece)
                     elif isinstance(event, FinishedEvent):
                         timings = with_frontend(event.timings, queue_ms=queue_ms, preprocess_ms=preprocess_ms)
-                        await self._finish(event.finish_reason, timings)
+                        await self._finish(event.finish_reason, timings, piece)
         except ClientGone:
             raise
         except Exception as error:
@@ -126,14 +150,12 @@ class EventStream:
             chunk.prompt_token_ids = self._prompt_token_ids
         await self._send(sse(chunk))
 
-    async def _token(self, event: TokenEvent) -> None:
-        piece = self._answer.push(event)
+    async def _token(self, event: TokenEvent, piece: str) -> None:
         entries = self._answer.entries[-1:] if self._request.logprobs is not None else []
         if piece or entries or self._request.return_token_ids:
             await self._send(sse(self._chunk(self._content(piece, entries, [event.token_id]))))
 
-    async def _finish(self, reason: FinishReason, timings: RequestTimings) -> None:
-        rest = self._answer.finish()
+    async def _finish(self, reason: FinishReason, timings: RequestTimings, rest: str) -> None:
         if rest:
             await self._send(sse(self._chunk(self._content(rest, [], []))))
         last = self._chunk(ChunkChoice(delta=Delta(), finish_reason=reason))

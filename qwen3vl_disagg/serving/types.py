@@ -9,7 +9,7 @@ import msgspec
 from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams
 from qwen3vl_disagg.processing import GenerationDefaults
-from qwen3vl_disagg.processing.generation import check_number
+from qwen3vl_disagg.processing.generation import check_logit_bias, check_number, check_stop
 
 DEFAULT_MAX_TOKENS = 128
 """As on the command line."""
@@ -25,25 +25,18 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "n": (1,),
     "prediction": (),
-    "presence_penalty": (0,),
     "prompt_logprobs": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
-    "stop": ([],),
     "stop_token_ids": ([],),
     "structured_outputs": (),
     "tool_choice": ("none", "auto"),
@@ -53,14 +46,17 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
+_PASSED = (
+    *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("min_tokens", "seed"),
+)
+"""Numbers that are handed on as they are; what is not given is the checkpoint's."""
+
 _NUMBERS = {
     "max_completion_tokens": "max_new_tokens",
     "max_tokens": "max_new_tokens",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "seed": "seed",
     "top_logprobs": "logprobs",
+    **{name: name for name in _PASSED},
 }
 """Field -> its row in the table of bounds."""
 
@@ -75,15 +71,17 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool = False
     continuous_usage: bool = False
     max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
+    numbers: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Those of `_PASSED` that were given."""
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
+    stop: list[str] = msgspec.field(default_factory=list)
     logprobs: int | None = None
     return_token_ids: bool = False
     ignore_eos: bool = False
 
-    def sampling(self, defaults: GenerationDefaults, *, num_prompt: int, context: int) -> SamplingParams:
+    def sampling(
+        self, defaults: GenerationDefaults, *, num_prompt: int, context: int, vocab_size: int
+    ) -> SamplingParams:
         """What the engine needs. InputError if the prompt and the tokens asked for do not fit the context."""
         room = context - num_prompt
         if self.max_tokens is not None and self.max_tokens > room:
@@ -92,14 +90,15 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
                 param="max_tokens",
                 code="context_length_exceeded",
             )
+        if max(self.logit_bias, default=0) >= vocab_size:
+            raise InputError(f"logit_bias takes token ids from 0 to {vocab_size - 1}", param="logit_bias")
         return defaults.sampling(
             max_new_tokens=min(DEFAULT_MAX_TOKENS, room) if self.max_tokens is None else self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
+            logit_bias=self.logit_bias,
+            stop=self.stop,
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,
+            **self.numbers,
         )
 
 
@@ -132,10 +131,9 @@ def parse_chat_request(raw: dict[str, Any], *, model_name: str) -> ChatRequest:
         include_usage=_flag(options, "include_usage", "stream_options."),
         continuous_usage=_flag(options, "continuous_usage_stats", "stream_options."),
         max_tokens=numbers.get("max_completion_tokens", numbers.get("max_tokens")),
-        temperature=numbers.get("temperature"),
-        top_p=numbers.get("top_p"),
-        top_k=numbers.get("top_k"),
-        seed=numbers.get("seed"),
+        numbers={name: numbers[name] for name in _PASSED if name in numbers},
+        logit_bias=check_logit_bias({} if raw.get("logit_bias") is None else raw["logit_bias"]),
+        stop=check_stop([] if raw.get("stop") is None else raw["stop"]),
         logprobs=numbers.get("top_logprobs", 0) if wants_logprobs else None,
         return_token_ids=_flag(raw, "return_token_ids"),
         ignore_eos=_flag(raw, "ignore_eos"),

@@ -17,6 +17,12 @@ def test_generation_defaults(tmp_path):
     sampling = defaults.sampling(top_k=3)
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.8, 3)
     assert defaults.sampling(temperature=0).temperature == 0
+    path.write_text('{"do_sample": false, "temperature": 0.7, "min_p": 0.1, "repetition_penalty": 1.05}')
+    sampling = GenerationDefaults.from_folder(tmp_path, default_eos=7).sampling()
+    assert (sampling.temperature, sampling.min_p, sampling.repetition_penalty) == (0, 0.1, 1.05)
+    assert (
+        GenerationDefaults.from_folder(tmp_path, default_eos=7).sampling(repetition_penalty=1).repetition_penalty == 1
+    )
     path.write_text('{"temperature": "hot"}')
     with pytest.raises(CheckpointError, match="temperature"):
         GenerationDefaults.from_folder(tmp_path, default_eos=7)
@@ -38,6 +44,17 @@ def test_generation_defaults(tmp_path):
         {"seed": -1},
         {"seed": 2**64},
         {"logprobs": 21},
+        {"min_p": 1.5},
+        {"min_p": float("nan")},
+        {"presence_penalty": 3},
+        {"frequency_penalty": -3},
+        {"repetition_penalty": 0},
+        {"min_tokens": -1},
+        {"min_tokens": 10, "max_new_tokens": 9},
+        {"stop": [""]},
+        {"stop": ["a"] * 17},
+        {"logit_bias": {-1: 0.5}},
+        {"logit_bias": {1: float("nan")}},
     ],
 )
 def test_numbers_out_of_bounds_are_refused(values):

@@ -84,6 +84,25 @@ def test_what_is_asked_reaches_the_backend():
     assert (sampling.max_new_tokens, sampling.ignore_eos, sampling.logprobs) == (9, True, None)
 
 
+def test_all_of_the_sampler_can_be_asked_for():
+    backend = FakeBackend()
+    fields = {
+        "min_p": 0.1,
+        "presence_penalty": -2,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"5": 1, "07": -1e300},
+        "stop": "ant",
+        "min_tokens": 3,
+    }
+    assert serve(backend).post(PATH, json={**ASK, **fields}).status_code == 200
+    sampling = backend.handles[0].sampling
+    expected = {**fields, "logit_bias": {5: 1.0, 7: -1e300}, "stop": ["ant"]}
+    assert {name: getattr(sampling, name) for name in fields} == expected
+    serve(backend).post(PATH, json={**ASK, "stop": ["a", "b"]})
+    assert backend.handles[1].sampling.stop == ["a", "b"]
+
+
 def test_max_completion_tokens_goes_before_max_tokens():
     backend = FakeBackend()
     serve(backend).post(PATH, json={**ASK, "max_tokens": 9, "max_completion_tokens": 1})
@@ -112,11 +131,12 @@ def test_defaults_are_the_checkpoints(monkeypatch):
     client.post(PATH, json=ASK)
     assert (backend.handles[0].sampling.temperature, backend.handles[0].sampling.max_new_tokens) == (0, 128)
     eos = tiny_processor().generation.eos_token_ids
-    own = GenerationDefaults(eos, do_sample=True, temperature=0.7, top_p=0.8, top_k=20)
+    own = GenerationDefaults(eos, do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
     monkeypatch.setattr(tiny_processor(), "generation", own)
     client.post(PATH, json=ASK)
     sampling = backend.handles[1].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.8, 20)
+    assert sampling.repetition_penalty == 1.05
 
 
 def test_the_default_length_shrinks_to_what_is_left_of_the_context():

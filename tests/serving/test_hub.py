@@ -34,7 +34,7 @@ from qwen3vl_disagg.serving.backend import Decoded as AllDecoded
 from qwen3vl_disagg.serving.backend import FinishedEvent, TokenEvent
 from qwen3vl_disagg.serving.http_server import HttpServer
 from qwen3vl_disagg.serving.media_store import MediaStore
-from tests.support.fake_backend import tiny_processor
+from tests.support.fake_backend import timings, tiny_processor
 from tests.support.fake_ranks import (
     WAIT_S,
     System,
@@ -55,11 +55,18 @@ async def test_text_flows_to_a_language_rank_and_tokens_flow_back():
         assert submit.token_ids == b"\1\0\0\0\2\0\0\0\3\0\0\0"
         assert submit.timeout_s == 100.0
         logprobs = [TokenLogprob(7, -0.5, [(7, -0.5)]), TokenLogprob(8, -1.0, [])]
-        await rank.tell(Tokens(request_id=submit.request_id, index=0, token_ids=[7, 8], logprobs=logprobs))
+        await rank.tell(
+            Tokens(request_id=submit.request_id, index=0, token_ids=[7, 8], logprobs=logprobs, timings=timings())
+        )
         await rank.tell(Tokens(request_id=submit.request_id, index=0, token_ids=[7, 8]))  # a repetition
         await rank.answer(submit, 1, 2, 9)  # the first two are repetitions again
         events = await collect(handle)
-        assert events[:4] == [AllDecoded(), TokenEvent(7, logprobs[0]), TokenEvent(8, logprobs[1]), TokenEvent(9)]
+        assert events[:4] == [
+            AllDecoded(),
+            TokenEvent(7, logprobs[0], timings()),
+            TokenEvent(8, logprobs[1]),
+            TokenEvent(9),
+        ]
         assert isinstance(events[4], FinishedEvent)
         assert events[4].timings.language_rank == rank.rank
         assert len(events) == 5

@@ -73,6 +73,26 @@ def check_split(world: int, encode_ranks: int, asked: list[Asked], expected: lis
             if world > 1:
                 assert rows * 4 * hidden * 4 <= t["transfer_bytes"] <= 1.1 * rows * 4 * hidden * 4
 
+        check_sampling(server, asked[0])
+
+
+def check_sampling(server: Server, entry: Asked) -> None:
+    """The same seed, penalties and stop string give the same answer as in one process."""
+    fields = {"temperature": 1.5, "top_k": 30, "min_p": 0.01, "frequency_penalty": 0.5, "seed": 11}
+    llm = LLM()
+    sampling = SamplingParams(max_new_tokens=64, logprobs=1, **fields)
+    [plain] = llm.chat([entry.messages()], sampling)
+    check_equal([server.chat(entry.content(), **fields)], [plain])
+    stop = plain.text[2:6]
+    [cut] = llm.chat([entry.messages()], SamplingParams(max_new_tokens=64, logprobs=1, stop=[stop], **fields))
+    status, answer = server.chat(entry.content(), stop=stop, **fields)
+    check_equal([(status, answer)], [cut])
+    assert cut.text == plain.text[:2]
+    assert answer["choices"][0]["finish_reason"] == cut.finish_reason == "stop"
+    assert answer["usage"]["completion_tokens"] == len(cut.token_ids)
+    assert answer["timings"]["prefill"] > 0
+    assert len(answer["timings"]["items"]) == len(entry.images)
+
 
 def test_four_ranks_answer_as_one_process(asked, expected):
     check_split(4, 2, asked, expected)

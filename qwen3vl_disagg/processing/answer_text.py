@@ -1,0 +1,88 @@
+"""The text of an answer as its tokens come: end tokens and stop strings end it. Used by the frontend and by `LLM`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.processing.tokenizer import Tokenizer
+
+
+class StopMatcher:
+    """Looks for stop strings in a text that comes in pieces, wherever the borders of the pieces are.
+
+    The text ends before the stop string that is complete first; of two complete at the same character, before the
+    longer one. What may be the beginning of a stop string is held back: always less than the longest of them.
+    InputError if one is empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if not all(stops):
+            raise InputError("a stop string is empty", param="stop")
+        self._stops = tuple(stops)
+        self._beginnings = frozenset(stop[:n] for stop in stops for n in range(1, len(stop)))
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+        self.is_complete = False
+
+    def push(self, piece: str, *, may_stop: bool = True) -> str:
+        """The text that became certain. With `may_stop` false, a stop string complete within this piece is text."""
+        if self.is_complete:
+            return ""
+        text, before = self._held + piece, len(self._held)
+        if may_stop and piece:
+            # What ends within the piece begins at most its length - 1 before it.
+            starts = [(text.find(stop, max(0, before - len(stop) + 1)), len(stop)) for stop in self._stops]
+            found = min(((start + length, start) for start, length in starts if start >= 0), default=None)
+            if found is not None:
+                self.is_complete, self._held = True, ""
+                return text[: found[1]]
+        longest = min(self._longest - 1, len(text))
+        num_held = next((n for n in range(longest, 0, -1) if text[-n:] in self._beginnings), 0)
+        certain = len(text) - num_held
+        self._held = text[certain:]
+        return text[:certain]
+
+    def finish(self) -> str:
+        """What was held back: nothing comes after it."""
+        held, self._held = self._held, ""
+        return held
+
+
+class AnswerText:
+    """Tokens to text, piece by piece. End tokens are no text. After a stop string (`is_stopped`) nothing counts."""
+
+    def __init__(self, tokenizer: Tokenizer, eos_ids: frozenset[int], sampling: SamplingParams) -> None:
+        self._stream, self._eos_ids, self._min_tokens = tokenizer.stream(), eos_ids, sampling.min_tokens
+        self._stops = StopMatcher(sampling.stop)
+        self._pieces: list[str] = []
+        self.token_ids: list[int] = []
+        """All tokens, the end token and the one that completed a stop string included."""
+
+    @property
+    def is_stopped(self) -> bool:
+        """A stop string is complete: the answer ends here, with reason `stop`."""
+        return self._stops.is_complete
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+    def push(self, token_id: int) -> str:
+        """Take a token; returns the text that became certain with it, often none."""
+        if self.is_stopped:
+            return ""
+        self.token_ids.append(token_id)
+        return "" if token_id in self._eos_ids else self._keep(self._match(self._stream.push(token_id)))
+
+    def finish(self) -> str:
+        """The rest: an unfinished character, and text that turned out to be no stop string."""
+        return self._keep(self._match(self._stream.finish()) + self._stops.finish())
+
+    def _match(self, piece: str) -> str:
+        return self._stops.push(piece, may_stop=len(self.token_ids) >= self._min_tokens)
+
+    def _keep(self, piece: str) -> str:
+        self._pieces.append(piece)
+        return piece
