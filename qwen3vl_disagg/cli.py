@@ -14,13 +14,13 @@ import msgspec
 import tyro
 
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError, NotBuiltYet
-from qwen3vl_disagg.core.settings import ModelOptions
+from qwen3vl_disagg.core.settings import EncodeOptions, ModelOptions
 
 _LATER = ("plan",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(ModelOptions):
+class GenerateOptions(EncodeOptions, ModelOptions):
     """Answer one question, or a file of them, in one process.
 
     The user turn is the images in order, then the prompt. Sampling values that are not given come from the checkpoint.
@@ -129,6 +129,7 @@ def generate(options: GenerateOptions) -> int:
         compile=options.compile,
         quantize=options.quantize,
         progress=sys.stderr.isatty(),
+        encode_options=options,
     )
     print(f"model {llm.folder.name} on {llm.device}", file=sys.stderr)
     defaults = llm.processor.generation

@@ -25,7 +25,13 @@ import tyro
 from qwen3vl_disagg.checkpoint import open_checkpoint
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
 from qwen3vl_disagg.core.faults import plan_faults
-from qwen3vl_disagg.core.settings import BufferOptions, ModelOptions, check_supported, resolve_model_folder
+from qwen3vl_disagg.core.settings import (
+    BufferOptions,
+    EncodeOptions,
+    ModelOptions,
+    check_supported,
+    resolve_model_folder,
+)
 from qwen3vl_disagg.core.spans import write_spans
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_rank import run_encode_rank
@@ -40,7 +46,7 @@ EXIT_LAST_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(BufferOptions, ModelOptions):
+class ServeOptions(EncodeOptions, BufferOptions, ModelOptions):
     """Serve a checkpoint over HTTP."""
 
     encode_ranks: int | None = None
@@ -116,6 +122,7 @@ def rank_context(options: ServeOptions, rank: int, layout: Layout, meeting: Meet
         meeting.token,
         options,
         buffers=options,
+        encode=options,
         overlap=options.overlap == "on",
         spans=options.spans,
     )
@@ -180,6 +187,7 @@ def run_slot(rank: int) -> int:
             die_with_parent(os.getppid())
         layout = Layout.of(world.size, options.encode_ranks)
         check_supported(options)
+        EncodeOptions.check(options)
         plan_faults()
         make_folder(options.spans)
         path = meeting_path()

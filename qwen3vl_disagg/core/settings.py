@@ -42,6 +42,27 @@ class BufferOptions:
     """Rows of the DeepStack pool. Default: as many as there are embedding rows."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """How an encode rank uses its memory and its vision tower."""
+
+    embedding_cache_mib: int = 256
+    """Memory for the rows of images that were encoded before; 0 keeps none."""
+    vision_batch_tokens: int = 1024
+    """Images go through the vision tower together up to this many visual tokens' worth of work; 0: one by one."""
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.embedding_cache_mib << 20
+
+    def check(self) -> None:
+        """InputError for a negative number."""
+        for name in ("embedding_cache_mib", "vision_batch_tokens"):
+            if getattr(self, name) < 0:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} {getattr(self, name)}: must not be negative", param=option)
+
+
 def resolve_device(name: str, *, local_rank: int = 0, num_local_ranks: int = 1) -> torch.device:
     """`auto` -> the local rank's GPU if every local rank can have one of its own, else the CPU."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -8,6 +8,7 @@ import hashlib
 from typing import Any
 
 from qwen3vl_disagg.core.errors import HandshakeError, TransferError
+from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.disagg.control import Address, Connection, ConnectionLost, connect_hub
 from qwen3vl_disagg.disagg.encode_server import EncodeServer
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
@@ -49,6 +50,7 @@ class EncodeRank:
         make_link: LinkFactory | None = None,
         host: str = "127.0.0.1",
         limits: SessionLimits | None = None,
+        options: EncodeOptions | None = None,
         reconnect_s: float = 30.0,
     ) -> None:
         self._hello, self._hub_address = hello, hub_address
@@ -57,7 +59,13 @@ class EncodeRank:
         self._refused: asyncio.Future[HandshakeError] = asyncio.get_running_loop().create_future()
         link_hello = LinkHello(token=hello.token, encode_rank=hello.rank, pid=hello.pid, fingerprint=hello.fingerprint)
         self.server = EncodeServer(
-            worker, link_hello, tell=self._tell, pull=self._pull, on_refused=self._on_refused, limits=limits
+            worker,
+            link_hello,
+            tell=self._tell,
+            pull=self._pull,
+            on_refused=self._on_refused,
+            limits=limits,
+            options=options,
         )
 
     async def run(self) -> int:
@@ -138,6 +146,7 @@ def run_encode_rank(context: RankContext) -> int:
     worker = setup.encode_worker()
 
     async def serve() -> int:
-        return await EncodeRank(worker, setup.hello("encode"), context.hub_address, host=context.host).run()
+        hello = setup.hello("encode")
+        return await EncodeRank(worker, hello, context.hub_address, host=context.host, options=context.encode).run()
 
     return asyncio.run(serve())

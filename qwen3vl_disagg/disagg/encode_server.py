@@ -1,6 +1,6 @@
 """The encode side of all transfers on one event loop: carries out what the sessions decide.
 
-Images are decoded on one thread, run through the tower on another, and sent on one thread for each link.
+The pipeline makes the rows; they are sent on one thread for each link.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ import asyncio
 import time
 import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, InputError
 from qwen3vl_disagg.core.faults import fault_point
-from qwen3vl_disagg.core.spans import span
+from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.disagg.encode_links import EncodeLink, EncodeLinks
+from qwen3vl_disagg.disagg.encode_pipeline import EncodePipeline, Pull
 from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
-from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker, Pixels
+from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
+from qwen3vl_disagg.disagg.held_item import HeldItem
 from qwen3vl_disagg.disagg.links import LinkFactory
 from qwen3vl_disagg.disagg.messages import (
     Abort,
@@ -55,8 +57,6 @@ from qwen3vl_disagg.disagg.session_events import (
 )
 
 TICK_S = 0.25
-Pull = Callable[[str, int], Awaitable[bytes]]
-"""(SHA-256 in hex, number of bytes) -> the bytes"""
 
 
 class EncodeServer:
@@ -71,10 +71,12 @@ class EncodeServer:
         pull: Pull,
         on_refused: Callable[[HandshakeError], None],
         limits: SessionLimits | None = None,
+        options: EncodeOptions | None = None,
     ) -> None:
         self.limits = limits or SessionLimits()
         self.sessions = EncodeSessions(self.limits)
-        self._worker, self._tell, self._pull = worker, tell, pull
+        self.pipeline = EncodePipeline(worker, pull, options or EncodeOptions())
+        self._tell = tell
         self._links = EncodeLinks(
             hello, on_up=self._on_up, on_down=self._on_down, on_frame=self._on_frame, on_refused=on_refused
         )
@@ -82,9 +84,7 @@ class EncodeServer:
         self._is_handling = False
         self._items: dict[Attempt, EncodeItem] = {}
         self._tasks: dict[Attempt, asyncio.Task[None]] = {}
-        self._encoded: dict[Attempt, EncodedItem] = {}
-        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        self._tower = ThreadPoolExecutor(1, thread_name_prefix="tower")
+        self._encoded: dict[Attempt, HeldItem] = {}
         self._ticker: asyncio.Task[None] | None = None
 
     def connect(self, peers: list[tuple[int, str, int]], make_link: LinkFactory) -> None:
@@ -122,8 +122,7 @@ class EncodeServer:
         try:
             await self._links.close()
         finally:
-            for executor in (self._decoder, self._tower):
-                executor.shutdown(wait=False, cancel_futures=True)
+            self.pipeline.close()
 
     async def _tick(self) -> None:
         while True:
@@ -182,7 +181,9 @@ class EncodeServer:
         task = self._tasks.pop(attempt, None)
         if task is not None:
             task.cancel()
-        self._encoded.pop(attempt, None)
+        held = self._encoded.pop(attempt, None)
+        if held is not None:
+            self.pipeline.release(held)
         self._items.pop(attempt, None)
 
     def _send_header(self, action: SendHeader) -> None:
@@ -204,7 +205,7 @@ class EncodeServer:
         link = self._links.get(action.language_rank, action.epoch)
         if link is None:
             return
-        payload = self._encoded[attempt].payload(grant)
+        payload = self._encoded[attempt].item.payload(grant)
 
         def send() -> None:
             link.payload.send(payload, self.limits.payload_s)
@@ -221,10 +222,12 @@ class EncodeServer:
 
     async def _produce(self, attempt: Attempt) -> None:
         """From the bytes to the rows; whatever goes wrong is this item's failure alone."""
-        message = self._items[attempt]
+        message, held = self._items[attempt], None
+        request_id, item, number = attempt
+        on_decoded = partial(self._tell, Decoded(request_id=request_id, item=item, attempt=number))
         try:
             async with asyncio.timeout(message.timeout_s):
-                encoded = await self._encode(message)
+                held = await self.pipeline.rows(message, on_decoded)
             fault_point("encoded")
         except InputError as error:
             self._failed(attempt, "input", error.message)
@@ -235,27 +238,14 @@ class EncodeServer:
             self._failed(attempt, "failed", type(error).__name__)
         else:
             if self._tasks.get(attempt) is asyncio.current_task():
-                self._encoded[attempt] = encoded
+                self._encoded[attempt], held = held, None
                 self.handle(Encoded(attempt))
+        if held is not None:
+            self.pipeline.release(held)
 
     def _failed(self, attempt: Attempt, kind: Literal["input", "failed"], reason: str) -> None:
         if self._tasks.get(attempt) is asyncio.current_task():
             self.handle(EncodeFailed(attempt, kind, reason))
-
-    async def _encode(self, message: EncodeItem) -> EncodedItem:
-        loop = asyncio.get_running_loop()
-        fault_point("before-encode")
-        data = await self._pull(message.visual.digest, message.visual.num_bytes)
-        pixels = await loop.run_in_executor(self._decoder, self._worker.preprocess, data, message.visual)
-        self._tell(Decoded(request_id=message.request_id, item=message.item, attempt=message.attempt))
-        return await loop.run_in_executor(self._tower, self._run_tower, pixels, message.visual_token_id)
-
-    def _run_tower(self, pixels: Pixels, visual_token_id: int) -> EncodedItem:
-        fault_point("in-tower")
-        with span("encode"):
-            [encoded] = self._worker.encode([pixels], visual_token_id)
-            _ = encoded.digest  # computed here, so that no event loop has to
-        return encoded
 
     # -- links
 

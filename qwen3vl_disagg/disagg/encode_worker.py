@@ -127,24 +127,52 @@ class EncodeWorker:
             raise TransferError(f"the image has grid {grid}, the prompt was laid out for {tuple(visual.grid)}")
         return Pixels(patches, grid, (time.monotonic() - started) * 1e3)
 
-    @torch.inference_mode()
-    def encode(self, batch: Sequence[Pixels], visual_token_id: int) -> list[EncodedItem]:
-        """Run the tower over several images at once; rows on the CPU or the tower's device, contiguous.
+    def encode(self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]) -> list[EncodedItem | Exception]:
+        """Run the tower over several images at once; rows on the tower's device, contiguous, each item's in memory of
+        its own. `encode_ms` is the time of the whole batch.
 
-        TransferError if they are not finite.
+        What goes wrong with an image stands in its place: TransferError for rows that are not finite. When the tower
+        fails over several (they may not fit in memory together), each goes through it alone.
         """
+        if not batch:
+            return []
+        try:
+            return self._encode_together(batch, visual_token_ids)
+        except Exception as error:
+            if len(batch) == 1:
+                return [error]
+        return [
+            result
+            for entry, token_id in zip(batch, visual_token_ids, strict=True)
+            for result in EncodeWorker.encode(self, [entry], [token_id])
+        ]
+
+    @torch.inference_mode()
+    def _encode_together(
+        self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]
+    ) -> list[EncodedItem | Exception]:
         started = time.monotonic()
         pixels = torch.cat([entry.patches for entry in batch]).to(self.device)
         features = self.model.get_image_feature(pixels, [entry.grid for entry in batch])
-        elapsed_ms = (time.monotonic() - started) * 1e3
         merge_unit = self.config.vision.merge_unit
         num_rows = [t * h * w // merge_unit for t, h, w in (entry.grid for entry in batch)]
-        items: list[EncodedItem] = []
-        for entry, rows in zip(batch, features.split(num_rows), strict=True):
-            main, deepstack = separate_deepstack(rows, self.config.text.hidden_size)
+        parts = [separate_deepstack(rows, self.config.text.hidden_size) for rows in features.split(num_rows)]
+        is_good = [_all_finite(main) and _all_finite(deepstack) for main, deepstack in parts]
+        elapsed_ms = (time.monotonic() - started) * 1e3
+        results: list[EncodedItem | Exception] = []
+        for entry, token_id, (main, deepstack), ok in zip(batch, visual_token_ids, parts, is_good, strict=True):
+            if not ok:
+                results.append(TransferError("the vision tower's rows hold NaN or infinity"))
+                continue
             positions = item_positions(entry.grid, self.config.vision.spatial_merge_size).T.contiguous()
-            fill_ids = torch.full((len(main),), visual_token_id, dtype=torch.int32)
-            if not (_all_finite(main) and _all_finite(deepstack)):
-                raise TransferError("the vision tower's rows hold NaN or infinity")
-            items.append(EncodedItem(main, deepstack, fill_ids, positions, entry.grid, entry.preprocess_ms, elapsed_ms))
-        return items
+            fill_ids = torch.full((len(main),), token_id, dtype=torch.int32)
+            main, deepstack = _own(main), _own(deepstack)
+            results.append(
+                EncodedItem(main, deepstack, fill_ids, positions, entry.grid, entry.preprocess_ms, elapsed_ms)
+            )
+        return results
+
+
+def _own(rows: Tensor) -> Tensor:
+    """Not a piece of a whole batch's memory, which would live as long as the piece: one row is, or all columns."""
+    return rows if rows.untyped_storage().nbytes() == rows.nbytes else rows.clone()

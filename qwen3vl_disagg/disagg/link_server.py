@@ -295,6 +295,8 @@ class LinkServer:
                 transfer_ms=self._transfer_ms[attempt],
                 transfer_bytes=num_bytes,
                 resumes=num_transfers - 1,
+                cached=job.header.cached,
+                batch=job.header.batch,
             )
         )
 

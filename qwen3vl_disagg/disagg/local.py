@@ -7,12 +7,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.core.settings import EncodeOptions
+from qwen3vl_disagg.disagg.embedding_cache import ContentKey, EmbeddingCache, content_key
 from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
-from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker
+from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker, Pixels
+from qwen3vl_disagg.disagg.held_item import HeldItem, hold, keep
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
 from qwen3vl_disagg.disagg.links import InProcessLink
 from qwen3vl_disagg.disagg.messages import Frame
@@ -48,6 +51,7 @@ from qwen3vl_disagg.disagg.session_events import (
     StartEncode,
     TellFailed,
 )
+from qwen3vl_disagg.disagg.vision_batch import plan_batch, tower_cost
 
 _ENCODE_RANK = _LANGUAGE_RANK = 0
 _EPOCH = 1
@@ -82,8 +86,10 @@ class LocalTransfer:
     as far as it goes and says what came of it.
     """
 
-    def __init__(self, worker: EncodeWorker, receiver: Receiver) -> None:
-        self.worker, self.receiver = worker, receiver
+    def __init__(self, worker: EncodeWorker, receiver: Receiver, options: EncodeOptions | None = None) -> None:
+        self.worker, self.receiver, self.options = worker, receiver, options or EncodeOptions()
+        self.cache = EmbeddingCache[EncodedItem](self.options.cache_bytes)
+        self.num_batches = 0
         buffers = receiver.buffers
         self.language = LanguageSessions(buffers.allocator, buffers.block_size, buffers.row_sizes)
         self.encode = EncodeSessions()
@@ -91,7 +97,8 @@ class LocalTransfer:
         self._todo: deque[Callable[[], None]] = deque()
         self._outcomes: list[Outcome] = []
         self._media: dict[tuple[str, int], tuple[VisualItem, bytes]] = {}
-        self._encoded: dict[Attempt, EncodedItem] = {}
+        self._to_start: list[Attempt] = []
+        self._encoded: dict[Attempt, HeldItem] = {}
         self._payloads: dict[Attempt, _Payload] = {}
         self._errors: dict[Attempt, DisaggError] = {}
         self._to_encode(LinkUp(_LANGUAGE_RANK, _EPOCH))
@@ -170,34 +177,79 @@ class LocalTransfer:
             case SendFrame():
                 self._to_language(FrameIn(_ENCODE_RANK, action.frame))
             case StartEncode():
-                self._encode(action.attempt)
+                if not self._to_start:
+                    self._todo.append(self._encode)
+                self._to_start.append(action.attempt)
             case SendHeader():
                 header = self._encoded[_attempt_of(action)].header(action.grant)
                 frame = Frame(epoch=action.epoch, seq=action.seq, body=header)
                 self._to_language(FrameIn(_ENCODE_RANK, frame))
             case SendPayload():
-                self._link.send(self._encoded[_attempt_of(action)].payload(action.grant), _TIMEOUT_S)
+                self._link.send(self._encoded[_attempt_of(action)].item.payload(action.grant), _TIMEOUT_S)
                 self._to_encode(PayloadSent(_LANGUAGE_RANK, _EPOCH, _attempt_of(action)))
             case Release():
-                self._encoded.pop(action.attempt, None)
+                self._release(action.attempt)
             case TellFailed():
                 request_id, item, _ = action.attempt
                 error = self._errors.pop(action.attempt, None) or TransferError(action.reason)
                 self._outcomes.append(ItemError(request_id, item, error))
 
-    def _encode(self, attempt: Attempt) -> None:
-        visual, data = self._media[attempt[:2]]
-        config = self.worker.config
-        token_id = config.image_token_id if visual.modality == "image" else config.video_token_id
-        try:
-            [encoded] = self.worker.encode([self.worker.preprocess(data, visual)], token_id)
-        except DisaggError as error:
-            self._errors[attempt] = error.at(visual.param) if isinstance(error, InputError) else error
-            kind = "input" if isinstance(error, InputError) else "failed"
-            self._to_encode(EncodeFailed(attempt, kind, str(error)))  # type: ignore[arg-type]
+    def _release(self, attempt: Attempt) -> None:
+        if attempt in self._to_start:
+            self._to_start.remove(attempt)
+        held = self._encoded.pop(attempt, None)
+        if held is not None and held.key is not None:
+            self.cache.unpin(held.key)
+
+    def _encode(self) -> None:
+        """All that was to be started: each content once, from the cache or in batches."""
+        attempts, self._to_start = self._to_start, []
+        wanted: dict[ContentKey, list[Attempt]] = {}
+        for attempt in attempts:
+            visual, config = self._media[attempt[:2]][0], self.worker.config
+            key = content_key(visual, config.image_token_id if visual.modality == "image" else config.video_token_id)
+            item = self.cache.get(key)
+            if item is None:
+                wanted.setdefault(key, []).append(attempt)
+            else:
+                self._encoded[attempt] = HeldItem(item, key, is_cached=True)
+                self._to_encode(Encoded(attempt))
+        while wanted:
+            costs = [tower_cost(key.grid, self.worker.config.vision) for key in wanted]
+            keys = list(wanted)[: plan_batch(costs, self.options.vision_batch_tokens)]
+            self._encode_batch({key: wanted.pop(key) for key in keys})
+
+    def _encode_batch(self, wanted: dict[ContentKey, list[Attempt]]) -> None:
+        pixels: dict[ContentKey, Pixels] = {}
+        for key, attempts in wanted.items():
+            visual, data = self._media[attempts[0][:2]]
+            try:
+                pixels[key] = self.worker.preprocess(data, visual)
+            except DisaggError as error:
+                self._fail(attempts, error)
+        if not pixels:
             return
-        self._encoded[attempt] = encoded
-        self._to_encode(Encoded(attempt))
+        self.num_batches += 1
+        results = self.worker.encode(list(pixels.values()), [key.visual_token_id for key in pixels])
+        for key, result in zip(pixels, results, strict=True):
+            if isinstance(result, EncodedItem):
+                is_kept = keep(self.cache, key, result)
+                for attempt in wanted[key]:
+                    self._encoded[attempt] = hold(self.cache, key, result, self.num_batches)
+                    self._to_encode(Encoded(attempt))
+                if is_kept:
+                    self.cache.unpin(key)
+            elif isinstance(result, DisaggError):
+                self._fail(wanted[key], result)
+            else:
+                raise result
+
+    def _fail(self, attempts: list[Attempt], error: DisaggError) -> None:
+        for attempt in attempts:
+            param = self._media[attempt[:2]][0].param
+            self._errors[attempt] = error.at(param) if isinstance(error, InputError) else error
+            kind: Literal["input", "failed"] = "input" if isinstance(error, InputError) else "failed"
+            self._to_encode(EncodeFailed(attempt, kind, str(error)))
 
     def _receive(self, job: Receive) -> None:
         grant = job.grant
@@ -229,6 +281,8 @@ class LocalTransfer:
                 transfer_ms=payload.seconds * 1e3,
                 transfer_bytes=num_bytes,
                 resumes=num_transfers - 1,
+                cached=header.cached,
+                batch=header.batch,
             )
         )
 

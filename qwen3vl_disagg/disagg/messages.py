@@ -262,7 +262,7 @@ class Header(Message, frozen=True):
 
     Payload order: aux (when `row_start` is 0), DeepStack run by run, then for each run of rows embeddings, fill_ids,
     positions. `row_digests` and `deepstack_digests`: one for each run. `preprocess_ms` and `encode_ms` are the
-    encoder's wall times.
+    encoder's wall times, `batch` is the number of the tower's run; all 0 when the rows were `cached`.
     """
 
     request_id: str
@@ -278,6 +278,8 @@ class Header(Message, frozen=True):
     deepstack_digests: list[int]
     preprocess_ms: float = 0.0
     encode_ms: float = 0.0
+    cached: bool = False
+    batch: int = 0
 
 
 class HeaderOk(Message, frozen=True):

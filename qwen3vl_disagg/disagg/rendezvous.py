@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from qwen3vl_disagg.core.errors import InputError, NotBuiltYet, UnavailableError
-from qwen3vl_disagg.core.settings import BufferOptions, ModelOptions
+from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, ModelOptions
 
 _POLL_S = 0.05
 
@@ -82,6 +82,7 @@ class RankContext:
     model: ModelOptions
     host: str = "127.0.0.1"
     buffers: BufferOptions = field(default_factory=BufferOptions)
+    encode: EncodeOptions = field(default_factory=EncodeOptions)
     overlap: bool = True
     spans: Path | None = None
     """Folder for JSON lines of what the rank does."""

@@ -59,6 +59,8 @@ class Delivery:
     transfer_ms: float
     transfer_bytes: int
     resumes: int
+    cached: bool = False
+    batch: int = 0
 
     def timings(self) -> ItemTimings:
         return ItemTimings(
@@ -70,4 +72,6 @@ class Delivery:
             rows=self.rows.stop,
             resumes=self.resumes,
             attempts=self.attempt,
+            cached=self.cached,
+            batch=self.batch,
         )

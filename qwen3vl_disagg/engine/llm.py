@@ -17,6 +17,7 @@ from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingP
 from qwen3vl_disagg.core.settings import (
     DTYPES,
     BufferOptions,
+    EncodeOptions,
     ModelOptions,
     check_supported,
     resolve_device,
@@ -105,10 +106,13 @@ class LLM:
         progress: bool = False,
         engine_options: EngineOptions | None = None,
         buffer_options: BufferOptions | None = None,
+        encode_options: EncodeOptions | None = None,
     ) -> None:
         name = None if model is None else str(model)
         options = ModelOptions(model=name, dtype=dtype, device=device, compile=compile, quantize=quantize)  # type: ignore[arg-type]
         check_supported(options)
+        encode_options = encode_options or EncodeOptions()
+        encode_options.check()
         if options.dtype != "auto" and options.dtype not in DTYPES:
             raise InputError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}", param="dtype")
         self.folder = resolve_model_folder(name)
@@ -123,7 +127,7 @@ class LLM:
         buffers = MultimodalDataBuffers.from_options(
             self.config, buffer_options or BufferOptions(), dtype=language.lm_head.weight.dtype, device=self.device
         )
-        self.transfer = LocalTransfer(worker, Receiver(buffers, self.config))
+        self.transfer = LocalTransfer(worker, Receiver(buffers, self.config), encode_options)
         self._num_requests = 0
 
     def chat(

@@ -37,7 +37,14 @@ def run_combined_rank(context: RankContext) -> int:
     async def serve() -> int:
         links = in_process_links()
         language = await start_language_rank(setup, engine, links)
-        encode = EncodeRank(worker, setup.hello("encode"), context.hub_address, make_link=links, host=context.host)
+        encode = EncodeRank(
+            worker,
+            setup.hello("encode"),
+            context.hub_address,
+            make_link=links,
+            host=context.host,
+            options=context.encode,
+        )
         return max(await asyncio.gather(language.run(), encode.run()))
 
     return asyncio.run(serve())

@@ -158,7 +158,8 @@ class Sequence:
 
     def timings(self, now: float, language_rank: int) -> RequestTimings:
         """Stage times in ms. Items of one encode rank run one after another, those of several ranks side by side:
-        a stage's time is the largest sum over a rank."""
+        a stage's time is the largest sum over a rank. Items that were encoded together share the time of their batch.
+        """
         items = [self.item_timings.get(i, ItemTimings(rows=item.num_rows)) for i, item in enumerate(self.items)]
         ranks = sorted({item.encode_rank for item in items} - {-1})
 
@@ -166,10 +167,13 @@ class Sequence:
             sums = [sum(getattr(item, name) for item in items if item.encode_rank == rank) for rank in ranks]
             return max(sums, default=0.0)
 
+        batches = {(item.encode_rank, item.batch or -i): item.encode for i, item in enumerate(items, 1)}
+        encode = [sum(ms for (rank, _), ms in batches.items() if rank == of) for of in ranks]
+
         return RequestTimings(
             queue=(self.admitted_at - self.arrival) * 1e3,
             preprocess=stage("preprocess"),
-            encode=stage("encode"),
+            encode=max(encode, default=0.0),
             transfer=stage("transfer"),
             prefill=self.prefill_s * 1e3,
             decode=(now - self.first_token_at) * 1e3,

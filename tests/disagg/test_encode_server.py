@@ -296,7 +296,7 @@ def test_a_result_that_comes_after_its_attempt_has_ended_is_nobodys(by):
                 await peer.say(Abort(**ids("a"), reason="no longer wanted"))
             await until(lambda: not side.leftovers(), 2, side.leftovers)
             side.worker.seed = 1  # of what is encoded from now on
-            side.encode("a", attempt=2)
+            side.encode("a", attempt=2, content="another image")
             await peer.say(make_grant("a", attempt=2))
             await until(lambda: side.server._tasks)
             side.worker.gate.set()
@@ -315,7 +315,7 @@ def test_a_later_attempt_takes_the_place_of_one_that_is_under_way():
             await peer.say(make_grant("a"))
             await until(lambda: side.worker.num_encoded == 1)
             side.worker.seed = 1
-            side.encode("a", attempt=2)
+            side.encode("a", attempt=2, content="another image")
             side.encode("a")  # late
             await peer.say(make_grant("a", attempt=2))
             side.worker.gate.set()

@@ -8,14 +8,14 @@ from dataclasses import replace
 import msgspec
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from qwen3vl_disagg.core.errors import InputError, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.digest import add_digests
-from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
+from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker
 from qwen3vl_disagg.disagg.layout import AUX_FIELDS
 from qwen3vl_disagg.disagg.messages import Grant, Resume
 from qwen3vl_disagg.processing import ImageProcessor, item_positions
@@ -58,22 +58,72 @@ def grant_for(
     return msgspec.structs.replace(grant, **changed)
 
 
+def encode_one(data: bytes, size: tuple[int, int], token_id: int = IMAGE_TOKEN) -> EncodedItem:
+    [encoded] = WORKER.encode([WORKER.preprocess(data, visual_of(size))], [token_id])
+    assert isinstance(encoded, EncodedItem), encoded
+    return encoded
+
+
+def check_close(rows: torch.Tensor, alone: torch.Tensor) -> None:
+    """Within the rounding of float32: another shape of a matrix product adds up in another order."""
+    error = torch.linalg.vector_norm(rows - alone) / torch.linalg.vector_norm(alone)
+    assert error < 1e-6, error
+
+
 def test_items_of_a_batch_are_the_items_alone():
     pixels = [WORKER.preprocess(make_image(i, size), visual_of(size)) for i, size in enumerate(SIZES)]
-    together = WORKER.encode(pixels, IMAGE_TOKEN)
+    together = WORKER.encode(pixels, [IMAGE_TOKEN] * len(pixels))
     for size, entry, encoded in zip(SIZES, pixels, together, strict=True):
-        [alone] = WORKER.encode([entry], IMAGE_TOKEN)
-        torch.testing.assert_close(encoded.main, alone.main, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(encoded.deepstack, alone.deepstack, rtol=1e-5, atol=1e-5)
+        [alone] = WORKER.encode([entry], [IMAGE_TOKEN])
+        assert isinstance(encoded, EncodedItem)
+        assert isinstance(alone, EncodedItem)
+        check_close(encoded.main, alone.main)
+        check_close(encoded.deepstack, alone.deepstack)
+        for name in ("fill_ids", "positions"):
+            assert torch.equal(getattr(encoded, name), getattr(alone, name))
         with torch.inference_mode():
             features = MODEL.get_image_feature(entry.patches, [entry.grid])
         assert torch.equal(torch.cat([alone.main, alone.deepstack], dim=1), features)
         assert len(alone.main) == visual_of(size).num_rows
         assert alone.grid == PROCESSOR.grid(*size)
+        assert encoded.encode_ms == together[0].encode_ms, "the time of the batch"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([(32, 32), (64, 32), (64, 64), (96, 64), (160, 96)]), min_size=2, max_size=6),
+    seed=st.integers(0, 9),
+)
+def test_any_neighbours_change_an_item_by_rounding_only(sizes, seed):
+    pixels = [WORKER.preprocess(make_image(seed + i, size), visual_of(size)) for i, size in enumerate(sizes)]
+    tokens = [IMAGE_TOKEN + i % 2 for i in range(len(sizes))]
+    for entry, token, encoded in zip(pixels, tokens, WORKER.encode(pixels, tokens), strict=True):
+        [alone] = WORKER.encode([entry], [token])
+        check_close(encoded.main, alone.main)
+        check_close(encoded.deepstack, alone.deepstack)
+        assert torch.equal(encoded.fill_ids, alone.fill_ids)
+
+
+def test_each_item_of_a_batch_has_its_own_fill_ids():
+    pixels = [WORKER.preprocess(make_image(i, (64, 64)), visual_of((64, 64))) for i in range(3)]
+    image, video, other = WORKER.encode(pixels, [60, 61, 60])
+    assert [set(e.fill_ids.tolist()) for e in (image, video, other)] == [{60}, {61}, {60}]
+
+
+@pytest.mark.parametrize("levels", [0, 2])
+def test_no_item_of_a_batch_keeps_the_others_memory(levels):
+    """Also where rows of one item are contiguous in what comes out of the tower: one row, or no DeepStack beside it."""
+    config = small_config(levels=levels)
+    worker = EncodeWorker(random_vision_model(config, seed=1), PROCESSOR, config)
+    pixels = [worker.preprocess(make_image(i, size), visual_of(size)) for i, size in enumerate(SIZES)]
+    for encoded in worker.encode(pixels, [IMAGE_TOKEN] * len(pixels)):
+        for name in ("main", "deepstack", "fill_ids", "positions"):
+            tensor = getattr(encoded, name)
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
 
 
 def test_fill_ids_and_positions_say_what_and_where():
-    [encoded] = WORKER.encode([WORKER.preprocess(make_image(0, (96, 64)), visual_of((96, 64)))], 61)
+    encoded = encode_one(make_image(0, (96, 64)), (96, 64), 61)
     assert encoded.fill_ids.tolist() == [61] * 6
     assert encoded.fill_ids.dtype == encoded.positions.dtype == torch.int32
     assert encoded.positions.tolist() == [[0, y, x] for y in range(2) for x in range(3)]
@@ -95,24 +145,52 @@ def test_a_damaged_image_is_an_input_error_without_internals(data):
 
 @pytest.mark.parametrize("part", ["main", "deepstack"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_rows_that_are_not_finite_are_refused(monkeypatch, part, value):
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_an_item_whose_rows_are_not_finite_is_refused_and_its_neighbours_are_not(monkeypatch, part, value, which):
     features = MODEL.get_image_feature
 
     def broken(patches, grids):
         rows = features(patches, grids).clone()
-        rows[2, 3 if part == "main" else -1] = value
+        rows[4 * which + 2, 3 if part == "main" else -1] = value
         return rows
 
+    pixels = [WORKER.preprocess(make_image(i, (64, 64)), visual_of((64, 64))) for i in range(3)]
+    expected = WORKER.encode(pixels, [IMAGE_TOKEN] * 3)
     monkeypatch.setattr(WORKER.model, "get_image_feature", broken)
-    with pytest.raises(TransferError, match="NaN or infinity"):
-        WORKER.encode([WORKER.preprocess(make_image(0, (64, 64)), visual_of((64, 64)))], IMAGE_TOKEN)
+    results = WORKER.encode(pixels, [IMAGE_TOKEN] * 3)
+    for number, (result, whole) in enumerate(zip(results, expected, strict=True)):
+        if number == which:
+            assert isinstance(result, TransferError)
+            assert "NaN or infinity" in str(result)
+        else:
+            assert torch.equal(result.main, whole.main)
+            assert torch.equal(result.deepstack, whole.deepstack)
+
+
+def test_an_image_over_which_the_tower_fails_fails_alone(monkeypatch):
+    features, calls = MODEL.get_image_feature, []
+
+    def broken(patches, grids):
+        calls.append(len(grids))
+        if (1, 4, 6) in grids or len(grids) > 3:
+            raise RuntimeError("out of memory")
+        return features(patches, grids)
+
+    pixels = [WORKER.preprocess(make_image(i, size), visual_of(size)) for i, size in enumerate(SIZES)]
+    monkeypatch.setattr(WORKER.model, "get_image_feature", broken)
+    results = WORKER.encode(pixels, [IMAGE_TOKEN] * 4)
+    assert [type(result) for result in results] == [EncodedItem, RuntimeError, EncodedItem, EncodedItem]
+    assert calls == [4, 1, 1, 1, 1]
 
 
 def test_finite_rows_whose_sum_overflows_are_accepted(monkeypatch):
     rows = torch.full((4, 96), 3e38)
     monkeypatch.setattr(WORKER.model, "get_image_feature", lambda patches, grids: rows)
-    [encoded] = WORKER.encode([WORKER.preprocess(make_image(0, (64, 64)), visual_of((64, 64)))], IMAGE_TOKEN)
-    assert encoded.main.max() == rows.max()
+    assert encode_one(make_image(0, (64, 64)), (64, 64)).main.max() == rows.max()
+
+
+def test_a_batch_of_nothing_is_nothing():
+    assert WORKER.encode([], []) == []
 
 
 @st.composite

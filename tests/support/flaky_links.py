@@ -24,11 +24,11 @@ class CountingWorker(EncodeWorker):
         self.gate = threading.Event()
         self.gate.set()
 
-    def encode(self, batch: Sequence[Pixels], visual_token_id: int) -> list[EncodedItem]:
+    def encode(self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]) -> list[EncodedItem | Exception]:
         self.num_encoded += len(batch)
         if not self.gate.wait(20):
             raise RuntimeError("the tower was held up for too long")
-        return super().encode(batch, visual_token_id)
+        return super().encode(batch, visual_token_ids)
 
 
 @dataclass

@@ -11,9 +11,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 
 from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.control import Connection, ConnectionLost, connect_link
 from qwen3vl_disagg.disagg.encode_server import EncodeServer
@@ -182,21 +184,38 @@ async def language(*, blocks: int = 2, limits: SessionLimits = LIMITS) -> AsyncI
 class FakeWorker:
     """Every item is `make_encoded` of this seed."""
 
+    config = CONFIG
+
     def __init__(self) -> None:
         self.seed = 0
-        self.num_encoded = 0
-        self.gate = threading.Event()
+        self.decoded: list[bytes] = []
+        self.batches: list[list[bytes]] = []
+        self.faults: dict[bytes, Exception] = {}
+        """Content -> what goes wrong with it in the tower."""
+        self.decode_gate, self.gate = threading.Event(), threading.Event()
+        self.open()
+
+    @property
+    def num_encoded(self) -> int:
+        return sum(map(len, self.batches))
+
+    def open(self) -> None:
+        self.decode_gate.set()
         self.gate.set()
 
     def preprocess(self, data: bytes, visual: VisualItem) -> bytes:
+        self.decoded.append(data)
+        if not self.decode_gate.wait(20):
+            raise RuntimeError("decoding was held up for too long")
         return data
 
-    def encode(self, batch: Sequence[Any], visual_token_id: int) -> list[EncodedItem]:
-        self.num_encoded += len(batch)
-        encoded = make_encoded(CONFIG, seed=self.seed)
+    def encode(self, batch: Sequence[Any], visual_token_ids: Sequence[int]) -> list[EncodedItem | Exception]:
+        assert len(batch) == len(visual_token_ids)
+        self.batches.append(list(batch))
+        seed = self.seed
         if not self.gate.wait(20):
             raise RuntimeError("the tower was held up for too long")
-        return [encoded for _ in batch]
+        return [self.faults.get(data) or make_encoded(CONFIG, seed=seed) for data in batch]
 
 
 @dataclass
@@ -214,13 +233,14 @@ class EncodeSide:
         await until(lambda: (LANGUAGE_RANK, peer.epoch) in self.server._links.linked)
         return peer
 
-    def encode(self, name: str, *, attempt: int = 1, timeout_s: float = 30) -> None:
+    def encode(self, name: str, *, attempt: int = 1, timeout_s: float = 30, content: str | None = None) -> None:
+        """`content`: of the image; without it, each name has its own."""
         message = EncodeItem(
             request_id=name,
             item=0,
             attempt=attempt,
             language_rank=LANGUAGE_RANK,
-            visual=VISUAL,
+            visual=msgspec.structs.replace(VISUAL, digest=name if content is None else content),
             visual_token_id=CONFIG.image_token_id,
             timeout_s=timeout_s,
         )
@@ -232,13 +252,17 @@ class EncodeSide:
     def leftovers(self) -> dict[str, Any]:
         server = self.server
         tables = {"items": server.sessions.items, "messages": server._items, "tasks": server._tasks}
-        tables |= {"encoded": server._encoded, "busy": [] if server.sessions.is_idle else ["busy"]}
+        tables |= {
+            "encoded": server._encoded,
+            "pinned": range(server.pipeline.cache.num_pinned_bytes),
+            "busy": [] if server.sessions.is_idle else ["busy"],
+        }
         return {name: list(table) for name, table in tables.items() if table}
 
 
 @asynccontextmanager
 async def encode_side(
-    *, limits: SessionLimits = LIMITS, pull: Any = None, wrap: Any = None
+    *, limits: SessionLimits = LIMITS, pull: Any = None, wrap: Any = None, options: EncodeOptions | None = None
 ) -> AsyncIterator[EncodeSide]:
     """`wrap` may put something around the factory of the encode side's links."""
     make_link, peers, told = in_process_links(), asyncio.Queue[Peer](), []
@@ -260,8 +284,8 @@ async def encode_side(
         assert isinstance(payload, InProcessLink)
         peers.put_nowait(Peer(control.keep_alive(), payload, epoch))
 
-    async def nothing(digest: str, num_bytes: int) -> bytes:
-        return b""
+    async def content(digest: str, num_bytes: int) -> bytes:
+        return digest.encode()
 
     listener = await asyncio.start_server(accept, "127.0.0.1", 0)
     host, port = listener.sockets[0].getsockname()[:2]
@@ -269,7 +293,13 @@ async def encode_side(
     worker: Any = FakeWorker()
     refused: list[Exception] = []
     server = EncodeServer(
-        worker, hello, tell=told.append, pull=pull or nothing, on_refused=refused.append, limits=limits
+        worker,
+        hello,
+        tell=told.append,
+        pull=pull or content,
+        on_refused=refused.append,
+        limits=limits,
+        options=options,
     )
     server.connect([(LANGUAGE_RANK, host, port)], wrap(make_link) if wrap else make_link)
     it = EncodeSide(server, worker, told, peers)
@@ -278,7 +308,7 @@ async def encode_side(
         await until(lambda: not it.leftovers(), WAIT_S, it.leftovers)
         assert not refused
     finally:
-        worker.gate.set()
+        worker.open()
         await server.close()
         listener.close()
         for control in controls:

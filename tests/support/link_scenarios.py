@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.control import Connection
 from qwen3vl_disagg.disagg.encode_rank import EncodeRank
@@ -56,6 +57,7 @@ FINGERPRINT = link_fingerprint(
     CONFIG, {"vision_weights": "a digest"}, dtype=torch.float32, block_size=BLOCK, processor=PROCESSOR
 )
 LIMITS = SessionLimits(payload_s=2.0)
+ONE_BY_ONE = EncodeOptions(embedding_cache_mib=0, vision_batch_tokens=0)  # each encoding counts, and has the same bits
 _SPARE_FDS = 4
 gc.freeze()  # each test looks for what it left behind: not also among all that was imported
 _LINK_THREADS = ("link-", "decode", "tower")
@@ -236,13 +238,14 @@ class System:
     workers: dict[int, CountingWorker] = field(default_factory=dict)
     bodies: dict[int, asyncio.Task[int]] = field(default_factory=dict)
 
-    async def start_encode_rank(self, rank: int = 0, *, fingerprint: Any = FINGERPRINT) -> asyncio.Task[int]:
+    async def start_encode_rank(
+        self, rank: int = 0, *, fingerprint: Any = FINGERPRINT, options: Any = ONE_BY_ONE
+    ) -> Any:
         """Its `run`; linked when this returns, unless its fingerprint is another."""
         hello = RankHello(token=TOKEN, role="encode", rank=rank, pid=os.getpid(), fingerprint=fingerprint)
-        self.workers[rank] = CountingWorker(MODEL, PROCESSOR, CONFIG)
-        body = EncodeRank(
-            self.workers[rank], hello, self.hub_address, make_link=self.make_link, limits=self.limits, reconnect_s=5
-        )
+        worker = self.workers[rank] = CountingWorker(MODEL, PROCESSOR, CONFIG)
+        times: dict[str, Any] = {"limits": self.limits, "reconnect_s": 5}
+        body = EncodeRank(worker, hello, self.hub_address, make_link=self.make_link, options=options, **times)
         self.ranks[rank] = body
         self.bodies[rank] = asyncio.create_task(body.run())
         if fingerprint is FINGERPRINT:

@@ -1,0 +1,114 @@
+"""Rows of images that were encoded before, within a bound of bytes. Pure: it holds whatever it is given.
+
+An entry is found by its content address. What is in use is pinned and stays; of the rest, the entry that was used
+longest ago goes first when there are too many bytes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+from qwen3vl_disagg.core.requests import VisualItem
+
+V = TypeVar("V")
+
+
+class ContentKey(NamedTuple):
+    """All that an item's rows depend on: a field for each thing, so that no two contents can spell the same key.
+
+    Processor settings and weights are not in it: a process has one of each for its whole life, and no cache outlives
+    the process.
+    """
+
+    modality: str
+    digest: str
+    """SHA-256 of the bytes."""
+    grid: tuple[int, int, int]
+    visual_token_id: int
+
+
+def content_key(visual: VisualItem, visual_token_id: int) -> ContentKey:
+    frames, height, width = visual.grid
+    return ContentKey(visual.modality, visual.digest, (frames, height, width), visual_token_id)
+
+
+@dataclass
+class _Entry(Generic[V]):
+    value: V
+    num_bytes: int
+    num_pins: int = 1
+
+
+class EmbeddingCache(Generic[V]):
+    """Values of at most `max_bytes` together, or of those that are pinned when these alone are more; 0 keeps nothing.
+
+    `get` and `put` pin the entry once for the caller, `pin` once more; each pin is undone by one `unpin`.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = self.num_pinned_bytes = 0
+        self.num_hits = self.num_misses = self.num_evictions = 0
+        self._entries: OrderedDict[ContentKey, _Entry[V]] = OrderedDict()
+        """The next to go comes first."""
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: ContentKey) -> bool:
+        return key in self._entries
+
+    def get(self, key: ContentKey) -> V | None:
+        """The value, pinned, or None; counts a hit or a miss."""
+        if not self.pin(key):
+            self.num_misses += 1
+            return None
+        self.num_hits += 1
+        return self._entries[key].value
+
+    def put(self, key: ContentKey, value: V, num_bytes: int) -> bool:
+        """Keep a value, pinned; False, and nothing is kept, if it is larger than the whole cache may be.
+
+        ValueError if there is a value already.
+        """
+        if key in self._entries:
+            raise ValueError(f"{key} is in the cache")
+        if num_bytes > self.max_bytes:
+            return False
+        self._entries[key] = _Entry(value, num_bytes)
+        self.num_bytes += num_bytes
+        self.num_pinned_bytes += num_bytes
+        self._trim()
+        return True
+
+    def pin(self, key: ContentKey) -> bool:
+        """The entry is in use; False if there is none."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return False
+        self._entries.move_to_end(key)
+        if entry.num_pins == 0:
+            self.num_pinned_bytes += entry.num_bytes
+        entry.num_pins += 1
+        return True
+
+    def unpin(self, key: ContentKey) -> None:
+        """One use of the entry is over. ValueError if none was going on."""
+        entry = self._entries.get(key)
+        if entry is None or entry.num_pins == 0:
+            raise ValueError(f"{key} is not pinned")
+        entry.num_pins -= 1
+        if entry.num_pins == 0:
+            self.num_pinned_bytes -= entry.num_bytes
+            self._trim()
+
+    def _trim(self) -> None:
+        if self.num_bytes <= self.max_bytes:
+            return
+        for key in [key for key, entry in self._entries.items() if entry.num_pins == 0]:
+            self.num_bytes -= self._entries.pop(key).num_bytes
+            self.num_evictions += 1
+            if self.num_bytes <= self.max_bytes:
+                return

@@ -1,0 +1,226 @@
+"""Images on their way to rows, on one event loop: each content once at a time, decoding ahead of the tower, batches.
+
+    cache -> pull -> decode (threads, a bounded number of bytes ahead) -> wait -> tower (one thread, batch after batch)
+
+Whoever wants what is on its way already waits for it. An encoding belongs to none of those that wait: it goes on while
+one of them is left, and to its end once it is in the tower.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.core.settings import EncodeOptions
+from qwen3vl_disagg.core.spans import span
+from qwen3vl_disagg.disagg.embedding_cache import ContentKey, EmbeddingCache, content_key
+from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker, Pixels
+from qwen3vl_disagg.disagg.held_item import HeldItem, hold, keep
+from qwen3vl_disagg.disagg.messages import EncodeItem
+from qwen3vl_disagg.disagg.vision_batch import plan_batch, tower_cost
+
+DECODE_THREADS = 2
+BATCHES_AHEAD = 2
+"""Decoded patches that may wait for the tower, in batches."""
+Pull = Callable[[str, int], Awaitable[bytes]]
+"""(SHA-256 in hex, number of bytes) -> the bytes"""
+
+
+@dataclass(eq=False)
+class _Encoding:
+    """One content on its way. `waiters`: what to call, for each of those who wait, when the image turns out good."""
+
+    key: ContentKey
+    visual: VisualItem
+    waiters: dict[object, Callable[[], None]] = field(default_factory=dict)
+    is_decoded: bool = False
+    pixels: Pixels | None = None
+    room: int = 0
+    """Bytes of patches that it takes of what may be decoded ahead."""
+    batch: int = 0
+    """Number of the tower's run that it is in; 0 before."""
+    is_kept: bool = False
+    """In the cache, and pinned for those who wait."""
+    task: asyncio.Task[EncodedItem] = field(init=False)
+    rows: asyncio.Future[EncodedItem] = field(init=False)
+    """What comes out of the tower."""
+
+
+class EncodePipeline:
+    """From the content of an item to its rows. `cache` and the counts are there to be read."""
+
+    def __init__(self, worker: EncodeWorker, pull: Pull, options: EncodeOptions) -> None:
+        self.cache = EmbeddingCache[EncodedItem](options.cache_bytes)
+        self.num_encodings = self.num_batches = 0
+        """What went into the tower."""
+        self._worker, self._pull = worker, pull
+        self._vision = worker.config.vision
+        self._budget = options.vision_batch_tokens
+        self._patch_bytes = 4 * self._vision.patch_dim
+        self._max_ahead = BATCHES_AHEAD * self._budget * self._vision.merge_unit * self._patch_bytes
+        self._ahead = 0
+        self._turn = asyncio.Lock()
+        self._has_room = asyncio.Event()
+        self._encodings: dict[ContentKey, _Encoding] = {}
+        self._waiting: deque[_Encoding] = deque()
+        self._is_running = False
+        self._decoder = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
+        self._tower = ThreadPoolExecutor(1, thread_name_prefix="tower")
+
+    def close(self) -> None:
+        self._waiting.clear()
+        for encoding in self._encodings.values():
+            encoding.task.cancel()
+        for executor in (self._decoder, self._tower):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    async def rows(self, message: EncodeItem, on_decoded: Callable[[], None]) -> HeldItem:
+        """The item's rows, until `release`. `on_decoded` is called as soon as its bytes are known to be a good image.
+
+        Raises whatever its encoding fails with.
+        """
+        key = content_key(message.visual, message.visual_token_id)
+        item = self.cache.get(key)
+        if item is not None:
+            on_decoded()
+            return HeldItem(item, key, is_cached=True)
+        encoding = self._encodings.get(key) or self._start(key, message.visual)
+        waiter = object()
+        encoding.waiters[waiter] = on_decoded
+        try:
+            if encoding.is_decoded:
+                on_decoded()
+            await asyncio.wait([encoding.task])  # and not the task itself, which must not end with this waiter
+            return hold(self.cache, key, encoding.task.result(), batch=encoding.batch)
+        finally:
+            del encoding.waiters[waiter]
+            if not encoding.waiters:
+                self._leave(encoding)
+
+    def release(self, held: HeldItem) -> None:
+        if held.key is not None:
+            self.cache.unpin(held.key)
+
+    # -- one encoding
+
+    def _start(self, key: ContentKey, visual: VisualItem) -> _Encoding:
+        encoding = self._encodings[key] = _Encoding(key, visual)
+        encoding.rows = asyncio.get_running_loop().create_future()
+        encoding.task = asyncio.create_task(self._encode(encoding))
+        encoding.task.add_done_callback(_look_at)
+        return encoding
+
+    def _leave(self, encoding: _Encoding) -> None:
+        """The last of those who waited is gone."""
+        if encoding.is_kept:
+            self.cache.unpin(encoding.key)
+        elif not encoding.batch and not encoding.task.done():
+            encoding.task.cancel()
+            self._forget(encoding)  # now: the next who wants it has to start anew
+
+    def _forget(self, encoding: _Encoding) -> None:
+        if self._encodings.get(encoding.key) is encoding:
+            del self._encodings[encoding.key]
+
+    async def _encode(self, encoding: _Encoding) -> EncodedItem:
+        """Ends with the rows in the cache, if they are to be kept and fit."""
+        visual, loop = encoding.visual, asyncio.get_running_loop()
+        try:
+            fault_point("before-encode")
+            data = await self._pull(visual.digest, visual.num_bytes)
+            await self._take_room(encoding)
+            encoding.pixels = await loop.run_in_executor(self._decoder, self._decode, data, visual)
+            encoding.is_decoded = True
+            for on_decoded in list(encoding.waiters.values()):
+                on_decoded()
+            self._waiting.append(encoding)
+            self._feed_tower()
+            item = await encoding.rows
+        finally:
+            self._forget(encoding)
+            self._give_room(encoding)
+            with contextlib.suppress(ValueError):  # it is not waiting
+                self._waiting.remove(encoding)
+        if keep(self.cache, encoding.key, item):
+            encoding.is_kept = bool(encoding.waiters)
+            if not encoding.waiters:
+                self.cache.unpin(encoding.key)
+        return item
+
+    def _decode(self, data: bytes, visual: VisualItem) -> Pixels:
+        with span("preprocess"):
+            return self._worker.preprocess(data, visual)
+
+    # -- how far decoding may be ahead
+
+    async def _take_room(self, encoding: _Encoding) -> None:
+        """Wait until the patches may be in memory. One image always may; who came first is first."""
+        frames, height, width = encoding.visual.grid
+        size = frames * height * width * self._patch_bytes
+        async with self._turn:
+            while self._ahead and self._ahead + size > self._max_ahead:
+                self._has_room.clear()
+                await self._has_room.wait()
+            self._ahead += size
+            encoding.room = size
+
+    def _give_room(self, encoding: _Encoding) -> None:
+        self._ahead -= encoding.room
+        encoding.room = 0
+        self._has_room.set()
+
+    # -- the tower
+
+    def _feed_tower(self) -> None:
+        """The next batch, unless one is running."""
+        if self._is_running or not self._waiting:
+            return
+        count = plan_batch((tower_cost(entry.visual.grid, self._vision) for entry in self._waiting), self._budget)
+        batch = [self._waiting.popleft() for _ in range(count)]
+        pixels = [entry.pixels for entry in batch if entry.pixels is not None]
+        self._is_running = True
+        self.num_batches += 1
+        self.num_encodings += count
+        for entry in batch:
+            entry.batch, entry.pixels = self.num_batches, None
+            self._give_room(entry)
+        token_ids = [entry.key.visual_token_id for entry in batch]
+        running = asyncio.get_running_loop().run_in_executor(self._tower, self._run_tower, pixels, token_ids)
+        running.add_done_callback(partial(self._come_out, batch))
+
+    def _run_tower(self, pixels: list[Pixels], token_ids: list[int]) -> list[EncodedItem | Exception]:
+        fault_point("in-tower")
+        with span("encode", items=len(pixels)):
+            results = self._worker.encode(pixels, token_ids)
+            for result in results:
+                if isinstance(result, EncodedItem):
+                    _ = result.digest  # computed here, so that no event loop has to
+        return results
+
+    def _come_out(self, batch: list[_Encoding], running: asyncio.Future[list[EncodedItem | Exception]]) -> None:
+        self._is_running = False
+        if running.cancelled():
+            return
+        error = running.exception()
+        results = running.result() if error is None else [error] * len(batch)
+        for encoding, result in zip(batch, results, strict=True):
+            if encoding.rows.done():  # given up, with everything else
+                continue
+            if isinstance(result, BaseException):
+                encoding.rows.set_exception(result)
+            else:
+                encoding.rows.set_result(result)
+        self._feed_tower()
+
+
+def _look_at(task: asyncio.Task[EncodedItem]) -> None:
+    """Nobody may be left to hear of its failure: that is not worth a warning."""
+    if not task.cancelled():
+        task.exception()
