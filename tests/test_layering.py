@@ -10,7 +10,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "qwen3vl_disagg"
-ROOMS = ["core", "model", "processing", "checkpoint", "parallel", "disagg", "engine", "serving", "assets", "cli"]
+ROOMS = [
+    "core",
+    "kernels",
+    "model",
+    "processing",
+    "checkpoint",
+    "parallel",
+    "disagg",
+    "engine",
+    "serving",
+    "assets",
+    "cli",
+]
 """Bottom to top: a room imports itself and rooms before it. The package's own `__init__` stands beside `cli`."""
 MAX_LINES = 400
 SOURCES = ("qwen3vl_disagg", "recipes", "tools")

@@ -22,6 +22,7 @@ from qwen3vl_disagg.core.settings import DTYPES
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.decoder import Qwen3MoeForCausalLM
 from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
+from qwen3vl_disagg.model.kernels import use_kernels
 from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration
 
 _HEAD = "lm_head.weight"
@@ -110,7 +111,7 @@ def _load(
     left = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if left:
         raise CheckpointError(checkpoint.folder, [f"{name}: not filled" for name in left])
-    return module.requires_grad_(False).eval()
+    return use_kernels(module.requires_grad_(False).eval())
 
 
 def _check(

@@ -1,6 +1,6 @@
 """The model as plain modules: no ranks, no processes, no global state."""
 
-from qwen3vl_disagg.model.attention import ForwardBatch, PagedBatch
+from qwen3vl_disagg.model.attention import ForwardBatch
 from qwen3vl_disagg.model.config import ModelConfig, TextConfig, VisionConfig
 from qwen3vl_disagg.model.decoder import Qwen3MoeForCausalLM, Qwen3MoeModel
 from qwen3vl_disagg.model.deepstack import (
@@ -9,6 +9,8 @@ from qwen3vl_disagg.model.deepstack import (
     Qwen3MoeModelWithDeepStack,
     separate_deepstack,
 )
+from qwen3vl_disagg.model.kernels import use_kernels
+from qwen3vl_disagg.model.paged import PagedBatch
 from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration, splice_visual
 
 __all__ = [
@@ -25,4 +27,5 @@ __all__ = [
     "VisionConfig",
     "separate_deepstack",
     "splice_visual",
+    "use_kernels",
 ]

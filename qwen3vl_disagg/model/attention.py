@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qwen3vl_disagg.model.config import TextConfig
-from qwen3vl_disagg.model.layers import RMSNorm
+from qwen3vl_disagg.model.layers import Linear, RMSNorm
 from qwen3vl_disagg.model.rope import apply_rotary
 
 LayerCache = tuple[Tensor, Tensor]
@@ -87,91 +87,6 @@ class PromptBatch(ForwardBatch):
         return rows.unflatten(0, self.rows_BL.shape)
 
 
-class PagedBatch(ForwardBatch):
-    """New tokens of sequences whose earlier keys and values lie in pages.
-
-    Args:
-        seq_lens: new tokens of each sequence in this call.
-        context_lens: tokens of each sequence once these are added; `context_lens[b] >= seq_lens[b]`.
-        page_tables: `[B, P]` int64, page ids of each sequence in order; entries past the context are ignored.
-        page_size: tokens per page.
-        caches: per layer, key and value pools `[num_pages * page_size, G, H]`. `attend` writes into them.
-        last_only: logits of each sequence's last token only.
-
-    Token i of sequence b lives in slot `page_tables[b, i // page_size] * page_size + i % page_size`. Example with
-    page_size 4 and page table [7, 2]: token 5 lies in slot 2 * 4 + 1 = 9.
-    """
-
-    def __init__(
-        self,
-        seq_lens: Sequence[int],
-        context_lens: Sequence[int],
-        page_tables: Tensor,
-        page_size: int,
-        caches: Sequence[LayerCache],
-        *,
-        last_only: bool = True,
-    ) -> None:
-        self.seq_lens, self.context_lens = list(seq_lens), list(context_lens)
-        if any(not 1 <= new <= total for new, total in zip(self.seq_lens, self.context_lens, strict=True)):
-            raise ValueError(f"new tokens {self.seq_lens} do not fit contexts {self.context_lens}")
-        self.caches = caches
-        device = page_tables.device
-        longest = max(self.context_lens)
-        token_L = torch.arange(longest, device=device)
-        # [B, L]: where each context token lies; columns past a sequence's end repeat what is there and are masked.
-        self.slots_BL = page_tables[:, token_L // page_size] * page_size + token_L % page_size
-        contexts = torch.tensor(self.context_lens, device=device)
-        self.is_context_BL = token_L < contexts[:, None]
-        self.new_slots_T = torch.cat(
-            [self.slots_BL[b, total - new : total] for b, (new, total) in enumerate(zip(*self._lens, strict=True))]
-        )
-        self.logit_rows = torch.tensor(self.seq_lens, device=device).cumsum(0) - 1 if last_only else None
-
-    @property
-    def _lens(self) -> tuple[list[int], list[int]]:
-        return self.seq_lens, self.context_lens
-
-    def layer_cache(self, layer: int) -> LayerCache:
-        return self.caches[layer]
-
-    def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, cache: LayerCache | None) -> Tensor:
-        if cache is None:
-            raise ValueError("a paged batch needs the layer's cache")
-        k_pool, v_pool = cache
-        k_pool.index_copy_(0, self.new_slots_T, k_TGH.to(k_pool.dtype))
-        v_pool.index_copy_(0, self.new_slots_T, v_TGH.to(v_pool.dtype))
-        q = q_TNH.to(k_pool.dtype)
-        if max(self.seq_lens) == 1:
-            out = self._decode(q, k_pool, v_pool)
-        else:
-            out = torch.cat([self._extend(b, x, k_pool, v_pool) for b, x in enumerate(q.split(self.seq_lens))])
-        return out.to(q_TNH.dtype)
-
-    def _decode(self, q_BNH: Tensor, k_pool: Tensor, v_pool: Tensor) -> Tensor:
-        """One new token per sequence. The query heads of a kv head are the rows of one SDPA call."""
-        num_kv_heads = k_pool.shape[1]
-        k, v = (pool[self.slots_BL].transpose(1, 2) for pool in (k_pool, v_pool))
-        q = q_BNH.unflatten(1, (num_kv_heads, -1))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.is_context_BL[:, None, None, :])
-        return out.flatten(1, 2)
-
-    def _extend(self, b: int, q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor) -> Tensor:
-        """Several new tokens of sequence b over its whole context."""
-        new, total = self.seq_lens[b], self.context_lens[b]
-        group = q_TNH.shape[1] // k_pool.shape[1]
-        slots_L = self.slots_BL[b, :total]
-        k, v = (pool[slots_L].transpose(0, 1).repeat_interleave(group, dim=0)[None] for pool in (k_pool, v_pool))
-        q = q_TNH.transpose(0, 1)[None]
-        if new == total:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            query = torch.arange(total - new, total, device=q.device)
-            mask = torch.arange(total, device=q.device) <= query[:, None]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out[0].transpose(0, 1)
-
-
 class Attention(nn.Module):
     """Grouped-query attention with RMSNorm on each head of q and k before the rotary embedding; no biases."""
 
@@ -180,10 +95,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         query_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(query_size, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 

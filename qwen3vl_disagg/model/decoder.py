@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qwen3vl_disagg.model.attention import Attention, ForwardBatch, LayerCache
 from qwen3vl_disagg.model.config import ModelConfig, TextConfig
-from qwen3vl_disagg.model.layers import RMSNorm, SwiGLU
+from qwen3vl_disagg.model.layers import Linear, RMSNorm, SwiGLU
 from qwen3vl_disagg.model.moe import SparseMoe
 from qwen3vl_disagg.model.rope import text_rotary
 
@@ -110,7 +110,7 @@ class Qwen3MoeForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size)
         if config.tie_word_embeddings:
             self.tie_weights()
 

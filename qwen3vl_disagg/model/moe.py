@@ -1,4 +1,4 @@
-"""Mixture of experts: router, experts, and the two ways to run them.
+"""Mixture of experts: router, experts, and the ways to run them.
 
 Dims: T tokens, D hidden, E experts, K experts per token, F expert width, R = T * K routed rows.
 """
@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qwen3vl_disagg.kernels import ops  # noqa: F401 - defines the operator
 from qwen3vl_disagg.model.config import TextConfig
+from qwen3vl_disagg.model.layers import Linear
 
 
-def route(x_TD: Tensor, gate_ED: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
-    """Softmax over all experts, top K, renormalised -> weights `[T, K]` (x's dtype), ids `[T, K]` int64.
+def route(logits_TE: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
+    """Softmax over all experts, top K, renormalised -> weights `[T, K]` (the logits' dtype), ids `[T, K]` int64.
 
-    Logits in x's dtype, everything after them in float32.
+    Everything after the logits in float32.
     """
-    scores_TE = F.linear(x_TD, gate_ED).float().softmax(-1)
-    weights_TK, ids_TK = scores_TE.topk(num_experts_per_tok, dim=-1)
+    weights_TK, ids_TK = logits_TE.float().softmax(-1).topk(num_experts_per_tok, dim=-1)
     weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    return weights_TK.to(x_TD.dtype), ids_TK
+    return weights_TK.to(logits_TE.dtype), ids_TK
 
 
 def run_experts_loop(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -53,7 +54,14 @@ def run_experts_grouped(
     return (y_TKD * weights_TK.float().unsqueeze(-1)).sum(1).to(x_TD.dtype)
 
 
-EXPERT_IMPLS = {"loop": run_experts_loop, "grouped": run_experts_grouped}
+def run_experts_kernel(
+    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Same value: bfloat16 on a CPU, one call that reads each active expert's weights where they lie."""
+    return torch.ops.q3vl.experts(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF)
+
+
+EXPERT_IMPLS = {"loop": run_experts_loop, "grouped": run_experts_grouped, "kernel": run_experts_kernel}
 
 
 class Experts(nn.Module):
@@ -64,7 +72,7 @@ class Experts(nn.Module):
         num_experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
-        self.impl: Literal["loop", "grouped"] = "grouped"
+        self.impl: Literal["loop", "grouped", "kernel"] = "grouped"
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -81,9 +89,9 @@ class SparseMoe(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.num_experts_per_tok = config.num_experts_per_tok
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Linear(config.hidden_size, config.num_experts)
         self.experts = Experts(config)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        weights_TK, ids_TK = route(x_TD, self.gate.weight, self.num_experts_per_tok)
+        weights_TK, ids_TK = route(self.gate(x_TD), self.num_experts_per_tok)
         return self.experts(x_TD, weights_TK, ids_TK)

@@ -74,13 +74,16 @@ class VisionAttention(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.num_heads, self.head_dim = config.num_heads, config.hidden_size // config.num_heads
+        self.use_kernel = False
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x_PD: Tensor, frame_lens: Sequence[int], rotary: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.qkv(x_PD).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         q, k = (apply_rotary(x.float(), *rotary).to(x.dtype) for x in (q, k))
+        if self.use_kernel:
+            return self.proj(torch.ops.q3vl.full_attention(q, k, v, list(frame_lens)).flatten(1))
         outs, start = [], 0
         for length, run in groupby(frame_lens):  # neighbours of one length share a batched call
             count = len(list(run))

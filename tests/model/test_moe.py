@@ -26,7 +26,7 @@ def test_grouped_equals_loop(num_tokens, num_experts, choices, dtype, seed):
         return torch.randn(shape, generator=generator).to(dtype)
 
     x = random(num_tokens, HIDDEN)
-    weights, ids = route(x, random(num_experts, HIDDEN), min(choices, num_experts))
+    weights, ids = route(x @ random(num_experts, HIDDEN).T, min(choices, num_experts))
     experts = (random(num_experts, 2 * WIDTH, HIDDEN), random(num_experts, HIDDEN, WIDTH))
     expected = run_experts_loop(x, weights, ids, *experts)
     actual = run_experts_grouped(x, weights, ids, *experts)
@@ -35,7 +35,7 @@ def test_grouped_equals_loop(num_tokens, num_experts, choices, dtype, seed):
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("impl", EXPERT_IMPLS)
+@pytest.mark.parametrize("impl", ["loop", "grouped"])
 def test_first_half_is_the_gate(impl):
     """One token, one expert: gate 3, up 5."""
     gate_up = torch.zeros(1, 2 * WIDTH, HIDDEN)
@@ -48,7 +48,7 @@ def test_first_half_is_the_gate(impl):
     assert out.count_nonzero() == 1
 
 
-@pytest.mark.parametrize("impl", EXPERT_IMPLS)
+@pytest.mark.parametrize("impl", ["loop", "grouped"])
 def test_each_choice_is_weighted(impl):
     """Expert e multiplies by e + 1; weights 0.25 of expert 2 and 0.75 of expert 0."""
     gate_up = torch.zeros(3, 2 * WIDTH, HIDDEN)
@@ -63,14 +63,14 @@ def test_each_choice_is_weighted(impl):
 def test_router_renormalises_the_chosen():
     gate = torch.eye(4)
     x = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
-    weights, ids = route(x, gate, 2)
+    weights, ids = route(x @ gate.T, 2)
     assert ids.tolist() == [[1, 3]]
     torch.testing.assert_close(weights, torch.tensor([[4 / 7, 3 / 7]]))
 
 
 def test_router_weights_take_the_model_s_dtype():
     x, gate = torch.randn(5, 16).bfloat16(), torch.randn(4, 16).bfloat16()
-    weights, _ = route(x, gate, 2)
+    weights, _ = route(x @ gate.T, 2)
     assert weights.dtype == torch.bfloat16
 
 

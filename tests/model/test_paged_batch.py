@@ -110,7 +110,6 @@ def test_slots():
     """Page size 4, pages 7 and 2: token 5 lies in slot 9."""
     batch = PagedBatch([2], [6], torch.tensor([[7, 2]]), 4, [])
     assert batch.new_slots_T.tolist() == [8, 9]
-    assert batch.slots_BL.tolist() == [[28, 29, 30, 31, 8, 9]]
 
 
 def test_pages_of_others_are_not_touched():

@@ -86,6 +86,7 @@ def test_every_planted_bug_is_noticed_on_ten_seeds(name):
 
 @pytest.mark.acceptance
 @pytest.mark.skipif(not NIGHTLY, reason="set Q3VL_ACCEPTANCE to run the long ones")
+@pytest.mark.timeout(1800)
 def test_every_fault_hits_every_state():
     result = simulate(60_000, 7)
     assert result.violation is None, result.replay

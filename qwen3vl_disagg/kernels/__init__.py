@@ -1,0 +1,1 @@
+"""Kernels that PyTorch does not have: for bfloat16 on CPUs with AVX-512 BF16. Each has its reference in `model`."""

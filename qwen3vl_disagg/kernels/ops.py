@@ -1,0 +1,202 @@
+"""The kernels as operators that `torch.compile` knows: called at once in eager code, nodes in a graph.
+
+Dims: T tokens, D hidden, N query heads, G kv heads, H head size, E experts, K experts per token, F expert width,
+B sequences, W pages of the longest one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from qwen3vl_disagg.kernels.build import load
+
+MAX_LINEAR_ROWS = 48
+"""With more rows a matrix is read often enough that the blocked multiplication of oneDNN is faster."""
+
+_library = torch.library.Library("q3vl", "DEF")
+
+
+def _cpu() -> ctypes.CDLL:
+    library = load()
+    if library is None:
+        raise RuntimeError("the CPU kernels are not available here")
+    return library
+
+
+def is_cpu_bf16(*tensors: Tensor) -> bool:
+    """Whether the kernels can take these: plain bfloat16 tensors on a CPU that can."""
+    return tensors[0].device.type == "cpu" and all(t.dtype == torch.bfloat16 for t in tensors) and load() is not None
+
+
+# ---- linear ----
+
+_library.define("linear(Tensor x, Tensor weight) -> Tensor")
+
+
+def _linear(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+    x_TD = x_TD.contiguous()
+    num_rows, depth = x_TD.shape
+    out = x_TD.new_empty(num_rows, weight_ND.shape[0])
+    threads = torch.get_num_threads()
+    _cpu().q3_linear(
+        x_TD.data_ptr(), weight_ND.data_ptr(), out.data_ptr(), num_rows, weight_ND.shape[0], depth, threads
+    )
+    return out
+
+
+_library.impl("linear", _linear, "CPU")
+
+
+@torch.library.register_fake("q3vl::linear")
+def _(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+    return x_TD.new_empty(x_TD.shape[0], weight_ND.shape[0])
+
+
+def can_linear(x_TD: Tensor, weight_ND: Tensor) -> bool:
+    """Few rows of plain bfloat16, sizes the kernel takes."""
+    num_out, depth = weight_ND.shape
+    is_small = x_TD.dim() == 2 and x_TD.shape[0] <= MAX_LINEAR_ROWS and num_out % 4 == 0 and depth % 32 == 0
+    return is_small and is_cpu_bf16(x_TD, weight_ND)
+
+
+# ---- experts ----
+
+_library.define("experts(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor down) -> Tensor")
+
+
+def _experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    (num_tokens, hidden), num_choices = x_TD.shape, ids_TK.shape[1]
+    num_experts, _, width = down_EDF.shape
+    num_rows = num_tokens * num_choices
+    x_TD, weights_TK, ids_TK = x_TD.contiguous(), weights_TK.contiguous(), ids_TK.contiguous()
+    index = torch.empty(num_experts + 1 + 2 * num_rows, dtype=torch.int32)
+    act, y, out = x_TD.new_empty(num_rows, width), x_TD.new_empty(num_rows, hidden), torch.empty_like(x_TD)
+    _cpu().q3_experts(
+        x_TD.data_ptr(),
+        ids_TK.data_ptr(),
+        weights_TK.data_ptr(),
+        gate_up_EGD.data_ptr(),
+        down_EDF.data_ptr(),
+        index.data_ptr(),
+        act.data_ptr(),
+        y.data_ptr(),
+        out.data_ptr(),
+        num_tokens,
+        num_experts,
+        num_choices,
+        hidden,
+        width,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+_library.impl("experts", _experts, "CPU")
+
+
+@torch.library.register_fake("q3vl::experts")
+def _(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    return torch.empty_like(x_TD)
+
+
+def can_experts(x_TD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> bool:
+    """Plain bfloat16, sizes the kernel takes."""
+    hidden, width = down_EDF.shape[1:]
+    return hidden % 32 == 0 and width % 32 == 0 and is_cpu_bf16(x_TD, gate_up_EGD, down_EDF)
+
+
+# ---- attention ----
+
+
+def can_attend(q_TNH: Tensor, num_kv_heads: int) -> bool:
+    """Plain bfloat16 queries, a head size and a group the kernels take."""
+    num_heads, size = q_TNH.shape[1:]
+    return size in (64, 128) and num_heads <= 16 * num_kv_heads and is_cpu_bf16(q_TNH)
+
+
+def can_attend_frames(head_dim: int, weight: Tensor) -> bool:
+    """Heads of the vision tower that the kernel takes; `weight` for device and dtype."""
+    return head_dim in (64, 128) and is_cpu_bf16(weight)
+
+
+def _padded(length: int) -> int:
+    return -(-length // 128) * 128
+
+
+def prefill_attention(q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor, slots_L: Tensor) -> Tensor:
+    """New tokens at the end of one sequence's context -> `[T, N, H]`. Pools `[slots, G, H]` float32, contiguous."""
+    q_TNH = q_TNH.contiguous()
+    (num_new, num_heads, size), (_, num_kv_heads, _) = q_TNH.shape, k_pool.shape
+    length = slots_L.shape[0]
+    packed = q_TNH.new_empty(2 * num_kv_heads * _padded(length) * size)
+    out = torch.empty_like(q_TNH)
+    _cpu().q3_prefill_attention(
+        q_TNH.data_ptr(),
+        num_new,
+        k_pool.data_ptr(),
+        v_pool.data_ptr(),
+        slots_L.contiguous().data_ptr(),
+        length,
+        num_heads,
+        num_kv_heads,
+        size,
+        packed.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def decode_attention(
+    q_BNH: Tensor, k_pool: Tensor, v_pool: Tensor, tables_BW: Tensor, contexts_B: Tensor, page_size: int
+) -> Tensor:
+    """One new token for each sequence -> `[B, N, H]`. Pools `[slots, G, H]` float32; tables and contexts int64."""
+    q_BNH = q_BNH.contiguous()
+    (num_sequences, num_heads, size), (_, num_kv_heads, _) = q_BNH.shape, k_pool.shape
+    out = torch.empty_like(q_BNH)
+    _cpu().q3_decode_attention(
+        q_BNH.data_ptr(),
+        k_pool.data_ptr(),
+        v_pool.data_ptr(),
+        tables_BW.data_ptr(),
+        tables_BW.shape[1],
+        contexts_B.data_ptr(),
+        page_size,
+        num_sequences,
+        num_heads,
+        num_kv_heads,
+        size,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+_library.define("full_attention(Tensor q, Tensor k, Tensor v, int[] lengths) -> Tensor")
+
+
+def _full_attention(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, lengths: list[int]) -> Tensor:
+    _, num_heads, size = q_PNH.shape
+    q_PNH, k_PNH, v_PNH = q_PNH.contiguous(), k_PNH.contiguous(), v_PNH.contiguous()
+    out = torch.empty_like(q_PNH)
+    packed = q_PNH.new_empty(2 * num_heads * _padded(max(lengths)) * size)
+    start = 0
+    for length in lengths:
+        offset = start * num_heads * size * q_PNH.itemsize
+        pointers = (t.data_ptr() + offset for t in (q_PNH, k_PNH, v_PNH))
+        stride = num_heads * size
+        args = (*pointers, stride, length, num_heads, size, packed.data_ptr(), out.data_ptr() + offset)
+        _cpu().q3_full_attention(*args, torch.get_num_threads())
+        start += length
+    return out
+
+
+_library.impl("full_attention", _full_attention, "CPU")
+
+
+@torch.library.register_fake("q3vl::full_attention")
+def _(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, lengths: list[int]) -> Tensor:
+    return torch.empty_like(q_PNH)

@@ -1,0 +1,37 @@
+"""Which parts of a loaded module run through the CPU kernels."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qwen3vl_disagg.kernels import ops
+from qwen3vl_disagg.model.layers import Linear
+from qwen3vl_disagg.model.moe import Experts
+from qwen3vl_disagg.model.vision import VisionAttention
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def use_kernels(module: ModuleT) -> ModuleT:
+    """Let every part whose weights the kernels can read use them; nothing changes where there are none.
+
+    To be called once the weights are in place, and again after they were replaced.
+    """
+    for part in module.modules():
+        if isinstance(part, Linear):
+            part.use_kernel = _is_plain(part.weight) and ops.can_linear(part.weight[:1], part.weight)
+        elif isinstance(part, Experts):
+            weights = (part.gate_up_proj, part.down_proj)
+            is_kernel = all(map(_is_plain, weights)) and ops.can_experts(weights[0], *weights)
+            part.impl = "kernel" if is_kernel else "grouped"
+        elif isinstance(part, VisionAttention):
+            part.use_kernel = _is_plain(part.qkv.weight) and ops.can_attend_frames(part.head_dim, part.qkv.weight)
+    return module
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Not quantized, not spread over ranks."""
+    return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta and weight.dtype == torch.bfloat16

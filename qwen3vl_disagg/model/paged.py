@@ -1,0 +1,159 @@
+"""Attention over pages of keys and values: what a batch of running sequences needs, and the ways to compute it.
+
+All ways have one signature and mean the same; `sdpa` is the reference. What changes from step to step is in tensors, so
+a compiled layer is not compiled again.
+
+Dims: T packed tokens, N query heads, G kv heads, H head size, B sequences, W pages of the longest, L longest context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qwen3vl_disagg.kernels import ops
+from qwen3vl_disagg.model.attention import ForwardBatch, LayerCache
+
+PagedImpl = Literal["sdpa", "kernel"]
+
+
+class PagedBatch(ForwardBatch):
+    """New tokens of sequences whose earlier keys and values lie in pages.
+
+    Args:
+        seq_lens: new tokens of each sequence in this call.
+        context_lens: tokens of each sequence once these are added; `context_lens[b] >= seq_lens[b]`.
+        page_tables: `[B, W]` int64, page ids of each sequence in order; entries past the context are ignored.
+        page_size: tokens per page.
+        caches: per layer, key and value pools `[num_pages * page_size, G, H]`. `attend` writes into them.
+        last_only: logits of each sequence's last token only.
+        impl: how attention is computed; None for the fastest that the pools' device and the model's dtype allow.
+
+    Token i of sequence b lives in slot `page_tables[b, i // page_size] * page_size + i % page_size`. Example with
+    page_size 4 and page table [7, 2]: token 5 lies in slot 2 * 4 + 1 = 9.
+    """
+
+    def __init__(
+        self,
+        seq_lens: Sequence[int],
+        context_lens: Sequence[int],
+        page_tables: Tensor,
+        page_size: int,
+        caches: Sequence[LayerCache],
+        *,
+        last_only: bool = True,
+        impl: PagedImpl | None = None,
+    ) -> None:
+        self.seq_lens, self.context_lens = list(seq_lens), list(context_lens)
+        if any(not 1 <= new <= total for new, total in zip(self.seq_lens, self.context_lens, strict=True)):
+            raise ValueError(f"new tokens {self.seq_lens} do not fit contexts {self.context_lens}")
+        self.caches, self.page_size, self.impl = caches, page_size, impl
+        device = page_tables.device
+        self.tables_BW = page_tables
+        self.new_B = torch.tensor(self.seq_lens)
+        self.contexts_B = torch.tensor(self.context_lens)
+        ends_B = self.new_B.cumsum(0)
+        # Token t of this call is number `contexts[b] - (ends[b] - t)` of its sequence b.
+        sequence_T = torch.repeat_interleave(torch.arange(len(self.seq_lens)), self.new_B)
+        place_T = torch.arange(sum(self.seq_lens)) + (self.contexts_B - ends_B)[sequence_T]
+        sequence_T, place_T = sequence_T.to(device), place_T.to(device)
+        self.new_slots_T = page_tables[sequence_T, place_T // page_size] * page_size + place_T % page_size
+        self.logit_rows = ends_B.to(device) - 1 if last_only else None
+
+    def layer_cache(self, layer: int) -> LayerCache:
+        return self.caches[layer]
+
+    def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, cache: LayerCache | None) -> Tensor:
+        if cache is None:
+            raise ValueError("a paged batch needs the layer's cache")
+        places = (self.new_slots_T, self.tables_BW, self.new_B, self.contexts_B)
+        return torch.ops.q3vl.paged_attention(q_TNH, k_TGH, v_TGH, *cache, *places, self.page_size, self.impl or "")
+
+
+# ---- the operator, opaque to the compiler ----
+
+_library = torch.library.Library("q3vl", "FRAGMENT")
+_library.define(
+    "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor new_slots, "
+    "Tensor tables, Tensor new_lens, Tensor contexts, int page_size, str impl) -> Tensor"
+)
+
+
+def paged_attention(
+    q_TNH: Tensor,
+    k_TGH: Tensor,
+    v_TGH: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    new_slots_T: Tensor,
+    tables_BW: Tensor,
+    new_B: Tensor,
+    contexts_B: Tensor,
+    page_size: int,
+    impl: str = "",
+) -> Tensor:
+    """Write the new keys and values into their slots, then attend -> `[T, N, H]`, q's dtype."""
+    k_pool.index_copy_(0, new_slots_T, k_TGH.to(k_pool.dtype))
+    v_pool.index_copy_(0, new_slots_T, v_TGH.to(v_pool.dtype))
+    if not impl:
+        is_kernel = k_pool.dtype == torch.float32 and ops.can_attend(q_TNH, k_pool.shape[1])
+        impl = "kernel" if is_kernel else "sdpa"
+    decode, extend = PAGED_IMPLS[impl]
+    if len(q_TNH) == len(new_B):
+        return decode(q_TNH, k_pool, v_pool, tables_BW, contexts_B, page_size)
+    outs = []
+    # Shapes are decided on the host; these two tensors live there.
+    for b, (q, total) in enumerate(zip(q_TNH.split(new_B.tolist()), contexts_B.tolist(), strict=True)):
+        token_L = torch.arange(total, device=tables_BW.device)
+        slots_L = tables_BW[b, token_L // page_size] * page_size + token_L % page_size
+        outs.append(extend(q, k_pool, v_pool, slots_L))
+    return torch.cat(outs)
+
+
+_library.impl("paged_attention", paged_attention, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("q3vl::paged_attention")
+def _(q_TNH: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(q_TNH)
+
+
+# ---- ways to compute it ----
+
+
+def decode_sdpa(
+    q_BNH: Tensor, k_pool: Tensor, v_pool: Tensor, tables_BW: Tensor, contexts_B: Tensor, page_size: int
+) -> Tensor:
+    """One new token per sequence, on padded copies. The query heads of a kv head are the rows of one SDPA call."""
+    token_L = torch.arange(int(contexts_B.max()), device=q_BNH.device)
+    slots_BL = tables_BW[:, token_L // page_size] * page_size + token_L % page_size
+    k, v = (pool[slots_BL].transpose(1, 2) for pool in (k_pool, v_pool))
+    q = q_BNH.to(k.dtype).unflatten(1, (k_pool.shape[1], -1))
+    is_context_BL = token_L < contexts_B.to(q.device)[:, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_context_BL[:, None, None, :])
+    return out.flatten(1, 2).to(q_BNH.dtype)
+
+
+def extend_sdpa(q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor, slots_L: Tensor) -> Tensor:
+    """The last T tokens of a sequence over its whole context."""
+    new, total = len(q_TNH), len(slots_L)
+    group = q_TNH.shape[1] // k_pool.shape[1]
+    k, v = (pool[slots_L].transpose(0, 1).repeat_interleave(group, dim=0)[None] for pool in (k_pool, v_pool))
+    q = q_TNH.to(k.dtype).transpose(0, 1)[None]
+    if new == total:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        query = torch.arange(total - new, total, device=q.device)
+        mask = torch.arange(total, device=q.device) <= query[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out[0].transpose(0, 1).to(q_TNH.dtype)
+
+
+PAGED_IMPLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "sdpa": (decode_sdpa, extend_sdpa),
+    "kernel": (ops.decode_attention, ops.prefill_attention),
+}

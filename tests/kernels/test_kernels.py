@@ -1,0 +1,202 @@
+"""Each kernel against the PyTorch code that it stands in for, and how the library is built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from qwen3vl_disagg.kernels import build, ops
+from qwen3vl_disagg.model.moe import route, run_experts_kernel, run_experts_loop
+from qwen3vl_disagg.model.paged import PAGED_IMPLS
+
+pytestmark = pytest.mark.skipif(build.load() is None, reason="no AVX-512 BF16 or no C++ compiler")
+
+
+def bf16(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    assert actual.dtype == torch.bfloat16
+    assert actual.shape == expected.shape
+    if not expected.numel():
+        return 0.0
+    return ((actual.double() - expected.double()).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+
+
+@given(
+    rows=st.integers(1, ops.MAX_LINEAR_ROWS), blocks=st.integers(1, 9), depth=st.integers(1, 7), seed=st.integers(0, 99)
+)
+def test_linear(rows, blocks, depth, seed):
+    x, weight = bf16(rows, 32 * depth, seed=seed), bf16(4 * blocks, 32 * depth, seed=seed + 1)
+    assert ops.can_linear(x, weight)
+    exact = F.linear(x.double(), weight.double())
+    assert distance(torch.ops.q3vl.linear(x, weight), exact) < 2**-8
+
+
+def test_linear_reads_rows_where_they_lie():
+    x, weight = bf16(6, 128, seed=0), bf16(8, 64, seed=1)
+    assert torch.equal(torch.ops.q3vl.linear(x[::2, :64], weight), torch.ops.q3vl.linear(x[::2, :64].clone(), weight))
+
+
+@settings(max_examples=40)
+@given(
+    tokens=st.integers(1, 130),
+    experts=st.integers(1, 9),
+    choices=st.integers(1, 4),
+    hidden=st.integers(1, 4),
+    width=st.integers(1, 4),
+    skew=st.sampled_from([0.0, 30.0]),
+    seed=st.integers(0, 99),
+)
+def test_experts(tokens, experts, choices, hidden, width, skew, seed):
+    """Also when all tokens go to few experts, which then have more rows than a block."""
+    x = bf16(tokens, 32 * hidden, seed=seed)
+    logits = bf16(tokens, experts, seed=seed + 1) + skew * (torch.arange(experts) < 2)
+    weights, ids = route(logits.bfloat16(), min(choices, experts))
+    gate_up = bf16(experts, 64 * width, 32 * hidden, seed=seed + 2, scale=0.2)
+    down = bf16(experts, 32 * hidden, 32 * width, seed=seed + 3, scale=0.2)
+    assert ops.can_experts(x, gate_up, down)
+    expected = run_experts_loop(x.double(), weights.double(), ids, gate_up.double(), down.double())
+    loop = run_experts_loop(x, weights, ids, gate_up, down)
+    actual = run_experts_kernel(x, weights, ids, gate_up, down)
+    assert distance(actual, expected) <= distance(loop, expected) + 2**-8
+
+
+def test_swiglu_does_not_overflow():
+    """Gates of +-90: silu is the gate, and almost 0."""
+    gate_up, down = torch.zeros(1, 64, 32).bfloat16(), torch.zeros(1, 32, 32).bfloat16()
+    gate_up[0, 0, 0], gate_up[0, 1, 0], gate_up[0, 32:34, 0] = 90.0, -90.0, 1.0
+    down[0, 0, 0] = down[0, 1, 1] = 1.0
+    x = torch.zeros(1, 32).bfloat16()
+    x[0, 0] = 1.0
+    one = torch.ones(1, 1).bfloat16()
+    out = run_experts_kernel(x, one, torch.zeros(1, 1, dtype=torch.int64), gate_up, down)
+    assert out[0, :2].tolist() == [90.0, pytest.approx(0.0, abs=1e-30)]
+
+
+def test_what_is_not_finite_stays_so():
+    x, weight = bf16(2, 32, seed=0), bf16(4, 32, seed=1)
+    x[1, 3] = float("nan")
+    assert torch.ops.q3vl.linear(x, weight).isnan().any(1).tolist() == [False, True]
+    q = bf16(2, 1, 64, seed=2)
+    q[1] = float("nan")
+    pool = bf16(8, 1, 64, seed=3).float()
+    decoded = ops.decode_attention(q, pool, pool, torch.zeros(2, 1, dtype=torch.int64), torch.tensor([5, 5]), 8)
+    assert decoded.isnan().flatten(1).any(1).tolist() == [False, True]
+    assert ops.prefill_attention(q, pool, pool, torch.arange(5)).isnan().flatten(1).any(1).tolist() == [False, True]
+
+
+def pools(num_slots: int, heads: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What bfloat16 keys and values are in float32 pools."""
+    return bf16(num_slots, heads, size, seed=seed).float(), bf16(num_slots, heads, size, seed=seed + 1).float()
+
+
+@settings(max_examples=40)
+@given(
+    contexts=st.lists(st.integers(1, 300), min_size=1, max_size=5),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 4, 16]),
+    size=st.sampled_from([64, 128]),
+    page_size=st.sampled_from([1, 7, 16, 128]),
+    seed=st.integers(0, 99),
+)
+def test_decode_attention(contexts, kv_heads, group, size, page_size, seed):
+    width = -(-max(contexts) // page_size)
+    num_pages = width * len(contexts) + 3
+    keys, values = pools(num_pages * page_size, kv_heads, size, seed)
+    generator = torch.Generator().manual_seed(seed)
+    tables = torch.randperm(num_pages, generator=generator)[: width * len(contexts)].view(-1, width)
+    q = bf16(len(contexts), kv_heads * group, size, seed=seed + 2)
+    args = (keys, values, tables, torch.tensor(contexts), page_size)
+    reference, kernel = PAGED_IMPLS["sdpa"][0], PAGED_IMPLS["kernel"][0]
+    assert ops.can_attend(q, kv_heads)
+    assert distance(kernel(q, *args), reference(q.double(), *(a.double() for a in args[:2]), *args[2:])) < 2**-8
+
+
+@settings(max_examples=40)
+@given(
+    new=st.integers(1, 200),
+    before=st.integers(0, 300),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 4]),
+    size=st.sampled_from([64, 128]),
+    seed=st.integers(0, 99),
+)
+def test_prefill_attention(new, before, kv_heads, group, size, seed):
+    total = new + before
+    keys, values = pools(total + 5, kv_heads, size, seed)
+    slots = torch.randperm(total + 5, generator=torch.Generator().manual_seed(seed))[:total]
+    q = bf16(new, kv_heads * group, size, seed=seed + 2)
+    reference, kernel = PAGED_IMPLS["sdpa"][1], PAGED_IMPLS["kernel"][1]
+    expected = reference(q.double(), keys.double(), values.double(), slots)
+    # Probabilities are rounded to bfloat16 before they meet the values, as in every flash attention.
+    assert distance(kernel(q, keys, values, slots), expected) < 2**-7
+
+
+@settings(max_examples=30)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    heads=st.integers(1, 3),
+    size=st.sampled_from([64, 128]),
+    seed=st.integers(0, 99),
+)
+def test_full_attention(lengths, heads, size, seed):
+    q, k, v = (bf16(sum(lengths), heads, size, seed=seed + i) for i in range(3))
+    frames = zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True)
+    expected = [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in frame)).transpose(0, 1) for frame in frames]
+    assert distance(torch.ops.q3vl.full_attention(q, k, v, lengths), torch.cat(expected)) < 2**-7
+
+
+def test_large_scores_do_not_overflow():
+    q = bf16(3, 1, 64, seed=0, scale=100.0)
+    keys, values = (x * 50 for x in pools(200, 1, 64, 1))
+    expected = PAGED_IMPLS["sdpa"][1](q.double(), keys.double(), values.double(), torch.arange(200))
+    assert distance(ops.prefill_attention(q, keys, values, torch.arange(200)), expected) < 2**-6
+
+
+def test_other_dtypes_and_sizes_are_left_to_torch():
+    assert not ops.can_linear(torch.zeros(1, 64), torch.zeros(8, 64))
+    assert not ops.can_linear(bf16(1, 48, seed=0), bf16(8, 48, seed=0))
+    assert not ops.can_linear(bf16(ops.MAX_LINEAR_ROWS + 1, 64, seed=0), bf16(8, 64, seed=0))
+    assert not ops.can_attend(bf16(1, 2, 32, seed=0), 1)
+    assert not ops.can_experts(bf16(1, 64, seed=0), bf16(2, 96, 64, seed=0), bf16(2, 64, 48, seed=0))
+
+
+def test_operators_tell_the_compiler_the_truth():
+    x, weight = bf16(3, 64, seed=0), bf16(8, 64, seed=1)
+    torch.library.opcheck(torch.ops.q3vl.linear.default, (x, weight))
+    q = bf16(10, 2, 64, seed=2)
+    torch.library.opcheck(torch.ops.q3vl.full_attention.default, (q, q, q, [4, 6]))
+    ids, weights = torch.tensor([[0, 1], [1, 0], [0, 1]]), bf16(3, 2, seed=3)
+    experts = (bf16(2, 64, 64, seed=4), bf16(2, 64, 32, seed=5))
+    torch.library.opcheck(torch.ops.q3vl.experts.default, (x, weights, ids, *experts))
+
+
+def test_the_library_is_made_once_and_again_for_other_sources(tmp_path, monkeypatch):
+    first = build.compile_kernels(tmp_path)
+    stamp = first.stat().st_mtime_ns
+    assert build.compile_kernels(tmp_path) == first
+    assert first.stat().st_mtime_ns == stamp
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
+    assert build.compile_kernels(tmp_path) != first
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"), [({"Q3VL_KERNELS": "off"}, ""), ({"CXX": "/nonexistent"}, "kernels not built")]
+)
+def test_without_kernels_torch_does_the_work(tmp_path, variables, words):
+    code = "from qwen3vl_disagg.kernels import build; print(build.load())"
+    env = {**os.environ, **variables, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "None")
+    assert words in done.stderr
