@@ -115,9 +115,36 @@ def test_a_seed_repeats_itself(monkeypatch, capsys):
     assert answers[0] == answers[1]
 
 
+def test_the_samplers_options(monkeypatch, capsys, scenes):
+    asked = questions(scenes)[0]
+    [plain] = LLM().chat([_messages(scenes, asked)])
+    images = [word for name in asked["images"] for word in ("--image", str(scenes / name))]
+    args = ["generate", *images, "--prompt", asked["question"]]
+    stop = plain.text[1:3]
+    status, out, _ = run(monkeypatch, capsys, *args, "--stop", "zzz", "--stop", stop, "--json")
+    assert status == 0
+    answer = json.loads(out)
+    assert (answer["text"], answer["finish_reason"]) == (plain.text[:1], "stop")
+    assert run(monkeypatch, capsys, *args, "--stop", stop)[1] == plain.text[:1] + "\n"
+    many = str(len(plain.token_ids) + 3)
+    _, out, _ = run(monkeypatch, capsys, *args, "--min-tokens", many, "--json")
+    assert len(json.loads(out)["token_ids"]) >= len(plain.token_ids) + 3
+    args += ["--temperature", "1.5", "--min-p", "1", "--presence-penalty", "0", "--frequency-penalty", "0"]
+    _, out, _ = run(monkeypatch, capsys, *args, "--repetition-penalty", "1", "--json")
+    assert json.loads(out)["token_ids"] == plain.token_ids  # min-p 1 leaves the most likely one
+    _, out, _ = run(monkeypatch, capsys, *args, "--repetition-penalty", "9", "--json")
+    assert json.loads(out)["token_ids"] != plain.token_ids
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["generate", "--prompt", "a", "--min-p", "2"], "min_p must be a number from 0 to 1"),
+        (["generate", "--prompt", "a", "--presence-penalty", "3"], "presence_penalty must be"),
+        (["generate", "--prompt", "a", "--frequency-penalty", "-3"], "frequency_penalty must be"),
+        (["generate", "--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be"),
+        (["generate", "--prompt", "a", "--min-tokens", "200"], "min_tokens is 200, but only 128"),
+        (["generate", "--prompt", "a", "--stop", ""], "stop takes up to"),
         (["generate"], "exactly one of --prompt, --messages and --batch"),
         (["generate", "--prompt", "a", "--batch", "b"], "exactly one of"),
         (["generate", "--prompt", "a", "--no-such-option"], "no-such-option"),

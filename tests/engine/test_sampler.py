@@ -9,9 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.engine.sampler import ONE, Sampler, unpack
+from qwen3vl_disagg.engine.sampler import ONE, Sampler, pick, unpack
 from qwen3vl_disagg.engine.sampling import Plan, SamplingRow, splitmix64, uniform
-from tests.support.sampling import kept, shares
+from tests.support.sampling import kept, shares, weights_of_rows
 
 PLAIN = Sampler(banned_ids=[], eos_ids=[])
 
@@ -106,6 +106,33 @@ def test_top_p_among_more_equal_ones_than_top_k_asked_for():
     first = math.exp(1) * share
     assert kept(logits, top_k=2, top_p=first + 2.5 * share) == [[0, 1, 2, 3]]
     assert kept(logits, top_k=2) == [list(range(10))]
+
+
+def test_top_p_may_need_most_of_a_large_vocabulary():
+    logits = -1e-3 * torch.arange(1000.0)[None]
+    reached = logits.double().softmax(-1).cumsum(-1)
+    count = int((reached < 0.9).sum()) + 1
+    assert 800 < count < 900
+    assert kept(logits, top_p=0.9) == [list(range(count))]
+
+
+def test_rows_without_a_filter_keep_everything_beside_rows_with_one():
+    logits = torch.randn(4, 400, generator=torch.Generator().manual_seed(0))
+    plain = SamplingParams(temperature=1.0)
+    others = [SamplingParams(temperature=1.0, **f) for f in ({"top_k": 3, "top_p": 0.9}, {"min_p": 0.9}, {"top_k": 2})]
+    found = weights_of_rows(logits, plain, *others) > 0
+    assert found[0].all()
+    assert [int(row.sum()) for row in found[1:]] == [
+        int((weights_of_rows(logits[i : i + 1], o) > 0).sum()) for i, o in enumerate(others, 1)
+    ]
+    assert int(found[3].sum()) == 2
+
+
+def test_picking_by_hand():
+    # The sums are 0 2 5 5.
+    weights_SV = torch.tensor([[0, 2, 3, 0]]).expand(6, -1)
+    uniform_S = torch.tensor([0.0, 0.39, 0.4, 0.5, 0.99, 1 - 2**-53], dtype=torch.float64)
+    assert pick(weights_SV, uniform_S).tolist() == [1, 1, 2, 2, 2, 2]
 
 
 def test_min_p_by_hand():

@@ -38,11 +38,13 @@ MESSAGE = (
 )
 MESSAGES = st.lists(MESSAGE, max_size=3) | VALUE
 GOOD = st.just([{"role": "user", "content": "?"}])
-FIELD = VALUE | NUMBER | st.booleans()
+FIELD = st.deferred(lambda: VALUE | NUMBER | st.booleans() | BIAS)
 NAMES = [
     *("model", "temperature", "top_p", "top_k", "seed", "max_tokens", "max_completion_tokens", "logprobs"),
     *("top_logprobs", "stream", "stream_options", "return_token_ids", "ignore_eos", "user"),
+    *("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop", "min_tokens"),
 ]
+BIAS = st.dictionaries(st.integers(-2, 2**40).map(str) | TEXT, NUMBER, max_size=4)
 FIELDS = st.dictionaries(st.sampled_from([*NAMES, *UNSUPPORTED]) | TEXT, FIELD, max_size=4)
 
 

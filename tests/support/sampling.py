@@ -9,11 +9,16 @@ from qwen3vl_disagg.engine.sampler import weigh
 from qwen3vl_disagg.engine.sampling import Plan, SamplingRow
 
 
-def weights(logits_BV: torch.Tensor, **params) -> torch.Tensor:
-    """What each token weighs after temperature (1 unless given), top-k, top-p and min-p."""
-    row = SamplingRow(SamplingParams(**{"temperature": 1.0, **params}), 0)
-    plan = Plan.of([row] * len(logits_BV), vocab_size=logits_BV.shape[1], eos_ids=[])
+def weights_of_rows(logits_BV: torch.Tensor, *rows: SamplingParams) -> torch.Tensor:
+    """What each token weighs after temperature, top-k, top-p and min-p."""
+    plan = Plan.of([SamplingRow(row, 0) for row in rows], vocab_size=logits_BV.shape[1], eos_ids=[])
     return weigh(logits_BV.float(), [torch.tensor(c, dtype=torch.float64) for c in plan.settings], plan)
+
+
+def weights(logits_BV: torch.Tensor, **params) -> torch.Tensor:
+    """The same for all rows; temperature 1 unless given."""
+    row = SamplingParams(**{"temperature": 1.0, **params})
+    return weights_of_rows(logits_BV, *[row] * len(logits_BV))
 
 
 def shares(logits_BV: torch.Tensor, **params) -> torch.Tensor:
