@@ -56,6 +56,8 @@ class ServeOptions(EncodeOptions, BufferOptions, ModelOptions):
     port: int = 8000
     overlap: Literal["on", "off"] = "on"
     """Prefill what is there while later images of the same request are still encoded or sent."""
+    prefix_cache: Literal["on", "off"] = "on"
+    """Keep what full pages hold, for prompts that begin the same way."""
     spans: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Write what each rank does when as JSON lines into this folder."""
     debug: bool = False
@@ -124,6 +126,7 @@ def rank_context(options: ServeOptions, rank: int, layout: Layout, meeting: Meet
         buffers=options,
         encode=options,
         overlap=options.overlap == "on",
+        prefix_cache=options.prefix_cache == "on",
         spans=options.spans,
     )
 

@@ -85,9 +85,12 @@ def resolve_model_folder(model: str | None) -> Path:
     raise InputError(f"--model {folder}: no such folder", param="model")
 
 
+def resolve_compile(name: str, device: torch.device) -> bool:
+    """`auto`: on for CUDA, off on CPU."""
+    return name == "on" or (name == "auto" and device.type == "cuda")
+
+
 def check_supported(options: ModelOptions) -> None:
     """Refuse the options that this version knows by name only."""
-    if options.compile == "on":
-        raise NotBuiltYet("--compile on", param="compile")
     if options.quantize != "none":
         raise NotBuiltYet(f"--quantize {options.quantize}", param="quantize")

@@ -84,6 +84,7 @@ class RankContext:
     buffers: BufferOptions = field(default_factory=BufferOptions)
     encode: EncodeOptions = field(default_factory=EncodeOptions)
     overlap: bool = True
+    prefix_cache: bool = True
     spans: Path | None = None
     """Folder for JSON lines of what the rank does."""
 

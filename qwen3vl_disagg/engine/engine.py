@@ -51,6 +51,8 @@ class EngineOptions(SchedulerLimits):
     page_size: int = 16
     kv_cache_gib: float = 1.0
     prefix_cache: bool = True
+    compile: bool = False
+    """Compile the decoder's step, all graphs before the first request."""
 
     def num_pages(self, model: Qwen3MoeForCausalLMWithDeepStack, kv_itemsize: int) -> int:
         text = model.config.text
@@ -74,6 +76,7 @@ class Engine:
         eos_ids: frozenset[int],
         options: EngineOptions | None = None,
         language_rank: int = 0,
+        progress: bool = False,
     ) -> None:
         self.config, self.eos_ids, self.language_rank = model.config, eos_ids, language_rank
         self.options = options or EngineOptions()
@@ -81,7 +84,13 @@ class Engine:
         itemsize = 4 if on_cpu else model.model.embed_tokens.weight.itemsize
         num_pages = self.options.num_pages(model, itemsize)
         pool = PagePool(num_pages, self.options.page_size, keep=self.options.prefix_cache)
-        self.runner = ModelRunner(model, num_pages=pool.num_pages, page_size=pool.page_size)
+        self.runner = ModelRunner(
+            model,
+            num_pages=pool.num_pages,
+            page_size=pool.page_size,
+            compile=self.options.compile,
+            progress=progress,
+        )
         self.scheduler = Scheduler(pool, self.options)
         banned = (self.config.image_token_id, self.config.video_token_id)
         self.sampler = Sampler(banned_ids=banned, eos_ids=eos_ids)

@@ -20,6 +20,7 @@ from qwen3vl_disagg.core.settings import (
     EncodeOptions,
     ModelOptions,
     check_supported,
+    resolve_compile,
     resolve_device,
     resolve_model_folder,
 )
@@ -92,6 +93,7 @@ class LLM:
     Args:
         model: checkpoint folder; None for the small one inside the package.
         dtype, device, compile, quantize: as on the command line.
+        engine_options: sizes of the engine and whether it compiles, in place of `compile`.
         progress: show progress bars on stderr while loading.
     """
 
@@ -122,7 +124,9 @@ class LLM:
         self.processor = Processor.from_folder(self.folder, self.config)
         vision = load_vision_model(self.folder, dtype=torch_dtype, device=self.device, progress=progress)
         language = load_language_model(self.folder, dtype=torch_dtype, device=self.device, progress=progress)
-        self.engine = Engine(language, eos_ids=self.processor.generation.eos_token_ids, options=engine_options)
+        engine_options = engine_options or EngineOptions(compile=resolve_compile(compile, self.device))
+        eos_ids = self.processor.generation.eos_token_ids
+        self.engine = Engine(language, eos_ids=eos_ids, options=engine_options, progress=progress)
         worker = EncodeWorker(vision, self.processor.image, self.config)
         buffers = MultimodalDataBuffers.from_options(
             self.config, buffer_options or BufferOptions(), dtype=language.lm_head.weight.dtype, device=self.device

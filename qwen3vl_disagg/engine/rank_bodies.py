@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from qwen3vl_disagg.checkpoint import load_language_model
+from qwen3vl_disagg.core.settings import resolve_compile
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_rank import EncodeRank
 from qwen3vl_disagg.disagg.link_server import LinkServer
@@ -54,8 +55,13 @@ def load_engine(setup: RankSetup) -> Engine:
     """Load the decoder, and nothing else of the weights."""
     model = load_language_model(setup.folder, dtype=setup.dtype, device=setup.device)
     processor = Processor.from_folder(setup.folder, setup.config)
-    options = EngineOptions(overlap=setup.context.overlap)
-    return Engine(model, eos_ids=processor.generation.eos_token_ids, options=options, language_rank=setup.context.rank)
+    context = setup.context
+    options = EngineOptions(
+        overlap=context.overlap,
+        prefix_cache=context.prefix_cache,
+        compile=resolve_compile(context.model.compile, setup.device),
+    )
+    return Engine(model, eos_ids=processor.generation.eos_token_ids, options=options, language_rank=context.rank)
 
 
 async def start_language_rank(setup: RankSetup, engine: Engine, make_link: LinkFactory | None = None) -> LanguageRank:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.tensors import lazy_zeros
+from qwen3vl_disagg.engine.compiled import CompiledDecoder
 from qwen3vl_disagg.engine.scheduler import Chunk
 from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import PagedBatch, Qwen3MoeForCausalLMWithDeepStack
@@ -29,7 +30,15 @@ class BadRows(InputError):
 class ModelRunner:
     """Runs prefill and decode of packed sequences over a page pool. KV is float32 on CPU, the model's dtype else."""
 
-    def __init__(self, model: Qwen3MoeForCausalLMWithDeepStack, *, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self,
+        model: Qwen3MoeForCausalLMWithDeepStack,
+        *,
+        num_pages: int,
+        page_size: int,
+        compile: bool = False,
+        progress: bool = False,
+    ) -> None:
         self.model = model
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -41,6 +50,9 @@ class ModelRunner:
         for _ in range(text.num_hidden_layers):
             keys, values = (lazy_zeros(shape, kv_dtype, self.device) for _ in "kv")
             self.caches.append((keys, values))
+        self.compiled = CompiledDecoder(model) if compile else None
+        if self.compiled is not None:
+            self.compiled.warm_up(self.caches, page_size, progress=progress)
 
     @torch.inference_mode()
     def prefill(self, chunks: Seq[Chunk]) -> Tensor:

@@ -54,6 +54,17 @@ def run_experts_grouped(
     return (y_TKD * weights_TK.float().unsqueeze(-1)).sum(1).to(x_TD.dtype)
 
 
+# The compiler knows grouped_mm in bfloat16 only; on a CPU it would gain nothing by looking inside.
+_library = torch.library.Library("q3vl", "FRAGMENT")
+_library.define("grouped_experts(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor down) -> Tensor")
+_library.impl("grouped_experts", run_experts_grouped, "CPU")
+
+
+@torch.library.register_fake("q3vl::grouped_experts")
+def _(x_TD: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(x_TD)
+
+
 def run_experts_kernel(
     x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
 ) -> Tensor:
@@ -80,7 +91,10 @@ class Experts(nn.Module):
         nn.init.normal_(self.down_proj, std=0.02)
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-        return EXPERT_IMPLS[self.impl](x_TD, weights_TK, ids_TK, self.gate_up_proj, self.down_proj)
+        args = (x_TD, weights_TK, ids_TK, self.gate_up_proj, self.down_proj)
+        if self.impl == "grouped" and x_TD.device.type == "cpu" and torch.compiler.is_compiling():
+            return torch.ops.q3vl.grouped_experts(*args)
+        return EXPERT_IMPLS[self.impl](*args)
 
 
 class SparseMoe(nn.Module):

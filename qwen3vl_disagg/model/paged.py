@@ -53,15 +53,14 @@ class PagedBatch(ForwardBatch):
             raise ValueError(f"new tokens {self.seq_lens} do not fit contexts {self.context_lens}")
         self.caches, self.page_size, self.impl = caches, page_size, impl
         device = page_tables.device
-        self.tables_BW = page_tables
-        self.new_B = torch.tensor(self.seq_lens)
-        self.contexts_B = torch.tensor(self.context_lens)
-        ends_B = self.new_B.cumsum(0)
+        new_B, contexts_B = torch.tensor(self.seq_lens), torch.tensor(self.context_lens)
+        ends_B = new_B.cumsum(0)
         # Token t of this call is number `contexts[b] - (ends[b] - t)` of its sequence b.
-        sequence_T = torch.repeat_interleave(torch.arange(len(self.seq_lens)), self.new_B)
-        place_T = torch.arange(sum(self.seq_lens)) + (self.contexts_B - ends_B)[sequence_T]
-        sequence_T, place_T = sequence_T.to(device), place_T.to(device)
-        self.new_slots_T = page_tables[sequence_T, place_T // page_size] * page_size + place_T % page_size
+        sequence_T = torch.repeat_interleave(torch.arange(len(new_B)), new_B)
+        place_T = torch.arange(sum(self.seq_lens)) + (contexts_B - ends_B)[sequence_T]
+        pages_T = page_tables[sequence_T.to(device), (place_T // page_size).to(device)].cpu()
+        self.new_slots_T = pages_T * page_size + place_T % page_size
+        self.places = _pack(new_B, contexts_B, page_tables.cpu(), self.new_slots_T)
         self.logit_rows = ends_B.to(device) - 1 if last_only else None
 
     def layer_cache(self, layer: int) -> LayerCache:
@@ -70,16 +69,29 @@ class PagedBatch(ForwardBatch):
     def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, cache: LayerCache | None) -> Tensor:
         if cache is None:
             raise ValueError("a paged batch needs the layer's cache")
-        places = (self.new_slots_T, self.tables_BW, self.new_B, self.contexts_B)
-        return torch.ops.q3vl.paged_attention(q_TNH, k_TGH, v_TGH, *cache, *places, self.page_size, self.impl or "")
+        return torch.ops.q3vl.paged_attention(q_TNH, k_TGH, v_TGH, *cache, self.places, self.page_size, self.impl or "")
+
+
+def _pack(new_B: Tensor, contexts_B: Tensor, tables_BW: Tensor, new_slots_T: Tensor) -> Tensor:
+    """All of it in one int64 tensor on the host, which a compiled layer hands on without looking at its size."""
+    sizes = torch.tensor([*tables_BW.shape])
+    return torch.cat([sizes, new_B, contexts_B, tables_BW.flatten(), new_slots_T])
+
+
+def _unpack(places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """new lens `[B]`, contexts `[B]`, tables `[B, W]`, new slots `[T]`: views."""
+    num_sequences, width = places[:2].tolist()
+    sizes = [2, num_sequences, num_sequences, num_sequences * width]
+    _, new_B, contexts_B, tables, new_slots_T = places.split([*sizes, len(places) - sum(sizes)])
+    return new_B, contexts_B, tables.view(num_sequences, width), new_slots_T
 
 
 # ---- the operator, opaque to the compiler ----
 
 _library = torch.library.Library("q3vl", "FRAGMENT")
 _library.define(
-    "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor new_slots, "
-    "Tensor tables, Tensor new_lens, Tensor contexts, int page_size, str impl) -> Tensor"
+    "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor places, "
+    "int page_size, str impl) -> Tensor"
 )
 
 
@@ -89,14 +101,13 @@ def paged_attention(
     v_TGH: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
-    new_slots_T: Tensor,
-    tables_BW: Tensor,
-    new_B: Tensor,
-    contexts_B: Tensor,
+    places: Tensor,
     page_size: int,
     impl: str = "",
 ) -> Tensor:
     """Write the new keys and values into their slots, then attend -> `[T, N, H]`, q's dtype."""
+    new_B, contexts_B, tables_BW, new_slots_T = _unpack(places)
+    tables_BW, new_slots_T = tables_BW.to(k_pool.device), new_slots_T.to(k_pool.device)
     k_pool.index_copy_(0, new_slots_T, k_TGH.to(k_pool.dtype))
     v_pool.index_copy_(0, new_slots_T, v_TGH.to(v_pool.dtype))
     if not impl:
