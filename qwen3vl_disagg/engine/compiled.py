@@ -29,7 +29,7 @@ from qwen3vl_disagg.model import ModelConfig, PagedBatch, Qwen3MoeForCausalLMWit
 from qwen3vl_disagg.model.attention import LayerCache
 
 SWITCH = "Q3VL_GRAPHS"
-"""Environment variable: `count` prints the graphs on stderr, `fail` also makes a recompilation after warm-up an error."""
+"""Environment variable: `count` prints the graphs on stderr, `fail` also makes a later recompilation an error."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class CompiledDecoder:
         table = torch.arange(-(-size // page_size), device=device)[None]
         deepstack = None
         if has_level:
-            width = decoder.num_deepstack_levels * decoder.config.hidden_size
+            width = self.model.config.num_deepstack_levels * self.model.config.text.hidden_size
             deepstack = torch.zeros(size, width, dtype=dtype, device=device)
         batch = PagedBatch([size], [size], table, page_size, caches)
         self.model(ids, ids.expand(3, -1), batch, input_deepstack_embeds=deepstack)
