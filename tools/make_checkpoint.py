@@ -1,6 +1,7 @@
 """Write a checkpoint of random weights, with a small tokenizer.
 
     python tools/make_checkpoint.py --out /tmp/random --preset tiny-random --seed 1 --text.num-experts 12
+    python tools/make_checkpoint.py --out /tmp/mid --preset mid
 
 Every size of the preset can be overridden as `--text.NAME` and `--vision.NAME`.
 """
@@ -13,16 +14,21 @@ from typing import Literal
 
 import tyro
 
-from qwen3vl_disagg.assets.make_tokenizer import SPECIAL_TOKENS, build_tokenizer
+from qwen3vl_disagg.assets.make_tokenizer import SPECIAL_TOKENS, build_syllable_tokenizer, build_tokenizer
 from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, write_random_checkpoint
 from qwen3vl_disagg.model.config import ModelConfig, check_config
+
+ON_DEVICE = ("30b-a3b",)
+LARGE_VOCAB = 1024
+"""A tokenizer as large as this is not learned from a short text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     out: Path
     """Folder to write."""
-    preset: Literal["tiny-random", "tiny-random-dense", "tiny-random-mixed"] = "tiny-random"
+    preset: Literal["tiny-random", "tiny-random-dense", "tiny-random-mixed", "mid", "30b-a3b"] = "tiny-random"
+    """`mid` is what `recipes/bench.py engine` measures; 30b-a3b is made by that bench on a GPU and never written."""
     seed: int = 0
     std: float = 0.04
     """Standard deviation of the weights."""
@@ -31,8 +37,8 @@ class Options:
     spelling: Literal["hub", "v5"] = "hub"
     """Which of the two spellings of config.json."""
     num_shards: int = 1
-    max_pixels: int = 65536
-    """Largest area of a resized image."""
+    max_pixels: int | None = None
+    """Largest area of a resized image. Default: 65536, of `mid` 1048576."""
     tokenizer: bool = True
     """Write tokenizer and chat template too; the vision token ids must then leave room for 256 bytes and the merges."""
 
@@ -40,11 +46,16 @@ class Options:
 def write_small_tokenizer(folder: Path, config: ModelConfig) -> None:
     """A tokenizer whose special tokens get the ids that the config names."""
     first_special = config.vision_start_token_id - SPECIAL_TOKENS.index("<|vision_start|>")
-    build_tokenizer([Path(__file__).read_text()], first_special, folder)
+    if first_special > LARGE_VOCAB:
+        build_syllable_tokenizer(first_special, folder)
+    else:
+        build_tokenizer([Path(__file__).read_text()], first_special, folder)
 
 
 def main() -> None:
     options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+    if options.preset in ON_DEVICE:
+        raise SystemExit(f"{options.preset} is made on the device: recipes/bench.py engine --preset {options.preset}")
     config = tyro.cli(ModelConfig, default=RANDOM_PRESETS[options.preset], args=rest)
     problems = check_config(config)
     if problems:
@@ -56,7 +67,7 @@ def main() -> None:
         std=options.std,
         layout=options.layout,
         num_shards=options.num_shards,
-        max_pixels=options.max_pixels,
+        max_pixels=options.max_pixels or (1 << 20 if options.preset == "mid" else 1 << 16),
         spelling=options.spelling,
     )
     if options.tokenizer:

@@ -1,10 +1,11 @@
-"""A byte-level BPE tokenizer in the form of Qwen's, trained on given texts."""
+"""A byte-level BPE tokenizer in the form of Qwen's: trained on given texts, or of made-up syllables."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice, product
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -27,7 +28,39 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     `vocab_size` counts the 256 bytes and the merges; the added tokens follow it, so that their ids are stable only for
     a corpus with enough merges. ValueError if the corpus has too few.
     """
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = _with_pipeline(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise ValueError(f"vocabulary of {tokenizer.get_vocab_size()} is larger than {vocab_size}")
+    _write(tokenizer, folder)
+
+
+def build_syllable_tokenizer(vocab_size: int, folder: Path) -> None:
+    """Write the same files without any text to learn from: a byte is a token, and so is a word of up to 3 syllables.
+
+    For random weights with a vocabulary too large for a small corpus. ValueError if there are not so many words.
+    """
+    merges = list(islice(_syllable_merges(), max(0, vocab_size - 256)))
+    if len(merges) != vocab_size - 256:
+        raise ValueError(f"256 bytes and {len(merges)} words do not make a vocabulary of {vocab_size}")
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in merges)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    _write(_with_pipeline(models.BPE(vocab=vocab, merges=merges)), folder)
+
+
+def _syllable_merges() -> Iterator[tuple[str, str]]:
+    """105 syllables, then every two of them, then every three."""
+    syllables = [first + second for first in "bcdfghjklmnpqrstvwxyz" for second in "aeiou"]
+    yield from ((syllable[0], syllable[1]) for syllable in syllables)
+    yield from product(syllables, syllables)
+    yield from ((first + second, third) for first, second, third in product(syllables, repeat=3))
+
+
+def _with_pipeline(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -36,12 +69,10 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() > vocab_size:
-        raise ValueError(f"vocabulary of {tokenizer.get_vocab_size()} is larger than {vocab_size}")
+    return tokenizer
+
+
+def _write(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
         + [AddedToken(token, special=False, normalized=False) for token in ADDED_TOKENS]
