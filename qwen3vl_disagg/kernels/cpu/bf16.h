@@ -82,7 +82,10 @@ static inline void dot_tile(const bf16* const* x, const bf16* w, long depth, flo
     for (int n = 0; n < 4; n++) acc[m][n] = _mm512_setzero_ps();
   for (long k = 0; k < depth; k += 32) {
     __m512bh rows[4];
-    for (int n = 0; n < 4; n++) rows[n] = load_pairs(w + n * depth + k);
+    for (int n = 0; n < 4; n++) {
+      rows[n] = load_pairs(w + n * depth + k);
+      _mm_prefetch((const char*)(w + (n + 4) * depth + k), _MM_HINT_T0);  // rows are too short for the hardware's
+    }
     for (int m = 0; m < M; m++) {
       const __m512bh row = load_pairs(x[m] + k);
       for (int n = 0; n < 4; n++) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], row, rows[n]);
