@@ -14,8 +14,9 @@ from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.digest import add_digests, deepstack_sums, range_digests, run_sums, sums_digest
 from qwen3vl_disagg.disagg.layout import item_ranges
-from qwen3vl_disagg.disagg.messages import Grant, Header
+from qwen3vl_disagg.disagg.messages import Grant, Header, Resume
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration, separate_deepstack
+from qwen3vl_disagg.model.compiled import compile_tower
 from qwen3vl_disagg.processing import Grid, ImageProcessor, item_positions
 
 
@@ -88,7 +89,7 @@ class EncodedItem:
     def payload(self, grant: Grant) -> list[Tensor]:
         """Contiguous views in payload order, cut as the grant says; no copies."""
         rows, deepstack = self._ranges(grant)
-        pieces = [self._aux(grant.attempt)] if grant.row_start == 0 else []
+        pieces = [] if isinstance(grant, Resume) else [self._aux(grant.attempt)]
         pieces += [self.deepstack[start:stop] for start, stop in deepstack]
         for start, stop in rows:
             pieces += [self.main[start:stop], self.fill_ids[start:stop], self.positions[start:stop]]
@@ -114,10 +115,17 @@ class EncodeWorker:
     """The vision tower and what feeds it. Stateless between calls; `encode` on one thread at a time."""
 
     def __init__(
-        self, vision_model: Qwen3VLMoeForConditionalGeneration, processor: ImageProcessor, config: ModelConfig
+        self,
+        vision_model: Qwen3VLMoeForConditionalGeneration,
+        processor: ImageProcessor,
+        config: ModelConfig,
+        *,
+        compile: bool = False,
     ) -> None:
         self.model, self.processor, self.config = vision_model, processor, config
         self.device = next(vision_model.parameters()).device
+        if compile:
+            compile_tower(vision_model.visual)
 
     def preprocess(self, data: bytes, visual: VisualItem) -> Pixels:
         """Decode and cut up. InputError for a damaged image, TransferError if its grid is not the announced one."""

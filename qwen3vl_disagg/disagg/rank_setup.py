@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from qwen3vl_disagg.checkpoint import fingerprint, load_vision_model, read_config
-from qwen3vl_disagg.core.settings import DTYPES, resolve_device, resolve_model_folder
+from qwen3vl_disagg.core.settings import DTYPES, resolve_compile, resolve_device, resolve_model_folder
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
 from qwen3vl_disagg.disagg.fingerprint import Fingerprint, link_fingerprint
 from qwen3vl_disagg.disagg.messages import RankHello
@@ -52,7 +52,8 @@ class RankSetup:
     def encode_worker(self) -> EncodeWorker:
         """Load the vision tower, and nothing else of the weights."""
         model = load_vision_model(self.folder, dtype=self.dtype, device=self.device)
-        return EncodeWorker(model, self.processor, self.config)
+        is_compiled = resolve_compile(self.context.model.compile, self.device)
+        return EncodeWorker(model, self.processor, self.config, compile=is_compiled)
 
     def hello(
         self,

@@ -175,10 +175,8 @@ def decode_attention(
     return out
 
 
-_library.define("full_attention(Tensor q, Tensor k, Tensor v, int[] lengths) -> Tensor")
-
-
-def _full_attention(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, lengths: list[int]) -> Tensor:
+def full_attention(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, lengths: list[int]) -> Tensor:
+    """Frames of these lengths behind one another, each by itself -> `[P, N, H]`."""
     _, num_heads, size = q_PNH.shape
     q_PNH, k_PNH, v_PNH = q_PNH.contiguous(), k_PNH.contiguous(), v_PNH.contiguous()
     out = torch.empty_like(q_PNH)
@@ -192,11 +190,3 @@ def _full_attention(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, lengths: list[i
         _cpu().q3_full_attention(*args, torch.get_num_threads())
         start += length
     return out
-
-
-_library.impl("full_attention", _full_attention, "CPU")
-
-
-@torch.library.register_fake("q3vl::full_attention")
-def _(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, lengths: list[int]) -> Tensor:
-    return torch.empty_like(q_PNH)

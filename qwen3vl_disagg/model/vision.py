@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model.config import VisionConfig
 from qwen3vl_disagg.model.rope import apply_rotary, vision_rotary
 
@@ -69,6 +70,36 @@ class PositionEmbedding(nn.Embedding):
         return taps_4PD.sum(0)
 
 
+def attend_frames(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Full attention within each frame -> `[P, N, H]`. `cu_seqlens` `[frames + 1]` int64: where frames begin, and the
+    end; on the host, because it decides the shapes."""
+    outs, start = [], 0
+    for length, run in groupby(cu_seqlens.diff().tolist()):  # neighbours of one length share a batched call
+        count = len(list(run))
+        rows = slice(start, start + count * length)
+        frames = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q_PNH, k_PNH, v_PNH)]
+        outs.append(F.scaled_dot_product_attention(*frames).transpose(1, 2).flatten(0, 1))
+        start = rows.stop
+    return torch.cat(outs)
+
+
+def _attend_frames_opaque(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, cu_seqlens: Tensor) -> Tensor:
+    if ops.can_attend_frames(q_PNH.shape[2], q_PNH):
+        return ops.full_attention(q_PNH, k_PNH, v_PNH, cu_seqlens.diff().tolist())
+    return attend_frames(q_PNH, k_PNH, v_PNH, cu_seqlens)
+
+
+# The compiler need not know how long the frames are.
+_library = torch.library.Library("q3vl", "FRAGMENT")
+_library.define("attend_frames(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens) -> Tensor")
+_library.impl("attend_frames", _attend_frames_opaque, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("q3vl::attend_frames")
+def _(q_PNH: Tensor, *_: Tensor) -> Tensor:
+    return q_PNH.new_empty(q_PNH.shape)
+
+
 class VisionAttention(nn.Module):
     """Full attention within each frame, none across frames or images."""
 
@@ -79,19 +110,12 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x_PD: Tensor, frame_lens: Sequence[int], rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_PD: Tensor, cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.qkv(x_PD).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         q, k = (apply_rotary(x.float(), *rotary).to(x.dtype) for x in (q, k))
-        if self.use_kernel:
-            return self.proj(torch.ops.q3vl.full_attention(q, k, v, list(frame_lens)).flatten(1))
-        outs, start = [], 0
-        for length, run in groupby(frame_lens):  # neighbours of one length share a batched call
-            count = len(list(run))
-            rows = slice(start, start + count * length)
-            frames = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
-            outs.append(F.scaled_dot_product_attention(*frames).transpose(1, 2).flatten(0, 1))
-            start = rows.stop
-        return self.proj(torch.cat(outs).flatten(1))
+        is_opaque = self.use_kernel or torch.compiler.is_compiling()
+        attend = torch.ops.q3vl.attend_frames if is_opaque else attend_frames
+        return self.proj(attend(q, k, v, cu_seqlens).flatten(1))
 
 
 class VisionMlp(nn.Module):
@@ -114,8 +138,8 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(config)
         self.mlp = VisionMlp(config)
 
-    def forward(self, x_PD: Tensor, frame_lens: Sequence[int], rotary: tuple[Tensor, Tensor]) -> Tensor:
-        x_PD = x_PD + self.attn(self.norm1(x_PD), frame_lens, rotary)
+    def forward(self, x_PD: Tensor, cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        x_PD = x_PD + self.attn(self.norm1(x_PD), cu_seqlens, rotary)
         return x_PD + self.mlp(self.norm2(x_PD))
 
 
@@ -172,7 +196,7 @@ class VisionTower(nn.Module):
         coords = patch_coordinates(grids, merge).to(pixels.device)
         sizes = torch.tensor([g[1:] for g in grids], device=pixels.device)
         sizes = sizes.repeat_interleave(torch.tensor([t * h * w for t, h, w in grids], device=pixels.device), dim=0)
-        frame_lens = [h * w for t, h, w in grids for _ in range(t)]
+        cu_seqlens = torch.tensor([0, *(h * w for t, h, w in grids for _ in range(t))]).cumsum(0)
         rotary = vision_rotary(coords, head_dim=self.config.hidden_size // self.config.num_heads)
 
         x_PD = self.patch_embed(pixels)
@@ -180,7 +204,11 @@ class VisionTower(nn.Module):
         levels = []
         mergers = dict(zip(self.config.deepstack_visual_indexes, self.deepstack_merger_list, strict=True))
         for i, block in enumerate(self.blocks):
-            x_PD = block(x_PD, frame_lens, rotary)
+            x_PD = self._step(block, x_PD, cu_seqlens, rotary)
             if i in mergers:
                 levels.append(mergers[i](x_PD))
         return self.merger(x_PD), levels
+
+    def _step(self, block: nn.Module, x_PD: Tensor, cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """The region to compile: one block."""
+        return block(x_PD, cu_seqlens, rotary)

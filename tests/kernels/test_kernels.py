@@ -153,7 +153,7 @@ def test_full_attention(lengths, heads, size, seed):
     q, k, v = (bf16(sum(lengths), heads, size, seed=seed + i) for i in range(3))
     frames = zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True)
     expected = [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in frame)).transpose(0, 1) for frame in frames]
-    assert distance(torch.ops.q3vl.full_attention(q, k, v, lengths), torch.cat(expected)) < 2**-7
+    assert distance(ops.full_attention(q, k, v, lengths), torch.cat(expected)) < 2**-7
 
 
 def test_large_scores_do_not_overflow():
@@ -175,7 +175,7 @@ def test_operators_tell_the_compiler_the_truth():
     x, weight = bf16(3, 64, seed=0), bf16(8, 64, seed=1)
     torch.library.opcheck(torch.ops.q3vl.linear.default, (x, weight))
     q = bf16(10, 2, 64, seed=2)
-    torch.library.opcheck(torch.ops.q3vl.full_attention.default, (q, q, q, [4, 6]))
+    torch.library.opcheck(torch.ops.q3vl.attend_frames.default, (q, q, q, torch.tensor([0, 4, 10])))
     ids, weights = torch.tensor([[0, 1], [1, 0], [0, 1]]), bf16(3, 2, seed=3)
     experts = (bf16(2, 64, 64, seed=4), bf16(2, 64, 32, seed=5))
     torch.library.opcheck(torch.ops.q3vl.experts.default, (x, weights, ids, *experts))

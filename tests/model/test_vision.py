@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from qwen3vl_disagg.model.compiled import compile_tower
 from qwen3vl_disagg.model.vision import PositionEmbedding, VisionTower, patch_coordinates
 from tests.support.oracle import CONFIGS
 
@@ -81,3 +82,21 @@ def test_position_table_is_read_as_bilinear_interpolation_with_aligned_corners(s
 def test_pixels_that_do_not_fit_their_grids(shape, grids, message):
     with pytest.raises(ValueError, match=message):
         TOWER(torch.zeros(shape), grids)
+
+
+def test_the_compiled_block_is_one_graph_for_all_sizes_and_gives_the_same_rows():
+    torch.manual_seed(0)
+    tower = VisionTower(CONFIG).eval().requires_grad_(False)
+    sizes = [[(1, 4, 6)], [(1, 2, 2)], [(1, 8, 4), (2, 4, 4), (1, 2, 6)]]
+    inputs = [(torch.randn(sum(t * h * w for t, h, w in grids), tower.config.patch_dim), grids) for grids in sizes]
+    with torch.inference_mode():
+        expected = [tower(*entry) for entry in inputs]
+        torch._dynamo.reset()
+        counts = compile_tower(tower)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            actual = [tower(*entry) for entry in inputs]
+    torch._dynamo.reset()
+    assert (counts.graphs, counts.breaks) == (1, 0)
+    for (main, levels), (expected_main, expected_levels) in zip(actual, expected, strict=True):
+        for rows, expected_rows in zip([main, *levels], [expected_main, *expected_levels], strict=True):
+            torch.testing.assert_close(rows, expected_rows, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,53 @@
+"""What compiling needs, whatever is compiled: counts of graphs, turns between processes; and the vision tower's block."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch._dynamo.utils import counters
+
+from qwen3vl_disagg.kernels.build import cache_folder
+from qwen3vl_disagg.model.vision import VisionTower
+
+
+@dataclass(frozen=True)
+class GraphCounts:
+    """What the compiler has made in this process so far."""
+
+    graphs: int
+    breaks: int
+
+    @staticmethod
+    def now() -> GraphCounts:
+        return GraphCounts(counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+
+    def since(self, before: GraphCounts) -> GraphCounts:
+        return GraphCounts(self.graphs - before.graphs, self.breaks - before.breaks)
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Processes on one machine take turns at compiling: those that come later find what the first one made. The lock
+    goes with the process that holds it."""
+    path = cache_folder() / "compile.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@torch.inference_mode()
+def compile_tower(tower: VisionTower) -> GraphCounts:
+    """Compile the tower's block in place, and run it once: one graph serves every block, number and size of images."""
+    before = GraphCounts.now()
+    tower._step = torch.compile(tower._step, fullgraph=True, dynamic=True)  # type: ignore[method-assign]
+    merge, weight = tower.config.spatial_merge_size, tower.patch_embed.proj.weight
+    grids = [(1, 3 * merge, 2 * merge), (1, merge, merge)]
+    pixels = torch.zeros(sum(h * w for _, h, w in grids), tower.config.patch_dim, device=weight.device)
+    with one_at_a_time():
+        tower(pixels, grids)
+    return GraphCounts.now().since(before)
