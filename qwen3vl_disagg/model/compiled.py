@@ -1,4 +1,4 @@
-"""What compiling needs, whatever is compiled: counts of graphs, turns between processes; and the vision tower's block."""
+"""What compiling needs, whatever is compiled: counts of graphs, turns between processes, the tower's block."""
 
 from __future__ import annotations
 
