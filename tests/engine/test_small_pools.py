@@ -40,7 +40,8 @@ TURNS = [make_turn(BLOCK * blocks - blocks % 2) for blocks in range(1, MAX_BLOCK
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small-pools")
-    config = write_random_checkpoint(folder, RANDOM_PRESETS["tiny-random"], seed=3, max_pixels=32 * 32 * 100)
+    # With seed 3 a router has two experts within 1.5e-8: which one is taken depends on how the prompt is cut.
+    config = write_random_checkpoint(folder, RANDOM_PRESETS["tiny-random"], seed=4, max_pixels=32 * 32 * 100)
     write_small_tokenizer(folder, config)
     return folder
 
