@@ -21,9 +21,9 @@ from tqdm import tqdm
 from qwen3vl_disagg.kernels.ops import MAX_LINEAR_ROWS
 from qwen3vl_disagg.model import ModelConfig, PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.attention import LayerCache
+from qwen3vl_disagg.model.compiled import GraphCounts, one_at_a_time
 from qwen3vl_disagg.model.flex import FlexKind, flex_kinds
 from qwen3vl_disagg.model.paged import PagedImpl
-from qwen3vl_disagg.model.compiled import GraphCounts, one_at_a_time
 
 SWITCH = "Q3VL_GRAPHS"
 """Environment variable: `count` prints the graphs on stderr, `fail` also makes a later recompilation an error."""
@@ -83,7 +83,7 @@ class CompiledDecoder:
         room = caches[0][0].shape[0] if caches else 0
         steps = [([min(size, room)], has_level) for has_level in has_levels for size in sizes]
         if impl == "flex":
-            kinds = flex_kinds(caches[0][0].device, page_size, max_sequences)
+            kinds = flex_kinds(caches[0][0].device.type, page_size, max_sequences)
             self.kinds |= kinds
             steps += [([1] * kind.num_blocks, False) for kind in kinds if kind.num_blocks > 1]
         with one_at_a_time(), tqdm(steps, desc="compiling", file=sys.stderr, disable=not progress, leave=False) as bar:

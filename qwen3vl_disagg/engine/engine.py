@@ -15,7 +15,7 @@ from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
 from qwen3vl_disagg.disagg.rows import VisualRows
 from qwen3vl_disagg.engine.pages import PagePool
-from qwen3vl_disagg.engine.runner import BadRows, ModelRunner
+from qwen3vl_disagg.engine.runner import AttentionChoice, BadRows, ModelRunner
 from qwen3vl_disagg.engine.sampler import Sampler
 from qwen3vl_disagg.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from qwen3vl_disagg.engine.sequence import Sequence
@@ -53,6 +53,8 @@ class EngineOptions(SchedulerLimits):
     prefix_cache: bool = True
     compile: bool = False
     """Compile the decoder's step, all graphs before the first request."""
+    attention: AttentionChoice = "auto"
+    """`auto`: FlexAttention in a compiled decoder on CUDA, else the kernels on CPU where they can, else SDPA."""
 
     def num_pages(self, model: Qwen3MoeForCausalLMWithDeepStack, kv_itemsize: int) -> int:
         text = model.config.text
@@ -88,6 +90,8 @@ class Engine:
             model,
             num_pages=pool.num_pages,
             page_size=pool.page_size,
+            attention=self.options.attention,
+            max_running=self.options.max_running,
             compile=self.options.compile,
             progress=progress,
         )

@@ -6,6 +6,7 @@ Dims: T packed tokens, B sequences, h hidden size, n DeepStack levels, V vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ from qwen3vl_disagg.engine.scheduler import Chunk
 from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.attention import LayerCache
+from qwen3vl_disagg.model.flex import why_not_flex
+from qwen3vl_disagg.model.paged import PagedImpl
+
+AttentionChoice = Literal["auto", "sdpa", "kernel", "flex"]
 
 
 class BadRows(InputError):
@@ -27,8 +32,27 @@ class BadRows(InputError):
         self.sequence = sequence
 
 
+def resolve_attention(
+    choice: AttentionChoice, device: torch.device, *, compile: bool, page_size: int, head_dim: int
+) -> PagedImpl | None:
+    """How attention is computed, None where that is decided by dtype. ValueError for what the device cannot do."""
+    problem = why_not_flex(device, page_size, head_dim)
+    if choice == "auto":
+        if device.type != "cuda":
+            return None
+        return "flex" if compile and problem is None else "sdpa"
+    if choice == "flex" and problem is not None:
+        raise ValueError(problem)
+    if choice == "kernel" and device.type != "cpu":
+        raise ValueError(f"the kernels run on CPU, the model is on {device.type}")
+    return choice
+
+
 class ModelRunner:
-    """Runs prefill and decode of packed sequences over a page pool. KV is float32 on CPU, the model's dtype else."""
+    """Runs prefill and decode of packed sequences over a page pool. KV is float32 on CPU, the model's dtype else.
+
+    `max_running`: sequences in a decode step; graphs are made for so many at the start.
+    """
 
     def __init__(
         self,
@@ -36,6 +60,8 @@ class ModelRunner:
         *,
         num_pages: int,
         page_size: int,
+        attention: AttentionChoice = "auto",
+        max_running: int = 1,
         compile: bool = False,
         progress: bool = False,
     ) -> None:
@@ -44,6 +70,9 @@ class ModelRunner:
         self.device, self.dtype = weight.device, weight.dtype
         self.page_size = page_size
         text = model.config.text
+        self.impl = resolve_attention(
+            attention, self.device, compile=compile, page_size=page_size, head_dim=text.head_dim
+        )
         kv_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         shape = (num_pages * page_size, text.num_key_value_heads, text.head_dim)
         self.caches: list[LayerCache] = []
@@ -52,7 +81,7 @@ class ModelRunner:
             self.caches.append((keys, values))
         self.compiled = CompiledDecoder(model) if compile else None
         if self.compiled is not None:
-            self.compiled.warm_up(self.caches, page_size, progress=progress)
+            self.compiled.warm_up(self.caches, page_size, impl=self.impl, max_sequences=max_running, progress=progress)
 
     @torch.inference_mode()
     def prefill(self, chunks: Seq[Chunk]) -> Tensor:
@@ -76,8 +105,8 @@ class ModelRunner:
 
     def _batch(self, sequences: Seq[Sequence], seq_lens: list[int], context_lens: list[int]) -> PagedBatch:
         longest = max(len(s.pages) for s in sequences)
-        tables = torch.tensor([s.pages + [0] * (longest - len(s.pages)) for s in sequences], device=self.device)
-        return PagedBatch(seq_lens, context_lens, tables, self.page_size, self.caches)
+        tables = torch.tensor([s.pages + [0] * (longest - len(s.pages)) for s in sequences])
+        return PagedBatch(seq_lens, context_lens, tables, self.page_size, self.caches, impl=self.impl)
 
     def _splice(self, ids_T: Tensor, chunks: Seq[Chunk]) -> tuple[Tensor | None, Tensor | None]:
         """input_embeds `[T, h]` and input_deepstack_embeds `[T, n * h]`; None, None for text alone."""

@@ -1,7 +1,7 @@
 """Attention over pages of keys and values: what a batch of running sequences needs, and the ways to compute it.
 
-All ways have one signature and mean the same; `sdpa` is the reference. What changes from step to step is in tensors, so
-a compiled layer is not compiled again.
+All ways mean the same; `sdpa` is the reference, and `flex` has a file of its own. What changes from step to step is in
+tensors, so a compiled layer is not compiled again.
 
 Dims: T packed tokens, N query heads, G kv heads, H head size, B sequences, W pages of the longest, L longest context.
 """
@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model.attention import ForwardBatch, LayerCache
+from qwen3vl_disagg.model.flex import flex_kind, make_plan, why_not_flex
 
-PagedImpl = Literal["sdpa", "kernel"]
+PagedImpl = Literal["sdpa", "kernel", "flex"]
 
 
 class PagedBatch(ForwardBatch):
@@ -27,11 +28,13 @@ class PagedBatch(ForwardBatch):
     Args:
         seq_lens: new tokens of each sequence in this call.
         context_lens: tokens of each sequence once these are added; `context_lens[b] >= seq_lens[b]`.
-        page_tables: `[B, W]` int64, page ids of each sequence in order; entries past the context are ignored.
+        page_tables: `[B, W]` int64, page ids of each sequence in order; entries past the context are ignored. Best on
+            the host, where they are read.
         page_size: tokens per page.
         caches: per layer, key and value pools `[num_pages * page_size, G, H]`. `attend` writes into them.
         last_only: logits of each sequence's last token only.
-        impl: how attention is computed; None for the fastest that the pools' device and the model's dtype allow.
+        impl: how attention is computed; None for `flex` on CUDA where it can, else for the fastest that the model's
+            dtype allows.
 
     Token i of sequence b lives in slot `page_tables[b, i // page_size] * page_size + i % page_size`. Example with
     page_size 4 and page table [7, 2]: token 5 lies in slot 2 * 4 + 1 = 9.
@@ -51,17 +54,27 @@ class PagedBatch(ForwardBatch):
         self.seq_lens, self.context_lens = list(seq_lens), list(context_lens)
         if any(not 1 <= new <= total for new, total in zip(self.seq_lens, self.context_lens, strict=True)):
             raise ValueError(f"new tokens {self.seq_lens} do not fit contexts {self.context_lens}")
-        self.caches, self.page_size, self.impl = caches, page_size, impl
-        device = page_tables.device
+        self.caches, self.page_size = caches, page_size
+        device = caches[0][0].device if caches else page_tables.device
+        if impl is None and caches and device.type == "cuda":
+            impl = "sdpa" if why_not_flex(device, page_size, caches[0][0].shape[2]) else "flex"
+        self.impl = impl
+        tables = page_tables.cpu()
         new_B, contexts_B = torch.tensor(self.seq_lens), torch.tensor(self.context_lens)
         ends_B = new_B.cumsum(0)
         # Token t of this call is number `contexts[b] - (ends[b] - t)` of its sequence b.
         sequence_T = torch.repeat_interleave(torch.arange(len(new_B)), new_B)
         place_T = torch.arange(sum(self.seq_lens)) + (contexts_B - ends_B)[sequence_T]
-        pages_T = page_tables[sequence_T.to(device), (place_T // page_size).to(device)].cpu()
+        pages_T = tables[sequence_T, place_T // page_size]
         self.new_slots_T = pages_T * page_size + place_T % page_size
-        self.places = _pack(new_B, contexts_B, page_tables.cpu(), self.new_slots_T)
         self.logit_rows = ends_B.to(device) - 1 if last_only else None
+        if impl == "flex":
+            is_decode = max(self.seq_lens) == 1
+            kind = flex_kind(device.type, page_size, num_sequences=len(new_B), is_decode=is_decode)
+            self.plan = make_plan(kind, new_B, contexts_B, tables, len(caches[0][0]), device)
+            self.new_slots_T = self.new_slots_T.to(device, non_blocking=True)
+        else:
+            self.places = _pack(new_B, contexts_B, tables, self.new_slots_T)
 
     def layer_cache(self, layer: int) -> LayerCache:
         return self.caches[layer]
@@ -69,6 +82,9 @@ class PagedBatch(ForwardBatch):
     def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, cache: LayerCache | None) -> Tensor:
         if cache is None:
             raise ValueError("a paged batch needs the layer's cache")
+        if self.impl == "flex":
+            args = (self.new_slots_T, self.plan.lists, self.plan.sizes)
+            return torch.ops.q3vl.flex_attention(q_TNH, k_TGH, v_TGH, *cache, *args)
         return torch.ops.q3vl.paged_attention(q_TNH, k_TGH, v_TGH, *cache, self.places, self.page_size, self.impl or "")
 
 
