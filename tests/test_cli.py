@@ -156,7 +156,7 @@ def test_the_samplers_options(monkeypatch, capsys, scenes):
         (["generate", "--prompt", "a", "--video", "v.mp4"], "not built yet"),
         (["generate", "--prompt", "a", "--model", "/no/such/folder"], "no such folder"),
         (["generate", "--prompt", "a", "--model", "Qwen/Qwen3-VL-30B-A3B-Instruct"], "hub is not built yet"),
-        (["generate", "--prompt", "a", "--quantize", "int8"], "not built yet"),
+        (["generate", "--prompt", "a", "--quantize", "float8"], "not built yet"),
         (["generate", "--prompt", "a", "--device", "cuda"], "no CUDA device"),
         (["generate", "--messages", "/no/such.json"], "No such file"),
         (["simulate", "--schedules", "0"], "schedules"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,8 +18,9 @@ from tqdm import tqdm
 
 from qwen3vl_disagg.checkpoint.folder import Checkpoint, open_checkpoint
 from qwen3vl_disagg.checkpoint.layouts import ExpertLayout, Recipe, Shape, checkpoint_name, plan, quantized_tensor
+from qwen3vl_disagg.checkpoint.quantize import make_room, put
 from qwen3vl_disagg.core.errors import CheckpointError, NotBuiltYet
-from qwen3vl_disagg.core.settings import DTYPES
+from qwen3vl_disagg.core.settings import DTYPES, Quantize, check_quantize
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.decoder import Qwen3MoeForCausalLM
 from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
@@ -36,6 +38,7 @@ def load_language_model(
     dtype: torch.dtype | None = None,
     device: Device = "cpu",
     expert_layout: ExpertLayout | None = None,
+    quantize: Quantize = "none",
     progress: bool = False,
 ) -> Qwen3MoeForCausalLMWithDeepStack:
     """What a language rank holds: decoder and head, no vision tower.
@@ -43,11 +46,12 @@ def load_language_model(
     Args:
         dtype: None for the checkpoint's own (`dtype` of its config).
         expert_layout: how expert weights are stored; needed only where their shapes fit two layouts.
+        quantize: `int8` for the decoder's matrices; each is quantized as soon as it is read.
         progress: a bar on stderr.
 
     Raises CheckpointError listing everything wrong, NotBuiltYet for quantized weights.
     """
-    return _load(Qwen3MoeForCausalLMWithDeepStack, folder, dtype, device, expert_layout, progress)
+    return _load(Qwen3MoeForCausalLMWithDeepStack, folder, dtype, device, expert_layout, quantize, progress)
 
 
 def load_text_model(
@@ -56,10 +60,11 @@ def load_text_model(
     dtype: torch.dtype | None = None,
     device: Device = "cpu",
     expert_layout: ExpertLayout | None = None,
+    quantize: Quantize = "none",
     progress: bool = False,
 ) -> Qwen3MoeForCausalLM:
     """The decoder without DeepStack, for text alone. Arguments as for `load_language_model`."""
-    return _load(Qwen3MoeForCausalLM, folder, dtype, device, expert_layout, progress)
+    return _load(Qwen3MoeForCausalLM, folder, dtype, device, expert_layout, quantize, progress)
 
 
 def load_vision_model(
@@ -74,7 +79,7 @@ def load_vision_model(
     def build(config: ModelConfig) -> Qwen3VLMoeForConditionalGeneration:
         return Qwen3VLMoeForConditionalGeneration(config, language_model=False)
 
-    return _load(build, folder, dtype, device, None, progress)
+    return _load(build, folder, dtype, device, None, "none", progress)
 
 
 def load_model(
@@ -83,10 +88,11 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: Device = "cpu",
     expert_layout: ExpertLayout | None = None,
+    quantize: Quantize = "none",
     progress: bool = False,
 ) -> Qwen3VLMoeForConditionalGeneration:
     """Tower and decoder in one module. Arguments as for `load_language_model`."""
-    return _load(Qwen3VLMoeForConditionalGeneration, folder, dtype, device, expert_layout, progress)
+    return _load(Qwen3VLMoeForConditionalGeneration, folder, dtype, device, expert_layout, quantize, progress)
 
 
 def _load(
@@ -95,8 +101,10 @@ def _load(
     dtype: torch.dtype | None,
     device: Device,
     expert_layout: ExpertLayout | None,
+    quantize: Quantize,
     progress: bool,
 ) -> ModuleT:
+    check_quantize(quantize)
     with open_checkpoint(folder) as checkpoint:
         name = quantized_tensor(checkpoint.tensors)
         if name is not None:
@@ -107,7 +115,9 @@ def _load(
         except (RuntimeError, OverflowError) as error:  # sizes whose product no tensor can have
             raise CheckpointError(checkpoint.folder, [f"config.json: impossible sizes: {error}"]) from error
         recipes = _check(checkpoint, module, whole, expert_layout)
-        _fill(module, recipes, checkpoint, dtype or DTYPES[checkpoint.config.dtype], torch.device(device), progress)
+        dtype = dtype or DTYPES[checkpoint.config.dtype]
+        quantized = make_room(module, dtype) if quantize == "int8" else frozenset()
+        _fill(module, recipes, checkpoint, dtype, torch.device(device), quantized, progress)
     left = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if left:
         raise CheckpointError(checkpoint.folder, [f"{name}: not filled" for name in left])
@@ -143,6 +153,7 @@ def _fill(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device,
+    quantized: AbstractSet[str],
     progress: bool,
 ) -> None:
     shapes = {name: p.shape for name, p in module.named_parameters(remove_duplicate=False)}
@@ -153,8 +164,11 @@ def _fill(
             before = checkpoint.bytes_read
             weight = torch.empty(shapes[name], dtype=dtype, device=device)
             recipe.fill(checkpoint, weight)
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+            if name in quantized:
+                put(module, name, weight)
+            else:
+                owner, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
             bar.update(checkpoint.bytes_read - before)
     for part in module.modules():
         if isinstance(part, Qwen3MoeForCausalLM) and part.lm_head.weight.is_meta:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 import tyro
 
 from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
 
+Quantize = Literal["none", "int8", "float8"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -26,8 +28,8 @@ class ModelOptions:
     """`auto`: CUDA if there are at least as many GPUs as local ranks, else CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """`auto`: on for CUDA, off on CPU."""
-    quantize: Literal["none", "int8"] = "none"
-    """Weight-only quantization."""
+    quantize: Quantize = "none"
+    """Weights of the decoder; `int8` needs the extra `quantize`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,5 +94,14 @@ def resolve_compile(name: str, device: torch.device) -> bool:
 
 def check_supported(options: ModelOptions) -> None:
     """Refuse the options that this version knows by name only."""
-    if options.quantize != "none":
-        raise NotBuiltYet(f"--quantize {options.quantize}", param="quantize")
+    check_quantize(options.quantize)
+
+
+def check_quantize(kind: str) -> None:
+    """InputError for a kind that is not known or not built, and where torchao is not installed."""
+    if kind not in get_args(Quantize):
+        raise InputError(f"--quantize {kind}: must be one of {', '.join(get_args(Quantize))}", param="quantize")
+    if kind == "float8":
+        raise NotBuiltYet("--quantize float8", param="quantize")
+    if kind == "int8" and importlib.util.find_spec("torchao") is None:
+        raise InputError("--quantize int8 needs torchao: pip install 'qwen3vl-disagg[quantize]'", param="quantize")

@@ -123,13 +123,18 @@ class LLM:
         self.config = read_config(self.folder)
         self.processor = Processor.from_folder(self.folder, self.config)
         vision = load_vision_model(self.folder, dtype=torch_dtype, device=self.device, progress=progress)
-        language = load_language_model(self.folder, dtype=torch_dtype, device=self.device, progress=progress)
+        language = load_language_model(
+            self.folder, dtype=torch_dtype, device=self.device, quantize=options.quantize, progress=progress
+        )
         engine_options = engine_options or EngineOptions(compile=resolve_compile(compile, self.device))
         eos_ids = self.processor.generation.eos_token_ids
         self.engine = Engine(language, eos_ids=eos_ids, options=engine_options, progress=progress)
-        worker = EncodeWorker(vision, self.processor.image, self.config)
+        worker = EncodeWorker(vision, self.processor.image, self.config, compile=engine_options.compile)
         buffers = MultimodalDataBuffers.from_options(
-            self.config, buffer_options or BufferOptions(), dtype=language.lm_head.weight.dtype, device=self.device
+            self.config,
+            buffer_options or BufferOptions(),
+            dtype=language.model.embed_tokens.weight.dtype,
+            device=self.device,
         )
         self.transfer = LocalTransfer(worker, Receiver(buffers, self.config), encode_options)
         self._num_requests = 0

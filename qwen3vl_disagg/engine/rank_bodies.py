@@ -53,9 +53,9 @@ def run_combined_rank(context: RankContext) -> int:
 
 def load_engine(setup: RankSetup) -> Engine:
     """Load the decoder, and nothing else of the weights."""
-    model = load_language_model(setup.folder, dtype=setup.dtype, device=setup.device)
-    processor = Processor.from_folder(setup.folder, setup.config)
     context = setup.context
+    model = load_language_model(setup.folder, dtype=setup.dtype, device=setup.device, quantize=context.model.quantize)
+    processor = Processor.from_folder(setup.folder, setup.config)
     options = EngineOptions(
         overlap=context.overlap,
         prefix_cache=context.prefix_cache,

@@ -22,7 +22,7 @@ import torch
 
 SOURCES = Path(__file__).parent / "cpu"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-fno-exceptions", "-w")
-NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
+NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_bf16")
 SWITCH = "Q3VL_KERNELS"
 """Environment variable; `off` runs the PyTorch code."""
 
@@ -30,6 +30,8 @@ _P, _L, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 SIGNATURES = {
     "q3_linear": [_P, _P, _P, _L, _L, _L, _I],
     "q3_experts": [_P] * 9 + [_L] * 5 + [_I],
+    "q3_linear_int8": [_P] * 5 + [_L] * 3 + [_I],
+    "q3_experts_int8": [_P] * 12 + [_L] * 5 + [_I],
     "q3_prefill_attention": [_P, _L, _P, _P, _P, _L, _L, _L, _L, _P, _P, _I],
     "q3_full_attention": [_P, _P, _P, _L, _L, _L, _L, _P, _P, _I],
     "q3_decode_attention": [_P, _P, _P, _P, _L, _P, _L, _L, _L, _L, _L, _P, _I],

@@ -7,9 +7,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from qwen3vl_disagg.kernels import ops
+from qwen3vl_disagg.kernels import int8, ops
 from qwen3vl_disagg.model.layers import Linear
 from qwen3vl_disagg.model.moe import Experts
+from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear
 from qwen3vl_disagg.model.vision import VisionAttention
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -21,7 +22,11 @@ def use_kernels(module: ModuleT) -> ModuleT:
     To be called once the weights are in place, and again after they were replaced.
     """
     for part in module.modules():
-        if isinstance(part, Linear):
+        if isinstance(part, QuantizedLinear):
+            part.use_kernel = int8.can_linear_int8(part.weight, part.dtype)
+        elif isinstance(part, QuantizedExperts):
+            part.impl = "kernel" if int8.can_experts_int8(part.down_proj, part.dtype) else "grouped"
+        elif isinstance(part, Linear):
             part.use_kernel = _is_plain(part.weight) and ops.can_linear(part.weight[:1], part.weight)
         elif isinstance(part, Experts):
             weights = (part.gate_up_proj, part.down_proj)

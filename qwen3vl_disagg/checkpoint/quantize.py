@@ -1,0 +1,105 @@
+"""Weight-only quantization of the decoder, by torchao: int8, symmetric, a scale for each output channel.
+
+Quantized are the attention projections, the experts or the dense MLP, and a head of its own: all that is read for each
+token. The rest keeps its dtype: the router, because a small error in it picks other experts; norms and embeddings,
+because they are small or read by row; a head that is the embedding; and the vision tower, which is no decoder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qwen3vl_disagg.core.settings import Quantize, check_quantize
+from qwen3vl_disagg.model.kernels import use_kernels
+from qwen3vl_disagg.model.layers import Linear
+from qwen3vl_disagg.model.moe import Experts
+from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+BLOCK = 2**20
+"""Weights given to torchao at once, in float32, of which it makes copies. Small ones leave no holes in the heap."""
+_QUIET = "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"
+
+
+def load_torchao() -> ModuleType:
+    """`torchao.quantization`. Its own kernels are not used, and its lines on stderr about them are not shown."""
+    check_quantize("int8")
+    before, level = os.environ.get(_QUIET), logging.root.manager.disable
+    os.environ[_QUIET] = "1"
+    logging.disable(logging.WARNING)
+    try:
+        import torchao.quantization as quantization
+    finally:
+        logging.disable(level)
+        if before is None:
+            del os.environ[_QUIET]
+        else:
+            os.environ[_QUIET] = before
+    return quantization
+
+
+def quantize_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`[.., D]` -> the same in int8, and scales `[..]` float32.
+
+    A row's numbers depend on that row alone, so experts are rows of one matrix, and a large matrix goes in blocks.
+    """
+    torchao = load_torchao()
+    matrix = weight.detach().reshape(-1, weight.shape[-1])
+    quantized = torch.empty(matrix.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(matrix), device=weight.device)
+    size = max(1, BLOCK // max(1, matrix.shape[1]))
+    for rows, out, scale in zip(matrix.split(size), quantized.split(size), scales.split(size), strict=True):
+        holder = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+        holder.weight = nn.Parameter(rows.float(), requires_grad=False)  # a bfloat16 would round the scale as well
+        torchao.quantize_(holder, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+        made: Any = holder.weight
+        out.copy_(made.qdata.clamp(min=-127))  # of the row's 255 steps both ends are half a step away
+        scale.copy_(made.scale.squeeze(-1))
+    return quantized.view(weight.shape), scales.view(weight.shape[:-1])
+
+
+def quantized_modules(module: nn.Module) -> Iterator[tuple[str, Linear | Experts]]:
+    """(name, part) of the parts to quantize."""
+    shared = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    for name, part in list(module.named_modules()):
+        is_router = name.endswith("mlp.gate")
+        if isinstance(part, Experts) or (isinstance(part, Linear) and not is_router and id(part.weight) not in shared):
+            yield name, part
+
+
+def make_room(module: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Exchange the parts to quantize for empty int8 ones. Returns the names of the parameters to quantize."""
+    names = set()
+    for name, part in quantized_modules(module):
+        empty = QuantizedExperts(part, dtype) if isinstance(part, Experts) else QuantizedLinear(part, dtype)
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, empty)
+        names |= {f"{name}.{weight}" for weight, _ in empty.named_parameters()}
+    return names
+
+
+def put(module: nn.Module, name: str, weight: Tensor) -> None:
+    """Quantize `weight` into the parameter `name`."""
+    owner, _, leaf = name.rpartition(".")
+    quantized, scale = quantize_tensor(weight)
+    part = module.get_submodule(owner)
+    setattr(part, leaf, nn.Parameter(quantized, requires_grad=False))
+    setattr(part, f"{leaf}_scale", scale)
+
+
+def quantize_(module: ModuleT, kind: Quantize) -> ModuleT:
+    """Quantize a loaded decoder in place, weight by weight."""
+    check_quantize(kind)
+    if kind == "none":
+        return module
+    weights = dict(module.named_parameters())
+    for name in sorted(make_room(module, next(iter(weights.values())).dtype)):
+        put(module, name, weights.pop(name))
+    return use_kernels(module)

@@ -1,0 +1,80 @@
+"""The kernels for int8 weights as operators: what `ops.py` has, with a float32 scale for each row of a weight.
+
+Dims: T tokens, D hidden, N outputs, E experts, K experts per token, F expert width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwen3vl_disagg.kernels.ops import _cpu, is_cpu_bf16
+
+_library = torch.library.Library("q3vl", "FRAGMENT")
+_library.define("linear_int8(Tensor x, Tensor weight, Tensor scale) -> Tensor")
+
+
+def _linear_int8(x_TD: Tensor, weight_ND: Tensor, scale_N: Tensor) -> Tensor:
+    x_TD = x_TD.contiguous()
+    (num_rows, depth), num_out = x_TD.shape, weight_ND.shape[0]
+    threads = torch.get_num_threads()
+    out, scratch = x_TD.new_empty(num_rows, num_out), x_TD.new_empty(threads, 4 * depth)
+    tensors = (x_TD, weight_ND, scale_N, scratch, out)
+    _cpu().q3_linear_int8(*(t.data_ptr() for t in tensors), num_rows, num_out, depth, threads)
+    return out
+
+
+_library.impl("linear_int8", _linear_int8, "CPU")
+
+
+@torch.library.register_fake("q3vl::linear_int8")
+def _(x_TD: Tensor, weight_ND: Tensor, scale_N: Tensor) -> Tensor:
+    return x_TD.new_empty(x_TD.shape[0], weight_ND.shape[0])
+
+
+def can_linear_int8(weight_ND: Tensor, dtype: torch.dtype) -> bool:
+    """Sizes the kernel takes, bfloat16 for the rows. Few rows are the caller's business."""
+    num_out, depth = weight_ND.shape
+    return num_out % 4 == 0 and depth % 32 == 0 and is_cpu_bf16(torch.empty(0, dtype=dtype, device=weight_ND.device))
+
+
+_library.define(
+    "experts_int8(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor gate_up_scale, Tensor down, "
+    "Tensor down_scale) -> Tensor"
+)
+
+
+def _experts_int8(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    gate_up_EGD: Tensor,
+    gate_up_scale_EG: Tensor,
+    down_EDF: Tensor,
+    down_scale_ED: Tensor,
+) -> Tensor:
+    (num_tokens, hidden), num_choices = x_TD.shape, ids_TK.shape[1]
+    num_experts, _, width = down_EDF.shape
+    num_rows, threads = num_tokens * num_choices, torch.get_num_threads()
+    x_TD, weights_TK, ids_TK = x_TD.contiguous(), weights_TK.contiguous(), ids_TK.contiguous()
+    index = torch.empty(num_experts + 1 + 2 * num_rows, dtype=torch.int32)
+    scratch = x_TD.new_empty(threads, 4 * max(hidden, width))
+    act, y, out = x_TD.new_empty(num_rows, width), x_TD.new_empty(num_rows, hidden), torch.empty_like(x_TD)
+    tensors = (x_TD, ids_TK, weights_TK, gate_up_EGD, gate_up_scale_EG, down_EDF, down_scale_ED)
+    pointers = (t.data_ptr() for t in (*tensors, scratch, index, act, y, out))
+    _cpu().q3_experts_int8(*pointers, num_tokens, num_experts, num_choices, hidden, width, threads)
+    return out
+
+
+_library.impl("experts_int8", _experts_int8, "CPU")
+
+
+@torch.library.register_fake("q3vl::experts_int8")
+def _(x_TD: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(x_TD)
+
+
+def can_experts_int8(down_EDF: Tensor, dtype: torch.dtype) -> bool:
+    """Sizes the kernel takes, bfloat16 for the rows."""
+    hidden, width = down_EDF.shape[1:]
+    return hidden % 32 == 0 and width % 32 == 0 and is_cpu_bf16(torch.empty(0, dtype=dtype, device=down_EDF.device))

@@ -1,0 +1,101 @@
+"""Linear layers and experts whose weights are int8, with a float32 scale for each output channel (a row of a weight).
+
+Where there are kernels, they read the int8 as it is. Elsewhere a weight is dequantized each time it is used, one at a
+time: right, and slower than the bfloat16 it came from. Dims as in `moe.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qwen3vl_disagg.kernels import int8  # noqa: F401 - defines the operators
+from qwen3vl_disagg.kernels.ops import MAX_LINEAR_ROWS
+from qwen3vl_disagg.model.layers import Linear
+from qwen3vl_disagg.model.moe import Experts, run_experts_grouped
+
+
+def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight [.., D]` int8, `scale [..]` -> `[.., D]`; the product in float32, rounded once."""
+    return weight.to(dtype).mul_(scale.unsqueeze(-1))
+
+
+class QuantizedLinear(Linear):
+    """`Linear` with `weight [N, D]` int8 and `weight_scale [N]`, to be filled; `dtype` is that of its rows."""
+
+    weight_scale: Tensor
+
+    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.use_kernel = linear.in_features, linear.out_features, False
+        self.dtype = dtype
+        _hold(self, "weight", linear.weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_kernel and x.shape[0] <= MAX_LINEAR_ROWS:
+            return torch.ops.q3vl.linear_int8(x, self.weight, self.weight_scale)
+        return F.linear(x, dequantize(self.weight, self.weight_scale, x.dtype))
+
+
+def run_experts_dequantized(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    gate_up_EGD: Tensor,
+    gate_up_scale_EG: Tensor,
+    down_EDF: Tensor,
+    down_scale_ED: Tensor,
+) -> Tensor:
+    """One expert after another, as `run_experts_loop`; only those with rows are dequantized, one at a time."""
+    out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    for expert in ids_TK.unique().tolist():  # on a CPU: nothing to wait for
+        token_R, choice_R = (ids_TK == expert).nonzero(as_tuple=True)
+        gate_up_GD = dequantize(gate_up_EGD[expert], gate_up_scale_EG[expert], x_TD.dtype)
+        gate, up = F.linear(x_TD.index_select(0, token_R), gate_up_GD).chunk(2, dim=-1)
+        y_RD = F.linear(F.silu(gate) * up, dequantize(down_EDF[expert], down_scale_ED[expert], x_TD.dtype))
+        out_TD.index_add_(0, token_R, y_RD.float() * weights_TK[token_R, choice_R, None].float())
+    return out_TD.to(x_TD.dtype)
+
+
+# Which experts have rows is nothing that the compiler could know.
+_library = torch.library.Library("q3vl", "FRAGMENT")
+_library.define(
+    "experts_dequantized(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor gate_up_scale, Tensor down, "
+    "Tensor down_scale) -> Tensor"
+)
+_library.impl("experts_dequantized", run_experts_dequantized, "CPU")
+
+
+@torch.library.register_fake("q3vl::experts_dequantized")
+def _(x_TD: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(x_TD)
+
+
+class QuantizedExperts(Experts):
+    """`Experts` with int8 weights, `gate_up_proj_scale [E, 2F]` and `down_proj_scale [E, D]`, to be filled."""
+
+    gate_up_proj_scale: Tensor
+    down_proj_scale: Tensor
+
+    def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.impl, self.dtype = "grouped", dtype
+        _hold(self, "gate_up_proj", experts.gate_up_proj.shape)
+        _hold(self, "down_proj", experts.down_proj.shape)
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        gate_up, down = (self.gate_up_proj, self.gate_up_proj_scale), (self.down_proj, self.down_proj_scale)
+        if self.impl == "kernel":
+            return torch.ops.q3vl.experts_int8(x_TD, weights_TK, ids_TK, *gate_up, *down)
+        if x_TD.device.type == "cpu":
+            return torch.ops.q3vl.experts_dequantized(x_TD, weights_TK, ids_TK, *gate_up, *down)
+        # Elsewhere a wait for each expert would cost more than the memory of a layer's experts.
+        whole = (dequantize(*gate_up, x_TD.dtype), dequantize(*down, x_TD.dtype))
+        return run_experts_grouped(x_TD, weights_TK, ids_TK, *whole)
+
+
+def _hold(module: nn.Module, name: str, shape: torch.Size) -> None:
+    weight = torch.empty(shape, dtype=torch.int8, device="meta")
+    module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+    module.register_buffer(f"{name}_scale", torch.empty(shape[:-1], device="meta"))

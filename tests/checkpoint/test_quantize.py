@@ -1,0 +1,206 @@
+"""int8 weights: how far from what they were, which they are, what they weigh, and what the model still knows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3vl_disagg.assets import tiny_folder
+from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, load_language_model, load_model, module_tensors, quantize
+from qwen3vl_disagg.checkpoint.quantize import quantize_, quantize_tensor
+from qwen3vl_disagg.checkpoint.random import random_language_model
+from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
+from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.engine.compiled import graph_kinds
+from qwen3vl_disagg.engine.engine import EngineOptions
+from qwen3vl_disagg.engine.llm import LLM
+from qwen3vl_disagg.kernels import build
+from qwen3vl_disagg.model.moe import route, run_experts_grouped
+from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear, dequantize
+from tests.support.scenes import ask_scenes
+from tests.support.weights import SMALLEST, write_smallest
+
+GREEDY = SamplingParams(max_new_tokens=40, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return ask_scenes(tmp_path_factory.mktemp("scenes"), seed=77, count=200)
+
+
+@given(
+    shape=st.lists(st.integers(2, 9), min_size=2, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    size=st.sampled_from([1e-3, 1.0, 100.0]),
+    block=st.sampled_from([1, 20, quantize.BLOCK]),
+    seed=st.integers(0, 99),
+)
+def test_half_a_step_at_most(shape, dtype, size, block, seed):
+    """Each weight is at most half a step off, the step being its row's; whatever blocks the rows go in."""
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "BLOCK", block)
+        values, scale = quantize_tensor(weight)
+    assert (values.dtype, scale.dtype) == (torch.int8, torch.float32)
+    assert (values.shape, scale.shape) == (weight.shape, weight.shape[:-1])
+    assert values.min() >= -127
+    errors = (values.double() * scale.double().unsqueeze(-1) - weight.double()).abs()
+    assert (errors <= scale.double().unsqueeze(-1) * (0.5 + 1e-4)).all()
+    assert (scale.double() * 127.5 <= weight.double().abs().amax(-1).clamp(min=2e-5) * (1 + 1e-6)).all()
+
+
+def test_a_row_of_zeros_stays_zero():
+    values, scale = quantize_tensor(torch.zeros(2, 3))
+    assert not values.any()
+    assert scale.isfinite().all()
+
+
+@pytest.mark.parametrize("preset", ["tiny-random-mixed", "tiny-random-dense"])
+def test_which_parameters(preset):
+    """The projections, the MLPs and a head of its own; the dense preset's head is its embedding."""
+    model = quantize_(random_language_model(RANDOM_PRESETS[preset], torch.float32, "cpu", 0), "int8")
+    parameters = dict(model.named_parameters())
+    kept = {name for name, parameter in parameters.items() if parameter.dtype != torch.int8}
+    assert all("norm" in name or name.endswith(("embed_tokens.weight", "mlp.gate.weight")) for name in kept)
+    assert len([name for name in kept if name.endswith("mlp.gate.weight")]) == (4 if "mixed" in preset else 0)
+    assert ("lm_head.weight" in parameters) == ("mixed" in preset)
+    for name, parameter in parameters.items():
+        if parameter.dtype == torch.int8:
+            assert not any(word in name for word in ("norm", "embed", "mlp.gate.weight"))
+            assert model.get_buffer(f"{name}_scale").shape == parameter.shape[:-1]
+
+
+@pytest.mark.parametrize("layout", ["hub", "per_expert"])
+def test_loading_quantizes_what_is_loaded(tmp_path, layout):
+    folder = write_smallest(tmp_path, layout=layout)
+    loaded = load_language_model(folder, quantize="int8").state_dict()
+    expected = quantize_(load_language_model(folder), "int8").state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    whole = load_model(folder, quantize="int8")
+    assert {p.dtype for p in whole.visual.parameters()} == {torch.float32}
+    assert torch.equal(whole.language_model.lm_head.weight, loaded["lm_head.weight"])
+
+
+def test_a_tied_head_stays_the_embedding(tmp_path):
+    folder = write_smallest(tmp_path, replace(SMALLEST, tie_word_embeddings=True))
+    model = load_language_model(folder, quantize="int8")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.int8
+
+
+def test_one_plain_matrix_at_a_time(tmp_path, monkeypatch):
+    """When a weight comes to be quantized, all before it have become int8: no second copy of the model."""
+    seen = []
+
+    def put(module, name, weight):
+        plain = [p for p in module.parameters() if not p.is_meta and p.dtype != torch.int8 and p.dim() == 3]
+        seen.append((name, len(plain)))
+        original(module, name, weight)
+
+    original = quantize.put
+    monkeypatch.setattr("qwen3vl_disagg.checkpoint.load.put", put)
+    load_language_model(write_smallest(tmp_path), quantize="int8")
+    assert len(seen) > 10
+    assert {count for _, count in seen} == {0}
+
+
+def test_weights_weigh_half():
+    """Of the shape of the large models, where experts are nearly everything."""
+    text = replace(RANDOM_PRESETS["mid"].text, num_hidden_layers=2, vocab_size=4096)
+    model = random_language_model(replace(RANDOM_PRESETS["mid"], text=text), torch.bfloat16, "cpu", 0)
+    before = sum(tensor.nbytes for tensor in module_tensors(model).values())
+    after = sum(tensor.nbytes for tensor in quantize_(model, "int8").state_dict().values())
+    assert after <= 0.6 * before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modules_are_their_dequantized_selves(dtype):
+    """Few rows and many, with kernels (bfloat16) and without."""
+    model = quantize_(random_language_model(_with_kernels(), dtype, "cpu", 0), "int8")
+    linear, experts = model.model.layers[0].self_attn.q_proj, model.model.layers[0].mlp.experts
+    assert isinstance(linear, QuantizedLinear)
+    assert isinstance(experts, QuantizedExperts)
+    has_kernels = dtype == torch.bfloat16 and build.load() is not None
+    assert (linear.use_kernel, experts.impl) == (has_kernels, "kernel" if has_kernels else "grouped")
+    for rows in (1, 60):
+        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+        expected = x.float() @ dequantize(linear.weight, linear.weight_scale, torch.float32).T
+        assert torch.allclose(linear(x).float(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+        weights, ids = route(torch.randn(rows, 8, generator=torch.Generator().manual_seed(2)).to(dtype), 2)
+        plain = (
+            dequantize(experts.gate_up_proj, experts.gate_up_proj_scale, torch.float32),
+            dequantize(experts.down_proj, experts.down_proj_scale, torch.float32),
+        )
+        expected = run_experts_grouped(x.float(), weights.float(), ids, *plain)
+        actual = experts(x, weights, ids).float()
+        assert torch.allclose(actual, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+
+
+def _with_kernels():
+    """Sizes that the kernels take."""
+    config = RANDOM_PRESETS["tiny-random"]
+    return replace(config, text=replace(config.text, num_hidden_layers=1, moe_intermediate_size=96))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_stay(scenes, dtype):
+    """Within a point, and nearly always the very same words."""
+    said = {}
+    for kind in ("none", "int8"):
+        results = LLM(dtype=dtype, quantize=kind).chat([asked.messages() for asked in scenes], GREEDY)
+        said[kind] = [result.text for result in results]
+    right = {kind: sum(t == a.answer for t, a in zip(said[kind], scenes, strict=True)) for kind in said}
+    assert right["none"] > 0.9 * len(scenes)
+    assert abs(right["int8"] - right["none"]) <= 0.01 * len(scenes)
+    assert sum(a == b for a, b in zip(said["none"], said["int8"], strict=True)) >= 0.98 * len(scenes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled(scenes, dtype):
+    """As many graphs as for plain weights, none broken, none made later, and the same answers."""
+    torch._dynamo.reset()
+    messages = [asked.messages() for asked in scenes[:12]]
+    expected = [result.text for result in LLM(dtype=dtype, quantize="int8").chat(messages, GREEDY)]
+    llm = LLM(dtype=dtype, quantize="int8", engine_options=EngineOptions(compile=True))
+    compiled = llm.engine.runner.compiled
+    made = compiled.counts
+    has_kernels = dtype == "bfloat16" and build.load() is not None
+    assert made.graphs == len(graph_kinds(llm.config, has_kernels=has_kernels)) + 1  # and the tower's
+    assert made.breaks == 0
+    with torch.compiler.set_stance("fail_on_recompile"):
+        answers = [result.text for result in llm.chat(messages, GREEDY)]
+    torch._dynamo.reset()
+    assert answers == expected
+    assert compiled.counts == made
+
+
+def test_what_is_refused(monkeypatch):
+    with pytest.raises(NotBuiltYet, match="--quantize float8"):
+        LLM(quantize="float8")
+    with pytest.raises(InputError, match="--quantize int3: must be one of none, int8, float8"):
+        LLM(quantize="int3")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for attempt in (LLM, lambda **kind: load_language_model(tiny_folder(), **kind)):
+        with pytest.raises(InputError, match=r"needs torchao: pip install 'qwen3vl-disagg\[quantize\]'"):
+            attempt(quantize="int8")
+
+
+def test_torchao_comes_quietly_and_only_when_asked():
+    code = (
+        "import os, sys\n"
+        "from qwen3vl_disagg.checkpoint import load_language_model, quantize\n"
+        "assert 'torchao' not in sys.modules\n"
+        "quantize.load_torchao()\n"
+        "assert 'TORCHAO_FORCE_SKIP_LOADING_SO_FILES' not in os.environ\n"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TORCHAO")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
