@@ -17,6 +17,7 @@ a list, K partial pages at most.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 SPARSE_ROWS = 128
 """Query rows that one entry of a block mask covers. More than a block has: the decode kernel on CUDA wants a multiple
 of the rows that it makes of one token, one for each query head of a kv head, and at least 16."""
+ALIGNMENT = 4
+"""int32 values: compiled code on CUDA copies what does not begin at 16 bytes."""
 MIN_CUDA_PAGE = 16
 """The smallest operand of a matrix product in Triton."""
 
@@ -84,7 +87,7 @@ def why_not_flex(device: torch.device, page_size: int, head_dim: int) -> str | N
 class FlexPlan:
     """A step's lists, as they go through a compiled layer: two tensors whose sizes no graph looks at.
 
-    lists: int32, on the device: the fields of `FlexLists`, flat, behind one another.
+    lists: int32, on the device: the fields of `FlexLists`, flat, behind one another, each from an aligned place on.
     sizes: int64 `[8]`, on the host: R, W, T and the fields of the kind.
     """
 
@@ -155,7 +158,8 @@ def make_plan(
     num_blocks = kind.num_blocks or max(2, len(sequence_R))
     missing = num_blocks - len(sequence_R)
     padded = [torch.cat([part, part.new_zeros(missing, *part.shape[1:])]).flatten() for part in lists]
-    flat = torch.cat([*padded, back_T]).to(torch.int32)
+    aligned = [torch.nn.functional.pad(part, (0, -len(part) % ALIGNMENT)) for part in [*padded, back_T]]
+    flat = torch.cat(aligned).to(torch.int32)
     sizes = [num_blocks, width, len(back_T), page_size, rows, kind.num_blocks, int(kind.has_full), 0]
     flat = flat.to(device, non_blocking=True)
     # A size of its own: the compiler would take it for the same as another that is equal by chance.
@@ -168,11 +172,11 @@ def read_plan(lists: Tensor, sizes: Tensor) -> tuple[FlexKind, FlexLists]:
     num_blocks, width, num_tokens, page_size, rows, fixed, has_full, _ = sizes.tolist()  # on the host: no sync
     kind = FlexKind(lists.device.type, page_size, rows, fixed, bool(has_full))
     full_width = width if has_full else 0
-    shapes = [(num_blocks,)] * 3 + [(num_blocks, w) for w in (kind.num_partial, width, full_width)]
-    lengths = [shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes]
-    parts = lists.split([*lengths, num_blocks * rows, num_tokens])
-    views = [part.view(shape) for part, shape in zip(parts, shapes, strict=False)]
-    return kind, FlexLists(*views, *parts[-2:])
+    wide = [(num_blocks, w) for w in (kind.num_partial, width, full_width)]
+    shapes = [(num_blocks,)] * 3 + wide + [(num_blocks * rows,), (num_tokens,)]
+    lengths = [math.prod(shape) for shape in shapes]
+    parts = lists.split([length + -length % ALIGNMENT for length in lengths])
+    return kind, FlexLists(*(p[:n].view(shape) for p, n, shape in zip(parts, lengths, shapes, strict=True)))
 
 
 def flex_attend(q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor, kind: FlexKind, lists: FlexLists) -> Tensor:
@@ -182,14 +186,15 @@ def flex_attend(q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor, kind: FlexKind, l
     if len(lists.rows) != len(q) or kind.rows > 1:
         q = q.index_select(0, lists.rows)
     q = q.unflatten(0, (num_blocks, kind.rows)).transpose(1, 2)
-    sized = [q, lists.num_partial, lists.num_full, lists.offset, lists.starts, lists.partial, lists.full]
+    full = [lists.num_full, lists.full] if kind.has_full else []
+    blocks = [lists.num_partial, lists.partial, lists.offset, lists.starts, *full]
     if not kind.num_blocks:
-        for tensor in sized:
+        for tensor in (q, *blocks):
             torch._dynamo.mark_dynamic(tensor, 0)
     if kind.device != "cpu":
-        for tensor in (lists.partial, lists.full) if kind.has_full else (lists.partial,):
+        for tensor in (lists.partial, *full[1:]):
             torch._dynamo.mark_dynamic(tensor, 1)
-    out = compiled_attention(kind)(q, k_pool, v_pool, *sized[1:]).transpose(1, 2).flatten(0, 1)
+    out = compiled_attention(kind)(q, k_pool, v_pool, *blocks).transpose(1, 2).flatten(0, 1)
     return (out[: len(lists.back)] if kind.rows == 1 else out.index_select(0, lists.back)).to(q_TNH.dtype)
 
 
@@ -202,13 +207,13 @@ def compiled_attention(kind: FlexKind) -> Callable[..., Tensor]:
         k_pool: Tensor,
         v_pool: Tensor,
         num_partial: Tensor,
-        num_full: Tensor,
+        partial: Tensor,
         offset: Tensor,
         starts: Tensor,
-        partial: Tensor,
-        full: Tensor,
+        num_full: Tensor | None = None,
+        full: Tensor | None = None,
     ) -> Tensor:
-        mask = block_mask(kind, len(k_pool), num_partial, num_full, offset, starts, partial, full)
+        mask = block_mask(kind, len(k_pool), num_partial, partial, offset, starts, num_full, full)
         k, v = (pool.transpose(0, 1)[None] for pool in (k_pool, v_pool))
         # Triton's blocks of keys must divide a page; the decode kernel sees to that itself.
         options: Any = {"BLOCK_N": min(64, kind.page_size)} if kind.device == "cuda" and kind.rows > 1 else None
@@ -223,11 +228,11 @@ def block_mask(
     kind: FlexKind,
     num_slots: int,
     num_partial: Tensor,
-    num_full: Tensor,
+    partial: Tensor,
     offset: Tensor,
     starts: Tensor,
-    partial: Tensor,
-    full: Tensor,
+    num_full: Tensor | None = None,
+    full: Tensor | None = None,
 ) -> BlockMask:
     """No work, only names: the lists are taken as they are. `mask_mod` is right within listed pages only."""
 
@@ -242,8 +247,8 @@ def block_mask(
     return BlockMask.from_kv_blocks(
         num_partial[:, None, None],
         partial[:, None, None],
-        num_full[:, None, None] if kind.has_full else None,
-        full[:, None, None] if kind.has_full else None,
+        None if num_full is None else num_full[:, None, None],
+        None if full is None else full[:, None, None],
         BLOCK_SIZE=(SPARSE_ROWS, kind.page_size),
         mask_mod=mask_mod,
         seq_lengths=(kind.rows, num_slots),
@@ -279,8 +284,8 @@ def _flex_attention(
     k_pool.index_copy_(0, new_slots_T, k_TGH.to(k_pool.dtype))
     v_pool.index_copy_(0, new_slots_T, v_TGH.to(v_pool.dtype))
     # The first call of a compiled layer is watched (torch._functorch.config.check_custom_op_aliasing) and sees other
-    # dispatch keys than later ones, which would be a second graph. Below autograd they are the same.
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+    # dispatch keys than later ones, which would be a second graph. Below all of autograd they are the same.
+    with torch.no_grad(), torch._C._AutoDispatchBelowADInplaceOrView():
         return flex_attend(q_TNH, k_pool, v_pool, *read_plan(lists, sizes))
 
 

@@ -151,6 +151,31 @@ def test_compiled_for_a_fixed_number_of_blocks():
     assert graphs() - before == 1
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_graphs_of_cuda_do_not_depend_on_lengths(monkeypatch):
+    """What the compiler's front end makes of the lists for CUDA; its back end, and so the result, is not run here."""
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_with(f, backend="eager", **options))
+    flex.compiled_attention.cache_clear()
+    keys, values = pools(256)
+    before, kinds = graphs(), set()
+    with torch.inference_mode():
+        for new, contexts in [
+            *[([1] * n, [30 + n] * n) for n in (1, 2, 3, 4)],
+            *[([1] * n, [200 - n] * n) for n in (3, 2, 1)],
+            *[([n], [n]) for n in (2, 20, 200)],
+            *[([150, n], [170, 40]) for n in (1, 30)],
+        ]:
+            kind = flex.flex_kind("cuda", 16, num_sequences=len(new), is_decode=max(new) == 1)
+            kinds.add(kind)
+            tables = torch.arange(13).expand(len(new), -1)
+            _, lists = plan_of(kind, new, contexts, tables, len(keys))
+            flex.flex_attend(queries(new), keys, values, kind, lists)
+    flex.compiled_attention.cache_clear()
+    assert kinds == flex.flex_kinds("cuda", 16, 4)
+    assert graphs() - before == len(kinds)
+
+
 # ---- an eager model, pages that change owners ----
 
 

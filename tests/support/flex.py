@@ -27,7 +27,7 @@ def seen_by_tables(new, contexts, tables, page_size, num_slots) -> torch.Tensor:
 def seen_by_lists(kind: flex.FlexKind, lists: flex.FlexLists, num_slots: int) -> torch.Tensor:
     """`[T, S]`: full pages as they are, partial ones under the mask."""
     num_blocks, slot = len(lists.num_partial), torch.arange(num_slots)
-    fields = (lists.num_partial, lists.num_full, lists.offset, lists.starts, lists.partial, lists.full)
+    fields = (lists.num_partial, lists.partial, lists.offset, lists.starts)
     mask_mod = flex.block_mask(kind, num_slots, *fields).mask_mod
     block, row = torch.arange(num_blocks)[:, None, None], torch.arange(kind.rows)[:, None]
     allowed = mask_mod(block, torch.tensor(0), row, slot)
