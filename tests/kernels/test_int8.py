@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from qwen3vl_disagg.kernels import build, int8, ops
-from qwen3vl_disagg.model.moe import route, run_experts_loop
+from qwen3vl_disagg.model.moe import route
 
 pytestmark = pytest.mark.skipif(build.load() is None, reason="no AVX-512 BF16 or no C++ compiler")
 
@@ -59,9 +59,22 @@ def test_linear(rows, blocks, depth, seed):
     assert distance(torch.ops.q3vl.linear_int8(x, *weight), expected) < 2**-8
 
 
+def rounded_experts(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """`run_experts_loop` with float64 weights, rounded to bfloat16 where it rounds."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for token, choice in ((t, k) for t in range(ids.shape[0]) for k in range(ids.shape[1])):
+        expert = ids[token, choice]
+        gate, up = F.linear(x[token].double(), gate_up[expert]).bfloat16().chunk(2)
+        y = F.linear((F.silu(gate) * up).double(), down[expert]).bfloat16()
+        out[token] += y.double() * weights[token, choice].double()
+    return out
+
+
 @settings(max_examples=40)
 @given(
-    tokens=st.integers(1, 130),
+    tokens=st.integers(1, 60),
     experts=st.integers(1, 9),
     choices=st.integers(1, 4),
     hidden=st.integers(1, 4),
@@ -78,15 +91,14 @@ def test_experts(tokens, experts, choices, hidden, width, skew, threads, seed):
     gate_up = quantized(experts, 64 * width, 32 * hidden, seed=seed + 2)
     down = quantized(experts, 32 * hidden, 32 * width, seed=seed + 3)
     assert int8.can_experts_int8(down[0], x.dtype)
-    expected = run_experts_loop(x.double(), weights.double(), ids, exact(*gate_up), exact(*down))
-    loop = run_experts_loop(x, weights, ids, exact(*gate_up).bfloat16(), exact(*down).bfloat16())
+    expected = rounded_experts(x, weights, ids, exact(*gate_up), exact(*down))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         actual = torch.ops.q3vl.experts_int8(x, weights, ids, *gate_up, *down)
     finally:
         torch.set_num_threads(before)
-    assert distance(actual, expected) <= distance(loop, expected) + 2**-8
+    assert distance(actual, expected) < 2**-7
 
 
 def test_what_is_not_finite_stays_so():
