@@ -28,7 +28,7 @@ SWITCH = "Q3VL_KERNELS"
 
 _P, _L, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 SIGNATURES = {
-    "q3_linear": [_P, _P, _P, _L, _L, _L, _I],
+    "q3_linear": [_P, _P, _P, _L, _P, _L, _L, _L, _I],
     "q3_experts": [_P] * 9 + [_L] * 5 + [_I],
     "q3_linear_int8": [_P] * 5 + [_L] * 3 + [_I],
     "q3_experts_int8": [_P] * 12 + [_L] * 5 + [_I],

@@ -33,16 +33,24 @@ def is_cpu_bf16(*tensors: Tensor) -> bool:
 
 # ---- linear ----
 
-_library.define("linear(Tensor x, Tensor weight) -> Tensor")
+_library.define("linear(Tensor x, Tensor[] weights) -> Tensor")
 
 
-def _linear(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+def _linear(x_TD: Tensor, weights: list[Tensor]) -> Tensor:
+    """`[T, N]`: the products with up to 4 weights side by side."""
     x_TD = x_TD.contiguous()
-    num_rows, depth = x_TD.shape
-    out = x_TD.new_empty(num_rows, weight_ND.shape[0])
-    threads = torch.get_num_threads()
+    (num_rows, depth), sizes = x_TD.shape, [len(weight) for weight in weights]
+    out = x_TD.new_empty(num_rows, sum(sizes))
     _cpu().q3_linear(
-        x_TD.data_ptr(), weight_ND.data_ptr(), out.data_ptr(), num_rows, weight_ND.shape[0], depth, threads
+        x_TD.data_ptr(),
+        (ctypes.c_void_p * len(sizes))(*[weight.data_ptr() for weight in weights]),
+        (ctypes.c_long * len(sizes))(*sizes),
+        len(sizes),
+        out.data_ptr(),
+        num_rows,
+        out.shape[1],
+        depth,
+        torch.get_num_threads(),
     )
     return out
 
@@ -51,8 +59,8 @@ _library.impl("linear", _linear, "CPU")
 
 
 @torch.library.register_fake("q3vl::linear")
-def _(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
-    return x_TD.new_empty(x_TD.shape[0], weight_ND.shape[0])
+def _(x_TD: Tensor, weights: list[Tensor]) -> Tensor:
+    return x_TD.new_empty(x_TD.shape[0], sum(len(weight) for weight in weights))
 
 
 def can_linear(x_TD: Tensor, weight_ND: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qwen3vl_disagg.model.config import TextConfig
-from qwen3vl_disagg.model.layers import Linear, RMSNorm
+from qwen3vl_disagg.model.layers import Linear, RMSNorm, project
 from qwen3vl_disagg.model.rope import apply_rotary
 
 LayerCache = tuple[Tensor, Tensor]
@@ -105,8 +105,6 @@ class Attention(nn.Module):
     def forward(
         self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], forward_batch: ForwardBatch, cache: LayerCache | None
     ) -> Tensor:
-        heads = (-1, self.head_dim)
-        q_TNH = apply_rotary(self.q_norm(self.q_proj(x_TD).unflatten(-1, heads)), *rotary)
-        k_TGH = apply_rotary(self.k_norm(self.k_proj(x_TD).unflatten(-1, heads)), *rotary)
-        v_TGH = self.v_proj(x_TD).unflatten(-1, heads)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x_TD, self.q_proj, self.k_proj, self.v_proj))
+        q_TNH, k_TGH, v_TGH = apply_rotary(self.q_norm(q), *rotary), apply_rotary(self.k_norm(k), *rotary), v
         return self.o_proj(forward_batch.attend(q_TNH, k_TGH, v_TGH, cache).flatten(1))

@@ -32,8 +32,16 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.use_kernel and x.shape[0] <= MAX_LINEAR_ROWS:
-            return torch.ops.q3vl.linear(x, self.weight)
+            return torch.ops.q3vl.linear(x, [self.weight])
         return F.linear(x, self.weight)
+
+
+def project(x_TD: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """Several layers of one input; those that the bfloat16 kernel runs in one call."""
+    if x_TD.shape[0] <= MAX_LINEAR_ROWS and all(type(layer) is Linear and layer.use_kernel for layer in layers):
+        out = torch.ops.q3vl.linear(x_TD, [layer.weight for layer in layers])
+        return out.split([layer.out_features for layer in layers], dim=-1)
+    return tuple(layer(x_TD) for layer in layers)
 
 
 class SwiGLU(nn.Module):
@@ -46,4 +54,5 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        gate, up = project(x_TD, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)

@@ -39,12 +39,20 @@ def test_linear(rows, blocks, depth, seed):
     x, weight = bf16(rows, 32 * depth, seed=seed), bf16(4 * blocks, 32 * depth, seed=seed + 1)
     assert ops.can_linear(x, weight)
     exact = F.linear(x.double(), weight.double())
-    assert distance(torch.ops.q3vl.linear(x, weight), exact) < 2**-8
+    assert distance(torch.ops.q3vl.linear(x, [weight]), exact) < 2**-8
+
+
+def test_several_matrices_side_by_side():
+    x, weights = bf16(5, 64, seed=0), [bf16(n, 64, seed=n) for n in (8, 4, 20)]
+    alone = [torch.ops.q3vl.linear(x, [weight]) for weight in weights]
+    assert torch.equal(torch.ops.q3vl.linear(x, weights), torch.cat(alone, 1))
 
 
 def test_linear_reads_rows_where_they_lie():
     x, weight = bf16(6, 128, seed=0), bf16(8, 64, seed=1)
-    assert torch.equal(torch.ops.q3vl.linear(x[::2, :64], weight), torch.ops.q3vl.linear(x[::2, :64].clone(), weight))
+    assert torch.equal(
+        torch.ops.q3vl.linear(x[::2, :64], [weight]), torch.ops.q3vl.linear(x[::2, :64].clone(), [weight])
+    )
 
 
 @settings(max_examples=40)
@@ -86,7 +94,7 @@ def test_swiglu_does_not_overflow():
 def test_what_is_not_finite_stays_so():
     x, weight = bf16(2, 32, seed=0), bf16(4, 32, seed=1)
     x[1, 3] = float("nan")
-    assert torch.ops.q3vl.linear(x, weight).isnan().any(1).tolist() == [False, True]
+    assert torch.ops.q3vl.linear(x, [weight]).isnan().any(1).tolist() == [False, True]
     q = bf16(2, 1, 64, seed=2)
     q[1] = float("nan")
     pool = bf16(8, 1, 64, seed=3).float()
@@ -173,7 +181,7 @@ def test_other_dtypes_and_sizes_are_left_to_torch():
 
 def test_operators_tell_the_compiler_the_truth():
     x, weight = bf16(3, 64, seed=0), bf16(8, 64, seed=1)
-    torch.library.opcheck(torch.ops.q3vl.linear.default, (x, weight))
+    torch.library.opcheck(torch.ops.q3vl.linear.default, (x, [weight, weight]))
     q = bf16(10, 2, 64, seed=2)
     torch.library.opcheck(torch.ops.q3vl.attend_frames.default, (q, q, q, torch.tensor([0, 4, 10])))
     ids, weights = torch.tensor([[0, 1], [1, 0], [0, 1]]), bf16(3, 2, seed=3)

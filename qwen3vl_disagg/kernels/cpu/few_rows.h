@@ -8,21 +8,30 @@
 
 extern "C" int omp_get_thread_num(void);
 
-// out[T, N] = x[T, D] w[N, D]^T. N is a multiple of 4, D of 32, T at most 64.
+// out[T, N] = x[T, D] [w_0; w_1; ..]^T for `num` weights w_i[sizes[i], D], whose sizes add up to N. Sizes are multiples
+// of 4, D of 32, T is at most 64.
 template <typename Weight>
-static void linear(const bf16* x, const Weight& weight, bf16* out, long T, long N, long D, int threads) {
+static void linear(const bf16* x, const Weight* weights, const long* sizes, long num, bf16* out, long T, long N, long D,
+                   int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const bf16* rows[64];
     float tile[64 * 4];
-    const Weight w = weight.at(0, omp_get_thread_num());
     for (long t = 0; t < T; t++) rows[t] = x + t * D;
-#pragma omp for schedule(static)
-    for (long n = 0; n < N; n += 4) {
-      w.dot(rows, T, n, tile);
-      store_tile(tile, T, out + n, N);
+    for (long i = 0, start = 0; i < num; start += sizes[i++]) {
+      const Weight w = weights[i].at(0, omp_get_thread_num());
+#pragma omp for schedule(static) nowait
+      for (long n = 0; n < sizes[i]; n += 4) {
+        w.dot(rows, T, n, tile);
+        store_tile(tile, T, out + start + n, N);
+      }
     }
   }
+}
+
+template <typename Weight>
+static void linear(const bf16* x, const Weight& weight, bf16* out, long T, long N, long D, int threads) {
+  linear(x, &weight, &N, 1, out, T, N, D, threads);
 }
 
 // Rows of an expert, in blocks, so that the scratch of a thread is bounded.

@@ -10,8 +10,12 @@ struct Bf16Weight {
   }
 };
 
-extern "C" void q3_linear(const bf16* x, const bf16* w, bf16* out, long T, long N, long D, int threads) {
-  linear(x, Bf16Weight{w, D}, out, T, N, D, threads);
+// Up to 4 weights.
+extern "C" void q3_linear(const bf16* x, const bf16* const* w, const long* sizes, long num, bf16* out, long T, long N,
+                          long D, int threads) {
+  Bf16Weight weights[4];
+  for (long i = 0; i < num; i++) weights[i] = {w[i], D};
+  linear(x, weights, sizes, num, out, T, N, D, threads);
 }
 
 extern "C" void q3_experts(const bf16* x, const int64_t* ids, const bf16* weights, const bf16* gate_up, const bf16* down,
