@@ -2,8 +2,10 @@
 
     python recipes/bench.py transfer [--megabytes 1 4 16 64] [--rounds 40] [--json]
     python recipes/bench.py overlap [--rounds 5] [--picture overlap.png]
+    python recipes/bench.py engine [--vllm-python PYTHON] [--rounds 5] [--picture DIR]
+    python recipes/bench.py gaps [--rounds 2] [--picture DIR]
 
-docs/transfer_bench.md has figures and says how to read them.
+docs/transfer_bench.md (the first two) and docs/engine_bench.md have figures and say how to read them.
 """
 
 from __future__ import annotations
@@ -17,10 +19,17 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tools.bench_engine import engine
+from tools.bench_gaps import gaps_under_load
 from tools.bench_overlap import overlap
 from tools.bench_transfer import transfer
 
-SUBCOMMANDS: dict[str, Callable[..., Any]] = {"transfer": transfer, "overlap": overlap}
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {
+    "transfer": transfer,
+    "overlap": overlap,
+    "engine": engine,
+    "gaps": gaps_under_load,
+}
 
 
 def main() -> None:

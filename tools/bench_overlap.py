@@ -5,24 +5,19 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import re
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from tools.bench_machine import machine_facts
+from tools.bench_served import REPO, Served
 
-REPO = Path(__file__).resolve().parent.parent
 MODEL_SIZES = {
     "text.hidden-size": 512,
     "text.num-hidden-layers": 9,
@@ -47,52 +42,19 @@ def make_model(folder: Path, vision_depth: int) -> None:
     subprocess.run([*command, *options], cwd=REPO, check=True, timeout=300, stdout=subprocess.DEVNULL)
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-class Serve:
+class Serve(Served):
     """1 encode rank + 1 language rank, one thread each."""
 
     def __init__(self, model: Path, overlap: str, spans: Path) -> None:
-        self.port, self.overlap, self.spans = free_port(), overlap, spans
-        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-        options = ["--model", str(model), "--port", str(self.port), "--overlap", overlap, "--spans", str(spans)]
-        self.process = subprocess.Popen(
-            [*launch, "recipes/serve.py", *options],
-            cwd=REPO,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-
-    def wait_ready(self, limit_s: float = 120.0) -> None:
-        end = time.monotonic() + limit_s
-        while not re.search("^ready: ", Path(self.log.name).read_text(), re.MULTILINE):
-            if self.process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"serve.py did not come up:\n{Path(self.log.name).read_text()[-2000:]}")
-            time.sleep(0.1)
+        self.spans = spans
+        super().__init__(2, ["--model", str(model), "--overlap", overlap, "--spans", str(spans)])
 
     def first_token(self, body: bytes) -> tuple[float, dict[str, Any], tuple[float, float]]:
         """(seconds from the request to its only token, timings, the window on the monotonic clock)."""
-        url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         started = time.monotonic()
-        with urllib.request.urlopen(request, timeout=300) as response:
-            answer = json.load(response)
+        answer = self.post(body)
         stopped = time.monotonic()
         return stopped - started, answer["timings"], (started, stopped)
-
-    def close(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(40)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
 
     def read_spans(self, window: tuple[float, float]) -> list[dict[str, Any]]:
         """What the ranks did in that window; times from its start."""

@@ -1,0 +1,232 @@
+"""This project beside `transformers` and vLLM on one checkpoint: contestants take turns within every round."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, read_config, write_checkpoint, write_random_checkpoint
+from qwen3vl_disagg.core.errors import CheckpointError
+from qwen3vl_disagg.model.config import ModelConfig
+from qwen3vl_disagg.model.presets import PRESETS
+from tools.bench_contestants.client import ContestantError, Process
+from tools.bench_contestants.worker import Setup
+from tools.bench_engine_plan import MACHINE, Plan, Record, run
+from tools.bench_engine_report import draw, report
+from tools.bench_machine import machine_facts
+from tools.make_checkpoint import write_small_tokenizer
+
+LOAD_S = 1200.0
+Name = Literal["this", "this-compiled", "this-int8", "transformers", "vllm", "vllm-compiled"]
+MODULES = {
+    MACHINE: "machine_rates",
+    "this": "this_project",
+    "transformers": "hf_transformers",
+    "vllm": "vllm_cpu",
+}
+"""By a contestant's name up to its first dash."""
+VARIANTS = {
+    "this-compiled": {"compile": "on"},
+    "this-int8": {"quantize": "int8"},
+    "vllm": {"compile": "off"},
+    "vllm-compiled": {"compile": "on"},
+}
+
+
+def make_folder(preset: str, folder: Path, std: float = 0.02) -> bool:
+    """Write the preset's checkpoint; of a published shape everything but the weights. Whether they are to be made."""
+    if preset in RANDOM_PRESETS:
+        config = write_random_checkpoint(folder, RANDOM_PRESETS[preset], seed=0, std=std, max_pixels=1 << 20)
+    else:
+        config = PRESETS[preset]
+        write_checkpoint(folder, config, {})
+    write_small_tokenizer(folder, config)
+    return preset not in RANDOM_PRESETS
+
+
+def environment(name: str, setup: Setup, python: Path) -> dict[str, str]:
+    """Threads that wait asleep (idle contestants must not spin), no network; what the caller has set stays.
+
+    vLLM is left where the kernel puts it like the others, and gets its manual's advice: Intel's OpenMP library, where
+    its environment has it.
+    """
+    env = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    openmp = python.parent.parent / "lib" / "libiomp5.so"
+    if name.startswith("vllm") and openmp.is_file():
+        env["LD_PRELOAD"] = str(openmp)
+    return {**env, **os.environ, "OMP_NUM_THREADS": str(setup.threads)}
+
+
+def start(name: str, setup: Setup, python: Path) -> Process:
+    """A contestant's process; it loads while others may be loading too."""
+    module = f"tools.bench_contestants.{MODULES[name.partition('-')[0]]}"
+    mine = replace(setup, **VARIANTS.get(name, {}))  # type: ignore[arg-type]
+    return Process(name, [str(python), "-m", module], mine, environment(name, mine, python))
+
+
+def weight_bytes(config: ModelConfig, facts: dict[str, Any]) -> float:
+    """Bytes of one weight, as the contestant holds it."""
+    return 1 if facts.get("quantize") == "int8" else {"float32": 4, "bfloat16": 2}[config.dtype]
+
+
+def check(contestants: Sequence[str], plan: Plan, model: Path | None, preset: str) -> None:
+    """SystemExit for what cannot be measured."""
+    if plan.rounds < 1 or not contestants or not plan.batches or min(plan.batches) < 1:
+        raise SystemExit("need at least one round, one contestant, and batches of at least 1")
+    if plan.new_tokens < 3 or plan.prompt_tokens < 1 or plan.prefill_tokens < 1:
+        raise SystemExit(f"need prompts, and at least 3 new tokens to time the steps between, got {plan.new_tokens}")
+    if model is None and preset not in {**RANDOM_PRESETS, **PRESETS}:
+        raise SystemExit(f"--preset {preset}: one of {', '.join([*RANDOM_PRESETS, *PRESETS])}")
+
+
+def engine(
+    rounds: int = 5,
+    contestants: tuple[Name, ...] = ("this", "this-compiled", "transformers", "vllm", "vllm-compiled"),
+    batches: tuple[int, ...] = (1, 8, 32),
+    preset: str = "mid",
+    model: Path | None = None,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    prefill_tokens: int = 1024,
+    image_side: int = 448,
+    threads: int = 2,
+    device: Literal["cpu", "cuda"] = "cpu",
+    compile: Literal["auto", "on", "off"] = "auto",
+    quantize: Literal["none", "int8"] = "none",
+    vllm_python: Path | None = None,
+    picture: Path | None = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Decode, prefill and vision speed beside the ceilings, contestants in turns; docs/engine_bench.md.
+
+    Args:
+        rounds: Rounds that count; one more before them warms up.
+        contestants: Who takes part. Who cannot be started is left out, with the reason.
+        batches: How many requests decode at once.
+        preset: Random weights: those of tools/make_checkpoint.py are written to a temporary folder, the published
+            shapes (30b-a3b, ..) are made on the device.
+        model: A checkpoint folder instead.
+        prompt_tokens: Length of a prompt that is decoded from.
+        new_tokens: Tokens for each request; end tokens are ignored.
+        prefill_tokens: Length of the prompt whose prefill is timed.
+        image_side: Height and width of the image in pixels.
+        threads: Threads of each contestant; only one works at a time.
+        device: Where all of them run.
+        compile: Of contestant `this`.
+        quantize: Of contestant `this`.
+        vllm_python: Python of an environment that has vLLM. Default: $VLLM_PYTHON.
+        picture: Folder for the picture.
+        as_json: Print the JSON line only.
+    """
+    plan = Plan(
+        batches=batches,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        prefill_tokens=prefill_tokens,
+        image_side=image_side,
+        rounds=rounds,
+    )
+    check(contestants, plan, model, preset)
+    machine = machine_facts()
+    vllm_python = vllm_python or (Path(os.environ["VLLM_PYTHON"]) if os.environ.get("VLLM_PYTHON") else None)
+    with ExitStack() as stack:
+        is_random = False
+        if model is None:
+            model = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))) / preset
+            is_random = make_folder(preset, model)
+        try:
+            config = read_config(model)
+        except CheckpointError as error:
+            raise SystemExit(f"--model {model}: {error}") from None
+        setup = Setup(
+            folder=str(model),
+            device=device,
+            threads=threads,
+            compile=compile,
+            quantize=quantize,
+            is_random=is_random,
+            max_batch=max(batches),
+            max_tokens=max(prefill_tokens, prompt_tokens + new_tokens) + 8,
+        )
+        processes, records, left_out = gather(stack, [MACHINE, *contestants], setup, vllm_python)
+        if MACHINE not in records or len(records) == 1:
+            raise SystemExit("\n".join(f"{name}: {reason}" for name, reason in left_out.items()))
+        run(plan, config, processes, records)
+    result = assemble(plan, config, records) | {
+        "bench": "engine",
+        "machine": machine,
+        "model": preset if is_random or model.name == preset else str(model.name),
+        "threads": threads,
+        "left_out": left_out,
+    }
+    if picture is not None:
+        print(draw(result, picture), file=sys.stderr)
+    if not as_json:
+        print(report(result) + "\n")
+    print(json.dumps(result))
+
+
+def gather(
+    stack: ExitStack, names: Sequence[str], setup: Setup, vllm_python: Path | None
+) -> tuple[dict[str, Process], dict[str, Record], dict[str, str]]:
+    """Load one after another. Processes and records of those that are ready; why the others are left out."""
+    processes: dict[str, Process] = {}
+    records: dict[str, Record] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        python = vllm_python if name.startswith("vllm") else Path(sys.executable)
+        if python is None:
+            left_out[name] = "no environment with vLLM given (--vllm-python or VLLM_PYTHON)"
+            continue
+        process = start(name, setup, python)
+        stack.callback(process.close)
+        try:
+            records[name] = Record(process.wait_loaded(LOAD_S))
+            processes[name] = process
+            print(f"{name}: {records[name].facts}", file=sys.stderr)
+        except ContestantError as error:
+            print(error, file=sys.stderr)
+            left_out[name] = str(error).splitlines()[0]
+            process.close()
+    return processes, records, left_out
+
+
+def assemble(plan: Plan, config: ModelConfig, records: dict[str, Record]) -> dict[str, Any]:
+    """Figures and ceilings of all."""
+    rates = records[MACHINE].best_rates(config.dtype)
+    plain = weight_bytes(config, {})
+    return {
+        "rounds": plan.rounds,
+        "dtype": config.dtype,
+        "prompt_tokens": plan.prompt_tokens,
+        "new_tokens": plan.new_tokens,
+        "prefill_tokens": plan.prefill_tokens,
+        "image_side": plan.image_side,
+        "rates": {
+            "read_gb_s": rates.bytes_s / 1e9,
+            "matmul_gflop_s": rates.flop_s / 1e9,
+            "rounds": records[MACHINE].figures,
+        },
+        "ceiling": plan.ceilings(config, plain, rates),
+        "contestants": {
+            name: record.summary(plan.ceilings(config, weight_bytes(config, record.facts), rates))
+            for name, record in records.items()
+            if name != MACHINE
+        },
+    }

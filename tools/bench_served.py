@@ -1,0 +1,81 @@
+"""A served system for a benchmark: `recipes/serve.py` under torchrun, on cores that it is given."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class Served:
+    """`cores`: the only ones it may use; a rank's threads are its share of them. `close` ends all of it."""
+
+    def __init__(self, world: int, options: Sequence[str], cores: Sequence[int] | None = None) -> None:
+        self.port = free_port()
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
+        launch += [f"--master-port={free_port()}", "recipes/serve.py", "--port", str(self.port), *options]
+        allowed = os.sched_getaffinity(0)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)  # the child inherits it
+        try:
+            self.process = subprocess.Popen(
+                launch,
+                cwd=REPO,
+                stdout=self.log,
+                stderr=subprocess.STDOUT,
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+        finally:
+            os.sched_setaffinity(0, allowed)
+
+    def wait_ready(self, limit_s: float = 240.0) -> None:
+        """RuntimeError with the end of its log when it does not come up."""
+        end = time.monotonic() + limit_s
+        while not re.search("^ready: ", Path(self.log.name).read_text(), re.MULTILINE):
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"serve.py did not come up:\n{Path(self.log.name).read_text()[-2000:]}")
+            time.sleep(0.1)
+
+    def pids(self) -> dict[str, int]:
+        """Process by role (`encode`, `language`, or `encode + language` when they share one); needs --debug."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/debug/processes", timeout=30) as response:
+            entries = json.load(response)["processes"]
+        roles: dict[int, list[str]] = {}
+        for entry in entries:
+            roles.setdefault(entry["pid"], []).append(entry["role"])
+        return {" + ".join(sorted(names)): pid for pid, names in roles.items() if names != ["frontend"]}
+
+    def post(self, body: bytes) -> dict[str, Any]:
+        """One chat request, not streamed."""
+        url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=300) as response:
+            return json.load(response)
+
+    def close(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(40)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
