@@ -215,8 +215,8 @@ def compiled_attention(kind: FlexKind) -> Callable[..., Tensor]:
     ) -> Tensor:
         mask = block_mask(kind, len(k_pool), num_partial, partial, offset, starts, num_full, full)
         k, v = (pool.transpose(0, 1)[None] for pool in (k_pool, v_pool))
-        # Triton's blocks of keys must divide a page; the decode kernel sees to that itself.
-        options: Any = {"BLOCK_N": min(64, kind.page_size)} if kind.device == "cuda" and kind.rows > 1 else None
+        # Triton's blocks of keys must divide a page.
+        options: Any = {"BLOCK_N": min(64, kind.page_size)} if kind.device == "cuda" else None
         return flex_attention(q_RNMH, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
 
     # The compiler counts graphs per code object, and gives up after a few.
