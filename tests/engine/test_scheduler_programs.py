@@ -170,6 +170,8 @@ class Program:
         touched = sequence.touched(start, stop)
         sequence.num_cached = stop
         self.scheduler.remember(sequence)
+        partial = [item.offset for item in sequence.items if item.offset + item.num_rows > stop]
+        assert sequence.num_remembered * self.pool.page_size <= min([stop, *partial]), "a part of an item is remembered"
         for index, _, high in touched:
             if high == sequence.rows[index].stop:
                 del sequence.rows[index]
@@ -193,7 +195,7 @@ class Program:
         assert not waiting or not orders or waiting[-1] > orders[0], "the first to arrive was stopped"
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=max(500, settings().max_examples))
 @given(st.data())
 def test_every_request_gets_its_tokens_and_every_page_comes_back(data):
     program = Program(data.draw, data.draw(st.integers(1, 6)))
