@@ -171,7 +171,8 @@ class Program:
         sequence.num_cached = stop
         self.scheduler.remember(sequence)
         partial = [item.offset for item in sequence.items if item.offset + item.num_rows > stop]
-        assert sequence.num_remembered * self.pool.page_size <= min([stop, *partial]), "a part of an item is remembered"
+        most = max(sequence.num_found, min([stop, *partial]))
+        assert sequence.num_remembered * self.pool.page_size <= most, "a part of an item is remembered"
         for index, _, high in touched:
             if high == sequence.rows[index].stop:
                 del sequence.rows[index]
