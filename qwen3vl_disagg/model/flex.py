@@ -174,9 +174,12 @@ def read_plan(lists: Tensor, sizes: Tensor) -> tuple[FlexKind, FlexLists]:
     full_width = width if has_full else 0
     wide = [(num_blocks, w) for w in (kind.num_partial, width, full_width)]
     shapes = [(num_blocks,)] * 3 + wide + [(num_blocks * rows,), (num_tokens,)]
-    lengths = [math.prod(shape) for shape in shapes]
-    parts = lists.split([length + -length % ALIGNMENT for length in lengths])
-    return kind, FlexLists(*(p[:n].view(shape) for p, n, shape in zip(parts, lengths, shapes, strict=True)))
+    views, start = [], 0
+    for shape in shapes:
+        views.append(lists.as_strided(shape, (*shape[1:], 1), start))
+        length = math.prod(shape)
+        start += length + -length % ALIGNMENT
+    return kind, FlexLists(*views)
 
 
 def flex_attend(q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor, kind: FlexKind, lists: FlexLists) -> Tensor:
