@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, Qwen3VLMoeForConditionalGeneration, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoConfig, AutoModelForImageTextToText, StoppingCriteria, StoppingCriteriaList
 
 from tools.bench_contestants.worker import Setup, serve
 
@@ -30,9 +30,9 @@ class Transformers:
         if setup.is_random:
             config = AutoConfig.from_pretrained(setup.folder)
             with self.device:
-                model = Qwen3VLMoeForConditionalGeneration._from_config(config, dtype=config.dtype)
+                model = AutoModelForImageTextToText.from_config(config, dtype=config.dtype)
         else:
-            model = Qwen3VLMoeForConditionalGeneration.from_pretrained(setup.folder, dtype="auto")
+            model = AutoModelForImageTextToText.from_pretrained(setup.folder, dtype="auto")
         self.model = torch.nn.Module.to(model, self.device).eval()
         self.model.generation_config.eos_token_id = None
 
