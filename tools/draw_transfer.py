@@ -112,7 +112,7 @@ def run() -> list[Step]:
                     events.append((encode, Encoded(action.attempt)))
                 case SendPayload():
                     grant = action.grant
-                    parts = ["aux", "DeepStack of all rows"] if grant.row_start == 0 else []
+                    parts = [] if isinstance(grant, Resume) else ["aux", "DeepStack of all rows"]
                     parts.append(f"rows {grant.row_start}..{grant.row_stop - 1}")
                     steps.append(Step("encode", "language", " + ".join(parts), is_payload=True))
                     events.append((encode, PayloadSent(1, 1, ("r", 0, 1))))

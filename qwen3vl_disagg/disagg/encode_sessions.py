@@ -251,7 +251,7 @@ class EncodeSessions:
         attempt = (grant.request_id, grant.item, grant.attempt)
         item = self.items.get(attempt)
         if item is None:
-            if grant.row_start > 0 or attempt in self.ended:
+            if isinstance(grant, Resume) or attempt in self.ended:
                 self._refuse(outlet, attempt, "gone", now)
                 return
             item = self.items[attempt] = Outgoing(attempt, outlet.state.peer, EARLY, now + self.limits.early_s)

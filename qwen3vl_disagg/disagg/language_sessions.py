@@ -8,8 +8,8 @@ request is a session:
     GRANTED   a grant is out; the header is awaited
     RECEIVING the receives are posted
     HELD      granted rows are in the blocks; the engine reads them
-    DONE      all rows were consumed
-HELD goes back to WAITING, with a resume, while rows are missing.
+    DONE      all rows were consumed, or none is needed
+HELD goes back to WAITING, with a resume, while rows are missing. A second `Expect` begins all of them anew.
 
 Room is given in one order, by arrival of the request, then by item, and first to items that have begun (they have slot
 and DeepStack, and want rows alone). The first that wants room takes what is free; nobody behind it gets any before it
@@ -31,7 +31,7 @@ from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease
 from qwen3vl_disagg.disagg.layout import RowSizes
 from qwen3vl_disagg.disagg.link_state import LinkState
 from qwen3vl_disagg.disagg.messages import Abort, Ack, Header, HeaderOk, Nack, Stale
-from qwen3vl_disagg.disagg.room import fits_whole, in_line, take_room
+from qwen3vl_disagg.disagg.room import Leases, end_quarantine, fits_whole, in_line, take_room
 from qwen3vl_disagg.disagg.session import (
     DONE,
     GRANTED,
@@ -41,6 +41,7 @@ from qwen3vl_disagg.disagg.session import (
     WAITING,
     RequestSessions,
     Session,
+    first_rows,
     header_problem,
     receive_job,
 )
@@ -66,8 +67,6 @@ from qwen3vl_disagg.disagg.session_events import (
     SessionLimits,
     Tick,
 )
-
-Leases = dict[Attempt, tuple[Lease, ...]]
 
 
 @dataclass
@@ -123,13 +122,15 @@ class LanguageSessions:
     # ---- requests ----
 
     def _expect(self, event: Expect, now: float) -> None:
-        request = self.requests.get(event.request_id)
+        firsts, request = first_rows(event), self.requests.get(event.request_id)
         if request is None:
             sessions = [Session(event.request_id, i, visual) for i, visual in enumerate(event.items)]
-            self.requests[event.request_id] = RequestSessions(sessions, event.deadline)
-            return
-        for index in event.lacking:  # rows that were consumed are needed once more
-            self._drop(request.sessions[index], "needed again", now)
+            request = self.requests[event.request_id] = RequestSessions(sessions, event.deadline)
+        for session, first in zip(request.sessions, firsts, strict=True):
+            if session.is_under_way:  # the router will hear that it is needed again, if it is
+                self._actions.append(Arrived(*session.key))
+            self._drop(session, "the request gave up what it had", now, gives_back=True)
+            session.need_from(first)
         self._give_room(now)
 
     def _assigned(self, event: Assigned, now: float) -> None:
@@ -146,7 +147,7 @@ class LanguageSessions:
             self._actions.append(Arrived(event.request_id, event.item, event.attempt))
             return
         self._drop(session, "another attempt takes its place", now)
-        session.attempt, session.encode_rank, session.received = event.attempt, event.encode_rank, 0
+        session.attempt, session.encode_rank = event.attempt, event.encode_rank
         self._wait(session, now)
         self._give_room(now)
 
@@ -154,32 +155,34 @@ class LanguageSessions:
         request = self.requests.pop(event.request_id, None)
         if request is not None:
             for session in request.sessions:
-                self._drop(session, "the request is over", now, is_over=True)
+                self._drop(session, "the request is over", now, gives_back=True)
             self._give_room(now)
 
-    def _drop(self, session: Session, reason: str, now: float, *, is_over: bool = False) -> None:
+    def _drop(self, session: Session, reason: str, now: float, *, gives_back: bool = False) -> None:
         """End the attempt under way; the other end is told."""
         link = self.links.get(session.encode_rank)
-        if session.state not in (IDLE, DONE) and session.received < session.total and link is not None:
+        if session.is_under_way and link is not None:
             self._actions.append(link.send(Abort(**session.ids, reason=reason), now))
-        self._let_go(session, is_over=is_over)
+        self._let_go(session, gives_back=gives_back)
 
-    def _let_go(self, session: Session, *, is_over: bool = False) -> None:
-        """The attempt is over. Its blocks stay with the item, or go if the request is over too."""
+    def _let_go(self, session: Session, *, gives_back: bool = False) -> None:
+        """The attempt is over. Its blocks stay with the item, unless that gives them back: then the engine itself has
+        forgotten what it consumed of it."""
         leases = tuple(lease for lease in (session.room, session.hold) if lease is not None)
         where = {RECEIVING: self.pending, HELD: self.lent}.get(session.state)
-        if session.state == HELD or (session.received and session.state not in (IDLE, DONE) and not is_over):
+        has_begun = session.state not in (IDLE, DONE) and session.received > session.first
+        if session.state == HELD or (has_begun and not gives_back):
             self._actions.append(Recall(*session.key))
         if where is not None:
             self._keep_apart(leases, where, session.key)
             session.apart = session.key
-        elif is_over:
+        elif gives_back:
             for lease in leases:
                 self.allocator.free(lease)
-        if where is not None or is_over:
+        if where is not None or gives_back:
             session.room = session.hold = None
         session.grant, session.state, session.deadline, session.num_broken = None, IDLE, math.inf, 0
-        session.received = 0
+        session.received = session.first
 
     def _keep_apart(self, leases: tuple[Lease, ...], where: Leases, key: Attempt) -> None:
         for lease in leases:
@@ -389,12 +392,6 @@ class LanguageSessions:
 
     def _is_back(self, where: Leases, event: PayloadEnd | Returned) -> bool:
         """End the quarantine that this event ends, if there is one."""
-        leases = where.pop((event.request_id, event.item, event.attempt), None)
-        request = self.requests.get(event.request_id)
-        session = request.sessions[event.item] if request is not None and leases else None
-        is_kept = session is not None and session.apart == (event.request_id, event.item, event.attempt)
-        for lease in leases or ():
-            (self.allocator.reclaim if is_kept else self.allocator.release)(lease)
-        if session and leases and is_kept:
-            session.apart, (session.room, session.hold) = None, leases
-        return bool(leases)
+        request, key = self.requests.get(event.request_id), (event.request_id, event.item, event.attempt)
+        session = None if request is None else request.sessions[event.item]
+        return end_quarantine(where, key, session, self.allocator)

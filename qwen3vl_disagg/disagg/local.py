@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,6 +101,8 @@ class LocalTransfer:
         self._encoded: dict[Attempt, HeldItem] = {}
         self._payloads: dict[Attempt, _Payload] = {}
         self._errors: dict[Attempt, DisaggError] = {}
+        self._attempts: dict[tuple[str, int], int] = {}
+        """(request, item) -> how often it was needed"""
         self._to_encode(LinkUp(_LANGUAGE_RANK, _EPOCH))
         self._to_language(LinkUp(_ENCODE_RANK, _EPOCH))
 
@@ -112,13 +114,23 @@ class LocalTransfer:
     def is_short_of_room(self) -> bool:
         return self.language.is_short_of_room
 
-    def need(self, request_id: str, items: list[VisualItem], lacking: list[int], media: list[bytes]) -> None:
-        """Encode these of a request's items and bring their rows over. `media`: the bytes of all its items."""
-        self._to_language(Expect(request_id, items, lacking, math.inf))
+    def need(
+        self,
+        request_id: str,
+        items: list[VisualItem],
+        lacking: list[int],
+        media: list[bytes],
+        first_rows: Sequence[int] = (),
+    ) -> None:
+        """Encode these of a request's items and bring their rows over: those from `first_rows[k]` on of `lacking[k]`,
+        all rows where it is empty. `media`: the bytes of all its items. Once more: what the request had it has no more.
+        """
+        self._to_language(Expect(request_id, items, lacking, math.inf, list(first_rows)))
         for index in lacking:
             self._media[request_id, index] = (items[index], media[index])
-            self._to_language(Assigned(request_id, index, 1, _ENCODE_RANK))
-            self._to_encode(Encode(request_id, index, 1, _LANGUAGE_RANK, items[index], math.inf))
+            attempt = self._attempts[request_id, index] = self._attempts.get((request_id, index), 0) + 1
+            self._to_language(Assigned(request_id, index, attempt, _ENCODE_RANK))
+            self._to_encode(Encode(request_id, index, attempt, _LANGUAGE_RANK, items[index], math.inf))
 
     def consumed(self, request_id: str, item: int, attempt: int, rows: int) -> None:
         self._to_language(Consumed(request_id, item, attempt, rows))
@@ -131,7 +143,7 @@ class LocalTransfer:
         self._to_language(Forget(request_id))
         self._to_encode(CancelItems(request_id))
         self.receiver.forget(request_id)
-        tables: tuple[dict[Any, Any], ...] = (self._media, self._payloads, self._errors)
+        tables: tuple[dict[Any, Any], ...] = (self._media, self._payloads, self._errors, self._attempts)
         for table in tables:
             for key in [key for key in table if key[0] == request_id]:
                 del table[key]

@@ -18,7 +18,7 @@ import msgspec
 
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -82,10 +82,14 @@ class ItemFailed(Message, frozen=True):
 
 
 class NeedItems(Message, frozen=True):
-    """A language rank has room for these items of a request and lacks their rows."""
+    """A language rank has room for these items of a request and lacks their rows.
+
+    Rows below `first_rows[k]` of `items[k]` are not needed; an empty list: all rows of all of them are.
+    """
 
     request_id: str
     items: list[int]
+    first_rows: list[int] = []
 
 
 class ItemLost(Message, frozen=True):
@@ -102,7 +106,7 @@ class ItemLost(Message, frozen=True):
 
 
 class ItemReceived(Message, frozen=True):
-    """All rows of an item arrived and were checked."""
+    """Nothing more is needed of an attempt: all rows arrived and were checked, or its request gave up what it had."""
 
     request_id: str
     item: int
@@ -237,8 +241,9 @@ class LinkReady(Message, frozen=True):
 class Grant(Message, frozen=True):
     """Language -> encode: room for rows [row_start, row_stop) and DeepStack rows [deepstack_start, deepstack_stop).
 
-    `row_runs` and `deepstack_runs` are the lengths of the contiguous runs to send them in. The initial transfer starts
-    at row 0 and carries aux, the DeepStack of all rows and the granted rows.
+    `row_runs` and `deepstack_runs` are the lengths of the contiguous runs to send them in. This is the initial transfer
+    of an attempt: it carries aux, the granted rows, and the DeepStack of these and of all behind them. It starts at the
+    first row that is needed, which may lie in the middle of the item.
     """
 
     request_id: str
@@ -260,7 +265,7 @@ class Resume(Grant, frozen=True):
 class Header(Message, frozen=True):
     """Encode -> language, before the rows: what follows on the process group, and the item as the encoder saw it.
 
-    Payload order: aux (when `row_start` is 0), DeepStack run by run, then for each run of rows embeddings, fill_ids,
+    Payload order: aux (of an initial transfer), DeepStack run by run, then for each run of rows embeddings, fill_ids,
     positions. `row_digests` and `deepstack_digests`: one for each run. `preprocess_ms` and `encode_ms` are the
     encoder's wall times, `batch` is the number of the tower's run; all 0 when the rows were `cached`.
     """

@@ -19,6 +19,7 @@ from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.digest import add_digests, deepstack_sums, run_sums, sums_digest
 from qwen3vl_disagg.disagg.layout import AUX_FIELDS, item_ranges
 from qwen3vl_disagg.disagg.links import Link
+from qwen3vl_disagg.disagg.messages import Resume
 from qwen3vl_disagg.disagg.rows import Pieces, VisualRows
 from qwen3vl_disagg.disagg.session_events import Attempt, Receive
 from qwen3vl_disagg.model import ModelConfig
@@ -31,6 +32,8 @@ class _Item:
 
     positions: Tensor
     """`[R, 3]`, as the grid says."""
+    first: int
+    """Where the initial transfer began: only the digests of all rows add up to the item's."""
     item_digest: int = 0
     digest: int = 0
     deepstack: list[tuple[int, Tensor]] = field(default_factory=list)
@@ -57,7 +60,7 @@ class Receiver:
         arriving = link.receive(views, timeout)
         here = _Counted(arriving, len(views))
         try:
-            if grant.row_start == 0:
+            if not isinstance(grant, Resume):
                 self._check_aux(item, job, next(here))
             deepstack: list[tuple[int, Tensor]] = []
             digests = [item.digest]
@@ -84,9 +87,12 @@ class Receiver:
     def _begin(self, attempt: Attempt, job: Receive) -> _Item:
         with self._lock:
             item = self._items.get(attempt)
-            if item is None or job.grant.row_start == 0:
+            if item is None or not isinstance(job.grant, Resume):
+                for old in [key for key in self._items if key[:2] == attempt[:2] and key[2] < attempt[2]]:
+                    del self._items[old]
                 merge = self.config.vision.spatial_merge_size
-                item = self._items[attempt] = _Item(item_positions(job.visual.grid, merge).T.contiguous())
+                positions = item_positions(job.visual.grid, merge).T.contiguous()
+                item = self._items[attempt] = _Item(positions, job.grant.row_start)
             return item
 
     def _views(self, job: Receive) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
@@ -94,7 +100,7 @@ class Receiver:
         grant = job.grant
         deepstack = self.buffers.deepstack_views(job.room.deepstack or job.hold.deepstack, grant.deepstack_runs)
         rows = self.buffers.row_views(job.room.rows, grant.row_runs)
-        aux = [self.buffers.aux_view(job.hold.slots[0])] if grant.row_start == 0 else []
+        aux = [] if isinstance(grant, Resume) else [self.buffers.aux_view(job.hold.slots[0])]
         return [*aux, *deepstack, *itertools.chain.from_iterable(rows)], deepstack, rows
 
     def _check_aux(self, item: _Item, job: Receive, aux: Tensor) -> None:
@@ -117,10 +123,13 @@ class Receiver:
         if deepstack:
             item.deepstack = deepstack
         item.num_bytes += self.buffers.row_sizes.transfer_bytes(
-            grant.row_stop - grant.row_start, grant.deepstack_stop - grant.deepstack_start, aux=grant.row_start == 0
+            grant.row_stop - grant.row_start,
+            grant.deepstack_stop - grant.deepstack_start,
+            aux=not isinstance(grant, Resume),
         )
         item.num_transfers += 1
-        if grant.row_stop == job.visual.num_rows and item.digest != item.item_digest:
+        is_whole = item.first == 0 and grant.row_stop == job.visual.num_rows
+        if is_whole and item.digest != item.item_digest:
             raise TransferError(f"digest of the item: expected {item.item_digest}, got {item.digest}")
         rows = VisualRows(grant.attempt, grant.row_start, grant.row_stop, main, tuple(item.deepstack))
         if grant.row_stop == job.visual.num_rows:

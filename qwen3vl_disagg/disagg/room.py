@@ -1,18 +1,21 @@
-"""Who is next in line for room on a language rank, and what it gets. Pure."""
+"""Who is next in line for room on a language rank, what it gets, and how it gets it back. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
 
-from qwen3vl_disagg.disagg.allocator import BlockAllocator, Want
+from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease, Want
 from qwen3vl_disagg.disagg.layout import MAX_RUNS, RowSizes, blocks_for, row_runs
 from qwen3vl_disagg.disagg.messages import Grant, Resume
 from qwen3vl_disagg.disagg.session import IDLE, WAITING, RequestSessions, Session
+from qwen3vl_disagg.disagg.session_events import Attempt
+
+Leases = dict[Attempt, tuple[Lease, ...]]
 
 
 def fits_whole(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes) -> bool:
     """Whether all that an item can ever want is free now."""
-    blocks = blocks_for(session.visual.num_rows, block_size)
+    blocks = blocks_for(session.total - session.first, block_size)
     deepstack = blocks if sizes.deepstack_embeddings else 0
     wanted = {"rows": blocks, "deepstack": deepstack, "slots": 1}
     is_one_grant = blocks <= MAX_RUNS // blocks_for(block_size, sizes.max_run_rows)
@@ -43,11 +46,11 @@ def take_room(session: Session, allocator: BlockAllocator, block_size: int, size
     """Leases for as many of the missing rows as there are free blocks, and the grant that says so; None without any.
     Room that the item has kept is used again.
 
-    The DeepStack of the whole item goes with the initial transfer and stays, unless its pool (or one frame) could
-    never take it: then it is ranged, each grant has the DeepStack of its own rows.
+    The DeepStack of all rows that are needed goes with the initial transfer and stays, unless its pool (or one frame)
+    could never take it: then it is ranged, each grant has the DeepStack of its own rows.
     """
-    total, start = session.visual.num_rows, session.received
-    deepstack_blocks = blocks_for(total, block_size) if sizes.deepstack_embeddings else 0
+    total, start, is_initial = session.total, session.received, session.received == session.first
+    deepstack_blocks = blocks_for(total - session.first, block_size) if sizes.deepstack_embeddings else 0
     is_ranged = deepstack_blocks > min(allocator.totals["deepstack"], MAX_RUNS)
     if session.room is None or session.hold is None:
         most = max(1, MAX_RUNS // blocks_for(block_size, sizes.max_run_rows))
@@ -68,12 +71,12 @@ def take_room(session: Session, allocator: BlockAllocator, block_size: int, size
         raise RuntimeError(f"{session.key} has room for rows, but no slot")
     stop = min(total, start + len(session.room.rows) * block_size)
     deepstack = (start, stop if is_ranged else start)
-    if start == 0 and deepstack_blocks and not is_ranged:
-        deepstack = (0, total)
+    if is_initial and deepstack_blocks and not is_ranged:
+        deepstack = (start, total)
     table = session.room.deepstack if is_ranged else session.hold.deepstack
     runs = row_runs(session.room.rows, block_size, stop - start, sizes.max_run_rows)
     deepstack_runs = row_runs(table, block_size, deepstack[1] - deepstack[0], sizes.max_deepstack_run_rows)
-    return (Resume if start else Grant)(
+    return (Grant if is_initial else Resume)(
         request_id=session.request_id,
         item=session.item,
         attempt=session.attempt,
@@ -84,3 +87,15 @@ def take_room(session: Session, allocator: BlockAllocator, block_size: int, size
         row_runs=[b - a for a, b in runs],
         deepstack_runs=[b - a for a, b in deepstack_runs],
     )
+
+
+def end_quarantine(where: Leases, key: Attempt, session: Session | None, allocator: BlockAllocator) -> bool:
+    """Blocks that were kept apart under `key`, if there are any, go back to the session that waits for them, or to the
+    pool."""
+    leases = where.pop(key, ())
+    is_awaited = session is not None and session.apart == key
+    for lease in leases:
+        (allocator.reclaim if is_awaited else allocator.release)(lease)
+    if session is not None and leases and is_awaited:
+        session.apart, (session.room, session.hold) = None, leases
+    return bool(leases)

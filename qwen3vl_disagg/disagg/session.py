@@ -1,4 +1,4 @@
-"""One item on the language side: its state, and the header it accepts. Pure."""
+"""One item on the language side: its state, the rows it needs, and the header it accepts. Pure."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.allocator import Lease
 from qwen3vl_disagg.disagg.messages import Grant, Header
-from qwen3vl_disagg.disagg.session_events import Attempt, Receive
+from qwen3vl_disagg.disagg.session_events import Attempt, Expect, Receive
 
 IDLE, WAITING, GRANTED, RECEIVING, HELD, DONE = "idle", "waiting", "granted", "receiving", "held", "done"
 
 
 @dataclass(slots=True)
 class Session:
-    """One item. `received` rows are here or were consumed; `grant` is the one under way, or whose rows are held.
+    """One item. Rows from `first` on are needed; those below `received` are here or were consumed. `grant` is the one
+    under way, or whose rows are held.
 
     `hold` and `room` stay with the item, through lost links and attempts, until its rows are consumed.
     """
@@ -27,6 +28,7 @@ class Session:
     state: str = IDLE
     attempt: int = 0
     encode_rank: int = -1
+    first: int = 0
     received: int = 0
     grant: Grant | None = None
     room: Lease | None = None
@@ -51,15 +53,42 @@ class Session:
         return self.visual.num_rows
 
     @property
+    def is_under_way(self) -> bool:
+        """Somebody sends, or will send, rows of this attempt."""
+        return self.state not in (IDLE, DONE) and self.received < self.visual.num_rows
+
+    @property
     def is_fully_granted(self) -> bool:
         """Needs no more room."""
         return self.state == DONE or (self.grant is not None and self.grant.row_stop == self.visual.num_rows)
+
+    def need_from(self, first: int) -> None:
+        """Rows below `first` are not needed. An item of which none are is done, and in nobody's way."""
+        self.first = self.received = first
+        self.state, self.apart = DONE if first == self.visual.num_rows else IDLE, None
 
 
 @dataclass(slots=True)
 class RequestSessions:
     sessions: list[Session]
     deadline: float
+
+
+def first_rows(event: Expect) -> list[int]:
+    """The first row that is needed of each item; the number of its rows where none is. ValueError for a row that an
+    item does not have.
+
+    Of items of 4, 10 and 6 rows, [1, 2] lacking from rows [3, 0]: [4, 3, 0].
+    """
+    rows = [visual.num_rows for visual in event.items]
+    firsts = list(rows)
+    for index, first in zip(event.lacking, event.first_rows or [0] * len(event.lacking), strict=True):
+        if not 0 <= index < len(rows):
+            raise ValueError(f"{event.request_id} lacks item {index} of {len(rows)}")
+        if not 0 <= first < rows[index]:
+            raise ValueError(f"{event.request_id} needs item {index} from row {first} of {rows[index]}")
+        firsts[index] = first
+    return firsts
 
 
 def receive_job(session: Session, header: Header, epoch: int) -> Receive:

@@ -73,12 +73,17 @@ class Tick(_Value, frozen=True):
 
 
 class Expect(_Value, frozen=True):
-    """A request takes its place in the order of grants; these of its items are lacking. `items`: all of them."""
+    """A request takes its place in the order of grants; these of its items are lacking. `items`: all of them.
+
+    Rows below `first_rows[k]` of item `lacking[k]` are not needed; an empty list: all rows of all of them are. A second
+    one for the same request: what it had it has no more, and this is what it needs now.
+    """
 
     request_id: str
     items: list[VisualItem]
     lacking: list[int]
     deadline: float
+    first_rows: list[int] = []
 
 
 class Assigned(_Value, frozen=True):
@@ -226,7 +231,7 @@ class Recall(_Value, frozen=True):
 
 
 class Arrived(_Value, frozen=True):
-    """All rows of an item are here."""
+    """Nothing more is needed of an attempt: all rows are here, or the request gave up what it had of it."""
 
     request_id: str
     item: int

@@ -205,7 +205,8 @@ class LanguageRank:
             self._links.handle(Expect(event.request_id, request.items, [], request.deadline))
             return
         if isinstance(event, NeedItems):
-            self._links.handle(Expect(event.request_id, request.items, event.items, request.deadline))
+            needed = event.items, request.deadline, event.first_rows
+            self._links.handle(Expect(event.request_id, request.items, *needed))
         if isinstance(event, (Finished, RequestFailed)):
             del self._requests[event.request_id]
             self._links.handle(Forget(event.request_id))

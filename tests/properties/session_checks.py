@@ -49,7 +49,8 @@ class Checks:
 
     def _session(self, s: Any) -> None:
         grant = s.grant
-        assert 0 <= s.received <= s.total, "I4"
+        assert 0 <= s.first <= s.received <= s.total, "I4"
+        assert s.first == self.world.asked.get((s.request_id, s.item), s.total), "I4: not what was asked for"
         if grant is not None:
             low = grant.row_start if s.state == HELD else s.received
             assert low <= (s.received if s.state == HELD else grant.row_start) <= grant.row_stop <= s.total, "I4"
@@ -125,12 +126,15 @@ class Checks:
         if session is None or session.grant is not grant:
             return  # taken back within the same event
         size, total = sessions.block_size, session.total
+        first = self.world.asked[grant.request_id, grant.item]
+        if not isinstance(grant, Resume):
+            self.world.first_of[attempt_of(grant)] = first
         room, hold = session.room, session.hold
         is_kept, had_begun = room.generation in leases, hold.generation in leases
-        assert had_begun or grant.row_start == 0, "I16"
+        assert had_begun or grant.row_start == first, "I16"
         # I4: the missing rows, from the first
         assert grant.row_start == session.received < grant.row_stop <= total
-        assert isinstance(grant, Resume) == (grant.row_start > 0)
+        assert isinstance(grant, Resume) == (grant.row_start > first)
         rows = grant.row_stop - grant.row_start
         assert rows <= len(room.rows) * size
         assert is_kept or len(room.rows) == -(-rows // size), "I12: blocks that are not needed"
@@ -139,14 +143,15 @@ class Checks:
         assert len(grant.row_runs) <= room_module.MAX_RUNS
         assert all(length <= sessions.row_sizes.max_run_rows for length in grant.row_runs)
         # I5: DeepStack goes once, unless it can never fit
-        item_blocks = -(-total // size) if self.world.has_deepstack else 0
-        is_ranged = self._is_ranged(total)
+        item_blocks = -(-(total - first) // size) if self.world.has_deepstack else 0
+        is_ranged = self._is_ranged(total - first)
         deepstack = (grant.deepstack_start, grant.deepstack_stop)
         if is_ranged:
             assert deepstack == (grant.row_start, grant.row_stop)
             assert (len(room.deepstack), len(hold.deepstack)) == (len(room.rows), 0)
         else:
-            assert deepstack == ((0, total) if grant.row_start == 0 and item_blocks else (grant.row_start,) * 2)
+            is_initial = grant.row_start == first and item_blocks
+            assert deepstack == ((first, total) if is_initial else (grant.row_start,) * 2)
             assert (len(room.deepstack), len(hold.deepstack)) == (0, item_blocks)
         assert sum(grant.deepstack_runs) == deepstack[1] - deepstack[0]
         if not is_kept:
@@ -174,11 +179,12 @@ class Checks:
     def _lacks_deepstack(self, s: Any) -> bool:
         """Each grant of a ranged item needs DeepStack blocks; there may be rows for the next one, but none of these."""
         allocator = self.world.language.allocator
-        return s.state == WAITING and self._is_ranged(s.total) and not allocator.num_free("deepstack")
+        num_rows = s.total - self.world.asked[s.request_id, s.item]
+        return s.state == WAITING and self._is_ranged(num_rows) and not allocator.num_free("deepstack")
 
-    def _is_ranged(self, total: int) -> bool:
+    def _is_ranged(self, num_rows: int) -> bool:
         sessions = self.world.language
-        item_blocks = -(-total // sessions.block_size) if self.world.has_deepstack else 0
+        item_blocks = -(-num_rows // sessions.block_size) if self.world.has_deepstack else 0
         return item_blocks > min(sessions.allocator.totals["deepstack"], room_module.MAX_RUNS)
 
     def may_write(self, job: Receive) -> None:
@@ -227,7 +233,7 @@ class Checks:
         world = self.world
         language = world.language
         sessions = [
-            (s.key, s.state, s.encode_rank, s.received, s.grant, s.room, s.hold, s.deadline)
+            (s.key, s.state, s.encode_rank, s.first, s.received, s.grant, s.room, s.hold, s.deadline)
             for request in language.requests.values()
             for s in request.sessions
         ]

@@ -9,7 +9,7 @@ from typing import Any
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.allocator import Lease
 from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
-from qwen3vl_disagg.disagg.messages import Frame, Grant, Header
+from qwen3vl_disagg.disagg.messages import Frame, Grant, Header, Resume
 from qwen3vl_disagg.disagg.session_events import Attempt, Receive, SessionLimits
 
 READY = "ready"
@@ -123,7 +123,7 @@ class Cells:
     def write(self, job: Receive, attempt: Attempt, part: float = 1.0) -> None:
         """What a payload does to the buffers; `part` < 1: it broke on the way."""
         grant, hold = job.grant, job.hold
-        if grant.row_start == 0:
+        if not isinstance(grant, Resume):
             self.slots[hold.slots[0]] = ("aux", attempt)
         table = job.room.deepstack or hold.deepstack
         places = self.places(table, grant.deepstack_runs)
@@ -133,32 +133,62 @@ class Cells:
         for i, place in enumerate(places[: int(len(places) * part)]):
             self.rows[place] = ("main", attempt, grant.row_start + i)
 
-    def check_row(self, room: Lease, hold: Lease, grant: Grant, row: int, *, has_deepstack: bool) -> None:
-        """I5 to I8: a row as the engine reads it is that of this attempt, with its DeepStack and aux."""
+    def check_row(self, room: Lease, hold: Lease, grant: Grant, row: int, first: int, *, has_deepstack: bool) -> None:
+        """I5 to I8: a row as the engine reads it is that of this attempt, which began at row `first`, with its
+        DeepStack and aux."""
         attempt, size = attempt_of(grant), self.block_size
         assert self.slots[hold.slots[0]] == ("aux", attempt), f"aux {self.slots[hold.slots[0]]}"
         at = row - grant.row_start
         cell = self.rows[room.rows[at // size] * size + at % size]
         assert cell == ("main", attempt, row), f"row {row} of {attempt} reads {cell}"
         if has_deepstack:
-            table, at = (room.deepstack, at) if room.deepstack else (hold.deepstack, row)
+            table, at = (room.deepstack, at) if room.deepstack else (hold.deepstack, row - first)
             cell = self.deepstack[table[at // size] * size + at % size]
             assert cell == ("deepstack", attempt, row), f"DeepStack row {row} of {attempt} reads {cell}"
 
 
 @dataclass
 class ModelSequence:
-    """A prompt of nothing but visual rows, and one token of text."""
+    """A prompt of nothing but visual rows, and one token of text; `num_found` were in the cache at admission."""
 
     rows: list[int]
+    num_found: int = 0
     num_cached: int = 0
+    is_admitted: bool = True
+    is_told: bool = True
+    """The loop has heard, or will hear, that it was preempted."""
     here: dict[int, tuple[int, int, Receive]] = field(default_factory=dict)
     """Item -> (first row, row after the last, where they are)"""
     read: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Item -> (attempt, rows of it in the cache)"""
 
+    def admit(self, found: int) -> tuple[list[int], list[int]]:
+        """The items that it lacks, and from which row on."""
+        self.is_admitted = True
+        self.num_found = self.num_cached = min(found, sum(self.rows))
+        lacking = [item for item, rows in enumerate(self.rows) if self.first_row(item) < rows]
+        return lacking, [self.first_row(item) for item in lacking]
+
+    def give_up(self) -> None:
+        self.is_admitted, self.num_found, self.num_cached = False, 0, 0
+        self.here.clear()
+        self.read.clear()
+
+    def restart(self, item: int) -> None:
+        """Back to the item's first needed row, unless all of it is in the cache."""
+        self.here.pop(item, None)
+        if self.next_row(item) < self.rows[item]:
+            self.num_cached = min(self.num_cached, self.offset(item) + self.first_row(item))
+            self.read.pop(item, None)
+
     def offset(self, item: int) -> int:
         return sum(self.rows[:item])
+
+    def first_row(self, item: int) -> int:
+        return min(max(0, self.num_found - self.offset(item)), self.rows[item])
+
+    def next_row(self, item: int) -> int:
+        return max(0, self.num_cached - self.offset(item))
 
     @property
     def num_prompt(self) -> int:
@@ -166,7 +196,7 @@ class ModelSequence:
 
     @property
     def is_prefilled(self) -> bool:
-        return self.num_cached == self.num_prompt
+        return self.is_admitted and self.num_cached == self.num_prompt
 
     @property
     def limit(self) -> int:
@@ -197,19 +227,25 @@ class ModelEngine:
             if kind == "cancel":
                 self.known.pop(attempt[0], None)
             elif kind == "recall":
-                if sequence is not None and not sequence.is_prefilled:
-                    sequence.here.pop(attempt[1], None)
-                    sequence.num_cached = min(sequence.num_cached, sequence.offset(attempt[1]))
+                if sequence is not None and sequence.is_admitted:
+                    sequence.restart(attempt[1])
                 self.events.append(("returned", attempt))
-            elif sequence is not None:
-                start, stop, job = rest
-                if sequence.num_cached < sequence.offset(attempt[1]) + sequence.rows[attempt[1]]:
-                    assert attempt[1] not in sequence.here, "rows came before the last ones were used"
-                    sequence.here[attempt[1]] = (start, stop, job)
+            elif sequence is not None and sequence.is_admitted:
+                self._take_rows(sequence, attempt, *rest)
+
+    def _take_rows(self, sequence: ModelSequence, attempt: Attempt, start: int, stop: int, job: Receive) -> None:
+        """Rows that are all in the cache are used at once. Those that do not follow on what is there were on their way
+        when the request was preempted and admitted again."""
+        next_row = sequence.next_row(attempt[1])
+        if stop <= next_row:
+            self.events.append(("consumed", attempt, stop))
+        elif start <= next_row:
+            assert attempt[1] not in sequence.here, "rows came before the last ones were used"
+            sequence.here[attempt[1]] = (start, stop, job)
 
     def can_step(self, request_id: str) -> bool:
         sequence = self.known[request_id]
-        return sequence.limit > sequence.num_cached
+        return sequence.is_admitted and sequence.limit > sequence.num_cached
 
 
 @dataclass
@@ -232,10 +268,17 @@ class ModelRouter:
         self.incarnations = [0, 0]
         self.is_patient = False
 
-    def admit(self, request_id: str, visuals: list[VisualItem], ranks: int) -> None:
-        self.requests[request_id] = [RouterItem(v, (ranks >> i) & 1) for i, v in enumerate(visuals)]
-        for index in range(len(visuals)):
-            self._assign(request_id, index)
+    def admit(self, request_id: str, visuals: list[VisualItem], ranks: int, lacking: list[int]) -> None:
+        self.requests[request_id] = [RouterItem(v, (ranks >> i) & 1, True, 0) for i, v in enumerate(visuals)]
+        self._needed(request_id, lacking)
+
+    def _needed(self, request_id: str, lacking: list[int]) -> None:
+        """For the first time, or once more; what is under way comes anyhow."""
+        for index in lacking:
+            item = self.requests[request_id][index]
+            if item.is_received:
+                item.attempt, item.is_received = item.attempt + 1, False
+                self._assign(request_id, index)
 
     def _assign(self, request_id: str, index: int) -> None:
         item = self.requests[request_id][index]
@@ -273,6 +316,10 @@ class ModelRouter:
             return
         if kind == "finished":
             self.end(subject, by_language=True)
+            return
+        if kind == "needed":
+            if subject in self.requests:
+                self._needed(subject, rest[0])
             return
         request_id, index, attempt = subject
         items = self.requests.get(request_id)

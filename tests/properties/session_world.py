@@ -17,6 +17,7 @@ from qwen3vl_disagg.disagg.layout import RowSizes
 from qwen3vl_disagg.disagg.messages import Frame, Stale
 from qwen3vl_disagg.disagg.session_events import Attempt
 from tests.properties.session_checks import Checks
+from tests.properties.session_engine import EngineMoves
 from tests.properties.session_parts import (
     LIMITS,
     READY,
@@ -25,17 +26,15 @@ from tests.properties.session_parts import (
     ModelEngine,
     ModelLink,
     ModelRouter,
-    ModelSequence,
     attempt_of,
     header_of,
-    make_visual,
 )
 
 Move = tuple[Callable[..., None], tuple[Any, ...]]
 RANKS = (0, 1)
 
 
-class World:
+class World(EngineMoves):
     def __init__(
         self,
         *,
@@ -56,6 +55,10 @@ class World:
         self.epochs = [0, 0]
         self.old_frames: list[tuple[int, str, Frame]] = []
         self.jobs: dict[Attempt, ev.Receive] = {}
+        self.asked: dict[tuple[str, int], int] = {}
+        """(request, item) -> the first row that the loop asked for last; none for an item that is not lacking"""
+        self.first_of: dict[Attempt, int] = {}
+        """Where each attempt's initial transfer begins."""
         self.progress: dict[Attempt, int] = {}
         self.running: dict[str, list[Any]] = {}
         """What the language rank's loop knows of."""
@@ -69,7 +72,7 @@ class World:
         before = {**allocator.leases, **allocator.quarantined}
         actions = self.language.handle(event, self.now)
         for action in actions:
-            self._do_language(action, before)
+            self._do_language(action, event, before)
         self.checks.language_side()
         return actions
 
@@ -81,7 +84,7 @@ class World:
         self.checks.encode_side(rank)
         return actions
 
-    def _do_language(self, action: Any, leases: dict[int, Any]) -> None:
+    def _do_language(self, action: Any, event: Any, leases: dict[int, Any]) -> None:
         match action:
             case ev.SendFrame():
                 link = self.link_of(action.peer, "language")
@@ -98,14 +101,16 @@ class World:
                 link.receives.append(action)
             case ev.RowsReady():
                 attempt = attempt_of(action)
-                assert self.progress.get(attempt, 0) == action.start < action.stop, "I4: rows out of order"
+                first = self.asked[attempt[:2]]
+                assert self.progress.get(attempt, first) == action.start < action.stop, "I4: rows out of order"
                 self.progress[attempt] = action.stop
                 self.engine.commands.append(("rows", attempt, action.start, action.stop, self.jobs[attempt]))
             case ev.Recall():
                 self.engine.commands.append(("recall", attempt_of(action)))
             case ev.Arrived():
                 attempts = [(*attempt_of(action)[:2], number) for number in range(1, action.attempt + 1)]
-                assert self.checks.total(attempts[0]) in [self.progress.get(attempt) for attempt in attempts]
+                is_here = self.checks.total(attempts[0]) in [self.progress.get(attempt) for attempt in attempts]
+                assert is_here or attempts[0][:2] not in self.asked or isinstance(event, ev.Expect)
                 self.router.of["language"].append(("received", attempt_of(action)))
             case ev.Lost():
                 if action.request_id in self.running:
@@ -256,70 +261,7 @@ class World:
         self.encodes[rank] = ModelEncode(EncodeSessions(LIMITS), encode.incarnation + 1)
         self.router.of[rank].append(("down", encode.incarnation + 1))
 
-    # ---- requests, engine, router ----
-
-    def submit(self, rows: list[int], ranks: int) -> None:
-        request_id = f"r{self.num_requests}"
-        self.num_requests += 1
-        visuals = [make_visual(n) for n in rows]
-        self.running[request_id] = visuals
-        self.checks.totals |= {(request_id, item): n for item, n in enumerate(rows)}
-        self.engine.known[request_id] = ModelSequence(rows)
-        if visuals:
-            self.to_language(ev.Expect(request_id, visuals, list(range(len(rows))), 1e9))
-        self.router.admit(request_id, visuals, ranks)
-
-    def step(self, request_id: str, most: int = 10**6) -> None:
-        """The engine begins to put some of the tokens that it could into the cache; or ends what it has begun."""
-        if self.engine.batch is not None:
-            self.end_step()
-            return
-        self.engine.take_commands()
-        sequence = self.engine.known.get(request_id)
-        if sequence is not None:
-            start = sequence.num_cached
-            self.engine.batch = (request_id, start, max(start, min(start + most, sequence.limit)))
-
-    def end_step(self) -> None:
-        """Rows are read until now, whatever has become of them meanwhile."""
-        (request_id, start, stop), self.engine.batch = self.engine.batch, None  # type: ignore[misc]
-        sequence = self.engine.known[request_id]
-        for item, rows in enumerate(sequence.rows):
-            offset = sequence.offset(item)
-            low, high = max(start - offset, 0), min(stop - offset, rows)
-            if low < high:
-                self._read(request_id, item, sequence, low, high)
-        sequence.num_cached = stop
-
-    def _read(self, request_id: str, item: int, sequence: ModelSequence, low: int, high: int) -> None:
-        first, last, job = sequence.here[item]
-        attempt = (request_id, item, job.grant.attempt)
-        self.checks.may_read(job)
-        for row in range(low, high):
-            self.cells.check_row(job.room, job.hold, job.grant, row, has_deepstack=self.has_deepstack)
-        if low > 0:
-            assert sequence.read[item] == (attempt[2], low), f"I10: {attempt} {low} after {sequence.read[item]}"
-        sequence.read[item] = (attempt[2], high)
-        assert first <= low
-        self.engine.events.append(("consumed", attempt, high))
-        if high == last:
-            del sequence.here[item]
-
-    def loop_takes(self) -> None:
-        kind, attempt, *rest = self.engine.events.popleft()
-        if kind == "returned":
-            self.to_language(ev.Returned(*attempt))
-        elif attempt[0] in self.running:
-            self.to_language(ev.Consumed(*attempt, *rest))
-
-    def finish(self, request_id: str) -> None:
-        """A prefilled request has all its tokens."""
-        if self.engine.batch is not None:
-            self.end_step()
-        del self.engine.known[request_id]
-        if self.running.pop(request_id, None) is not None:
-            self.to_language(ev.Forget(request_id))
-            self.router.of["language"].append(("finished", request_id))
+    # ---- router ----
 
     def cancel(self, request_id: str) -> None:
         self.router.end(request_id)
@@ -374,6 +316,8 @@ class World:
         else:
             known = self.engine.known
             found += [(self.step, (r,)) for r in known if self.engine.can_step(r) or self.engine.commands]
+            away = {r: sum(sequence.rows) for r, sequence in known.items() if not sequence.is_admitted}
+            found += [(self.admit_again, (r, rows)) for r, total in away.items() for rows in (0, total // 2, total)]
         if self.engine.events:
             found.append((self.loop_takes, ()))
         return found

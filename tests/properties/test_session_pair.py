@@ -21,6 +21,8 @@ MAX_RUNS = room_module.MAX_RUNS
 ranks = st.sampled_from(RANKS)
 seeds = st.integers(0, 2**16)
 items = st.lists(st.integers(1, 12), max_size=3)
+cached = st.one_of(st.just(0), st.integers(0, 36))
+"""Tokens of the prompt in the prefix cache."""
 
 
 class SessionPair(RuleBasedStateMachine):
@@ -32,7 +34,7 @@ class SessionPair(RuleBasedStateMachine):
         run_rows=st.sampled_from([1, 2, 10**6]),
         has_deepstack=st.booleans(),
         max_runs=st.sampled_from([MAX_RUNS, MAX_RUNS, 2]),
-        requests=st.lists(items, min_size=1, max_size=3),
+        requests=st.lists(st.tuples(items, cached), min_size=1, max_size=3),
         which=st.integers(0, 7),
     )
     def build(self, block_size, blocks, deepstack_blocks, slots, run_rows, has_deepstack, max_runs, requests, which):
@@ -46,15 +48,25 @@ class SessionPair(RuleBasedStateMachine):
         )
         for rank in RANKS:
             self.world.link_up(rank)
-        for rows in requests:
-            self.world.submit(rows, which)
+        for rows, found in requests:
+            self.world.submit(rows, which, found)
 
     # ---- progress ----
 
-    @rule(rows=items, which=st.integers(0, 7))
-    def submit(self, rows, which):
+    @rule(rows=items, which=st.integers(0, 7), found=cached)
+    def submit(self, rows, which, found):
         if len(self.world.engine.known) < 5:
-            self.world.submit(rows, which)
+            self.world.submit(rows, which, found)
+
+    @rule(number=seeds, is_told=st.booleans())
+    def preempt(self, number, is_told):
+        if known := list(self.world.engine.known):
+            self.world.preempt(known[number % len(known)], is_told=is_told)
+
+    @rule(number=seeds, found=cached)
+    def admit_again(self, number, found):
+        if away := [r for r, sequence in self.world.engine.known.items() if not sequence.is_admitted]:
+            self.world.admit_again(away[number % len(away)], found)
 
     @rule(number=seeds)
     def move(self, number):

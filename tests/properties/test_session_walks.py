@@ -20,6 +20,10 @@ def _items(rng: Random) -> list[int]:
     return [rng.randint(1, 12) for _ in range(rng.randint(0, 3))]
 
 
+def _cached(rng: Random) -> int:
+    return rng.choice([0, rng.randint(0, 36)])
+
+
 def _step(machine: SessionPair, rng: Random, num_faults: float) -> None:
     def number() -> int:
         return rng.randint(0, 2**16)
@@ -36,14 +40,18 @@ def _step(machine: SessionPair, rng: Random, num_faults: float) -> None:
     elif x < 0.4:
         machine.move(number())
     elif x < 0.5:
-        machine.submit(_items(rng), rng.randint(0, 7))
+        machine.submit(_items(rng), rng.randint(0, 7), _cached(rng))
     elif x < 0.55:
         machine.read_a_few_rows(number(), rng.randint(1, 5))
     elif x < 0.6:
         machine.finish(number())
     elif x < 0.66:
         machine.time_passes(rng.choice([0.3, 1.0, 1.0, 2.5, 6.0, 21.0, 45.0]))
-    elif x < 0.66 + 0.34 * num_faults:
+    elif x < 0.69:
+        machine.preempt(number(), is_told=rng.random() < 0.7)
+    elif x < 0.72:
+        machine.admit_again(number(), _cached(rng))
+    elif x < 0.72 + 0.28 * num_faults:
         faults = [
             lambda: machine.cancel(number()),
             lambda: machine.encode_fails(rank(), rng.choice(["input", "failed", "failed"])),
@@ -68,7 +76,7 @@ def walk(seed: int) -> None:
         run_rows=rng.choice([1, 2, 10**6]),
         has_deepstack=rng.random() < 0.7,
         max_runs=rng.choice([MAX_RUNS, MAX_RUNS, 2]),
-        requests=[_items(rng) for _ in range(rng.randint(1, 3))],
+        requests=[(_items(rng), _cached(rng)) for _ in range(rng.randint(1, 3))],
         which=rng.randint(0, 7),
     )
     num_faults = rng.random()

@@ -11,7 +11,7 @@ from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_worker import EncodedItem
 from qwen3vl_disagg.disagg.links import InProcessLink
-from qwen3vl_disagg.disagg.messages import Grant, Header
+from qwen3vl_disagg.disagg.messages import Grant, Header, Resume
 from qwen3vl_disagg.disagg.receiver import Receiver
 from qwen3vl_disagg.disagg.room import take_room
 from qwen3vl_disagg.disagg.rows import VisualRows
@@ -119,6 +119,6 @@ class Transfer:
 
 def split_payload(grant: Grant, payload: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
     """(aux, DeepStack pieces, pieces of main / fill_ids / positions) of a payload."""
-    num_aux, num_deepstack = int(grant.row_start == 0), len(grant.deepstack_runs)
+    num_aux, num_deepstack = int(not isinstance(grant, Resume)), len(grant.deepstack_runs)
     rest = payload[num_aux + num_deepstack :]
     return payload[:num_aux], payload[num_aux : num_aux + num_deepstack], [rest[0::3], rest[1::3], rest[2::3]]

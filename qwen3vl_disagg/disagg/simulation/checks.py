@@ -71,7 +71,7 @@ def _nobody_waits_in_vain(rank: SimLanguage) -> None:
     begun = unbegun = None
     for request in sessions.requests.values():
         for session in request.sessions:
-            if session.is_fully_granted:
+            if session.is_fully_granted or (session.request_id, session.item) not in rank.asked:
                 continue
             if session.encode_rank in sessions.links and session.state is not IDLE and session.apart is None:
                 if session.state is WAITING and session.room is not None:
@@ -82,7 +82,8 @@ def _nobody_waits_in_vain(rank: SimLanguage) -> None:
     first = begun or unbegun
     if first is None or first.state is not WAITING or not allocator.num_free("rows"):
         return
-    needed = -(-first.visual.num_rows // sessions.block_size) if sessions.row_sizes.deepstack_embeddings else 0
+    num_rows = first.visual.num_rows - rank.asked[first.request_id, first.item]
+    needed = -(-num_rows // sessions.block_size) if sessions.row_sizes.deepstack_embeddings else 0
     is_ranged = needed > allocator.totals["deepstack"]
     deepstack = min(needed, 1) if is_ranged else needed if first.hold is None else 0
     if allocator.num_free("deepstack") >= deepstack and (first.hold is not None or allocator.num_free("slots")):
@@ -106,7 +107,8 @@ def encode_side(rank: SimEncode) -> None:
 
 
 def granted(rank: SimLanguage, grant: Grant) -> None:
-    """I16, I5, I12: room, DeepStack and slot came together, in the one order; DeepStack goes once."""
+    """I16, I5, I12: room, DeepStack and slot came together, in the one order; DeepStack goes once. I4: nothing is asked
+    for that the engine does not need."""
     sessions = rank.sessions
     session = sessions.find(grant.request_id, grant.item, grant.attempt)
     if session is None or session.grant is not grant:
@@ -117,22 +119,28 @@ def granted(rank: SimLanguage, grant: Grant) -> None:
     num_rows = grant.row_stop - grant.row_start
     if not 0 < num_rows <= len(session.room.rows) * size or sum(grant.row_runs) != num_rows:
         raise Violation("I12", f"{num_rows} rows in runs {grant.row_runs} on {len(session.room.rows)} blocks")
-    attempt, delivered = rank.progress.get((grant.request_id, grant.item), (grant.attempt, 0))
-    if grant.row_start != (delivered if attempt == grant.attempt else 0):
+    first = rank.asked.get((grant.request_id, grant.item))
+    if first is None:
+        raise Violation("I4", f"room for item {grant.item} of {grant.request_id}, which is not needed")
+    attempt, delivered = rank.progress.get((grant.request_id, grant.item), (grant.attempt, first))
+    if grant.row_start != (delivered if attempt == grant.attempt else first):
         raise Violation("I10", f"attempt {grant.attempt} is granted from row {grant.row_start}")
-    if grant.row_start != session.received or isinstance(grant, Resume) != (grant.row_start > 0):
+    if grant.row_start != session.received or isinstance(grant, Resume) != (grant.row_start > first):
         raise Violation("I4", f"a grant from row {grant.row_start}, received are {session.received}")
     wanted = (grant.deepstack_start, grant.deepstack_stop)
     if not sessions.row_sizes.deepstack_embeddings:
         expected = (grant.row_start, grant.row_start)
-    elif -(-total // size) > sessions.allocator.totals["deepstack"]:
+    elif -(-(total - first) // size) > sessions.allocator.totals["deepstack"]:
         expected = (grant.row_start, grant.row_stop)
     else:
-        expected = (0, total) if grant.row_start == 0 else (grant.row_start, grant.row_start)
+        expected = (first, total) if grant.row_start == first else (grant.row_start, grant.row_start)
     if wanted != expected or sum(grant.deepstack_runs) != wanted[1] - wanted[0]:
         raise Violation("I5", f"DeepStack rows {wanted} granted, should be {expected}")
-    if sum(grant.deepstack_runs) > len(session.room.deepstack + session.hold.deepstack) * size:
+    num_blocks = len(session.room.deepstack + session.hold.deepstack)
+    if sum(grant.deepstack_runs) > num_blocks * size:
         raise Violation("I16", "DeepStack rows were granted without blocks for them")
+    if num_blocks > -(-(total - first) // size):
+        raise Violation("I12", f"{num_blocks} DeepStack blocks for rows {first} to {total}")
     key, room = (grant.request_id, grant.item), session.room.generation
     had_begun, is_kept = key in rank.begun, rank.begun.get(key) == room
     rank.begun[key] = room
@@ -180,18 +188,20 @@ def fits(payload: Payload, job: Receive) -> None:
 
 def aux_once(rank: SimLanguage, attempt: Attempt, grant: Grant) -> None:
     """I6: no aux once rows of the attempt are in use."""
-    if rank.progress.get(attempt[:2], (0, 0)) != (attempt[2], 0) and rank.progress.get(attempt[:2]) is not None:
-        number, stop = rank.progress[attempt[:2]]
-        if number == attempt[2] and stop > 0:
-            raise Violation("I6", f"aux of {attempt} came again after {stop} rows")
+    number, stop = rank.progress.get(attempt[:2], (0, 0))
+    if number == attempt[2] and stop > rank.asked.get(attempt[:2], 0):
+        raise Violation("I6", f"aux of {attempt} came again after {stop} rows")
 
 
 def in_order(rank: SimLanguage, action: RowsReady) -> None:
-    """I4: each row once and in order per attempt; and aux before them (I6)."""
+    """I4: each row once and in order per attempt, from the first that was asked for; and aux before them (I6)."""
     key = (action.request_id, action.item)
-    number, stop = rank.progress.get(key, (action.attempt, 0))
+    first = rank.asked.get(key)
+    if first is None:
+        raise Violation("I4", f"rows {action.start}..{action.stop} of {key}, which nobody asked for")
+    number, stop = rank.progress.get(key, (action.attempt, first))
     if number != action.attempt:
-        stop = 0
+        stop = first
     if action.start != stop or action.stop <= action.start:
         raise Violation("I4", f"rows {action.start}..{action.stop} of {key} delivered, the next is {stop}")
     session = rank.sessions.find(*key, action.attempt)
@@ -218,16 +228,17 @@ def read(rank: SimLanguage, window: Window, start: int, stop: int) -> None:
         if cell != expected:
             raise Violation("I7", f"row {row} of {window.attempt} reads {cell}, encoded was {expected}")
         if has_deepstack:
-            table, place = (window.room.deepstack, at) if window.room.deepstack else (window.hold.deepstack, row)
+            is_ranged = bool(window.room.deepstack)
+            table, place = (window.room.deepstack, at) if is_ranged else (window.hold.deepstack, row - window.first)
             cell = rank.deepstack[table[place // size] * size + place % size] if place // size < len(table) else 0
             if cell != -expected:
                 raise Violation("I5", f"DeepStack row {row} of {window.attempt} reads {cell}")
 
 
-def one_attempt(attempt: int, consumed: int, window: Window) -> None:
-    """I10: rows of two attempts never meet in one prompt."""
-    if consumed and attempt != window.attempt[2]:
-        raise Violation("I10", f"after {consumed} rows of attempt {attempt} come those of {window.attempt}")
+def one_attempt(attempts: dict[int, int], window: Window | None) -> None:
+    """I10: rows of two attempts never meet in one item of a prompt."""
+    if window is not None and attempts.get(window.attempt[1], window.attempt[2]) != window.attempt[2]:
+        raise Violation("I10", f"after rows of attempt {attempts[window.attempt[1]]} come those of {window.attempt}")
 
 
 def gap_ends_link(link: LinkState | None, expected: int, frame: Frame) -> None:

@@ -68,6 +68,8 @@ class Cluster:
     world: World
     sizes: Sizes
     limits: SessionLimits = LIMITS
+    preemption: float = 0.0
+    """How likely it is that a request gives its pages up at a step."""
 
     def __post_init__(self) -> None:
         self.names = Names()

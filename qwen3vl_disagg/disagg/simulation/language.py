@@ -23,6 +23,7 @@ from qwen3vl_disagg.disagg.session_events import (
     Assigned,
     Attempt,
     BreakLink,
+    Expect,
     Expired,
     FrameIn,
     LanguageEvent,
@@ -62,8 +63,10 @@ class SimLanguage:
         self.links: dict[int, SimLink] = {}
         self.hub: Channel | None = None
         self.engine = SimEngine(self)
+        self.asked: dict[tuple[str, int], int] = {}
+        """(request, item) -> the first row that the engine asked for last; none for an item that it does not lack"""
         self.progress: dict[tuple[str, int], tuple[int, int]] = {}
-        """(request, item) -> (attempt, rows delivered in order)"""
+        """(request, item) -> (attempt, rows delivered in order, with those that were not asked for)"""
         self.begun: dict[tuple[str, int], int] = {}
         """(request, item) -> generation of the room it was granted last"""
         self._jobs: dict[Attempt, Receive] = {}
@@ -84,6 +87,17 @@ class SimLanguage:
         for action in self.sessions.handle(event, self.world.now):
             self._do[type(action)](action)  # type: ignore[operator]
         checks.language_side(self)
+
+    def expect(self, event: Expect) -> None:
+        """What the engine needs from now on; what was before is over."""
+        firsts = dict(zip(event.lacking, event.first_rows, strict=True))
+        for item in range(len(event.items)):
+            key = (event.request_id, item)
+            for table in (self.asked, self.progress, self.begun):
+                table.pop(key, None)
+            if item in firsts:
+                self.asked[key] = firsts[item]
+        self.handle(event)
 
     def _send_frame(self, action: SendFrame) -> None:
         self.cluster.check_wire(action.frame)
@@ -167,7 +181,7 @@ class SimLanguage:
         attempt = (action.request_id, action.item, action.attempt)
         job = self._jobs.pop(attempt)
         checks.in_order(self, action)
-        window = Window(attempt, action.start, action.stop, job.room, job.hold)
+        window = Window(attempt, self.asked[attempt[:2]], action.start, action.stop, job.room, job.hold)
         self.world.at(0.0, self, self.engine.provide, window)
 
     def _recall(self, action: Recall) -> None:
@@ -180,7 +194,7 @@ class SimLanguage:
     def _lost(self, action: Lost) -> None:
         self._jobs.pop((action.request_id, action.item, action.attempt), None)
         self.progress.pop((action.request_id, action.item), None)
-        if action.request_id in self.engine.known:
+        if action.request_id in self.engine.requests:
             self.tell(
                 ItemLost(
                     request_id=action.request_id,
@@ -254,7 +268,7 @@ class SimLanguage:
             self.engine.forget(message.request_id)
 
     def lost_hub(self) -> None:
-        for request_id in list(self.engine.known):
+        for request_id in list(self.engine.requests):
             self.engine.forget(request_id)
 
     def tick(self) -> None:

@@ -194,7 +194,7 @@ def _() -> Iterator[None]:
         if request is None or event.attempt <= request.sessions[event.item].attempt:
             return
         item = request.sessions[event.item]
-        received = item.received if item.state == WAITING else 0
+        received = item.received if item.state == WAITING else item.first
         self._drop(item, "another attempt takes its place", now)
         item.attempt, item.encode_rank, item.received = event.attempt, event.encode_rank, received
         self._wait(item, now)

@@ -26,10 +26,10 @@ def _() -> Iterator[None]:
 
     def cut(item: Session, *pools: Any) -> Any:
         grant = take(item, *pools)
-        if grant is None or grant.row_start or grant.deepstack_stop <= grant.row_stop:
+        if grant is None or isinstance(grant, Resume) or grant.deepstack_stop <= grant.row_stop:
             return grant
-        stop = grant.row_stop
-        return msgspec.structs.replace(grant, deepstack_stop=stop, deepstack_runs=_first(grant.deepstack_runs, stop))
+        runs = _first(grant.deepstack_runs, grant.row_stop - grant.row_start)
+        return msgspec.structs.replace(grant, deepstack_stop=grant.row_stop, deepstack_runs=runs)
 
     with swap(language_sessions, "take_room", cut):
         yield
@@ -68,8 +68,8 @@ def _() -> Iterator[None]:
 
 @mutant("abort-is-local", "F4 I15", "the encode rank is not told that an attempt was dropped, nor by the router")
 def _() -> Iterator[None]:
-    def drop(self: LanguageSessions, item: Session, reason: str, now: float, *, is_over: bool = False) -> None:
-        self._let_go(item, is_over=is_over)
+    def drop(self: LanguageSessions, item: Session, reason: str, now: float, *, gives_back: bool = False) -> None:
+        self._let_go(item, gives_back=gives_back)
 
     def ignore(self: EncodeSessions, event: Any, now: float) -> None:
         return
@@ -111,9 +111,9 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     let_go = method(LanguageSessions, "_let_go")
 
-    def twice(self: LanguageSessions, item: Session, *, is_over: bool = False) -> None:
+    def twice(self: LanguageSessions, item: Session, *, gives_back: bool = False) -> None:
         room, state = item.room, item.state
-        let_go(self, item, is_over=is_over)
+        let_go(self, item, gives_back=gives_back)
         if room is not None and state == GRANTED:
             self.allocator._return(room)
 

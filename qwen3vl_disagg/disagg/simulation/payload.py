@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qwen3vl_disagg.disagg.layout import item_ranges
-from qwen3vl_disagg.disagg.messages import Grant
+from qwen3vl_disagg.disagg.messages import Grant, Resume
 from qwen3vl_disagg.disagg.session_events import Attempt
 
 MAX_ROWS = 64
@@ -51,5 +51,5 @@ def make_payload(names: Names, attempt: Attempt, grant: Grant, total: int) -> Pa
     """The rows that a grant asks for, as their encoder knows them."""
     rows = [names.row(attempt, row) for row in range(grant.row_start, grant.row_stop)]
     deepstack = [-names.row(attempt, row) for row in range(grant.deepstack_start, grant.deepstack_stop)]
-    aux = (total, attempt[2]) if grant.row_start == 0 else None
+    aux = None if isinstance(grant, Resume) else (total, attempt[2])
     return Payload(attempt, grant, aux, deepstack, rows, len(rows) + len(deepstack))

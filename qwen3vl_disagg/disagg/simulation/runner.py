@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.disagg import encode_sessions, session
-from qwen3vl_disagg.disagg.simulation import mutants_of_invariants, mutants_of_others
+from qwen3vl_disagg.disagg.simulation import mutants_of_invariants, mutants_of_others, mutants_of_partial_items
 from qwen3vl_disagg.disagg.simulation.mutants import MUTANTS, planted
 from qwen3vl_disagg.disagg.simulation.schedule import Outcome, run_schedule
 from qwen3vl_disagg.disagg.simulation.world import FAULTS
@@ -54,8 +54,9 @@ class Result:
 
 def mutant_names() -> list[str]:
     """All planted bugs, in a fixed order."""
-    # Both modules register theirs when they are imported.
-    return sorted(MUTANTS) if mutants_of_others and mutants_of_invariants else []
+    # The modules register theirs when they are imported.
+    modules = (mutants_of_invariants, mutants_of_others, mutants_of_partial_items)
+    return sorted(MUTANTS) if all(modules) else []
 
 
 def simulate(

@@ -78,7 +78,8 @@ def _prepare(seed: int) -> tuple[World, Cluster, _Plan]:
         row_sizes=RowSizes(4, 4, 12, 64, 4 * levels),
     )
     memory = rng.choice((1, 2, 8))
-    cluster = Cluster(world, sizes, msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory))
+    limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory)
+    cluster = Cluster(world, sizes, limits, preemption=rng.choice((0.0, 0.05, 0.2)))
     plan = _Plan(has_faults, world.faults_until, 2)
     start = 0.3
     for number in range(rng.randint(2, 7)):
@@ -174,7 +175,7 @@ def _check_drained(world: World, cluster: Cluster) -> None:
             raise Violation("I15", f"{len(busy)} ranks are not idle after the drain; encode items {states}")
         world.run(world.now + 1.0)
     for language in cluster.languages:
-        if language.engine.known:
-            raise Violation("I15", f"requests {list(language.engine.known)} are still known")
+        if language.engine.known or language.engine.requests:
+            raise Violation("I15", f"requests {[*language.engine.known, *language.engine.requests]} are still known")
     if cluster.router.num_requests:
         raise Violation("I15", f"the router still has {cluster.router.num_requests} requests")
