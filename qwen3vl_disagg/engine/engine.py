@@ -189,7 +189,8 @@ class Engine:
             sequence.admitted_at = sequence.admitted_at or time.monotonic()
             lacking = [i for i, item in enumerate(sequence.items) if sequence.first_row(i) < item.num_rows]
             if lacking:
-                events.append(NeedItems(request_id=sequence.request_id, items=lacking))
+                first_rows = [sequence.first_row(index) for index in lacking]
+                events.append(NeedItems(request_id=sequence.request_id, items=lacking, first_rows=first_rows))
         step, preempted = self.scheduler.schedule()
         events += [Preempted(sequence.request_id) for sequence in preempted]
         if step is None:

@@ -234,7 +234,8 @@ class LLM:
     ) -> ChatResult | DisaggError | None:
         match event:
             case NeedItems():
-                self.transfer.need(event.request_id, answer.prompt.items, event.items, answer.prompt.media)
+                prompt = answer.prompt
+                self.transfer.need(event.request_id, prompt.items, event.items, prompt.media, event.first_rows)
                 return None
             case Preempted():
                 self.transfer.need(event.request_id, answer.prompt.items, [], answer.prompt.media)

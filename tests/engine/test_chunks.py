@@ -46,10 +46,9 @@ class Feeder:
         self.lacking: list[tuple[str, int]] = []
 
     def need(self, event: NeedItems) -> None:
-        sequence = self.engine.scheduler.admitted[event.request_id]
-        for index in event.items:
+        for index, first in zip(event.items, event.first_rows, strict=True):
             key = (event.request_id, index)
-            self.first[key] = self.used[key] = sequence.first_row(index)
+            self.first[key] = self.used[key] = first
             self.attempts[key] = self.attempts.get(key, 0) + 1
             self.lacking.append(key)
 
