@@ -19,6 +19,7 @@ from tools.bench_contestants.worker import Setup
 from tools.bench_machine import busy_seconds
 from tools.bench_process import cpu_seconds, family, memory
 
+SETTLE_S, STILL_S, STILL_CORES = 8.0, 0.3, 0.1
 REPO = Path(__file__).resolve().parent.parent.parent
 
 
@@ -106,8 +107,19 @@ class Process:
         self.log.close()
 
 
+def settle(everyone: Sequence[Process]) -> None:
+    """Wait until no contestant uses the CPU any more: some spin for a second or so after they had something to do."""
+    end, pids = time.monotonic() + SETTLE_S, set[int]().union(*(family(process.process.pid) for process in everyone))
+    while time.monotonic() < end:
+        before = cpu_seconds(pids)
+        time.sleep(STILL_S)
+        if cpu_seconds(pids) - before <= STILL_CORES * STILL_S:
+            return
+
+
 def ask_alone(asked: Process, everyone: Sequence[Process], timeout_s: float, **command: Any) -> Answer:
-    """One command to one contestant, while the others are expected to be still."""
+    """One command to one contestant, once all of them are still."""
+    settle(everyone)
     families = {process: family(process.process.pid) for process in everyone}
     before = {process: cpu_seconds(pids) for process, pids in families.items()}
     busy, started = busy_seconds(), time.perf_counter()
