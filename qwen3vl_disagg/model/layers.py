@@ -38,7 +38,8 @@ class Linear(nn.Linear):
 
 def project(x_TD: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """Several layers of one input; those that the bfloat16 kernel runs in one call."""
-    if x_TD.shape[0] <= MAX_LINEAR_ROWS and all(type(layer) is Linear and layer.use_kernel for layer in layers):
+    is_kernel = all(type(layer) is Linear and layer.use_kernel for layer in layers)
+    if is_kernel and x_TD.shape[0] <= MAX_LINEAR_ROWS:  # in this order: a look at the size is a graph more
         out = torch.ops.q3vl.linear(x_TD, [layer.weight for layer in layers])
         return out.split([layer.out_features for layer in layers], dim=-1)
     return tuple(layer(x_TD) for layer in layers)
