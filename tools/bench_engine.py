@@ -53,31 +53,33 @@ def make_folder(preset: str, folder: Path, std: float = 0.02) -> bool:
     return preset not in RANDOM_PRESETS
 
 
-def environment(name: str, setup: Setup, python: Path) -> dict[str, str]:
-    """Threads that wait asleep (idle contestants must not spin), no network; what the caller has set stays.
+def environment(name: str, setup: Setup, python: Path, wait: str = "default") -> dict[str, str]:
+    """Threads, and no network; what the caller has set in its own environment stays.
 
-    vLLM is left where the kernel puts it like the others, and gets its manual's advice: Intel's OpenMP library, where
-    its environment has it.
+    vLLM gets what its manual advises: its threads bound to cores, and Intel's OpenMP library where its environment has
+    it.
     """
+    cores = sorted(os.sched_getaffinity(0))[: setup.threads]
     env = {
-        "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if wait != "default":
+        env["OMP_WAIT_POLICY"] = wait.upper()
     openmp = python.parent.parent / "lib" / "libiomp5.so"
     if name.startswith("vllm") and openmp.is_file():
         env["LD_PRELOAD"] = str(openmp)
     return {**env, **os.environ, "OMP_NUM_THREADS": str(setup.threads)}
 
 
-def start(name: str, setup: Setup, python: Path) -> Process:
+def start(name: str, setup: Setup, python: Path, wait: str) -> Process:
     """A contestant's process; it loads while others may be loading too."""
     module = f"tools.bench_contestants.{MODULES[name.partition('-')[0]]}"
     mine = replace(setup, **VARIANTS.get(name, {}))  # type: ignore[arg-type]
-    return Process(name, [str(python), "-m", module], mine, environment(name, mine, python))
+    return Process(name, [str(python), "-m", module], mine, environment(name, mine, python, wait))
 
 
 def weight_bytes(config: ModelConfig, facts: dict[str, Any]) -> float:
@@ -106,6 +108,7 @@ def engine(
     prefill_tokens: int = 1024,
     image_side: int = 448,
     threads: int = 2,
+    wait: Literal["default", "passive"] = "default",
     device: Literal["cpu", "cuda"] = "cpu",
     compile: Literal["auto", "on", "off"] = "auto",
     quantize: Literal["none", "int8"] = "none",
@@ -127,6 +130,8 @@ def engine(
         prefill_tokens: Length of the prompt whose prefill is timed.
         image_side: Height and width of the image in pixels.
         threads: Threads of each contestant; only one works at a time.
+        wait: How threads of OpenMP wait for work. By default they spin for a moment, which is faster on free cores and
+            much slower beside other programs; `passive` ones sleep at once.
         device: Where all of them run.
         compile: Of contestant `this`.
         quantize: Of contestant `this`.
@@ -164,7 +169,7 @@ def engine(
             max_batch=max(batches),
             max_tokens=max(prefill_tokens, prompt_tokens + new_tokens) + 8,
         )
-        processes, records, left_out = gather(stack, [MACHINE, *contestants], setup, vllm_python)
+        processes, records, left_out = gather(stack, [MACHINE, *contestants], setup, vllm_python, wait)
         if MACHINE not in records or len(records) == 1:
             raise SystemExit("\n".join(f"{name}: {reason}" for name, reason in left_out.items()))
         run(plan, config, processes, records)
@@ -173,6 +178,7 @@ def engine(
         "machine": machine,
         "model": preset if is_random or model.name == preset else str(model.name),
         "threads": threads,
+        "wait": wait,
         "left_out": left_out,
     }
     if picture is not None:
@@ -183,7 +189,7 @@ def engine(
 
 
 def gather(
-    stack: ExitStack, names: Sequence[str], setup: Setup, vllm_python: Path | None
+    stack: ExitStack, names: Sequence[str], setup: Setup, vllm_python: Path | None, wait: str
 ) -> tuple[dict[str, Process], dict[str, Record], dict[str, str]]:
     """Load one after another. Processes and records of those that are ready; why the others are left out."""
     processes: dict[str, Process] = {}
@@ -194,7 +200,7 @@ def gather(
         if python is None:
             left_out[name] = "no environment with vLLM given (--vllm-python or VLLM_PYTHON)"
             continue
-        process = start(name, setup, python)
+        process = start(name, setup, python, wait)
         stack.callback(process.close)
         try:
             records[name] = Record(process.wait_loaded(LOAD_S))

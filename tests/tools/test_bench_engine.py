@@ -75,6 +75,7 @@ def some_result():
         "model": "m",
         "dtype": "bfloat16",
         "threads": 2,
+        "wait": "default",
         "rounds": 2,
         "prompt_tokens": 5,
         "new_tokens": 8,
@@ -132,13 +133,20 @@ def test_a_published_shape_gets_a_folder_without_weights(tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_size < 1000
 
 
-def test_idle_threads_sleep_unless_the_caller_says_otherwise(monkeypatch):
+def test_what_a_contestant_finds_in_its_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    setup = Setup(folder="x", threads=3)
-    env = environment("this", setup, Path(sys.executable))
-    assert (env["OMP_WAIT_POLICY"], env["OMP_NUM_THREADS"]) == ("PASSIVE", "3")
+    setup, python = Setup(folder="x", threads=1), tmp_path / "bin" / "python"
+    env = environment("this", setup, python)
+    assert env["OMP_NUM_THREADS"] == "1"
+    assert not {"OMP_WAIT_POLICY", "LD_PRELOAD"} & set(env)
+    assert environment("this", setup, python, "passive")["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert environment("this", setup, Path(sys.executable))["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert environment("this", setup, python, "passive")["OMP_WAIT_POLICY"] == "ACTIVE"
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libiomp5.so").touch()
+    assert environment("vllm-compiled", setup, python)["LD_PRELOAD"] == str(tmp_path / "lib" / "libiomp5.so")
+    assert "LD_PRELOAD" not in environment("transformers", setup, python)
+    assert len(environment("vllm", setup, python)["VLLM_CPU_OMP_THREADS_BIND"].split(",")) == 1
 
 
 TOY = """
@@ -182,7 +190,7 @@ def test_a_contestant_answers_whatever_its_libraries_print():
         assert "noise of a child" in process.last_words()
         assert process.process.pid in family(process.process.pid)
         assert process.memory()["private"] > 1e6
-        with pytest.raises(ContestantError, match="toy: ended"):
+        with pytest.raises(ContestantError, match="toy: ended with status 3"):
             process.ask(20, do="end")
     finally:
         process.close()

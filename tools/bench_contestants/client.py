@@ -75,13 +75,19 @@ class Process:
                 raise ContestantError(f"{self.name}: no answer within {timeout_s:.0f} s\n{self.last_words()}")
             piece = os.read(fd, 1 << 20)
             if not piece:
-                raise ContestantError(f"{self.name}: ended\n{self.last_words()}")
+                raise ContestantError(f"{self.name}: ended with status {self._status()}\n{self.last_words()}")
             self._rest += piece
         line, _, self._rest = self._rest.partition(b"\n")
         answer = json.loads(line)
         if "error" in answer:
             raise ContestantError(f"{self.name}: {answer['error']}\n{self.last_words()}")
         return answer["result"]
+
+    def _status(self) -> int | None:
+        """Exit status of a process that has closed its end; None if it has not ended after all."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        return self.process.poll()
 
     @staticmethod
     def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
