@@ -47,8 +47,8 @@ def report(result: Mapping[str, Any]) -> str:
         [
             f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}, load {machine['load']}; "
             f"{result['model']}, {result['dtype']}, {result['threads']} threads ({result['wait']} wait), "
-            f"{result['rounds']} rounds; prompts of {result['prompt_tokens']} tokens and {result['new_tokens']} new ones, prefill of "
-            f"{result['prefill_tokens']}, image of {result['image_side']} x {result['image_side']}",
+            f"{result['rounds']} rounds; prompts of {result['prompt_tokens']} tokens and {result['new_tokens']} new "
+            f"ones, prefill of {result['prefill_tokens']}, image of {result['image_side']} x {result['image_side']}",
             f"Ceilings stand on {rates['read_gb_s']:.1f} GB/s read and {rates['matmul_gflop_s']:.0f} GFLOP/s.",
             "Median (part of the ceiling):",
             table(["", *map(unit, measurements)], figures),
