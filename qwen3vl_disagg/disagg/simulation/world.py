@@ -117,7 +117,9 @@ class Channel:
             return
         world = self.world
         arrival = max(self.last, world.now + world.delay(self.sender.slowness))
-        if self.link is not None and world.now < world.faults_until and world.faults:
+        if self.link is None:  # of the hub
+            arrival += 3.0 * world.random() if world.happens("delay") else 0.0
+        elif world.now < world.faults_until and world.faults:
             arrival = self._hurt(message, arrival)
             if arrival < 0:
                 return
