@@ -21,7 +21,7 @@ from tqdm import tqdm
 from qwen3vl_disagg.kernels.ops import MAX_LINEAR_ROWS
 from qwen3vl_disagg.model import ModelConfig, PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.attention import LayerCache
-from qwen3vl_disagg.model.compiled import GraphCounts, one_at_a_time
+from qwen3vl_disagg.model.compiled import GraphCounts, compile_options, one_at_a_time
 from qwen3vl_disagg.model.flex import FlexKind, flex_kinds
 from qwen3vl_disagg.model.paged import PagedImpl
 
@@ -56,7 +56,9 @@ class CompiledDecoder:
         self.kinds: set[GraphKind | FlexKind] = {*graph_kinds(model.config, has_kernels=head.use_kernel)}
         self._before = GraphCounts.now()
         decoder = model.model
-        decoder._step = torch.compile(decoder._step, fullgraph=True, dynamic=True)  # type: ignore[method-assign]
+        decoder._step = torch.compile(  # type: ignore[method-assign]
+            decoder._step, fullgraph=True, dynamic=True, options=compile_options()
+        )
 
     @property
     def counts(self) -> GraphCounts:

@@ -26,7 +26,7 @@ NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_b
 SWITCH = "Q3VL_KERNELS"
 """Environment variable; `off` runs the PyTorch code."""
 
-_P, _L, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "q3_linear": [_P, _P, _P, _L, _P, _L, _L, _L, _I],
     "q3_experts": [_P] * 9 + [_L] * 5 + [_I],
@@ -34,7 +34,9 @@ SIGNATURES = {
     "q3_experts_int8": [_P] * 12 + [_L] * 5 + [_I],
     "q3_prefill_attention": [_P, _L, _P, _P, _P, _L, _L, _L, _L, _P, _P, _I],
     "q3_full_attention": [_P, _P, _P, _L, _L, _L, _L, _P, _P, _I],
-    "q3_decode_attention": [_P, _P, _P, _P, _L, _P, _L, _L, _L, _L, _L, _P, _I],
+    "q3_decode_attention": [_P, _P, _L, _P, _L, _P, _P, _P, _L, _P, _P, _L, _L, _L, _L, _L, _P, _I],
+    "q3_rms_norm": [_P, _P, _F, _P, _L, _L, _I],
+    "q3_norm_rotary": [_P, _L, _P, _F, _P, _P, _P, _L, _L, _L, _I],
 }
 
 

@@ -39,7 +39,7 @@ _library.define("linear(Tensor x, Tensor[] weights) -> Tensor")
 def _linear(x_TD: Tensor, weights: list[Tensor]) -> Tensor:
     """`[T, N]`: the products with up to 4 weights side by side."""
     x_TD = x_TD.contiguous()
-    (num_rows, depth), sizes = x_TD.shape, [len(weight) for weight in weights]
+    (num_rows, depth), sizes = x_TD.shape, [weight.shape[0] for weight in weights]
     out = x_TD.new_empty(num_rows, sum(sizes))
     _cpu().q3_linear(
         x_TD.data_ptr(),
@@ -56,6 +56,11 @@ def _linear(x_TD: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 _library.impl("linear", _linear, "CPU")
+
+
+def linear(x_TD: Tensor, weights: list[Tensor]) -> Tensor:
+    """The operator; eager code has no use for the dispatcher, whose way is a third of the call for one row."""
+    return torch.ops.q3vl.linear(x_TD, weights) if torch.compiler.is_compiling() else _linear(x_TD, weights)
 
 
 @torch.library.register_fake("q3vl::linear")
@@ -105,6 +110,11 @@ def _experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tens
 _library.impl("experts", _experts, "CPU")
 
 
+def experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    run = torch.ops.q3vl.experts if torch.compiler.is_compiling() else _experts
+    return run(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF)
+
+
 @torch.library.register_fake("q3vl::experts")
 def _(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
     return torch.empty_like(x_TD)
@@ -114,6 +124,50 @@ def can_experts(x_TD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> bool:
     """Plain bfloat16, sizes the kernel takes."""
     hidden, width = down_EDF.shape[1:]
     return hidden % 32 == 0 and width % 32 == 0 and is_cpu_bf16(x_TD, gate_up_EGD, down_EDF)
+
+
+# ---- norm ----
+
+
+def can_norm(size: int, weight: Tensor) -> bool:
+    """Sizes the kernel takes, with or without the rotary embedding."""
+    return size % 32 == 0 and is_cpu_bf16(weight)
+
+
+def _with_whole_rows(x: Tensor) -> Tensor:
+    """Rows may lie apart (pieces of a wider product), each in one piece."""
+    is_whole = x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == x.shape[2])
+    return x if is_whole else x.contiguous()
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dim, rounded where `RMSNorm` rounds -> the shape of `x`."""
+    x_TD = x_TD.contiguous()
+    out, size = torch.empty_like(x_TD), x_TD.shape[-1]
+    pointers = (x_TD.data_ptr(), weight_D.data_ptr(), eps, out.data_ptr())
+    _cpu().q3_rms_norm(*pointers, x_TD.numel() // size, size, torch.get_num_threads())
+    return out
+
+
+def norm_rotary(x_TNH: Tensor, weight_H: Tensor, eps: float, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
+    """RMSNorm of each head, then the rotary embedding -> `[T, N, H]`."""
+    x_TNH, cos_T1H, sin_T1H = _with_whole_rows(x_TNH), cos_T1H.contiguous(), sin_T1H.contiguous()
+    num_tokens, num_heads, size = x_TNH.shape
+    out = x_TNH.new_empty(num_tokens, num_heads, size)
+    _cpu().q3_norm_rotary(
+        x_TNH.data_ptr(),
+        x_TNH.stride(0),
+        weight_H.data_ptr(),
+        eps,
+        cos_T1H.data_ptr(),
+        sin_T1H.data_ptr(),
+        out.data_ptr(),
+        num_tokens,
+        num_heads,
+        size,
+        torch.get_num_threads(),
+    )
+    return out
 
 
 # ---- attention ----
@@ -159,19 +213,35 @@ def prefill_attention(q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor, slots_L: Te
 
 
 def decode_attention(
-    q_BNH: Tensor, k_pool: Tensor, v_pool: Tensor, tables_BW: Tensor, contexts_B: Tensor, page_size: int
+    q_BNH: Tensor,
+    k_BGH: Tensor,
+    v_BGH: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    tables_BW: Tensor,
+    contexts_B: Tensor,
+    slots_B: Tensor,
+    page_size: int,
 ) -> Tensor:
-    """One new token for each sequence -> `[B, N, H]`. Pools `[slots, G, H]` float32; tables and contexts int64."""
-    q_BNH = q_BNH.contiguous()
+    """One new token for each sequence: its key and value into their slots, then attend -> `[B, N, H]`.
+
+    Pools `[slots, G, H]` float32; tables, contexts (with the new token) and slots int64.
+    """
+    q_BNH, k_BGH, v_BGH = q_BNH.contiguous(), _with_whole_rows(k_BGH), _with_whole_rows(v_BGH)
     (num_sequences, num_heads, size), (_, num_kv_heads, _) = q_BNH.shape, k_pool.shape
     out = torch.empty_like(q_BNH)
     _cpu().q3_decode_attention(
         q_BNH.data_ptr(),
+        k_BGH.data_ptr(),
+        k_BGH.stride(0),
+        v_BGH.data_ptr(),
+        v_BGH.stride(0),
         k_pool.data_ptr(),
         v_pool.data_ptr(),
         tables_BW.data_ptr(),
         tables_BW.shape[1],
         contexts_B.data_ptr(),
+        slots_B.data_ptr(),
         page_size,
         num_sequences,
         num_heads,

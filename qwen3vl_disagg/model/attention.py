@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model.config import TextConfig
 from qwen3vl_disagg.model.layers import Linear, RMSNorm, project
 from qwen3vl_disagg.model.rope import apply_rotary
@@ -106,5 +107,11 @@ class Attention(nn.Module):
         self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], forward_batch: ForwardBatch, cache: LayerCache | None
     ) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x_TD, self.q_proj, self.k_proj, self.v_proj))
-        q_TNH, k_TGH, v_TGH = apply_rotary(self.q_norm(q), *rotary), apply_rotary(self.k_norm(k), *rotary), v
-        return self.o_proj(forward_batch.attend(q_TNH, k_TGH, v_TGH, cache).flatten(1))
+        q_TNH, k_TGH = self._turn(self.q_norm, q, rotary), self._turn(self.k_norm, k, rotary)
+        return self.o_proj(forward_batch.attend(q_TNH, k_TGH, v, cache).flatten(1))
+
+    @staticmethod
+    def _turn(norm: RMSNorm, x_TNH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        if norm.use_kernel and not torch.compiler.is_compiling():
+            return ops.norm_rotary(x_TNH, norm.weight, norm.eps, *rotary)
+        return apply_rotary(norm(x_TNH), *rotary)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
@@ -40,11 +41,18 @@ def one_at_a_time() -> Iterator[None]:
         yield
 
 
+def compile_options() -> dict[str, str | int | bool | Callable[..., Any]]:
+    """Of the compiler. Artifacts name their number of threads, or one with another number would find and take them."""
+    return {"cpp.threads": torch.get_num_threads()}
+
+
 @torch.inference_mode()
 def compile_tower(tower: VisionTower) -> GraphCounts:
     """Compile the tower's block in place, and run it once: one graph serves every block, number and size of images."""
     before = GraphCounts.now()
-    tower._step = torch.compile(tower._step, fullgraph=True, dynamic=True)  # type: ignore[method-assign]
+    tower._step = torch.compile(  # type: ignore[method-assign]
+        tower._step, fullgraph=True, dynamic=True, options=compile_options()
+    )
     merge, weight = tower.config.spatial_merge_size, tower.patch_embed.proj.weight
     grids = [(1, 3 * merge, 2 * merge), (1, merge, merge)]
     pixels = torch.zeros(sum(h * w for _, h, w in grids), tower.config.patch_dim, device=weight.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen3vl_disagg.kernels import int8, ops
-from qwen3vl_disagg.model.layers import Linear
+from qwen3vl_disagg.model.layers import Linear, RMSNorm
 from qwen3vl_disagg.model.moe import Experts
 from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear
 from qwen3vl_disagg.model.vision import VisionAttention
@@ -28,6 +28,8 @@ def use_kernels(module: ModuleT) -> ModuleT:
             part.impl = "kernel" if int8.can_experts_int8(part.down_proj, part.dtype) else "grouped"
         elif isinstance(part, Linear):
             part.use_kernel = _is_plain(part.weight) and ops.can_linear(part.weight[:1], part.weight)
+        elif isinstance(part, RMSNorm):
+            part.use_kernel = _is_plain(part.weight) and ops.can_norm(len(part.weight), part.weight)
         elif isinstance(part, Experts):
             weights = (part.gate_up_proj, part.down_proj)
             is_kernel = all(map(_is_plain, weights)) and ops.can_experts(weights[0], *weights)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.kernels.ops import MAX_LINEAR_ROWS
 
 
@@ -16,8 +17,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.use_kernel = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.use_kernel and not torch.compiler.is_compiling():  # the compiler makes one kernel of it by itself
+            return ops.rms_norm(x, self.weight, self.eps)
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
@@ -32,7 +36,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.use_kernel and x.shape[0] <= MAX_LINEAR_ROWS:
-            return torch.ops.q3vl.linear(x, [self.weight])
+            return ops.linear(x, [self.weight])
         return F.linear(x, self.weight)
 
 
@@ -40,7 +44,7 @@ def project(x_TD: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """Several layers of one input; those that the bfloat16 kernel runs in one call."""
     is_kernel = all(type(layer) is Linear and layer.use_kernel for layer in layers)
     if is_kernel and x_TD.shape[0] <= MAX_LINEAR_ROWS:  # in this order: a look at the size is a graph more
-        out = torch.ops.q3vl.linear(x_TD, [layer.weight for layer in layers])
+        out = ops.linear(x_TD, [layer.weight for layer in layers])
         return out.split([layer.out_features for layer in layers], dim=-1)
     return tuple(layer(x_TD) for layer in layers)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qwen3vl_disagg.kernels import ops  # noqa: F401 - defines the operator
+from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model.config import TextConfig
 from qwen3vl_disagg.model.layers import Linear
 
@@ -69,7 +69,7 @@ def run_experts_kernel(
     x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
 ) -> Tensor:
     """Same value: bfloat16 on a CPU, one call that reads each active expert's weights where they lie."""
-    return torch.ops.q3vl.experts(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF)
+    return ops.experts(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF)
 
 
 EXPERT_IMPLS = {"loop": run_experts_loop, "grouped": run_experts_grouped, "kernel": run_experts_kernel}

@@ -8,7 +8,7 @@ Dims: T packed tokens, N query heads, G kv heads, H head size, B sequences, W pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -75,6 +75,7 @@ class PagedBatch(ForwardBatch):
             self.new_slots_T = self.new_slots_T.to(device, non_blocking=True)
         else:
             self.places = _pack(new_B, contexts_B, tables, self.new_slots_T)
+            self._unpacked = _unpack(self.places)  # once for all layers
 
     def layer_cache(self, layer: int) -> LayerCache:
         return self.caches[layer]
@@ -85,7 +86,13 @@ class PagedBatch(ForwardBatch):
         if self.impl == "flex":
             args = (self.new_slots_T, self.plan.lists, self.plan.sizes)
             return torch.ops.q3vl.flex_attention(q_TNH, k_TGH, v_TGH, *cache, *args)
-        return torch.ops.q3vl.paged_attention(q_TNH, k_TGH, v_TGH, *cache, self.places, self.page_size, self.impl or "")
+        impl = self.impl or ""
+        if torch.compiler.is_compiling():
+            return torch.ops.q3vl.paged_attention(q_TNH, k_TGH, v_TGH, *cache, self.places, self.page_size, impl)
+        return paged_attention(q_TNH, k_TGH, v_TGH, *cache, self._unpacked, self.page_size, impl)
+
+
+Places = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _pack(new_B: Tensor, contexts_B: Tensor, tables_BW: Tensor, new_slots_T: Tensor) -> Tensor:
@@ -94,7 +101,7 @@ def _pack(new_B: Tensor, contexts_B: Tensor, tables_BW: Tensor, new_slots_T: Ten
     return torch.cat([sizes, new_B, contexts_B, tables_BW.flatten(), new_slots_T])
 
 
-def _unpack(places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _unpack(places: Tensor) -> Places:
     """new lens `[B]`, contexts `[B]`, tables `[B, W]`, new slots `[T]`: views."""
     num_sequences, width = places[:2].tolist()
     sizes = [2, num_sequences, num_sequences, num_sequences * width]
@@ -117,21 +124,25 @@ def paged_attention(
     v_TGH: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
-    places: Tensor,
+    places: Places,
     page_size: int,
     impl: str = "",
 ) -> Tensor:
     """Write the new keys and values into their slots, then attend -> `[T, N, H]`, q's dtype."""
-    new_B, contexts_B, tables_BW, new_slots_T = _unpack(places)
-    tables_BW, new_slots_T = tables_BW.to(k_pool.device), new_slots_T.to(k_pool.device)
-    k_pool.index_copy_(0, new_slots_T, k_TGH.to(k_pool.dtype))
-    v_pool.index_copy_(0, new_slots_T, v_TGH.to(v_pool.dtype))
+    new_B, contexts_B, tables_BW, new_slots_T = places
     if not impl:
         is_kernel = k_pool.dtype == torch.float32 and ops.can_attend(q_TNH, k_pool.shape[1])
         impl = "kernel" if is_kernel else "sdpa"
-    decode, extend = PAGED_IMPLS[impl]
-    if len(q_TNH) == len(new_B):
-        return decode(q_TNH, k_pool, v_pool, tables_BW, contexts_B, page_size)
+    is_decode = q_TNH.shape[0] == new_B.shape[0]
+    if impl == "kernel" and is_decode:  # one call for all of it
+        args = (k_pool, v_pool, tables_BW, contexts_B, new_slots_T, page_size)
+        return ops.decode_attention(q_TNH, k_TGH, v_TGH, *args)
+    tables_BW, new_slots_T = tables_BW.to(k_pool.device), new_slots_T.to(k_pool.device)
+    k_pool.index_copy_(0, new_slots_T, k_TGH.to(k_pool.dtype))
+    v_pool.index_copy_(0, new_slots_T, v_TGH.to(v_pool.dtype))
+    if is_decode:
+        return decode_sdpa(q_TNH, k_pool, v_pool, tables_BW, contexts_B, page_size)
+    extend = ops.prefill_attention if impl == "kernel" else extend_sdpa
     outs = []
     # Shapes are decided on the host; these two tensors live there.
     for b, (q, total) in enumerate(zip(q_TNH.split(new_B.tolist()), contexts_B.tolist(), strict=True)):
@@ -141,7 +152,20 @@ def paged_attention(
     return torch.cat(outs)
 
 
-_library.impl("paged_attention", paged_attention, "CompositeExplicitAutograd")
+def _paged_attention(
+    q_TNH: Tensor,
+    k_TGH: Tensor,
+    v_TGH: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    places: Tensor,
+    page_size: int,
+    impl: str,
+) -> Tensor:
+    return paged_attention(q_TNH, k_TGH, v_TGH, k_pool, v_pool, _unpack(places), page_size, impl)
+
+
+_library.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("q3vl::paged_attention")
@@ -178,9 +202,3 @@ def extend_sdpa(q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor, slots_L: Tensor) 
         mask = torch.arange(total, device=q.device) <= query[:, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out[0].transpose(0, 1).to(q_TNH.dtype)
-
-
-PAGED_IMPLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "sdpa": (decode_sdpa, extend_sdpa),
-    "kernel": (ops.decode_attention, ops.prefill_attention),
-}

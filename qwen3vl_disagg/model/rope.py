@@ -1,12 +1,14 @@
 """Rotary embeddings: interleaved three-axis M-RoPE for text, two-axis for vision.
 
-No buffers: inverse frequencies are recomputed in float32 from the config, so neither a meta-device build nor a cast of
-the model can damage them.
+No buffers: inverse frequencies come in float32 from the config, so neither a meta-device build nor a cast of the model
+can damage them.
 
 Dims: T tokens, N heads, H head size, J = H / 2 frequencies.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -29,15 +31,21 @@ def mrope_axes(num_frequencies: int, section: tuple[int, int, int]) -> list[int]
     return axes
 
 
+@functools.cache
+@torch.inference_mode(False)
+def _frequencies(theta: float, axes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inverse frequencies `[J, 1]` float32 and the axis of each `[J]`: the same in every step."""
+    head_dim = 2 * len(axes)
+    exponent_J = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    return (1.0 / theta**exponent_J)[:, None], torch.tensor(axes, device=device)
+
+
 def text_rotary(
     positions: Tensor, *, head_dim: int, theta: float, section: tuple[int, int, int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """cos and sin `[T, 1, H]` in the model's dtype, from integer positions `[3, T]`; angles are float32."""
-    device = positions.device
-    exponent_J = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-    inv_freq_J = 1.0 / (theta**exponent_J)
-    axis_J = torch.tensor(mrope_axes(head_dim // 2, section), device=device)
-    angles_TJ = (positions[axis_J].float() * inv_freq_J[:, None]).T
+    inv_freq_J1, axis_J = _frequencies(theta, tuple(mrope_axes(head_dim // 2, section)), positions.device)
+    angles_TJ = (positions[axis_J].float() * inv_freq_J1).T
     angles_T1H = torch.cat((angles_TJ, angles_TJ), dim=-1)[:, None, :]
     return angles_T1H.cos().to(dtype), angles_T1H.sin().to(dtype)
 

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from qwen3vl_disagg.kernels import build, ops
+from qwen3vl_disagg.model.layers import RMSNorm
 from qwen3vl_disagg.model.moe import route, run_experts_kernel, run_experts_loop
-from qwen3vl_disagg.model.paged import PAGED_IMPLS
+from qwen3vl_disagg.model.paged import decode_sdpa, extend_sdpa
+from qwen3vl_disagg.model.rope import apply_rotary
 
 pytestmark = pytest.mark.skipif(build.load() is None, reason="no AVX-512 BF16 or no C++ compiler")
 
@@ -98,7 +100,9 @@ def test_what_is_not_finite_stays_so():
     q = bf16(2, 1, 64, seed=2)
     q[1] = float("nan")
     pool = bf16(8, 1, 64, seed=3).float()
-    decoded = ops.decode_attention(q, pool, pool, torch.zeros(2, 1, dtype=torch.int64), torch.tensor([5, 5]), 8)
+    slots, new = torch.tensor([4, 4]), bf16(2, 1, 64, seed=4)
+    places = (torch.zeros(2, 1, dtype=torch.int64), torch.tensor([5, 5]), slots)
+    decoded = ops.decode_attention(q, new, new, pool, pool, *places, 8)
     assert decoded.isnan().flatten(1).any(1).tolist() == [False, True]
     assert ops.prefill_attention(q, pool, pool, torch.arange(5)).isnan().flatten(1).any(1).tolist() == [False, True]
 
@@ -111,8 +115,8 @@ def pools(num_slots: int, heads: int, size: int, seed: int) -> tuple[torch.Tenso
 @settings(max_examples=40)
 @given(
     contexts=st.lists(st.integers(1, 300), min_size=1, max_size=5),
-    kv_heads=st.integers(1, 3),
-    group=st.sampled_from([1, 2, 4, 16]),
+    kv_heads=st.sampled_from([1, 2, 3, 4, 11]),
+    group=st.sampled_from([1, 2, 3, 4, 5, 16]),
     size=st.sampled_from([64, 128]),
     page_size=st.sampled_from([1, 7, 16, 128]),
     seed=st.integers(0, 99),
@@ -123,11 +127,37 @@ def test_decode_attention(contexts, kv_heads, group, size, page_size, seed):
     keys, values = pools(num_pages * page_size, kv_heads, size, seed)
     generator = torch.Generator().manual_seed(seed)
     tables = torch.randperm(num_pages, generator=generator)[: width * len(contexts)].view(-1, width)
-    q = bf16(len(contexts), kv_heads * group, size, seed=seed + 2)
-    args = (keys, values, tables, torch.tensor(contexts), page_size)
-    reference, kernel = PAGED_IMPLS["sdpa"][0], PAGED_IMPLS["kernel"][0]
+    heads, contexts_B = kv_heads * group, torch.tensor(contexts)
+    # As they come from one product with several weights.
+    q, k, v = bf16(len(contexts), heads + 2 * kv_heads, size, seed=seed + 2).split([heads, kv_heads, kv_heads], dim=1)
+    last_B = contexts_B - 1
+    slots_B = tables.gather(1, (last_B // page_size)[:, None])[:, 0] * page_size + last_B % page_size
+    expected_pools = [pool.index_copy(0, slots_B, new.float()) for pool, new in ((keys, k), (values, v))]
+    expected = decode_sdpa(q.double(), *(pool.double() for pool in expected_pools), tables, contexts_B, page_size)
     assert ops.can_attend(q, kv_heads)
-    assert distance(kernel(q, *args), reference(q.double(), *(a.double() for a in args[:2]), *args[2:])) < 2**-8
+    found = ops.decode_attention(q, k, v, keys, values, tables, contexts_B, slots_B, page_size)
+    assert distance(found, expected) < 2**-8
+    assert torch.equal(keys, expected_pools[0])
+    assert torch.equal(values, expected_pools[1])
+
+
+@settings(max_examples=40)
+@given(
+    tokens=st.sampled_from([1, 2, 7, 600]),
+    heads=st.integers(1, 5),
+    size=st.sampled_from([32, 64, 96, 128]),
+    seed=st.integers(0, 99),
+)
+def test_norm_and_rotary(tokens, heads, size, seed):
+    norm = RMSNorm(size, 1e-6).bfloat16()
+    norm.weight.data = bf16(size, seed=seed)
+    assert ops.can_norm(size, norm.weight)
+    _, x, _ = bf16(tokens, heads + 2, size, seed=seed + 1).split([1, heads, 1], dim=1)
+    cos, sin = bf16(tokens, 1, size, seed=seed + 2), bf16(tokens, 1, size, seed=seed + 3)
+    assert distance(ops.rms_norm(x, norm.weight, 1e-6), norm(x)) < 2**-8
+    found, expected = ops.norm_rotary(x, norm.weight, 1e-6, cos, sin), apply_rotary(norm(x), cos, sin)
+    assert distance(found, expected) < 2**-7
+    assert (found != expected).double().mean() < 0.01  # it rounds where they round; a sum in another order may differ
 
 
 @settings(max_examples=40)
@@ -144,7 +174,7 @@ def test_prefill_attention(new, before, kv_heads, group, size, seed):
     keys, values = pools(total + 5, kv_heads, size, seed)
     slots = torch.randperm(total + 5, generator=torch.Generator().manual_seed(seed))[:total]
     q = bf16(new, kv_heads * group, size, seed=seed + 2)
-    reference, kernel = PAGED_IMPLS["sdpa"][1], PAGED_IMPLS["kernel"][1]
+    reference, kernel = extend_sdpa, ops.prefill_attention
     expected = reference(q.double(), keys.double(), values.double(), slots)
     # Probabilities are rounded to bfloat16 before they meet the values, as in every flash attention.
     assert distance(kernel(q, keys, values, slots), expected) < 2**-7
@@ -167,7 +197,7 @@ def test_full_attention(lengths, heads, size, seed):
 def test_large_scores_do_not_overflow():
     q = bf16(3, 1, 64, seed=0, scale=100.0)
     keys, values = (x * 50 for x in pools(200, 1, 64, 1))
-    expected = PAGED_IMPLS["sdpa"][1](q.double(), keys.double(), values.double(), torch.arange(200))
+    expected = extend_sdpa(q.double(), keys.double(), values.double(), torch.arange(200))
     assert distance(ops.prefill_attention(q, keys, values, torch.arange(200)), expected) < 2**-6
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qwen3vl_disagg.model import flex
-from qwen3vl_disagg.model.paged import PAGED_IMPLS
+from qwen3vl_disagg.model.paged import extend_sdpa
 
 
 def slots_of(table: torch.Tensor, total: int, page_size: int) -> torch.Tensor:
@@ -48,10 +48,9 @@ def seen_by_lists(kind: flex.FlexKind, lists: flex.FlexLists, num_slots: int) ->
 
 
 def reference(q, k_pool, v_pool, new, contexts, tables, page_size) -> torch.Tensor:
-    extend = PAGED_IMPLS["sdpa"][1]
     outs = []
     for b, (part, total) in enumerate(zip(q.split(new), contexts, strict=True)):
-        outs.append(extend(part, k_pool, v_pool, slots_of(tables[b], total, page_size)))
+        outs.append(extend_sdpa(part, k_pool, v_pool, slots_of(tables[b], total, page_size)))
     return torch.cat(outs)
 
 

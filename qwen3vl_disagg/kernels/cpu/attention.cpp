@@ -1,6 +1,5 @@
-// Attention over float pages (decoder) or bfloat16 tensors (vision tower), head size 64 or 128.
+// Attention of many queries over float pages (prefill) or bfloat16 tensors (vision tower), head size 64 or 128.
 #include <math.h>
-#include <stdlib.h>
 #include "bf16.h"
 
 static const long QUERIES = 48, KEYS = 128;
@@ -117,48 +116,4 @@ extern "C" void q3_full_attention(const bf16* q, const bf16* k, const bf16* v, l
                    packed + (2 * n + 1) * head, padded, H, 1.0f / sqrtf((float)H), out + (start * N + n) * H, N * H);
     }
   }
-}
-
-// One new token for each of B sequences. tables[B, width]: slots of page p of sequence b begin at tables[b * width + p]
-// * page_size; contexts[b] tokens count. Read once, in float.
-extern "C" void q3_decode_attention(const bf16* q, const float* k_pool, const float* v_pool, const int64_t* tables,
-                                    long width, const int64_t* contexts, long page_size, long B, long N, long G, long H,
-                                    bf16* out, int threads) {
-  const long group = N / G;
-#pragma omp parallel for schedule(dynamic) collapse(2) num_threads(threads)
-  for (long b = 0; b < B; b++)
-    for (long g = 0; g < G; g++) {
-      const long length = contexts[b];
-      float* scores = (float*)malloc(sizeof(float) * group * length);
-      float query[16 * 128];
-      for (long i = 0; i < group * H; i++) query[i] = to_float(q[(b * N + g * group) * H + i]) / sqrtf((float)H);
-      for (long l = 0; l < length; l++) {
-        const float* key = k_pool + ((tables[b * width + l / page_size] * page_size + l % page_size) * G + g) * H;
-        for (long j = 0; j < group; j++) {
-          __m512 acc = _mm512_setzero_ps();
-          for (long h = 0; h < H; h += 16)
-            acc = _mm512_fmadd_ps(_mm512_loadu_ps(query + j * H + h), _mm512_loadu_ps(key + h), acc);
-          scores[j * length + l] = _mm512_reduce_add_ps(acc);
-        }
-      }
-      float scale[16];
-      for (long j = 0; j < group; j++) {
-        float top = -INFINITY, sum = 0;
-        for (long l = 0; l < length; l++) top = scores[j * length + l] > top ? scores[j * length + l] : top;
-        for (long l = 0; l < length; l++) sum += scores[j * length + l] = expf(scores[j * length + l] - top);
-        scale[j] = 1.0f / sum;
-      }
-      float acc[16 * 128];
-      memset(acc, 0, sizeof(float) * group * H);
-      for (long l = 0; l < length; l++) {
-        const float* value = v_pool + ((tables[b * width + l / page_size] * page_size + l % page_size) * G + g) * H;
-        for (long j = 0; j < group; j++)
-          for (long h = 0; h < H; h += 16)
-            _mm512_storeu_ps(acc + j * H + h, _mm512_fmadd_ps(_mm512_set1_ps(scores[j * length + l]), _mm512_loadu_ps(value + h),
-                                                              _mm512_loadu_ps(acc + j * H + h)));
-      }
-      for (long j = 0; j < group; j++)
-        for (long h = 0; h < H; h++) out[(b * N + g * group + j) * H + h] = to_bf16(acc[j * H + h] * scale[j]);
-      free(scores);
-    }
 }

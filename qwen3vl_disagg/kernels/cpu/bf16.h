@@ -49,9 +49,9 @@ static inline void store_tile(const float* tile, long count, bf16* out, long str
   }
 }
 
-// e^x to about 1e-6 relative, for x <= 0; below -87 it is 0.
+// e^x to about 1e-6 relative, for x <= 0; below -87 it is 0. NaN stays NaN.
 static inline __m512 exp_ps(__m512 x) {
-  const __m512 scaled = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-104.0f)), _mm512_set1_ps(1.44269504f));
+  const __m512 scaled = _mm512_mul_ps(_mm512_max_ps(_mm512_set1_ps(-104.0f), x), _mm512_set1_ps(1.44269504f));
   const __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 part = _mm512_sub_ps(scaled, whole);  // [-0.5, 0.5]; below: Taylor series of 2^part
   __m512 p = _mm512_set1_ps(1.3333558e-3f);
