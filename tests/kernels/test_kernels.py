@@ -105,6 +105,8 @@ def test_what_is_not_finite_stays_so():
     decoded = ops.decode_attention(q, new, new, pool, pool, *places, 8)
     assert decoded.isnan().flatten(1).any(1).tolist() == [False, True]
     assert ops.prefill_attention(q, pool, pool, torch.arange(5)).isnan().flatten(1).any(1).tolist() == [False, True]
+    pool[2, 0, 0] = float("nan")  # one key among those of both
+    assert ops.decode_attention(bf16(2, 1, 64, seed=2), new, new, pool, pool.clone(), *places, 8).isnan().all()
 
 
 def pools(num_slots: int, heads: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,13 +148,14 @@ def test_decode_attention(contexts, kv_heads, group, size, page_size, seed):
     tokens=st.sampled_from([1, 2, 7, 600]),
     heads=st.integers(1, 5),
     size=st.sampled_from([32, 64, 96, 128]),
+    scale=st.sampled_from([1.0, 2**-10]),  # epsilon counts for small ones
     seed=st.integers(0, 99),
 )
-def test_norm_and_rotary(tokens, heads, size, seed):
+def test_norm_and_rotary(tokens, heads, size, scale, seed):
     norm = RMSNorm(size, 1e-6).bfloat16()
     norm.weight.data = bf16(size, seed=seed)
     assert ops.can_norm(size, norm.weight)
-    _, x, _ = bf16(tokens, heads + 2, size, seed=seed + 1).split([1, heads, 1], dim=1)
+    _, x, _ = (bf16(tokens, heads + 2, size, seed=seed + 1) * scale).split([1, heads, 1], dim=1)
     cos, sin = bf16(tokens, 1, size, seed=seed + 2), bf16(tokens, 1, size, seed=seed + 3)
     assert distance(ops.rms_norm(x, norm.weight, 1e-6), norm(x)) < 2**-8
     found, expected = ops.norm_rotary(x, norm.weight, 1e-6, cos, sin), apply_rotary(norm(x), cos, sin)
