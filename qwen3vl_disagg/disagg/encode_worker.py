@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -112,7 +113,7 @@ def _all_finite(rows: Tensor) -> bool:
 
 
 class EncodeWorker:
-    """The vision tower and what feeds it. Stateless between calls; `encode` on one thread at a time."""
+    """The vision tower and what feeds it. Stateless; `encode` on one thread at a time, holding `turns`."""
 
     def __init__(
         self,
@@ -122,6 +123,7 @@ class EncodeWorker:
         *,
         compile: bool = False,
     ) -> None:
+        self.turns: AbstractContextManager[None] = nullcontext()
         self.model, self.processor, self.config = vision_model, processor, config
         self.device = next(vision_model.parameters()).device
         if compile:
@@ -145,7 +147,8 @@ class EncodeWorker:
         if not batch:
             return []
         try:
-            return self._encode_together(batch, visual_token_ids)
+            with self.turns:
+                return self._encode_together(batch, visual_token_ids)
         except Exception as error:
             if len(batch) == 1:
                 return [error]

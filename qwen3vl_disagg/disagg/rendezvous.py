@@ -85,6 +85,7 @@ class RankContext:
     encode: EncodeOptions = field(default_factory=EncodeOptions)
     overlap: bool = True
     prefix_cache: bool = True
+    chunk_tokens: int | None = None
     spans: Path | None = None
     """Folder for JSON lines of what the rank does."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent
 
@@ -16,10 +17,18 @@ class EngineThread:
     """Runs commands and steps one after another; sleeps while there is nothing to do.
 
     `post` a command (a function of the engine; the events it returns are passed on) from any thread. `on_events` is
-    called on the engine's thread; `on_crash` once, if a step raises what the engine does not handle.
+    called on the engine's thread; `on_crash` once, if a step raises what the engine does not handle. `turns` is held
+    for each step.
     """
 
-    def __init__(self, engine: Engine, on_events: EventSink, on_crash: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        on_events: EventSink,
+        on_crash: Callable[[BaseException], None],
+        turns: AbstractContextManager[None] | None = None,
+    ) -> None:
+        self._turns = turns or nullcontext()
         self._engine, self._on_events, self._on_crash = engine, on_events, on_crash
         self._wake = threading.Condition()
         self._commands: deque[Command] = deque()
@@ -48,7 +57,8 @@ class EngineThread:
                 events: list[EngineEvent] = []
                 for command in commands:
                     events += command(self._engine) or []
-                events += self._engine.step()
+                with self._turns:
+                    events += self._engine.step()
                 if events:
                     self._on_events(events)
         except BaseException as error:  # the thread ends here; whoever owns it must know

@@ -12,6 +12,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +68,7 @@ class _Request:
 class LanguageRank:
     """One language rank on one event loop. `run` returns the exit status.
 
-    `hello` is what the rank says to the hub, each time it connects.
+    `hello` is what the rank says to the hub, each time it connects. `turns`: see `EngineThread`.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class LanguageRank:
         hub_address: tuple[str, int],
         *,
         reconnect_s: float = 30.0,
+        turns: AbstractContextManager[None] | None = None,
     ) -> None:
         self._links, self._hello, self._hub_address = links, hello, hub_address
         self._reconnect_s = reconnect_s
@@ -85,7 +87,8 @@ class LanguageRank:
         self._requests: dict[str, _Request] = {}
         self._loop = asyncio.get_running_loop()
         self._crash: asyncio.Future[BaseException] = self._loop.create_future()
-        self._engine = EngineThread(engine, self._from_engine(self._on_events), self._from_engine(self._on_crash))
+        sinks = (self._from_engine(self._on_events), self._from_engine(self._on_crash))
+        self._engine = EngineThread(engine, *sinks, turns)
         links.on_rows, links.on_recall = self._on_rows, self._on_recall
         links.on_arrived, links.on_lost, links.on_expired = self._on_arrived, self._on_lost, self._on_expired
         links.on_short_of_room = self._on_short_of_room

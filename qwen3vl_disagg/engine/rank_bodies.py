@@ -6,6 +6,7 @@ import asyncio
 
 from qwen3vl_disagg.checkpoint import load_language_model
 from qwen3vl_disagg.core.settings import resolve_compile
+from qwen3vl_disagg.core.turns import Turns
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_rank import EncodeRank
 from qwen3vl_disagg.disagg.link_server import LinkServer
@@ -14,7 +15,7 @@ from qwen3vl_disagg.disagg.rank_setup import RankSetup
 from qwen3vl_disagg.disagg.receiver import Receiver
 from qwen3vl_disagg.disagg.rendezvous import RankContext
 from qwen3vl_disagg.disagg.store import host_store
-from qwen3vl_disagg.engine.engine import Engine, EngineOptions
+from qwen3vl_disagg.engine.engine import Engine, EngineOptions, default_chunk_tokens
 from qwen3vl_disagg.engine.language_rank import LanguageRank
 from qwen3vl_disagg.processing import Processor
 
@@ -31,13 +32,17 @@ def run_language_rank(context: RankContext) -> int:
 
 
 def run_combined_rank(context: RankContext) -> int:
-    """Both roles in one process, joined by an in-process link: what a world of one runs."""
+    """Both roles in one process, joined by an in-process link: what a world of one runs.
+
+    They have the same cores (or device), so they take turns: a batch of images, a step of the engine.
+    """
     setup = RankSetup.of(context)
-    engine, worker = load_engine(setup), setup.encode_worker()
+    engine, worker, turns = load_engine(setup), setup.encode_worker(), Turns()
+    worker.turns = turns
 
     async def serve() -> int:
         links = in_process_links()
-        language = await start_language_rank(setup, engine, links)
+        language = await start_language_rank(setup, engine, links, turns)
         encode = EncodeRank(
             worker,
             setup.hello("encode"),
@@ -59,12 +64,15 @@ def load_engine(setup: RankSetup) -> Engine:
     options = EngineOptions(
         overlap=context.overlap,
         prefix_cache=context.prefix_cache,
+        chunk_tokens=context.chunk_tokens or default_chunk_tokens(setup.device),
         compile=resolve_compile(context.model.compile, setup.device),
     )
     return Engine(model, eos_ids=processor.generation.eos_token_ids, options=options, language_rank=context.rank)
 
 
-async def start_language_rank(setup: RankSetup, engine: Engine, make_link: LinkFactory | None = None) -> LanguageRank:
+async def start_language_rank(
+    setup: RankSetup, engine: Engine, make_link: LinkFactory | None = None, turns: Turns | None = None
+) -> LanguageRank:
     """Listen for encode ranks; the first language rank also hosts the store in which links meet."""
     context = setup.context
     buffers = MultimodalDataBuffers.from_options(setup.config, context.buffers, dtype=setup.dtype, device=setup.device)
@@ -82,4 +90,4 @@ async def start_language_rank(setup: RankSetup, engine: Engine, make_link: LinkF
         links.use_store(store)
     link_address = await links.serve()
     hello = setup.hello("language", link_address=link_address, store_address=store_address)
-    return LanguageRank(engine, links, hello, context.hub_address)
+    return LanguageRank(engine, links, hello, context.hub_address, turns=turns)
