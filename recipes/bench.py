@@ -4,6 +4,8 @@
     python recipes/bench.py overlap [--rounds 5] [--picture overlap.png]
     python recipes/bench.py engine [--vllm-python PYTHON] [--rounds 5] [--picture DIR]
     python recipes/bench.py gaps [--rounds 2] [--picture DIR]
+    python recipes/bench.py repeat [--rounds 7]
+    python recipes/bench.py start [--ranks 8] [--rounds 2]
 
 docs/transfer_bench.md (the first two) and docs/engine_bench.md have figures and say how to read them.
 """
@@ -22,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.bench_engine import engine
 from tools.bench_gaps import gaps_under_load
 from tools.bench_overlap import overlap
+from tools.bench_repeat import repeat
+from tools.bench_start import start
 from tools.bench_transfer import transfer
 
 SUBCOMMANDS: dict[str, Callable[..., Any]] = {
@@ -29,6 +33,8 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "overlap": overlap,
     "engine": engine,
     "gaps": gaps_under_load,
+    "repeat": repeat,
+    "start": start,
 }
 
 

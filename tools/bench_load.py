@@ -61,9 +61,10 @@ def picture(side: int, seed: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def body(text: str, images: Sequence[str], max_tokens: int, *, stream: bool = True) -> bytes:
-    """A greedy chat request that does not end before `max_tokens`."""
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+def body(text: str, images: Sequence[str], max_tokens: int, *, stream: bool = True, before: str = "") -> bytes:
+    """A greedy chat request that does not end before `max_tokens`; the images stand between `before` and `text`."""
+    parts: list[dict[str, Any]] = [{"type": "text", "text": before}] if before else []
+    parts += [{"type": "image_url", "image_url": {"url": url}} for url in images]
     request = {
         "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
         "max_tokens": max_tokens,

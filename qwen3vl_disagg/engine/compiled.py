@@ -21,7 +21,7 @@ from tqdm import tqdm
 from qwen3vl_disagg.kernels.ops import MAX_LINEAR_ROWS
 from qwen3vl_disagg.model import ModelConfig, PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.attention import LayerCache
-from qwen3vl_disagg.model.compiled import GraphCounts, compile_options, one_at_a_time
+from qwen3vl_disagg.model.compiled import GraphCounts, compile_options, first_alone
 from qwen3vl_disagg.model.flex import FlexKind, flex_kinds
 from qwen3vl_disagg.model.paged import PagedImpl
 
@@ -88,7 +88,10 @@ class CompiledDecoder:
             kinds = flex_kinds(caches[0][0].device.type, page_size, max_sequences)
             self.kinds |= kinds
             steps += [([1] * kind.num_blocks, False) for kind in kinds if kind.num_blocks > 1]
-        with one_at_a_time(), tqdm(steps, desc="compiling", file=sys.stderr, disable=not progress, leave=False) as bar:
+        weight = self.model.lm_head.weight
+        what = f"decoder {self.model.config.text} {weight.dtype} {weight.device} {impl} {sorted(map(repr, self.kinds))}"
+        bar = tqdm(steps, desc="compiling", file=sys.stderr, disable=not progress, leave=False)
+        with first_alone(what), bar:
             for seq_lens, has_level in bar:
                 self._run(seq_lens, has_level, caches, page_size, impl)
         if os.environ.get(SWITCH) in ("count", "fail"):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from qwen3vl_disagg.kernels.build import cache_folder
+from qwen3vl_disagg.kernels.build import cpu_flags
 from qwen3vl_disagg.model.vision import VisionTower
 
 
@@ -31,14 +34,24 @@ class GraphCounts:
 
 
 @contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Processes on one machine take turns at compiling: those that come later find what the first one made. The lock
-    goes with the process that holds it."""
-    path = cache_folder() / "compile.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def first_alone(what: str) -> Iterator[None]:
+    """Of the processes on one machine that compile `what`, the first does it alone; those that come later find what it
+    made, and load it side by side. A mark among the compiler's artifacts says that they are there, so it goes with
+    them. The lock goes with the process that holds it.
+    """
+    facts = (what, torch.__version__, sorted(compile_options().items()), sorted(cpu_flags()))
+    folder = Path(cache_dir())
+    mark = folder / f"qwen3vl-disagg-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+    if mark.exists():
         yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with mark.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if mark.exists():
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        yield
+        mark.touch()
 
 
 def compile_options() -> dict[str, str | int | bool | Callable[..., Any]]:
@@ -56,6 +69,6 @@ def compile_tower(tower: VisionTower) -> GraphCounts:
     merge, weight = tower.config.spatial_merge_size, tower.patch_embed.proj.weight
     grids = [(1, 3 * merge, 2 * merge), (1, merge, merge)]
     pixels = torch.zeros(sum(h * w for _, h, w in grids), tower.config.patch_dim, device=weight.device)
-    with one_at_a_time():
+    with first_alone(f"tower {tower.config} {weight.dtype} {weight.device}"):
         tower(pixels, grids)
     return GraphCounts.now().since(before)
