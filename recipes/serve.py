@@ -60,7 +60,7 @@ class ServeOptions(EncodeOptions, BufferOptions, ModelOptions):
     """Keep what full pages hold, for prompts that begin the same way."""
     chunk_tokens: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Tokens of prompts in a step while other requests are being answered: fewer disturb those less, and take longer
-    themselves. Default: 128 on CPU, 512 on a GPU."""
+    themselves. Default: 64 on CPU, 512 on a GPU."""
     spans: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Write what each rank does when as JSON lines into this folder."""
     debug: bool = False

@@ -74,7 +74,7 @@ class System:
         }
 
 
-def start(stack: ExitStack, model: Path) -> dict[str, System]:
+def start(stack: ExitStack, model: Path, chunk_tokens: int | None) -> dict[str, System]:
     """Both systems on the same two cores: each rank computes with one thread.
 
     Torch takes its threads from the cores that a process may use, so each colocated server gets one core.
@@ -83,6 +83,8 @@ def start(stack: ExitStack, model: Path) -> dict[str, System]:
     if len(cores) < 2:
         raise SystemExit("two cores are needed")
     options = ["--model", str(model), "--debug"]
+    if chunk_tokens is not None:
+        options += ["--chunk-tokens", str(chunk_tokens)]
     split = Served(2, [*options, "--encode-ranks", "1"], cores)
     stack.callback(split.close)
     both = [split]
@@ -175,6 +177,7 @@ def gaps_under_load(
     quiet_seconds: float = 10.0,
     busy: float = 0.6,
     rate: float | None = None,
+    chunk_tokens: int | None = None,
     seed: int = 0,
     picture: Path | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -197,6 +200,7 @@ def gaps_under_load(
         quiet_seconds: How long the text requests run before that.
         busy: Part of the time for which the arrivals keep one encode rank busy.
         rate: Requests with images per second, instead of `busy`.
+        chunk_tokens: Of both systems; their default if not given.
         seed: Of arrivals and contents.
         picture: Folder for the picture.
         as_json: Print the JSON line only.
@@ -209,7 +213,7 @@ def gaps_under_load(
             model = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))) / preset
             if make_folder(preset, model):
                 raise SystemExit(f"--preset {preset}: its weights are not written to a folder, so it cannot be served")
-        systems = start(stack, model)
+        systems = start(stack, model, chunk_tokens)
         per_image = encode_seconds(systems[SPLIT].servers[0], images, image_side)
         rate = rate or busy / (images * per_image)
         print(f"{per_image * 1e3:.0f} ms of CPU per image, {rate:.3f} requests/s", file=sys.stderr)

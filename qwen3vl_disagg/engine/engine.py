@@ -66,8 +66,8 @@ class EngineOptions(SchedulerLimits):
 
 
 def default_chunk_tokens(device: torch.device) -> int:
-    """About a tenth of a second of prefill on two CPU cores; a GPU wants more at once."""
-    return 128 if device.type == "cpu" else 512
+    """On a CPU as few as its kernels still work well with; a GPU wants more at once."""
+    return 64 if device.type == "cpu" else 512
 
 
 class Engine:
@@ -109,6 +109,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` could do something now (not: whether requests wait for their items)."""
         return self.scheduler.has_step
+
+    @property
+    def owes_decode(self) -> bool:
+        """The last step was prefill, and running requests wait for their next token."""
+        return self.scheduler.owes_decode
 
     @property
     def is_empty(self) -> bool:

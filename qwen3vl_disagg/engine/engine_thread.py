@@ -18,7 +18,7 @@ class EngineThread:
 
     `post` a command (a function of the engine; the events it returns are passed on) from any thread. `on_events` is
     called on the engine's thread; `on_crash` once, if a step raises what the engine does not handle. `turns` is held
-    for each step.
+    for each step, and for the decode step that a prefill step owes: who else takes turns comes between two tokens once.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class EngineThread:
         on_crash: Callable[[BaseException], None],
         turns: AbstractContextManager[None] | None = None,
     ) -> None:
-        self._turns = turns or nullcontext()
+        self._turns = turns
         self._engine, self._on_events, self._on_crash = engine, on_events, on_crash
         self._wake = threading.Condition()
         self._commands: deque[Command] = deque()
@@ -57,8 +57,10 @@ class EngineThread:
                 events: list[EngineEvent] = []
                 for command in commands:
                     events += command(self._engine) or []
-                with self._turns:
+                with self._turns or nullcontext():
                     events += self._engine.step()
+                    if self._turns is not None and self._engine.owes_decode:
+                        events += self._engine.step()
                 if events:
                     self._on_events(events)
         except BaseException as error:  # the thread ends here; whoever owns it must know

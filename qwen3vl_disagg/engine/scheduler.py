@@ -129,11 +129,15 @@ class Scheduler:
 
     # ---- steps ----
 
+    @property
+    def owes_decode(self) -> bool:
+        return self._prefilled_last and any(s.is_decoding for s in self.admitted.values())
+
     def schedule(self) -> tuple[Step | None, list[Sequence]]:
         """The next step (None when nothing can run now), and the sequences that had to give their pages up for it."""
         preempted: list[Sequence] = []
         is_decoding = any(s.is_decoding for s in self.admitted.values())
-        if not (is_decoding and self._prefilled_last):
+        if not self.owes_decode:
             budget = self.limits.chunk_tokens if is_decoding else self.limits.max_prefill_tokens
             chunks = self._chunks(budget)
             if chunks:
