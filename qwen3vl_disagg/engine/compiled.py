@@ -88,8 +88,10 @@ class CompiledDecoder:
             kinds = flex_kinds(caches[0][0].device.type, page_size, max_sequences)
             self.kinds |= kinds
             steps += [([1] * kind.num_blocks, False) for kind in kinds if kind.num_blocks > 1]
-        weight = self.model.lm_head.weight
-        what = f"decoder {self.model.config.text} {weight.dtype} {weight.device} {impl} {sorted(map(repr, self.kinds))}"
+        weight = next(self.model.model.layers.parameters())
+        parts = sorted({type(module).__name__ for module in self.model.modules()})  # quantized ones have other names
+        where = f"{weight.dtype} {weight.device} {impl} {page_size} {max_sequences}"
+        what = f"decoder {self.model.config.text} {where} {parts}"
         bar = tqdm(steps, desc="compiling", file=sys.stderr, disable=not progress, leave=False)
         with first_alone(what), bar:
             for seq_lens, has_level in bar:

@@ -193,8 +193,8 @@ class Engine:
         """Forget a request, if it is known."""
         self.scheduler.remove(request_id)
 
-    def step(self) -> list[EngineEvent]:
-        """Admit what fits and run one batch. A failure of the batch fails its requests alone."""
+    def admit(self) -> list[EngineEvent]:
+        """Take in what fits. `step` does it too; this is for those who cannot run a step yet."""
         events: list[EngineEvent] = []
         for sequence in self.scheduler.admit():
             sequence.admitted_at = sequence.admitted_at or time.monotonic()
@@ -202,6 +202,11 @@ class Engine:
             if lacking:
                 first_rows = [sequence.first_row(index) for index in lacking]
                 events.append(NeedItems(request_id=sequence.request_id, items=lacking, first_rows=first_rows))
+        return events
+
+    def step(self) -> list[EngineEvent]:
+        """Admit what fits and run one batch. A failure of the batch fails its requests alone."""
+        events = self.admit()
         step, preempted = self.scheduler.schedule()
         events += [Preempted(sequence.request_id) for sequence in preempted]
         if step is None:

@@ -54,18 +54,21 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while (commands := self._next()) is not None:
-                events: list[EngineEvent] = []
-                for command in commands:
-                    events += command(self._engine) or []
+                self._tell([event for command in commands for event in command(self._engine) or []])
+                self._tell(self._engine.admit())
+                if not self._engine.has_work:
+                    continue
                 with self._turns or nullcontext():
-                    events += self._engine.step()
+                    self._tell(self._engine.step())
                     if self._turns is not None and self._engine.owes_decode:
-                        events += self._engine.step()
-                if events:
-                    self._on_events(events)
+                        self._tell(self._engine.step())
         except BaseException as error:  # the thread ends here; whoever owns it must know
             self._on_crash(error)
             raise
+
+    def _tell(self, events: list[EngineEvent]) -> None:
+        if events:
+            self._on_events(events)
 
     def _next(self) -> list[Command] | None:
         """Commands to run before the next step; waits while there are none and no work. None: stop."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from qwen3vl_disagg.kernels.build import cpu_flags
+from qwen3vl_disagg.kernels.build import load
 from qwen3vl_disagg.model.vision import VisionTower
 
 
@@ -39,7 +40,7 @@ def first_alone(what: str) -> Iterator[None]:
     made, and load it side by side. A mark among the compiler's artifacts says that they are there, so it goes with
     them. The lock goes with the process that holds it.
     """
-    facts = (what, torch.__version__, sorted(compile_options().items()), sorted(cpu_flags()))
+    facts = (what, sources_digest(), load() is not None, torch.__version__, sorted(compile_options().items()))
     folder = Path(cache_dir())
     mark = folder / f"qwen3vl-disagg-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
     if mark.exists():
@@ -52,6 +53,14 @@ def first_alone(what: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)
         yield
         mark.touch()
+
+
+@functools.cache
+def sources_digest() -> str:
+    """Of the code that is compiled."""
+    folder = Path(__file__).parent
+    sources = sorted(folder.glob("*.py")) + sorted((folder.parent / "kernels").rglob("*.*"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources if path.suffix != ".pyc")).hexdigest()
 
 
 def compile_options() -> dict[str, str | int | bool | Callable[..., Any]]:

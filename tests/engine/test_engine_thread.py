@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+from qwen3vl_disagg.core.turns import Turns
 from qwen3vl_disagg.engine.engine_thread import EngineThread
 
 
@@ -12,6 +13,9 @@ class FakeEngine:
 
     def __init__(self, steps: list[str]) -> None:
         self.steps, self.log = steps, []
+
+    def admit(self):
+        return []
 
     @property
     def has_work(self) -> bool:
@@ -33,7 +37,7 @@ def run(steps: list[str], *, with_turns: bool) -> list[str]:
     engine, done, number = FakeEngine(list(steps)), threading.Event(), len(steps)
     seen: list[str] = []
 
-    class Turns:
+    class Logged:
         def __enter__(self):
             engine.log.append("turn")
 
@@ -41,11 +45,12 @@ def run(steps: list[str], *, with_turns: bool) -> list[str]:
             return None
 
     def on_events(events):
+        assert len(events) == 1  # each step is told before the next one
         seen.extend(events)
         if len(seen) == number:
             done.set()
 
-    thread = EngineThread(engine, on_events, lambda error: done.set(), Turns() if with_turns else None)
+    thread = EngineThread(engine, on_events, lambda error: done.set(), Logged() if with_turns else None)
     thread.start()
     assert done.wait(10)
     assert thread.stop(10)
@@ -58,5 +63,15 @@ def test_a_prefill_step_and_the_decode_step_it_owes_are_one_turn():
     assert log == ["turn", "prefill", "decode", "turn", "decode", "turn", "prefill", "decode"]
 
 
-def test_without_turns_each_step_is_told_at_once():
+def test_what_needs_no_step_waits_for_no_turn():
+    engine, told, taken = FakeEngine([]), threading.Event(), Turns()
+    thread = EngineThread(engine, lambda events: told.set(), lambda error: None, taken)
+    with taken:  # somebody else has it
+        thread.start()
+        thread.post(lambda engine: ["answer"])
+        assert told.wait(10)
+        assert thread.stop(10)
+
+
+def test_without_turns_there_are_none():
     assert run(["prefill", "decode", "prefill"], with_turns=False) == ["prefill", "decode", "prefill"]

@@ -132,6 +132,7 @@ extern "C" void q3_decode_attention(const bf16* q, const bf16* k, long k_stride,
                                     float* k_pool, float* v_pool, const int64_t* tables, long width,
                                     const int64_t* contexts, const int64_t* slots, long page_size, long B, long N,
                                     long G, long H, bf16* out, int threads) {
+  if (B == 0) return;
   // A sequence is one task where there are enough of them, else its heads are divided.
   long pieces = (2 * threads + B - 1) / B;
   pieces = pieces < G ? pieces : G;
