@@ -170,7 +170,7 @@ def test_bad_arguments_exit_with_two_and_no_traceback(monkeypatch, capsys, args,
     import torch
 
     if "cuda" in args and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
+        pytest.skip("--device cuda is a bad argument only where there is no CUDA device")
     status, out, err = run(monkeypatch, capsys, *args)
     assert status == 2
     assert out == ""

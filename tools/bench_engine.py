@@ -53,6 +53,14 @@ def make_folder(preset: str, folder: Path, std: float = 0.02) -> bool:
     return preset not in RANDOM_PRESETS
 
 
+def folder_to_serve(stack: ExitStack, preset: str) -> Path:
+    """The preset's checkpoint in a folder that goes with `stack`. SystemExit for one whose weights are not written."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))) / preset
+    if make_folder(preset, folder):
+        raise SystemExit(f"--preset {preset}: its weights are not written to a folder, so it cannot be served")
+    return folder
+
+
 def environment(name: str, setup: Setup, python: Path, wait: str = "default") -> dict[str, str]:
     """Threads, and no network; what the caller has set in its own environment stays.
 

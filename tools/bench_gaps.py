@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from tools.bench_engine import make_folder
+from tools.bench_engine import folder_to_serve
 from tools.bench_gaps_report import draw, merge, pool, report
 from tools.bench_load import Stream, arrivals, body, picture, send, text
 from tools.bench_machine import busy_seconds, machine_facts
@@ -210,9 +209,7 @@ def gaps_under_load(
     machine = machine_facts()
     with ExitStack() as stack:
         if model is None:
-            model = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))) / preset
-            if make_folder(preset, model):
-                raise SystemExit(f"--preset {preset}: its weights are not written to a folder, so it cannot be served")
+            model = folder_to_serve(stack, preset)
         systems = start(stack, model, chunk_tokens)
         per_image = encode_seconds(systems[SPLIT].servers[0], images, image_side)
         rate = rate or busy / (images * per_image)

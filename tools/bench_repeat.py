@@ -6,7 +6,6 @@ import asyncio
 import json
 import statistics
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from tools.bench_engine import make_folder
+from tools.bench_engine import folder_to_serve
 from tools.bench_load import Stream, body, picture, send, text
 from tools.bench_machine import machine_facts, spread, table
 from tools.bench_served import Served
@@ -103,9 +102,7 @@ def repeat(
     machine = machine_facts()
     with ExitStack() as stack:
         if model is None:
-            model = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))) / preset
-            if make_folder(preset, model):
-                raise SystemExit(f"--preset {preset}: its weights are not written to a folder, so it cannot be served")
+            model = folder_to_serve(stack, preset)
         server = Served(2, ["--model", str(model), "--encode-ranks", "1"])
         stack.callback(server.close)
         server.wait_ready()

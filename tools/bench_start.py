@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from tools.bench_engine import make_folder
+from tools.bench_engine import folder_to_serve
 from tools.bench_machine import machine_facts, table
 from tools.bench_served import Served
 
@@ -53,9 +53,7 @@ def start(
     found: dict[str, list[float]] = {"off": [], "first": [], "second": []}
     with ExitStack() as stack:
         if model is None and preset is not None:
-            model = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))) / preset
-            if make_folder(preset, model):
-                raise SystemExit(f"--preset {preset}: its weights are not written to a folder, so it cannot be served")
+            model = folder_to_serve(stack, preset)
         options = [] if model is None else ["--model", str(model)]
         for number in range(rounds):
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="compiled-"))

@@ -107,11 +107,11 @@ class Attention(nn.Module):
         self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], forward_batch: ForwardBatch, cache: LayerCache | None
     ) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x_TD, self.q_proj, self.k_proj, self.v_proj))
-        q_TNH, k_TGH = self._turn(self.q_norm, q, rotary), self._turn(self.k_norm, k, rotary)
+        q_TNH, k_TGH = self._norm_and_rotate(self.q_norm, q, rotary), self._norm_and_rotate(self.k_norm, k, rotary)
         return self.o_proj(forward_batch.attend(q_TNH, k_TGH, v, cache).flatten(1))
 
     @staticmethod
-    def _turn(norm: RMSNorm, x_TNH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def _norm_and_rotate(norm: RMSNorm, x_TNH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         if norm.use_kernel and not torch.compiler.is_compiling():
             return ops.norm_rotary(x_TNH, norm.weight, norm.eps, *rotary)
         return apply_rotary(norm(x_TNH), *rotary)

@@ -1,6 +1,8 @@
 import threading
 import time
 
+import pytest
+
 from qwen3vl_disagg.core.turns import Turns
 
 
@@ -53,8 +55,5 @@ def test_one_at_a_time_and_nobody_is_forgotten():
 def test_given_back_when_the_body_fails():
     turns = Turns()
     for _ in range(2):
-        try:
-            with turns:
-                raise KeyError
-        except KeyError:
-            pass
+        with pytest.raises(KeyError), turns:
+            raise KeyError

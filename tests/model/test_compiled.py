@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 
+import pytest
 import torch
 
 from qwen3vl_disagg.model import compiled
@@ -54,11 +55,8 @@ def test_nobody_waits_where_everything_is_there(tmp_path):
 
 def test_a_first_one_that_fails_leaves_it_to_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "cache_dir", lambda: str(tmp_path))
-    try:
-        with compiled.first_alone("a"):
-            raise RuntimeError
-    except RuntimeError:
-        pass
+    with pytest.raises(RuntimeError), compiled.first_alone("a"):
+        raise RuntimeError
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
     assert run(tmp_path, ["a", "a"])[0] == 1
 
