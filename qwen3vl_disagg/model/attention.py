@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model.config import TextConfig
 from qwen3vl_disagg.model.layers import Linear, RMSNorm, project
+from qwen3vl_disagg.model.moe import DispatchPlan
 from qwen3vl_disagg.model.rope import apply_rotary
 
 LayerCache = tuple[Tensor, Tensor]
@@ -26,11 +27,13 @@ LayerCache = tuple[Tensor, Tensor]
 class ForwardBatch(ABC):
     """Several sequences packed behind one another: `seq_lens[b]` tokens of sequence b in this call.
 
-    `logit_rows` are the packed rows whose logits are wanted, None for all of them.
+    `logit_rows` are the packed rows whose logits are wanted, None for all of them. `dispatch_plan`: where experts are
+    spread over ranks, what these have agreed on for this step.
     """
 
     seq_lens: list[int]
     logit_rows: Tensor | None
+    dispatch_plan: DispatchPlan | None = None
 
     @staticmethod
     def for_prompt(seq_lens: Sequence[int], last_only: bool = True) -> ForwardBatch:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qwen3vl_disagg.model.attention import Attention, ForwardBatch, LayerCache
 from qwen3vl_disagg.model.config import ModelConfig, TextConfig
 from qwen3vl_disagg.model.layers import Linear, RMSNorm, SwiGLU
-from qwen3vl_disagg.model.moe import SparseMoe
+from qwen3vl_disagg.model.moe import DispatchPlan, SparseMoe
 from qwen3vl_disagg.model.rope import text_rotary
 
 
@@ -33,7 +33,10 @@ class DecoderLayer(nn.Module):
         self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], forward_batch: ForwardBatch, cache: LayerCache | None
     ) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotary, forward_batch, cache)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        y_TD = self.post_attention_layernorm(x_TD)
+        if isinstance(self.mlp, SparseMoe):
+            return x_TD + self.mlp(y_TD, forward_batch.dispatch_plan)
+        return x_TD + self.mlp(y_TD)
 
 
 class Qwen3MoeModel(nn.Module):
@@ -79,6 +82,12 @@ class Qwen3MoeModel(nn.Module):
             layer_input = self._layer_input(i, **hook_inputs)
             x_TD = self._step(layer, x_TD, rotary, forward_batch, forward_batch.layer_cache(i), layer_input)
         return self.norm(x_TD)
+
+    def take_part(self, plan: DispatchPlan) -> None:
+        """A step without any tokens of one's own: the experts here serve those of other ranks, layer by layer."""
+        for layer in self.layers:
+            if isinstance(layer.mlp, SparseMoe):
+                layer.mlp.take_part(plan)
 
     def _step(
         self,

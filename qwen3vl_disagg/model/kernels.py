@@ -25,14 +25,15 @@ def use_kernels(module: ModuleT) -> ModuleT:
         if isinstance(part, QuantizedLinear):
             part.use_kernel = int8.can_linear_int8(part.weight, part.dtype)
         elif isinstance(part, QuantizedExperts):
-            part.impl = "kernel" if int8.can_experts_int8(part.down_proj, part.dtype) else "grouped"
+            gate_up, _, down, _ = part.local_weights()
+            part.impl = "kernel" if len(gate_up) and int8.can_experts_int8(down, part.dtype) else "grouped"
         elif isinstance(part, Linear):
             part.use_kernel = _is_plain(part.weight) and ops.can_linear(part.weight[:1], part.weight)
         elif isinstance(part, RMSNorm):
             part.use_kernel = _is_plain(part.weight) and ops.can_norm(len(part.weight), part.weight)
         elif isinstance(part, Experts):
-            weights = (part.gate_up_proj, part.down_proj)
-            is_kernel = all(map(_is_plain, weights)) and ops.can_experts(weights[0], *weights)
+            gate_up, down = part.local_weights()
+            is_kernel = len(down) > 0 and all(map(_is_plain, (gate_up, down))) and ops.can_experts(down, gate_up, down)
             part.impl = "kernel" if is_kernel else "grouped"
         elif isinstance(part, VisionAttention):
             part.use_kernel = _is_plain(part.qkv.weight) and ops.can_attend_frames(part.head_dim, part.qkv.weight)
@@ -40,5 +41,5 @@ def use_kernels(module: ModuleT) -> ModuleT:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Not quantized, not spread over ranks."""
+    """Not quantized, and here."""
     return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta and weight.dtype == torch.bfloat16

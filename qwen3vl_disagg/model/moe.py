@@ -1,11 +1,15 @@
 """Mixture of experts: router, experts, and the ways to run them.
 
+An expert id that is not in 0 .. E-1 is nobody's here: its choice adds nothing to the sum. That is how experts on other
+ranks look; how tokens get there is the dispatcher's business.
+
 Dims: T tokens, D hidden, E experts, K experts per token, F expert width, R = T * K routed rows.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +46,22 @@ def run_experts_grouped(
 ) -> Tensor:
     """Same value: rows sorted by expert, one grouped matmul for each projection."""
     num_experts, num_choices = gate_up_EGD.shape[0], ids_TK.shape[1]
-    order_R = ids_TK.flatten().argsort(stable=True)
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=x_TD.device)
-    counts_E = counts_E.scatter_add(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
-    offsets_E = counts_E.cumsum(0).to(torch.int32)
+    if num_experts == 0:
+        return torch.zeros_like(x_TD)
+    ids_R = ids_TK.flatten().clamp(max=num_experts)  # nobody's come last
+    order_R = ids_R.argsort(stable=True)
+    counts_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=x_TD.device)
+    counts_E = counts_E.scatter_add(0, ids_R, torch.ones_like(ids_R))
+    offsets_E = counts_E[:-1].cumsum(0).to(torch.int32)
+    if x_TD.device.type == "cpu":
+        order_R = order_R[: int(offsets_E[-1])]  # on a CPU: nothing to wait for
     x_RD = x_TD[order_R // num_choices]
     gate, up = F.grouped_mm(x_RD, gate_up_EGD.transpose(1, 2), offs=offsets_E).chunk(2, dim=-1)
     y_RD = F.grouped_mm(F.silu(gate) * up, down_EDF.transpose(1, 2), offs=offsets_E)
-    unsorted_RD = torch.empty_like(y_RD).index_copy(0, order_R, y_RD)
+    if x_TD.device.type != "cpu":  # rows past the last offset are whatever was in memory
+        is_here_R = torch.arange(len(y_RD), device=y_RD.device) < offsets_E[-1]
+        y_RD = torch.where(is_here_R.unsqueeze(-1), y_RD, 0)
+    unsorted_RD = y_RD.new_zeros(len(ids_R), y_RD.shape[1]).index_copy(0, order_R, y_RD)
     y_TKD = unsorted_RD.unflatten(0, ids_TK.shape).float()
     return (y_TKD * weights_TK.float().unsqueeze(-1)).sum(1).to(x_TD.dtype)
 
@@ -75,8 +87,43 @@ def run_experts_kernel(
 EXPERT_IMPLS = {"loop": run_experts_loop, "grouped": run_experts_grouped, "kernel": run_experts_kernel}
 
 
+@dataclass(frozen=True)
+class DispatchPlan:
+    """What ranks that share experts have agreed on for one step.
+
+    `num_rows`: the rows that each of them brings; who has fewer pads. `kind`: how rows travel.
+    """
+
+    num_rows: int
+    kind: Literal["gather", "all_to_all"] = "gather"
+
+
+class Dispatcher:
+    """Where experts are. This one: all of them here.
+
+    `dispatch` gives the rows that the experts here have to see, with weights and ids of their choices; `combine` gives
+    back, for each token that went in, the sum over all of its experts. What `combine` needs to know of a dispatch is
+    returned by it and handed on, never kept.
+    """
+
+    def local(self, weight: Tensor) -> Tensor:
+        """The part of a parameter `[E, ..]` that is here."""
+        return weight
+
+    def dispatch(
+        self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, plan: DispatchPlan | None
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        return x_TD, weights_TK, ids_TK, None
+
+    def combine(self, y_RD: Tensor, sent: Any) -> Tensor:
+        return y_RD
+
+
 class Experts(nn.Module):
     """Weights of all experts: `gate_up_proj [E, 2F, D]` (first half gate, second half up), `down_proj [E, D, F]`."""
+
+    weight_names: tuple[str, ...] = ("gate_up_proj", "down_proj")
+    """In the order in which the ways to run experts take them."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -84,17 +131,27 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.impl: Literal["loop", "grouped", "kernel"] = "grouped"
+        self.dispatcher = Dispatcher()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.gate_up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=0.02)
 
-    def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-        args = (x_TD, weights_TK, ids_TK, self.gate_up_proj, self.down_proj)
+    def local_weights(self) -> tuple[Tensor, ...]:
+        """Those of the experts that are here."""
+        return tuple(self.dispatcher.local(getattr(self, name)) for name in self.weight_names)
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, plan: DispatchPlan | None = None) -> Tensor:
+        """The weighted sum over each token's experts `[T, D]`. `plan` is needed where experts are spread over ranks."""
+        *rows, sent = self.dispatcher.dispatch(x_TD, weights_TK, ids_TK, plan)
+        return self.dispatcher.combine(self.run(*rows, *self.local_weights()), sent)
+
+    def run(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, *local_weights: Tensor) -> Tensor:
+        """The sum over the experts that are here."""
         if self.impl == "grouped" and x_TD.device.type == "cpu" and torch.compiler.is_compiling():
-            return torch.ops.q3vl.grouped_experts(*args)
-        return EXPERT_IMPLS[self.impl](*args)
+            return torch.ops.q3vl.grouped_experts(x_TD, weights_TK, ids_TK, *local_weights)
+        return EXPERT_IMPLS[self.impl](x_TD, weights_TK, ids_TK, *local_weights)
 
 
 class SparseMoe(nn.Module):
@@ -106,6 +163,12 @@ class SparseMoe(nn.Module):
         self.gate = Linear(config.hidden_size, config.num_experts)
         self.experts = Experts(config)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, plan: DispatchPlan | None = None) -> Tensor:
         weights_TK, ids_TK = route(self.gate(x_TD), self.num_experts_per_tok)
-        return self.experts(x_TD, weights_TK, ids_TK)
+        return self.experts(x_TD, weights_TK, ids_TK, plan)
+
+    def take_part(self, plan: DispatchPlan) -> None:
+        """Serve the tokens of other ranks, without any of one's own."""
+        x_0D = self.gate.weight.new_empty(0, self.gate.in_features)
+        weights_0K = x_0D.new_empty(0, self.num_experts_per_tok)
+        self.experts(x_0D, weights_0K, weights_0K.long(), plan)

@@ -50,6 +50,8 @@ def run_experts_dequantized(
     """One expert after another, as `run_experts_loop`; only those with rows are dequantized, one at a time."""
     out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for expert in ids_TK.unique().tolist():  # on a CPU: nothing to wait for
+        if expert >= len(gate_up_EGD):
+            continue  # nobody's here
         token_R, choice_R = (ids_TK == expert).nonzero(as_tuple=True)
         gate_up_GD = dequantize(gate_up_EGD[expert], gate_up_scale_EG[expert], x_TD.dtype)
         gate, up = F.linear(x_TD.index_select(0, token_R), gate_up_GD).chunk(2, dim=-1)
@@ -75,23 +77,24 @@ def _(x_TD: Tensor, *_: Tensor) -> Tensor:
 class QuantizedExperts(Experts):
     """`Experts` with int8 weights, `gate_up_proj_scale [E, 2F]` and `down_proj_scale [E, D]`, to be filled."""
 
+    weight_names = ("gate_up_proj", "gate_up_proj_scale", "down_proj", "down_proj_scale")
     gate_up_proj_scale: Tensor
     down_proj_scale: Tensor
 
     def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.impl, self.dtype = "grouped", dtype
+        self.impl, self.dtype, self.dispatcher = "grouped", dtype, experts.dispatcher
         _hold(self, "gate_up_proj", experts.gate_up_proj.shape)
         _hold(self, "down_proj", experts.down_proj.shape)
 
-    def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-        gate_up, down = (self.gate_up_proj, self.gate_up_proj_scale), (self.down_proj, self.down_proj_scale)
+    def run(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, *local_weights: Tensor) -> Tensor:
         if self.impl == "kernel":
-            return torch.ops.q3vl.experts_int8(x_TD, weights_TK, ids_TK, *gate_up, *down)
+            return torch.ops.q3vl.experts_int8(x_TD, weights_TK, ids_TK, *local_weights)
         if x_TD.device.type == "cpu":
-            return torch.ops.q3vl.experts_dequantized(x_TD, weights_TK, ids_TK, *gate_up, *down)
+            return torch.ops.q3vl.experts_dequantized(x_TD, weights_TK, ids_TK, *local_weights)
         # Elsewhere a wait for each expert would cost more than the memory of a layer's experts.
-        whole = (dequantize(*gate_up, x_TD.dtype), dequantize(*down, x_TD.dtype))
+        gate_up, gate_up_scale, down, down_scale = local_weights
+        whole = (dequantize(gate_up, gate_up_scale, x_TD.dtype), dequantize(down, down_scale, x_TD.dtype))
         return run_experts_grouped(x_TD, weights_TK, ids_TK, *whole)
 
 

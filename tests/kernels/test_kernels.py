@@ -61,17 +61,18 @@ def test_linear_reads_rows_where_they_lie():
 @given(
     tokens=st.integers(1, 130),
     experts=st.integers(1, 9),
+    away=st.integers(0, 2),
     choices=st.integers(1, 4),
     hidden=st.integers(1, 4),
     width=st.integers(1, 4),
     skew=st.sampled_from([0.0, 30.0]),
     seed=st.integers(0, 99),
 )
-def test_experts(tokens, experts, choices, hidden, width, skew, seed):
-    """Also when all tokens go to few experts, which then have more rows than a block."""
+def test_experts(tokens, experts, away, choices, hidden, width, skew, seed):
+    """Also when all tokens go to few experts, which then have more rows than a block, and when the last are away."""
     x = bf16(tokens, 32 * hidden, seed=seed)
-    logits = bf16(tokens, experts, seed=seed + 1) + skew * (torch.arange(experts) < 2)
-    weights, ids = route(logits.bfloat16(), min(choices, experts))
+    logits = bf16(tokens, experts + away, seed=seed + 1) + skew * (torch.arange(experts + away) < 2)
+    weights, ids = route(logits.bfloat16(), min(choices, experts + away))
     gate_up = bf16(experts, 64 * width, 32 * hidden, seed=seed + 2, scale=0.2)
     down = bf16(experts, 32 * hidden, 32 * width, seed=seed + 3, scale=0.2)
     assert ops.can_experts(x, gate_up, down)

@@ -15,18 +15,20 @@ HIDDEN, WIDTH = 16, 8
 @given(
     num_tokens=st.integers(0, 20),
     num_experts=st.integers(1, 9),
+    num_away=st.integers(0, 3),
     choices=st.integers(1, 9),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**32),
 )
-def test_grouped_equals_loop(num_tokens, num_experts, choices, dtype, seed):
+def test_grouped_equals_loop(num_tokens, num_experts, num_away, choices, dtype, seed):
+    """Also where the last experts are away: ids that nobody has here."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
 
     x = random(num_tokens, HIDDEN)
-    weights, ids = route(x @ random(num_experts, HIDDEN).T, min(choices, num_experts))
+    weights, ids = route(x @ random(num_experts + num_away, HIDDEN).T, min(choices, num_experts + num_away))
     experts = (random(num_experts, 2 * WIDTH, HIDDEN), random(num_experts, HIDDEN, WIDTH))
     expected = run_experts_loop(x, weights, ids, *experts)
     actual = run_experts_grouped(x, weights, ids, *experts)

@@ -48,7 +48,8 @@ static inline __m512 swiglu(const float* gate, const float* up) {
 
 static inline long block_at(long first, long end) { return end - first < BLOCK ? end - first : BLOCK; }
 
-// The weighted sum over each token's K experts; ids[T, K] says which. Rows are sorted by expert first: those of expert
+// The weighted sum over each token's K experts; ids[T, K] says which (one that is not below E is nobody's here).
+// Rows are sorted by expert first: those of expert
 // e are [starts[e], starts[e + 1]), row r is that of token_of[r], and choice (t, k) is row row_of[t * K + k]. Every
 // rounding is where the modules have one; the sum is float.
 // gate_up is [E * 2F, D], down [E * D, F].
@@ -59,11 +60,12 @@ static void experts(const bf16* x, const int64_t* ids, const bf16* weights, cons
                     int threads) {
   int32_t *starts = index, *token_of = index + E + 1, *row_of = token_of + T * K;
   memset(starts, 0, (E + 1) * sizeof(int32_t));
-  for (long i = 0; i < T * K; i++) starts[ids[i] + 1]++;
+  for (long i = 0; i < T * K; i++)
+    if (ids[i] < E) starts[ids[i] + 1]++;
   for (long e = 0; e < E; e++) starts[e + 1] += starts[e];
   for (long i = 0; i < T * K; i++) {  // starts[e] runs on to the end of expert e, which is where e + 1 begins
-    row_of[i] = starts[ids[i]]++;
-    token_of[row_of[i]] = (int32_t)(i / K);
+    row_of[i] = ids[i] < E ? starts[ids[i]]++ : -1;
+    if (row_of[i] >= 0) token_of[row_of[i]] = (int32_t)(i / K);
   }
   for (long e = E; e > 0; e--) starts[e] = starts[e - 1];
   starts[0] = 0;
@@ -103,7 +105,8 @@ static void experts(const bf16* x, const int64_t* ids, const bf16* weights, cons
       for (long d = 0; d < D; d += 16) {
         __m512 sum = _mm512_setzero_ps();
         for (long i = t * K; i < t * K + K; i++)
-          sum = _mm512_fmadd_ps(_mm512_set1_ps(to_float(weights[i])), load_wide(y + (long)row_of[i] * D + d), sum);
+          if (row_of[i] >= 0)
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(to_float(weights[i])), load_wide(y + (long)row_of[i] * D + d), sum);
         _mm256_storeu_si256((__m256i*)(out + t * D + d), narrow(sum));
       }
   }
