@@ -1,4 +1,4 @@
-"""A checkpoint folder: its config, which file holds each tensor, and reading single tensors.
+"""A checkpoint folder: its config, which file holds each tensor, and reading rows of single tensors.
 
 Everything is checked on opening, from headers alone, and all problems are reported together.
 """
@@ -6,7 +6,6 @@ Everything is checked on opening, from headers alone, and all problems are repor
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -88,18 +87,10 @@ class Checkpoint:
         self._files.clear()
         self._stack.close()
 
-    def read(self, name: str) -> Tensor:
-        """One tensor as stored, a view of the mapped file."""
-        self.bytes_read += self.tensors[name].num_bytes
-        return self._file(name).get_tensor(name)
-
-    def read_rows(self, name: str) -> Iterator[Tensor]:
-        """`read(name)[0]`, `read(name)[1]`, .. one after another."""
-        info = self.tensors[name]
-        rows = self._file(name).get_slice(name)
-        for i in range(info.shape[0]):
-            self.bytes_read += info.num_bytes // info.shape[0]
-            yield rows[i]
+    def read(self, name: str, rows: range) -> Tensor:
+        """Rows of dim 0 of a tensor as stored, a view of the mapped file: nothing else of it is touched."""
+        self.bytes_read += self.tensors[name].rows_bytes(rows)
+        return self._file(name).get_slice(name)[rows.start : rows.stop]
 
     def _file(self, name: str) -> Any:
         label = self.tensors[name].file

@@ -41,6 +41,10 @@ class TensorInfo:
     def num_bytes(self) -> int:
         return self.stop - self.start
 
+    def rows_bytes(self, rows: range) -> int:
+        """Bytes of some rows of dim 0."""
+        return self.num_bytes // self.shape[0] * len(rows)
+
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
 

@@ -23,7 +23,6 @@ from qwen3vl_disagg.checkpoint.headers import TensorInfo
 
 ExpertLayout = Literal["hub", "v5", "per_expert"]
 Shape = tuple[int, ...]
-Fill = Callable[[Checkpoint, Tensor], None]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _FUSED = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<which>gate_up_proj|down_proj)")
@@ -42,13 +41,41 @@ def checkpoint_name(parameter: str) -> str:
     return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a tensor in the files, and the index in the wanted rows where they go."""
+
+    source: str
+    rows: range
+    place: tuple[int | slice, ...]
+    is_transposed: bool = False
+    """Whether the last two dims change places."""
+
+
 @dataclass
 class Recipe:
-    """How one parameter is filled: the tensors it is made of, or what is wrong with them."""
+    """How one parameter is filled: the tensors it is made of, or what is wrong with them.
+
+    `pieces` says for a range of the parameter's rows (dim 0) what to read for them, and for no rows nothing.
+    """
 
     sources: list[str]
-    fill: Fill
+    pieces: Callable[[range], list[Piece]]
     problems: list[str] = field(default_factory=list)
+
+    def fill(self, checkpoint: Checkpoint, rows: range, out: Tensor) -> None:
+        """Read the parameter's `rows` into `out`, which has just these."""
+        for piece in self.pieces(rows):
+            weight, place = checkpoint.read(piece.source, piece.rows), out[piece.place]
+            if not piece.is_transposed:
+                place.copy_(weight)
+                continue
+            for matrix, transposed in zip(place, weight, strict=True):  # two dims are transposed in blocks, three not
+                matrix.copy_(transposed.T)
+
+    def num_bytes(self, tensors: Mapping[str, TensorInfo], rows: range) -> int:
+        """What `fill` reads."""
+        return sum(tensors[piece.source].rows_bytes(piece.rows) for piece in self.pieces(rows))
 
 
 def plan(
@@ -79,11 +106,13 @@ def quantized_tensor(tensors: Mapping[str, TensorInfo]) -> str | None:
     return None
 
 
-def _whole(tensors: Mapping[str, TensorInfo], name: str, shape: Shape) -> Recipe:
-    def fill(checkpoint: Checkpoint, out: Tensor) -> None:
-        out.copy_(checkpoint.read(name))
+def _whole(tensors: Mapping[str, TensorInfo], name: str, shape: Shape, *, stored: Shape | None = None) -> Recipe:
+    """A parameter that is one tensor; `stored` is that one's shape where its last two dims are the other way round."""
 
-    return Recipe([name], fill, _problems(tensors, {name: shape}))
+    def pieces(rows: range) -> list[Piece]:
+        return [Piece(name, rows, (slice(None),), is_transposed=stored is not None)] if rows else []
+
+    return Recipe([name], pieces, _problems(tensors, {name: stored or shape}))
 
 
 def _fused(
@@ -95,19 +124,14 @@ def _fused(
         return recipe
     if layout == "per_expert":
         reason = "fused, although expert_layout='per_expert' was asked for"
-        return Recipe([name], recipe.fill, [_at(tensors, name, reason)])
+        return Recipe([name], recipe.pieces, [_at(tensors, name, reason)])
     if layout is None and shape == transposed == tensors[name].shape:
         dims = ("2F, D", "D, 2F") if which == "gate_up_proj" else ("D, F", "F, D")
         reason = f"{list(shape)} is ambiguous: [E, {dims[0]}] (v5) or [E, {dims[1]}] (hub)? name it in expert_layout"
-        return Recipe([name], recipe.fill, [_at(tensors, name, reason)])
+        return Recipe([name], recipe.pieces, [_at(tensors, name, reason)])
     if layout == "v5" or (layout is None and tensors[name].shape != transposed):
         return recipe
-
-    def fill(checkpoint: Checkpoint, out: Tensor) -> None:
-        for expert, rows in enumerate(checkpoint.read_rows(name)):
-            out[expert].copy_(rows.T)
-
-    return Recipe([name], fill, _problems(tensors, {name: transposed}))
+    return _whole(tensors, name, shape, stored=transposed)
 
 
 def _per_expert(
@@ -121,12 +145,14 @@ def _per_expert(
     if layout not in (None, "per_expert"):
         problems.append(f"{experts}: one tensor for each expert, although expert_layout={layout!r} was asked for")
 
-    def fill(checkpoint: Checkpoint, out: Tensor) -> None:
-        for expert, each in enumerate(names):
-            for part, name in enumerate(each):
-                out[expert, part * part_rows : (part + 1) * part_rows].copy_(checkpoint.read(name))
+    def pieces(experts: range) -> list[Piece]:
+        return [
+            Piece(name, range(part_rows), (expert - experts.start, slice(part * part_rows, (part + 1) * part_rows)))
+            for expert in experts
+            for part, name in enumerate(names[expert])
+        ]
 
-    return Recipe([name for each in names for name in each], fill, problems)
+    return Recipe([name for each in names for name in each], pieces, problems)
 
 
 def _problems(tensors: Mapping[str, TensorInfo], wanted: Mapping[str, Shape]) -> list[str]:

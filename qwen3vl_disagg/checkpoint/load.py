@@ -1,4 +1,4 @@
-"""Checkpoint folders -> modules, each reading only its own tensors.
+"""Checkpoint folders -> modules, each reading only its own tensors, and of those only its own rows.
 
 A module is built on the meta device, every name and shape it needs is checked against the file headers, and only then
 are weights read, cast and put in place. Loaded modules are for inference: `eval()`, no gradients.
@@ -6,6 +6,7 @@ are weights read, cast and put in place. Loaded modules are for inference: `eval
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from qwen3vl_disagg.checkpoint.folder import Checkpoint, open_checkpoint
 from qwen3vl_disagg.checkpoint.layouts import ExpertLayout, Recipe, Shape, checkpoint_name, plan, quantized_tensor
-from qwen3vl_disagg.checkpoint.quantize import make_room, put
+from qwen3vl_disagg.checkpoint.quantize import BLOCK, make_room, quantize_into
+from qwen3vl_disagg.checkpoint.shards import AllRows, Shards, held_rows
 from qwen3vl_disagg.core.errors import CheckpointError, NotBuiltYet
 from qwen3vl_disagg.core.settings import DTYPES, Quantize, check_quantize
 from qwen3vl_disagg.model.config import ModelConfig
@@ -40,18 +42,20 @@ def load_language_model(
     expert_layout: ExpertLayout | None = None,
     quantize: Quantize = "none",
     progress: bool = False,
+    shards: Shards | None = None,
 ) -> Qwen3MoeForCausalLMWithDeepStack:
     """What a language rank holds: decoder and head, no vision tower.
 
     Args:
         dtype: None for the checkpoint's own (`dtype` of its config).
         expert_layout: how expert weights are stored; needed only where their shapes fit two layouts.
-        quantize: `int8` for the decoder's matrices; each is quantized as soon as it is read.
-        progress: a bar on stderr.
+        quantize: `int8` for the decoder's matrices, quantized while they are read, a block of rows at a time.
+        progress: a bar on stderr, over the bytes to read.
+        shards: which rows to read; None for all. Names and shapes are checked for the whole model in any case.
 
     Raises CheckpointError listing everything wrong, NotBuiltYet for quantized weights.
     """
-    return _load(Qwen3MoeForCausalLMWithDeepStack, folder, dtype, device, expert_layout, quantize, progress)
+    return _load(Qwen3MoeForCausalLMWithDeepStack, folder, dtype, device, expert_layout, quantize, progress, shards)
 
 
 def load_text_model(
@@ -62,9 +66,10 @@ def load_text_model(
     expert_layout: ExpertLayout | None = None,
     quantize: Quantize = "none",
     progress: bool = False,
+    shards: Shards | None = None,
 ) -> Qwen3MoeForCausalLM:
     """The decoder without DeepStack, for text alone. Arguments as for `load_language_model`."""
-    return _load(Qwen3MoeForCausalLM, folder, dtype, device, expert_layout, quantize, progress)
+    return _load(Qwen3MoeForCausalLM, folder, dtype, device, expert_layout, quantize, progress, shards)
 
 
 def load_vision_model(
@@ -95,6 +100,11 @@ def load_model(
     return _load(Qwen3VLMoeForConditionalGeneration, folder, dtype, device, expert_layout, quantize, progress)
 
 
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Everything that loading checks, from the headers: the same errors, and no weights are read."""
+    _plan(checkpoint, Qwen3VLMoeForConditionalGeneration, None)
+
+
 def _load(
     build: Callable[[ModelConfig], ModuleT],
     folder: Path | str,
@@ -103,25 +113,35 @@ def _load(
     expert_layout: ExpertLayout | None,
     quantize: Quantize,
     progress: bool,
+    shards: Shards | None = None,
 ) -> ModuleT:
     check_quantize(quantize)
+    shards = shards or AllRows()
     with open_checkpoint(folder) as checkpoint:
-        name = quantized_tensor(checkpoint.tensors)
-        if name is not None:
-            raise NotBuiltYet(f"loading quantized weights ({checkpoint.tensors[name].file}: {name})", param="model")
-        try:
-            with torch.device("meta"):
-                module, whole = build(checkpoint.config), Qwen3VLMoeForConditionalGeneration(checkpoint.config)
-        except (RuntimeError, OverflowError) as error:  # sizes whose product no tensor can have
-            raise CheckpointError(checkpoint.folder, [f"config.json: impossible sizes: {error}"]) from error
-        recipes = _check(checkpoint, module, whole, expert_layout)
+        module, recipes = _plan(checkpoint, build, expert_layout)
         dtype = dtype or DTYPES[checkpoint.config.dtype]
         quantized = make_room(module, dtype) if quantize == "int8" else frozenset()
-        _fill(module, recipes, checkpoint, dtype, torch.device(device), quantized, progress)
+        _fill(module, recipes, checkpoint, dtype, torch.device(device), quantized, progress, shards)
     left = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if left:
         raise CheckpointError(checkpoint.folder, [f"{name}: not filled" for name in left])
-    return use_kernels(module.requires_grad_(False).eval())
+    shards.finish(module.requires_grad_(False).eval())
+    return use_kernels(module)
+
+
+def _plan(
+    checkpoint: Checkpoint, build: Callable[[ModelConfig], ModuleT], expert_layout: ExpertLayout | None
+) -> tuple[ModuleT, dict[str, Recipe]]:
+    """The module on the meta device, and how its parameters are filled."""
+    name = quantized_tensor(checkpoint.tensors)
+    if name is not None:
+        raise NotBuiltYet(f"loading quantized weights ({checkpoint.tensors[name].file}: {name})", param="model")
+    try:
+        with torch.device("meta"):
+            module, whole = build(checkpoint.config), Qwen3VLMoeForConditionalGeneration(checkpoint.config)
+    except (RuntimeError, OverflowError) as error:  # sizes whose product no tensor can have
+        raise CheckpointError(checkpoint.folder, [f"config.json: impossible sizes: {error}"]) from error
+    return module, _check(checkpoint, module, whole, expert_layout)
 
 
 def _check(
@@ -155,21 +175,57 @@ def _fill(
     device: torch.device,
     quantized: AbstractSet[str],
     progress: bool,
+    shards: Shards,
 ) -> None:
-    shapes = {name: p.shape for name, p in module.named_parameters(remove_duplicate=False)}
-    total = sum(checkpoint.tensors[source].num_bytes for recipe in recipes.values() for source in recipe.sources)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
+    cuts = {name: held_rows(shards, name, shapes[name]) for name in recipes}
+    held = {name: range(shapes[name][0]) if cut is None else cut for name, cut in cuts.items()}
+    total = sum(recipe.num_bytes(checkpoint.tensors, held[name]) for name, recipe in recipes.items())
     bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, file=sys.stderr, disable=not progress)
     with bar, torch.no_grad():
         for name, recipe in recipes.items():
             before = checkpoint.bytes_read
-            weight = torch.empty(shapes[name], dtype=dtype, device=device)
-            recipe.fill(checkpoint, weight)
+            row_shape = shapes[name][1:]
             if name in quantized:
-                put(module, name, weight)
+                weight, scale = _read_quantized(checkpoint, recipe, held[name], row_shape, dtype, device)
+                made = {name: weight, f"{name}_scale": scale}
             else:
-                owner, _, leaf = name.rpartition(".")
-                setattr(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+                weight = torch.empty(len(held[name]), *row_shape, dtype=dtype, device=device)
+                recipe.fill(checkpoint, held[name], weight)
+                made = {name: weight}
+            for key, local in made.items():
+                whole = (shapes[name][0], *local.shape[1:])
+                _set(module, key, local if cuts[name] is None else shards.hold(key, local, whole))
             bar.update(checkpoint.bytes_read - before)
     for part in module.modules():
         if isinstance(part, Qwen3MoeForCausalLM) and part.lm_head.weight.is_meta:
             part.tie_weights()
+
+
+def _read_quantized(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    rows: range,
+    row_shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """int8 and float32 scales of a parameter's rows; no more than a block of them is there in `dtype` at a time."""
+    weight = torch.empty(len(rows), *row_shape, dtype=torch.int8, device=device)
+    scale = torch.empty(weight.shape[:-1], device=device)
+    size = max(1, BLOCK // math.prod(row_shape))
+    room = torch.empty(min(size, len(rows)), *row_shape, dtype=dtype, device=device)
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size]
+        plain = room[: len(block)]
+        recipe.fill(checkpoint, block, plain)
+        quantize_into(plain, weight[start : start + size], scale[start : start + size])
+    return weight, scale
+
+
+def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Exchange a parameter, or the buffer of a scale."""
+    owner, _, leaf = name.rpartition(".")
+    part = module.get_submodule(owner)
+    is_parameter = leaf in dict(part.named_parameters(recurse=False))
+    setattr(part, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)

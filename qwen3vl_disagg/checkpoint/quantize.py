@@ -46,23 +46,30 @@ def load_torchao() -> ModuleType:
 
 
 def quantize_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`[.., D]` -> the same in int8, and scales `[..]` float32.
+    """`[.., D]` -> the same in int8, and scales `[..]` float32."""
+    quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(weight.shape[:-1], device=weight.device)
+    quantize_into(weight, quantized, scales)
+    return quantized, scales
+
+
+def quantize_into(weight: Tensor, quantized: Tensor, scales: Tensor) -> None:
+    """`[.., D]` -> `quantized [.., D]` int8 and `scales [..]` float32, both contiguous.
 
     A row's numbers depend on that row alone, so experts are rows of one matrix, and a large matrix goes in blocks.
     """
     torchao = load_torchao()
     matrix = weight.detach().reshape(-1, weight.shape[-1])
-    quantized = torch.empty(matrix.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(len(matrix), device=weight.device)
     size = max(1, BLOCK // max(1, matrix.shape[1]))
-    for rows, out, scale in zip(matrix.split(size), quantized.split(size), scales.split(size), strict=True):
+    blocks = matrix.split(size), quantized.view(matrix.shape).split(size), scales.view(-1).split(size)
+    for rows, out, scale in zip(*blocks, strict=True):
         holder = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
         holder.weight = nn.Parameter(rows.float(), requires_grad=False)  # a bfloat16 would round the scale as well
         torchao.quantize_(holder, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
         made: Any = holder.weight
         out.copy_(made.qdata.clamp(min=-127))  # of the row's 255 steps both ends are half a step away
         scale.copy_(made.scale.squeeze(-1))
-    return quantized.view(weight.shape), scales.view(weight.shape[:-1])
+        del holder.weight  # torchao makes a cycle of the holder, which would keep the block until the next collection
 
 
 def quantized_modules(module: nn.Module) -> Iterator[tuple[str, Linear | Experts]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -110,12 +111,7 @@ def write_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / CONFIG_FILE, config_to_dict(config, spelling=spelling))
-    stored = {
-        name: part.to(DTYPES[config.dtype]).contiguous()
-        for source, tensor in tensors.items()
-        for name, part in _in_layout(source, tensor, layout).items()
-    }
-    _write_weights(folder, stored, num_shards)
+    _write_weights(folder, tensors, layout, DTYPES[config.dtype], num_shards)
     vision = config.vision
     preprocessor = {
         "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
@@ -148,19 +144,25 @@ def _in_layout(name: str, tensor: Tensor, layout: ExpertLayout) -> dict[str, Ten
     }
 
 
-def _write_weights(folder: Path, tensors: dict[str, Tensor], num_shards: int) -> None:
-    if num_shards == 1:
-        save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
-        return
-    names: Sequence[str] = list(tensors)
+def _write_weights(
+    folder: Path, tensors: Mapping[str, Tensor], layout: ExpertLayout, dtype: torch.dtype, num_shards: int
+) -> None:
+    """File after file. Each tensor is looked up once, when its file's turn has come: a mapping may make it then."""
+    names = list(tensors)
     weight_map: dict[str, str] = {}
+    total = 0
     for i in range(num_shards):
-        file = f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
-        shard = names[i * len(names) // num_shards : (i + 1) * len(names) // num_shards]
-        save_file({name: tensors[name] for name in shard}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        file = SINGLE_FILE if num_shards == 1 else f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
+        stored = {
+            name: part.to(dtype).contiguous()
+            for source in names[i * len(names) // num_shards : (i + 1) * len(names) // num_shards]
+            for name, part in _in_layout(source, tensors[source], layout).items()
+        }
+        save_file(stored, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(stored, file)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    if num_shards > 1:
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -17,8 +17,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """What to run and on what."""
+class CheckpointOptions:
+    """What to run and on what: both roles."""
 
     model: Annotated[str | None, tyro.conf.arg(metavar="DIR_OR_HUB_ID")] = None
     """Checkpoint folder. Without it, the small checkpoint inside the package."""
@@ -28,6 +28,12 @@ class ModelOptions:
     """`auto`: CUDA if there are at least as many GPUs as local ranks, else CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """`auto`: on for CUDA, off on CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(CheckpointOptions):
+    """What to run and on what, with a decoder."""
+
     quantize: Quantize = "none"
     """Weights of the decoder; `int8` needs the extra `quantize`."""
 

@@ -88,13 +88,9 @@ def test_each_part_reads_its_own_bytes_only(tmp_path, monkeypatch, layout):
     read = []
 
     class Watched(Checkpoint):
-        def read(self, name):
+        def read(self, name, rows):
             read.append(name)
-            return super().read(name)
-
-        def read_rows(self, name):
-            read.append(name)
-            return super().read_rows(name)
+            return super().read(name, rows)
 
         def close(self):
             sizes.append(self.bytes_read)

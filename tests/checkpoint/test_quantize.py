@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -13,8 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.assets import tiny_folder
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, load_language_model, load_model, module_tensors, quantize
-from qwen3vl_disagg.checkpoint.quantize import quantize_, quantize_tensor
+from qwen3vl_disagg.checkpoint import (
+    RANDOM_PRESETS,
+    load,
+    load_language_model,
+    load_model,
+    module_tensors,
+    quantize,
+)
+from qwen3vl_disagg.checkpoint.quantize import quantize_, quantize_into, quantize_tensor
 from qwen3vl_disagg.checkpoint.random import random_language_model
 from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
 from qwen3vl_disagg.core.requests import SamplingParams
@@ -96,20 +104,44 @@ def test_a_tied_head_stays_the_embedding(tmp_path):
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.int8
 
 
-def test_one_plain_matrix_at_a_time(tmp_path, monkeypatch):
-    """When a weight comes to be quantized, all before it have become int8: no second copy of the model."""
-    seen = []
+@pytest.mark.parametrize("block", [3000, quantize.BLOCK])
+def test_one_plain_block_at_a_time(tmp_path, monkeypatch, block):
+    """While a model is loaded, a block of rows or an expert is there in both forms, and nothing larger."""
+    sizes = []
 
-    def put(module, name, weight):
-        plain = [p for p in module.parameters() if not p.is_meta and p.dtype != torch.int8 and p.dim() == 3]
-        seen.append((name, len(plain)))
-        original(module, name, weight)
+    def watched(weight, quantized, scales):
+        sizes.append(weight.numel())
+        quantize_into(weight, quantized, scales)
 
-    original = quantize.put
-    monkeypatch.setattr("qwen3vl_disagg.checkpoint.load.put", put)
-    load_language_model(write_smallest(tmp_path), quantize="int8")
-    assert len(seen) > 10
-    assert {count for _, count in seen} == {0}
+    folder = write_smallest(tmp_path)
+    expected = load_language_model(folder, quantize="int8").state_dict()
+    monkeypatch.setattr(load, "BLOCK", block)
+    monkeypatch.setattr(load, "quantize_into", watched)
+    model = load_language_model(folder, quantize="int8")
+    one_expert = model.model.layers[0].mlp.experts.gate_up_proj[0].numel()
+    assert sum(sizes) == sum(p.numel() for p in model.parameters() if p.dtype == torch.int8)
+    assert max(sizes) <= max(block, one_expert)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_nothing_is_kept_of_a_block():
+    """Not until the next garbage collection either."""
+
+    def tensors():
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    weight = torch.randn(8, 16)
+    made = quantize_tensor(weight)
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        for _ in range(5):
+            made = quantize_tensor(weight)
+        assert tensors() == before
+    finally:
+        gc.enable()
+    assert made[0].dtype == torch.int8
 
 
 def test_weights_weigh_half():

@@ -1,0 +1,260 @@
+"""`--dry-run`: which rank would hold what, in bytes, from shapes alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard
+
+from qwen3vl_disagg.checkpoint import Checkpoint, check_weights, open_checkpoint
+from qwen3vl_disagg.checkpoint.quantize import make_room
+from qwen3vl_disagg.core.errors import DisaggError, InputError
+from qwen3vl_disagg.core.settings import DTYPES, ModelOptions, Quantize, resolve_model_folder
+from qwen3vl_disagg.model.config import ModelConfig
+from qwen3vl_disagg.model.decoder import Qwen3MoeForCausalLM
+from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
+from qwen3vl_disagg.model.presets import PRESETS
+from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration
+from qwen3vl_disagg.parallel.placement import LANGUAGE_PLAN, VISION_PLAN, placements, shard_rows
+
+DEFAULT_WORLD = 8
+MAX_WORLD = 65536
+_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """How the model is spread over ranks."""
+
+    dry_run: bool = False
+    """Print what each rank would hold, and leave: nothing is loaded, and torchrun is not needed."""
+    world: Annotated[int | None, tyro.conf.arg(metavar="W")] = None
+    """With --dry-run: number of ranks. Default: 8, or torchrun's."""
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """With --dry-run: a published size in place of a checkpoint."""
+    json: bool = False
+    """With --dry-run: one JSON object."""
+    tensor_parallel: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Not offered; 1 is what there is."""
+    pipeline_parallel: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Not offered; 1 is what there is."""
+
+
+def check_parallel(options: ParallelOptions, model: str | None) -> None:
+    """InputError for what is not offered and for what does not go together. `model` is that of `ModelOptions`."""
+    refused = {
+        "tensor-parallel": "attention is data-parallel, its KV heads are too few to divide; experts are what is spread",
+        "pipeline-parallel": "every language rank runs all layers; experts are what is spread",
+    }
+    for name, reason in refused.items():
+        num_parts = getattr(options, name.replace("-", "_"))
+        if num_parts != 1:
+            raise InputError(f"--{name} {num_parts}: not offered: {reason}", param=name)
+    for name in ("world", "preset", "json"):
+        if not options.dry_run and getattr(options, name):
+            raise InputError(f"--{name} goes with --dry-run only", param=name)
+    if options.world is not None and not 1 <= options.world <= MAX_WORLD:
+        raise InputError(f"--world {options.world}: must be 1 to {MAX_WORLD}", param="world")
+    if options.preset is not None:
+        if options.preset not in PRESETS:
+            raise InputError(f"--preset {options.preset}: must be one of {', '.join(PRESETS)}", param="preset")
+        if model is not None:
+            raise InputError("--preset and --model: one of both", param="preset")
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """What one rank holds. `experts`: None where there are none to spread; a rank may also hold an empty range."""
+
+    rank: int
+    role: str
+    experts: range | None
+    expert_bytes: int
+    decoder_bytes: int
+    """The rest of the decoder, which every language rank has."""
+    vision_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.expert_bytes + self.decoder_bytes + self.vision_bytes
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What all ranks hold. `model_bytes` was counted without regard to ranks."""
+
+    model: str
+    dtype: str
+    quantize: Quantize
+    num_experts: int
+    ranks: tuple[RankPart, ...]
+    model_bytes: int
+    counted: str
+    """Where `model_bytes` comes from."""
+
+    @property
+    def sums(self) -> dict[str, int]:
+        """Parts that make up one model: what is spread from all ranks, what is on several of them once."""
+        return {
+            "experts, over all ranks": sum(part.expert_bytes for part in self.ranks),
+            "rest of the decoder, once": max(part.decoder_bytes for part in self.ranks),
+            "vision tower, once": max(part.vision_bytes for part in self.ranks),
+        }
+
+    def check(self) -> None:
+        """DisaggError unless the ranks hold the model, and nothing twice that is meant to be spread."""
+        total = sum(self.sums.values())
+        if total != self.model_bytes:
+            raise DisaggError(f"the ranks' parts add up to {total} bytes, {self.counted} to {self.model_bytes}")
+
+    def to_json(self) -> str:
+        """One object on one line."""
+
+        def shards(part: RankPart) -> dict[str, Any]:
+            held: dict[str, Any] = {}
+            if part.experts is not None:
+                first, count = part.experts.start, len(part.experts)
+                held["experts"] = {
+                    "first": first,
+                    "count": count,
+                    "of": self.num_experts,
+                    "bytes": part.expert_bytes,
+                }
+            if part.decoder_bytes:
+                held["decoder"] = {"bytes": part.decoder_bytes}
+            if part.vision_bytes:
+                held["vision"] = {"bytes": part.vision_bytes}
+            return held
+
+        return json.dumps(
+            {
+                "model": self.model,
+                "dtype": self.dtype,
+                "quantize": self.quantize,
+                "world": len(self.ranks),
+                "encode_ranks": sum(part.vision_bytes > 0 for part in self.ranks),
+                "language_ranks": sum(part.decoder_bytes > 0 for part in self.ranks),
+                "model_bytes": self.model_bytes,
+                "sum_bytes": sum(self.sums.values()),
+                "ranks": [
+                    {"rank": part.rank, "role": part.role, "shards": shards(part), "bytes": part.num_bytes}
+                    for part in self.ranks
+                ],
+            }
+        )
+
+    def to_text(self) -> str:
+        """A table for people, and the sum."""
+        dtype = self.dtype if self.quantize == "none" else f"{self.dtype}, {self.quantize} decoder"
+        lines = [
+            f"{self.model} ({dtype}), world of {len(self.ranks)}. Weights only: KV pages, buffers and activations "
+            "come on top.",
+            "",
+            f"{'rank':>5}  {'role':<8}  {'experts':<16}  {'expert bytes':>17}  {'replicated bytes':>17}"
+            f"  {'total bytes':>17}",
+        ]
+        for part in self.ranks:
+            lines.append(
+                f"{part.rank:>5}  {part.role:<8}  {self._experts(part):<16}  {part.expert_bytes:>17,}"
+                f"  {part.decoder_bytes + part.vision_bytes:>17,}  {part.num_bytes:>17,}"
+                f"  {_short(part.num_bytes):>10}"
+            )
+        lines.append("")
+        lines += [f"{sign} {name:<26} {size:>17,}" for sign, (name, size) in zip(" ++", self.sums.items(), strict=True)]
+        lines.append(f"= {self.counted:<26} {self.model_bytes:>17,}  {_short(self.model_bytes):>10}")
+        return "\n".join(lines)
+
+    def _experts(self, part: RankPart) -> str:
+        if part.experts is None:
+            return "-"
+        if not part.experts:
+            return f"none of {self.num_experts}"
+        return f"{part.experts[0]}-{part.experts[-1]} of {self.num_experts}"
+
+
+def _short(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def dry_run(options: ModelOptions, preset: str | None, encode_ranks: range, language_ranks: range) -> DryRun:
+    """What each rank would hold; a rank in both ranges has both roles.
+
+    Raises CheckpointError for a folder that could not be loaded, DisaggError if the parts are not the whole.
+    """
+    if preset is not None:
+        return _plan(preset, PRESETS[preset], options, encode_ranks, language_ranks, None)
+    folder = resolve_model_folder(options.model)
+    with open_checkpoint(folder) as checkpoint:
+        check_weights(checkpoint)
+        return _plan(str(folder), checkpoint.config, options, encode_ranks, language_ranks, checkpoint)
+
+
+def _plan(
+    model: str,
+    config: ModelConfig,
+    options: ModelOptions,
+    encode_ranks: range,
+    language_ranks: range,
+    checkpoint: Checkpoint | None,
+) -> DryRun:
+    name = config.dtype if options.dtype == "auto" else options.dtype
+    dtype, is_int8 = DTYPES[name], options.quantize == "int8"
+    has_own_head = checkpoint is not None and _HEAD in checkpoint.tensors
+    vision = _tensors(lambda c: Qwen3VLMoeForConditionalGeneration(c, language_model=False), config, dtype)
+    decoder = _tensors(Qwen3MoeForCausalLMWithDeepStack, config, dtype, is_int8, has_own_head)
+    placements(vision, VISION_PLAN)  # all are replicated: what must not be is one that the plan does not know
+    placed = placements((name.removesuffix("_scale") for name in decoder), LANGUAGE_PLAN)
+    spread = [tensor for name, tensor in decoder.items() if placed[name.removesuffix("_scale")] == Shard(0)]
+    one_expert = sum(tensor.nbytes // tensor.shape[0] for tensor in spread)
+    replicated = sum(tensor.nbytes for tensor in decoder.values()) - sum(tensor.nbytes for tensor in spread)
+    tower = sum(tensor.nbytes for tensor in vision.values())
+
+    def part(rank: int) -> RankPart:
+        is_encode, is_language = rank in encode_ranks, rank in language_ranks
+        experts = None
+        if is_language and spread:
+            experts = shard_rows(config.text.num_experts, len(language_ranks), language_ranks.index(rank))
+        return RankPart(
+            rank,
+            "both" if is_encode and is_language else "encode" if is_encode else "language",
+            experts,
+            one_expert * len(experts or ()),
+            replicated if is_language else 0,
+            tower if is_encode else 0,
+        )
+
+    if checkpoint is not None and not is_int8:
+        model_bytes = sum(math.prod(info.shape) for info in checkpoint.tensors.values()) * dtype.itemsize
+        counted = "the checkpoint's tensors"
+    else:
+        whole = _tensors(Qwen3VLMoeForConditionalGeneration, config, dtype, is_int8, has_own_head)
+        model_bytes, counted = sum(tensor.nbytes for tensor in whole.values()), "the whole model"
+    ranks = tuple(part(rank) for rank in sorted({*encode_ranks, *language_ranks}))
+    made = DryRun(model, name, options.quantize, config.text.num_experts, ranks, model_bytes, counted)
+    made.check()
+    return made
+
+
+def _tensors(
+    build: Callable[[ModelConfig], nn.Module],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    is_int8: bool = False,
+    has_own_head: bool = False,
+) -> dict[str, Tensor]:
+    """Parameters and scales as loading leaves them, on the meta device; a tied head once."""
+    with torch.device("meta"):
+        module = build(config).to(dtype)
+    if is_int8:
+        make_room(module, dtype)
+    for part in module.modules():
+        if has_own_head and isinstance(part, Qwen3MoeForCausalLM):
+            part.lm_head.weight = nn.Parameter(torch.empty_like(part.lm_head.weight), requires_grad=False)
+    return dict(module.named_parameters()) | dict(module.named_buffers())
