@@ -1,6 +1,7 @@
 """Serve a checkpoint: encode ranks, language ranks, and an HTTP frontend.
 
     torchrun --nproc-per-node 8 recipes/serve.py [options]
+    torchrun --nnodes 2 --node-rank K --master-addr A --master-port P --nproc-per-node 8 recipes/serve.py --hub A:P2 ..
 
 Each worker of torchrun is a slot that forks its rank and supervises it; slot 0 also forks the frontend.
 """
@@ -8,21 +9,19 @@ Each worker of torchrun is a slot that forks its rank and supervises it; slot 0 
 from __future__ import annotations
 
 import functools
-import mmap
 import os
 import secrets
+import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from qwen3vl_disagg.checkpoint import open_checkpoint
+from qwen3vl_disagg.checkpoint import check_weights, open_checkpoint
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
 from qwen3vl_disagg.core.faults import plan_faults
 from qwen3vl_disagg.core.settings import (
@@ -32,21 +31,25 @@ from qwen3vl_disagg.core.settings import (
     check_supported,
     resolve_model_folder,
 )
-from qwen3vl_disagg.core.spans import write_spans
+from qwen3vl_disagg.disagg.addresses import LOOPBACK, TOKEN_VARIABLE, given_token, own_address, parse_address
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_rank import run_encode_rank
+from qwen3vl_disagg.disagg.hub_client import ask_to_end
+from qwen3vl_disagg.disagg.rank_setup import run_threaded
 from qwen3vl_disagg.disagg.rendezvous import Layout, Meeting, RankContext, World, find, meeting_path, publish
 from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent
 from qwen3vl_disagg.engine.rank_bodies import run_combined_rank, run_language_rank
+from qwen3vl_disagg.parallel.dry_run import DEFAULT_WORLD, ParallelOptions, check_parallel, dry_run
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.frontend import run_frontend
+from qwen3vl_disagg.serving.job_memory import JobMemory
 
 MEET_S = 60.0
 EXIT_LAST_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(EncodeOptions, BufferOptions, ModelOptions):
+class ServeOptions(ParallelOptions, EncodeOptions, BufferOptions, ModelOptions):
     """Serve a checkpoint over HTTP."""
 
     encode_ranks: int | None = None
@@ -65,6 +68,14 @@ class ServeOptions(EncodeOptions, BufferOptions, ModelOptions):
     """Write what each rank does when as JSON lines into this folder."""
     debug: bool = False
     """Open GET /debug/processes."""
+    hub: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """An address of node 0, where ranks of other nodes, and encode ranks that join, meet the job. Needs a token.
+    Default: loopback, and any port."""
+    token: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """What ranks show to be let in. Other users of this host can see it in the command line: the environment variable
+    Q3VL_TOKEN does the same. Default without --hub: random."""
+    address: Annotated[str | None, tyro.conf.arg(metavar="HOST")] = None
+    """This node's own address, on which its ranks listen for one another. Default: the one that faces the hub."""
 
 
 def parse_options(is_silent: bool) -> ServeOptions:
@@ -72,12 +83,12 @@ def parse_options(is_silent: bool) -> ServeOptions:
     return tyro.cli(ServeOptions, prog="serve.py", console_outputs=not is_silent)
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, param: str) -> socket.socket:
     """A listening socket. InputError if the address cannot be had."""
     try:
         sock = socket.create_server((host, port), backlog=1024)
     except (OSError, OverflowError) as error:
-        raise InputError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}", param="port") from None
+        raise InputError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}", param=param) from None
     sock.setblocking(False)
     return sock
 
@@ -92,21 +103,13 @@ def rank_child(context: RankContext) -> Child:
     return Child(f"language rank {rank}", functools.partial(run_threaded, run_language_rank, context), is_vital=True)
 
 
-def run_threaded(body: Callable[[RankContext], int], context: RankContext) -> int:
-    """A rank's body with its share of the cores."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // context.layout.world_size))
-    if context.spans is not None:
-        write_spans(context.spans, context.rank)
-    return body(context)
-
-
 def check_checkpoint(options: ServeOptions) -> None:
     """Everything wrong with the checkpoint, said once, before any rank starts."""
     folder = resolve_model_folder(options.model)
     with open_checkpoint(folder) as checkpoint:
         Processor.from_folder(folder, checkpoint.config)
         MultimodalDataBuffers.check(checkpoint.config, options)
+        check_weights(checkpoint)
 
 
 def make_folder(folder: Path | None) -> None:
@@ -118,14 +121,17 @@ def make_folder(folder: Path | None) -> None:
         raise InputError(f"--spans {folder}: {error.strerror}", param="spans") from None
 
 
-def rank_context(options: ServeOptions, rank: int, layout: Layout, meeting: Meeting) -> RankContext:
+def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: Meeting) -> RankContext:
     """What a rank's body is told."""
     return RankContext(
-        rank,
+        world.rank,
         layout,
         meeting.hub_address,
         meeting.token,
         options,
+        host=own_address(options.address, meeting.hub_address),
+        local_rank=world.local_rank,
+        num_local_ranks=world.num_local_ranks,
         buffers=options,
         encode=options,
         overlap=options.overlap == "on",
@@ -135,17 +141,37 @@ def rank_context(options: ServeOptions, rank: int, layout: Layout, meeting: Meet
     )
 
 
-def first_slot(options: ServeOptions, layout: Layout, path: Path) -> Slot:
+def stated_meeting(options: ServeOptions, world: World) -> Meeting | None:
+    """Hub and token as the command line says; None for a job on one host, whose slots tell each other.
+
+    InputError where somebody could not find the way in.
+    """
+    token = given_token(options.token, os.environ)
+    if options.hub is None:
+        if world.num_nodes > 1:
+            reason = f"{world.num_nodes} nodes need --hub HOST:PORT, an address of node 0, and a token"
+            raise InputError(reason, param="hub")
+        return None if token is None else Meeting(hub_address=(LOOPBACK, 0), token=token, pid=0)
+    hub_address = parse_address(options.hub, "hub")
+    if token is None:
+        raise InputError(f"--hub without --token or {TOKEN_VARIABLE}: nobody could join", param="token")
+    if world.num_nodes > 1 and hub_address[1] == 0:
+        raise InputError(f"--hub {options.hub}: other nodes cannot know the port", param="hub")
+    return Meeting(hub_address=hub_address, token=token, pid=0)
+
+
+def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) -> Slot:
     """Slot 0: binds both sockets, tells the others where the hub is, forks the frontend beside its rank."""
-    check_checkpoint(options)
-    http_socket, hub_socket = bind(options.host, options.port), bind("127.0.0.1", 0)
-    announced = memoryview(mmap.mmap(-1, 1))  # shared with every frontend that is forked
-    token = secrets.token_hex(16)
-    context = rank_context(options, 0, layout, Meeting(hub_address=hub_socket.getsockname()[:2], token=token, pid=0))
-    publish(path, Meeting(hub_address=context.hub_address, token=token, pid=os.getpid()))
+    stated = stated_meeting(options, world) or Meeting(hub_address=(LOOPBACK, 0), token=secrets.token_hex(16), pid=0)
+    http_socket, hub_socket = bind(options.host, options.port, "port"), bind(*stated.hub_address, "hub")
+    meeting = Meeting(hub_address=hub_socket.getsockname()[:2], token=stated.token, pid=os.getpid())
+    context = rank_context(options, world, layout, meeting)
+    if options.hub is not None:
+        print(f"hub: {meeting.hub_address[0]}:{meeting.hub_address[1]}", flush=True)
+    publish(path, meeting)
     frontend = Child(
         "frontend",
-        functools.partial(run_frontend, context, http_socket, hub_socket, announced, debug=options.debug),
+        functools.partial(run_frontend, context, http_socket, hub_socket, JobMemory(), debug=options.debug),
         is_vital=False,
         sockets=(http_socket, hub_socket),
         takes_signals=True,
@@ -157,61 +183,97 @@ def first_slot(options: ServeOptions, layout: Layout, path: Path) -> Slot:
             for sock in (http_socket, hub_socket):  # whoever still knocks hears at once that nobody is there
                 sock.close()
 
+    def on_told() -> None:
+        # Another node was asked to end, and with it the job. This node's agent would wait for that one's for minutes.
+        if world.num_nodes > 1:
+            os.kill(os.getppid(), signal.SIGTERM)
+
     return Slot(
         [frontend, rank_child(context)],
         sockets=(http_socket, hub_socket),
         is_hub_gone=lambda: not path.exists(),
         on_left=on_left,
+        on_told=on_told,
     )
 
 
-def other_slot(options: ServeOptions, layout: Layout, rank: int, path: Path) -> Slot:
-    """Any other slot: finds slot 0, forks its rank."""
-    meeting = find(path, MEET_S)
-    context = rank_context(options, rank, layout, meeting)
+def other_slot(options: ServeOptions, world: World, layout: Layout, path: Path) -> Slot:
+    """Any other slot on slot 0's host: finds it, forks its rank."""
+    context = rank_context(options, world, layout, find(path, MEET_S))
     return Slot([rank_child(context)], is_hub_gone=lambda: not path.exists())
 
 
+def far_slot(options: ServeOptions, world: World, layout: Layout) -> Slot:
+    """A slot on another host than slot 0's. That the job is over there is noticed by its rank, which ends then; when
+    this host is asked to end, the job is."""
+    meeting = stated_meeting(options, world)
+    if meeting is None:
+        raise ValueError(f"node {world.node} was not told where the hub is")
+    return Slot(
+        [rank_child(rank_context(options, world, layout, meeting))],
+        on_stop=functools.partial(ask_to_end, meeting.hub_address, meeting.token),
+    )
+
+
 def main() -> int:
-    """Run one slot; returns the exit status. Slot 0 speaks for all when something is wrong with the arguments."""
-    rank = int(os.environ.get("RANK", "0"))
+    """Run one slot; returns the exit status. The first one of a host speaks for all when something is wrong with the
+    arguments."""
+    world = World.from_env()
     try:
-        status = run_slot(rank)
+        status = run_slot(world)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
-    if rank != 0 and status == EXIT_INPUT:
+    if world.local_rank != 0 and status == EXIT_INPUT:
         time.sleep(EXIT_LAST_S)  # torchrun ends the others when the first one leaves
     return status
 
 
-def run_slot(rank: int) -> int:
+def show_dry_run(options: ServeOptions, world: World) -> int:
+    """Say which rank would hold what. Needs no torchrun; under it, slot 0 speaks."""
+    check_supported(options)
+    size = options.world or (world.size if world.has_agent else DEFAULT_WORLD)
+    layout = Layout.of(size, options.encode_ranks)
+    shown = dry_run(options, options.preset, layout.encode_ranks, layout.language_ranks)
+    if world.rank == 0:
+        print(shown.to_json() if options.json else shown.to_text())
+    return 0
+
+
+def run_slot(world: World) -> int:
     """Parse the arguments, then supervise until everything has left."""
     path = None
     try:
-        options = parse_options(is_silent=rank != 0)
-        world = World.from_env()
+        options = parse_options(is_silent=world.local_rank != 0)
         if world.has_agent:
             die_with_parent(os.getppid())
+        check_parallel(options, options.model)
+        if options.dry_run:
+            return show_dry_run(options, world)
         layout = Layout.of(world.size, options.encode_ranks)
         check_supported(options)
         EncodeOptions.check(options)
         if options.chunk_tokens is not None and options.chunk_tokens < 1:
             raise InputError(f"--chunk-tokens {options.chunk_tokens}: must be at least 1", param="chunk_tokens")
+        stated_meeting(options, world)
         plan_faults()
         make_folder(options.spans)
+        if world.local_rank == 0:
+            check_checkpoint(options)
+        if world.node != 0:
+            return far_slot(options, world, layout).run()
         path = meeting_path()
         if world.rank == 0:
-            return first_slot(options, layout, path).run()
-        return other_slot(options, layout, world.rank, path).run()
+            return first_slot(options, world, layout, path).run()
+        return other_slot(options, world, layout, path).run()
     except (InputError, CheckpointError) as error:
-        if rank == 0:
+        if world.local_rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_INPUT
     except DisaggError as error:
-        print(f"error: slot {rank}: {error}", file=sys.stderr)
+        print(f"error: slot {world.rank}: {error}", file=sys.stderr)
         return 1
     finally:
-        if rank == 0 and path is not None:
+        if world.rank == 0 and path is not None:
             path.unlink(missing_ok=True)
 
 

@@ -71,6 +71,12 @@ class UnavailableError(DisaggError):
         self.retry_after = retry_after
 
 
+class Dismissed(DisaggError):
+    """The job goes down before this process could begin: it leaves, and nothing failed."""
+
+    code = "dismissed"
+
+
 class DeadlineError(DisaggError, TimeoutError):
     """A stage took longer than it may (HTTP 504)."""
 
@@ -81,6 +87,12 @@ class TransferError(DisaggError):
     """A link or a session failed; the item may be tried again on another encode rank."""
 
     code = "transfer_failed"
+
+
+class HubGone(TransferError):
+    """No frontend answers any more, or none ever did: the job is over, and so is this rank."""
+
+    code = "hub_gone"
 
 
 class HandshakeError(TransferError):

@@ -55,7 +55,7 @@ class EncodeLinks:
         on_frame: Callable[[EncodeLink, Frame], None],
         on_refused: Callable[[HandshakeError], None],
     ) -> None:
-        self._hello = hello
+        self.hello = hello
         self._on_up, self._on_down, self._on_frame, self._on_refused = on_up, on_down, on_frame, on_refused
         self._links: dict[int, EncodeLink] = {}
         self._keepers: dict[tuple[int, Address], asyncio.Task[None]] = {}
@@ -110,14 +110,14 @@ class EncodeLinks:
     async def _open(self, language_rank: int, address: Address, make_link: LinkFactory) -> EncodeLink:
         control = await connect_link(address, deadline_s=CONNECT_S)
         try:
-            await control.send(self._hello)
+            await control.send(self.hello)
             answer = await control.receive(timeout=CONNECT_S)
             if isinstance(answer, Refused):
                 raise HandshakeError(answer.field, answer.expected, answer.got)
             if not isinstance(answer, LinkAccept) or answer.language_rank != language_rank:
                 raise TransferError(f"language rank {language_rank} answered {type(answer).__name__}")
             fault_point("in-handshake")
-            payload = await asyncio.to_thread(make_link, "encode", self._hello.encode_rank, language_rank, answer.epoch)
+            payload = await asyncio.to_thread(make_link, "encode", self.hello.encode_rank, language_rank, answer.epoch)
             if not isinstance(await control.receive(timeout=CONNECT_S), LinkReady):
                 raise TransferError(f"language rank {language_rank} did not get ready")
         except BaseException:

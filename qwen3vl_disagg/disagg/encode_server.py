@@ -13,6 +13,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
+import msgspec
+
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, InputError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.settings import EncodeOptions
@@ -92,6 +94,10 @@ class EncodeServer:
         if self._ticker is None:
             self._ticker = asyncio.create_task(self._tick())
         self._links.connect(peers, make_link)
+
+    def use_number(self, encode_rank: int) -> None:
+        """What this rank is called from now on; before the first link."""
+        self._links.hello = msgspec.structs.replace(self._links.hello, encode_rank=encode_rank)
 
     def encode(self, message: EncodeItem) -> None:
         attempt = (message.request_id, message.item, message.attempt)

@@ -18,7 +18,7 @@ import msgspec
 
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -45,15 +45,23 @@ class Refused(Message, frozen=True):
 
 class RankHello(Message, frozen=True):
     """First message of a rank. `link_address` (host, port) is where a language rank listens for encode ranks;
-    `store_address` is given by the first language rank, which hosts the store that links meet in."""
+    `store_address` is given by the first language rank, which hosts the store that links meet in.
+
+    `rank` is None for an encode rank that joins: the answer says its number, which it states from then on, and the
+    `job`, which all that come again state. `host` is where `pid` means something (`rendezvous.host_id`).
+    `weight_bytes`: of the model that is in this process.
+    """
 
     token: str
     role: Literal["encode", "language"]
-    rank: int
+    rank: int | None
     pid: int
     fingerprint: dict[str, str]
+    host: str = ""
+    job: str = ""
     link_address: tuple[str, int] | None = None
     store_address: tuple[str, int] | None = None
+    weight_bytes: int = 0
 
 
 class LinksUp(Message, frozen=True):
@@ -61,6 +69,10 @@ class LinksUp(Message, frozen=True):
 
     language_ranks: list[int]
     epochs: list[int] = []
+
+
+class Leaving(Message, frozen=True):
+    """An encode rank wants to go: no new items. The answer is `Stop`, when nothing of it is needed any more."""
 
 
 class Decoded(Message, frozen=True):
@@ -143,7 +155,10 @@ class RequestFailed(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The frontend took the rank in."""
+    """The frontend took the rank in, under this number; the answer to `StoreAt` has none."""
+
+    rank: int | None = None
+    job: str = ""
 
 
 class Peers(Message, frozen=True):
@@ -197,7 +212,26 @@ class Stop(Message, frozen=True):
     """Leave: the job is going down. The rank says `Goodbye` on its links and exits 0."""
 
 
-# ---- media store, on a connection of its own to the frontend ----
+# ---- first messages of connections of their own to the frontend: one question, one answer ----
+
+
+class StoreAt(Message, frozen=True):
+    """Here is the store in which ranks meet; answered with `Welcome`. Also the answer to `FindStore`."""
+
+    token: str
+    address: tuple[str, int]
+
+
+class FindStore(Message, frozen=True):
+    """Where is the store? Answered when it is known."""
+
+    token: str
+
+
+class EndJob(Message, frozen=True):
+    """A node was asked to end, and with it the job: as SIGTERM to the frontend. No answer."""
+
+    token: str
 
 
 class Pull(Message, frozen=True):
@@ -345,27 +379,10 @@ class Frame(Message, frozen=True):
     body: Grant | Resume | Header | HeaderOk | Ack | Nack | Abort | Stale | Beat
 
 
-HubMessage = (
-    Heartbeat
-    | Refused
-    | RankHello
-    | LinksUp
-    | Decoded
-    | ItemFailed
-    | NeedItems
-    | ItemLost
-    | ItemReceived
-    | Tokens
-    | Finished
-    | RequestFailed
-    | Welcome
-    | Peers
-    | Submit
-    | Assign
-    | EncodeItem
-    | Cancel
-    | Stop
-    | Pull
-    | Blob
-)
+_OfItems = Decoded | ItemFailed | NeedItems | ItemLost | ItemReceived
+_FromRank = RankHello | LinksUp | Leaving | _OfItems | Tokens | Finished | RequestFailed
+_ToRank = Welcome | Peers | Submit | Assign | EncodeItem | Cancel | Stop
+_OneQuestion = StoreAt | FindStore | EndJob | Pull | Blob
+
+HubMessage = Heartbeat | Refused | _FromRank | _ToRank | _OneQuestion
 LinkMessage = Heartbeat | Refused | LinkHello | LinkAccept | LinkReady | Frame | Goodbye

@@ -16,6 +16,9 @@ class EncodeRank:
     """Language rank -> epoch of the link to it."""
     jobs: dict[tuple[str, int], int] = field(default_factory=dict)
     """(request, item) being encoded -> patches."""
+    is_leaving: bool = False
+    """It gets nothing new, and goes when `jobs` is empty."""
+    is_sent_home: bool = False
 
     @property
     def num_patches(self) -> int:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from qwen3vl_disagg.checkpoint import fingerprint, load_vision_model, read_config
 from qwen3vl_disagg.core.settings import DTYPES, resolve_compile, resolve_device, resolve_model_folder
+from qwen3vl_disagg.core.spans import write_spans
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
 from qwen3vl_disagg.disagg.fingerprint import Fingerprint, link_fingerprint
 from qwen3vl_disagg.disagg.messages import RankHello
-from qwen3vl_disagg.disagg.rendezvous import RankContext
+from qwen3vl_disagg.disagg.rendezvous import RankContext, host_id
 from qwen3vl_disagg.model import ModelConfig
+from qwen3vl_disagg.parallel.placement import held_bytes
 from qwen3vl_disagg.processing import ImageProcessor
 
 
@@ -36,8 +40,8 @@ class RankSetup:
         """Read the small files. CheckpointError or InputError if they cannot be used."""
         folder = resolve_model_folder(context.model.model)
         config = read_config(folder)
-        world = context.layout.world_size
-        device = resolve_device(context.model.device, local_rank=context.rank, num_local_ranks=world)
+        local = {"local_rank": context.local_rank, "num_local_ranks": context.num_local_ranks}
+        device = resolve_device(context.model.device, **local)
         name = config.dtype if context.model.dtype == "auto" else context.model.dtype
         processor = ImageProcessor.from_folder(folder, config.vision)
         fields = link_fingerprint(
@@ -58,6 +62,7 @@ class RankSetup:
     def hello(
         self,
         role: Literal["encode", "language"],
+        model: nn.Module,
         *,
         link_address: tuple[str, int] | None = None,
         store_address: tuple[str, int] | None = None,
@@ -65,9 +70,20 @@ class RankSetup:
         return RankHello(
             token=self.context.token,
             role=role,
-            rank=self.context.rank,
+            rank=None if self.context.is_joining else self.context.rank,
             pid=os.getpid(),
+            host=host_id(),
             fingerprint=self.fingerprint,
             link_address=link_address,
             store_address=store_address,
+            weight_bytes=held_bytes(model),
         )
+
+
+def run_threaded(body: Callable[[RankContext], int], context: RankContext) -> int:
+    """A rank's body with its share of this host's cores; writes spans where the context says so."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // context.num_local_ranks))
+    if context.spans is not None:
+        write_spans(context.spans, context.rank)
+    return body(context)

@@ -1,8 +1,9 @@
-"""How the slots of one job find slot 0: a file that only this user can read. Linux only.
+"""Who is who in a job, and how slots find slot 0: on its host, by a file that only this user can read. Linux only.
 
 Slot 0 writes the address of its hub and a random token; the others poll for it. The file's name is made of what all
 workers of one torchrun agent share and no other job does: the agent's pid, the run id, the master port, the restart
-count. Nothing of ours goes into torchrun's own store, which listens on all interfaces without authentication.
+count. Slots on other hosts are told address and token by their command lines. Nothing of ours goes into torchrun's own
+store, which listens on all interfaces without authentication.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from qwen3vl_disagg.core.errors import InputError, NotBuiltYet, UnavailableError
+from qwen3vl_disagg.core.errors import InputError, UnavailableError
 from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, ModelOptions
 
 _POLL_S = 0.05
@@ -31,6 +32,10 @@ class World:
 
     rank: int = 0
     size: int = 1
+    local_rank: int = 0
+    num_local_ranks: int = 1
+    node: int = 0
+    num_nodes: int = 1
     has_agent: bool = False
     """Whether the parent process is torchrun's agent."""
 
@@ -38,9 +43,15 @@ class World:
     def from_env(cls, env: Mapping[str, str] = os.environ) -> World:
         if "TORCHELASTIC_RUN_ID" not in env:
             return cls()
-        if env["LOCAL_WORLD_SIZE"] != env["WORLD_SIZE"]:
-            raise NotBuiltYet("a job on several hosts", param="nnodes")
-        return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), has_agent=True)
+        return cls(
+            rank=int(env["RANK"]),
+            size=int(env["WORLD_SIZE"]),
+            local_rank=int(env["LOCAL_RANK"]),
+            num_local_ranks=int(env["LOCAL_WORLD_SIZE"]),
+            node=int(env["GROUP_RANK"]),
+            num_nodes=int(env["GROUP_WORLD_SIZE"]),
+            has_agent=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class RankContext:
-    """All that a rank's body is told. `host` is the address its own listeners bind to."""
+    """All that a rank's body is told. `host` is the address its own listeners bind to.
+
+    `is_joining`: an encode rank from outside of the world, which gets its number from the hub; `rank` and `layout` say
+    nothing then.
+    """
 
     rank: int
     layout: Layout
@@ -81,6 +96,10 @@ class RankContext:
     token: str
     model: ModelOptions
     host: str = "127.0.0.1"
+    local_rank: int = field(kw_only=True)
+    num_local_ranks: int = field(kw_only=True)
+    """Ranks on this host, which share its cores and its GPUs."""
+    is_joining: bool = False
     buffers: BufferOptions = field(default_factory=BufferOptions)
     encode: EncodeOptions = field(default_factory=EncodeOptions)
     overlap: bool = True
@@ -152,6 +171,11 @@ def _read(path: Path) -> Meeting | None:
             return msgspec.json.decode(file.read(), type=Meeting)
         except msgspec.DecodeError:
             return None
+
+
+def host_id() -> str:
+    """Where a process id means something: this boot of this kernel, and the namespace of its process ids."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def parent_of(pid: int) -> int | None:

@@ -11,9 +11,7 @@ an older number, or belongs to a request that has ended, changes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
 
 from qwen3vl_disagg.core.errors import (
     DeadlineError,
@@ -23,7 +21,6 @@ from qwen3vl_disagg.core.errors import (
     TransferError,
     UnavailableError,
 )
-from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.messages import (
     Assign,
     Cancel,
@@ -33,14 +30,17 @@ from qwen3vl_disagg.disagg.messages import (
     ItemFailed,
     ItemLost,
     ItemReceived,
+    Leaving,
     LinksUp,
     Message,
     NeedItems,
     RequestFailed,
+    Stop,
     Submit,
     Tokens,
 )
 from qwen3vl_disagg.disagg.placement import EncodeRank, LanguageRank, choose_encode_rank, choose_language_rank
+from qwen3vl_disagg.disagg.router_tables import Item, Request, RouterLimits, error_of
 from qwen3vl_disagg.disagg.routing import (
     Abandon,
     Action,
@@ -58,52 +58,25 @@ from qwen3vl_disagg.disagg.routing import (
 )
 
 
-@dataclass(frozen=True)
-class RouterLimits:
-    max_waiting: int = 64
-    """Requests that have no token yet."""
-    max_waiting_tokens: int = 1 << 20
-    """Their tokens, prompt and output at most."""
-    max_attempts: int = 3
-    """Encodings of one item that may fail before its request does."""
-    encode_wait_s: float = 30.0
-    """How long an item waits for an encode rank when none is there."""
-
-
-@dataclass
-class _Item:
-    visual: VisualItem
-    state: Literal["idle", "waiting", "encoding", "received"] = "idle"
-    attempt: int = 0
-    encode_rank: int = -1
-    failures: int = 0
-    failed_on: set[tuple[int, int]] = field(default_factory=set)
-    """(encode rank, its incarnation) of failed attempts."""
-    wait_until: float = math.inf
-    is_decoded: bool = False
-
-    @property
-    def num_patches(self) -> int:
-        return math.prod(self.visual.grid)
-
-
-@dataclass
-class _Request:
-    language_rank: int
-    items: list[_Item]
-    num_tokens: int
-    deadline: float
-    num_received_tokens: int = 0
-
-
 class Router:
-    """The tables and the rules. `visual_token_ids`: placeholder id by modality."""
+    """The tables and the rules. `visual_token_ids`: placeholder id by modality.
 
-    def __init__(self, visual_token_ids: Mapping[str, int], limits: RouterLimits | None = None) -> None:
+    `required`: language ranks that only run together, because each holds a part of the experts. Without one of them
+    nothing is admitted, and when one goes all requests end. The others come and go, and only their own requests end.
+    """
+
+    def __init__(
+        self,
+        visual_token_ids: Mapping[str, int],
+        limits: RouterLimits | None = None,
+        *,
+        required: Iterable[int] = (),
+    ) -> None:
         self.limits = limits or RouterLimits()
+        self.required = frozenset(required)
         self.is_draining = False
         self._visual_token_ids = visual_token_ids
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, Request] = {}
         self._encode: dict[int, EncodeRank] = {}
         self._language: dict[int, LanguageRank] = {}
         self._num_incarnations = 0
@@ -116,8 +89,8 @@ class Router:
 
     @property
     def encode_ranks(self) -> set[int]:
-        """Encode ranks with a link to some language rank."""
-        return {rank for rank, state in self._encode.items() if state.links & self._language.keys()}
+        """Encode ranks that take items for some language rank."""
+        return {rank for rank, state in self._staying.items() if state.links & self._language.keys()}
 
     @property
     def language_ranks(self) -> set[int]:
@@ -126,7 +99,11 @@ class Router:
     @property
     def linked_language_ranks(self) -> set[int]:
         """Language ranks that some encode rank can send to."""
-        return {rank for rank in self._language if any(rank in state.links for state in self._encode.values())}
+        return {rank for rank in self._language if any(rank in state.links for state in self._staying.values())}
+
+    @property
+    def _staying(self) -> dict[int, EncodeRank]:
+        return {rank: state for rank, state in self._encode.items() if not state.is_leaving}
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event in; `now` is in seconds on any clock that does not go back."""
@@ -150,6 +127,7 @@ class Router:
             case EndAll():
                 for request_id in list(self._requests):
                     self._end(request_id, event.error)
+        self._send_home()
         actions, self._actions = self._actions, []
         return actions
 
@@ -165,8 +143,8 @@ class Router:
         self._num_submitted += 1
         self._language[rank].last_used = self._num_submitted
         self._language[rank].requests[event.request_id] = event.num_tokens
-        items = [_Item(visual) for visual in event.items]
-        self._requests[event.request_id] = _Request(rank, items, event.num_tokens, now + event.timeout_s)
+        items = [Item(visual) for visual in event.items]
+        self._requests[event.request_id] = Request(rank, items, event.num_tokens, now + event.timeout_s)
         submit = Submit(
             request_id=event.request_id,
             token_ids=event.token_ids,
@@ -179,6 +157,8 @@ class Router:
     def _refusal(self, event: Admit) -> DisaggError | None:
         if self.is_draining:
             return UnavailableError("the server is shutting down")
+        if missing := self.required - self._language.keys():
+            return UnavailableError(f"language rank {min(missing)} is missing")
         if not self._language:
             return UnavailableError("no language rank is ready")
         waiting = [request.num_tokens for request in self._requests.values() if not request.num_received_tokens]
@@ -230,12 +210,24 @@ class Router:
             return
         # Links are what the encode ranks say: they may outlive this rank's connection with the hub, or come before it.
         language = self._language.pop(event.rank, None)
-        for request_id in list(language.requests) if language else ():
+        if language is None:
+            return
+        if event.rank in self.required:
+            for request_id in list(self._requests):
+                self._end(request_id, UnavailableError(f"language rank {event.rank} was lost"))
+        for request_id in list(language.requests):
             self._end(request_id, UnavailableError("the rank that ran the request was lost"))
+
+    def _send_home(self) -> None:
+        """Tell the encode ranks that want to leave and have nothing left to do that they may."""
+        for rank, state in self._encode.items():
+            if state.is_leaving and not state.jobs and not state.is_sent_home:
+                state.is_sent_home = True
+                self._actions.append(Send("encode", rank, Stop()))
 
     # ---- items ----
 
-    def _current(self, message: Decoded | ItemFailed | ItemLost | ItemReceived) -> _Item | None:
+    def _current(self, message: Decoded | ItemFailed | ItemLost | ItemReceived) -> Item | None:
         """The item that the message speaks of, if its attempt is the one under way."""
         request = self._requests.get(message.request_id)
         if request is None or not 0 <= message.item < len(request.items):
@@ -248,6 +240,8 @@ class Router:
             case LinksUp():
                 self._encode[rank].epochs = dict(zip(message.language_ranks, message.epochs, strict=False))
                 self._links_up(rank, set(message.language_ranks), now)
+            case Leaving():
+                self._encode[rank].is_leaving = True
             case Decoded():
                 item = self._current(message)
                 if item is not None and item.encode_rank == rank and not item.is_decoded:
@@ -274,10 +268,10 @@ class Router:
                 if item.state == "waiting":
                     yield request_id, index
 
-    def _worker(self, item: _Item) -> tuple[int, int]:
+    def _worker(self, item: Item) -> tuple[int, int]:
         return item.encode_rank, self._encode[item.encode_rank].incarnation
 
-    def _take_from_encode_rank(self, request_id: str, index: int, item: _Item) -> None:
+    def _take_from_encode_rank(self, request_id: str, index: int, item: Item) -> None:
         if item.state == "encoding" and item.encode_rank in self._encode:
             self._encode[item.encode_rank].jobs.pop((request_id, index), None)
 
@@ -300,7 +294,7 @@ class Router:
         self._wait(item, now)
         self._assign(request_id, index, now)
 
-    def _wait(self, item: _Item, now: float) -> None:
+    def _wait(self, item: Item, now: float) -> None:
         item.state = "waiting"
         item.wait_until = now + self.limits.encode_wait_s
 
@@ -310,7 +304,7 @@ class Router:
         if request is None:
             return
         item = request.items[index]
-        linked = {rank: state for rank, state in self._encode.items() if request.language_rank in state.links}
+        linked = {rank: state for rank, state in self._staying.items() if request.language_rank in state.links}
         fresh = {rank: s for rank, s in linked.items() if (rank, s.incarnation) not in item.failed_on}
         if not linked:
             return
@@ -369,21 +363,10 @@ class Router:
             case RequestFailed():
                 self._end(message.request_id, error_of(message), by_language_rank=True)
 
-    def _tokens(self, request: _Request, message: Tokens) -> None:
+    def _tokens(self, request: Request, message: Tokens) -> None:
         """Pass on what continues the answer; a repetition is dropped, a gap ends the request."""
         if message.index > request.num_received_tokens:
             self._end(message.request_id, TransferError("part of the answer was lost"))
         elif message.index == request.num_received_tokens and message.token_ids:
             request.num_received_tokens += len(message.token_ids)
             self._actions.append(Deliver(message.request_id, message))
-
-
-def error_of(message: RequestFailed) -> DisaggError:
-    """The typed error behind a rank's report."""
-    if 400 <= message.status < 500:
-        return InputError(message.message, status=message.status, code=message.code)
-    if message.status == 503:
-        return UnavailableError(message.message)
-    if message.status == 504:
-        return DeadlineError(message.message)
-    return TransferError(message.message)

@@ -20,11 +20,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from qwen3vl_disagg.core.errors import CheckpointError, HandshakeError, InputError
+from qwen3vl_disagg.core.errors import CheckpointError, Dismissed, HandshakeError, HubGone, InputError
 
 EXIT_INPUT = 2
 EXIT_REFUSED = 78
 """A rank that does not fit the others. Like bad input, starting it again would not help."""
+EXIT_GONE = 69
+"""A rank whose hub is gone for good: how a host notices that the job is over on the others."""
+_FINAL = (EXIT_INPUT, EXIT_REFUSED, EXIT_GONE)
 
 LEAVE_S = 26.0
 """After a signal, children have this long; torchrun kills after 30 s."""
@@ -65,13 +68,16 @@ class _Running:
 class Slot:
     """Forks `children` and supervises them. `sockets` are the slot's own, inherited as each child says.
 
-    `is_hub_gone`: whether the frontend has left for good. `on_left(name)` is called when a child has.
+    `is_hub_gone`: whether the frontend has left for good. `on_left(name)` is called when a child has. `on_stop` is
+    called once, when the slot begins to end; `on_told` before, if that is because its frontend left by itself.
     """
 
     children: Sequence[Child]
     sockets: Sequence[socket.socket] = ()
     is_hub_gone: Callable[[], bool] = lambda: False
     on_left: Callable[[str], None] = lambda name: None
+    on_stop: Callable[[], None] = lambda: None
+    on_told: Callable[[], None] = lambda: None
     leave_s: float = LEAVE_S
     orphan_s: float = ORPHAN_S
     _running: dict[str, _Running] = field(default_factory=dict)
@@ -113,6 +119,7 @@ class Slot:
         for child in self.children:
             if child.takes_signals and child.name in self._running:
                 os.kill(self._running[child.name].pid, signal.SIGTERM)
+        self.on_stop()
 
     def _reap(self) -> None:
         """Children are waited for one by one: the slot may have others, which are not ours to reap."""
@@ -128,9 +135,12 @@ class Slot:
     def _ended(self, child: Child, running: _Running, status: int) -> None:
         if status == 0:
             self.on_left(child.name)
+            if child.takes_signals and self._stop_by is None:
+                self.on_told()
+                self._stop()
             return
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit {status}"
-        is_final = child.is_vital or status in (EXIT_INPUT, EXIT_REFUSED) or self._stop_by is not None
+        is_final = child.is_vital or status in _FINAL or self._stop_by is not None
         if not is_final:
             lived = time.monotonic() - running.started
             deaths = running.num_quick_deaths + 1 if lived < _LONG_LIFE_S else 0
@@ -185,12 +195,17 @@ def _run_child(child: Child, sockets: Sequence[socket.socket], parent: int) -> N
             if sock not in child.sockets:
                 sock.close()
         status = child.body()
+    except Dismissed:
+        status = 0
     except (InputError, CheckpointError) as error:
         _say(f"{child.name}: error: {error}")
         status = EXIT_INPUT
     except HandshakeError as error:
         _say(f"{child.name}: {error}")
         status = EXIT_REFUSED
+    except HubGone as error:
+        _say(f"{child.name}: {error}")
+        status = EXIT_GONE
     except BaseException:
         traceback.print_exc()
     finally:

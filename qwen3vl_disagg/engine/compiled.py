@@ -12,17 +12,20 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 
+from qwen3vl_disagg.disagg.lockstep import bucket
 from qwen3vl_disagg.kernels.ops import MAX_LINEAR_ROWS
 from qwen3vl_disagg.model import ModelConfig, PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.attention import LayerCache
 from qwen3vl_disagg.model.compiled import GraphCounts, compile_options, first_alone
 from qwen3vl_disagg.model.flex import FlexKind, flex_kinds
+from qwen3vl_disagg.model.moe import Dispatcher, DispatchPlan, Experts
 from qwen3vl_disagg.model.paged import PagedImpl
 
 SWITCH = "Q3VL_GRAPHS"
@@ -61,6 +64,10 @@ class CompiledDecoder:
         )
 
     @property
+    def _is_spread(self) -> bool:
+        return any(isinstance(m, Experts) and type(m.dispatcher) is not Dispatcher for m in self.model.modules())
+
+    @property
     def counts(self) -> GraphCounts:
         return GraphCounts.now().since(self._before)
 
@@ -93,7 +100,8 @@ class CompiledDecoder:
         where = f"{weight.dtype} {weight.device} {impl} {page_size} {max_sequences}"
         what = f"decoder {self.model.config.text} {where} {parts}"
         bar = tqdm(steps, desc="compiling", file=sys.stderr, disable=not progress, leave=False)
-        with first_alone(what), bar:
+        # Where experts are spread, a first run needs the other ranks: all of them compile at the same time.
+        with nullcontext() if self._is_spread else first_alone(what), bar:
             for seq_lens, has_level in bar:
                 self._run(seq_lens, has_level, caches, page_size, impl)
         if os.environ.get(SWITCH) in ("count", "fail"):
@@ -114,4 +122,5 @@ class CompiledDecoder:
             width = self.model.config.num_deepstack_levels * self.model.config.text.hidden_size
             deepstack = torch.zeros(size, width, dtype=dtype, device=device)
         batch = PagedBatch(seq_lens, seq_lens, table, page_size, caches, impl=impl)
+        batch.dispatch_plan = DispatchPlan(bucket(size)) if self._is_spread else None
         self.model(ids, ids.expand(3, -1), batch, input_deepstack_embeds=deepstack)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +15,16 @@ from torch import Tensor
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.core.spans import span
+from qwen3vl_disagg.disagg.lockstep import Outlook, PaceLimits, StepPlan
 from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
 from qwen3vl_disagg.disagg.rows import VisualRows
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.runner import AttentionChoice, BadRows, ModelRunner
 from qwen3vl_disagg.engine.sampler import Sampler
-from qwen3vl_disagg.engine.scheduler import Chunk, Scheduler, SchedulerLimits
+from qwen3vl_disagg.engine.scheduler import Allowance, Chunk, Scheduler, SchedulerLimits
 from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack
+from qwen3vl_disagg.model.moe import DispatchPlan
 from qwen3vl_disagg.processing import mrope_positions
 
 
@@ -57,12 +61,34 @@ class EngineOptions(SchedulerLimits):
     attention: AttentionChoice = "auto"
     """`auto`: FlexAttention in a compiled decoder on CUDA, else the kernels on CPU where they can, else SDPA."""
 
+    @property
+    def pace(self) -> PaceLimits:
+        return PaceLimits(self.chunk_tokens, self.max_prefill_tokens)
+
     def num_pages(self, model: Qwen3MoeForCausalLMWithDeepStack, kv_itemsize: int) -> int:
         text = model.config.text
         token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * kv_itemsize
         affordable = int(self.kv_cache_gib * 2**30) // (token_bytes * self.page_size)
         useful = self.max_running * -(-text.max_position_embeddings // self.page_size)
         return max(1, min(affordable, useful))
+
+
+class StepFailed(BaseException):
+    """The model failed in a step that other ranks take part in: they are left waiting. No failure of single requests,
+    so nothing that handles these may catch it."""
+
+
+@contextmanager
+def _fatal_where(dispatch: DispatchPlan | None) -> Iterator[None]:
+    """Failures of the model, but not of rows that were looked at before it ran, where others take part."""
+    try:
+        yield
+    except BadRows:
+        raise
+    except Exception as error:
+        if dispatch is None:
+            raise
+        raise StepFailed(f"{type(error).__name__} in a step that is taken with other ranks") from error
 
 
 def default_chunk_tokens(device: torch.device) -> int:
@@ -204,18 +230,29 @@ class Engine:
                 events.append(NeedItems(request_id=sequence.request_id, items=lacking, first_rows=first_rows))
         return events
 
-    def step(self) -> list[EngineEvent]:
-        """Admit what fits and run one batch. A failure of the batch fails its requests alone."""
+    def outlook(self, step: int) -> Outlook:
+        """What could be run now, for those with whom steps are taken together."""
+        return Outlook(step=step, prefill=self.scheduler.num_prefill_tokens, decode=self.scheduler.num_decoding)
+
+    def step(self, plan: StepPlan | None = None) -> list[EngineEvent]:
+        """Admit what fits and run one batch. A failure of the batch fails its requests alone.
+
+        `plan`: where experts are spread over ranks, what these have agreed on. Then every step runs, also without
+        anything to run here, and a failure of the model is raised: the others wait for this rank's part.
+        """
         events = self.admit()
-        step, preempted = self.scheduler.schedule()
+        allowed = None if plan is None else Allowance(plan.prefill, plan.num_rows)
+        dispatch = None if plan is None else DispatchPlan(plan.num_rows, plan.kind)
+        step, preempted = self.scheduler.schedule(allowed)
         events += [Preempted(sequence.request_id) for sequence in preempted]
         if step is None:
+            self._take_part(dispatch)
             return events
         if step.prefill:
-            return events + self._prefill(step.prefill)
+            return events + self._prefill(step.prefill, dispatch)
         try:
-            with span("decode", tokens=len(step.decode)):
-                logits = self.runner.decode(step.decode)
+            with span("decode", tokens=len(step.decode)), _fatal_where(dispatch):
+                logits = self.runner.decode(step.decode, dispatch)
             for sequence in step.decode:
                 sequence.num_cached += 1
                 self.scheduler.remember(sequence)
@@ -224,20 +261,27 @@ class Engine:
             return events + self._fail(step.decode, error)
         return events + sampled
 
-    def _prefill(self, chunks: list[Chunk]) -> list[EngineEvent]:
+    def _take_part(self, dispatch: DispatchPlan | None) -> None:
+        if dispatch is not None:
+            with span("take part", tokens=0):
+                self.runner.take_part(dispatch)
+
+    def _prefill(self, chunks: list[Chunk], dispatch: DispatchPlan | None) -> list[EngineEvent]:
         """Run chunks of prompts; those that end one give its first token."""
         started = time.monotonic()
         events: list[EngineEvent] = []
         try:
             while True:
                 try:
-                    with span("prefill", tokens=sum(chunk.stop - chunk.start for chunk in chunks)):
-                        logits = self.runner.prefill(chunks)
+                    tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+                    with span("prefill", tokens=tokens), _fatal_where(dispatch):
+                        logits = self.runner.prefill(chunks, dispatch)
                     break
                 except BadRows as error:  # that request's failure alone; nothing has been computed yet
                     events += self._fail([error.sequence], error)
                     chunks = [chunk for chunk in chunks if chunk.sequence is not error.sequence]
                     if not chunks:
+                        self._take_part(dispatch)
                         return events
             now = time.monotonic()
             for chunk in chunks:

@@ -16,14 +16,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from qwen3vl_disagg.core.errors import InputError, TransferError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.control import Connection, ConnectionLost
-from qwen3vl_disagg.disagg.hub_client import join_hub
+from qwen3vl_disagg.disagg.hub_client import enter_hub
 from qwen3vl_disagg.disagg.link_server import LinkServer
+from qwen3vl_disagg.disagg.lockstep_link import LockstepClient
 from qwen3vl_disagg.disagg.messages import (
     Assign,
     Cancel,
@@ -55,6 +57,8 @@ from qwen3vl_disagg.engine.engine import Engine, EngineEvent, Preempted, RowsUse
 from qwen3vl_disagg.engine.engine_thread import EngineThread
 
 LEAVE_S = 2.0
+ENGINE_STOP_S = 5.0
+LOST_S = 1.0
 
 
 @dataclass
@@ -68,7 +72,8 @@ class _Request:
 class LanguageRank:
     """One language rank on one event loop. `run` returns the exit status.
 
-    `hello` is what the rank says to the hub, each time it connects. `turns`: see `EngineThread`.
+    `hello` is what the rank says to the hub, each time it connects. `turns`: see `EngineThread`. `lockstep`: where
+    experts are spread, the way to those with whom steps are taken together.
     """
 
     def __init__(
@@ -80,7 +85,9 @@ class LanguageRank:
         *,
         reconnect_s: float = 30.0,
         turns: AbstractContextManager[None] | None = None,
+        lockstep: LockstepClient | None = None,
     ) -> None:
+        self._lockstep, self._is_leaving = lockstep, False
         self._links, self._hello, self._hub_address = links, hello, hub_address
         self._reconnect_s = reconnect_s
         self._hub: Connection | None = None
@@ -88,31 +95,51 @@ class LanguageRank:
         self._loop = asyncio.get_running_loop()
         self._crash: asyncio.Future[BaseException] = self._loop.create_future()
         sinks = (self._from_engine(self._on_events), self._from_engine(self._on_crash))
-        self._engine = EngineThread(engine, *sinks, turns)
+        self._engine = EngineThread(engine, *sinks, turns, lockstep.report if lockstep is not None else None)
+        if lockstep is not None:
+            lockstep.on_plan = self._engine.take_plan
         links.on_rows, links.on_recall = self._on_rows, self._on_recall
         links.on_arrived, links.on_lost, links.on_expired = self._on_arrived, self._on_lost, self._on_expired
         links.on_short_of_room = self._on_short_of_room
 
     async def run(self) -> int:
-        """Serve until the hub says Stop (0). Raises if the engine crashes, or the hub stays away or refuses."""
+        """Serve until the hub says Stop (0). Raises if the engine crashes, or the hub stays away or refuses; PeerLost
+        if a rank is gone that holds a part of the experts."""
+        stepping = None if self._lockstep is None else asyncio.create_task(self._lockstep.run())
         self._engine.start()
         serving = asyncio.create_task(self._serve())
+        patience_s = 0.0
         try:
             ends: list[asyncio.Future[Any]] = [serving, self._crash]
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if self._crash.done():
-                raise RuntimeError("the engine crashed") from self._crash.result()
-            return await serving
+            if stepping is not None:
+                ends.append(stepping)
+            while not serving.done():
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                if stepping is not None and self._crash.done():
+                    # A rank that is gone makes the model fail here, too; the connection says so in a moment.
+                    await asyncio.wait([stepping], timeout=LOST_S)
+                if stepping in ends and stepping.done():
+                    if not self._is_leaving:
+                        stepping.result()
+                    ends.remove(stepping)
+                if self._crash.done():
+                    raise RuntimeError("the engine crashed") from self._crash.result()
+            patience_s = ENGINE_STOP_S
+            return serving.result()
         finally:
+            # Where others take part in a step, it may never end: then the process ends without waiting for it.
             serving.cancel()
-            self._engine.stop(timeout=5.0)
+            if stepping is not None:
+                stepping.cancel()
+            self._engine.stop(timeout=patience_s)
             await self._links.close()
             if self._hub is not None:
                 await self._hub.close()
 
     async def _serve(self) -> int:
         while True:
-            self._hub = await join_hub(self._hub_address, self._hello, deadline_s=self._reconnect_s)
+            self._hub, welcome = await enter_hub(self._hub_address, self._hello, deadline_s=self._reconnect_s)
+            self._hello = msgspec.structs.replace(self._hello, job=welcome.job)
             try:
                 while True:
                     message = await self._hub.receive()
@@ -126,11 +153,15 @@ class LanguageRank:
 
     async def _leave(self) -> int:
         """Nobody wants anything any more: everything should come back."""
+        self._is_leaving = True
         for request_id in list(self._requests):
             self._forget(request_id)
         left = await self._links.left_over(LEAVE_S)
         if left:
             print(f"language rank {self._hello.rank}: left over: {left}", flush=True)
+        # Steps that others still take need this rank.
+        if self._lockstep is not None and not await self._lockstep.leave(LEAVE_S):
+            print(f"language rank {self._hello.rank}: not all others wanted to leave", flush=True)
         return 0
 
     async def _handle(self, message: Message) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 
 from qwen3vl_disagg.checkpoint import load_language_model
 from qwen3vl_disagg.core.settings import resolve_compile
@@ -11,11 +12,13 @@ from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_rank import EncodeRank
 from qwen3vl_disagg.disagg.link_server import LinkServer
 from qwen3vl_disagg.disagg.links import LinkFactory, in_process_links
+from qwen3vl_disagg.disagg.lockstep_link import LockstepClient, PeerLost
 from qwen3vl_disagg.disagg.rank_setup import RankSetup
 from qwen3vl_disagg.disagg.receiver import Receiver
 from qwen3vl_disagg.disagg.rendezvous import RankContext
 from qwen3vl_disagg.disagg.store import host_store
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions, default_chunk_tokens
+from qwen3vl_disagg.engine.expert_group import ExpertGroup, meet, shares_experts
 from qwen3vl_disagg.engine.language_rank import LanguageRank
 from qwen3vl_disagg.processing import Processor
 
@@ -23,12 +26,26 @@ from qwen3vl_disagg.processing import Processor
 def run_language_rank(context: RankContext) -> int:
     """The body of a language rank's process; returns its exit status."""
     setup = RankSetup.of(context)
-    engine = load_engine(setup)
+    group = asyncio.run(meet(setup)) if shares_experts(setup) else None
+    engine = load_engine(setup, group)
 
     async def serve() -> int:
-        return await (await start_language_rank(setup, engine)).run()
+        if group is None:
+            return await (await start_language_rank(setup, engine)).run()
+        is_compiled = resolve_compile(context.model.compile, setup.device)
+        lockstep, server = await group.start_lockstep(setup, engine.options.pace, is_compiled=is_compiled)
+        try:
+            return await (await start_language_rank(setup, engine, group=group, lockstep=lockstep)).run()
+        finally:
+            await lockstep.close()
+            if server is not None:
+                await server.close()
 
-    return asyncio.run(serve())
+    try:
+        return asyncio.run(serve())
+    except PeerLost as error:  # its own slot says which one it was
+        print(f"language rank {context.rank}: {error}", file=sys.stderr, flush=True)
+        return 1
 
 
 def run_combined_rank(context: RankContext) -> int:
@@ -45,7 +62,7 @@ def run_combined_rank(context: RankContext) -> int:
         language = await start_language_rank(setup, engine, links, turns)
         encode = EncodeRank(
             worker,
-            setup.hello("encode"),
+            setup.hello("encode", worker.model),
             context.hub_address,
             make_link=links,
             host=context.host,
@@ -56,10 +73,17 @@ def run_combined_rank(context: RankContext) -> int:
     return asyncio.run(serve())
 
 
-def load_engine(setup: RankSetup) -> Engine:
-    """Load the decoder, and nothing else of the weights."""
+def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
+    """Load the decoder, or with a group this rank's part of it, and nothing else of the weights."""
     context = setup.context
-    model = load_language_model(setup.folder, dtype=setup.dtype, device=setup.device, quantize=context.model.quantize)
+    model = load_language_model(
+        setup.folder,
+        dtype=setup.dtype,
+        device=setup.device,
+        quantize=context.model.quantize,
+        progress=context.is_first_language_rank and sys.stderr.isatty(),
+        shards=None if group is None else group.shards,
+    )
     processor = Processor.from_folder(setup.folder, setup.config)
     options = EngineOptions(
         overlap=context.overlap,
@@ -71,7 +95,13 @@ def load_engine(setup: RankSetup) -> Engine:
 
 
 async def start_language_rank(
-    setup: RankSetup, engine: Engine, make_link: LinkFactory | None = None, turns: Turns | None = None
+    setup: RankSetup,
+    engine: Engine,
+    make_link: LinkFactory | None = None,
+    turns: Turns | None = None,
+    *,
+    group: ExpertGroup | None = None,
+    lockstep: LockstepClient | None = None,
 ) -> LanguageRank:
     """Listen for encode ranks; the first language rank also hosts the store in which links meet."""
     context = setup.context
@@ -85,9 +115,13 @@ async def start_language_rank(
         make_link=make_link,
     )
     store_address = None
-    if context.is_first_language_rank:
+    if group is not None:
+        links.use_store(group.store)
+        store_address = group.store_address if context.is_first_language_rank else None
+    elif context.is_first_language_rank:
         store, store_address = host_store(context.host)
         links.use_store(store)
     link_address = await links.serve()
-    hello = setup.hello("language", link_address=link_address, store_address=store_address)
-    return LanguageRank(engine, links, hello, context.hub_address, turns=turns)
+    addresses = {"link_address": link_address, "store_address": store_address}
+    hello = setup.hello("language", engine.runner.model, **addresses)
+    return LanguageRank(engine, links, hello, context.hub_address, turns=turns, lockstep=lockstep)

@@ -19,6 +19,7 @@ from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.attention import LayerCache
 from qwen3vl_disagg.model.flex import why_not_flex
+from qwen3vl_disagg.model.moe import DispatchPlan
 from qwen3vl_disagg.model.paged import PagedImpl
 
 AttentionChoice = Literal["auto", "sdpa", "kernel", "flex"]
@@ -84,29 +85,38 @@ class ModelRunner:
             self.compiled.warm_up(self.caches, page_size, impl=self.impl, max_sequences=max_running, progress=progress)
 
     @torch.inference_mode()
-    def prefill(self, chunks: Seq[Chunk]) -> Tensor:
-        """Pieces of prompts -> logits `[B, V]` of the last token of each."""
+    def take_part(self, plan: DispatchPlan) -> None:
+        """A step of other ranks, in which this one has nothing to run."""
+        self.model.model.take_part(plan)
+
+    @torch.inference_mode()
+    def prefill(self, chunks: Seq[Chunk], plan: DispatchPlan | None = None) -> Tensor:
+        """Pieces of prompts -> logits `[B, V]` of the last token of each. `plan`: where experts are spread."""
         sequences = [chunk.sequence for chunk in chunks]
         ids = [i for chunk in chunks for i in chunk.sequence.tokens(chunk.start, chunk.stop)]
         ids_T = torch.tensor(ids, device=self.device)
         positions = torch.cat([c.sequence.positions_of(c.start, c.stop) for c in chunks], dim=1).to(self.device)
         embeds, deepstack = self._splice(ids_T, chunks)
-        batch = self._batch(sequences, [c.stop - c.start for c in chunks], [c.stop for c in chunks])
+        batch = self._batch(sequences, [c.stop - c.start for c in chunks], [c.stop for c in chunks], plan)
         return self.model(ids_T, positions, batch, embeds, input_deepstack_embeds=deepstack)
 
     @torch.inference_mode()
-    def decode(self, sequences: Seq[Sequence]) -> Tensor:
+    def decode(self, sequences: Seq[Sequence], plan: DispatchPlan | None = None) -> Tensor:
         """The last token of each sequence -> logits `[B, V]`."""
         contexts = [s.num_cached + 1 for s in sequences]
         ids_T = torch.tensor([s.generated[-1] for s in sequences], device=self.device)
         next_position = torch.tensor([s.num_cached + s.delta for s in sequences], device=self.device)
-        batch = self._batch(sequences, [1] * len(sequences), contexts)
+        batch = self._batch(sequences, [1] * len(sequences), contexts, plan)
         return self.model(ids_T, next_position.expand(3, -1), batch)
 
-    def _batch(self, sequences: Seq[Sequence], seq_lens: list[int], context_lens: list[int]) -> PagedBatch:
+    def _batch(
+        self, sequences: Seq[Sequence], seq_lens: list[int], context_lens: list[int], plan: DispatchPlan | None
+    ) -> PagedBatch:
         longest = max(len(s.pages) for s in sequences)
         tables = torch.tensor([s.pages + [0] * (longest - len(s.pages)) for s in sequences])
-        return PagedBatch(seq_lens, context_lens, tables, self.page_size, self.caches, impl=self.impl)
+        batch = PagedBatch(seq_lens, context_lens, tables, self.page_size, self.caches, impl=self.impl)
+        batch.dispatch_plan = plan
+        return batch
 
     def _splice(self, ids_T: Tensor, chunks: Seq[Chunk]) -> tuple[Tensor | None, Tensor | None]:
         """input_embeds `[T, h]` and input_deepstack_embeds `[T, n * h]`; None, None for text alone."""

@@ -34,6 +34,14 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Allowance:
+    """What others have left to this step, where steps are taken together: tokens of prompts, and tokens in all."""
+
+    prefill_tokens: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
 class Step:
     """What to run now: chunks to prefill, or sequences to decode one token of; never both."""
 
@@ -130,15 +138,26 @@ class Scheduler:
     # ---- steps ----
 
     @property
-    def owes_decode(self) -> bool:
-        return self._prefilled_last and any(s.is_decoding for s in self.admitted.values())
+    def num_prefill_tokens(self) -> int:
+        """Tokens of prompts that could be run now."""
+        return sum(max(0, self._chunk_end(s) - s.num_cached) for s in self.admitted.values())
 
-    def schedule(self) -> tuple[Step | None, list[Sequence]]:
-        """The next step (None when nothing can run now), and the sequences that had to give their pages up for it."""
+    @property
+    def num_decoding(self) -> int:
+        return sum(1 for s in self.admitted.values() if s.is_decoding)
+
+    @property
+    def owes_decode(self) -> bool:
+        return self._prefilled_last and self.num_decoding > 0
+
+    def schedule(self, allowed: Allowance | None = None) -> tuple[Step | None, list[Sequence]]:
+        """The next step (None when nothing can run now), and the sequences that had to give their pages up for it.
+
+        Whether it is the turn of prompts, and how much of them, is decided here or given by `allowed`.
+        """
         preempted: list[Sequence] = []
-        is_decoding = any(s.is_decoding for s in self.admitted.values())
-        if not self.owes_decode:
-            budget = self.limits.chunk_tokens if is_decoding else self.limits.max_prefill_tokens
+        budget = self._prefill_budget() if allowed is None else min(allowed.prefill_tokens, allowed.num_rows)
+        if budget:
             chunks = self._chunks(budget)
             if chunks:
                 self._prefilled_last = True
@@ -146,9 +165,16 @@ class Scheduler:
         self._prefilled_last = False
         running: list[Sequence] = []
         for sequence in list(self.admitted.values()):
+            if allowed is not None and len(running) == allowed.num_rows:
+                break
             if sequence.request_id in self.admitted and sequence.is_decoding and self._grow(sequence, preempted):
                 running.append(sequence)
         return (Step(decode=running) if running else None), preempted
+
+    def _prefill_budget(self) -> int:
+        if self.owes_decode:
+            return 0
+        return self.limits.chunk_tokens if self.num_decoding else self.limits.max_prefill_tokens
 
     def _chunks(self, budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []

@@ -15,6 +15,7 @@ from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.http_server import HttpServer
 from qwen3vl_disagg.serving.hub import Hub
+from qwen3vl_disagg.serving.job_memory import JobMemory
 
 DRAIN_S = 20.0
 LEAVE_S = 3.0
@@ -26,20 +27,17 @@ def run_frontend(
     context: RankContext,
     http_socket: socket.socket,
     hub_socket: socket.socket,
-    announced: memoryview,
+    memory: JobMemory,
     *,
     debug: bool = False,
 ) -> int:
-    """The body of the frontend's process; returns its exit status.
-
-    `announced[0]`, in memory that outlives this process, says whether the ready line has been printed.
-    """
+    """The body of the frontend's process; returns its exit status. `memory` outlives it."""
     folder = resolve_model_folder(context.model.model)
     config = read_config(folder)
     processor = Processor.from_folder(folder, config)
-    hub = Hub(config, context.layout, context.token)
+    hub = Hub(config, context.layout, context.token, memory=memory)
     app = create_app(hub, processor, model_name=model_name_of(context), debug=debug)
-    return asyncio.run(serve(hub, HttpServer(app), http_socket, hub_socket, announced))
+    return asyncio.run(serve(hub, HttpServer(app), http_socket, hub_socket, memory))
 
 
 async def serve(
@@ -47,10 +45,13 @@ async def serve(
     http: HttpServer,
     http_socket: socket.socket,
     hub_socket: socket.socket,
-    announced: memoryview,
+    memory: JobMemory,
 ) -> int:
-    """Until SIGTERM or SIGINT: then drain, send the ranks home, and return 0. Raises if a server ends by itself."""
-    stopping = asyncio.Event()
+    """Until SIGTERM or SIGINT, here or on another node: then drain, send the ranks home, and return 0.
+
+    Raises if a server ends by itself.
+    """
+    stopping = hub.end_job
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         # Once or more often makes no difference: torchrun and the slot both pass the signal on.
@@ -60,7 +61,7 @@ async def serve(
     host, port = http_socket.getsockname()[:2]
     ticking = await hub.serve(hub_socket)
     serving = asyncio.ensure_future(http.serve(http_socket))
-    announcing = asyncio.ensure_future(_announce(hub, f"http://{host}:{port}", announced))
+    announcing = asyncio.ensure_future(_announce(hub, f"http://{host}:{port}", memory))
     ends: list[asyncio.Future[Any]] = [asyncio.ensure_future(stopping.wait()), ticking, serving]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     if not stopping.is_set():
@@ -78,14 +79,14 @@ def model_name_of(context: RankContext) -> str:
     return resolve_model_folder(context.model.model).resolve().name
 
 
-async def _announce(hub: Hub, url: str, announced: memoryview) -> None:
+async def _announce(hub: Hub, url: str, memory: JobMemory) -> None:
     """Print the ready line, once in the life of the job."""
     usable_since = None
-    while not announced[0]:
+    while not memory.is_announced:
         state = hub.readiness()
         if state.ready:
             usable_since = usable_since or time.monotonic()
             if not state.degraded or time.monotonic() - usable_since > SETTLE_S:
-                announced[0] = 1
+                memory.announce()
                 print(f"ready: {url}", flush=True)
         await asyncio.sleep(0.05)

@@ -6,7 +6,6 @@ One event loop. What ranks and clients do becomes router events; what the router
 from __future__ import annotations
 
 import asyncio
-import hmac
 import os
 import secrets
 import socket
@@ -21,9 +20,10 @@ import numpy as np
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError, UnavailableError
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.disagg.control import Connection
-from qwen3vl_disagg.disagg.fingerprint import check_fingerprint
 from qwen3vl_disagg.disagg.messages import (
     Blob,
+    EndJob,
+    FindStore,
     Finished,
     ItemFailed,
     ItemLost,
@@ -33,11 +33,12 @@ from qwen3vl_disagg.disagg.messages import (
     RankHello,
     Refused,
     Stop,
+    StoreAt,
     Tokens,
     Welcome,
 )
 from qwen3vl_disagg.disagg.messages import Decoded as ItemDecoded
-from qwen3vl_disagg.disagg.rendezvous import Layout, parent_of
+from qwen3vl_disagg.disagg.rendezvous import Layout
 from qwen3vl_disagg.disagg.router import Router
 from qwen3vl_disagg.disagg.routing import (
     Abandon,
@@ -58,14 +59,14 @@ from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.processing import Prompt
 from qwen3vl_disagg.serving.backend import Decoded, FinishedEvent, Readiness, TokenEvent
 from qwen3vl_disagg.serving.backend import Event as ClientEvent
+from qwen3vl_disagg.serving.job_memory import JobMemory
 from qwen3vl_disagg.serving.media_store import MediaStore
+from qwen3vl_disagg.serving.registry import RankKey, Registry
 
 HELLO_S = 5.0
 PULL_S = 30.0
 CLOSE_S = 2.0
 TICK_S = 0.25
-
-RankKey = tuple[str, int]  # role, rank
 
 
 @dataclass
@@ -111,31 +112,43 @@ class _Handle:
                 self.events.put_nowait(Decoded())
 
 
-def _log_failure(hello: RankHello, message: Message) -> None:
+def _log_failure(key: RankKey, message: Message) -> None:
     """One line for each attempt that failed: clients do not hear of it when another one succeeds."""
     if isinstance(message, ItemLost) or (isinstance(message, ItemFailed) and message.kind == "failed"):
         reason = message.reason if isinstance(message, ItemLost) else message.message
         name = f"request {message.request_id}, item {message.item}, attempt {message.attempt}"
-        print(f"{hello.role} rank {hello.rank}: {name}: {reason}", file=sys.stderr, flush=True)
+        print(f"{key[0]} rank {key[1]}: {name}: {reason}", file=sys.stderr, flush=True)
 
 
 class Hub:
     """The `Backend` of the HTTP app, and the server that ranks connect to."""
 
-    def __init__(self, config: ModelConfig, layout: Layout, token: str, *, media: MediaStore | None = None) -> None:
-        if not token:
-            raise ValueError("an empty token would let anybody in")
-        self._layout, self._token = layout, token
-        self._router = Router({"image": config.image_token_id, "video": config.video_token_id})
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: Layout,
+        token: str,
+        *,
+        media: MediaStore | None = None,
+        memory: JobMemory | None = None,
+    ) -> None:
+        self._layout, self._memory = layout, memory or JobMemory()
+        self._registry = Registry(layout, token, self._memory)
+        visual_token_ids = {"image": config.image_token_id, "video": config.video_token_id}
+        together = layout.language_ranks if config.text.num_experts else ()
+        self._router = Router(visual_token_ids, required=together)
         self._media = MediaStore() if media is None else media
         self._ranks: dict[RankKey, Connection] = {}
-        self._hellos: dict[RankKey, RankHello] = {}
         self._handles: dict[str, _Handle] = {}
-        self._store_address: tuple[str, int] | None = None
+        self._store_is_known = asyncio.Event()
+        if self._memory.store_address is not None:
+            self._store_is_known.set()
         self._prefix = secrets.token_hex(4)
         self._num_requests = 0
         self._was_ready = False
-        self._is_closing = False
+        self._closing = asyncio.Event()
+        self.end_job = asyncio.Event()
+        """Set when a node is asked to end: whoever runs the hub should end the job."""
         self._absent: set[RankKey] = set()
         self._accepting: set[asyncio.Task[Any]] = set()
         self._server: asyncio.Server | None = None
@@ -186,7 +199,11 @@ class Hub:
         return Readiness(ready=self._was_ready, degraded=bool(reasons), reasons=reasons)
 
     def debug_processes(self) -> list[dict[str, Any]]:
-        ranks = [{"role": role, "rank": rank, "pid": self._hellos[role, rank].pid} for role, rank in self._ranks]
+        ranks = [
+            {"role": role, "rank": rank, "pid": hello.pid, "address": c.peer[0], "weight_bytes": hello.weight_bytes}
+            for (role, rank), c in self._ranks.items()
+            for hello in [self._registry.hellos[role, rank]]
+        ]
         return [{"role": "frontend", "pid": os.getpid()}, *ranks]
 
     # ---- lifetime ----
@@ -207,7 +224,7 @@ class Hub:
 
     async def close(self, limit_s: float) -> None:
         """Send every rank home, also those still to come; returns when all have left, or after `limit_s`."""
-        self._is_closing = True
+        self._closing.set()
         self._absent = self._all_ranks() - self._ranks.keys()
         for connection in self._ranks.values():
             self._post(connection, Stop())
@@ -271,76 +288,110 @@ class Hub:
             self._accepting.add(task)
             task.add_done_callback(self._accepting.discard)
         try:
-            first = await connection.receive(timeout=HELLO_S)
-            if isinstance(first, Pull):
-                await self._give(connection, first)
-            elif isinstance(first, RankHello):
-                await self._welcome(connection, first)
+            await self._greet(connection)
         except (DisaggError, OSError):
             pass  # the peer is gone, or is none of ours; nobody else is touched
         finally:
             await connection.close()
 
+    async def _greet(self, connection: Connection) -> None:
+        """What a connection is for is said by its first message."""
+        first = await connection.receive(timeout=HELLO_S)
+        try:
+            match first:
+                case Pull():
+                    await self._give(connection, first)
+                case StoreAt():
+                    self._registry.check_token(first.token)
+                    self._learn_store(first.address)
+                    await connection.send(Welcome())
+                case FindStore():
+                    self._registry.check_token(first.token)
+                    await self._tell_store(connection, first.token)
+                case EndJob():
+                    self._registry.check_token(first.token)
+                    self.end_job.set()
+                case RankHello():
+                    await self._welcome(connection, first)
+        except HandshakeError as error:
+            await connection.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))
+
     async def _give(self, connection: Connection, pull: Pull) -> None:
         """Media bytes for an encode rank."""
-        self._check_token(pull.token)
+        self._registry.check_token(pull.token)
         data = self._media.get(pull.digest)
         await connection.send(Blob(num_bytes=-1 if data is None else len(data)))
         if data is not None:
             await connection.send_bytes(data, PULL_S)
 
+    def _learn_store(self, address: tuple[str, int]) -> None:
+        try:
+            self._memory.store_address = address
+        except ValueError as error:
+            raise HandshakeError("store_address", "an address", str(error)) from None
+        self._store_is_known.set()
+
+    async def _tell_store(self, connection: Connection, token: str) -> None:
+        await self._wait_for(self._store_is_known, connection)
+        address = self._memory.store_address
+        await connection.send(Stop() if address is None else StoreAt(token=token, address=address))
+
+    async def _wait_for(self, event: asyncio.Event, connection: Connection) -> None:
+        """Until it is set, or the hub closes. TransferError if the peer leaves before."""
+        peer = asyncio.ensure_future(connection.receive())
+        waits = [asyncio.create_task(e.wait()) for e in (event, self._closing)]
+        try:
+            await asyncio.wait([peer, *waits], return_when=asyncio.FIRST_COMPLETED)
+            if peer.done():
+                raise TransferError(f"{type(peer.result()).__name__} before the answer to what was asked first")
+        finally:
+            for task in (peer, *waits):
+                task.cancel()
+            await asyncio.gather(peer, *waits, return_exceptions=True)
+
     async def _welcome(self, connection: Connection, hello: RankHello) -> None:
         """Serve one rank until its connection ends."""
-        key: RankKey = (hello.role, hello.rank)
-        try:
-            self._check_hello(hello)
-        except HandshakeError as error:
-            await connection.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))
-            return
+        registry = self._registry
+        registry.check_token(hello.token)
+        if not registry.has_measure.is_set() and not registry.is_of_a_slot(hello.role, hello.rank):
+            await self._wait_for(registry.has_measure, connection)
+            if self._closing.is_set():
+                await connection.send(Stop())
+                return
+        rank = registry.take(hello)
+        key: RankKey = (hello.role, rank)
         if key in self._ranks:  # an earlier incarnation, whose end has not been noticed yet
             self._ranks[key].abort()
-        await connection.send(Welcome())
-        self._ranks[key], self._hellos[key] = connection.keep_alive(), hello
-        self.take(RankUp(hello.role, hello.rank))
-        if hello.store_address is not None:
-            self._store_address = hello.store_address
-        self._introduce()
-        if self._is_closing:
-            self._absent.discard(key)
-            self._post(connection, Stop())
+        self._ranks[key] = connection
         try:
+            await connection.send(Welcome(rank=rank, job=self._memory.job))
+            connection.keep_alive()
+            self.take(RankUp(hello.role, rank))
+            if hello.store_address is not None:
+                self._learn_store(hello.store_address)
+            self._introduce()
+            if self._closing.is_set():
+                self._absent.discard(key)
+                self._post(connection, Stop())
             while True:
                 message = await connection.receive()
                 if self._ranks.get(key) is not connection:
                     return
-                _log_failure(hello, message)
-                self.take(FromRank(hello.role, hello.rank, message))
+                _log_failure(key, message)
+                self.take(FromRank(hello.role, rank, message))
         except TransferError:
             return
         finally:
             if self._ranks.get(key) is connection:
-                del self._ranks[key], self._hellos[key]
-                self.take(RankDown(hello.role, hello.rank))
-
-    def _check_token(self, token: str) -> None:
-        if not hmac.compare_digest(token.encode(), self._token.encode()):
-            raise HandshakeError("token", "the job's token", "another")
-
-    def _check_hello(self, hello: RankHello) -> None:
-        self._check_token(hello.token)
-        ranks = self._layout.encode_ranks if hello.role == "encode" else self._layout.language_ranks
-        if hello.rank not in ranks:
-            raise HandshakeError("rank", f"{hello.role} ranks {ranks.start} to {ranks.stop - 1}", hello.rank)
-        before = self._hellos.get((hello.role, hello.rank))
-        if before is not None and before.pid != hello.pid and parent_of(before.pid) is not None:
-            raise HandshakeError("rank", f"no other {hello.role} rank {hello.rank}", f"pid {hello.pid}")
-        for other in self._hellos.values():
-            check_fingerprint(other.fingerprint, hello.fingerprint)
+                del self._ranks[key], registry.hellos[key]
+                self.take(RankDown(hello.role, rank))
 
     def _introduce(self) -> None:
         """Tell all ranks where the store is and who the language ranks are."""
-        if self._store_address is None:
+        store_address = self._memory.store_address
+        if store_address is None:
             return
-        links = [(h.rank, *h.link_address) for h in self._hellos.values() if h.link_address is not None]
+        hellos = self._registry.hellos.items()
+        links = sorted((rank, *h.link_address) for (_, rank), h in hellos if h.link_address is not None)
         for connection in self._ranks.values():
-            self._post(connection, Peers(store_address=self._store_address, language_ranks=sorted(links)))
+            self._post(connection, Peers(store_address=store_address, language_ranks=links))

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from qwen3vl_disagg.core.errors import HandshakeError, TransferError
+from qwen3vl_disagg.core.errors import Dismissed, HandshakeError, TransferError
 from qwen3vl_disagg.disagg.control import Connection
-from qwen3vl_disagg.disagg.hub_client import join_hub
-from qwen3vl_disagg.disagg.messages import LinksUp, RankHello, Refused, Stop, Welcome
+from qwen3vl_disagg.disagg.hub_client import enter_hub
+from qwen3vl_disagg.disagg.messages import Cancel, LinksUp, RankHello, Refused, Stop, Welcome
 
 HELLO = RankHello(token="t", role="encode", rank=0, pid=1, fingerprint={})
 
@@ -35,7 +35,7 @@ def join(*answers, deadline_s: float = 5.0) -> int:
 
         server = await asyncio.start_server(accept, "127.0.0.1", 0)
         try:
-            hub = await join_hub(server.sockets[0].getsockname()[:2], HELLO, deadline_s=deadline_s)
+            hub, _ = await enter_hub(server.sockets[0].getsockname()[:2], HELLO, deadline_s=deadline_s)
             await hub.send(LinksUp(language_ranks=[]))
             await hub.close()
             return seen
@@ -59,7 +59,12 @@ def test_a_refusal_names_the_field():
 
 
 def test_another_answer_is_an_error():
-    with pytest.raises(TransferError, match="Stop"):
+    with pytest.raises(TransferError, match="Cancel"):
+        join(Cancel(request_id="r"))
+
+
+def test_a_rank_that_comes_when_the_job_goes_down_is_sent_home():
+    with pytest.raises(Dismissed):
         join(Stop())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg.core.errors import InputError, NotBuiltYet, UnavailableError
+from qwen3vl_disagg.core.errors import InputError, UnavailableError
 from qwen3vl_disagg.disagg import rendezvous
 from qwen3vl_disagg.disagg.rendezvous import Layout, Meeting, World, find, meeting_path, publish
 from tests.support.slot_scenarios import run_scenario
@@ -113,7 +113,10 @@ def test_a_dead_language_rank_takes_its_slot_s_frontend_along(tmp_path):
         assert job.pids("frontend", "left") == [frontend]  # it was asked, not killed
 
 
-@pytest.mark.parametrize(("scenario", "status", "words"), [("refused", 78, "dtype"), ("input", 2, "no such thing")])
+@pytest.mark.parametrize(
+    ("scenario", "status", "words"),
+    [("refused", 78, "dtype"), ("input", 2, "no such thing"), ("gone", 69, "no hub"), ("dismissed", 0, "")],
+)
 def test_a_rank_that_cannot_fit_is_not_tried_again(tmp_path, scenario, status, words):
     with Job(tmp_path, scenario) as job:
         assert job.wait(20) == status
@@ -137,6 +140,33 @@ def test_a_signal_to_the_slot_alone_is_enough(tmp_path):
         job.wait_for("frontend"), job.wait_for("encode")
         os.kill(job.wait_for("slot"), signal.SIGTERM)
         assert job.wait(10) == 0
+
+
+@pytest.mark.parametrize(("scenario", "num_told"), [("told", 1), ("both", 0)])
+def test_a_slot_says_when_its_frontend_left_without_a_signal(tmp_path, scenario, num_told):
+    with Job(tmp_path, scenario) as job:
+        job.wait_for("language")
+        if not num_told:
+            job.wait_for("frontend")
+            job.signal_group(signal.SIGTERM)
+        assert job.wait(10) == 0
+        assert len(job.pids("slot", "told")) == num_told
+
+
+def test_a_frontend_that_left_without_a_signal_is_followed_by_its_rank(tmp_path):
+    with Job(tmp_path, "alone") as job:
+        pid = job.wait_for("encode")
+        assert job.wait(5) == 1  # the rank did not leave in time
+        assert not is_running(pid)
+        assert len(job.pids("frontend", "left")) == 1
+
+
+def test_a_slot_says_when_it_begins_to_end(tmp_path):
+    with Job(tmp_path, "far") as job:
+        pid = job.wait_for("language")
+        job.signal_group(signal.SIGTERM)
+        assert job.wait(5) == 0
+        assert job.pids("language", "left") == [pid]  # because it was told so, by way of `on_stop`
 
 
 def test_a_dead_frontend_is_forked_again(tmp_path):
@@ -203,11 +233,10 @@ def test_a_split_without_one_of_the_roles_is_refused(world, num):
 
 
 def test_world_of_torchrun_and_of_none():
-    env = {"TORCHELASTIC_RUN_ID": "a", "RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
-    assert World.from_env(env) == World(3, 8, has_agent=True)
+    env = {"TORCHELASTIC_RUN_ID": "a", "RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}
+    env |= {"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"}
+    assert World.from_env(env) == World(6, 8, local_rank=2, num_local_ranks=4, node=1, num_nodes=2, has_agent=True)
     assert World.from_env({"RANK": "3", "WORLD_SIZE": "8"}) == World(0, 1)
-    with pytest.raises(NotBuiltYet):
-        World.from_env({**env, "LOCAL_WORLD_SIZE": "4"})
 
 
 # ---- rendezvous ----

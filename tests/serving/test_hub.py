@@ -33,6 +33,7 @@ from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.backend import Decoded as AllDecoded
 from qwen3vl_disagg.serving.backend import FinishedEvent, TokenEvent
 from qwen3vl_disagg.serving.http_server import HttpServer
+from qwen3vl_disagg.serving.job_memory import JobMemory
 from qwen3vl_disagg.serving.media_store import MediaStore
 from tests.support.fake_backend import timings, tiny_processor
 from tests.support.fake_ranks import (
@@ -217,10 +218,10 @@ async def test_the_frontend_drains_on_sigterm(is_finished, monkeypatch, capsys):
     http_socket.setblocking(False)
     address = http_socket.getsockname()[:2]
     http = HttpServer(create_app(system.hub, tiny_processor(), model_name="tiny"))
-    announced = memoryview(bytearray(1))
-    running = asyncio.create_task(frontend.serve(system.hub, http, http_socket, system.socket, announced))
+    memory = JobMemory()
+    running = asyncio.create_task(frontend.serve(system.hub, http, http_socket, system.socket, memory))
     encode, language = await system.join_all()
-    await system.until(lambda: announced[0] == 1)
+    await system.until(lambda: memory.is_announced)
     assert capsys.readouterr().out == f"ready: http://{address[0]}:{address[1]}\n"
     assert (await http_get(address, "/ready"))[0] == 200
 
@@ -253,7 +254,9 @@ async def test_the_ready_line_is_not_said_again_by_the_next_frontend(capsys):
     http_socket = socket.create_server(("127.0.0.1", 0))
     http_socket.setblocking(False)
     http = HttpServer(create_app(system.hub, tiny_processor(), model_name="tiny"))
-    running = asyncio.create_task(frontend.serve(system.hub, http, http_socket, system.socket, memoryview(b"\1")))
+    memory = JobMemory()
+    memory.announce()
+    running = asyncio.create_task(frontend.serve(system.hub, http, http_socket, system.socket, memory))
     encode, language = await system.join_all()
     await asyncio.sleep(0.2)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from qwen3vl_disagg.core.errors import (
-    TransferError,
+    HandshakeError,
     UnavailableError,
 )
 from qwen3vl_disagg.disagg.messages import (
@@ -65,18 +65,26 @@ async def test_items_of_a_killed_encode_rank_wait_for_the_next_one():
 
 
 @in_loop
-async def test_a_killed_language_rank_fails_its_requests_only():
+async def test_a_killed_language_rank_ends_every_request_because_its_experts_are_gone():
     async with System(3, 1) as system:
         _, language = await system.join_all()
         handles = [system.submit() for _ in range(2)]
         homes = [await submitted_to(language, handle.request_id) for handle in handles]
         assert homes[0][0] is not homes[1][0]
         homes[0][0].die()
-        [_, error] = await collect(handles[0])
-        assert isinstance(error, UnavailableError)
-        assert not system.hub.readiness().ready
-        await homes[1][0].answer(homes[1][1], 6)
-        assert TokenEvent(6) in await collect(handles[1])
+        for handle in handles:
+            [_, error] = await collect(handle)
+            assert isinstance(error, UnavailableError)
+        await homes[1][0].expect(Cancel, request_id=handles[1].request_id)
+        lost = homes[0][0].rank
+        assert system.hub.readiness().reasons == [f"language rank {lost} is missing"]
+        with pytest.raises(UnavailableError, match=f"language rank {lost} is missing"):
+            system.submit()
+        language[lost] = await system.join("language", lost)
+        again = system.submit()
+        rank, submit = await submitted_to(language, again.request_id)
+        await rank.answer(submit, 6)
+        assert TokenEvent(6) in await collect(again)
 
 
 @in_loop
@@ -202,7 +210,7 @@ async def test_garbage_and_silence_touch_nobody_else(monkeypatch):
                 with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
                     await reader.readexactly(1)
             writer.close()
-        with pytest.raises(TransferError):
+        with pytest.raises(HandshakeError, match="token"):
             await pull(system, "0" * 64, token="another")
         assert await pull(system, "0" * 64) is None
         assert not language.is_lost

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from qwen3vl_disagg.checkpoint import read_config
+from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.core.settings import resolve_model_folder
 from qwen3vl_disagg.disagg.control import Connection, ConnectionLost, connect_hub
@@ -24,16 +25,19 @@ from qwen3vl_disagg.disagg.messages import (
     NeedItems,
     Pull,
     RankHello,
+    Refused,
     Submit,
     Tokens,
     Welcome,
 )
-from qwen3vl_disagg.disagg.rendezvous import Layout
+from qwen3vl_disagg.disagg.rendezvous import Layout, host_id
 from qwen3vl_disagg.processing import Prompt
 from qwen3vl_disagg.serving.hub import Hub
+from qwen3vl_disagg.serving.job_memory import JobMemory
 from qwen3vl_disagg.serving.media_store import MediaStore
 
 TOKEN = "the token"
+CONFIG = read_config(resolve_model_folder(None))
 FINGERPRINT = {"dtype": "float32", "hidden_size": "128"}
 WAIT_S = 20.0
 
@@ -72,7 +76,7 @@ def prompt_with(*images: bytes) -> Prompt:
 class FakeRank:
     """One rank's end of the hub connection. What arrives is kept until it is asked for by type."""
 
-    def __init__(self, role: str, rank: int, connection: Connection) -> None:
+    def __init__(self, role: str, rank: int | None, connection: Connection) -> None:
         self.role, self.rank, self.connection = role, rank, connection
         self.inbox: list[Message] = []
         self.is_lost = False
@@ -138,9 +142,16 @@ class FakeRank:
 class System:
     """A hub, and a way to let ranks in. An async context manager."""
 
-    def __init__(self, world: int = 4, num_encode: int | None = 2, *, media: MediaStore | None = None) -> None:
+    def __init__(
+        self,
+        world: int = 4,
+        num_encode: int | None = 2,
+        *,
+        media: MediaStore | None = None,
+        memory: JobMemory | None = None,
+    ) -> None:
         self.layout = Layout.of(world, num_encode)
-        self.hub = Hub(read_config(resolve_model_folder(None)), self.layout, TOKEN, media=media)
+        self.hub = Hub(CONFIG, self.layout, TOKEN, media=media, memory=memory)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.socket.setblocking(False)
         self.address: tuple[str, int] = self.socket.getsockname()[:2]
@@ -156,13 +167,13 @@ class System:
         await self.hub.close(0.05)
         self.socket.close()
 
-    async def connect(self, role: Any, rank: int, **changes: Any) -> FakeRank:
+    async def connect(self, role: Any, rank: int | None, **changes: Any) -> FakeRank:
         """Say hello; the answer is left in the inbox."""
-        fields: dict[str, Any] = {"token": TOKEN, "pid": os.getpid(), "fingerprint": FINGERPRINT, **changes}
+        fields: dict[str, Any] = {"token": TOKEN, "pid": os.getpid(), "host": host_id(), "fingerprint": FINGERPRINT}
         fake = FakeRank(role, rank, await connect_hub(self.address, deadline_s=WAIT_S))
         self.ranks.append(fake)
         fake.listen()
-        await fake.tell(RankHello(role=role, rank=rank, **fields))
+        await fake.tell(RankHello(role=role, rank=rank, **{**fields, **changes}))
         return fake
 
     async def join(self, role: Any, rank: int, **changes: Any) -> FakeRank:
@@ -222,6 +233,8 @@ async def pull(system: System, digest: str, token: str = TOKEN) -> bytes | None:
     try:
         await connection.send(Pull(token=token, digest=digest))
         blob = await connection.receive(timeout=WAIT_S)
+        if isinstance(blob, Refused):
+            raise HandshakeError(blob.field, blob.expected, blob.got)
         assert isinstance(blob, Blob)
         return None if blob.num_bytes < 0 else await connection.receive_bytes(blob.num_bytes, WAIT_S)
     finally:

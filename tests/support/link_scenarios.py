@@ -131,20 +131,20 @@ class FakeHub:
     media: dict[str, bytes] = field(default_factory=dict)
     said: list[Message] = field(default_factory=list)
     ranks: dict[int, Connection] = field(default_factory=dict)
+    welcome: Welcome = field(default_factory=Welcome)
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection.hub(reader, writer)
         try:
             hello = await connection.receive(timeout=5)
             if isinstance(hello, Pull):
-                data = self.media.get(hello.digest)
-                await connection.send(Blob(num_bytes=-1 if data is None else len(data)))
-                if data is not None:
-                    await connection.send_bytes(data, 5)
-                return
-            await connection.send(Welcome())
+                data = self.media[hello.digest]
+                await connection.send(Blob(num_bytes=len(data)))
+                return await connection.send_bytes(data, 5)
+            self.said.append(hello)
+            await connection.send(self.welcome)
             await connection.send(self.peers)
-            self.ranks[hello.rank] = connection
+            self.ranks[self.welcome.rank if hello.rank is None else hello.rank] = connection
             while True:
                 self.said.append(await connection.receive())
         except Exception:
@@ -238,11 +238,10 @@ class System:
     workers: dict[int, CountingWorker] = field(default_factory=dict)
     bodies: dict[int, asyncio.Task[int]] = field(default_factory=dict)
 
-    async def start_encode_rank(
-        self, rank: int = 0, *, fingerprint: Any = FINGERPRINT, options: Any = ONE_BY_ONE
-    ) -> Any:
-        """Its `run`; linked when this returns, unless its fingerprint is another."""
-        hello = RankHello(token=TOKEN, role="encode", rank=rank, pid=os.getpid(), fingerprint=fingerprint)
+    async def start_encode_rank(self, rank=0, *, fingerprint=FINGERPRINT, options=ONE_BY_ONE, joins=False) -> Any:
+        """Its `run`; linked when this returns, unless its fingerprint is another. One that joins is told its number."""
+        number, pid = None if joins else rank, os.getpid()
+        hello = RankHello(token=TOKEN, role="encode", rank=number, pid=pid, fingerprint=fingerprint)
         worker = self.workers[rank] = CountingWorker(MODEL, PROCESSOR, CONFIG)
         times: dict[str, Any] = {"limits": self.limits, "reconnect_s": 5}
         body = EncodeRank(worker, hello, self.hub_address, make_link=self.make_link, options=options, **times)

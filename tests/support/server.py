@@ -13,8 +13,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 REPO = Path(__file__).parent.parent.parent
 
@@ -25,37 +26,37 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-class Server:
-    """`torchrun --nproc-per-node WORLD recipes/serve.py ...` as a context manager.
+class Job:
+    """`torchrun --nproc-per-node WORLD recipes/SCRIPT ...` as a context manager.
 
-    Leaving the block ends it with SIGTERM, then SIGKILL for what is left.
+    Leaving the block ends it with SIGTERM, then SIGKILL for what is left. `prefix` stands before the whole command,
+    `torchrun` are more options of torchrun's own, `env` more of the environment.
     """
 
-    def __init__(self, world: int, *args: str, ready_s: float = 120.0) -> None:
-        self.world, self.ready_s = world, ready_s
-        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log", prefix="serve-", delete=False)  # noqa: SIM115
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
-        torchrun += [f"--master-port={free_port()}"]
-        self.port = free_port()
-        command = [*torchrun, "recipes/serve.py", "--port", str(self.port), "--debug", *args]
+    def __init__(
+        self,
+        script: str,
+        world: int,
+        *args: str,
+        prefix: Sequence[str] = (),
+        torchrun: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log", prefix=f"{script}-", delete=False)  # noqa: SIM115
+        launch = [*prefix, sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
+        launch += torchrun or [f"--master-port={free_port()}"]
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            command,
+            [*launch, f"recipes/{script}", *args],
             cwd=REPO,
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
             start_new_session=True,
         )
-        self.seconds_to_ready = float("nan")
         self.pids: set[int] = set()
 
-    def __enter__(self) -> Server:
-        try:
-            self.wait_ready()
-        except BaseException:
-            self.__exit__()
-            raise
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,29 +72,19 @@ class Server:
             os.kill(pid, signal.SIGKILL)
         self.log.close()
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
     def output(self) -> str:
         return Path(self.log.name).read_text()
 
-    def wait_ready(self) -> None:
-        """Until the ready line stands in the output."""
-        while time.monotonic() - self.started < self.ready_s:
-            if re.search(rf"^ready: {re.escape(self.url)}$", self.output(), re.MULTILINE):
-                self.seconds_to_ready = time.monotonic() - self.started
-                self.remember_pids()
-                return
+    def wait_for(self, pattern: str, limit_s: float = 60.0) -> re.Match[str]:
+        """Until a line of the output matches."""
+        end = time.monotonic() + limit_s
+        while time.monotonic() < end:
+            if found := re.search(pattern, self.output(), re.MULTILINE):
+                return found
             if self.process.poll() is not None:
                 break
-            time.sleep(0.1)
-        raise AssertionError(f"the server did not become ready:\n{self.output()[-4000:]}")
-
-    def processes(self) -> list[dict[str, Any]]:
-        """Pids and roles, as the server says."""
-        answer = self.get("/debug/processes")
-        return answer["processes"] if isinstance(answer, dict) else answer
+            time.sleep(0.05)
+        raise AssertionError(f"no line matches {pattern!r}:\n{self.output()[-4000:]}")
 
     def remember_pids(self) -> None:
         """Every process below torchrun, now."""
@@ -102,6 +93,45 @@ class Server:
     def alive(self) -> set[int]:
         """Of all processes ever remembered, those that still run."""
         return {pid for pid in self.pids if _is_running(pid)}
+
+
+class Server(Job):
+    """`torchrun --nproc-per-node WORLD recipes/serve.py ...`, ready when the block begins."""
+
+    def __init__(self, world: int, *args: str, ready_s: float = 120.0, host: str = "127.0.0.1", **options: Any) -> None:
+        self.world, self.ready_s = world, ready_s
+        self.host, self.port = host, free_port()
+        where = ["--host", host, "--port", str(self.port)]
+        super().__init__("serve.py", world, *where, "--debug", *args, **options)
+        self.seconds_to_ready = float("nan")
+
+    def __enter__(self) -> Self:
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def wait_ready(self) -> None:
+        """Until the ready line stands in the output."""
+        self.wait_for(rf"^ready: {re.escape(self.url)}$", self.ready_s)
+        self.seconds_to_ready = time.monotonic() - self.started
+        self.remember_pids()
+
+    @property
+    def hub(self) -> str:
+        """HOST:PORT, as the server says where `--hub` was given."""
+        return self.wait_for(r"^hub: (\S+)$")[1]
+
+    def processes(self) -> list[dict[str, Any]]:
+        """Pids and roles, as the server says."""
+        answer = self.get("/debug/processes")
+        return answer["processes"] if isinstance(answer, dict) else answer
 
     def get(self, path: str, timeout: float = 30.0) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=timeout) as response:

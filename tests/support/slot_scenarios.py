@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from qwen3vl_disagg.core.errors import HandshakeError, InputError
+from qwen3vl_disagg.core.errors import Dismissed, HandshakeError, HubGone, InputError
 from qwen3vl_disagg.disagg.slots import Child, Slot, die_with_parent
 
 LOG = Path()
@@ -47,6 +47,13 @@ def frontend(name: str) -> int:
     return 0
 
 
+def told(name: str) -> int:
+    """A frontend that another node told to end."""
+    Path(f"{LOG}.stop").touch()
+    note(name, "left")
+    return 0
+
+
 def raising(error: Exception, name: str) -> int:
     note(name, "up")
     raise error
@@ -70,11 +77,16 @@ def slots() -> dict[str, Slot]:
         "encode": Slot([child("encode", sleeper)]),
         "language": Slot([child("language", sleeper, is_vital=True)]),
         "first": Slot([child("frontend", frontend, takes_signals=True), child("encode", leaver)]),
-        "both": Slot([child("frontend", frontend, takes_signals=True), rank]),
+        "both": Slot([child("frontend", frontend, takes_signals=True), rank], on_told=lambda: note("slot", "told")),
         "stubborn": Slot([child("language", sleeper, is_vital=True)], leave_s=0.5),
         "orphan": Slot([child("language", sleeper, is_vital=True)], is_hub_gone=hub_is_gone, orphan_s=0.5),
         "refused": Slot([child("encode", partial(raising, HandshakeError("dtype", "a", "b")))]),
         "input": Slot([child("encode", partial(raising, InputError("no such thing")))]),
+        "gone": Slot([child("encode", partial(raising, HubGone("no hub within 30 s")))]),
+        "dismissed": Slot([child("encode", partial(raising, Dismissed("the job is going down")))]),
+        "told": Slot([child("frontend", told, takes_signals=True), rank], on_told=lambda: note("slot", "told")),
+        "alone": Slot([child("frontend", told, takes_signals=True), child("encode", sleeper)], leave_s=0.5),
+        "far": Slot([rank], on_stop=lambda: Path(f"{LOG}.stop").touch()),
         "crashing": Slot([child("encode", crashing)]),
     }
 

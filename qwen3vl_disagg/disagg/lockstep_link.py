@@ -1,0 +1,176 @@
+"""Lockstep over TCP: every rank that shares experts has one connection with the first of them, the first one too.
+
+Liveness is decided here as well: the end of a connection, or its silence, is the end of all of them, because the
+experts of the one that is gone are gone, and the others may wait in a collective that will not say so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import socket
+from collections.abc import Callable
+
+from qwen3vl_disagg.core.errors import HandshakeError, TransferError, UnavailableError
+from qwen3vl_disagg.disagg.control import MAX_LINK_FRAME, Address, Connection, ConnectionLost, connect
+from qwen3vl_disagg.disagg.lockstep import (
+    Lockstep,
+    LockstepMessage,
+    Outlook,
+    Over,
+    PeerHello,
+    PeerWelcome,
+    ReadyToLeave,
+    StepPlan,
+)
+from qwen3vl_disagg.disagg.messages import Message, Refused
+
+HELLO_S = 5.0
+JOIN_S = 1800.0
+"""Ranks load side by side, but not equally fast. One that dies meanwhile ends its job."""
+
+
+class PeerLost(UnavailableError):
+    """A rank that holds experts is gone."""
+
+    code = "language_rank_lost"
+
+
+class LockstepServer:
+    """The first rank's side: takes the others in, and carries out what `Lockstep` decides."""
+
+    def __init__(self, lockstep: Lockstep, *, token: str) -> None:
+        if not token:
+            raise ValueError("an empty token would let anybody in")
+        self._lockstep, self._token = lockstep, token
+        self._peers: dict[int, Connection] = {}
+        self._accepting: set[asyncio.Task] = set()
+        self._server: asyncio.Server | None = None
+        self._is_over = False
+
+    async def serve(self, sock: socket.socket) -> None:
+        """Take ranks in on a bound socket."""
+        self._server = await asyncio.start_server(self._accept, sock=sock)
+
+    async def close(self) -> None:
+        """Send what is queued, and close."""
+        if self._server is not None:
+            self._server.close()
+        for peer in list(self._peers.values()):
+            await peer.close()
+        if self._accepting:
+            await asyncio.wait(self._accepting, timeout=1.0)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = Connection(reader, writer, messages=LockstepMessage, max_frame=MAX_LINK_FRAME)
+        task = asyncio.current_task()
+        if task is not None:
+            self._accepting.add(task)
+            task.add_done_callback(self._accepting.discard)
+        try:
+            rank = await self._welcome(peer)
+        except (TransferError, OSError):  # not one of ours, or one that does not fit: it has been told
+            await peer.close()
+            return
+        try:
+            with contextlib.suppress(TransferError):
+                while True:
+                    self._take(rank, await peer.receive())
+        finally:
+            if not self._is_over:
+                self._abort(rank)
+            await peer.close()
+
+    async def _welcome(self, peer: Connection) -> int:
+        hello = await peer.receive(timeout=HELLO_S)
+        try:
+            if not isinstance(hello, PeerHello) or not hmac.compare_digest(hello.token.encode(), self._token.encode()):
+                raise HandshakeError("token", "the job's token", "another")
+            self._lockstep.join(hello.rank, hello.facts)
+        except HandshakeError as error:
+            await peer.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))
+            raise
+        await peer.send(PeerWelcome())
+        self._peers[hello.rank] = peer.keep_alive()
+        return hello.rank
+
+    def _take(self, rank: int, message: Message) -> None:
+        match message:
+            case Outlook():
+                plan = self._lockstep.report(rank, message)
+                if plan is not None:
+                    self._tell_all(plan)
+            case ReadyToLeave():
+                if self._lockstep.leave(rank):
+                    self._is_over = True
+                    self._tell_all(Over())
+
+    def _tell_all(self, message: Message) -> None:
+        for rank, peer in self._peers.items():
+            try:
+                peer.post(message)
+            except ConnectionLost:
+                self._abort(rank)
+                return
+
+    def _abort(self, rank: int) -> None:
+        """Rank `rank` is gone: everybody's connection ends, and with it everybody."""
+        self._is_over = True
+        for other, peer in self._peers.items():
+            if other != rank:
+                peer.abort()
+
+
+class LockstepClient:
+    """One rank's side. `run` until all leave; `report` from any thread; `on_plan` is called on the event loop."""
+
+    def __init__(self, connection: Connection, on_plan: Callable[[StepPlan], None] = lambda plan: None) -> None:
+        self.on_plan = on_plan
+        self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._is_over = asyncio.Event()
+
+    @classmethod
+    async def join(cls, address: Address, hello: PeerHello, *, deadline_s: float = JOIN_S) -> LockstepClient:
+        """HandshakeError if the first rank refuses, ConnectionLost if it is not there in time."""
+        connection = await connect(address, deadline_s=deadline_s, messages=LockstepMessage, max_frame=MAX_LINK_FRAME)
+        await connection.send(hello)
+        answer = await connection.receive(timeout=deadline_s)
+        if isinstance(answer, PeerWelcome):
+            return cls(connection.keep_alive())
+        await connection.close()
+        if isinstance(answer, Refused):
+            raise HandshakeError(answer.field, answer.expected, answer.got)
+        raise TransferError(f"the first language rank answered {type(answer).__name__}")
+
+    async def run(self) -> None:
+        """Until all want to leave. PeerLost when one of them is gone."""
+        try:
+            while not isinstance(message := await self._connection.receive(), Over):
+                if isinstance(message, StepPlan):
+                    self.on_plan(message)
+        except TransferError as error:
+            raise PeerLost(f"a language rank is gone, and with it its experts: {error}") from error
+        self._is_over.set()
+
+    def report(self, outlook: Outlook) -> None:
+        self._loop.call_soon_threadsafe(self._post, outlook)
+
+    async def leave(self, patience_s: float) -> bool:
+        """Say that this rank wants nothing any more; whether all said so within `patience_s`."""
+        self._post(ReadyToLeave())
+        try:
+            await asyncio.wait_for(self._is_over.wait(), patience_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+    def _post(self, message: Message) -> None:
+        try:
+            self._connection.post(message)
+        except ConnectionLost:
+            return  # `run` finds out

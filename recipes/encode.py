@@ -1,0 +1,107 @@
+"""Encode ranks for a server that runs already, on this host or another one.
+
+    torchrun --nproc-per-node 4 recipes/encode.py --join HOST:PORT [options]
+
+Each worker of torchrun is a slot that forks an encode rank; without torchrun there is one. They join at any time, and
+leave on SIGTERM when what they have under way has ended. They end by themselves when the server does.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from dataclasses import dataclass, fields
+from typing import Annotated
+
+import tyro
+
+from qwen3vl_disagg.checkpoint import open_checkpoint
+from qwen3vl_disagg.core.errors import CheckpointError, InputError
+from qwen3vl_disagg.core.faults import plan_faults
+from qwen3vl_disagg.core.settings import (
+    BufferOptions,
+    CheckpointOptions,
+    EncodeOptions,
+    ModelOptions,
+    resolve_model_folder,
+)
+from qwen3vl_disagg.disagg.addresses import TOKEN_VARIABLE, given_token, own_address, parse_address
+from qwen3vl_disagg.disagg.encode_rank import run_encode_rank
+from qwen3vl_disagg.disagg.rank_setup import run_threaded
+from qwen3vl_disagg.disagg.rendezvous import Layout, RankContext, World
+from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent
+
+EXIT_LAST_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinOptions(EncodeOptions, CheckpointOptions):
+    """Join a running server with encode ranks."""
+
+    join: Annotated[str, tyro.conf.arg(metavar="HOST:PORT")]
+    """The server's hub, as it says in its line `hub: ..`."""
+    token: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """The server's token. Other users of this host can see it in the command line: the environment variable Q3VL_TOKEN
+    does the same."""
+    address: Annotated[str | None, tyro.conf.arg(metavar="HOST")] = None
+    """This host's own address, over which rows leave. Default: the one that faces the hub."""
+    block_size: int = BufferOptions.block_size
+    """Rows per block, as the server has it."""
+
+
+def rank_context(options: JoinOptions, world: World) -> RankContext:
+    """What a rank's body is told. InputError for what cannot be."""
+    token = given_token(options.token, os.environ)
+    if token is None:
+        raise InputError(f"--token or {TOKEN_VARIABLE}: the server's token is needed", param="token")
+    hub_address = parse_address(options.join, "join")
+    return RankContext(
+        -1,
+        Layout.of(1),
+        hub_address,
+        token,
+        ModelOptions(**{field.name: getattr(options, field.name) for field in fields(CheckpointOptions)}),
+        host=own_address(options.address, hub_address),
+        local_rank=world.local_rank,
+        num_local_ranks=world.num_local_ranks,
+        is_joining=True,
+        buffers=BufferOptions(block_size=options.block_size),
+        encode=options,
+    )
+
+
+def run_slot(world: World) -> int:
+    """Parse the arguments, then supervise until the rank has left."""
+    try:
+        options = tyro.cli(JoinOptions, prog="encode.py", console_outputs=world.local_rank == 0)
+        if world.has_agent:
+            die_with_parent(os.getppid())
+        EncodeOptions.check(options)
+        context = rank_context(options, world)
+        with open_checkpoint(resolve_model_folder(options.model)):
+            pass  # what is wrong with it is said once, and not by every rank
+        plan_faults()
+    except (InputError, CheckpointError) as error:
+        if world.local_rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    body = functools.partial(run_threaded, run_encode_rank, context)
+    return Slot([Child("encode rank", body, is_vital=False, takes_signals=True)]).run()
+
+
+def main() -> int:
+    """Run one slot; returns the exit status. The first one of a host speaks for all when the arguments are wrong."""
+    world = World.from_env()
+    try:
+        status = run_slot(world)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    if world.local_rank != 0 and status == EXIT_INPUT:
+        time.sleep(EXIT_LAST_S)  # torchrun ends the others when the first one leaves
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
