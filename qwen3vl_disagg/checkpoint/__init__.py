@@ -1,6 +1,6 @@
 """Checkpoint folders <-> modules."""
 
-from qwen3vl_disagg.checkpoint.fingerprint import fingerprint, vision_digest
+from qwen3vl_disagg.checkpoint.fingerprint import decoder_digest, fingerprint, vision_digest
 from qwen3vl_disagg.checkpoint.folder import Checkpoint, open_checkpoint, read_config
 from qwen3vl_disagg.checkpoint.layouts import ExpertLayout
 from qwen3vl_disagg.checkpoint.load import (
@@ -21,6 +21,7 @@ __all__ = [
     "Shards",
     "check_weights",
     "config_to_dict",
+    "decoder_digest",
     "fingerprint",
     "load_language_model",
     "load_model",

@@ -9,6 +9,7 @@ from qwen3vl_disagg.checkpoint.folder import Checkpoint, open_checkpoint
 from qwen3vl_disagg.checkpoint.layouts import checkpoint_name
 
 _CHUNK = 1 << 20
+_SAMPLE = 256
 _PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "chat_template.json")
 _VISION = checkpoint_name("visual.")
@@ -41,6 +42,19 @@ def fingerprint(folder: Path | str) -> dict[str, str]:
             "vision_weights": _vision_digest(checkpoint),
         }
     return {name: str(value) for name, value in values.items()}
+
+
+def decoder_digest(folder: Path | str) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and the first bytes of each of the other tensors: what parts of one
+    decoder must agree on, without reading all of it."""
+    digest = hashlib.sha256()
+    with open_checkpoint(folder) as checkpoint:
+        for name, info in sorted(checkpoint.tensors.items()):
+            if not name.startswith(_VISION):
+                with (checkpoint.folder / info.file).open("rb") as file:
+                    file.seek(info.start)
+                    digest.update(f"{name} {info}\n".encode() + file.read(min(_SAMPLE, info.num_bytes)))
+    return digest.hexdigest()
 
 
 def _vision_digest(checkpoint: Checkpoint) -> str:

@@ -15,21 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.disagg.messages import Heartbeat, Message, Refused
-
-DispatchKind = Literal["gather", "all_to_all"]
+from qwen3vl_disagg.model.moe import DispatchKind
 
 
 class PeerHello(Message, frozen=True):
-    """First message of a rank to the first one. `rank` counts the ranks that share experts, from 0; `facts` is what
-    must be the same on all of them."""
+    """First message of a rank to the first one. `rank` counts the ranks that share experts, from 0."""
 
     token: str
     rank: int
-    facts: dict[str, str]
 
 
 class PeerWelcome(Message, frozen=True):
@@ -78,13 +74,9 @@ class PaceLimits:
     chunk_tokens: int
     max_prefill_tokens: int
 
-    @property
-    def facts(self) -> dict[str, str]:
-        return {"chunk_tokens": str(self.chunk_tokens), "max_prefill_tokens": str(self.max_prefill_tokens)}
-
 
 def bucket(num_rows: int) -> int:
-    """The room for `num_rows`: few sizes, so that shapes come again; at most a third more than is needed from 32 on.
+    """The room for `num_rows`: few sizes, so that shapes come again; at most half more than is needed from 32 on.
 
     >>> [bucket(n) for n in (1, 3, 9, 33, 64, 65, 100, 130)]
     [2, 4, 16, 48, 64, 96, 128, 192]
@@ -109,14 +101,11 @@ class Lockstep:
         self._leaving: set[int] = set()
         self._was_prefill = False
 
-    def join(self, rank: int, facts: dict[str, str]) -> None:
-        """HandshakeError for a rank that does not fit, or is there."""
+    def join(self, rank: int) -> None:
+        """HandshakeError for a rank that is none of them, or is there."""
         if not 0 <= rank < self.num_ranks or rank in self._joined:
             missing = sorted(set(range(self.num_ranks)) - self._joined)
             raise HandshakeError("rank", f"one of {missing}", rank)
-        for name, value in self.limits.facts.items():
-            if facts.get(name) != value:
-                raise HandshakeError(name, value, facts.get(name))
         self._joined.add(rank)
 
     def report(self, rank: int, outlook: Outlook) -> StepPlan | None:

@@ -7,13 +7,12 @@ experts of the one that is gone are gone, and the others may wait in a collectiv
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import socket
 from collections.abc import Callable
 
-from qwen3vl_disagg.core.errors import HandshakeError, TransferError, UnavailableError
-from qwen3vl_disagg.disagg.control import MAX_LINK_FRAME, Address, Connection, ConnectionLost, connect
+from qwen3vl_disagg.core.errors import DeadlineError, HandshakeError, TransferError, UnavailableError
+from qwen3vl_disagg.disagg.control import MAX_LINK_FRAME, Address, Connection, ConnectionLost, encode_frame
 from qwen3vl_disagg.disagg.lockstep import (
     Lockstep,
     LockstepMessage,
@@ -27,14 +26,34 @@ from qwen3vl_disagg.disagg.lockstep import (
 from qwen3vl_disagg.disagg.messages import Message, Refused
 
 HELLO_S = 5.0
-JOIN_S = 1800.0
-"""Ranks load side by side, but not equally fast. One that dies meanwhile ends its job."""
+CONNECT_S = 10.0
+LOAD_S = 1800.0
+"""The first rank answers when it has loaded. That it is gone meanwhile is seen by the line."""
+GONE = "a language rank is gone, and with it its experts"
 
 
 class PeerLost(UnavailableError):
     """A rank that holds experts is gone."""
 
     code = "language_rank_lost"
+
+
+def knock(address: Address, hello: PeerHello) -> socket.socket:
+    """Connect to the first rank and say hello; blocks for `CONNECT_S` at most. PeerLost if nobody listens there.
+
+    Done before a rank loads: if it dies meanwhile, what the first rank finds on its line is a hello and the end. The
+    kernel watches over a line on which nothing is said.
+    """
+    try:
+        line = socket.create_connection(address, CONNECT_S)
+    except OSError as error:
+        raise PeerLost(f"{GONE}: no connection to the first: {type(error).__name__}") from error
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3)):
+        line.setsockopt(socket.IPPROTO_TCP, option, value)
+    line.sendall(encode_frame(hello, MAX_LINK_FRAME))
+    line.setblocking(False)
+    return line
 
 
 class LockstepServer:
@@ -68,31 +87,32 @@ class LockstepServer:
         if task is not None:
             self._accepting.add(task)
             task.add_done_callback(self._accepting.discard)
+        rank = None
         try:
-            rank = await self._welcome(peer)
-        except (TransferError, OSError):  # not one of ours, or one that does not fit: it has been told
-            await peer.close()
-            return
-        try:
-            with contextlib.suppress(TransferError):
-                while True:
-                    self._take(rank, await peer.receive())
+            rank = await self._let_in(peer)
+            await peer.send(PeerWelcome())
+            peer.keep_alive()
+            while True:
+                self._take(rank, await peer.receive())
+        except (TransferError, OSError):
+            return  # it is gone; or none of ours, or does not fit, and has been told
         finally:
-            if not self._is_over:
+            if rank is not None and not self._is_over:
                 self._abort(rank)
             await peer.close()
 
-    async def _welcome(self, peer: Connection) -> int:
+    async def _let_in(self, peer: Connection) -> int:
         hello = await peer.receive(timeout=HELLO_S)
+        if self._is_over:
+            raise ConnectionLost("another rank is gone")
         try:
             if not isinstance(hello, PeerHello) or not hmac.compare_digest(hello.token.encode(), self._token.encode()):
                 raise HandshakeError("token", "the job's token", "another")
-            self._lockstep.join(hello.rank, hello.facts)
+            self._lockstep.join(hello.rank)
         except HandshakeError as error:
             await peer.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))
             raise
-        await peer.send(PeerWelcome())
-        self._peers[hello.rank] = peer.keep_alive()
+        self._peers[hello.rank] = peer
         return hello.rank
 
     def _take(self, rank: int, message: Message) -> None:
@@ -132,11 +152,16 @@ class LockstepClient:
         self._is_over = asyncio.Event()
 
     @classmethod
-    async def join(cls, address: Address, hello: PeerHello, *, deadline_s: float = JOIN_S) -> LockstepClient:
-        """HandshakeError if the first rank refuses, ConnectionLost if it is not there in time."""
-        connection = await connect(address, deadline_s=deadline_s, messages=LockstepMessage, max_frame=MAX_LINK_FRAME)
-        await connection.send(hello)
-        answer = await connection.receive(timeout=deadline_s)
+    async def join(cls, line: socket.socket, *, deadline_s: float = LOAD_S) -> LockstepClient:
+        """On a line that `knock` has made. PeerLost if the first rank is gone, or does not answer in time;
+        HandshakeError if it refuses."""
+        reader, writer = await asyncio.open_connection(sock=line)
+        connection = Connection(reader, writer, messages=LockstepMessage, max_frame=MAX_LINK_FRAME)
+        try:
+            answer = await connection.receive(timeout=deadline_s)
+        except (TransferError, DeadlineError) as error:
+            await connection.close()
+            raise PeerLost(f"{GONE}: {error}") from error
         if isinstance(answer, PeerWelcome):
             return cls(connection.keep_alive())
         await connection.close()
@@ -151,7 +176,7 @@ class LockstepClient:
                 if isinstance(message, StepPlan):
                     self.on_plan(message)
         except TransferError as error:
-            raise PeerLost(f"a language rank is gone, and with it its experts: {error}") from error
+            raise PeerLost(f"{GONE}: {error}") from error
         self._is_over.set()
 
     def report(self, outlook: Outlook) -> None:

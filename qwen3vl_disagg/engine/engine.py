@@ -263,7 +263,7 @@ class Engine:
 
     def _take_part(self, dispatch: DispatchPlan | None) -> None:
         if dispatch is not None:
-            with span("take part", tokens=0):
+            with span("take part", tokens=0), _fatal_where(dispatch):
                 self.runner.take_part(dispatch)
 
     def _prefill(self, chunks: list[Chunk], dispatch: DispatchPlan | None) -> list[EngineEvent]:

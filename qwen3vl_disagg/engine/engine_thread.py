@@ -107,7 +107,7 @@ class EngineThread:
         with self._wake:
             while not (self._stopping or self._commands or self._plan or self._has_own_work):
                 self._wake.wait()
-            if self._stopping:
+            if self._stopping and self._plan is None:  # others count on a step that was agreed on
                 return None
             commands, plan = list(self._commands), self._plan
             self._commands.clear()

@@ -56,7 +56,8 @@ from qwen3vl_disagg.disagg.store import join_store
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent, Preempted, RowsUsed
 from qwen3vl_disagg.engine.engine_thread import EngineThread
 
-LEAVE_S = 2.0
+LEFT_S, LEAVE_S = 1.0, 2.0
+"""How long to wait for what is lent, and then for the others: they may all have waited for the first."""
 ENGINE_STOP_S = 5.0
 LOST_S = 1.0
 
@@ -156,7 +157,7 @@ class LanguageRank:
         self._is_leaving = True
         for request_id in list(self._requests):
             self._forget(request_id)
-        left = await self._links.left_over(LEAVE_S)
+        left = await self._links.left_over(LEFT_S)
         if left:
             print(f"language rank {self._hello.rank}: left over: {left}", flush=True)
         # Steps that others still take need this rank.

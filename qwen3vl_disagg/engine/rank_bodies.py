@@ -26,14 +26,13 @@ from qwen3vl_disagg.processing import Processor
 def run_language_rank(context: RankContext) -> int:
     """The body of a language rank's process; returns its exit status."""
     setup = RankSetup.of(context)
-    group = asyncio.run(meet(setup)) if shares_experts(setup) else None
+    group = asyncio.run(meet(setup, engine_options(setup).pace)) if shares_experts(setup) else None
     engine = load_engine(setup, group)
 
     async def serve() -> int:
         if group is None:
             return await (await start_language_rank(setup, engine)).run()
-        is_compiled = resolve_compile(context.model.compile, setup.device)
-        lockstep, server = await group.start_lockstep(setup, engine.options.pace, is_compiled=is_compiled)
+        lockstep, server = await group.start_lockstep(setup, engine.options.pace)
         try:
             return await (await start_language_rank(setup, engine, group=group, lockstep=lockstep)).run()
         finally:
@@ -73,6 +72,16 @@ def run_combined_rank(context: RankContext) -> int:
     return asyncio.run(serve())
 
 
+def engine_options(setup: RankSetup) -> EngineOptions:
+    context = setup.context
+    return EngineOptions(
+        overlap=context.overlap,
+        prefix_cache=context.prefix_cache,
+        chunk_tokens=context.chunk_tokens or default_chunk_tokens(setup.device),
+        compile=resolve_compile(context.model.compile, setup.device),
+    )
+
+
 def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
     """Load the decoder, or with a group this rank's part of it, and nothing else of the weights."""
     context = setup.context
@@ -85,13 +94,8 @@ def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
         shards=None if group is None else group.shards,
     )
     processor = Processor.from_folder(setup.folder, setup.config)
-    options = EngineOptions(
-        overlap=context.overlap,
-        prefix_cache=context.prefix_cache,
-        chunk_tokens=context.chunk_tokens or default_chunk_tokens(setup.device),
-        compile=resolve_compile(context.model.compile, setup.device),
-    )
-    return Engine(model, eos_ids=processor.generation.eos_token_ids, options=options, language_rank=context.rank)
+    eos_ids = processor.generation.eos_token_ids
+    return Engine(model, eos_ids=eos_ids, options=engine_options(setup), language_rank=context.rank)
 
 
 async def start_language_rank(

@@ -1,6 +1,6 @@
 """Mixture of experts: router, experts, and the ways to run them.
 
-An expert id that is not in 0 .. E-1 is nobody's here: its choice adds nothing to the sum. That is how experts on other
+An expert id of E or more is nobody's here: its choice adds nothing to the sum. That is how experts on other
 ranks look; how tokens get there is the dispatcher's business.
 
 Dims: T tokens, D hidden, E experts, K experts per token, F expert width, R = T * K routed rows.
@@ -87,6 +87,9 @@ def run_experts_kernel(
 EXPERT_IMPLS = {"loop": run_experts_loop, "grouped": run_experts_grouped, "kernel": run_experts_kernel}
 
 
+DispatchKind = Literal["gather", "all_to_all"]
+
+
 @dataclass(frozen=True)
 class DispatchPlan:
     """What ranks that share experts have agreed on for one step.
@@ -95,7 +98,7 @@ class DispatchPlan:
     """
 
     num_rows: int
-    kind: Literal["gather", "all_to_all"] = "gather"
+    kind: DispatchKind = "gather"
 
 
 class Dispatcher:

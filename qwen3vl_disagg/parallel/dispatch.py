@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qwen3vl_disagg.model.moe import Dispatcher, DispatchPlan
+from qwen3vl_disagg.model.moe import Dispatcher, DispatchKind, DispatchPlan
 from qwen3vl_disagg.parallel.collectives import Collectives
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -46,9 +46,7 @@ SAVING = 50_000
 from docs/parallel.md, over Gloo."""
 
 
-def choose_kind(
-    rows: Sequence[int], num_rows: int, *, num_choices: int, row_bytes: int
-) -> Literal["gather", "all_to_all"]:
+def choose_kind(rows: Sequence[int], num_rows: int, *, num_choices: int, row_bytes: int) -> DispatchKind:
     """How rows should travel in a step in which rank r brings `rows[r]`, and a gather pads each to `num_rows`.
 
     Example: 512 rows on one of 2 ranks. A gather moves 2 x 512 of them, an all-to-all at most 512.

@@ -70,14 +70,12 @@ def test_how_rows_travel_is_decided_from_what_each_rank_brings():
 
 def test_who_does_not_fit_is_refused_by_name():
     lockstep = make(2)
-    lockstep.join(0, LIMITS.facts)
+    lockstep.join(0)
     with pytest.raises(HandshakeError, match="rank: expected 'one of \\[1\\]', got 0"):
-        lockstep.join(0, LIMITS.facts)
+        lockstep.join(0)
     with pytest.raises(HandshakeError, match="rank"):
-        lockstep.join(2, LIMITS.facts)
-    with pytest.raises(HandshakeError, match="chunk_tokens: expected '64', got '32'"):
-        lockstep.join(1, PaceLimits(32, 4096).facts)
-    lockstep.join(1, LIMITS.facts)
+        lockstep.join(2)
+    lockstep.join(1)
     assert [lockstep.leave(0), lockstep.leave(0), lockstep.leave(1)] == [False, False, True]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.disagg.lockstep import Lockstep, Outlook, PaceLimits, PeerHello, StepPlan
-from qwen3vl_disagg.disagg.lockstep_link import LockstepClient, LockstepServer, PeerLost
+from qwen3vl_disagg.disagg.lockstep_link import LockstepClient, LockstepServer, PeerLost, knock
 from tests.support.fake_ranks import in_loop
 
 LIMITS = PaceLimits(64, 4096)
@@ -25,9 +25,9 @@ class Group:
         self.running: list[asyncio.Task] = []
         self.plans: list[list[StepPlan]] = []
 
-    async def join(self, rank: int, *, token: str = "t", limits: PaceLimits = LIMITS) -> LockstepClient:
-        hello = PeerHello(token=token, rank=rank, facts=limits.facts)
-        client = await LockstepClient.join(self.address, hello, deadline_s=5.0)
+    async def join(self, rank: int, *, token: str = "t") -> LockstepClient:
+        line = knock(self.address, PeerHello(token=token, rank=rank))
+        client = await LockstepClient.join(line, deadline_s=5.0)
         plans: list[StepPlan] = []
         client.on_plan = plans.append
         self.plans.append(plans)
@@ -74,8 +74,6 @@ async def test_who_does_not_fit_is_told_why_and_nobody_else_is_touched():
         await ranks.join(0)
         with pytest.raises(HandshakeError, match="token"):
             await ranks.join(1, token="wrong")
-        with pytest.raises(HandshakeError, match="max_prefill_tokens: expected '4096', got '1'"):
-            await ranks.join(1, limits=PaceLimits(64, 1))
         with pytest.raises(HandshakeError, match="rank"):
             await ranks.join(0)
         _, stray = await asyncio.open_connection(*ranks.address)
@@ -96,6 +94,31 @@ async def test_the_end_of_one_is_the_end_of_all():
         done, _ = await asyncio.wait(ranks.running, timeout=5.0)
         assert len(done) == 3
         assert all(isinstance(task.exception(), PeerLost) for task in done)
+
+
+@in_loop
+async def test_a_rank_that_died_while_it_loaded_is_noticed_by_all():
+    async with group(3) as ranks:
+        knock(ranks.address, PeerHello(token="t", rank=1)).close()  # it said hello, and no more
+
+        async def join_and_run(rank: int) -> None:
+            await ranks.join(rank)
+            await asyncio.gather(*ranks.running)
+
+        ends = await asyncio.gather(join_and_run(0), join_and_run(2), return_exceptions=True)
+        assert [type(end) for end in ends] == [PeerLost] * 2
+
+
+@in_loop
+async def test_a_first_rank_that_is_gone_is_noticed_at_once():
+    sock = socket.create_server(("127.0.0.1", 0))
+    address = sock.getsockname()[:2]
+    line = knock(address, PeerHello(token="t", rank=1))  # the kernel took it in: the first rank still loads
+    sock.close()
+    with pytest.raises(PeerLost):
+        await LockstepClient.join(line, deadline_s=5.0)
+    with pytest.raises(PeerLost, match="no connection to the first"):
+        knock(address, PeerHello(token="t", rank=1))
 
 
 @in_loop

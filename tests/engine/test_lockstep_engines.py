@@ -147,6 +147,46 @@ def test_a_model_that_fails_ends_the_rank_where_others_wait_for_it():
         engine.step(StepPlan(step=1, num_rows=16, prefill=16))
 
 
+def test_taking_part_that_fails_ends_the_rank_too():
+    """Also after rows that do not fit were the only ones to run."""
+    engine = make_engine(MODEL)
+    ids, items, rows = REQUESTS["r1"]
+    engine.add("r1", ids, items, GREEDY)
+    engine.admit()
+    narrow = replace(rows[0], main=tuple((start, piece[:, :5]) for start, piece in rows[0].main))
+    engine.provide_rows("r1", 0, narrow, ItemTimings())
+
+    def fail(plan: object) -> None:
+        raise RuntimeError("out of memory")
+
+    engine.runner.take_part = fail
+    for step in (1, 2):
+        with pytest.raises(StepFailed):
+            engine.step(StepPlan(step=step, num_rows=16, prefill=16))
+
+
+def test_a_step_that_was_agreed_on_is_taken_also_by_a_rank_that_stops():
+    steps: list[StepPlan] = []
+
+    class FakeEngine:
+        def outlook(self, step):
+            return Outlook(step=step)
+
+        def step(self, plan):
+            steps.append(plan)
+            return []
+
+        def admit(self):
+            return []
+
+    thread = EngineThread(FakeEngine(), lambda events: None, lambda error: None, report=lambda outlook: None)
+    thread.take_plan(StepPlan(step=1, num_rows=8))
+    thread._stopping = True
+    thread.start()
+    assert thread.stop(5.0)
+    assert steps == [StepPlan(step=1, num_rows=8)]
+
+
 def test_the_thread_says_what_it_could_do_and_steps_when_it_is_told():
     class FakeEngine:
         prefill, decode, steps = 0, 0, []

@@ -209,6 +209,6 @@ def stream_text(server: Server, content: Any) -> str:
 
 @pytest.mark.acceptance
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("world", "encode_ranks"), [(8, 2), (2, 1), (4, 1), (4, 3), (8, 4), (1, 1)])
+@pytest.mark.parametrize(("world", "encode_ranks"), [(1, 1), (2, 1), (3, 1), (4, 1), (4, 3), (8, 2), (8, 3), (8, 4)])
 def test_every_split_answers_as_one_process(world, encode_ranks, asked, expected):
     check_split(world, encode_ranks, asked, expected)
