@@ -1,4 +1,4 @@
-"""`qwen3vl-disagg`: one-off generation. `python -m qwen3vl_disagg` is the same."""
+"""`qwen3vl-disagg`: one-off generation, sizing, simulation. `python -m qwen3vl_disagg` is the same."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import tyro
 
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError, NotBuiltYet
 from qwen3vl_disagg.core.settings import EncodeOptions, ModelOptions
-
-_LATER = ("plan",)
+from qwen3vl_disagg.parallel.plan_command import PlanOptions, plan_options, run_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,10 +188,9 @@ def _report(error: DisaggError, prefix: str = "") -> int:
 
 def main() -> NoReturn:
     """Entry point of the command."""
-    if len(sys.argv) > 1 and sys.argv[1] in _LATER:
-        sys.exit(_report(NotBuiltYet(f"qwen3vl-disagg {sys.argv[1]}")))
     commands: dict[str, Any] = {
         "generate": _generate_options,
+        "plan": plan_options,
         "simulate": _simulate_options,
         "faults": _faults,
         "version": _version,
@@ -202,6 +200,8 @@ def main() -> NoReturn:
         match options:
             case GenerateOptions():
                 sys.exit(generate(options))
+            case PlanOptions():
+                sys.exit(run_plan(options))
             case SimulateOptions():
                 sys.exit(run_simulation(options))
         sys.exit(0)

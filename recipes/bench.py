@@ -6,8 +6,11 @@
     python recipes/bench.py gaps [--rounds 2] [--picture DIR]
     python recipes/bench.py repeat [--rounds 7]
     python recipes/bench.py start [--ranks 8] [--rounds 2]
+    python recipes/bench.py parallel [--model DIR] [--ranks 1 2 3 6]
+    python recipes/bench.py splits [--model DIR] [--splits 1+1 1+3 2+4] [--out FILE.json]
 
-docs/transfer_bench.md (the first two) and docs/engine_bench.md have figures and say how to read them.
+docs/transfer_bench.md (the first two), docs/engine_bench.md, docs/parallel.md (parallel) and docs/sizing.md (splits)
+have figures and say how to read them.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.bench_engine import engine
 from tools.bench_gaps import gaps_under_load
 from tools.bench_overlap import overlap
+from tools.bench_parallel import parallel
 from tools.bench_repeat import repeat
+from tools.bench_split import splits
 from tools.bench_start import start
 from tools.bench_transfer import transfer
 
@@ -35,6 +40,8 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "gaps": gaps_under_load,
     "repeat": repeat,
     "start": start,
+    "parallel": parallel,
+    "splits": splits,
 }
 
 

@@ -161,7 +161,7 @@ def test_the_samplers_options(monkeypatch, capsys, scenes):
         (["generate", "--messages", "/no/such.json"], "No such file"),
         (["simulate", "--schedules", "0"], "schedules"),
         (["simulate", "--mutant", "none-such"], "mutant"),
-        (["plan"], "not built yet"),
+        (["plan", "--gpus", "1"], "1 ranks: must be 2"),
         (["dance"], "dance"),
         ([], ""),
     ],

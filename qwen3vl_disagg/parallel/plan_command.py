@@ -1,0 +1,231 @@
+"""`qwen3vl-disagg plan`: options in, a report out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import tyro
+
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.settings import resolve_model_folder
+from qwen3vl_disagg.model.config import ModelConfig
+from qwen3vl_disagg.model.presets import PRESETS
+from qwen3vl_disagg.parallel.sizing import ITEMSIZE, MAX_RANKS, Split, Workload, best, plan
+from qwen3vl_disagg.parallel.sizing_fit import FITTED, STAGES, Compared, compare, fit, read_measurements
+from qwen3vl_disagg.parallel.sizing_hardware import Cost, Hardware, load_hardware
+from qwen3vl_disagg.parallel.sizing_report import Report
+from qwen3vl_disagg.parallel.sizing_times import Dispatch
+from qwen3vl_disagg.parallel.sizing_work import SizedModel
+
+MAX_SIDE = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """From a model, a machine and a workload to encode : language splits: memory, times, limits, and the formulas.
+
+    docs/sizing.md says what is computed and what is left out.
+    """
+
+    model: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Checkpoint folder, of which only the settings are read. Without it, the small one inside the package."""
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """A published size in place of a checkpoint: 30b-a3b, 235b-a22b, 2b, 4b, 8b, 32b."""
+    hardware: Annotated[str | None, tyro.conf.arg(metavar="NAME_OR_FILE.json")] = None
+    """h200, h100, cpu, or a file with the fields of `Hardware`. Default: h200, with --fit the machine measured."""
+    gpus: Annotated[int, tyro.conf.arg(aliases=["--ranks"])] = 8
+    """Ranks, on a GPU each; on a CPU they share the cores."""
+    replicas: int = 1
+    """Independent systems that these are divided into, and the requests with them."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: the checkpoint's own."""
+    quantize: Literal["none", "int8"] = "none"
+    """Weights of the decoder."""
+    dispatch: Dispatch = "gather"
+    """How tokens get to their experts: all to all ranks, or only where they have to."""
+    images: int = 1
+    """Images in a request."""
+    image_size: Annotated[str, tyro.conf.arg(metavar="WxH")] = "1024x1024"
+    """Pixels of an image, before the checkpoint's own resizing."""
+    visual_tokens: int | None = None
+    """Of an image, in place of its size."""
+    text_tokens: int = 64
+    """Of a prompt, beside the visual ones."""
+    output_tokens: int = 256
+    concurrency: int | None = None
+    """Requests that run at once. Default: 32, unless --requests-s is given."""
+    requests_s: float | None = None
+    """Requests that arrive in a second, in place of --concurrency."""
+    split: Annotated[str | None, tyro.conf.arg(metavar="E+L")] = None
+    """Show the formulas of this split, in place of the best one."""
+    fit: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """Measurements of `recipes/bench.py splits --out FILE.json`: take model and machine from them."""
+    fit_on: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="E+L")] = ()
+    """Fit on these splits of the file alone, and compare the others with what is predicted; repeat for several."""
+    json: bool = False
+    """Print one JSON object in place of text."""
+
+
+def plan_options(options: PlanOptions) -> PlanOptions:
+    """Size a deployment: memory, times and limits of each encode : language split, with the formulas."""
+    return options
+
+
+def run_plan(options: PlanOptions) -> int:
+    """Run the command. InputError for what cannot be."""
+    report = make_report(options)
+    print(msgspec.json.encode(report.to_builtins()).decode() if options.json else report.to_text())
+    return 0
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is planned, and on what."""
+
+    name: str
+    config: ModelConfig
+    dtype: str
+    is_int8: bool
+    hardware: Hardware
+    compared: list[Compared]
+    costs: dict[Cost, float]
+
+
+def make_report(options: PlanOptions) -> Report:
+    """Everything that the options ask for. InputError naming what is wrong."""
+    if not 1 <= options.replicas <= MAX_RANKS or options.gpus % options.replicas:
+        message = f"--replicas {options.replicas}: must divide the {options.gpus} ranks"
+        raise InputError(message, param="replicas")
+    if options.fit_on and options.fit is None:
+        raise InputError("--fit-on goes with --fit", param="fit-on")
+    subject = _fitted(options) if options.fit is not None else _given(options)
+    load = _workload(options, subject.config)
+    mine = _shared(load, options.replicas)
+    splits = _plan(subject, mine, options.gpus // options.replicas, options.dispatch)
+    shown = best(splits, mine)
+    if options.split is not None:
+        named = {split.name: split for split in splits}
+        if options.split not in named:
+            message = (
+                f"--split {options.split}: must be E+L, encode and language ranks that add up to {len(splits) + 1}"
+            )
+            raise InputError(message, param="split")
+        shown = named[options.split]
+    return Report(
+        model=subject.name,
+        sized=SizedModel(subject.config, ITEMSIZE[subject.dtype], subject.is_int8, subject.hardware.is_cuda),
+        dtype=subject.dtype,
+        hardware=subject.hardware,
+        workload=mine,
+        splits=splits,
+        shown=shown,
+        replicas=options.replicas,
+        per_host=_per_host(subject, load, options),
+        compared=subject.compared,
+        costs=subject.costs,
+    )
+
+
+def _plan(subject: _Subject, load: Workload, num_ranks: int, dispatch: Dispatch) -> list[Split]:
+    model = {"dtype": subject.dtype, "is_int8": subject.is_int8}
+    return plan(subject.config, subject.hardware, load, num_ranks, dispatch=dispatch, **model)  # type: ignore[arg-type]
+
+
+def _per_host(subject: _Subject, load: Workload, options: PlanOptions) -> Split | None:
+    """The best split of one system on each host, where the plan is for systems larger than that."""
+    size = subject.hardware.units_per_host
+    if size is None or size < 2 or options.gpus % size or options.gpus // options.replicas <= size:
+        return None
+    mine = _shared(load, options.gpus // size)
+    return best(_plan(subject, mine, size, options.dispatch), mine)
+
+
+def _shared(load: Workload, replicas: int) -> Workload:
+    """One system's part of the requests."""
+    rate = None if load.requests_s is None else load.requests_s / replicas
+    return replace(load, concurrency=-(-load.concurrency // replicas), requests_s=rate)
+
+
+def _given(options: PlanOptions) -> _Subject:
+    """Model and machine by name."""
+    if options.preset is not None and options.model is not None:
+        raise InputError("--preset and --model: one of both", param="preset")
+    if options.preset is not None:
+        if options.preset not in PRESETS:
+            raise InputError(f"--preset {options.preset}: must be one of {', '.join(PRESETS)}", param="preset")
+        name, config = options.preset, PRESETS[options.preset]
+    else:
+        from qwen3vl_disagg.checkpoint import read_config  # here, not for --help of all commands
+
+        folder = resolve_model_folder(options.model)
+        name, config = folder.name, read_config(folder)
+    dtype = config.dtype if options.dtype == "auto" else options.dtype
+    hardware = load_hardware(options.hardware or "h200")
+    return _Subject(name, config, dtype, options.quantize == "int8", hardware, [], {})
+
+
+def _fitted(options: PlanOptions) -> _Subject:
+    """Model and machine from measurements."""
+    for name in ("model", "preset"):
+        if getattr(options, name) is not None:
+            raise InputError(f"--{name}: the model is that of --fit {options.fit}", param=name)
+    if options.dtype != "auto" or options.quantize != "none":
+        raise InputError(f"--dtype and --quantize are those of --fit {options.fit}", param="fit")
+    measured, config = read_measurements(options.fit or Path())
+    names = options.fit_on or tuple(split.name for split in measured.splits)
+    base = None if options.hardware is None else load_hardware(options.hardware)
+    if base is not None and base.is_cuda != measured.is_cuda:
+        raise InputError(
+            f"--hardware {options.hardware} is not the kind of machine that was measured", param="hardware"
+        )
+    hardware = fit(measured, config, names, base)
+    others = [split.name for split in measured.splits if split.name not in names]
+    compared = compare(measured, config, hardware, others)
+    costs, fitted = hardware.costs(measured.dtype), {*FITTED, *(cost for costs in STAGES.values() for cost in costs)}
+    return _Subject(
+        measured.model,
+        config,
+        measured.dtype,
+        measured.is_int8,
+        hardware,
+        compared,
+        {cost: seconds for cost, seconds in costs.items() if cost in fitted},
+    )
+
+
+def _workload(options: PlanOptions, config: ModelConfig) -> Workload:
+    if options.concurrency is not None and options.requests_s is not None:
+        raise InputError("--concurrency and --requests-s: one of both", param="concurrency")
+    visual_tokens = options.visual_tokens
+    if visual_tokens is None:
+        visual_tokens = _tokens_of(options, config)
+    return Workload(
+        images=options.images,
+        visual_tokens=visual_tokens,
+        text_tokens=options.text_tokens,
+        output_tokens=options.output_tokens,
+        concurrency=32 if options.concurrency is None else options.concurrency,
+        requests_s=options.requests_s,
+    )
+
+
+def _tokens_of(options: PlanOptions, config: ModelConfig) -> int:
+    """Visual tokens of an image of the size given, resized as the checkpoint says; a preset has no bounds."""
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", options.image_size)
+    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        raise InputError(f"--image-size {options.image_size}: must be WxH in pixels, as 1024x768", param="image-size")
+    from qwen3vl_disagg.processing.images import ImageProcessor, smart_resize
+
+    vision = config.vision
+    if options.preset is None and options.fit is None:
+        processor = ImageProcessor.from_folder(resolve_model_folder(options.model), vision)
+        frames, rows, columns = processor.grid(width, height)
+        return frames * rows * columns // vision.merge_unit
+    factor = vision.patch_size * vision.spatial_merge_size
+    height, width = smart_resize(height, width, factor, factor * factor, MAX_SIDE * MAX_SIDE)
+    return (height // factor) * (width // factor)

@@ -1,0 +1,276 @@
+"""What a machine gives: the figures that turn bytes, operations and messages into seconds, each with its source.
+
+Of a GPU only memory bandwidth and matmul rate of an H200 were measured by this project; overheads of a step are
+assumptions, marked as such in `source`.
+
+* H200: 4.3 TB/s (a copy) and 790 TFLOP/s dense bfloat16 measured by this project on one H200. 141 GB, 8 in a host,
+  NVLink 900 GB/s both ways, 400 Gb/s adapters (one for each GPU is counted): MLCommons inference v4.1, system
+  description H200-SXM-141GBx8_TRT.
+* H100 (SXM): 80 GB, 3.35 TB/s, 1,979 TFLOP/s bfloat16 with sparsity, half of that dense, NVLink 900 GB/s; both GPUs
+  67 TFLOP/s float32: NVIDIA's data sheets.
+* NCCL: 6.6 us for a collective, 0.6 us for a hop over NVLink, 2.7 us over a network: the constants of NCCL's own cost
+  model for rings and its protocol LL (`src/graph/tuning.cc`).
+* 72 % of the memory's bandwidth in decode: gpt-fast's README, Llama-2-7B on an A100. Half of the FLOP/s: assumed.
+* Rows from encode to language ranks at 2.8 GB/s: docs/transfer_bench.md, link+handshake at 16 MB, on 2 CPU cores. Rows
+  travel over Gloo on GPUs too.
+* CPU: 37 GB/s, 187 GFLOP/s float32 and 918 GFLOP/s bfloat16 on 2 cores, measured by this project on an AMD EPYC with
+  AVX-512 BF16; 0.6 of the bandwidth in decode and half of the FLOP/s: `mid` beside its ceilings, docs/engine_bench.md;
+  50 us of decoding for a visual token: the least of 7 runs on a JPEG of 1024 x 1024 on one of these cores;
+  0.6 ms for an exchange over Gloo, 0.2 ms for a hop, 1.3 GB/s: a fit to the small checkpoint served as 1+1, 1+2, 1+3,
+  2+4 and 2+6 on those cores, docs/sizing.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import msgspec
+
+from qwen3vl_disagg.core.errors import InputError
+
+Cost = Literal[
+    "byte",
+    "flop",
+    "tower",
+    "tower_flop",
+    "step",
+    "layer",
+    "request",
+    "exchange",
+    "hop",
+    "host_hop",
+    "wire_byte",
+    "link",
+    "link_byte",
+    "preprocess_row",
+    "item",
+    "http",
+]
+COSTS: tuple[Cost, ...] = get_args(Cost)
+"""What seconds are made of: so many of each, each at so many seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Figures of one unit (a GPU or a core) unless said otherwise; bytes, FLOPs and seconds.
+
+    The shares are the parts of bandwidth and FLOP/s that real steps reach.
+    """
+
+    name: str
+    source: str
+    """Where the figures come from, and which of them nobody has measured."""
+    is_cuda: bool
+    memory_bytes: float
+    bytes_s: float
+    """Memory bandwidth."""
+    float32_flop_s: float
+    bfloat16_flop_s: float
+    """Dense."""
+    num_units: int | None = None
+    """Units that all ranks share; None: each rank has one of its own."""
+    units_per_host: int | None = None
+    """None: all are on one host."""
+    bytes_share: float = 1.0
+    flop_share: float = 1.0
+    tower_flop_share: float = 1.0
+    step_s: float = 0.0
+    """Of each step of a rank, whatever is in it."""
+    layer_s: float = 0.0
+    """Of each layer in it."""
+    request_s: float = 0.0
+    """Of each request in it: scheduling, sampling, sending the token."""
+    exchange_s: float = 0.0
+    """Of one collective between language ranks."""
+    hop_s: float = 0.0
+    """Of each further rank in it, on the same host; `host_hop_s`: on the next one."""
+    host_hop_s: float = 0.0
+    wire_bytes_s: float = math.inf
+    """Of a rank in a collective."""
+    host_wire_bytes_s: float = math.inf
+    """Of a host's adapters together, between hosts."""
+    link_s: float = 0.0
+    """Of one image's way from encode to language rank; `link_bytes_s`: of its rows."""
+    link_bytes_s: float = math.inf
+    preprocess_row_s: float = 0.0
+    """Decoding, resizing and cutting up, for each visual token."""
+    tower_s: float = 0.0
+    """Of each image in the vision tower, beside its operations."""
+    item_s: float = 0.0
+    """Of each image beside its stages; `http_s`: of each request."""
+    http_s: float = 0.0
+    reserved_bytes: float = 0.0
+    """What a rank's process takes before any model."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and (math.isnan(value) or value < 0):
+                raise InputError(f"{field.name} is {value}: must not be negative", param="hardware")
+        for name in ("memory_bytes", "bytes_s", "float32_flop_s", "bfloat16_flop_s", "bytes_share", "flop_share"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is 0", param="hardware")
+        if 0 in (self.tower_flop_share, self.wire_bytes_s, self.host_wire_bytes_s, self.link_bytes_s):
+            raise InputError("a rate is 0", param="hardware")
+        if 0 in (self.num_units, self.units_per_host):
+            raise InputError("num_units and units_per_host must be at least 1", param="hardware")
+
+    def costs(self, dtype: str, num_hosts: int = 1) -> dict[Cost, float]:
+        """Seconds for one of each. Over several hosts a collective's bytes go no faster than a host's adapters."""
+        flop_s = self.float32_flop_s if dtype == "float32" else self.bfloat16_flop_s
+        wire = min(self.wire_bytes_s, self.host_wire_bytes_s) if num_hosts > 1 else self.wire_bytes_s
+        return {
+            "byte": 1 / (self.bytes_s * self.bytes_share),
+            "flop": 1 / (flop_s * self.flop_share),
+            "tower": self.tower_s,
+            "tower_flop": 1 / (flop_s * self.tower_flop_share),
+            "step": self.step_s,
+            "layer": self.layer_s,
+            "request": self.request_s,
+            "exchange": self.exchange_s,
+            "hop": self.hop_s,
+            "host_hop": self.host_hop_s,
+            "wire_byte": 1 / wire,
+            "link": self.link_s,
+            "link_byte": 1 / self.link_bytes_s,
+            "preprocess_row": self.preprocess_row_s,
+            "item": self.item_s,
+            "http": self.http_s,
+        }
+
+    def with_costs(self, costs: dict[Cost, float], dtype: str, **changes: object) -> Hardware:
+        """The same machine with fitted costs; what is not among them stays. A cost of 0 is an infinite rate."""
+
+        def rate(name: Cost) -> float:
+            return 1 / costs[name] if costs[name] else math.inf
+
+        rates: tuple[Cost, ...] = ("byte", "wire_byte", "link_byte")
+        seconds = [name for name in costs if name not in (*rates, "flop", "tower_flop")]
+        figures: dict[str, float] = {f"{name}_s": costs[name] for name in seconds}
+        figures |= {f"{name}s_s": rate(name) for name in rates if name in costs}
+        flop_s = self.float32_flop_s if dtype == "float32" else self.bfloat16_flop_s
+        if "byte" in costs:
+            figures["bytes_share"] = 1.0
+        if "flop" in costs:
+            figures["flop_share"] = rate("flop") / flop_s
+        if "tower_flop" in costs:
+            figures["tower_flop_share"] = rate("tower_flop") / flop_s
+        return replace(self, **{**figures, **changes})  # type: ignore[arg-type]
+
+
+_GPU_ASSUMED = "nobody has measured overheads of steps, flop_share and collectives on GPUs"
+_H200 = Hardware(
+    name="h200",
+    source=f"bandwidth and FLOP/s measured on one H200; sizes and links from descriptions; {_GPU_ASSUMED}",
+    is_cuda=True,
+    memory_bytes=141e9,
+    bytes_s=4.3e12,
+    float32_flop_s=67e12,
+    bfloat16_flop_s=790e12,
+    units_per_host=8,
+    bytes_share=0.72,
+    flop_share=0.5,
+    tower_flop_share=0.5,
+    step_s=1e-3,
+    layer_s=2e-5,
+    request_s=2e-5,
+    exchange_s=6.6e-6,
+    hop_s=0.6e-6,
+    host_hop_s=2.7e-6,
+    wire_bytes_s=450e9,
+    host_wire_bytes_s=8 * 50e9,
+    link_s=1e-3,
+    link_bytes_s=2.8e9,
+    preprocess_row_s=5e-5,
+    item_s=2e-3,
+    http_s=5e-3,
+    reserved_bytes=2 * 2**30,
+)
+BUILT_IN: dict[str, Hardware] = {
+    "h200": _H200,
+    "h100": replace(
+        _H200,
+        name="h100",
+        source=f"data sheet, none of it measured; {_GPU_ASSUMED}",
+        memory_bytes=80e9,
+        bytes_s=3.35e12,
+        bfloat16_flop_s=1979e12 / 2,
+    ),
+    "cpu": Hardware(
+        name="cpu",
+        source="2 cores of an AMD EPYC with AVX-512 BF16, measured; overheads of steps are rounded, --fit finds yours",
+        is_cuda=False,
+        memory_bytes=12e9,
+        bytes_s=37e9 / 2,
+        float32_flop_s=187e9 / 2,
+        bfloat16_flop_s=918e9 / 2,
+        num_units=2,
+        bytes_share=0.6,
+        flop_share=0.5,
+        tower_flop_share=0.5,
+        step_s=1e-3,
+        layer_s=1e-4,
+        request_s=2e-4,
+        exchange_s=6e-4,
+        hop_s=2e-4,
+        wire_bytes_s=1.3e9,
+        link_s=1e-3,
+        link_bytes_s=2.8e9,
+        preprocess_row_s=5e-5,
+        item_s=2e-3,
+        http_s=5e-3,
+        reserved_bytes=2.7e8,
+    ),
+}
+
+
+def load_hardware(name: str) -> Hardware:
+    """A built-in machine, or a JSON file with the fields of `Hardware`. InputError naming what is wrong where."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if not name.endswith(".json"):
+        raise InputError(f"--hardware {name}: one of {', '.join(BUILT_IN)}, or a .json file", param="hardware")
+    try:
+        raw = msgspec.json.decode(Path(name).read_bytes())
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}", param="hardware") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{name}: not JSON: {error}", param="hardware") from error
+    known = {field.name for field in fields(Hardware)}
+    if isinstance(raw, dict) and (unknown := sorted(set(raw) - known)):
+        raise InputError(
+            f"{name}: no fields {', '.join(unknown)}; there are {', '.join(sorted(known))}", param="hardware"
+        )
+    try:
+        return msgspec.convert(raw, Hardware)
+    except (msgspec.ValidationError, InputError) as error:
+        raise InputError(f"{name}: {error}", param="hardware") from error
+
+
+@dataclass(frozen=True)
+class Units:
+    """How ranks share the units of a machine."""
+
+    num_units: int
+    num_ranks: int
+
+    @classmethod
+    def of(cls, hardware: Hardware, num_ranks: int) -> Units:
+        return cls(hardware.num_units or num_ranks, num_ranks)
+
+    @property
+    def are_shared(self) -> bool:
+        return self.num_ranks > self.num_units
+
+    def spread(self, work: Sequence[float]) -> float:
+        """What the slowest has to do when each entry is one rank's part of something that all begin together: its own
+        part, or an even share of everything where there are fewer units than ranks."""
+        return max(max(work), sum(work) / self.num_units)
+
+    def compute(self, work: Sequence[float]) -> float:
+        """The same for work that a rank does on all the units it has for itself."""
+        return self.spread(work) / max(1, self.num_units // self.num_ranks)
