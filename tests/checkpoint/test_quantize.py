@@ -195,7 +195,7 @@ def test_answers_stay(scenes, dtype):
     assert sum(a == b for a, b in zip(said["none"], said["int8"], strict=True)) >= 0.98 * len(scenes)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_compiled(scenes, dtype):
     """As many graphs as for plain weights, none broken, none made later, and the same answers."""
     torch._dynamo.reset()

@@ -15,6 +15,7 @@ ROW = (HIDDEN + 2 * CHOICES + HIDDEN) * ITEM
 """There with weights and ids, and a sum back."""
 
 
+@pytest.mark.acceptance
 def test_bytes_are_those_that_have_to_cross_and_padding():
     command = [sys.executable, "recipes/bench.py", "parallel", "--ranks", "1", "2", "--rounds", "1", "--scenes", "1"]
     done = subprocess.run([*command, "--json"], cwd=REPO, capture_output=True, text=True, timeout=120)
