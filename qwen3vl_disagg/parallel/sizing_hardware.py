@@ -13,11 +13,11 @@ assumptions, marked as such in `source`.
 * 72 % of the memory's bandwidth in decode: gpt-fast's README, Llama-2-7B on an A100. Half of the FLOP/s: assumed.
 * Rows from encode to language ranks at 2.8 GB/s: docs/transfer_bench.md, link+handshake at 16 MB, on 2 CPU cores. Rows
   travel over Gloo on GPUs too.
-* CPU: 37 GB/s, 187 GFLOP/s float32 and 918 GFLOP/s bfloat16 on 2 cores, measured by this project on an AMD EPYC with
-  AVX-512 BF16; 0.6 of the bandwidth in decode and half of the FLOP/s: `mid` beside its ceilings, docs/engine_bench.md;
-  50 us of decoding for a visual token: the least of 7 runs on a JPEG of 1024 x 1024 on one of these cores;
-  0.6 ms for an exchange over Gloo, 0.2 ms for a hop, 1.3 GB/s: a fit to the small checkpoint served as 1+1, 1+2, 1+3,
-  2+4 and 2+6 on those cores, docs/sizing.md.
+* CPU: 29 GB/s read by one core and 37 by two, 187 GFLOP/s float32 and 918 GFLOP/s bfloat16 on two, measured by this
+  project on an AMD EPYC with AVX-512 BF16; 0.6 of the bandwidth in decode and half of the FLOP/s: `mid` beside its
+  ceilings, docs/engine_bench.md; 50 us of decoding for a visual token: the least of 7 runs on a JPEG of 1024 x 1024 on
+  one of these cores; 0.6 ms for an exchange over Gloo, 0.2 ms for a hop, 1.3 GB/s: a fit to the small checkpoint served
+  as 1+1, 1+2, 1+3, 2+4 and 2+6 on them, docs/sizing.md.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ class Hardware:
     """Dense."""
     num_units: int | None = None
     """Units that all ranks share; None: each rank has one of its own."""
+    memory_lanes: float | None = None
+    """What `num_units` read together, in units of what one reads alone; None: each has its own bandwidth."""
     units_per_host: int | None = None
     """None: all are on one host."""
     bytes_share: float = 1.0
@@ -116,8 +118,8 @@ class Hardware:
                 raise InputError(f"{name} is 0", param="hardware")
         if 0 in (self.tower_flop_share, self.wire_bytes_s, self.host_wire_bytes_s, self.link_bytes_s):
             raise InputError("a rate is 0", param="hardware")
-        if 0 in (self.num_units, self.units_per_host):
-            raise InputError("num_units and units_per_host must be at least 1", param="hardware")
+        if 0 in (self.num_units, self.units_per_host) or (self.memory_lanes or 1) < 1:
+            raise InputError("num_units, units_per_host and memory_lanes must be at least 1", param="hardware")
 
     def costs(self, dtype: str, num_hosts: int = 1) -> dict[Cost, float]:
         """Seconds for one of each. Over several hosts a collective's bytes go no faster than a host's adapters."""
@@ -205,10 +207,11 @@ BUILT_IN: dict[str, Hardware] = {
         source="2 cores of an AMD EPYC with AVX-512 BF16, measured; overheads of steps are rounded, --fit finds yours",
         is_cuda=False,
         memory_bytes=12e9,
-        bytes_s=37e9 / 2,
+        bytes_s=29e9,
         float32_flop_s=187e9 / 2,
         bfloat16_flop_s=918e9 / 2,
         num_units=2,
+        memory_lanes=37 / 29,
         bytes_share=0.6,
         flop_share=0.5,
         tower_flop_share=0.5,
@@ -253,18 +256,25 @@ def load_hardware(name: str) -> Hardware:
 
 @dataclass(frozen=True)
 class Units:
-    """How ranks share the units of a machine."""
+    """How ranks share the units of a machine. `memory_lanes`: how many of them the memory can serve at full speed."""
 
     num_units: int
     num_ranks: int
+    memory_lanes: float
 
     @classmethod
     def of(cls, hardware: Hardware, num_ranks: int) -> Units:
-        return cls(hardware.num_units or num_ranks, num_ranks)
+        num_units = hardware.num_units or num_ranks
+        return cls(num_units, num_ranks, min(hardware.memory_lanes or num_units, num_units))
 
     @property
     def are_shared(self) -> bool:
         return self.num_ranks > self.num_units
+
+    @property
+    def each(self) -> int:
+        """Units that a rank has for itself."""
+        return max(1, self.num_units // self.num_ranks)
 
     def spread(self, work: Sequence[float]) -> float:
         """What the slowest has to do when each entry is one rank's part of something that all begin together: its own
@@ -273,4 +283,8 @@ class Units:
 
     def compute(self, work: Sequence[float]) -> float:
         """The same for work that a rank does on all the units it has for itself."""
-        return self.spread(work) / max(1, self.num_units // self.num_ranks)
+        return self.spread(work) / self.each
+
+    def read(self, work: Sequence[float]) -> float:
+        """The same for bytes of memory."""
+        return max(max(work) / min(self.each, self.memory_lanes), sum(work) / self.memory_lanes)

@@ -101,8 +101,8 @@ def step_terms(place: Place, ranks: Sequence[Rank]) -> list[Term]:
     busy = [rank for rank in ranks if rank.tokens]
     tokens = sum(rank.tokens for rank in busy)
     alone = units.spread([1.0] * len(busy))
-    weights = units.compute([model.step_weight_bytes(rank.tokens) for rank in busy])
-    kv = units.compute([rank.kv_tokens * model.kv_token_bytes() for rank in busy])
+    weights = units.read([model.step_weight_bytes(rank.tokens) for rank in busy])
+    kv = units.read([rank.kv_tokens * model.kv_token_bytes() for rank in busy])
     flop = units.compute([model.step_flop(rank.tokens, rank.requests, rank.pairs) for rank in busy])
     requests = units.spread([float(rank.requests) for rank in busy])
     terms = [
@@ -122,7 +122,7 @@ def _expert_terms(place: Place, tokens: int, longest: int) -> list[Term]:
     if not model.moe_layers:
         return []
     experts = model.num_experts_of(place.num_language)
-    touched = units.compute([model.experts_bytes(model.touched_experts(count, tokens)) for count in experts])
+    touched = units.read([model.experts_bytes(model.touched_experts(count, tokens)) for count in experts])
     flop = units.compute([model.experts_flop(count, tokens) for count in experts])
     terms = [
         Term("experts", "layers x E_l (1 - (1 - K / E)^tokens) x 3 D F", touched, "byte"),

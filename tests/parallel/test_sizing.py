@@ -157,12 +157,17 @@ def test_operations_of_the_tower_are_those_counted():
 
 
 def test_ranks_share_units():
-    assert Units(8, 8).spread([1.0, 3.0]) == 3  # each its own
-    assert Units(2, 4).spread([1.0, 1.0, 1.0, 1.0]) == 2  # two cores, four ranks
-    assert Units(2, 4).spread([5.0, 1.0, 0.0, 0.0]) == 5  # one rank uses one core
-    assert Units(8, 2).compute([4.0]) == 1  # four cores for each rank
-    assert not Units(8, 8).are_shared
-    assert Units(2, 3).are_shared
+    gpus, cores, many = Units(8, 8, 8), Units(2, 4, 1.25), Units(8, 2, 3)
+    assert gpus.spread([1.0, 3.0]) == gpus.read([1.0, 3.0]) == 3  # each its own
+    assert cores.spread([1.0, 1.0, 1.0, 1.0]) == 2  # two cores, four ranks
+    assert cores.spread([5.0, 1.0, 0.0, 0.0]) == 5  # one rank uses one core
+    assert cores.read([1.0, 1.0]) == 1.6  # two cores read a quarter more than one
+    assert cores.read([5.0]) == 5
+    assert (many.compute([4.0]), many.read([3.0])) == (1, 1)  # four cores for each rank, and memory for three
+    assert many.read([3.0, 3.0]) == 2
+    assert (gpus.are_shared, cores.are_shared, Units(2, 3, 2).are_shared) == (False, True, True)
+    assert Units.of(CPU, 4) == Units(2, 4, 37 / 29)
+    assert Units.of(H200, 4) == Units(4, 4, 4)
 
 
 def test_a_decode_step_by_hand():
@@ -177,10 +182,11 @@ def test_a_decode_step_by_hand():
 
 
 def test_idle_ranks_take_part_in_exchanges_only():
-    place = Place(SizedModel(B30, 2, is_cuda=False), replace(CPU, num_units=2), num_encode=1, num_language=4)
+    machine = replace(CPU, num_units=2, memory_lanes=1.25)
+    place = Place(SizedModel(B30, 2, is_cuda=False), machine, num_encode=1, num_language=4)
     found = amounts(decode_terms(place, concurrency=1, context=100))
     assert (found["step"], found["exchange"]) == (1, 97 * 2)  # one rank on a core of its own; four ranks on two cores
-    experts = 4 * 48 * 32 / 16 * 3 * 2048 * 768 * 2 / 2
+    experts = 4 * 48 * 32 / 16 * 3 * 2048 * 768 * 2 / 1.25  # those of all ranks, as fast as both cores read
     dense = MODEL.replicated_bytes() - 2 * 151936 * 2048 + 2048 * 2
     assert found["byte"] == pytest.approx(dense + 100 * 2 * 98_304 + experts)
 
@@ -351,6 +357,7 @@ def test_the_limits_are_those_of_the_system():
         (lambda: replace(H200, step_s=-1.0), "step_s is -1.0"),
         (lambda: replace(H200, bytes_s=math.nan), "bytes_s is nan"),
         (lambda: replace(H200, num_units=0), "num_units"),
+        (lambda: replace(CPU, memory_lanes=0.5), "memory_lanes must be at least 1"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(make, message):
