@@ -16,8 +16,8 @@ assumptions, marked as such in `source`.
 * CPU: 29 GB/s read by one core and 37 by two, 187 GFLOP/s float32 and 918 GFLOP/s bfloat16 on two, measured by this
   project on an AMD EPYC with AVX-512 BF16; 0.6 of the bandwidth in decode and half of the FLOP/s: `mid` beside its
   ceilings, docs/engine_bench.md; 50 us of decoding for a visual token: the least of 7 runs on a JPEG of 1024 x 1024 on
-  one of these cores; 0.6 ms for an exchange over Gloo, 0.2 ms for a hop, 1.3 GB/s: a fit to the small checkpoint served
-  as 1+1, 1+2, 1+3, 2+4 and 2+6 on them, docs/sizing.md.
+  one of these cores; 0.6 ms for an exchange over Gloo, 0.2 ms for a hop, 1.3 GB/s: a fit (`bench.py splits`) to the
+  small checkpoint served as 1+1, 1+2, 1+3, 2+4 and 2+6 on them.
 """
 
 from __future__ import annotations
