@@ -264,6 +264,8 @@ def test_a_rate_finds_its_number_of_requests():
     assert not split.is_overloaded
     soonest = min(splits, key=lambda one: one.loaded_first_token_s + 100 * one.loaded_token_s)
     assert best(splits, load) is soonest
+    most = plan(B30, H200, replace(load, requests_s=None, concurrency=6 * 32), 8)[1]
+    assert split.requests_s == most.requests_s  # what it could take, not what arrives
     (split,) = [one for one in plan(B30, H200, replace(load, requests_s=1e4), 8) if one.encode == 2]
     assert split.is_overloaded
     assert split.running == 6 * 32
@@ -275,6 +277,9 @@ def test_what_does_not_fit_says_what_is_missing():
     tight, ample = splits[-1], splits[0]
     assert tight.missing_bytes == pytest.approx(sum(tight.language_memory.values()) - 141e9)
     assert ample.missing_bytes == 0
+    # Many encode ranks would take the most requests, but then the language ranks are too few to hold the experts.
+    splits = plan(B30, replace(H200, memory_bytes=30e9, preprocess_row_s=1e-2), Workload(), 8)
+    assert max(splits, key=lambda one: one.requests_s).missing_bytes > 0
     assert best(splits, Workload()).missing_bytes == 0
     # Cores share a machine's memory: what all ranks take together counts.
     shared = plan(B30, CPU, Workload(), 4)[0]
