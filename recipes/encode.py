@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import time
 from dataclasses import dataclass, fields
 from typing import Annotated
 
@@ -31,9 +30,7 @@ from qwen3vl_disagg.disagg.addresses import TOKEN_VARIABLE, given_token, own_add
 from qwen3vl_disagg.disagg.encode_rank import run_encode_rank
 from qwen3vl_disagg.disagg.rank_setup import run_threaded
 from qwen3vl_disagg.disagg.rendezvous import Layout, RankContext, World
-from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent
-
-EXIT_LAST_S = 5.0
+from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent, run_worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +91,7 @@ def run_slot(world: World) -> int:
 def main() -> int:
     """Run one slot; returns the exit status. The first one of a host speaks for all when the arguments are wrong."""
     world = World.from_env()
-    try:
-        status = run_slot(world)
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    if world.local_rank != 0 and status == EXIT_INPUT:
-        time.sleep(EXIT_LAST_S)  # torchrun ends the others when the first one leaves
-    return status
+    return run_worker(functools.partial(run_slot, world), is_first=world.local_rank == 0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import secrets
 import signal
 import socket
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,7 +36,7 @@ from qwen3vl_disagg.disagg.encode_rank import run_encode_rank
 from qwen3vl_disagg.disagg.hub_client import ask_to_end
 from qwen3vl_disagg.disagg.rank_setup import run_threaded
 from qwen3vl_disagg.disagg.rendezvous import Layout, Meeting, RankContext, World, find, meeting_path, publish
-from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent
+from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent, run_worker
 from qwen3vl_disagg.engine.rank_bodies import run_combined_rank, run_language_rank
 from qwen3vl_disagg.parallel.dry_run import DEFAULT_WORLD, ParallelOptions, check_parallel, dry_run
 from qwen3vl_disagg.processing import Processor
@@ -45,7 +44,6 @@ from qwen3vl_disagg.serving.frontend import run_frontend
 from qwen3vl_disagg.serving.job_memory import JobMemory
 
 MEET_S = 60.0
-EXIT_LAST_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,13 +217,7 @@ def main() -> int:
     """Run one slot; returns the exit status. The first one of a host speaks for all when something is wrong with the
     arguments."""
     world = World.from_env()
-    try:
-        status = run_slot(world)
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    if world.local_rank != 0 and status == EXIT_INPUT:
-        time.sleep(EXIT_LAST_S)  # torchrun ends the others when the first one leaves
-    return status
+    return run_worker(functools.partial(run_slot, world), is_first=world.local_rank == 0)
 
 
 def show_dry_run(options: ServeOptions, world: World) -> int:

@@ -33,6 +33,7 @@ LEAVE_S = 26.0
 """After a signal, children have this long; torchrun kills after 30 s."""
 ORPHAN_S = 5.0
 """After a signal and the end of the frontend, ranks have this long."""
+_EXIT_LAST_S = 5.0
 _TICK_S = 0.25
 _IDLE_TICK_S = 5.0
 _LONG_LIFE_S = 10.0
@@ -212,6 +213,18 @@ def _run_child(child: Child, sockets: Sequence[socket.socket], parent: int) -> N
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def run_worker(run: Callable[[], int], *, is_first: bool) -> int:
+    """A worker's exit status, as `run` returns it or ends with. When the arguments are wrong, a host's first worker
+    speaks for all: the others end after it, because torchrun ends everybody when one leaves."""
+    try:
+        status = run()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    if not is_first and status == EXIT_INPUT:
+        time.sleep(_EXIT_LAST_S)
+    return status
 
 
 def die_with_parent(parent: int) -> None:

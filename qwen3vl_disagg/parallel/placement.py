@@ -9,14 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
-
-from qwen3vl_disagg.model.config import ModelConfig
-from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
-from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration
 
 Plan = Sequence[tuple[str, Placement]]
 """Patterns of parameter names, each with the placement of what it matches over the ranks of one role."""
@@ -73,17 +68,3 @@ def placements(names: Iterable[str], plan: Plan) -> dict[str, Placement]:
             raise ValueError(f"parameter {name}: {len(known)} patterns of the plan know its placement, must be 1")
         found[name] = known[0]
     return found
-
-
-def language_placements(config: ModelConfig) -> dict[str, Placement]:
-    """Of every parameter of a language rank's module, over the language ranks."""
-    with torch.device("meta"):
-        module = Qwen3MoeForCausalLMWithDeepStack(config)
-    return placements((name for name, _ in module.named_parameters(remove_duplicate=False)), LANGUAGE_PLAN)
-
-
-def vision_placements(config: ModelConfig) -> dict[str, Placement]:
-    """Of every parameter of an encode rank's module, over the encode ranks."""
-    with torch.device("meta"):
-        module = Qwen3VLMoeForConditionalGeneration(config, language_model=False)
-    return placements((name for name, _ in module.named_parameters()), VISION_PLAN)

@@ -17,10 +17,8 @@ from qwen3vl_disagg.parallel import placement
 from qwen3vl_disagg.parallel.placement import (
     LANGUAGE_PLAN,
     VISION_PLAN,
-    language_placements,
     placements,
     shard_rows,
-    vision_placements,
 )
 
 CONFIGS = {**PRESETS, **RANDOM_PRESETS}
@@ -61,13 +59,13 @@ def test_every_parameter_has_a_placement(name):
     with torch.device("meta"):
         language = Qwen3MoeForCausalLMWithDeepStack(config)
         tower = Qwen3VLMoeForConditionalGeneration(config, language_model=False)
-    placed = language_placements(config)
-    assert placed.keys() == {name for name, _ in language.named_parameters(remove_duplicate=False)}
+    placed = placements([name for name, _ in language.named_parameters(remove_duplicate=False)], LANGUAGE_PLAN)
     spread = {name for name, where in placed.items() if where == Shard(0)}
     moe_layers = [i for i in range(config.text.num_hidden_layers) if config.text.is_moe_layer(i)]
     assert spread == {f"model.layers.{i}.mlp.experts.{p}_proj" for i in moe_layers for p in ("gate_up", "down")}
     assert all(placed[name] == Replicate() for name in placed.keys() - spread)
-    assert vision_placements(config) == {name: Replicate() for name, _ in tower.named_parameters()}
+    names = [name for name, _ in tower.named_parameters()]
+    assert placements(names, VISION_PLAN) == dict.fromkeys(names, Replicate())
 
 
 @pytest.mark.parametrize(
