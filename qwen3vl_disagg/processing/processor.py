@@ -12,7 +12,8 @@ from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.processing.generation import GenerationDefaults
 from qwen3vl_disagg.processing.images import ImageProcessor
-from qwen3vl_disagg.processing.messages import Media, parse_messages
+from qwen3vl_disagg.processing.media_parts import Media
+from qwen3vl_disagg.processing.messages import parse_messages
 from qwen3vl_disagg.processing.template import ChatTemplate
 from qwen3vl_disagg.processing.tokenizer import (
     IM_END,
