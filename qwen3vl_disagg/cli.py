@@ -13,7 +13,8 @@ from typing import Annotated, Any, NoReturn
 import msgspec
 import tyro
 
-from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError, NotBuiltYet
+from qwen3vl_disagg.checkpoint.convert import ConvertOptions, convert_options, run_convert
+from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
 from qwen3vl_disagg.core.settings import EncodeOptions, ModelOptions
 from qwen3vl_disagg.parallel.plan_command import PlanOptions, plan_options, run_plan
 
@@ -22,21 +23,24 @@ from qwen3vl_disagg.parallel.plan_command import PlanOptions, plan_options, run_
 class GenerateOptions(EncodeOptions, ModelOptions):
     """Answer one question, or a file of them, in one process.
 
-    The user turn is the images in order, then the prompt. Sampling values that are not given come from the checkpoint.
+    The user turn is the images in order, then the videos, then the prompt. Sampling values that are not given come
+    from the checkpoint.
     """
 
     image: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = ()
     """Image file; repeat for several."""
     video: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = ()
-    """Video file (not built yet)."""
+    """Video file; repeat for several. Needs the extra `video`."""
     prompt: str | None = None
     """The question."""
     messages: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
-    """A conversation in OpenAI chat form, in place of --image and --prompt."""
+    """A conversation in OpenAI chat form, in place of --image, --video and --prompt."""
     batch: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
     """One JSON object a line (`messages`, or `images` and `prompt`): one JSON result a line."""
     system: str | None = None
     """System turn before the question."""
+    tools: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """Functions that the model may call: a list in OpenAI form."""
     max_new_tokens: int = 128
     min_tokens: int = 0
     """No end token and no stop string before that many tokens."""
@@ -68,17 +72,25 @@ def read_messages(options: GenerateOptions) -> list[Any]:
     given = [name for name in ("prompt", "messages", "batch") if getattr(options, name) is not None]
     if len(given) != 1:
         raise InputError(f"give exactly one of --prompt, --messages and --batch, got {given or 'none'}")
-    if options.video:
-        raise NotBuiltYet("--video", param="video")
     if options.prompt is not None:
-        return [_conversation(list(map(str, options.image)), options.prompt, options.system)]
-    if options.image or options.system:
-        raise InputError("--image and --system go with --prompt only")
+        images, videos = list(map(str, options.image)), list(map(str, options.video))
+        return [_conversation(images, videos, options.prompt, options.system)]
+    if options.image or options.video or options.system:
+        raise InputError("--image, --video and --system go with --prompt only")
     if options.messages is not None:
         return [_parse_json(_read(options.messages), str(options.messages))]
     assert options.batch is not None
     lines = [(n, line) for n, line in enumerate(_read(options.batch).splitlines(), 1) if line.strip()]
     return [_batch_entry(line, f"{options.batch}, line {n}", options.batch.parent) for n, line in lines]
+
+
+def read_tools(options: GenerateOptions) -> list[Any]:
+    """The functions of --tools. InputError naming the place of whatever is wrong."""
+    if options.tools is None:
+        return []
+    from qwen3vl_disagg.processing import parse_tools
+
+    return parse_tools(_parse_json(_read(options.tools), str(options.tools)))
 
 
 def _read(path: Path) -> bytes:
@@ -95,8 +107,9 @@ def _parse_json(data: bytes, where: str) -> Any:
         raise InputError(f"{where}: not JSON: {error}") from error
 
 
-def _conversation(images: list[str], prompt: str, system: str | None) -> list[dict[str, Any]]:
+def _conversation(images: list[str], videos: list[str], prompt: str, system: str | None) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": image}} for image in images]
+    parts += [{"type": "video_url", "video_url": {"url": video}} for video in videos]
     turn = {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
     return ([{"role": "system", "content": system}] if system is not None else []) + [turn]
 
@@ -106,17 +119,22 @@ def _batch_entry(line: bytes, where: str, folder: Path) -> Any:
     if isinstance(entry, dict) and "messages" in entry:
         return entry["messages"]
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise InputError(f"{where}: needs `messages`, or `prompt` with an optional list `images`")
-    images = entry.get("images", [])
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise InputError(f"{where}: `images` must be a list of file names")
-    # File names are relative to the batch file.
-    return _conversation([str(folder / image) for image in images], entry["prompt"], entry.get("system"))
+        raise InputError(f"{where}: needs `messages`, or `prompt` with optional lists `images` and `videos`")
+    images, videos = (_files(entry.get(key, []), f"{where}: `{key}`", folder) for key in ("images", "videos"))
+    return _conversation(images, videos, entry["prompt"], entry.get("system"))
+
+
+def _files(names: Any, where: str, folder: Path) -> list[str]:
+    """Names relative to the batch file."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where} must be a list of file names")
+    return [str(folder / name) for name in names]
 
 
 def generate(options: GenerateOptions) -> int:
     """Run the command; returns the exit status."""
-    conversations = read_messages(options)
+    conversations, tools = read_messages(options), read_tools(options)
+    from qwen3vl_disagg.checkpoint.hub import model_name
     from qwen3vl_disagg.engine.llm import LLM, tokens_per_second  # torch and the engine load here, not for --help
     from qwen3vl_disagg.processing import GenerationDefaults
 
@@ -128,9 +146,10 @@ def generate(options: GenerateOptions) -> int:
         compile=options.compile,
         quantize=options.quantize,
         progress=sys.stderr.isatty(),
+        video_outer_wrapper=options.video_outer_wrapper,
         encode_options=options,
     )
-    print(f"model {llm.folder.name} on {llm.device}", file=sys.stderr)
+    print(f"model {model_name(llm.folder)} on {llm.device}", file=sys.stderr)
     defaults = llm.processor.generation
     sampling = defaults.sampling(
         max_new_tokens=options.max_new_tokens,
@@ -149,11 +168,30 @@ def generate(options: GenerateOptions) -> int:
     )
     plain = not options.json and options.batch is None
 
+    is_thinking = False
+
     def on_text(_: int, piece: str) -> None:
+        nonlocal is_thinking
+        if is_thinking:
+            print(file=sys.stderr)
+            is_thinking = False
         print(piece, end="", flush=True)
 
+    def on_reasoning(_: int, piece: str) -> None:
+        nonlocal is_thinking
+        is_thinking = True
+        print(piece, end="", flush=True, file=sys.stderr)
+
     started = time.monotonic()
-    results = llm.chat_each(conversations, sampling, on_text=on_text if plain else None)
+    results = llm.chat_each(
+        conversations,
+        sampling,
+        tools=tools,
+        on_text=on_text if plain else None,
+        on_reasoning=on_reasoning if plain else None,
+    )
+    if is_thinking:
+        print(file=sys.stderr)
     status = 0
     for n, result in enumerate(results, 1):
         if isinstance(result, DisaggError):
@@ -162,7 +200,10 @@ def generate(options: GenerateOptions) -> int:
                 error = {"message": str(result), "param": getattr(result, "param", None), "code": result.code}
                 print(msgspec.json.encode({"error": error}).decode())
         elif plain:
-            print()
+            if result.text or not result.tool_calls:
+                print()
+            for call in result.tool_calls or []:
+                print(msgspec.json.encode(call.function).decode())
         else:
             print(msgspec.json.encode(result).decode())
     answers = [result for result in results if not isinstance(result, DisaggError)]
@@ -191,6 +232,7 @@ def main() -> NoReturn:
     commands: dict[str, Any] = {
         "generate": _generate_options,
         "plan": plan_options,
+        "convert": convert_options,
         "simulate": _simulate_options,
         "faults": _faults,
         "version": _version,
@@ -202,6 +244,8 @@ def main() -> NoReturn:
                 sys.exit(generate(options))
             case PlanOptions():
                 sys.exit(run_plan(options))
+            case ConvertOptions():
+                sys.exit(run_convert(options))
             case SimulateOptions():
                 sys.exit(run_simulation(options))
         sys.exit(0)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated
 
 import tyro
 
 from qwen3vl_disagg.checkpoint import open_checkpoint
+from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from qwen3vl_disagg.core.faults import plan_faults
 from qwen3vl_disagg.core.settings import (
@@ -24,10 +25,10 @@ from qwen3vl_disagg.core.settings import (
     CheckpointOptions,
     EncodeOptions,
     ModelOptions,
-    resolve_model_folder,
 )
 from qwen3vl_disagg.disagg.addresses import TOKEN_VARIABLE, given_token, own_address, parse_address
 from qwen3vl_disagg.disagg.encode_rank import run_encode_rank
+from qwen3vl_disagg.disagg.model_folder import shared_model_folder
 from qwen3vl_disagg.disagg.rank_setup import run_threaded
 from qwen3vl_disagg.disagg.rendezvous import Layout, RankContext, World
 from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent, run_worker
@@ -77,6 +78,8 @@ def run_slot(world: World) -> int:
             die_with_parent(os.getppid())
         EncodeOptions.check(options)
         context = rank_context(options, world)
+        options = replace(options, model=shared_model_folder(options.model, world))
+        context = replace(context, model=replace(context.model, model=options.model))
         with open_checkpoint(resolve_model_folder(options.model)):
             pass  # what is wrong with it is said once, and not by every rank
         plan_faults()

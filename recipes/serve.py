@@ -14,13 +14,14 @@ import secrets
 import signal
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from qwen3vl_disagg.checkpoint import check_weights, open_checkpoint
+from qwen3vl_disagg.checkpoint.check import check_folder
+from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
 from qwen3vl_disagg.core.faults import plan_faults
 from qwen3vl_disagg.core.settings import (
@@ -28,12 +29,12 @@ from qwen3vl_disagg.core.settings import (
     EncodeOptions,
     ModelOptions,
     check_supported,
-    resolve_model_folder,
 )
 from qwen3vl_disagg.disagg.addresses import LOOPBACK, TOKEN_VARIABLE, given_token, own_address, parse_address
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_rank import run_encode_rank
 from qwen3vl_disagg.disagg.hub_client import ask_to_end
+from qwen3vl_disagg.disagg.model_folder import shared_model_folder
 from qwen3vl_disagg.disagg.rank_setup import run_threaded
 from qwen3vl_disagg.disagg.rendezvous import Layout, Meeting, RankContext, World, find, meeting_path, publish
 from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent, run_worker
@@ -104,10 +105,8 @@ def rank_child(context: RankContext) -> Child:
 def check_checkpoint(options: ServeOptions) -> None:
     """Everything wrong with the checkpoint, said once, before any rank starts."""
     folder = resolve_model_folder(options.model)
-    with open_checkpoint(folder) as checkpoint:
-        Processor.from_folder(folder, checkpoint.config)
-        MultimodalDataBuffers.check(checkpoint.config, options)
-        check_weights(checkpoint)
+    config, _ = check_folder(folder, lambda config: Processor.from_folder(folder, config))
+    MultimodalDataBuffers.check(config, options)
 
 
 def make_folder(folder: Path | None) -> None:
@@ -249,6 +248,7 @@ def run_slot(world: World) -> int:
         stated_meeting(options, world)
         plan_faults()
         make_folder(options.spans)
+        options = replace(options, model=shared_model_folder(options.model, world))
         if world.local_rank == 0:
             check_checkpoint(options)
         if world.node != 0:

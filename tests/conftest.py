@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -20,3 +21,14 @@ settings.register_profile(
     "nightly", max_examples=2000, stateful_step_count=100, deadline=None, suppress_health_check=_SLOW_MACHINE
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+from tests.support.torchvision_ops import declare_operators  # noqa: E402
+
+declare_operators()
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for plain `pytest`; one for some files of it, where a start would take longer than it saves, and
+    for markers, whose tests measure or are large. No more than two: tests that start ranks keep several cores busy."""
+    is_whole = config.args == config.getini("testpaths") and "not acceptance" in config.getoption("markexpr")
+    return min(2, os.cpu_count() or 1) if is_whole else 0

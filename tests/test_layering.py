@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "qwen3vl_disagg"
 ROOMS = [
     "core",
+    "media",
     "kernels",
     "model",
     "processing",

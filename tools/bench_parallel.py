@@ -23,8 +23,8 @@ import tyro
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.assets.scenes import write
 from qwen3vl_disagg.checkpoint import read_config
+from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.core.settings import resolve_model_folder
 from qwen3vl_disagg.model.moe import SparseMoe, route
 from qwen3vl_disagg.parallel.placement import shard_rows
 from tools.bench_machine import machine_facts, table

@@ -20,13 +20,13 @@ class ServerError(Exception):
     """The server answered with an error, or not at all."""
 
 
-def build_body(prompt: str, images: list[Path], **fields: Any) -> dict[str, Any]:
-    """A chat request with one user turn: the images in order, then the prompt. None fields are left out."""
+def build_body(prompt: str, images: list[Path], videos: list[Path], **fields: Any) -> dict[str, Any]:
+    """A chat request with one user turn: the images in order, the videos, then the prompt. None fields are left out."""
     parts: list[dict[str, Any]] = []
-    for path in images:
+    for kind, path in [("image_url", path) for path in images] + [("video_url", path) for path in videos]:
         data = base64.b64encode(path.read_bytes()).decode()
         # The server looks at the content, so the declared type need not be right.
-        parts.append({"type": "image_url", "image_url": {"url": f"data:application/octet-stream;base64,{data}"}})
+        parts.append({"type": kind, kind: {"url": f"data:application/octet-stream;base64,{data}"}})
     parts.append({"type": "text", "text": prompt})
     given = {name: value for name, value in fields.items() if value is not None}
     return {"messages": [{"role": "user", "content": parts}], **given}
@@ -91,6 +91,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is (default: %(default)s)")
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="repeat for several")
+    parser.add_argument("--video", type=Path, action="append", default=[], metavar="FILE", help="repeat for several")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
     parser.add_argument("--max-tokens", type=int)
@@ -101,7 +102,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         fields = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
-        body = build_body(args.prompt, args.image, **fields)
+        body = build_body(args.prompt, args.image, args.video, **fields)
         timings = ask(args.url, body, stream=args.stream, timeout_s=args.timeout)
     except (ServerError, OSError, http.client.HTTPException) as error:
         print(f"error: {error}", file=sys.stderr)

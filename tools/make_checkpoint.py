@@ -14,7 +14,12 @@ from typing import Literal
 
 import tyro
 
-from qwen3vl_disagg.assets.make_tokenizer import SPECIAL_TOKENS, build_syllable_tokenizer, build_tokenizer
+from qwen3vl_disagg.assets.make_tokenizer import (
+    SPECIAL_TOKENS,
+    build_syllable_tokenizer,
+    build_tokenizer,
+    write_template,
+)
 from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, write_random_checkpoint
 from qwen3vl_disagg.model.config import ModelConfig, check_config
 
@@ -41,6 +46,8 @@ class Options:
     """Largest area of a resized image. Default: 65536, of `mid` 1048576."""
     tokenizer: bool = True
     """Write tokenizer and chat template too; the vision token ids must then leave room for 256 bytes and the merges."""
+    thinking: bool = False
+    """The chat template is that of a Thinking checkpoint: the answer begins with reasoning."""
 
 
 def write_small_tokenizer(folder: Path, config: ModelConfig) -> None:
@@ -72,6 +79,7 @@ def main() -> None:
     )
     if options.tokenizer:
         write_small_tokenizer(options.out, config)
+        write_template(options.out, thinking=options.thinking)
     print(options.out)
 
 

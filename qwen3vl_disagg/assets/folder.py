@@ -16,6 +16,8 @@ from qwen3vl_disagg.assets.scenes import all_words
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration
 
 MIN_PIXELS, MAX_PIXELS = 16384, 22016
+CLIP_FRAMES = 16
+"""Frames of a clip that can all be as large as an image."""
 """Squares become 128 x 128 (16 visual tokens), 4:3 pictures 160 x 128 (20)."""
 MAX_MERGES = 512
 VOCAB_MULTIPLE = 64
@@ -32,6 +34,13 @@ def write_settings(folder: Path) -> None:
     vocabulary = tokenizer.get_vocab()
     names = ("image_pad", "video_pad", "vision_start", "vision_end", "endoftext", "im_end")
     ids = {name: vocabulary[f"<|{name}|>"] for name in names}
+    pixels = {
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
     files = {
         "config.json": model_settings(vocab_size, ids),
         "generation_config.json": {
@@ -42,11 +51,12 @@ def write_settings(folder: Path) -> None:
         "preprocessor_config.json": {
             "image_processor_type": "Qwen2VLImageProcessorFast",
             "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
-            "patch_size": 16,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
+            **pixels,
+        },
+        "video_preprocessor_config.json": {
+            "video_processor_type": "Qwen3VLVideoProcessor",
+            "size": {"shortest_edge": MIN_PIXELS, "longest_edge": CLIP_FRAMES * MAX_PIXELS},
+            **pixels,
         },
     }
     for name, content in files.items():

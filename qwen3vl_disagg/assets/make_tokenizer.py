@@ -91,4 +91,10 @@ def _write(tokenizer: Tokenizer, folder: Path) -> None:
         "split_special_tokens": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.copyfile(Path(__file__).parent / "chat_template.jinja", folder / "chat_template.jinja")
+    write_template(folder)
+
+
+def write_template(folder: Path, *, thinking: bool = False) -> None:
+    """Write chat_template.jinja: that of an Instruct checkpoint, or of one that thinks before it answers."""
+    name = "chat_template_thinking.jinja" if thinking else "chat_template.jinja"
+    shutil.copyfile(Path(__file__).parent / name, folder / "chat_template.jinja")

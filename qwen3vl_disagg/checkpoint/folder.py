@@ -13,41 +13,55 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from qwen3vl_disagg.checkpoint.headers import TensorInfo, parse_json, read_header
+from qwen3vl_disagg.checkpoint.fp8 import DEFAULT_BLOCK, Block, read_block
+from qwen3vl_disagg.checkpoint.headers import TensorInfo, read_header
 from qwen3vl_disagg.core.errors import CheckpointError
+from qwen3vl_disagg.core.json_text import parse_json
 from qwen3vl_disagg.core.settings import DTYPES
 from qwen3vl_disagg.model.config import ConfigError, ModelConfig
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_MAX_JSON_BYTES = 100_000_000
+_MAX_JSON_BYTES = 32_000_000
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def read_config(folder: Path | str) -> ModelConfig:
     """The model's config. CheckpointError lists every absent or impossible entry."""
-    folder = Path(folder)
-    raw, problems = _read_json_object(folder, CONFIG_FILE)
+    return _read_config(Path(folder))[0]
+
+
+def read_raw_config(folder: Path | str) -> dict[str, Any]:
+    """The parsed `config.json` as it is. CheckpointError if there is no JSON object."""
+    raw, problems = _read_json_object(Path(folder), CONFIG_FILE)
     if problems:
         raise CheckpointError(folder, problems)
+    return raw
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, Block]:
+    raw = read_raw_config(folder)
+    block, problems = read_block(raw)
+    config = None
     try:
         config = ModelConfig.from_dict(raw)
     except ConfigError as error:
-        raise CheckpointError(folder, [f"{CONFIG_FILE}: {problem}" for problem in error.problems]) from error
-    if config.dtype not in DTYPES:
-        problem = f"{CONFIG_FILE}: dtype {config.dtype!r} is not one of {', '.join(DTYPES)}"
-        raise CheckpointError(folder, [problem])
-    return config
+        problems = error.problems + problems
+    if config is not None and config.dtype not in DTYPES:
+        problems.append(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
+    if problems or config is None:
+        raise CheckpointError(folder, [f"{CONFIG_FILE}: {problem}" for problem in problems])
+    return config, block
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:
     """Check config and all headers, without reading any weights. CheckpointError lists everything wrong."""
     folder = Path(folder)
     problems: list[str] = []
-    config = None
+    config, block = None, DEFAULT_BLOCK
     try:
-        config = read_config(folder)
+        config, block = _read_config(folder)
     except CheckpointError as error:
         problems += error.problems
     files, file_problems = _weight_files(folder)
@@ -57,21 +71,29 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         held, header_problems = read_header(folder / name, name)
         problems += header_problems
         if indexed is not None and not header_problems:
-            problems += [f"{name}: {tensor}: in {INDEX_FILE}, not in the file" for tensor in indexed - held.keys()]
-            problems += [f"{name}: {tensor}: in the file, not in {INDEX_FILE}" for tensor in held.keys() - indexed]
+            problems += [
+                f"{name}: {tensor}: in {INDEX_FILE}, not in the file" for tensor in sorted(indexed - held.keys())
+            ]
+            problems += [
+                f"{name}: {tensor}: in the file, not in {INDEX_FILE}" for tensor in sorted(held.keys() - indexed)
+            ]
         tensors |= held
     if problems or config is None:
         raise CheckpointError(folder, problems)
-    return Checkpoint(folder, config, tensors)
+    return Checkpoint(folder, config, tensors, block)
 
 
 class Checkpoint:
-    """Opened files of one folder, as a context manager. `tensors` says what there is, by name."""
+    """Opened files of one folder, as a context manager. `tensors` says what there is, by name; `block` is that of
+    float8 weights' scales."""
 
-    def __init__(self, folder: Path, config: ModelConfig, tensors: dict[str, TensorInfo]) -> None:
+    def __init__(
+        self, folder: Path, config: ModelConfig, tensors: dict[str, TensorInfo], block: Block = DEFAULT_BLOCK
+    ) -> None:
         self.folder = folder
         self.config = config
         self.tensors = tensors
+        self.block = block
         self.bytes_read = 0
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
@@ -105,7 +127,7 @@ def _weight_files(folder: Path) -> tuple[dict[str, set[str] | None], list[str]]:
     if single and index:
         return {}, [f"both {SINGLE_FILE} and {INDEX_FILE} are there: remove the one that is out of date"]
     if single:
-        problem = _file_problem(folder, SINGLE_FILE)
+        problem = file_problem(folder, SINGLE_FILE)
         return ({}, [problem]) if problem else ({SINGLE_FILE: None}, [])
     if index:
         return _indexed_files(folder)
@@ -130,7 +152,7 @@ def _indexed_files(folder: Path) -> tuple[dict[str, set[str] | None], list[str]]
             files.setdefault(name, set()).add(tensor)
     good: dict[str, set[str] | None] = {}
     for name, tensors in sorted(files.items()):
-        problem = _file_problem(folder, name)
+        problem = file_problem(folder, name)
         if problem is None and not name.endswith(".safetensors"):
             problem = f"{name}: not a safetensors file"
         if problem:
@@ -140,20 +162,22 @@ def _indexed_files(folder: Path) -> tuple[dict[str, set[str] | None], list[str]]
     return good, problems
 
 
-def _file_problem(folder: Path, name: str) -> str | None:
+def file_problem(folder: Path, name: str) -> str | None:
     """Why `name` may not be read: not inside the folder, not there, or not a regular file."""
     if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         return f"{name!r}: the path leaves the folder"
-    path = folder / name
     try:
-        real = path.resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
-        return f"{name}: cannot be resolved: {type(error).__name__}"
-    if not any(real.is_relative_to(root) for root in _roots(folder)):
+        real = (folder / name).resolve()
+        is_inside = any(real.is_relative_to(root) for root in _roots(folder))
+        exists, is_file = real.exists(), real.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long or in no encoding
+        shown = name.encode("ascii", "backslashreplace").decode()[:80]
+        return f"{shown}: cannot be resolved: {type(error).__name__}"
+    if not is_inside:
         return f"{name}: a link that leaves the folder"
-    if not real.exists():
+    if not exists:
         return f"{name}: missing"
-    if not real.is_file():
+    if not is_file:
         return f"{name}: not a regular file"
     if not os.access(real, os.R_OK):
         return f"{name}: may not be read"
@@ -161,13 +185,18 @@ def _file_problem(folder: Path, name: str) -> str | None:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """The folder, and the store beside it that a hub cache links into (`snapshots/<revision>` -> `blobs/`)."""
+    """The folder; of a snapshot in a hub cache also where its links lead: its repository's `blobs`, and the `blobs` of
+    the whole cache (`models--ORG--NAME/snapshots/<revision>`), which those of a repository may be links into."""
     real = folder.resolve()
-    return [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+    repository = real.parent.parent
+    if real.parent.name != "snapshots":
+        return [real]
+    shared = [repository.parent / "blobs"] if repository.name.startswith("models--") else []
+    return [real, repository / "blobs", *shared]
 
 
 def _read_json_object(folder: Path, name: str) -> tuple[dict[str, Any], list[str]]:
-    problem = _file_problem(folder, name)
+    problem = file_problem(folder, name)
     if problem:
         return {}, [problem]
     path = folder / name

@@ -6,14 +6,16 @@ without a gap. A truncated file that is mapped anyway reads as zeros or kills th
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from qwen3vl_disagg.core.json_text import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMS = 8
+MAX_COUNT = 2**63
 
 DTYPE_BYTES = {
     name: bits // 8
@@ -47,22 +49,6 @@ class TensorInfo:
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
-
-
-def parse_json(data: bytes) -> Any:
-    """JSON in UTF-8; ValueError for anything else, a name given twice, or nesting too deep to parse."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
-        return values
-
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
 
 
 def read_header(path: Path, label: str) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -101,11 +87,11 @@ def _tensor_info(label: str, entry: object, *, data_start: int) -> TensorInfo | 
         return "entry lacks dtype, shape or data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        return f"unknown dtype {dtype!r}"
+        return f"unknown dtype {repr(dtype)[:80]}"
     if not _are_counts(shape):
-        return f"shape {shape!r} is not a list of non-negative integers"
+        return f"shape {repr(shape)[:80]} is not a list of non-negative integers, at most {MAX_DIMS}"
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return f"data_offsets {offsets!r} are not two rising integers"
+        return f"data_offsets {repr(offsets)[:80]} are not two rising integers"
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != expected:
         return f"{dtype} {shape} needs {expected} bytes, data_offsets {offsets} hold {offsets[1] - offsets[0]}"
@@ -113,7 +99,11 @@ def _tensor_info(label: str, entry: object, *, data_start: int) -> TensorInfo | 
 
 
 def _are_counts(values: object) -> bool:
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+    return (
+        isinstance(values, list)
+        and len(values) <= MAX_DIMS
+        and all(type(v) is int and 0 <= v < MAX_COUNT for v in values)
+    )
 
 
 def _check_offsets(label: str, tensors: dict[str, TensorInfo], *, data_start: int, size: int) -> list[str]:

@@ -6,6 +6,7 @@ are weights read, cast and put in place. Loaded modules are for inference: `eval
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qwen3vl_disagg.checkpoint.folder import Checkpoint, open_checkpoint
-from qwen3vl_disagg.checkpoint.layouts import ExpertLayout, Recipe, Shape, checkpoint_name, plan, quantized_tensor
+from qwen3vl_disagg.checkpoint.fp8 import SCALE_SUFFIX
+from qwen3vl_disagg.checkpoint.layouts import ExpertLayout, Recipe, Shape, checkpoint_name, plan
 from qwen3vl_disagg.checkpoint.quantize import BLOCK, make_room, quantize_into
 from qwen3vl_disagg.checkpoint.shards import AllRows, Shards, held_rows
-from qwen3vl_disagg.core.errors import CheckpointError, NotBuiltYet
+from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.core.settings import DTYPES, Quantize, check_quantize
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.decoder import Qwen3MoeForCausalLM
@@ -49,11 +51,11 @@ def load_language_model(
     Args:
         dtype: None for the checkpoint's own (`dtype` of its config).
         expert_layout: how expert weights are stored; needed only where their shapes fit two layouts.
-        quantize: `int8` for the decoder's matrices, quantized while they are read, a block of rows at a time.
+        quantize: `int8` or `float8` for the decoder's matrices, made while they are read, a block of rows at a time.
         progress: a bar on stderr, over the bytes to read.
         shards: which rows to read; None for all. Names and shapes are checked for the whole model in any case.
 
-    Raises CheckpointError listing everything wrong, NotBuiltYet for quantized weights.
+    Raises CheckpointError listing everything wrong. float8 weights are dequantized as they are read.
     """
     return _load(Qwen3MoeForCausalLMWithDeepStack, folder, dtype, device, expert_layout, quantize, progress, shards)
 
@@ -102,7 +104,17 @@ def load_model(
 
 def check_weights(checkpoint: Checkpoint) -> None:
     """Everything that loading checks, from the headers: the same errors, and no weights are read."""
-    _plan(checkpoint, Qwen3VLMoeForConditionalGeneration, None)
+    whole_model(checkpoint)
+
+
+def whole_model(checkpoint: Checkpoint, expert_layout: ExpertLayout | None = None) -> dict[str, tuple[Shape, Recipe]]:
+    """Published name (experts as the modules hold them) -> shape, and how to read it, of all that a checkpoint holds.
+
+    Raises as loading does.
+    """
+    module, recipes = _plan(checkpoint, Qwen3VLMoeForConditionalGeneration, expert_layout)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
+    return {checkpoint_name(name): (shapes[name], recipe) for name, recipe in recipes.items()}
 
 
 def _load(
@@ -120,7 +132,7 @@ def _load(
     with open_checkpoint(folder) as checkpoint:
         module, recipes = _plan(checkpoint, build, expert_layout)
         dtype = dtype or DTYPES[checkpoint.config.dtype]
-        quantized = make_room(module, dtype) if quantize == "int8" else frozenset()
+        quantized = frozenset() if quantize == "none" else make_room(module, dtype, quantize)
         _fill(module, recipes, checkpoint, dtype, torch.device(device), quantized, progress, shards)
     left = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if left:
@@ -133,9 +145,6 @@ def _plan(
     checkpoint: Checkpoint, build: Callable[[ModelConfig], ModuleT], expert_layout: ExpertLayout | None
 ) -> tuple[ModuleT, dict[str, Recipe]]:
     """The module on the meta device, and how its parameters are filled."""
-    name = quantized_tensor(checkpoint.tensors)
-    if name is not None:
-        raise NotBuiltYet(f"loading quantized weights ({checkpoint.tensors[name].file}: {name})", param="model")
     try:
         with torch.device("meta"):
             module, whole = build(checkpoint.config), Qwen3VLMoeForConditionalGeneration(checkpoint.config)
@@ -148,13 +157,16 @@ def _check(
     checkpoint: Checkpoint, module: nn.Module, whole: nn.Module, expert_layout: ExpertLayout | None
 ) -> dict[str, Recipe]:
     """Recipes of the module's parameters. Tensors that no part of the whole model knows are problems too."""
-    known = plan(checkpoint.tensors, {checkpoint_name(n): s for n, s in _wanted(whole, checkpoint)}, expert_layout)
+    wanted = {checkpoint_name(name): shape for name, shape in _wanted(whole, checkpoint)}
+    known = plan(checkpoint.tensors, wanted, expert_layout, checkpoint.block)
     recipes = {name: known[checkpoint_name(name)] for name, _ in _wanted(module, checkpoint)}
     problems = [problem for recipe in recipes.values() for problem in recipe.problems]
     used = {source for recipe in known.values() for source in recipe.sources}
-    problems += [
-        f"{info.file}: {name}: unknown tensor {info}" for name, info in checkpoint.tensors.items() if name not in used
-    ]
+    for name, info in checkpoint.tensors.items():
+        if name not in used:
+            is_orphan = name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) not in checkpoint.tensors
+            what = "scales without their tensor" if is_orphan else "unknown tensor"
+            problems.append(f"{info.file}: {name}: {what} {info}")
     if problems:
         raise CheckpointError(checkpoint.folder, problems)
     return recipes
@@ -185,12 +197,12 @@ def _fill(
     with bar, torch.no_grad():
         for name, recipe in recipes.items():
             before = checkpoint.bytes_read
-            row_shape = shapes[name][1:]
+            stored_as = module.get_parameter(name).dtype if name in quantized else dtype
+            weight = torch.empty(len(held[name]), *shapes[name][1:], dtype=stored_as, device=device)
             if name in quantized:
-                weight, scale = _read_quantized(checkpoint, recipe, held[name], row_shape, dtype, device)
+                scale = _read_quantized(checkpoint, recipe, held[name], weight, dtype)
                 made = {name: weight, f"{name}_scale": scale}
             else:
-                weight = torch.empty(len(held[name]), *row_shape, dtype=dtype, device=device)
                 recipe.fill(checkpoint, held[name], weight)
                 made = {name: weight}
             for key, local in made.items():
@@ -206,21 +218,24 @@ def _read_quantized(
     checkpoint: Checkpoint,
     recipe: Recipe,
     rows: range,
-    row_shape: Shape,
+    weight: Tensor,
     dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """int8 and float32 scales of a parameter's rows; no more than a block of them is there in `dtype` at a time."""
-    weight = torch.empty(len(rows), *row_shape, dtype=torch.int8, device=device)
+) -> Tensor:
+    """Fill a parameter's rows, `weight` in int8 or float8. Returns their float32 scales.
+
+    No more than a block of them is there in `dtype` at a time.
+    """
+    row_shape, device = weight.shape[1:], weight.device
     scale = torch.empty(weight.shape[:-1], device=device)
-    size = max(1, BLOCK // math.prod(row_shape))
+    size = max(1, BLOCK // math.prod(row_shape) // recipe.step) * recipe.step
     room = torch.empty(min(size, len(rows)), *row_shape, dtype=dtype, device=device)
-    for start in range(0, len(rows), size):
-        block = rows[start : start + size]
-        plain = room[: len(block)]
-        recipe.fill(checkpoint, block, plain)
-        quantize_into(plain, weight[start : start + size], scale[start : start + size])
-    return weight, scale
+    # Blocks end at multiples of their size, counted from the parameter's first row: no scales are read twice.
+    stops = [*range((rows.start // size + 1) * size, rows.stop, size), rows.stop] if rows else []
+    for start, stop in itertools.pairwise([rows.start, *stops]):
+        plain, done = room[: stop - start], slice(start - rows.start, stop - rows.start)
+        recipe.fill(checkpoint, range(start, stop), plain)
+        quantize_into(plain, weight[done], scale[done])
+    return scale
 
 
 def _set(module: nn.Module, name: str, tensor: Tensor) -> None:

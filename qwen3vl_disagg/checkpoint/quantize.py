@@ -1,4 +1,5 @@
-"""Weight-only quantization of the decoder, by torchao: int8, symmetric, a scale for each output channel.
+"""Weight-only quantization of the decoder, by torchao: int8 or float8 (e4m3), symmetric, a scale for each output
+channel.
 
 Quantized are the attention projections, the experts or the dense MLP, and a head of its own: all that is read for each
 token. The rest keeps its dtype: the router, because a small error in it picks other experts; norms and embeddings,
@@ -25,6 +26,7 @@ from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 BLOCK = 2**20
 """Weights given to torchao at once, in float32, of which it makes copies. Small ones leave no holes in the heap."""
+QUANTIZED_DTYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 _QUIET = "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"
 
 
@@ -45,29 +47,32 @@ def load_torchao() -> ModuleType:
     return quantization
 
 
-def quantize_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`[.., D]` -> the same in int8, and scales `[..]` float32."""
-    quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+def quantize_tensor(weight: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """`[.., D]` -> the same in int8 or float8, and scales `[..]` float32."""
+    quantized = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     scales = torch.empty(weight.shape[:-1], device=weight.device)
     quantize_into(weight, quantized, scales)
     return quantized, scales
 
 
 def quantize_into(weight: Tensor, quantized: Tensor, scales: Tensor) -> None:
-    """`[.., D]` -> `quantized [.., D]` int8 and `scales [..]` float32, both contiguous.
+    """`[.., D]` -> `quantized [.., D]` int8 or float8 and `scales [..]` float32, both contiguous.
 
     A row's numbers depend on that row alone, so experts are rows of one matrix, and a large matrix goes in blocks.
     """
     torchao = load_torchao()
+    is_int8 = quantized.dtype == torch.int8
+    settings = torchao.Int8WeightOnlyConfig if is_int8 else torchao.Float8WeightOnlyConfig
     matrix = weight.detach().reshape(-1, weight.shape[-1])
     size = max(1, BLOCK // max(1, matrix.shape[1]))
     blocks = matrix.split(size), quantized.view(matrix.shape).split(size), scales.view(-1).split(size)
     for rows, out, scale in zip(*blocks, strict=True):
         holder = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
         holder.weight = nn.Parameter(rows.float(), requires_grad=False)  # a bfloat16 would round the scale as well
-        torchao.quantize_(holder, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+        torchao.quantize_(holder, settings(set_inductor_config=False))
         made: Any = holder.weight
-        out.copy_(made.qdata.clamp(min=-127))  # of the row's 255 steps both ends are half a step away
+        # Of an int8 row's 255 steps both ends are half a step away; of a float8 row of zeros it makes 0 / 0.
+        out.copy_(made.qdata.clamp(min=-127) if is_int8 else made.qdata.float().nan_to_num_(nan=0.0))
         scale.copy_(made.scale.squeeze(-1))
         del holder.weight  # torchao makes a cycle of the holder, which would keep the block until the next collection
 
@@ -81,21 +86,22 @@ def quantized_modules(module: nn.Module) -> Iterator[tuple[str, Linear | Experts
             yield name, part
 
 
-def make_room(module: nn.Module, dtype: torch.dtype) -> set[str]:
-    """Exchange the parts to quantize for empty int8 ones. Returns the names of the parameters to quantize."""
+def make_room(module: nn.Module, dtype: torch.dtype, kind: str) -> set[str]:
+    """Exchange the parts to quantize for empty ones of `kind` (int8 or float8). Returns the parameters to quantize."""
     names = set()
     for name, part in quantized_modules(module):
-        empty = QuantizedExperts(part, dtype) if isinstance(part, Experts) else QuantizedLinear(part, dtype)
+        made = QuantizedExperts if isinstance(part, Experts) else QuantizedLinear
+        empty = made(part, dtype, QUANTIZED_DTYPES[kind])  # type: ignore[arg-type]
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, empty)
         names |= {f"{name}.{weight}" for weight, _ in empty.named_parameters()}
     return names
 
 
-def put(module: nn.Module, name: str, weight: Tensor) -> None:
+def put(module: nn.Module, name: str, weight: Tensor, kind: str) -> None:
     """Quantize `weight` into the parameter `name`."""
     owner, _, leaf = name.rpartition(".")
-    quantized, scale = quantize_tensor(weight)
+    quantized, scale = quantize_tensor(weight, QUANTIZED_DTYPES[kind])
     part = module.get_submodule(owner)
     setattr(part, leaf, nn.Parameter(quantized, requires_grad=False))
     setattr(part, f"{leaf}_scale", scale)
@@ -107,6 +113,6 @@ def quantize_(module: ModuleT, kind: Quantize) -> ModuleT:
     if kind == "none":
         return module
     weights = dict(module.named_parameters())
-    for name in sorted(make_room(module, next(iter(weights.values())).dtype)):
-        put(module, name, weights.pop(name))
+    for name in sorted(make_room(module, next(iter(weights.values())).dtype, kind)):
+        put(module, name, weights.pop(name), kind)
     return use_kernels(module)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,7 +24,8 @@ def config_to_dict(config: ModelConfig, *, spelling: Spelling = "hub") -> dict[s
     """The parsed `config.json` of a config, as the published files or as transformers 5 spell it."""
     text, vision, is_moe = config.text, config.vision, config.text.num_experts > 0
     family = "qwen3_vl_moe" if is_moe else "qwen3_vl"
-    mrope = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": list(text.mrope_section)}
+    rope = {"rope_type": "default"} if text.yarn is None else {"rope_type": "yarn", **asdict(text.yarn)}
+    mrope = {**rope, "mrope_interleaved": True, "mrope_section": list(text.mrope_section)}
     text_dict: dict[str, Any] = {
         "model_type": f"{family}_text",
         "vocab_size": text.vocab_size,
@@ -40,13 +42,10 @@ def config_to_dict(config: ModelConfig, *, spelling: Spelling = "hub") -> dict[s
         "attention_dropout": 0.0,
         "dtype": config.dtype,
     }
-    if spelling == "hub":
-        text_dict |= {"rope_theta": text.rope_theta, "rope_scaling": mrope}
-    else:
-        text_dict |= {"rope_parameters": {**mrope, "rope_theta": text.rope_theta}}
+    text_dict |= {"rope_theta": text.rope_theta, "rope_scaling": mrope}
     if is_moe:
         text_dict |= {
-            "num_experts" if spelling == "hub" else "num_local_experts": text.num_experts,
+            "num_experts": text.num_experts,
             "num_experts_per_tok": text.num_experts_per_tok,
             "moe_intermediate_size": text.moe_intermediate_size,
             "mlp_only_layers": list(text.mlp_only_layers),
@@ -54,7 +53,7 @@ def config_to_dict(config: ModelConfig, *, spelling: Spelling = "hub") -> dict[s
             "norm_topk_prob": True,
         }
     vision_dict: dict[str, Any] = {
-        "model_type": family if spelling == "hub" else f"{family}_vision",
+        "model_type": family,
         "depth": vision.depth,
         "hidden_size": vision.hidden_size,
         "num_heads": vision.num_heads,
@@ -68,9 +67,7 @@ def config_to_dict(config: ModelConfig, *, spelling: Spelling = "hub") -> dict[s
         "spatial_merge_size": vision.spatial_merge_size,
         "hidden_act": "gelu_pytorch_tanh",
     }
-    if spelling == "v5":
-        vision_dict["rope_parameters"] = {"rope_type": "axial", "rope_theta": 10000.0}
-    return {
+    raw = {
         "architectures": [config.architecture],
         "model_type": family,
         "image_token_id": config.image_token_id,
@@ -82,6 +79,27 @@ def config_to_dict(config: ModelConfig, *, spelling: Spelling = "hub") -> dict[s
         "text_config": text_dict,
         "vision_config": vision_dict,
     }
+    return respelled(raw, spelling)
+
+
+def respelled(raw: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
+    """A parsed `config.json` of either spelling in the other one, or as it is. Nothing else in it changes."""
+    text, vision = dict(raw["text_config"]), dict(raw["vision_config"])
+    experts, other = ("num_experts", "num_local_experts") if spelling == "hub" else ("num_local_experts", "num_experts")
+    if experts not in text and other in text:
+        text[experts] = text.pop(other)
+    if spelling == "hub":
+        if "rope_parameters" in text:
+            text["rope_scaling"] = dict(text.pop("rope_parameters"))
+            text["rope_theta"] = text["rope_scaling"].pop("rope_theta", text.get("rope_theta"))
+        vision.pop("rope_parameters", None)
+    else:
+        if "rope_parameters" not in text:
+            text["rope_parameters"] = {**text.pop("rope_scaling", {}), "rope_theta": text.pop("rope_theta")}
+        vision.setdefault("rope_parameters", {"rope_type": "axial", "rope_theta": 10000.0})
+    if "model_type" in raw:
+        vision["model_type"] = raw["model_type"] if spelling == "hub" else f"{raw['model_type']}_vision"
+    return {**raw, "text_config": text, "vision_config": vision}
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -104,14 +122,22 @@ def write_checkpoint(
     """Write config, weights, `preprocessor_config.json` and `generation_config.json`; no tokenizer.
 
     Args:
-        tensors: published names, experts as the modules hold them; cast to the config's dtype.
+        tensors: published names, experts as the modules hold them; cast to the config's dtype. Each is looked up once,
+            when its file's turn has come: a mapping may make it then.
         min_pixels, max_pixels: bounds of a resized image's area.
         generation: entries of `generation_config.json` besides the end and padding tokens; greedy if absent.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / CONFIG_FILE, config_to_dict(config, spelling=spelling))
-    _write_weights(folder, tensors, layout, DTYPES[config.dtype], num_shards)
+    write_json(folder / CONFIG_FILE, config_to_dict(config, spelling=spelling))
+    names, dtype = list(tensors), DTYPES[config.dtype]
+
+    def file(i: int) -> dict[str, Tensor]:
+        mine = names[i * len(names) // num_shards : (i + 1) * len(names) // num_shards]
+        parts = (part for name in mine for part in in_layout(name, tensors[name], layout).items())
+        return {name: part.to(dtype) for name, part in parts}
+
+    write_weights(folder, [functools.partial(file, i) for i in range(num_shards)])
     vision = config.vision
     preprocessor = {
         "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
@@ -122,15 +148,20 @@ def write_checkpoint(
         "image_std": [0.5, 0.5, 0.5],
         "image_processor_type": "Qwen2VLImageProcessorFast",
     }
-    _write_json(folder / "preprocessor_config.json", preprocessor)
+    write_json(folder / "preprocessor_config.json", preprocessor)
+    # The published bounds of a whole clip are to those of an image as 1/16 and 3/2.
+    clip = {"shortest_edge": -(-min_pixels // 16), "longest_edge": max_pixels * 3 // 2}
+    video = {**preprocessor, "size": clip, "video_processor_type": "Qwen3VLVideoProcessor"}
+    del video["image_processor_type"]
+    write_json(folder / "video_preprocessor_config.json", video)
     # In every tokenizer of this family <|endoftext|> and <|im_end|> stand 9 and 7 before <|vision_start|>.
     end_of_text, end_of_turn = config.vision_start_token_id - 9, config.vision_start_token_id - 7
     generation_config = {"eos_token_id": [end_of_turn, end_of_text], "pad_token_id": end_of_text}
-    _write_json(folder / "generation_config.json", {**generation_config, **(generation or {"do_sample": False})})
+    write_json(folder / "generation_config.json", {**generation_config, **(generation or {"do_sample": False})})
 
 
-def _in_layout(name: str, tensor: Tensor, layout: ExpertLayout) -> dict[str, Tensor]:
-    """One tensor of the modules -> what the layout stores for it."""
+def in_layout(name: str, tensor: Tensor, layout: ExpertLayout, first_expert: int = 0) -> dict[str, Tensor]:
+    """One tensor of the modules, of experts' also some rows from `first_expert` on -> what the layout stores for it."""
     experts, _, which = name.rpartition(".")
     if not experts.endswith(".mlp.experts") or layout == "v5":
         return {name: tensor}
@@ -139,31 +170,29 @@ def _in_layout(name: str, tensor: Tensor, layout: ExpertLayout) -> dict[str, Ten
     parts = ("gate_proj", "up_proj") if which == "gate_up_proj" else ("down_proj",)
     return {
         f"{experts}.{expert}.{part}.weight": weight
-        for expert, rows in enumerate(tensor)
+        for expert, rows in enumerate(tensor, first_expert)
         for part, weight in zip(parts, rows.chunk(len(parts)), strict=True)
     }
 
 
-def _write_weights(
-    folder: Path, tensors: Mapping[str, Tensor], layout: ExpertLayout, dtype: torch.dtype, num_shards: int
-) -> None:
-    """File after file. Each tensor is looked up once, when its file's turn has come: a mapping may make it then."""
-    names = list(tensors)
+def write_weights(folder: Path, files: Sequence[Callable[[], Mapping[str, Tensor]]]) -> int:
+    """Safetensors files, and the index if they are several. Returns the bytes of all tensors.
+
+    One file after another: its tensors are asked for when its turn has come, and none is kept.
+    """
     weight_map: dict[str, str] = {}
     total = 0
-    for i in range(num_shards):
-        file = SINGLE_FILE if num_shards == 1 else f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
-        stored = {
-            name: part.to(dtype).contiguous()
-            for source in names[i * len(names) // num_shards : (i + 1) * len(names) // num_shards]
-            for name, part in _in_layout(source, tensors[source], layout).items()
-        }
-        save_file(stored, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(stored, file)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
-    if num_shards > 1:
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for i, make in enumerate(files):
+        name = SINGLE_FILE if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        stored = {key: tensor.contiguous() for key, tensor in make().items()}
+        save_file(stored, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(stored, name)
+        total += sum(tensor.nbytes for tensor in stored.values())
+        del stored
+    if len(files) > 1:
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return total
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")

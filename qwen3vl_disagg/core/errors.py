@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class DisaggError(Exception):
     """Base of all errors raised on purpose. `code` is a stable machine-readable word."""
@@ -49,6 +54,15 @@ class CheckpointError(DisaggError, ValueError):
         self.problems = list(problems)
         lines = "".join(f"\n  - {problem}" for problem in problems)
         super().__init__(f"cannot use checkpoint {folder}: {len(problems)} problem(s){lines}")
+
+
+def attempt(problems: list[str], make: Callable[[], T]) -> T | None:
+    """What `make` makes; None, and its problems added to those found before, where it raises CheckpointError."""
+    try:
+        return make()
+    except CheckpointError as error:
+        problems += error.problems
+        return None
 
 
 class OverloadedError(DisaggError):

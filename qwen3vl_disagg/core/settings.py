@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import torch
 import tyro
 
-from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
+from qwen3vl_disagg.core.errors import InputError
 
 Quantize = Literal["none", "int8", "float8"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -21,7 +20,8 @@ class CheckpointOptions:
     """What to run and on what: both roles."""
 
     model: Annotated[str | None, tyro.conf.arg(metavar="DIR_OR_HUB_ID")] = None
-    """Checkpoint folder. Without it, the small checkpoint inside the package."""
+    """Checkpoint folder, or ORG/NAME[@REVISION] of the Hugging Face hub. Without it, the small checkpoint inside the
+    package."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: the checkpoint's own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -35,7 +35,9 @@ class ModelOptions(CheckpointOptions):
     """What to run and on what, with a decoder."""
 
     quantize: Quantize = "none"
-    """Weights of the decoder; `int8` needs the extra `quantize`."""
+    """Weights of the decoder; `int8` and `float8` need the extra `quantize`."""
+    video_outer_wrapper: bool = False
+    """Keep the pair of start and end around a clip besides those of its frames, as transformers 5 does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +85,6 @@ def resolve_device(name: str, *, local_rank: int = 0, num_local_ranks: int = 1) 
     return torch.device("cuda", local_rank % num_gpus)
 
 
-def resolve_model_folder(model: str | None) -> Path:
-    """The checkpoint folder: the one given, or the small one inside the package. InputError when it is not there."""
-    folder = Path(model) if model is not None else Path(__file__).parent.parent / "assets" / "tiny"
-    if folder.is_dir():
-        return folder
-    if model is not None and model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        raise NotBuiltYet(f"--model {model}: no such folder, and loading from the hub", param="model")
-    raise InputError(f"--model {folder}: no such folder", param="model")
-
-
 def resolve_compile(name: str, device: torch.device) -> bool:
     """`auto`: on for CUDA, off on CPU."""
     return name == "on" or (name == "auto" and device.type == "cuda")
@@ -104,10 +96,8 @@ def check_supported(options: ModelOptions) -> None:
 
 
 def check_quantize(kind: str) -> None:
-    """InputError for a kind that is not known or not built, and where torchao is not installed."""
+    """InputError for a kind that is not known, and where torchao is not installed."""
     if kind not in get_args(Quantize):
         raise InputError(f"--quantize {kind}: must be one of {', '.join(get_args(Quantize))}", param="quantize")
-    if kind == "float8":
-        raise NotBuiltYet("--quantize float8", param="quantize")
-    if kind == "int8" and importlib.util.find_spec("torchao") is None:
-        raise InputError("--quantize int8 needs torchao: pip install 'qwen3vl-disagg[quantize]'", param="quantize")
+    if kind != "none" and importlib.util.find_spec("torchao") is None:
+        raise InputError(f"--quantize {kind} needs torchao: pip install 'qwen3vl-disagg[quantize]'", param="quantize")

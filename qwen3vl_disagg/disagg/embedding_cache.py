@@ -26,12 +26,13 @@ class ContentKey(NamedTuple):
     digest: str
     """SHA-256 of the bytes."""
     grid: tuple[int, int, int]
+    frames: tuple[int, ...]
+    is_frame_list: bool
     visual_token_id: int
 
 
 def content_key(visual: VisualItem, visual_token_id: int) -> ContentKey:
-    frames, height, width = visual.grid
-    return ContentKey(visual.modality, visual.digest, (frames, height, width), visual_token_id)
+    return ContentKey(*visual.content, visual_token_id)
 
 
 @dataclass

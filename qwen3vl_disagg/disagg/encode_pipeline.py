@@ -25,6 +25,7 @@ from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker, Pixel
 from qwen3vl_disagg.disagg.held_item import HeldItem, hold, keep
 from qwen3vl_disagg.disagg.messages import EncodeItem
 from qwen3vl_disagg.disagg.vision_batch import plan_batch, tower_cost
+from qwen3vl_disagg.media.stop import Stop
 
 DECODE_THREADS = 2
 BATCHES_AHEAD = 2
@@ -40,6 +41,8 @@ class _Encoding:
     key: ContentKey
     visual: VisualItem
     waiters: dict[object, Callable[[], None]] = field(default_factory=dict)
+    stop: Stop = field(default_factory=Stop)
+    """Set when nobody wants it before it is in the tower."""
     is_decoded: bool = False
     pixels: Pixels | None = None
     room: int = 0
@@ -77,6 +80,7 @@ class EncodePipeline:
     def close(self) -> None:
         self._waiting.clear()
         for encoding in self._encodings.values():
+            encoding.stop.set()
             encoding.task.cancel()
         for executor in (self._decoder, self._tower):
             executor.shutdown(wait=False, cancel_futures=True)
@@ -122,6 +126,7 @@ class EncodePipeline:
         if encoding.is_kept:
             self.cache.unpin(encoding.key)
         elif not encoding.batch and not encoding.task.done():
+            encoding.stop.set()
             encoding.task.cancel()
             self._forget(encoding)  # now: the next who wants it has to start anew
 
@@ -136,7 +141,7 @@ class EncodePipeline:
             fault_point("before-encode")
             data = await self._pull(visual.digest, visual.num_bytes)
             await self._take_room(encoding)
-            encoding.pixels = await loop.run_in_executor(self._decoder, self._decode, data, visual)
+            encoding.pixels = await loop.run_in_executor(self._decoder, self._decode, data, encoding)
             encoding.is_decoded = True
             for on_decoded in list(encoding.waiters.values()):
                 on_decoded()
@@ -154,9 +159,9 @@ class EncodePipeline:
                 self.cache.unpin(encoding.key)
         return item
 
-    def _decode(self, data: bytes, visual: VisualItem) -> Pixels:
+    def _decode(self, data: bytes, encoding: _Encoding) -> Pixels:
         with span("preprocess"):
-            return self._worker.preprocess(data, visual)
+            return self._worker.preprocess(data, encoding.visual, encoding.stop)
 
     # -- how far decoding may be ahead
 

@@ -35,7 +35,7 @@ from qwen3vl_disagg.disagg.rendezvous import RankContext
 from qwen3vl_disagg.disagg.session_events import SessionLimits
 from qwen3vl_disagg.disagg.slots import EXIT_REFUSED
 from qwen3vl_disagg.disagg.store import join_store
-from qwen3vl_disagg.processing.images import MAX_BYTES
+from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
 
 PULL_S = 30.0
 JOIN_S = 120.0
@@ -182,7 +182,7 @@ class EncodeRank:
         try:
             await source.send(Pull(token=self._hello.token, digest=digest))
             answer = await source.receive(timeout=PULL_S)
-            if not isinstance(answer, Blob) or answer.num_bytes != num_bytes or num_bytes > MAX_BYTES:
+            if not isinstance(answer, Blob) or answer.num_bytes != num_bytes or num_bytes > MAX_VIDEO_BYTES:
                 raise TransferError("the media store does not have the item")
             data = await source.receive_bytes(num_bytes, PULL_S)
         finally:

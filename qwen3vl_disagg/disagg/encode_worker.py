@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -16,14 +16,16 @@ from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.digest import add_digests, deepstack_sums, range_digests, run_sums, sums_digest
 from qwen3vl_disagg.disagg.layout import item_ranges
 from qwen3vl_disagg.disagg.messages import Grant, Header, Resume
+from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration, separate_deepstack
 from qwen3vl_disagg.model.compiled import compile_tower
-from qwen3vl_disagg.processing import Grid, ImageProcessor, item_positions
+from qwen3vl_disagg.processing import Grid, ImageProcessor, VideoProcessor, item_positions
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """One image ready for the tower: patches `[P, patch_dim]` float32."""
+    """One image or clip ready for the tower: patches `[P, patch_dim]` float32."""
 
     patches: Tensor
     grid: Grid
@@ -121,20 +123,31 @@ class EncodeWorker:
         processor: ImageProcessor,
         config: ModelConfig,
         *,
+        video: VideoProcessor | None = None,
+        decoder: MediaDecoder | None = None,
         compile: bool = False,
     ) -> None:
+        """`decoder`: where bytes are decoded; without it images are in this process, and there are no videos."""
         self.turns: AbstractContextManager[None] = nullcontext()
         self.model, self.processor, self.config = vision_model, processor, config
+        self.video, self.decoder = video, decoder
         self.device = next(vision_model.parameters()).device
         if compile:
             compile_tower(vision_model.visual)
 
-    def preprocess(self, data: bytes, visual: VisualItem) -> Pixels:
-        """Decode and cut up. InputError for a damaged image, TransferError if its grid is not the announced one."""
+    def preprocess(self, data: bytes, visual: VisualItem, stop: Stop | None = None) -> Pixels:
+        """Decode and cut up. InputError for damaged media, TransferError if the grid is not the announced one, Stopped
+        soon after `stop` is set."""
         started = time.monotonic()
-        patches, grid = self.processor.pixels(data)
+        if visual.modality == "image":
+            decode = None if self.decoder is None else partial(self.decoder.image, stop=stop)
+            patches, grid = self.processor.pixels(data, decode=decode)
+        elif self.video is not None and self.decoder is not None:
+            patches, grid = self.video.pixels(data, visual, self.decoder, stop)
+        else:
+            raise TransferError("this encode rank takes no videos")
         if grid != tuple(visual.grid):
-            raise TransferError(f"the image has grid {grid}, the prompt was laid out for {tuple(visual.grid)}")
+            raise TransferError(f"the item has grid {grid}, the prompt was laid out for {tuple(visual.grid)}")
         return Pixels(patches, grid, (time.monotonic() - started) * 1e3)
 
     def encode(self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]) -> list[EncodedItem | Exception]:

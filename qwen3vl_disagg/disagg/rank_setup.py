@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from qwen3vl_disagg.checkpoint import fingerprint, load_vision_model, read_config
-from qwen3vl_disagg.core.settings import DTYPES, resolve_compile, resolve_device, resolve_model_folder
+from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.core.settings import DTYPES, resolve_compile, resolve_device
 from qwen3vl_disagg.core.spans import write_spans
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
 from qwen3vl_disagg.disagg.fingerprint import Fingerprint, link_fingerprint
 from qwen3vl_disagg.disagg.messages import RankHello
 from qwen3vl_disagg.disagg.rendezvous import RankContext, host_id
+from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.parallel.placement import held_bytes
-from qwen3vl_disagg.processing import ImageProcessor
+from qwen3vl_disagg.processing import ImageProcessor, VideoProcessor
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,14 @@ class RankSetup:
         """Load the vision tower, and nothing else of the weights."""
         model = load_vision_model(self.folder, dtype=self.dtype, device=self.device)
         is_compiled = resolve_compile(self.context.model.compile, self.device)
-        return EncodeWorker(model, self.processor, self.config, compile=is_compiled)
+        return EncodeWorker(
+            model,
+            self.processor,
+            self.config,
+            video=VideoProcessor.from_folder(self.folder, self.config.vision),
+            decoder=MediaDecoder(),
+            compile=is_compiled,
+        )
 
     def hello(
         self,

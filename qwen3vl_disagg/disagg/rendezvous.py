@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -24,6 +25,7 @@ from qwen3vl_disagg.core.errors import InputError, UnavailableError
 from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, ModelOptions
 
 _POLL_S = 0.05
+Notice = TypeVar("Notice", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,13 @@ def meeting_path(env: Mapping[str, str] = os.environ) -> Path:
     return folder / (re.sub(r"[^A-Za-z0-9-]", "_", "-".join([str(os.getppid()), *parts])) + ".json")
 
 
-def publish(path: Path, meeting: Meeting) -> None:
+def publish(path: Path, notice: msgspec.Struct) -> None:
     """Put the file there at once, whole."""
     draft = path.with_suffix(f".{os.getpid()}")
     draft.unlink(missing_ok=True)
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(fd, "wb") as file:
-        file.write(msgspec.json.encode(meeting))
+        file.write(msgspec.json.encode(notice))
     os.replace(draft, path)
 
 
@@ -150,7 +152,7 @@ def find(path: Path, deadline_s: float) -> Meeting:
     """Wait for slot 0's file. UnavailableError after `deadline_s`."""
     end = time.monotonic() + deadline_s
     while True:
-        meeting = _read(path)
+        meeting = read_notice(path, Meeting)
         if meeting is not None and parent_of(meeting.pid) == os.getppid():
             return meeting
         if time.monotonic() >= end:
@@ -158,8 +160,8 @@ def find(path: Path, deadline_s: float) -> Meeting:
         time.sleep(_POLL_S)
 
 
-def _read(path: Path) -> Meeting | None:
-    """None if there is nothing, or a file that is not this user's."""
+def read_notice(path: Path, kind: type[Notice]) -> Notice | None:
+    """What was published. None if there is nothing, or a file that is not this user's."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
@@ -168,7 +170,7 @@ def _read(path: Path) -> Meeting | None:
         if os.fstat(fd).st_uid != os.getuid():
             return None
         try:
-            return msgspec.json.decode(file.read(), type=Meeting)
+            return msgspec.json.decode(file.read(), type=kind)
         except msgspec.DecodeError:
             return None
 

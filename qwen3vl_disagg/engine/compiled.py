@@ -25,6 +25,7 @@ from qwen3vl_disagg.model import ModelConfig, PagedBatch, Qwen3MoeForCausalLMWit
 from qwen3vl_disagg.model.attention import LayerCache
 from qwen3vl_disagg.model.compiled import GraphCounts, compile_options, first_alone
 from qwen3vl_disagg.model.flex import FlexKind, flex_kinds
+from qwen3vl_disagg.model.layers import Linear
 from qwen3vl_disagg.model.moe import Dispatcher, DispatchPlan, Experts
 from qwen3vl_disagg.model.paged import PagedImpl
 
@@ -55,10 +56,11 @@ class CompiledDecoder:
 
     def __init__(self, model: Qwen3MoeForCausalLMWithDeepStack) -> None:
         self.model = model
-        head = model.lm_head
-        self.kinds: set[GraphKind | FlexKind] = {*graph_kinds(model.config, has_kernels=head.use_kernel)}
-        self._before = GraphCounts.now()
         decoder = model.model
+        # Of float8 weights only the router has a kernel.
+        self._has_kernels = any(isinstance(part, Linear) and part.use_kernel for part in decoder.modules())
+        self.kinds: set[GraphKind | FlexKind] = {*graph_kinds(model.config, has_kernels=self._has_kernels)}
+        self._before = GraphCounts.now()
         decoder._step = torch.compile(  # type: ignore[method-assign]
             decoder._step, fullgraph=True, dynamic=True, options=compile_options()
         )
@@ -87,7 +89,7 @@ class CompiledDecoder:
         """
         started = time.monotonic()
         # Sizes that differ everywhere: what is equal by chance the compiler takes for equal.
-        sizes = [1, 7, MAX_LINEAR_ROWS + 5] if self.model.lm_head.use_kernel else [1, 7]
+        sizes = [1, 7, MAX_LINEAR_ROWS + 5] if self._has_kernels else [1, 7]
         has_levels = [False, True] if self.model.config.num_deepstack_levels else [False]
         room = caches[0][0].shape[0] if caches else 0
         steps = [([min(size, room)], has_level) for has_level in has_levels for size in sizes]
@@ -96,8 +98,9 @@ class CompiledDecoder:
             self.kinds |= kinds
             steps += [([1] * kind.num_blocks, False) for kind in kinds if kind.num_blocks > 1]
         weight = next(self.model.model.layers.parameters())
+        dtypes = sorted({str(parameter.dtype) for parameter in self.model.parameters()})
         parts = sorted({type(module).__name__ for module in self.model.modules()})  # quantized ones have other names
-        where = f"{weight.dtype} {weight.device} {impl} {page_size} {max_sequences}"
+        where = f"{dtypes} {weight.device} {impl} {page_size} {max_sequences}"
         what = f"decoder {self.model.config.text} {where} {parts}"
         bar = tqdm(steps, desc="compiling", file=sys.stderr, disable=not progress, leave=False)
         # Where experts are spread, a first run needs the other ranks: all of them compile at the same time.

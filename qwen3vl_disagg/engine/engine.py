@@ -174,7 +174,7 @@ class Engine:
 
     def _check_placeholders(self, token_ids: list[int], items: list[VisualItem]) -> None:
         kinds = {"image": self.config.image_token_id, "video": self.config.video_token_id}
-        ranges = [(item.offset, item.offset + item.num_rows, kinds[item.modality]) for item in items]
+        ranges = [(run, run + item.run_rows, kinds[item.modality]) for item in items for run in item.runs]
         num_pads = sum(token_ids.count(kind) for kind in kinds.values())
         if num_pads != sum(stop - start for start, stop, _ in ranges) or any(
             token_ids[start:stop].count(kind) != stop - start for start, stop, kind in ranges
@@ -193,7 +193,7 @@ class Engine:
         if sequence is None:
             return []
         item = sequence.items[index]
-        if item.offset + rows.stop <= sequence.num_cached:
+        if item.rows_before(sequence.num_cached) >= rows.stop:
             return [RowsUsed(request_id, index, rows.attempt, rows.stop)]
         if rows.start > sequence.first_row(index) and index in sequence.restarted:
             return []  # of the attempt before; it was on its way when the item was restarted
@@ -211,8 +211,7 @@ class Engine:
         sequence = self.scheduler.admitted.get(request_id)
         if sequence is None:
             return
-        item = sequence.items[index]
-        if sequence.num_cached < item.offset + item.num_rows:
+        if sequence.num_cached < sequence.items[index].stop:
             sequence.restart(index)
 
     def cancel(self, request_id: str) -> None:

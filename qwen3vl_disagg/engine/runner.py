@@ -130,12 +130,12 @@ class ModelRunner:
         for chunk, items in zip(chunks, touched, strict=True):
             for index, low, high in items:
                 item, rows = chunk.sequence.items[index], chunk.sequence.rows.get(index)
-                first = start + item.offset + low - chunk.start
-                where = slice(first, first + high - low)
                 try:
                     if rows is None:
                         raise ValueError("no rows are here")
-                    rows.write(low, high, embeds[where], deepstack[where])
+                    for first, stop, token in item.stretches(low, high):
+                        where = slice(start + token - chunk.start, start + token - chunk.start + stop - first)
+                        rows.write(first, stop, embeds[where], deepstack[where])
                 except (ValueError, RuntimeError) as error:
                     problem = f"item {index}, rows {low} to {high}: {error}"
                     raise BadRows(chunk.sequence, problem, item.param) from error

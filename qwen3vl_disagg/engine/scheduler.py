@@ -225,7 +225,7 @@ class Scheduler:
         computed from a part of an item may have to be forgotten."""
         if not self.pool.keep or sequence.node is None:
             return
-        partial = [i.offset for i in sequence.items if i.offset + i.num_rows > sequence.num_cached]
+        partial = [item.offset for item in sequence.items if item.stop > sequence.num_cached]
         stop = min([sequence.num_cached, *partial]) // self.pool.page_size
         if stop <= sequence.num_remembered:
             return

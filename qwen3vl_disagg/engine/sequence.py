@@ -95,13 +95,12 @@ class Sequence:
     def limit(self) -> tuple[int, int | None]:
         """(tokens that prefill can go up to, the item that is in the way)."""
         for index, item in enumerate(self.items):
-            if self.num_cached >= item.offset + item.num_rows:
+            if self.num_cached >= item.stop:
                 continue
             rows = self.rows.get(index)
-            if rows is None:
-                return max(item.offset, self.num_cached), index
-            if rows.stop < item.num_rows:
-                return item.offset + rows.stop, index
+            num_here = item.rows_before(self.num_cached) if rows is None else rows.stop
+            if num_here < item.num_rows:
+                return item.token_of(num_here), index
         return self.num_tokens, None
 
     @property
@@ -114,14 +113,13 @@ class Sequence:
 
         An item of 10 rows at offset 5 needs its rows from 3 on when 8 tokens were found.
         """
-        item = self.items[index]
-        return min(max(0, self.num_found - item.offset), item.num_rows)
+        return self.items[index].rows_before(self.num_found)
 
     def restart(self, index: int) -> None:
         """Go back to the first needed row of an item that is not all in the cache."""
         self.rows.pop(index, None)
         self.restarted.add(index)
-        self.num_cached = min(self.num_cached, self.items[index].offset + self.first_row(index))
+        self.num_cached = min(self.num_cached, self.items[index].token_of(self.first_row(index)))
 
     def leave(self) -> None:
         """Nothing of it is in the cache any more."""
@@ -137,9 +135,9 @@ class Sequence:
         """
         found = []
         for index, item in enumerate(self.items):
-            low, high = max(start, item.offset), min(stop, item.offset + item.num_rows)
+            low, high = item.rows_before(start), item.rows_before(stop)
             if low < high:
-                found.append((index, low - item.offset, high - item.offset))
+                found.append((index, low, high))
         return found
 
     def page_contents(self, page_size: int, stop: int) -> list[PageContent]:
@@ -149,10 +147,7 @@ class Sequence:
         Positions need not be named: they follow from tokens and grids up to there.
         """
         for start in range(len(self._contents) * page_size, stop * page_size, page_size):
-            visual = tuple(
-                (self.items[i].modality, self.items[i].digest, tuple(self.items[i].grid), low)
-                for i, low, _ in self.touched(start, start + page_size)
-            )
+            visual = tuple((*self.items[i].content, low) for i, low, _ in self.touched(start, start + page_size))
             self._contents.append((tuple(self.tokens(start, start + page_size)), visual))
         return self._contents[:stop]
 

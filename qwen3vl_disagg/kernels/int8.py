@@ -33,8 +33,10 @@ def _(x_TD: Tensor, weight_ND: Tensor, scale_N: Tensor) -> Tensor:
 
 
 def can_linear_int8(weight_ND: Tensor, dtype: torch.dtype) -> bool:
-    """Sizes the kernel takes, bfloat16 for the rows. Few rows are the caller's business."""
+    """int8 in sizes the kernel takes, bfloat16 for the rows. Few rows are the caller's business."""
     num_out, depth = weight_ND.shape
+    if weight_ND.dtype != torch.int8:
+        return False
     return num_out % 4 == 0 and depth % 32 == 0 and is_cpu_bf16(torch.empty(0, dtype=dtype, device=weight_ND.device))
 
 
@@ -75,6 +77,8 @@ def _(x_TD: Tensor, *_: Tensor) -> Tensor:
 
 
 def can_experts_int8(down_EDF: Tensor, dtype: torch.dtype) -> bool:
-    """Sizes the kernel takes, bfloat16 for the rows."""
+    """int8 in sizes the kernel takes, bfloat16 for the rows."""
     hidden, width = down_EDF.shape[1:]
+    if down_EDF.dtype != torch.int8:
+        return False
     return hidden % 32 == 0 and width % 32 == 0 and is_cpu_bf16(torch.empty(0, dtype=dtype, device=down_EDF.device))

@@ -25,6 +25,23 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """Rotary angles for a context longer than the one that was trained (YaRN, arXiv 2309.00071).
+
+    Frequencies that turn at least `beta_fast` times within `original_max_position_embeddings` stay, those that turn at
+    most `beta_slow` times are divided by `factor`, between them it is mixed. `truncate`: the bounds are whole indexes.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    """On cos and sin, so that its square is on the scores."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """Decoder. `num_experts == 0` means a dense model (`intermediate_size` wide MLPs everywhere)."""
 
@@ -39,6 +56,7 @@ class TextConfig:
     rope_theta: float
     mrope_section: tuple[int, int, int]
     max_position_embeddings: int
+    yarn: YarnScaling | None = None
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
@@ -170,9 +188,16 @@ class _Reader:
         if not isinstance(rope, Mapping):
             self.problems.append(f"{where}rope_parameters must be an object, got {rope!r}")
             rope = {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "mrope"):
-            self.problems.append(f"{where}rope type {rope_type!r} is not supported yet (only 'default')")
+        rope_type = self.rope_type(rope)
+        if rope_type not in ("default", "mrope", "yarn"):
+            self.problems.append(f"{where}rope type {rope_type!r} is not supported (only 'default' and 'yarn')")
+        for name in ("rope_parameters", "rope_scaling"):
+            stray, other = self.raw.get(name), raw.get(name)
+            if isinstance(stray, Mapping) and self.rope_type(stray) not in ("default", "mrope", rope_type):
+                self.problems.append(f"{name}: rope type {self.rope_type(stray)!r} belongs into text_config")
+            if isinstance(other, Mapping) and self.rope_type(other) != rope_type:
+                types = f"{self.rope_type(other)!r} there, {rope_type!r} in rope_parameters"
+                self.problems.append(f"{where}{name}: two rope types: {types}")
         if rope.get("mrope_interleaved") is False:
             self.problems.append(f"{where}mrope_interleaved must be true")
         if raw.get("norm_topk_prob") is False:
@@ -210,7 +235,37 @@ class _Reader:
             rope_theta=self.number({**rope, **raw}, where, "rope_theta", kind=float),
             mrope_section=(section[0], section[1], section[2]),
             max_position_embeddings=number("max_position_embeddings"),
+            yarn=self.yarn({**rope, **raw}, where) if rope_type == "yarn" else None,
             **experts,
+        )
+
+    @staticmethod
+    def rope_type(rope: Mapping[str, Any]) -> object:
+        return rope.get("rope_type", rope.get("type", "default"))
+
+    def yarn(self, rope: Mapping[str, Any], where: str) -> YarnScaling:
+        """Entries beside `rope_type: yarn`. Those that decide how far have no default."""
+
+        def optional(name: str, default: float) -> float:
+            return self.number(rope, where, name, kind=float) if rope.get(name) else default
+
+        factor = self.number(rope, where, "factor", kind=float)
+        mscale, mscale_all_dim = optional("mscale", 0.0), optional("mscale_all_dim", 0.0)
+        attention_factor = yarn_mscale(factor)
+        if mscale and mscale_all_dim:
+            attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
+        if rope.get("attention_factor") is not None:
+            attention_factor = self.number(rope, where, "attention_factor", kind=float)
+        truncate = rope.get("truncate", True)
+        if not isinstance(truncate, bool):
+            self.problems.append(f"{where}truncate must be true or false, got {truncate!r}")
+        return YarnScaling(
+            factor=factor,
+            original_max_position_embeddings=self.number(rope, where, "original_max_position_embeddings"),
+            attention_factor=attention_factor,
+            beta_fast=optional("beta_fast", YarnScaling.beta_fast),
+            beta_slow=optional("beta_slow", YarnScaling.beta_slow),
+            truncate=bool(truncate),
         )
 
     def vision(self, raw: Mapping[str, Any]) -> VisionConfig:
@@ -234,6 +289,11 @@ class _Reader:
             temporal_patch_size=number("temporal_patch_size"),
             spatial_merge_size=number("spatial_merge_size"),
         )
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """How much larger cos and sin become when the context grows by `factor`."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def check_config(config: ModelConfig) -> list[str]:
@@ -271,6 +331,15 @@ def check_config(config: ModelConfig) -> list[str]:
         sum(text.mrope_section) == half,
         f"mrope_section {list(text.mrope_section)} adds up to {sum(text.mrope_section)}, not to head_dim / 2 = {half}",
     )
+    if (yarn := text.yarn) is not None:
+        need(yarn.factor >= 1, f"yarn factor {yarn.factor} is less than 1")
+        need(yarn.original_max_position_embeddings > 0, "yarn original_max_position_embeddings must be positive")
+        need(yarn.attention_factor > 0, f"yarn attention_factor {yarn.attention_factor} is not positive")
+        need(
+            yarn.beta_fast >= yarn.beta_slow,
+            f"yarn beta_fast {yarn.beta_fast} is less than beta_slow {yarn.beta_slow}",
+        )
+        need(text.rope_theta > 1, f"yarn needs a rope_theta larger than 1, got {text.rope_theta}")
     if text.num_experts:
         need(
             0 < text.num_experts_per_tok <= text.num_experts,

@@ -76,7 +76,12 @@ class Qwen3MoeModel(nn.Module):
             )
         text = self.config
         rotary = text_rotary(
-            positions, head_dim=text.head_dim, theta=text.rope_theta, section=text.mrope_section, dtype=x_TD.dtype
+            positions,
+            head_dim=text.head_dim,
+            theta=text.rope_theta,
+            section=text.mrope_section,
+            dtype=x_TD.dtype,
+            yarn=text.yarn,
         )
         for i, layer in enumerate(self.layers):
             layer_input = self._layer_input(i, **hook_inputs)

@@ -1,7 +1,8 @@
-"""Linear layers and experts whose weights are int8, with a float32 scale for each output channel (a row of a weight).
+"""Linear layers and experts whose weights are int8 or float8, with a float32 scale for each output channel (a row of a
+weight).
 
-Where there are kernels, they read the int8 as it is. Elsewhere a weight is dequantized each time it is used, one at a
-time: right, and slower than the bfloat16 it came from. Dims as in `moe.py`.
+Where there are kernels, they read int8 as it is. Elsewhere, and float8 anywhere, a weight is dequantized each time it
+is used, one at a time: right, and slower than the bfloat16 it came from. Dims as in `moe.py`.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from qwen3vl_disagg.model.moe import Experts, run_experts_grouped
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight [.., D]` int8, `scale [..]` -> `[.., D]`; the product in float32, rounded once."""
+    """`weight [.., D]` int8 or float8, `scale [..]` -> `[.., D]`; the product in float32, rounded once."""
     return weight.to(dtype).mul_(scale.unsqueeze(-1))
 
 
 class QuantizedLinear(Linear):
-    """`Linear` with `weight [N, D]` int8 and `weight_scale [N]`, to be filled; `dtype` is that of its rows."""
+    """`Linear` with `weight [N, D]` int8 or float8 and `weight_scale [N]`, to be filled; its rows are of `dtype`."""
 
     weight_scale: Tensor
 
-    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: Linear, dtype: torch.dtype, weight_dtype: torch.dtype = torch.int8) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.use_kernel = linear.in_features, linear.out_features, False
         self.dtype = dtype
-        _hold(self, "weight", linear.weight.shape)
+        _hold(self, "weight", linear.weight.shape, weight_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.use_kernel and x.shape[0] <= MAX_LINEAR_ROWS:
@@ -75,17 +76,17 @@ def _(x_TD: Tensor, *_: Tensor) -> Tensor:
 
 
 class QuantizedExperts(Experts):
-    """`Experts` with int8 weights, `gate_up_proj_scale [E, 2F]` and `down_proj_scale [E, D]`, to be filled."""
+    """`Experts` with int8 or float8 weights, `gate_up_proj_scale [E, 2F]`, `down_proj_scale [E, D]`, to be filled."""
 
     weight_names = ("gate_up_proj", "gate_up_proj_scale", "down_proj", "down_proj_scale")
     gate_up_proj_scale: Tensor
     down_proj_scale: Tensor
 
-    def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
+    def __init__(self, experts: Experts, dtype: torch.dtype, weight_dtype: torch.dtype = torch.int8) -> None:
         nn.Module.__init__(self)
         self.impl, self.dtype, self.dispatcher = "grouped", dtype, experts.dispatcher
-        _hold(self, "gate_up_proj", experts.gate_up_proj.shape)
-        _hold(self, "down_proj", experts.down_proj.shape)
+        _hold(self, "gate_up_proj", experts.gate_up_proj.shape, weight_dtype)
+        _hold(self, "down_proj", experts.down_proj.shape, weight_dtype)
 
     def run(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, *local_weights: Tensor) -> Tensor:
         if self.impl == "kernel":
@@ -98,7 +99,7 @@ class QuantizedExperts(Experts):
         return run_experts_grouped(x_TD, weights_TK, ids_TK, *whole)
 
 
-def _hold(module: nn.Module, name: str, shape: torch.Size) -> None:
-    weight = torch.empty(shape, dtype=torch.int8, device="meta")
+def _hold(module: nn.Module, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
+    weight = torch.empty(shape, dtype=dtype, device="meta")
     module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
     module.register_buffer(f"{name}_scale", torch.empty(shape[:-1], device="meta"))

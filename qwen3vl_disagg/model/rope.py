@@ -9,9 +9,12 @@ Dims: T tokens, N heads, H head size, J = H / 2 frequencies.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
+
+from qwen3vl_disagg.model.config import YarnScaling
 
 
 def mrope_axes(num_frequencies: int, section: tuple[int, int, int]) -> list[int]:
@@ -31,23 +34,61 @@ def mrope_axes(num_frequencies: int, section: tuple[int, int, int]) -> list[int]
     return axes
 
 
+def inverse_frequencies(
+    head_dim: int, theta: float, yarn: YarnScaling | None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """`[J]` float32, radians per position."""
+    exponent_J = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    if yarn is None:
+        return 1.0 / theta**exponent_J
+    wave_J = theta**exponent_J
+    low, high = yarn_bounds(head_dim, theta, yarn)
+    ramp_J = (torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)
+    kept_J = 1 - ramp_J.clamp(0, 1)
+    return 1.0 / (yarn.factor * wave_J) * (1 - kept_J) + 1.0 / wave_J * kept_J
+
+
+def yarn_bounds(head_dim: int, theta: float, yarn: YarnScaling) -> tuple[float, float]:
+    """Between which indexes the frequencies go over from kept to divided by the factor.
+
+    Frequency j turns `n = length / (2 pi theta^(2j / H))` times within the original length: solved for j at both betas.
+    """
+    turns_at_0 = yarn.original_max_position_embeddings / (2 * math.pi)
+    low, high = (
+        head_dim * math.log(turns_at_0 / beta) / (2 * math.log(theta)) for beta in (yarn.beta_fast, yarn.beta_slow)
+    )
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    return low, high + 0.001 if low == high else high
+
+
 @functools.cache
 @torch.inference_mode(False)
-def _frequencies(theta: float, axes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _frequencies(
+    theta: float, axes: tuple[int, ...], yarn: YarnScaling | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Inverse frequencies `[J, 1]` float32 and the axis of each `[J]`: the same in every step."""
-    head_dim = 2 * len(axes)
-    exponent_J = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-    return (1.0 / theta**exponent_J)[:, None], torch.tensor(axes, device=device)
+    return inverse_frequencies(2 * len(axes), theta, yarn, device)[:, None], torch.tensor(axes, device=device)
 
 
 def text_rotary(
-    positions: Tensor, *, head_dim: int, theta: float, section: tuple[int, int, int], dtype: torch.dtype
+    positions: Tensor,
+    *,
+    head_dim: int,
+    theta: float,
+    section: tuple[int, int, int],
+    dtype: torch.dtype,
+    yarn: YarnScaling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin `[T, 1, H]` in the model's dtype, from integer positions `[3, T]`; angles are float32."""
-    inv_freq_J1, axis_J = _frequencies(theta, tuple(mrope_axes(head_dim // 2, section)), positions.device)
+    inv_freq_J1, axis_J = _frequencies(theta, tuple(mrope_axes(head_dim // 2, section)), yarn, positions.device)
     angles_TJ = (positions[axis_J].float() * inv_freq_J1).T
     angles_T1H = torch.cat((angles_TJ, angles_TJ), dim=-1)[:, None, :]
-    return angles_T1H.cos().to(dtype), angles_T1H.sin().to(dtype)
+    cos_T1H, sin_T1H = angles_T1H.cos(), angles_T1H.sin()
+    if yarn is not None:
+        cos_T1H, sin_T1H = cos_T1H * yarn.attention_factor, sin_T1H * yarn.attention_factor
+    return cos_T1H.to(dtype), sin_T1H.to(dtype)
 
 
 def vision_rotary(row_col_T2: Tensor, *, head_dim: int) -> tuple[Tensor, Tensor]:

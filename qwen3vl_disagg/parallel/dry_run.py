@@ -13,10 +13,12 @@ import tyro
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
-from qwen3vl_disagg.checkpoint import Checkpoint, check_weights, open_checkpoint
+from qwen3vl_disagg.checkpoint import Checkpoint, check_weights, open_checkpoint, read_config
+from qwen3vl_disagg.checkpoint.fp8 import SCALE_SUFFIX
+from qwen3vl_disagg.checkpoint.hub import hub_id, model_name, resolve_model_folder
 from qwen3vl_disagg.checkpoint.quantize import make_room
 from qwen3vl_disagg.core.errors import DisaggError, InputError
-from qwen3vl_disagg.core.settings import DTYPES, ModelOptions, Quantize, resolve_model_folder
+from qwen3vl_disagg.core.settings import DTYPES, ModelOptions, Quantize
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.decoder import Qwen3MoeForCausalLM
 from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
@@ -184,13 +186,16 @@ def _short(num_bytes: int) -> str:
 
 
 def dry_run(options: ModelOptions, preset: str | None, encode_ranks: range, language_ranks: range) -> DryRun:
-    """What each rank would hold; a rank in both ranges has both roles.
+    """What each rank would hold; a rank in both ranges has both roles. Of a hub's repository the settings are enough.
 
     Raises CheckpointError for a folder that could not be loaded, DisaggError if the parts are not the whole.
     """
     if preset is not None:
         return _plan(preset, PRESETS[preset], options, encode_ranks, language_ranks, None)
-    folder = resolve_model_folder(options.model)
+    is_hub = hub_id(options.model) is not None
+    folder = resolve_model_folder(options.model, weights=False)
+    if is_hub:
+        return _plan(model_name(folder), read_config(folder), options, encode_ranks, language_ranks, None)
     with open_checkpoint(folder) as checkpoint:
         check_weights(checkpoint)
         return _plan(str(folder), checkpoint.config, options, encode_ranks, language_ranks, checkpoint)
@@ -205,10 +210,10 @@ def _plan(
     checkpoint: Checkpoint | None,
 ) -> DryRun:
     name = config.dtype if options.dtype == "auto" else options.dtype
-    dtype, is_int8 = DTYPES[name], options.quantize == "int8"
+    dtype, kind = DTYPES[name], options.quantize
     has_own_head = checkpoint is not None and _HEAD in checkpoint.tensors
     vision = _tensors(lambda c: Qwen3VLMoeForConditionalGeneration(c, language_model=False), config, dtype)
-    decoder = _tensors(Qwen3MoeForCausalLMWithDeepStack, config, dtype, is_int8, has_own_head)
+    decoder = _tensors(Qwen3MoeForCausalLMWithDeepStack, config, dtype, kind, has_own_head)
     placements(vision, VISION_PLAN)  # all are replicated: what must not be is one that the plan does not know
     placed = placements((name.removesuffix("_scale") for name in decoder), LANGUAGE_PLAN)
     spread = [tensor for name, tensor in decoder.items() if placed[name.removesuffix("_scale")] == Shard(0)]
@@ -230,11 +235,12 @@ def _plan(
             tower if is_encode else 0,
         )
 
-    if checkpoint is not None and not is_int8:
-        model_bytes = sum(math.prod(info.shape) for info in checkpoint.tensors.values()) * dtype.itemsize
+    if checkpoint is not None and kind == "none":
+        shapes = [info.shape for name, info in checkpoint.tensors.items() if not name.endswith(SCALE_SUFFIX)]
+        model_bytes = sum(map(math.prod, shapes)) * dtype.itemsize
         counted = "the checkpoint's tensors"
     else:
-        whole = _tensors(Qwen3VLMoeForConditionalGeneration, config, dtype, is_int8, has_own_head)
+        whole = _tensors(Qwen3VLMoeForConditionalGeneration, config, dtype, kind, has_own_head)
         model_bytes, counted = sum(tensor.nbytes for tensor in whole.values()), "the whole model"
     ranks = tuple(part(rank) for rank in sorted({*encode_ranks, *language_ranks}))
     made = DryRun(model, name, options.quantize, config.text.num_experts, ranks, model_bytes, counted)
@@ -246,14 +252,14 @@ def _tensors(
     build: Callable[[ModelConfig], nn.Module],
     config: ModelConfig,
     dtype: torch.dtype,
-    is_int8: bool = False,
+    kind: Quantize = "none",
     has_own_head: bool = False,
 ) -> dict[str, Tensor]:
     """Parameters and scales as loading leaves them, on the meta device; a tied head once."""
     with torch.device("meta"):
         module = build(config).to(dtype)
-    if is_int8:
-        make_room(module, dtype)
+    if kind != "none":
+        make_room(module, dtype, kind)
     for part in module.modules():
         if has_own_head and isinstance(part, Qwen3MoeForCausalLM):
             part.lm_head.weight = nn.Parameter(torch.empty_like(part.lm_head.weight), requires_grad=False)

@@ -11,7 +11,6 @@ import msgspec
 import tyro
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.settings import resolve_model_folder
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.parallel.sizing import ITEMSIZE, MAX_RANKS, Split, Workload, best, plan
@@ -31,8 +30,9 @@ class PlanOptions:
     docs/sizing.md says what is computed and what is left out.
     """
 
-    model: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Checkpoint folder, of which only the settings are read. Without it, the small one inside the package."""
+    model: Annotated[str | None, tyro.conf.arg(metavar="DIR_OR_HUB_ID")] = None
+    """Checkpoint folder, or ORG/NAME[@REVISION] of the hub, of which only the settings are read. Without it, the small
+    one inside the package."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """A published size in place of a checkpoint: 30b-a3b, 235b-a22b, 2b, 4b, 8b, 32b."""
     hardware: Annotated[str | None, tyro.conf.arg(metavar="NAME_OR_FILE.json")] = None
@@ -102,6 +102,8 @@ def make_report(options: PlanOptions) -> Report:
         raise InputError(message, param="replicas")
     if options.fit_on and options.fit is None:
         raise InputError("--fit-on goes with --fit", param="fit-on")
+    if options.model is not None and options.preset is None and options.fit is None:
+        options = replace(options, model=str(_folder(options)))
     subject = _fitted(options) if options.fit is not None else _given(options)
     load = _workload(options, subject.config)
     mine = _shared(load, options.replicas)
@@ -150,6 +152,13 @@ def _shared(load: Workload, replicas: int) -> Workload:
     return replace(load, concurrency=-(-load.concurrency // replicas), requests_s=rate)
 
 
+def _folder(options: PlanOptions) -> Path:
+    """The model's settings; of a hub's repository no weights are fetched for them."""
+    from qwen3vl_disagg.checkpoint.hub import resolve_model_folder  # here, not for --help of all commands
+
+    return resolve_model_folder(options.model, weights=False)
+
+
 def _given(options: PlanOptions) -> _Subject:
     """Model and machine by name."""
     if options.preset is not None and options.model is not None:
@@ -160,9 +169,10 @@ def _given(options: PlanOptions) -> _Subject:
         name, config = options.preset, PRESETS[options.preset]
     else:
         from qwen3vl_disagg.checkpoint import read_config  # here, not for --help of all commands
+        from qwen3vl_disagg.checkpoint.hub import model_name
 
-        folder = resolve_model_folder(options.model)
-        name, config = folder.name, read_config(folder)
+        folder = _folder(options)
+        name, config = model_name(folder), read_config(folder)
     dtype = config.dtype if options.dtype == "auto" else options.dtype
     hardware = load_hardware(options.hardware or "h200")
     return _Subject(name, config, dtype, options.quantize == "int8", hardware, [], {})
@@ -223,7 +233,7 @@ def _tokens_of(options: PlanOptions, config: ModelConfig) -> int:
 
     vision = config.vision
     if options.preset is None and options.fit is None:
-        processor = ImageProcessor.from_folder(resolve_model_folder(options.model), vision)
+        processor = ImageProcessor.from_folder(_folder(options), vision)
         frames, rows, columns = processor.grid(width, height)
         return frames * rows * columns // vision.merge_unit
     factor = vision.patch_size * vision.spatial_merge_size

@@ -1,4 +1,4 @@
-"""The text of an answer as its tokens come: end tokens and stop strings end it. Used by the frontend and by `LLM`."""
+"""The text of an answer as its tokens come: end tokens and stop strings end it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,6 @@ class AnswerText:
     def __init__(self, tokenizer: Tokenizer, eos_ids: frozenset[int], sampling: SamplingParams) -> None:
         self._stream, self._eos_ids, self._min_tokens = tokenizer.stream(), eos_ids, sampling.min_tokens
         self._stops = StopMatcher(sampling.stop)
-        self._pieces: list[str] = []
         self.token_ids: list[int] = []
         """All tokens, the end token and the one that completed a stop string included."""
 
@@ -65,24 +64,16 @@ class AnswerText:
         """A stop string is complete: the answer ends here, with reason `stop`."""
         return self._stops.is_complete
 
-    @property
-    def text(self) -> str:
-        return "".join(self._pieces)
-
     def push(self, token_id: int) -> str:
         """Take a token; returns the text that became certain with it, often none."""
         if self.is_stopped:
             return ""
         self.token_ids.append(token_id)
-        return "" if token_id in self._eos_ids else self._keep(self._match(self._stream.push(token_id)))
+        return "" if token_id in self._eos_ids else self._match(self._stream.push(token_id))
 
     def finish(self) -> str:
         """The rest: an unfinished character, and text that turned out to be no stop string."""
-        return self._keep(self._match(self._stream.finish()) + self._stops.finish())
+        return self._match(self._stream.finish()) + self._stops.finish()
 
     def _match(self, piece: str) -> str:
         return self._stops.push(piece, may_stop=len(self.token_ids) >= self._min_tokens)
-
-    def _keep(self, piece: str) -> str:
-        self._pieces.append(piece)
-        return piece

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
+from qwen3vl_disagg.core.json_text import parse_json
 from qwen3vl_disagg.core.requests import SamplingParams
 
 # name -> (lowest, highest, whole numbers only)
@@ -89,14 +89,14 @@ class GenerationDefaults:
         if not path.is_file():
             return cls(frozenset({default_eos}))
         try:
-            raw = json.loads(path.read_bytes())
+            raw = parse_json(path.read_bytes())
             eos = raw.get("eos_token_id", default_eos)
             values = {name: raw[name] for name in _OWN if raw.get(name) is not None}
             for name, value in values.items():
                 check_number(name, value)
             eos_ids = frozenset(map(int, eos if isinstance(eos, list) else [eos]))
             return cls(eos_ids, do_sample=bool(raw.get("do_sample", False)), **values)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(folder, [f"generation_config.json: {error}"]) from error
 
     def sampling(

@@ -1,4 +1,7 @@
-"""The media of messages: where their bytes come from."""
+"""The media of messages: where their bytes come from.
+
+A part is an image, or a clip: a file, or a list of images that are its frames.
+"""
 
 from __future__ import annotations
 
@@ -7,60 +10,117 @@ import binascii
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
 from qwen3vl_disagg.processing.images import MAX_BYTES
+from qwen3vl_disagg.processing.video import MAX_LIST_FRAMES, pack_frames
 
+IMAGE_KINDS = ("image_url", "image")
+VIDEO_KINDS = ("video_url", "video")
+MAX_FPS = 240.0
+_JPEGS = "data:video/jpeg;base64,"
+"""Frames as still images behind one head, separated by commas: the way some clients send them."""
 _MAX_NAME = 40
 
 
 @dataclass(frozen=True)
 class Media:
-    """One image's bytes and where it stood."""
+    """One image's or clip's bytes and where it stood."""
 
     data: bytes
     param: str
+    modality: Literal["image", "video"] = "image"
+    is_frame_list: bool = False
+    """The bytes are those of `pack_frames`."""
+    fps: float | None = None
+    """Of a file: how many frames a second to look at. Of a list: how many a second it holds."""
+    num_frames: int | None = None
+    """Of a file: how many frames to look at, whatever its length."""
 
 
-def image_bytes(part: dict[str, Any], where: str, allow_paths: bool) -> bytes:
-    """The bytes of an image part. InputError naming `where` if they cannot be had."""
+def read_media(part: dict[str, Any], where: str, allow_paths: bool) -> Media:
+    """The media of an image or video part. `allow_paths`: also a local file's name, its Path, or bytes.
+
+    InputError naming `where` if it cannot be had.
+    """
     source = part.get(part["type"])
     if isinstance(source, dict):
         source = source.get("url")
+    if part["type"] in IMAGE_KINDS:
+        return Media(_bytes_of(source, where, allow_paths, "image", MAX_BYTES), where)
+    fps, num_frames = _number(part, "fps", where), _number(part, "num_frames", where)
+    is_jpegs = isinstance(source, str) and source[: len(_JPEGS)].lower() == _JPEGS
+    if is_jpegs or isinstance(source, list):
+        if num_frames is not None:
+            raise InputError("num_frames is for files: a list of frames is looked at as it is", param=where)
+        count = source.count(",") if isinstance(source, str) else len(source)
+        if not 1 <= count <= MAX_LIST_FRAMES:
+            raise InputError(f"a list of {count} frames, it may hold 1 to {MAX_LIST_FRAMES}", param=where)
+        if isinstance(source, str):
+            frames = [_base64(frame, where, "frame", MAX_BYTES) for frame in source[len(_JPEGS) :].split(",")]
+        else:
+            frames = [_bytes_of(frame, where, allow_paths, "frame", MAX_BYTES) for frame in source]
+        data = pack_frames(frames)
+        if len(data) > MAX_VIDEO_BYTES:
+            raise InputError(f"the frames have more than {MAX_VIDEO_BYTES} bytes", param=where, status=413)
+        return Media(data, where, "video", is_frame_list=True, fps=fps)
+    if fps is not None and num_frames is not None:
+        raise InputError("fps and num_frames exclude one another", param=where)
+    data = _bytes_of(source, where, allow_paths, "video", MAX_VIDEO_BYTES)
+    return Media(data, where, "video", fps=fps, num_frames=None if num_frames is None else int(num_frames))
+
+
+def _number(part: dict[str, Any], name: str, where: str) -> float | None:
+    value = part.get(name)
+    if value is None:
+        return None
+    limit, low = (MAX_FPS, 0.01) if name == "fps" else (MAX_LIST_FRAMES, 2)
+    good = isinstance(value, int if name == "num_frames" else int | float) and not isinstance(value, bool)
+    if not good or not low <= value <= limit:
+        raise InputError(f"{name} must be a number from {low} to {limit:g}", param=f"{where}.{name}")
+    return value
+
+
+def _bytes_of(source: object, where: str, allow_paths: bool, what: str, limit: int) -> bytes:
     if allow_paths and isinstance(source, bytes):
         return source
     if allow_paths and isinstance(source, Path):
-        return _read_file(source, where)
+        return _read_file(source, where, limit)
     if not isinstance(source, str):
-        raise InputError("image_url.url must be a string", param=where)
+        raise InputError(f"the {what}'s url must be a string", param=where)
     if source[:5].lower() == "data:":
-        return _data_uri(source, where)
+        return _data_uri(source, where, what, limit)
     if allow_paths and "://" not in source:
-        return _read_file(Path(source), where)
-    raise InputError("only data: URIs are supported for images", param=where, code="unsupported_url")
+        return _read_file(Path(source), where, limit)
+    raise InputError("only data: URIs are supported for images and videos", param=where, code="unsupported_url")
 
 
-def _data_uri(uri: str, where: str) -> bytes:
+def _data_uri(uri: str, where: str, what: str, limit: int) -> bytes:
     """The bytes of `data:[type];base64,..`; the declared type is ignored."""
     head, comma, body = uri[5:].partition(",")
-    if not comma or not head.lower().endswith(";base64"):
+    if not comma or not head[-7:].lower() == ";base64":
         raise InputError("a data: URI must be data:<type>;base64,<data>", param=where)
-    if len(body) > MAX_BYTES * 4 // 3 + 4:
-        raise InputError(f"the image is larger than the limit of {MAX_BYTES} bytes", param=where, status=413)
+    return _base64(body, where, what, limit)
+
+
+def _base64(body: str, where: str, what: str, limit: int) -> bytes:
+    if len(body) > limit * 4 // 3 + 4:
+        raise InputError(f"the {what} is larger than the limit of {limit} bytes", param=where, status=413)
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError):
         raise InputError("the data: URI is not valid base64", param=where) from None
 
 
-def _read_file(path: Path, where: str) -> bytes:
+def _read_file(path: Path, where: str, limit: int) -> bytes:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a pipe or device might never end
             raise InputError(f"{str(path)[-_MAX_NAME:]}: not a file", param=where)
-        if found.st_size > MAX_BYTES:
-            raise InputError(f"{path} is larger than the limit of {MAX_BYTES} bytes", param=where, status=413)
+        if found.st_size > limit:
+            raise InputError(f"{path} is larger than the limit of {limit} bytes", param=where, status=413)
         return path.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
-from qwen3vl_disagg.processing.media_parts import Media, image_bytes
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.processing.json_values import check_text
+from qwen3vl_disagg.processing.media_parts import IMAGE_KINDS, VIDEO_KINDS, Media, read_media
+from qwen3vl_disagg.processing.tool_use import check_id, parse_tool_calls
 
-ROLES = ("system", "user", "assistant")
-MAX_IMAGES = 16
+ROLES = ("system", "user", "assistant", "tool")
+MEDIA_ROLES = ("user", "tool")
+MAX_MEDIA = 16
 MAX_MESSAGES = 1024
 
 
@@ -30,13 +33,14 @@ def _message(raw: object, where: str, media: list[Media], allow_paths: bool) -> 
     if not isinstance(raw, dict):
         raise InputError("a message must be an object", param=where)
     role = raw.get("role")
-    if role == "tool" or raw.get("tool_calls"):
-        raise NotBuiltYet("tool use", param=where)
     if role not in ROLES:
         raise InputError(f"role must be one of {', '.join(ROLES)}", param=f"{where}.role")
+    message = {"role": role, **_extras(raw, role, where)}
     content = raw.get("content")
+    if content in (None, []) and "tool_calls" in message:
+        content = ""
     if isinstance(content, str):
-        return {"role": role, "content": check_text(content, f"{where}.content")}
+        return {**message, "content": check_text(content, f"{where}.content")}
     if not isinstance(content, list) or not content:
         raise InputError("content must be a string or a list of parts", param=f"{where}.content")
     parts = []
@@ -47,26 +51,31 @@ def _message(raw: object, where: str, media: list[Media], allow_paths: bool) -> 
             if not isinstance(part.get("text"), str):
                 raise InputError("text must be a string", param=f"{place}.text")
             parts.append({"type": "text", "text": check_text(part["text"], f"{place}.text")})
-        elif kind in ("image_url", "image"):
-            if role != "user":
-                raise InputError(f"images are for user turns, not for {role} turns", param=place)
-            if len(media) == MAX_IMAGES:
-                raise InputError(f"more than {MAX_IMAGES} images", param=place)
-            media.append(Media(image_bytes(part, place, allow_paths), place))
-            parts.append({"type": "image"})
-        elif kind in ("video_url", "video"):
-            raise NotBuiltYet("video", param=place)
+        elif kind in IMAGE_KINDS + VIDEO_KINDS:
+            if role not in MEDIA_ROLES:
+                raise InputError(f"images and videos are for user and tool turns, not for {role} turns", param=place)
+            if len(media) == MAX_MEDIA:
+                raise InputError(f"more than {MAX_MEDIA} images and videos", param=place)
+            media.append(read_media(part, place, allow_paths))
+            parts.append({"type": media[-1].modality})
         else:
-            raise InputError("type must be text or image_url", param=f"{place}.type")
-    return {"role": role, "content": parts}
+            raise InputError("type must be text, image_url or video_url", param=f"{place}.type")
+    return {**message, "content": parts}
 
 
-def check_text(text: str, where: str) -> str:
-    """The text, if it is well-formed Unicode without NUL."""
-    if "\0" in text:
-        raise InputError("text must not contain NUL", param=where)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError("text must not contain lone surrogates", param=where) from None
-    return text
+def _extras(raw: dict[str, Any], role: str, where: str) -> dict[str, Any]:
+    """What a turn may have beside its content: calls and reasoning of the assistant, the call that a tool answers."""
+    found: dict[str, Any] = {}
+    if role == "assistant":
+        name = "reasoning_content" if raw.get("reasoning_content") is not None else "reasoning"
+        if (reasoning := raw.get(name)) is not None:
+            if not isinstance(reasoning, str):
+                raise InputError(f"{name} must be a string", param=f"{where}.{name}")
+            found["reasoning_content"] = check_text(reasoning, f"{where}.{name}")
+    if role == "tool" and raw.get("tool_call_id") is not None:
+        found["tool_call_id"] = check_id(raw["tool_call_id"], f"{where}.tool_call_id")
+    if raw.get("tool_calls"):
+        if role != "assistant":
+            raise InputError("tool_calls are for assistant turns", param=f"{where}.tool_calls")
+        found["tool_calls"] = parse_tool_calls(raw["tool_calls"], f"{where}.tool_calls")
+    return found

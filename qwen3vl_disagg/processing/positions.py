@@ -34,8 +34,9 @@ def item_positions(grid: Grid, merge: int) -> Tensor:
 def mrope_positions(num_tokens: int, items: Sequence[VisualItem], merge: int) -> tuple[Tensor, int]:
     """Positions `[3, num_tokens]` int64, and delta: the token at index n after the prompt has position n + delta.
 
-    `items` in prompt order, images only: a video's runs are separated by timestamps. ValueError if they overlap, stand
-    outside the prompt or have another number of rows than their grid.
+    `items` in prompt order. A frame of a video is placed as an image is: its run stands by itself, behind its
+    timestamp, which is what tells the time. ValueError if items overlap, stand outside the prompt or have another
+    number of rows or runs than their grid.
     """
     parts: list[Tensor] = []
     index = current = 0
@@ -43,18 +44,20 @@ def mrope_positions(num_tokens: int, items: Sequence[VisualItem], merge: int) ->
         frames, height, width = item.grid
         if item.num_rows != frames * height * width // merge**2:
             raise ValueError(f"grid {item.grid} has {frames * height * width // merge**2} rows, not {item.num_rows}")
-        if item.modality != "image" or frames != 1:
-            raise ValueError(f"positions of a {item.modality} with {frames} frames are not built yet")
-        if item.offset < index or item.offset + item.num_rows > num_tokens:
-            raise ValueError(
-                f"item at {item.offset} with {item.num_rows} rows does not fit a prompt of {num_tokens} tokens"
-            )
-        num_text = item.offset - index
-        parts.append(torch.arange(current, current + num_text).expand(3, -1))
-        current += num_text
-        parts.append(item_positions(item.grid, merge).long() + current)
-        current += max(height, width) // merge
-        index = item.offset + item.num_rows
+        if len(item.runs) != frames or item.runs[0] != item.offset:
+            raise ValueError(f"{item.modality} of {frames} frames at {item.offset} with runs at {item.runs}")
+        frame = item_positions((1, height, width), merge).long()
+        for start in item.runs:
+            if start < index or start + item.run_rows > num_tokens:
+                raise ValueError(
+                    f"item at {start} with {item.run_rows} rows does not fit a prompt of {num_tokens} tokens"
+                )
+            num_text = start - index
+            parts.append(torch.arange(current, current + num_text).expand(3, -1))
+            current += num_text
+            parts.append(frame + current)
+            current += max(height, width) // merge
+            index = start + item.run_rows
     parts.append(torch.arange(current, current + num_tokens - index).expand(3, -1))
     positions = torch.cat(parts, dim=1)
     return positions, int(positions.max()) + 1 - num_tokens if num_tokens else 0

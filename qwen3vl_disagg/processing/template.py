@@ -1,46 +1,79 @@
 """The checkpoint's chat template, run in a sandbox, with the user's text kept apart from the prompt's structure.
 
-The template sees the messages as they are, save that a special token's name inside them is broken by a guard character
-that occurs nowhere else. After rendering, every special token found whole was written by the template and is encoded
-by its id; the text between two of them is freed of guards and tokenized as one string. So a user who types
-`<|image_pad|>` gets plain text, and for messages without such names the ids are those of the reference.
+The template sees the messages and tools as they are, save that a character that occurs nowhere else stands in for each
+`|` of them. The names of special tokens have a `|`, so every one found after rendering was written by the template,
+however it cut and joined the texts, and is encoded by its id. The text between two of them gets its `|` back and is
+tokenized as one string. So a user who types `<|image_pad|>` gets plain text, and for messages without such names the
+ids are those of the reference. (A special name without a `|` is broken by a guard character instead.)
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 
 MAX_RENDERED_CHARS = 8 * 2**20
+_MAX_REASON = 200
 _PRIVATE_USE = range(0xE000, 0xF900)
+_BAR = "|"
+_MARKS = "_marks"
+"""What the template's variables call the marks of a run."""
 # What a template's own code can raise: it is the checkpoint's, and so may be wrong for messages that are not.
 _RENDER_ERRORS = (
     *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
 )
 
 
+class _Refused(jinja2.TemplateError):
+    """The template itself says no."""
+
+
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise _Refused(message)
 
 
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+@jinja2.pass_context
 def _to_json(
+    context: jinja2.runtime.Context,
     value: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: jinja's own filter would escape <, > and & for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    """Plain JSON: jinja's own filter would escape <, > and & for HTML. The marks stay as they are."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    if not ensure_ascii or text.isascii():
+        return text
+    marks = context[_MARKS]
+    return "".join(char if char.isascii() or char in marks else json.dumps(char)[1:-1] for char in text)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks for trainers what the assistant said; it renders as what is in it."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _rest_or_end(rest: str) -> str:
@@ -55,18 +88,44 @@ class Piece(NamedTuple):
     is_special: bool
 
 
+@dataclass(frozen=True)
+class _Disguise:
+    """Changes texts so that no special name is found in what a template makes of them, and back.
+
+    `starts` finds the first character of each special name without a `|`, also where names overlap, and also of one
+    that is cut off at the end: the next part of the message might complete it. The guard goes behind it.
+    """
+
+    stand_in: str
+    guard: str = ""
+    starts: re.Pattern[str] | None = None
+
+    def put_on(self, text: str) -> str:
+        text = text.replace(_BAR, self.stand_in)
+        return self.starts.sub(lambda match: match[0] + self.guard, text) if self.starts else text
+
+    def take_off(self, text: str) -> str:
+        text = text.replace(self.stand_in, _BAR)
+        return text.replace(self.guard, "") if self.guard else text
+
+
 class ChatTemplate:
     """A compiled template and the names of the special tokens it may write."""
 
     def __init__(self, source: str, special_tokens: Sequence[str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
         self._source = source
         self._template = environment.from_string(source)
         names = sorted(special_tokens, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-        self._starts = re.compile("|".join(f"{re.escape(name[0])}(?={_rest_or_end(name[1:])})" for name in names))
+        odd = [name for name in names if _BAR not in name]
+        starts = "|".join(f"{re.escape(name[0])}(?={_rest_or_end(name[1:])})" for name in odd)
+        self._starts = re.compile(starts) if odd else None
 
     @classmethod
     def from_folder(cls, folder: Path, special_tokens: Sequence[str]) -> ChatTemplate:
@@ -77,60 +136,90 @@ class ChatTemplate:
                 continue
             try:
                 text = (folder / name).read_text(encoding="utf-8")
-                source = text if name.endswith(".jinja") else json.loads(text).get("chat_template")
-            except (ValueError, AttributeError) as error:
+                source = text if name.endswith(".jinja") else _default(json.loads(text).get("chat_template"))
+            except (ValueError, AttributeError, RecursionError) as error:
                 raise CheckpointError(folder, [f"{name} cannot be read: {error}"]) from error
         if not isinstance(source, str):
             raise CheckpointError(folder, ["there is no chat template"])
         try:
             return cls(source, special_tokens)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(folder, [f"the chat template does not compile: {error}"]) from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[Piece]:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[Piece]:
         """The prompt as pieces: special tokens (each a piece of its own) and the texts between them, in order.
 
         InputError if the template refuses the messages or writes too much.
         """
-        guard = self._guard(messages)
-        guarded = self._map_strings(list(messages), lambda text: self._break_specials(text, guard))
+        disguise = self._disguise([messages, tools])
+        variables = {
+            "messages": _map_strings(messages, disguise.put_on),
+            "tools": _map_strings(tools, disguise.put_on) if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            _MARKS: disguise.stand_in + disguise.guard,
+        }
         rendered: list[str] = []
         num_chars = 0
         try:
-            for part in self._template.generate(
-                messages=guarded, tools=None, add_generation_prompt=add_generation_prompt
-            ):
+            for part in self._template.generate(variables):
                 rendered.append(part)
                 num_chars += len(part)
                 if num_chars > MAX_RENDERED_CHARS:
                     break
         except _RENDER_ERRORS as error:
-            raise InputError("the chat template refuses these messages", param="messages") from error
+            reason = f": {disguise.take_off(str(error))[:_MAX_REASON]}" if isinstance(error, _Refused) else ""
+            raise InputError(f"the chat template refuses these messages{reason}", param="messages") from error
         if num_chars > MAX_RENDERED_CHARS:
             raise InputError(f"the prompt has more than the limit of {MAX_RENDERED_CHARS} characters", param="messages")
         # Splitting by a pattern with one group puts what it matched at odd indexes.
         pieces = enumerate(self._split.split("".join(rendered)))
-        return [Piece(text.replace(guard, ""), i % 2 == 1) for i, text in pieces if text]
+        return [Piece(text if i % 2 else disguise.take_off(text), i % 2 == 1) for i, text in pieces if text]
 
-    def _guard(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """A character that occurs neither in the messages nor in the template."""
+    def _disguise(self, values: Any) -> _Disguise:
+        """One whose characters occur neither in the values nor in the template."""
         used = set(self._source)
-        self._map_strings(list(messages), used.update)
-        for code in _PRIVATE_USE:
-            if chr(code) not in used:
-                return chr(code)
-        raise InputError("the text uses every private-use character; one must be left", param="messages")
+        for text in _strings(values):
+            used.update(text)
+        unused = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+        stand_in, guard = next(unused, None), next(unused, None)
+        if stand_in is None or (guard is None and self._starts):
+            raise InputError("the text uses every private-use character; one must be left", param="messages")
+        return _Disguise(stand_in, guard, self._starts) if guard and self._starts else _Disguise(stand_in)
 
-    def _break_specials(self, text: str, guard: str) -> str:
-        """Put the guard behind the first character of each special token, also where names overlap, and also of one
-        that is cut off at the end: the next part of the message might complete it."""
-        return self._starts.sub(lambda match: match[0] + guard, text)
 
-    def _map_strings(self, value: Any, change: Any) -> Any:
-        if isinstance(value, str):
-            return change(value)
-        if isinstance(value, Mapping):
-            return {self._map_strings(key, change): self._map_strings(item, change) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self._map_strings(item, change) for item in value]
-        return value
+def _default(found: Any) -> Any:
+    """Some files hold several named templates in place of one."""
+    if not isinstance(found, list):
+        return found
+    return next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a value of JSON, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _strings(key)
+            yield from _strings(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _strings(entry)
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value with every string changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_map_strings(key, change): _map_strings(entry, change) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_map_strings(entry, change) for entry in value]
+    return value

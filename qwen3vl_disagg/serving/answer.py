@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import msgspec
 
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob
-from qwen3vl_disagg.processing import AnswerText, Tokenizer
+from qwen3vl_disagg.processing import AnswerParts, Parts, Tokenizer
 from qwen3vl_disagg.serving.backend import FinishedEvent, TokenEvent
-from qwen3vl_disagg.serving.types import LogprobEntry, PromptTokensDetails, TopLogprob, Usage
+from qwen3vl_disagg.serving.types import (
+    CompletionTokensDetails,
+    LogprobEntry,
+    Message,
+    PromptTokensDetails,
+    TopLogprob,
+    Usage,
+)
 
 # OpenAI's stand-in for a probability of zero: JSON has no -Infinity.
 _MIN_LOGPROB = -9999.0
@@ -35,7 +43,7 @@ class TokenNames:
 
 
 class Answer:
-    """Collects one request's tokens. `token_ids` and `entries` hold the end token too, the text does not."""
+    """Collects one request's tokens. `token_ids` and `entries` hold the end token too, the text in `parts` does not."""
 
     def __init__(
         self,
@@ -43,31 +51,33 @@ class Answer:
         names: TokenNames,
         eos_ids: frozenset[int],
         sampling: SamplingParams,
-        num_prompt: int,
+        prompt_ids: Sequence[int],
+        *,
+        with_tools: bool = False,
     ) -> None:
-        self._text, self._names = AnswerText(tokenizer, eos_ids, sampling), names
+        self.parts, self._names = AnswerParts(tokenizer, eos_ids, sampling, prompt_ids, with_tools=with_tools), names
         self._first_timings, self._first_token_at = RequestTimings(), 0.0
-        self.num_prompt = num_prompt
+        self.num_prompt = len(prompt_ids)
         self.entries: list[LogprobEntry] = []
 
-    def push(self, event: TokenEvent) -> str:
-        """Take a token; returns the text that became certain with it, often none. Nothing counts after a stop."""
+    def push(self, event: TokenEvent) -> Parts:
+        """Take a token; returns what became certain with it, often nothing. Nothing counts after a stop."""
         if self.is_stopped:
-            return ""
+            return Parts()
         if event.timings is not None:
             self._first_timings, self._first_token_at = event.timings, time.monotonic()
         if event.logprob is not None:
             self.entries.append(self._names.entry(event.logprob))
-        return self._text.push(event.token_id)
+        return self.parts.push(event.token_id)
 
-    def finish(self) -> str:
-        """The text still held back."""
-        return self._text.finish()
+    def finish(self) -> Parts:
+        """What is still held back."""
+        return self.parts.finish()
 
     @property
     def is_stopped(self) -> bool:
         """A stop string is complete."""
-        return self._text.is_stopped
+        return self.parts.is_stopped
 
     def stop_event(self) -> FinishedEvent:
         """The end at a stop string, in place of the rank's. The time of decoding is measured here."""
@@ -75,20 +85,27 @@ class Answer:
         return FinishedEvent("stop", msgspec.structs.replace(self._first_timings, decode=decode_ms))
 
     @property
-    def text(self) -> str:
-        return self._text.text
-
-    @property
     def token_ids(self) -> list[int]:
-        return self._text.token_ids
+        return self.parts.token_ids
+
+    def message(self) -> Message:
+        parts = self.parts
+        return Message(
+            content=None if parts.calls and not parts.content else parts.content,
+            reasoning_content=parts.reasoning or msgspec.UNSET,
+            tool_calls=parts.calls or msgspec.UNSET,
+        )
 
     def usage(self, cached_tokens: int = 0) -> Usage:
-        return Usage(
+        usage = Usage(
             prompt_tokens=self.num_prompt,
             completion_tokens=len(self.token_ids),
             total_tokens=self.num_prompt + len(self.token_ids),
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
         )
+        if self.parts.reasoning_tokens:
+            usage.completion_tokens_details = CompletionTokensDetails(reasoning_tokens=self.parts.reasoning_tokens)
+        return usage
 
 
 def with_frontend(timings: RequestTimings, *, queue_ms: float, preprocess_ms: float) -> RequestTimings:

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from qwen3vl_disagg.core.errors import InputError, OverloadedError
-from qwen3vl_disagg.processing.messages import check_text
+from qwen3vl_disagg.processing.json_values import check_text
 from qwen3vl_disagg.serving.limits import Limits
 
 MAX_DEPTH = 64

@@ -21,7 +21,7 @@ from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, par
 from qwen3vl_disagg.serving.errors import JSONResponse
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.stream import EventStream, answer_events
-from qwen3vl_disagg.serving.types import ChatCompletion, ChatRequest, Choice, Logprobs, Message, parse_chat_request
+from qwen3vl_disagg.serving.types import ChatCompletion, ChatRequest, Choice, Logprobs, parse_chat_request
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 # The backend keeps the same deadline and knows more about what took so long: its error should come first.
@@ -96,7 +96,8 @@ class ChatCompletions:
             self._names,
             self._processor.generation.eos_token_ids,
             sampling,
-            len(prompt_token_ids),
+            prompt_token_ids,
+            with_tools=bool(request.tools),
         )
         try:
             if request.stream:
@@ -137,7 +138,7 @@ class ChatCompletions:
         started = time.monotonic()
         raw = parse_json(body)
         request = parse_chat_request(raw, model_name=self._model_name)
-        prompt = self._processor.prepare(raw["messages"])
+        prompt = self._processor.prepare(raw["messages"], tools=request.tools)
         sampling = request.sampling(
             self._processor.generation,
             num_prompt=len(prompt.token_ids),
@@ -157,7 +158,7 @@ class ChatCompletions:
     def _completion(
         self, id: str, request: ChatRequest, answer: Answer, finished: FinishedEvent, timings: RequestTimings
     ) -> ChatCompletion:
-        choice = Choice(message=Message(content=answer.text), finish_reason=finished.finish_reason)
+        choice = Choice(message=answer.message(), finish_reason=answer.parts.reason(finished.finish_reason))
         if request.logprobs is not None:
             choice.logprobs = Logprobs(content=answer.entries)
         if request.return_token_ids:

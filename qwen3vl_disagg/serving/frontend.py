@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from qwen3vl_disagg.checkpoint import read_config
-from qwen3vl_disagg.core.settings import resolve_model_folder
+from qwen3vl_disagg.checkpoint.hub import model_name, resolve_model_folder
 from qwen3vl_disagg.disagg.rendezvous import RankContext
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.app import create_app
@@ -34,7 +34,7 @@ def run_frontend(
     """The body of the frontend's process; returns its exit status. `memory` outlives it."""
     folder = resolve_model_folder(context.model.model)
     config = read_config(folder)
-    processor = Processor.from_folder(folder, config)
+    processor = Processor.from_folder(folder, config, video_outer_wrapper=context.model.video_outer_wrapper)
     hub = Hub(config, context.layout, context.token, memory=memory)
     app = create_app(hub, processor, model_name=model_name_of(context), debug=debug)
     return asyncio.run(serve(hub, HttpServer(app), http_socket, hub_socket, memory))
@@ -75,8 +75,8 @@ async def serve(
 
 
 def model_name_of(context: RankContext) -> str:
-    """The model's name towards clients: the folder's."""
-    return resolve_model_folder(context.model.model).resolve().name
+    """The model's name towards clients: ORG/NAME if it is of the hub, else the folder's."""
+    return model_name(resolve_model_folder(context.model.model))
 
 
 async def _announce(hub: Hub, url: str, memory: JobMemory) -> None:

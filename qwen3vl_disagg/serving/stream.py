@@ -13,6 +13,7 @@ from starlette.types import Message, Send
 
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings
+from qwen3vl_disagg.processing import Parts
 from qwen3vl_disagg.serving.answer import Answer, with_frontend
 from qwen3vl_disagg.serving.backend import Event, FinishedEvent, RequestHandle, TokenEvent
 from qwen3vl_disagg.serving.body import ClientGone
@@ -24,6 +25,7 @@ from qwen3vl_disagg.serving.types import (
     Delta,
     LogprobEntry,
     Logprobs,
+    ToolCallDelta,
 )
 
 logger = logging.getLogger(__name__)
@@ -72,25 +74,25 @@ async def _next(iterator: AsyncIterator[Event]) -> Event | None:
 
 async def answer_events(
     handle: RequestHandle, answer: Answer, *, deadline: float, silence_s: float
-) -> AsyncGenerator[tuple[Event | None, str]]:
-    """`timed_events`, each with the text that became certain with it. A stop string is the end: the rank is told at
+) -> AsyncGenerator[tuple[Event | None, Parts]]:
+    """`timed_events`, each with what became certain with it. A stop string is the end: the rank is told at
     once, before a client that reads slowly gets the rest."""
     async with aclosing(timed_events(handle, deadline=deadline, silence_s=silence_s)) as events:
         async for event in events:
             if isinstance(event, TokenEvent):
-                piece = answer.push(event)
+                new = answer.push(event)
                 if answer.is_stopped:
                     handle.cancel()
-                    yield event, piece
-                    yield answer.stop_event(), ""
+                    yield event, new
+                    yield answer.stop_event(), Parts()
                     return
-                yield event, piece
+                yield event, new
             elif isinstance(event, FinishedEvent):
                 rest = answer.finish()
                 # What an unfinished character shows as may complete a stop string, too.
                 yield (msgspec.structs.replace(event, finish_reason="stop") if answer.is_stopped else event), rest
             else:
-                yield event, ""
+                yield event, Parts()
 
 
 class EventStream:
@@ -120,7 +122,7 @@ class EventStream:
         try:
             events = answer_events(handle, self._answer, deadline=deadline, silence_s=ping_s)
             async with aclosing(events):
-                async for event, piece in events:
+                async for event, new in events:
                     if event is None:
                         if self._started:
                             await self._send(PING)
@@ -128,10 +130,10 @@ class EventStream:
                     if not self._started:
                         await self._start()
                     if isinstance(event, TokenEvent):
-                        await self._token(event, piece)
+                        await self._token(event, new)
                     elif isinstance(event, FinishedEvent):
                         timings = with_frontend(event.timings, queue_ms=queue_ms, preprocess_ms=preprocess_ms)
-                        await self._finish(event.finish_reason, timings, piece)
+                        await self._finish(event.finish_reason, timings, new)
         except ClientGone:
             raise
         except Exception as error:
@@ -150,15 +152,15 @@ class EventStream:
             chunk.prompt_token_ids = self._prompt_token_ids
         await self._send(sse(chunk))
 
-    async def _token(self, event: TokenEvent, piece: str) -> None:
+    async def _token(self, event: TokenEvent, new: Parts) -> None:
         entries = self._answer.entries[-1:] if self._request.logprobs is not None else []
-        if piece or entries or self._request.return_token_ids:
-            await self._send(sse(self._chunk(self._content(piece, entries, [event.token_id]))))
+        if new or entries or self._request.return_token_ids:
+            await self._send(sse(self._chunk(self._content(new, entries, [event.token_id]))))
 
-    async def _finish(self, reason: FinishReason, timings: RequestTimings, rest: str) -> None:
+    async def _finish(self, reason: FinishReason, timings: RequestTimings, rest: Parts) -> None:
         if rest:
             await self._send(sse(self._chunk(self._content(rest, [], []))))
-        last = self._chunk(ChunkChoice(delta=Delta(), finish_reason=reason))
+        last = self._chunk(ChunkChoice(delta=Delta(), finish_reason=self._answer.parts.reason(reason)))
         if self._request.include_usage:
             await self._send(sse(last))
             last = self._chunk()
@@ -167,13 +169,24 @@ class EventStream:
         await self._send(sse(last))
         await self._send(DONE, last=True)
 
-    def _content(self, text: str, entries: list[LogprobEntry], token_ids: list[int]) -> ChunkChoice:
-        choice = ChunkChoice(delta=Delta(content=text))
+    def _content(self, new: Parts, entries: list[LogprobEntry], token_ids: list[int]) -> ChunkChoice:
+        choice = ChunkChoice(delta=self._delta(new))
         if entries:
             choice.logprobs = Logprobs(content=entries)
         if self._request.return_token_ids:
             choice.token_ids = token_ids
         return choice
+
+    def _delta(self, new: Parts) -> Delta:
+        """All that is new; an empty text if nothing is."""
+        delta = Delta(reasoning_content=new.reasoning or None)
+        if new.content or not new:
+            delta.content = new.content
+        if new.calls:
+            first = len(self._answer.parts.calls) - len(new.calls)
+            calls = enumerate(self._answer.parts.calls[first:], first)
+            delta.tool_calls = [ToolCallDelta(index=i, id=call.id, function=call.function) for i, call in calls]
+        return delta
 
     def _chunk(self, *choices: ChunkChoice) -> ChatCompletionChunk:
         chunk = ChatCompletionChunk(id=self._id, created=self._created, model=self._model, choices=list(choices))

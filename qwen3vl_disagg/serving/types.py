@@ -7,8 +7,8 @@ from typing import Any, Literal
 import msgspec
 
 from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
-from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams
-from qwen3vl_disagg.processing import GenerationDefaults
+from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
+from qwen3vl_disagg.processing import AnswerReason, GenerationDefaults, ToolCall, parse_tools
 from qwen3vl_disagg.processing.generation import check_logit_bias, check_number, check_stop
 
 DEFAULT_MAX_TOKENS = 128
@@ -34,13 +34,13 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "n": (1,),
+    "parallel_tool_calls": (True,),
     "prediction": (),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
     "stop_token_ids": ([],),
     "structured_outputs": (),
     "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
@@ -78,6 +78,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     return_token_ids: bool = False
     ignore_eos: bool = False
+    tools: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    """What the model may call."""
 
     def sampling(
         self, defaults: GenerationDefaults, *, num_prompt: int, context: int, vocab_size: int
@@ -137,7 +139,14 @@ def parse_chat_request(raw: dict[str, Any], *, model_name: str) -> ChatRequest:
         logprobs=numbers.get("top_logprobs", 0) if wants_logprobs else None,
         return_token_ids=_flag(raw, "return_token_ids"),
         ignore_eos=_flag(raw, "ignore_eos"),
+        tools=_tools(raw),
     )
+
+
+def _tools(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tools that the model is shown: with `tool_choice` none it sees none."""
+    tools = [] if raw.get("tools") is None else parse_tools(raw["tools"])
+    return [] if raw.get("tool_choice") == "none" else tools
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -170,11 +179,17 @@ class PromptTokensDetails(msgspec.Struct, kw_only=True):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(msgspec.Struct, kw_only=True):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
+    """Given when there was reasoning."""
 
 
 class TopLogprob(msgspec.Struct, kw_only=True):
@@ -194,14 +209,17 @@ class Logprobs(msgspec.Struct, kw_only=True):
 
 class Message(msgspec.Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    """None beside tool calls if nothing else was said."""
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Choice(msgspec.Struct, kw_only=True):
     index: int = 0
     message: Message
     logprobs: Logprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: AnswerReason
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -216,16 +234,24 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
+class ToolCallDelta(ToolCall, frozen=True, kw_only=True):
+    """A whole call; `index` counts them."""
+
+    index: int
+
+
 class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(msgspec.Struct, kw_only=True):
     index: int = 0
     delta: Delta
     logprobs: Logprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: AnswerReason | None = None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 

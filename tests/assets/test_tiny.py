@@ -15,7 +15,8 @@ from qwen3vl_disagg.assets.scenes import all_words, questions
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
 
 FILES = {
-    *("config.json", "generation_config.json", "preprocessor_config.json", "model.safetensors"),
+    *("config.json", "generation_config.json", "model.safetensors"),
+    *("preprocessor_config.json", "video_preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 }
 

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from qwen3vl_disagg.assets.make_tokenizer import ADDED_TOKENS, SPECIAL_TOKENS, build_syllable_tokenizer
 from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, layouts, load_model, read_config
 from qwen3vl_disagg.model.config import check_config
+from qwen3vl_disagg.processing import Processor
 from tools import make_checkpoint
 
 
@@ -26,6 +27,13 @@ def test_a_folder_that_loads(tmp_path, monkeypatch):
     assert tokenizer.token_to_id("<|image_pad|>") == config.image_token_id
     assert tokenizer.token_to_id("<|vision_start|>") == config.vision_start_token_id
     assert tokenizer.get_vocab_size() <= config.text.vocab_size
+
+
+def test_a_checkpoint_that_thinks(tmp_path, monkeypatch):
+    run(monkeypatch, "--out", tmp_path, "--thinking")
+    prompt = Processor.from_folder(tmp_path, read_config(tmp_path)).prepare([{"role": "user", "content": "?"}])
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.decode(prompt.token_ids).endswith("assistant\n<think>\n")
 
 
 def test_the_seed_decides(tmp_path, monkeypatch):

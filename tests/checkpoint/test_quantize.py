@@ -1,4 +1,4 @@
-"""int8 weights: how far from what they were, which they are, what they weigh, and what the model still knows."""
+"""int8 and float8 weights: how far from what they were, which they are, their size, and what the model still knows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qwen3vl_disagg.checkpoint import (
 )
 from qwen3vl_disagg.checkpoint.quantize import quantize_, quantize_into, quantize_tensor
 from qwen3vl_disagg.checkpoint.random import random_language_model
-from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
+from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.compiled import graph_kinds
 from qwen3vl_disagg.engine.engine import EngineOptions
@@ -64,35 +64,62 @@ def test_half_a_step_at_most(shape, dtype, size, block, seed):
     assert (scale.double() * 127.5 <= weight.double().abs().amax(-1).clamp(min=2e-5) * (1 + 1e-6)).all()
 
 
-def test_a_row_of_zeros_stays_zero():
-    values, scale = quantize_tensor(torch.zeros(2, 3))
-    assert not values.any()
+@given(
+    shape=st.lists(st.integers(2, 9), min_size=2, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    size=st.sampled_from([1e-3, 1.0, 100.0]),
+    block=st.sampled_from([1, 20, quantize.BLOCK]),
+    seed=st.integers(0, 99),
+)
+def test_half_a_float8_step_at_most(shape, dtype, size, block, seed):
+    """Three bits after the first, down to where a row's steps end; the row's largest weight is float8's largest."""
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "BLOCK", block)
+        values, scale = quantize_tensor(weight, torch.float8_e4m3fn)
+    assert (values.dtype, scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+    assert (values.shape, scale.shape) == (weight.shape, weight.shape[:-1])
+    steps, exact = scale.double().unsqueeze(-1), weight.double()
+    errors = (values.double() * steps - exact).abs()
+    assert (errors <= torch.maximum(exact.abs() / 16, steps * 2**-10) * (1 + 1e-4)).all()
+    assert torch.allclose(scale.double() * 448, exact.abs().amax(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", quantize.QUANTIZED_DTYPES.values())
+def test_a_row_of_zeros_stays_zero(dtype):
+    values, scale = quantize_tensor(torch.tensor([[0.0, 0.0], [1.0, -0.5]]), dtype)
+    assert not values[0].float().any()
     assert scale.isfinite().all()
+    assert dequantize(values, scale, torch.float32)[0].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("kind", ["int8", "float8"])
 @pytest.mark.parametrize("preset", ["tiny-random-mixed", "tiny-random-dense"])
-def test_which_parameters(preset):
+def test_which_parameters(preset, kind):
     """The projections, the MLPs and a head of its own; the dense preset's head is its embedding."""
-    model = quantize_(random_language_model(RANDOM_PRESETS[preset], torch.float32, "cpu", 0), "int8")
+    model = quantize_(random_language_model(RANDOM_PRESETS[preset], torch.float32, "cpu", 0), kind)
+    dtype = quantize.QUANTIZED_DTYPES[kind]
     parameters = dict(model.named_parameters())
-    kept = {name for name, parameter in parameters.items() if parameter.dtype != torch.int8}
+    kept = {name for name, parameter in parameters.items() if parameter.dtype != dtype}
     assert all("norm" in name or name.endswith(("embed_tokens.weight", "mlp.gate.weight")) for name in kept)
     assert len([name for name in kept if name.endswith("mlp.gate.weight")]) == (4 if "mixed" in preset else 0)
     assert ("lm_head.weight" in parameters) == ("mixed" in preset)
     for name, parameter in parameters.items():
-        if parameter.dtype == torch.int8:
+        if parameter.dtype == dtype:
             assert not any(word in name for word in ("norm", "embed", "mlp.gate.weight"))
             assert model.get_buffer(f"{name}_scale").shape == parameter.shape[:-1]
 
 
+@pytest.mark.parametrize("kind", ["int8", "float8"])
 @pytest.mark.parametrize("layout", ["hub", "per_expert"])
-def test_loading_quantizes_what_is_loaded(tmp_path, layout):
+def test_loading_quantizes_what_is_loaded(tmp_path, layout, kind):
     folder = write_smallest(tmp_path, layout=layout)
-    loaded = load_language_model(folder, quantize="int8").state_dict()
-    expected = quantize_(load_language_model(folder), "int8").state_dict()
+    loaded = load_language_model(folder, quantize=kind).state_dict()
+    expected = quantize_(load_language_model(folder), kind).state_dict()
     assert loaded.keys() == expected.keys()
+    assert quantize.QUANTIZED_DTYPES[kind] in {tensor.dtype for tensor in loaded.values()}
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
-    whole = load_model(folder, quantize="int8")
+    whole = load_model(folder, quantize=kind)
     assert {p.dtype for p in whole.visual.parameters()} == {torch.float32}
     assert torch.equal(whole.language_model.lm_head.weight, loaded["lm_head.weight"])
 
@@ -153,14 +180,15 @@ def test_weights_weigh_half():
     assert after <= 0.6 * before
 
 
+@pytest.mark.parametrize("kind", ["int8", "float8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_modules_are_their_dequantized_selves(dtype):
+def test_modules_are_their_dequantized_selves(dtype, kind):
     """Few rows and many, with kernels (bfloat16) and without."""
-    model = quantize_(random_language_model(_with_kernels(), dtype, "cpu", 0), "int8")
+    model = quantize_(random_language_model(_with_kernels(), dtype, "cpu", 0), kind)
     linear, experts = model.model.layers[0].self_attn.q_proj, model.model.layers[0].mlp.experts
     assert isinstance(linear, QuantizedLinear)
     assert isinstance(experts, QuantizedExperts)
-    has_kernels = dtype == torch.bfloat16 and build.load() is not None
+    has_kernels = kind == "int8" and dtype == torch.bfloat16 and build.load() is not None
     assert (linear.use_kernel, experts.impl) == (has_kernels, "kernel" if has_kernels else "grouped")
     for rows in (1, 60):
         x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -182,29 +210,39 @@ def _with_kernels():
     return replace(config, text=replace(config.text, num_hidden_layers=1, moe_intermediate_size=96))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_answers_stay(scenes, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [("float32", "int8"), ("bfloat16", "int8"), pytest.param("bfloat16", "float8", marks=pytest.mark.slow)],
+)
+def test_answers_stay(scenes, dtype, kind):
     """Within a point, and nearly always the very same words."""
     said = {}
-    for kind in ("none", "int8"):
-        results = LLM(dtype=dtype, quantize=kind).chat([asked.messages() for asked in scenes], GREEDY)
-        said[kind] = [result.text for result in results]
+    for each in ("none", kind):
+        results = LLM(dtype=dtype, quantize=each).chat([asked.messages() for asked in scenes], GREEDY)
+        said[each] = [result.text for result in results]
     right = {kind: sum(t == a.answer for t, a in zip(said[kind], scenes, strict=True)) for kind in said}
     assert right["none"] > 0.9 * len(scenes)
-    assert abs(right["int8"] - right["none"]) <= 0.01 * len(scenes)
-    assert sum(a == b for a, b in zip(said["none"], said["int8"], strict=True)) >= 0.98 * len(scenes)
+    assert abs(right[kind] - right["none"]) <= 0.01 * len(scenes)
+    assert sum(a == b for a, b in zip(said["none"], said[kind], strict=True)) >= 0.98 * len(scenes)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
-def test_compiled(scenes, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        pytest.param("float32", "int8", marks=pytest.mark.slow),
+        ("bfloat16", "int8"),
+        pytest.param("bfloat16", "float8", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled(scenes, dtype, kind):
     """As many graphs as for plain weights, none broken, none made later, and the same answers."""
     torch._dynamo.reset()
     messages = [asked.messages() for asked in scenes[:12]]
-    expected = [result.text for result in LLM(dtype=dtype, quantize="int8").chat(messages, GREEDY)]
-    llm = LLM(dtype=dtype, quantize="int8", engine_options=EngineOptions(compile=True))
+    expected = [result.text for result in LLM(dtype=dtype, quantize=kind).chat(messages, GREEDY)]
+    llm = LLM(dtype=dtype, quantize=kind, engine_options=EngineOptions(compile=True))
     compiled = llm.engine.runner.compiled
     made = compiled.counts
-    has_kernels = dtype == "bfloat16" and build.load() is not None
+    has_kernels = dtype == "bfloat16" and build.load() is not None  # of float8, for the router
     assert made.graphs == len(graph_kinds(llm.config, has_kernels=has_kernels)) + 1  # and the tower's
     assert made.breaks == 0
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -215,14 +253,14 @@ def test_compiled(scenes, dtype):
 
 
 def test_what_is_refused(monkeypatch):
-    with pytest.raises(NotBuiltYet, match="--quantize float8"):
-        LLM(quantize="float8")
     with pytest.raises(InputError, match="--quantize int3: must be one of none, int8, float8"):
         LLM(quantize="int3")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for attempt in (LLM, lambda **kind: load_language_model(tiny_folder(), **kind)):
-        with pytest.raises(InputError, match=r"needs torchao: pip install 'qwen3vl-disagg\[quantize\]'"):
-            attempt(quantize="int8")
+        for kind in ("int8", "float8"):
+            reason = rf"--quantize {kind} needs torchao: pip install 'qwen3vl-disagg\[quantize\]'"
+            with pytest.raises(InputError, match=reason):
+                attempt(quantize=kind)
 
 
 def test_torchao_comes_quietly_and_only_when_asked():

@@ -11,6 +11,7 @@ import torch
 from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, load, load_language_model, load_text_model, open_checkpoint
 from qwen3vl_disagg.checkpoint.folder import Checkpoint
 from qwen3vl_disagg.core.errors import CheckpointError
+from tests.support.float8 import make_float8
 from tests.support.shards import PlainShards
 from tests.support.weights import SMALLEST, edit_tensors, write_smallest
 
@@ -44,12 +45,27 @@ def watched(monkeypatch):
 
     def open_watched(folder):
         checkpoint = open_checkpoint(folder)
-        seen = Watched(checkpoint.folder, checkpoint.config, checkpoint.tensors)
+        seen = Watched(checkpoint.folder, checkpoint.config, checkpoint.tensors, checkpoint.block)
         seen.rows_read = []
         return seen
 
     monkeypatch.setattr(load, "open_checkpoint", open_watched)
     return loads
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """`(total, count)` of each bar that was shown."""
+    seen = []
+
+    class Bar(load.tqdm):
+        def __exit__(self, *error):
+            if not self.disable:
+                seen.append((self.total, self.n))
+            super().__exit__(*error)
+
+    monkeypatch.setattr(load, "tqdm", Bar)
+    return seen
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
@@ -184,16 +200,63 @@ def test_impossible_rows(tmp_path, rows):
         load_language_model(write_smallest(tmp_path, with_experts(4)), shards=Wrong(1, 0))
 
 
+@pytest.mark.parametrize("quantize", ["none", "int8"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_bar_counts_the_slices(tmp_path, monkeypatch, watched, layout):
-    bars = []
+@pytest.mark.parametrize(("num_experts", "num_ranks"), [(7, 2), (3, 5)])
+def test_float8_by_slices(tmp_path, watched, bars, monkeypatch, num_experts, num_ranks, layout, quantize):
+    """Together they are the whole, and each rank reads its experts' rows and their scales once, and no others."""
+    folder = write_smallest(tmp_path, with_experts(num_experts), layout=layout)
+    make_float8(folder, (16, 24), hub=layout == "hub")
+    whole = load_language_model(folder, quantize=quantize).state_dict()
+    monkeypatch.setattr(load, "BLOCK", 1000)  # less than a row of scales has weights
+    shards = [PlainShards(num_ranks, rank) for rank in range(num_ranks)]
+    parts = [load_language_model(folder, quantize=quantize, shards=s, progress=True).state_dict() for s in shards]
+    for name, tensor in whole.items():
+        locals_ = [part[name] for part in parts]
+        assert torch.equal(torch.cat(locals_), tensor) if is_expert(name) else torch.equal(locals_[-1], tensor)
+    with open_checkpoint(folder) as checkpoint:
+        tensors = {name: info for name, info in checkpoint.tensors.items() if not name.startswith("model.visual.")}
+    assert sum(name.endswith("_scale_inv") for name in tensors) > 8
+    most = -(-num_experts // num_ranks)
+    for rank, (rows, num_bytes) in enumerate(watched[1:]):
+        mine = {
+            (name, row)
+            for name, info in tensors.items()
+            for row in range(info.shape[0])
+            if not is_expert(name) or _expert(name, row) // most == rank
+        }
+        assert set(rows) == mine
+        assert len(rows) == len(mine)
+        assert num_bytes == sum(tensors[name].rows_bytes(range(1)) for name, _ in mine)
+        assert bars[rank] == (num_bytes, num_bytes)
 
-    class Bar(load.tqdm):
-        def __exit__(self, *error):
-            bars.append((self.total, self.n))
-            super().__exit__(*error)
 
-    monkeypatch.setattr(load, "tqdm", Bar)
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float8_cut_within_a_block(tmp_path, watched, bars, monkeypatch, layout, quantize):
+    """Any rows of any parameter, with just the scales that they need."""
+
+    class Every(PlainShards):
+        def rows(self, name, shape):
+            return range(shape[0] // 3, shape[0] // 2)
+
+    folder = write_smallest(tmp_path, with_experts(8), layout=layout)
+    make_float8(folder, (16, 24), hub=layout == "hub")
+    whole = load_text_model(folder, quantize=quantize).state_dict()
+    monkeypatch.setattr(load, "BLOCK", 1000)
+    parts = load_text_model(folder, quantize=quantize, shards=Every(1, 0), progress=True).state_dict()
+    for name, part in parts.items():
+        assert torch.equal(part, whole[name][len(whole[name]) // 3 : len(whole[name]) // 2])
+    rows, num_bytes = watched[1]
+    assert len(rows) == len(set(rows))
+    query = "model.language_model.layers.0.self_attn.q_proj.weight"  # [128, 64]: rows 42 to 64 of blocks of 16
+    assert {row for name, row in rows if name == query} == set(range(42, 64))
+    assert {row for name, row in rows if name == f"{query}_scale_inv"} == {2, 3}
+    assert bars == [(num_bytes, num_bytes)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_bar_counts_the_slices(tmp_path, watched, bars, layout):
     folder = write_smallest(tmp_path, with_experts(16), layout=layout)
     for shards in (PlainShards(16, 3), None):
         load_language_model(folder, progress=True, shards=shards)

@@ -19,7 +19,7 @@ OFF = EncodeOptions(embedding_cache_mib=0)
 
 
 def key_of(content: str) -> ContentKey:
-    return ContentKey("image", content, VISUAL.grid, CONFIG.image_token_id)
+    return ContentKey("image", content, VISUAL.grid, (), False, CONFIG.image_token_id)
 
 
 def item_bytes() -> int:
@@ -219,7 +219,7 @@ def test_a_failure_is_told_to_each_who_waits_and_to_no_other(where, error, kind,
                 raise failures.pop()
             return digest.encode()
 
-        def preprocess(data, visual):
+        def preprocess(data, visual, stop):
             if where == "decode" and failures and data == b"x":
                 raise failures.pop()
             return data

@@ -15,6 +15,7 @@ from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.disagg.encode_pipeline import EncodePipeline
 from qwen3vl_disagg.disagg.held_item import HeldItem
 from qwen3vl_disagg.disagg.messages import EncodeItem
+from qwen3vl_disagg.media.stop import Stop
 from tests.support.link_peers import VISUAL, FakeWorker
 from tests.support.link_scenarios import CONFIG, run, until
 from tests.support.transfer import make_encoded
@@ -107,6 +108,41 @@ def test_who_gives_up_while_waiting_for_room_leaves_it_to_the_next():
     run(scenario)
 
 
+@pytest.mark.parametrize("how", ["gives up", "close"])
+def test_decoding_ends_when_nobody_wants_it_any_more(how):
+    """Not before: one of two who give up leaves it going."""
+
+    class SlowWorker(FakeWorker):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stops: list[Stop] = []
+
+        def preprocess(self, data, visual, stop):
+            self.stops.append(stop)
+            while not stop.is_set:
+                time.sleep(0.002)
+            stop.check()
+
+    async def scenario():
+        worker = SlowWorker()
+        pipeline = EncodePipeline(worker, pull, EncodeOptions())
+        tasks = [ask(pipeline, message("a")) for _ in range(2)]
+        await until(lambda: len(worker.stops) == 1)
+        tasks[0].cancel()
+        await settled()
+        assert not worker.stops[0].is_set
+        if how == "close":
+            pipeline.close()
+        else:
+            tasks[1].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert worker.stops[0].is_set
+        assert (pipeline._ahead, len(pipeline._encodings)) == (0, 0)
+        pipeline.close()
+
+    run(scenario)
+
+
 def test_the_same_bytes_under_another_token_are_another_content():
     async def scenario():
         worker = FakeWorker()
@@ -150,7 +186,7 @@ class ErraticWorker(FakeWorker):
             time.sleep(self.rng.random() * 0.004)
             return self.rng.random() < share
 
-    def preprocess(self, data, visual):
+    def preprocess(self, data, visual, stop):
         if self.chance(0.1):
             raise InputError("damaged")
         return data

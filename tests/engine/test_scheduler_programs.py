@@ -28,8 +28,9 @@ def next_token(context: tuple) -> int:
 def content_of(sequence: Sequence, index: int) -> object:
     """What the model sees at a token of the sequence: its id, or a row of an item."""
     for item in sequence.items:
-        if item.offset <= index < item.offset + item.num_rows:
-            return (item.digest, index - item.offset)
+        for number, run in enumerate(item.runs):
+            if run <= index < run + item.run_rows:
+                return (item.digest, number * item.run_rows + index - run)
     return sequence.tokens(index, index + 1)[0]
 
 
@@ -74,12 +75,23 @@ def make_sequence(name: str, token_ids: list[int], items: list[VisualItem], new:
     )
 
 
+def make_clip(offset: int) -> VisualItem:
+    """Three runs of two rows, with two tokens of text and one between them."""
+    runs = (offset, offset + 4, offset + 7)
+    return VisualItem(
+        modality="video", digest="v", num_bytes=1, grid=(3, 2, 4), num_rows=6, offset=offset, param="", run_offsets=runs
+    )
+
+
 @st.composite
 def prompts(draw) -> tuple[list[int], list[VisualItem], int]:
-    """Few different texts and images, so that beginnings are shared."""
+    """Few different texts, images and clips, so that beginnings are shared."""
     token_ids, items = [], []
-    for kind in draw(st.lists(st.sampled_from(["a", "b", "x", "y"]), min_size=1, max_size=4)):
-        if kind in "xy":
+    for kind in draw(st.lists(st.sampled_from(["a", "b", "x", "y", "v"]), min_size=1, max_size=4)):
+        if kind == "v":
+            items.append(make_clip(len(token_ids)))
+            token_ids += [PAD, PAD, 8, 9, PAD, PAD, 9, PAD, PAD]
+        elif kind in "xy":
             rows = 3 if kind == "x" else 6
             visual = VisualItem(
                 modality="image",
@@ -135,7 +147,7 @@ class Program:
     def give_rows(self) -> None:
         sequence, index = self.lacking.pop(self.draw(st.integers(0, len(self.lacking) - 1)))
         item = sequence.items[index]
-        first = max(sequence.first_row(index), sequence.num_cached - item.offset)
+        first = max(sequence.first_row(index), item.rows_before(sequence.num_cached))
         stop = self.draw(st.integers(first + 1, item.num_rows))
         sequence.rows[index] = VisualRows(1, first, stop, (), ())
 
@@ -170,7 +182,7 @@ class Program:
         touched = sequence.touched(start, stop)
         sequence.num_cached = stop
         self.scheduler.remember(sequence)
-        partial = [item.offset for item in sequence.items if item.offset + item.num_rows > stop]
+        partial = [item.offset for item in sequence.items if item.runs[-1] + item.run_rows > stop]
         most = max(sequence.num_found, min([stop, *partial]))
         assert sequence.num_remembered * self.pool.page_size <= most, "a part of an item is remembered"
         for index, _, high in touched:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwen3vl_disagg.checkpoint import config_to_dict
 from qwen3vl_disagg.model import ModelConfig
-from qwen3vl_disagg.model.config import ConfigError
+from qwen3vl_disagg.model.config import ConfigError, YarnScaling
 from tests.support.oracle import CONFIGS
 
 RAW = {spelling: config_to_dict(CONFIGS["mixed"], spelling=spelling) for spelling in ("hub", "v5")}
@@ -78,7 +79,9 @@ def test_experts_theta_and_vision_width_have_no_default():
         ({"text_config__norm_topk_prob": False}, "norm_topk_prob=false is not supported"),
         ({"text_config__attention_bias": True}, "attention_bias=true is not supported"),
         ({"text_config__hidden_act": "gelu"}, "hidden_act must be 'silu'"),
-        ({"text_config__rope_scaling__rope_type": "yarn"}, "rope type 'yarn' is not supported yet"),
+        ({"text_config__rope_scaling__rope_type": "llama3"}, "rope type 'llama3' is not supported (only"),
+        ({"text_config__rope_scaling__rope_type": "dynamic"}, "rope type 'dynamic' is not supported (only"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' belongs into text_config"),
         ({"text_config__rope_scaling__mrope_interleaved": False}, "mrope_interleaved must be true"),
         ({"text_config__rope_scaling__mrope_section": [6, 5]}, "mrope_section must have 3 entries"),
         ({"text_config__rope_scaling__mrope_section": [5, 5, 5]}, "adds up to 15, not to head_dim / 2 = 16"),
@@ -112,6 +115,55 @@ def test_experts_theta_and_vision_width_have_no_default():
 )
 def test_refused(changes, reason):
     assert any(reason in problem for problem in problems(edited(**changes)))
+
+
+YARN = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 262144}
+
+
+@pytest.mark.parametrize(("spelling", "place"), [("hub", "rope_scaling"), ("v5", "rope_parameters")])
+def test_yarn_is_read_in_both_spellings(spelling, place):
+    raw = edited(spelling)
+    raw["text_config"][place] |= YARN
+    expected = YarnScaling(factor=3.0, original_max_position_embeddings=262144, attention_factor=0.1 * math.log(3) + 1)
+    assert ModelConfig.from_dict(raw).text.yarn == expected
+    raw["text_config"][place]["type"] = raw["text_config"][place].pop("rope_type")
+    assert ModelConfig.from_dict(raw).text.yarn == expected
+
+
+def test_two_spellings_at_once_must_agree():
+    raw = edited("v5")
+    raw["text_config"]["rope_scaling"] = YARN
+    [problem] = problems(raw)
+    assert problem == "text_config.rope_scaling: two rope types: 'yarn' there, 'default' in rope_parameters"
+    raw["text_config"]["rope_parameters"] |= YARN
+    assert ModelConfig.from_dict(raw).text.yarn is not None
+
+
+def test_without_yarn_its_entries_say_nothing():
+    raw = edited()
+    raw["text_config"]["rope_scaling"] |= {**YARN, "rope_type": "default"}
+    assert ModelConfig.from_dict(raw).text.yarn is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"factor": None}, "text_config.factor is missing"),
+        ({"factor": "3"}, "factor must be a non-negative float, got '3'"),
+        ({"factor": 0.5}, "yarn factor 0.5 is less than 1"),
+        ({"original_max_position_embeddings": None}, "original_max_position_embeddings is missing"),
+        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings must be positive"),
+        ({"attention_factor": 0}, "attention_factor 0.0 is not positive"),
+        ({"beta_fast": 1, "beta_slow": 2}, "beta_fast 1.0 is less than beta_slow 2.0"),
+        ({"beta_fast": "fast"}, "beta_fast must be a non-negative float"),
+        ({"truncate": "no"}, "truncate must be true or false"),
+        ({"rope_theta": 1}, "yarn needs a rope_theta larger than 1"),
+    ],
+)
+def test_yarn_refused(changes, reason):
+    raw = edited("v5")
+    raw["text_config"]["rope_parameters"] |= {**YARN, **changes}
+    assert any(reason in problem for problem in problems(raw))
 
 
 def test_which_layers_have_experts():

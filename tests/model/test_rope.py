@@ -6,8 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3vl_disagg.model.config import check_config
-from qwen3vl_disagg.model.rope import apply_rotary, mrope_axes, text_rotary, vision_rotary
+from qwen3vl_disagg.model.config import YarnScaling, check_config
+from qwen3vl_disagg.model.rope import (
+    apply_rotary,
+    inverse_frequencies,
+    mrope_axes,
+    text_rotary,
+    vision_rotary,
+    yarn_bounds,
+)
 from qwen3vl_disagg.model.vision import patch_coordinates
 from tests.support.oracle import CONFIGS
 
@@ -47,6 +54,25 @@ def test_angles_are_float32_whatever_the_model_is():
     exact, _ = text_rotary(positions, **settings, dtype=torch.float32)
     rounded, _ = text_rotary(positions, **settings, dtype=torch.bfloat16)
     assert torch.equal(rounded, exact.bfloat16())
+
+
+def test_yarn_keeps_fast_frequencies_and_divides_slow_ones():
+    # theta 4 and 8 frequencies: j turns 2^10 / 2^(j / 4) times, so 2^9.5 turns is j = 2 and 2^8.75 is j = 5.
+    sizes = {"factor": 4.0, "original_max_position_embeddings": round(2**10 * 2 * torch.pi), "attention_factor": 1.2}
+    yarn = YarnScaling(**sizes, beta_fast=2**9.5, beta_slow=2**8.75, truncate=False)
+    low, high = yarn_bounds(16, 4.0, yarn)
+    assert (round(low, 3), round(high, 3)) == (2, 5)
+    plain = inverse_frequencies(16, 4.0, None)
+    kept = torch.tensor([1, 1, 1, 2 / 3, 1 / 3, 0, 0, 0])
+    torch.testing.assert_close(
+        inverse_frequencies(16, 4.0, yarn), plain * kept + plain / 4 * (1 - kept), atol=1e-4, rtol=0
+    )
+    positions = torch.tensor([[3, 700]]).expand(3, -1)
+    cos, _ = text_rotary(
+        positions, head_dim=16, theta=4.0, section=(4, 2, 2), dtype=torch.float32, yarn=replace(yarn, factor=1.0)
+    )
+    unstretched, _ = text_rotary(positions, head_dim=16, theta=4.0, section=(4, 2, 2), dtype=torch.float32)
+    torch.testing.assert_close(cos, 1.2 * unstretched, atol=1e-4, rtol=1e-4)
 
 
 def test_vision_angles_first_rows_then_columns():

@@ -72,7 +72,7 @@ def test_published_sizes(monkeypatch, capsys, preset, encode, world, experts):
 
 
 @pytest.mark.parametrize("own_head", [False, True])
-@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("quantize", ["none", "int8", "float8"])
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 @pytest.mark.parametrize("config", [SMALLEST, TIED, MIXED, DENSE])
 def test_what_is_said_is_what_is_loaded(tmp_path, config, dtype, quantize, own_head):
@@ -181,7 +181,6 @@ def test_the_world_is_torchrun_s(capsys):
         (["--dry-run", "--preset", "2b", "--model", "x"], "--preset and --model: one of both"),
         (["--dry-run", "--encode-ranks", 8], "8 encode ranks of 8 ranks: must be 1 to 7"),
         (["--dry-run", "--model", "/no/such"], "--model /no/such: no such folder"),
-        (["--dry-run", "--quantize", "float8"], "--quantize float8 is not built yet"),
         (["--tensor-parallel", 2], "--tensor-parallel 2: not offered: attention is data-parallel"),
         (["--pipeline-parallel", 4], "--pipeline-parallel 4: not offered: every language rank runs all layers"),
         (["--model", "/no/such", "--tensor-parallel", 0], "--tensor-parallel 0: not offered"),

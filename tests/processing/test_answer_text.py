@@ -110,12 +110,11 @@ def test_what_was_complete_too_early_is_not_found_again():
 # ---- tokens ----
 
 
-def answer(token_ids: list[int], **params) -> AnswerText:
+def answer(token_ids: list[int], **params) -> tuple[AnswerText, str]:
+    """After all tokens, and the text so far."""
     processor = tiny_processor()
-    text = AnswerText(processor.tokenizer, processor.generation.eos_token_ids, SamplingParams(**params))
-    for token_id in token_ids:
-        text.push(token_id)
-    return text
+    found = AnswerText(processor.tokenizer, processor.generation.eos_token_ids, SamplingParams(**params))
+    return found, "".join(map(found.push, token_ids))
 
 
 def test_tokens_after_the_one_that_completes_a_stop_string_do_not_count():
@@ -125,9 +124,9 @@ def test_tokens_after_the_one_that_completes_a_stop_string_do_not_count():
         prefix = tokenizer.decode(token_ids[:count])
         if "e, b" in prefix:
             break
-    found = answer(token_ids, stop=["e, b"])
+    found, text = answer(token_ids, stop=["e, b"])
     assert found.is_stopped
-    assert found.text == "red circl"
+    assert text == "red circl"
     assert found.token_ids == token_ids[:count]
     assert found.finish() == ""
 
@@ -135,22 +134,22 @@ def test_tokens_after_the_one_that_completes_a_stop_string_do_not_count():
 def test_the_end_token_is_no_text_and_what_was_held_back_comes_at_the_end():
     tokenizer = tiny_processor().tokenizer
     token_ids = [*tokenizer.encode("red"), tokenizer.token_id("<|im_end|>")]
-    found = answer(token_ids, stop=["red circle"])
-    assert found.text == ""
+    found, text = answer(token_ids, stop=["red circle"])
+    assert text == ""
     assert found.finish() == "red"
-    assert (found.text, found.is_stopped, found.token_ids) == ("red", False, token_ids)
+    assert (found.is_stopped, found.token_ids) == (False, token_ids)
 
 
 @pytest.mark.parametrize(("min_tokens", "text", "count"), [(0, "", 1), (1, "", 1), (2, "a", 2), (3, "aa", 3)])
 def test_min_tokens(min_tokens, text, count):
     [letter] = tiny_processor().tokenizer.encode("a")
-    found = answer([letter] * 4, stop=["a"], min_tokens=min_tokens)
-    assert (found.text, len(found.token_ids), found.is_stopped) == (text, count, True)
+    found, shown = answer([letter] * 4, stop=["a"], min_tokens=min_tokens)
+    assert (shown, len(found.token_ids), found.is_stopped) == (text, count, True)
 
 
 def test_an_unfinished_character_may_complete_a_stop_string():
     first_byte = tiny_processor().tokenizer.encode("\u00e9")[0]
-    found = answer([first_byte], stop=["\ufffd"])
+    found, _ = answer([first_byte], stop=["\ufffd"])
     assert not found.is_stopped
     assert found.finish() == ""
     assert found.is_stopped

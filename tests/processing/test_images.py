@@ -237,6 +237,15 @@ def test_flipped_bytes_never_raise_anything_else(data):
     assert patches.isfinite().all()
 
 
+def test_another_decoder_gives_the_same_patches():
+    data = encode(noise(300, 200, "RGBA"))
+    calls = []
+    patches, grid = PROCESSOR.pixels(data, decode=lambda data: calls.append(data) or np.asarray(decode_rgb(data)))
+    assert calls == [data]
+    assert grid == PROCESSOR.pixels(data)[1]
+    assert torch.equal(patches, PROCESSOR.pixels(data)[0])
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (31, 17)])
 def test_tiny_pictures_are_scaled_up(size):
     _, grid = PROCESSOR.pixels(encode(noise(*size)))

@@ -13,13 +13,36 @@ from qwen3vl_disagg.processing import item_positions, mrope_positions
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 
 
-def lay_out(parts: list[int | tuple[int, int]]) -> tuple[list[int], list[VisualItem]]:
-    """Numbers are runs of text, pairs are images of that many merged rows and columns."""
+def lay_out(parts: list, *, is_wrapped: bool = False) -> tuple[list[int], list[VisualItem]]:
+    """Numbers are runs of text, pairs are images of that many merged rows and columns, triples clips of that many
+    frames, rows and columns: each frame behind a timestamp of 2 to 4 tokens."""
     ids: list[int] = []
     items = []
     for part in parts:
         if isinstance(part, int):
             ids += [1] * part
+            continue
+        if len(part) == 3:
+            frames, rows = part[0], part[1] * part[2]
+            ids += [START] * is_wrapped
+            runs = []
+            for frame in range(frames):
+                ids += [1] * (2 + frame % 3) + [START]
+                runs.append(len(ids))
+                ids += [VIDEO] * rows + [END]
+            ids += [END] * is_wrapped
+            items.append(
+                VisualItem(
+                    modality="video",
+                    digest="",
+                    num_bytes=0,
+                    grid=(frames, 2 * part[1], 2 * part[2]),
+                    num_rows=frames * rows,
+                    offset=runs[0],
+                    param="",
+                    run_offsets=tuple(runs),
+                )
+            )
             continue
         grid = (1, 2 * part[0], 2 * part[1])
         rows = part[0] * part[1]
@@ -46,9 +69,10 @@ def reference(ids: list[int], items: list[VisualItem]) -> tuple[torch.Tensor, in
     torch.nn.Module.__init__(model)
     model.config = config
     tokens = torch.tensor([ids])
-    grids = torch.tensor([item.grid for item in items]) if items else None
-    types = (tokens == IMAGE).int()
-    positions, delta = model.get_rope_index(tokens, mm_token_type_ids=types, image_grid_thw=grids)
+    grids = {kind: [item.grid for item in items if item.modality == kind] for kind in ("image", "video")}
+    types = (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
+    given = {f"{kind}_grid_thw": torch.tensor(found) for kind, found in grids.items() if found}
+    positions, delta = model.get_rope_index(tokens, mm_token_type_ids=types, **given)
     return positions[:, 0], int(delta)
 
 
@@ -60,9 +84,13 @@ def test_the_worked_example():
     assert delta == 9 - len(ids)
 
 
-@given(st.lists(st.one_of(st.integers(1, 9), st.tuples(st.integers(1, 5), st.integers(1, 5))), min_size=1, max_size=6))
-def test_positions_equal_the_reference(parts):
-    ids, items = lay_out(parts)
+_SIDE = st.integers(1, 5)
+_PARTS = st.one_of(st.integers(1, 9), st.tuples(_SIDE, _SIDE), st.tuples(st.integers(1, 4), _SIDE, _SIDE))
+
+
+@given(st.lists(_PARTS, min_size=1, max_size=6), st.booleans())
+def test_positions_equal_the_reference(parts, is_wrapped):
+    ids, items = lay_out(parts, is_wrapped=is_wrapped)
     positions, delta = mrope_positions(len(ids), items, 2)
     expected, expected_delta = reference(ids, items)
     assert torch.equal(positions, expected)

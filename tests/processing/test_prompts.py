@@ -190,13 +190,14 @@ def test_an_unfinished_character_comes_at_the_end():
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "messages[0].content[0].text", "string"),
         ([{"role": "user", "content": "\ud800"}], "messages[0].content", "surrogates"),
         ([{"role": "user", "content": "a\0b"}], "messages[0].content", "NUL"),
-        ([{"role": "system", "content": [image_part(png())]}], "messages[0].content[0]", "user turns"),
+        ([{"role": "system", "content": [image_part(png())]}], "messages[0].content[0]", "not for system turns"),
         ([{"role": "user", "content": [image_part(b"x")]}], "messages[0].content[0]", "not an image"),
         ([{"role": "user", "content": [image_part(b"")]}], "messages[0].content[0]", "empty"),
         ([{"role": "user", "content": [image_part(png())] * 17}], "messages[0].content[16]", "more than 16"),
-        ([{"role": "user", "content": [{"type": "video_url"}]}], "messages[0].content[0]", "not built yet"),
+        ([{"role": "user", "content": [{"type": "video_url"}]}], "messages[0].content[0]", "must be a string"),
         ([{"role": "user", "content": "a " * 2000}], "messages", "the context is 900"),
-        ([{"role": "tool", "content": "x"}], "messages[0]", "not built yet"),
+        ([{"role": "tool", "content": None}], "messages[0].content", "content must be"),
+        ([{"role": "assistant", "content": None}], "messages[0].content", "content must be"),
         *(
             (
                 [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}],
@@ -333,7 +334,7 @@ def test_where_a_template_is_read_from(tmp_path):
 
 
 def test_tools_in_the_shipped_template(reference):
-    """What later tool use relies on, written out by hand."""
+    """The words and line breaks, written out by hand."""
     call = {"function": {"name": "add", "arguments": {"a": 1, "b": "<é>"}}}
     messages = [
         {"role": "system", "content": "Be brief."},

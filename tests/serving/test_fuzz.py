@@ -26,23 +26,37 @@ PART = (
     | st.fixed_dictionaries({"type": VALUE, "text": TEXT})
     | VALUE
 )
+FUNCTION = st.fixed_dictionaries(
+    {"name": st.just("f") | TEXT | VALUE}, optional={"arguments": st.just("{}") | VALUE, "parameters": VALUE}
+)
+CALL = st.fixed_dictionaries({"type": st.just("function"), "function": FUNCTION | VALUE}, optional={"id": VALUE})
 MESSAGE = (
     st.fixed_dictionaries(
         {
             "role": st.sampled_from(["user", "user", "assistant", "system", "tool"]) | VALUE,
             "content": TEXT | st.lists(PART, max_size=3) | VALUE,
         },
-        optional={"name": VALUE, "tool_calls": VALUE},
+        optional={"name": VALUE, "tool_calls": st.lists(CALL, max_size=2) | VALUE, "reasoning_content": TEXT | VALUE},
     )
     | VALUE
 )
 MESSAGES = st.lists(MESSAGE, max_size=3) | VALUE
 GOOD = st.just([{"role": "user", "content": "?"}])
-FIELD = st.deferred(lambda: VALUE | NUMBER | st.booleans() | BIAS)
+FIELD = st.deferred(lambda: VALUE | NUMBER | st.booleans() | BIAS | st.lists(CALL, max_size=2))
 NAMES = [
     *("model", "temperature", "top_p", "top_k", "seed", "max_tokens", "max_completion_tokens", "logprobs"),
     *("top_logprobs", "stream", "stream_options", "return_token_ids", "ignore_eos", "user"),
-    *("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop", "min_tokens"),
+    *(
+        "tools",
+        "tools",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "stop",
+        "min_tokens",
+    ),
 ]
 BIAS = st.dictionaries(st.integers(-2, 2**40).map(str) | TEXT, NUMBER, max_size=4)
 FIELDS = st.dictionaries(st.sampled_from([*NAMES, *UNSUPPORTED]) | TEXT, FIELD, max_size=4)

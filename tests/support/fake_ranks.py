@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from qwen3vl_disagg.checkpoint import read_config
+from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, VisualItem
-from qwen3vl_disagg.core.settings import resolve_model_folder
 from qwen3vl_disagg.disagg.control import Connection, ConnectionLost, connect_hub
 from qwen3vl_disagg.disagg.messages import (
     Assign,

@@ -203,7 +203,7 @@ class FakeWorker:
         self.decode_gate.set()
         self.gate.set()
 
-    def preprocess(self, data: bytes, visual: VisualItem) -> bytes:
+    def preprocess(self, data: bytes, visual: VisualItem, stop: object = None) -> bytes:
         self.decoded.append(data)
         if not self.decode_gate.wait(20):
             raise RuntimeError("decoding was held up for too long")

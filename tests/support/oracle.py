@@ -79,33 +79,60 @@ class Prompt:
         return [item.grid for item in self.items]
 
 
-CASES: dict[str, list[list[int | Grid]]] = {
+Part = int | Grid | tuple[str, Grid]
+"""A length of text, an image's grid, or ("video", a clip's grid)."""
+
+CASES: dict[str, list[list[Part]]] = {
     "text": [[11]],
     "one image": [[4, (1, 4, 6), 3]],
     "image first, not square": [[0, (1, 2, 10), 5]],
     "two images": [[2, (1, 6, 4), 1, (1, 2, 2), 6]],
     "batch": [[7], [3, (1, 4, 4), 2], [1], [2, (1, 8, 6), 3, (1, 2, 6), 1], [9]],
+    "clip": [[4, ("video", (3, 4, 6)), 3]],
+    "clips and images": [
+        [2, (1, 6, 4), 1, ("video", (2, 2, 6)), 3, (1, 2, 2), 1],
+        [1, ("video", (1, 4, 4)), ("video", (4, 2, 2)), 2],
+    ],
 }
-"""Name -> prompts, each a list of text lengths and grids."""
+"""Name -> prompts, each a list of text lengths, grids and clips."""
 
 
-def make_prompt(config: ModelConfig, parts: Sequence[int | Grid], *, seed: int = 0) -> Prompt:
-    """Random text tokens and random pixels, each image between vision start and end."""
+def make_prompt(config: ModelConfig, parts: Sequence[Part], *, seed: int = 0) -> Prompt:
+    """Random text tokens and random pixels; each image, and each frame of a clip, between vision start and end, the
+    frames behind some tokens of text."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
     items = []
+
+    def add_text(length: int) -> None:
+        ids.extend(torch.randint(0, config.vision_start_token_id - 9, (length,), generator=generator).tolist())
+
     for part in parts:
         if isinstance(part, int):
-            ids += torch.randint(0, config.vision_start_token_id - 9, (part,), generator=generator).tolist()
+            add_text(part)
             continue
-        rows = part[0] * part[1] * part[2] // config.vision.merge_unit
-        ids.append(config.vision_start_token_id)
+        is_clip = isinstance(part[1], tuple)
+        grid = part[1] if is_clip else part
+        frame_rows = grid[1] * grid[2] // config.vision.merge_unit
+        runs = []
+        for frame in range(grid[0]):
+            add_text((2 + frame % 3) * is_clip)
+            ids.append(config.vision_start_token_id)
+            runs.append(len(ids))
+            ids += [config.video_token_id if is_clip else config.image_token_id] * frame_rows
+            ids.append(config.vision_end_token_id)
         items.append(
             VisualItem(
-                modality="image", digest="", num_bytes=0, grid=part, num_rows=rows, offset=len(ids), param="image"
+                modality="video" if is_clip else "image",
+                digest="",
+                num_bytes=0,
+                grid=grid,
+                num_rows=grid[0] * frame_rows,
+                offset=runs[0],
+                param="item",
+                run_offsets=tuple(runs) if is_clip else (),
             )
         )
-        ids += [config.image_token_id] * rows + [config.vision_end_token_id]
     num_patches = sum(t * h * w for t, h, w in (item.grid for item in items))
     pixels = torch.rand(num_patches, config.vision.patch_dim, generator=generator) * 2 - 1
     return Prompt(torch.tensor(ids), tuple(items), pixels)
@@ -139,18 +166,24 @@ def run_oracle(oracle: Any, config: ModelConfig, prompts: Sequence[Prompt]) -> O
     """Each prompt by itself."""
     logits, positions, layers, main, levels = [], [], [], [], []
     for prompt in prompts:
-        is_image = (prompt.ids == config.image_token_id)[None].int()
+        types = ((prompt.ids == config.image_token_id).int() + 2 * (prompt.ids == config.video_token_id).int())[None]
         visual = {}
         oracle.model.rope_deltas = None
-        if prompt.items:
-            grids = torch.tensor(prompt.grids)
-            visual = {"pixel_values": prompt.pixels, "image_grid_thw": grids}
-            features = oracle.model.get_image_features(prompt.pixels, grids, return_dict=True)
+        pixels = prompt.pixels.split([t * h * w for t, h, w in prompt.grids])
+        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            mine = [n for n, item in enumerate(prompt.items) if item.modality == kind]
+            if mine:
+                visual[name] = torch.cat([pixels[n] for n in mine])
+                visual[f"{kind}_grid_thw"] = torch.tensor([prompt.grids[n] for n in mine])
+        for part, item in zip(pixels, prompt.items, strict=True):
+            kind = oracle.model.get_image_features if item.modality == "image" else oracle.model.get_video_features
+            features = kind(part, torch.tensor([item.grid]), return_dict=True)
             main.append(torch.cat(features.pooler_output))
             levels.append(torch.stack([torch.cat(level) for level in features.deepstack_features]))
-        index, _ = oracle.model.get_rope_index(prompt.ids[None], is_image, visual.get("image_grid_thw"))
+        grids = {name: value for name, value in visual.items() if name.endswith("grid_thw")}
+        index, _ = oracle.model.get_rope_index(prompt.ids[None], types, **grids)
         out = oracle(
-            input_ids=prompt.ids[None], mm_token_type_ids=is_image, output_hidden_states=True, use_cache=False, **visual
+            input_ids=prompt.ids[None], mm_token_type_ids=types, output_hidden_states=True, use_cache=False, **visual
         )
         logits.append(out.logits[0])
         positions.append(index[:, 0])

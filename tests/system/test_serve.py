@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.requests import SamplingParams
+from tests.support.clips import encode_clip, noise_frames, png_frames
 from tests.support.scenes import Asked, ask_scenes
 from tests.support.server import Server
 
@@ -74,6 +76,29 @@ def check_split(world: int, encode_ranks: int, asked: list[Asked], expected: lis
                 assert rows * 4 * hidden * 4 <= t["transfer_bytes"] <= 1.1 * rows * 4 * hidden * 4
 
         check_sampling(server, asked[0])
+        check_clips(server)
+
+
+def check_clips(server: Server) -> None:
+    """A file and a list of frames, each with an image. A broken file is the client's fault, and the next is served."""
+    frames = noise_frames(8, 64, 96)
+    film = base64.b64encode(encode_clip(frames, fps=4)).decode()
+    stills = [f"data:image/png;base64,{base64.b64encode(frame).decode()}" for frame in png_frames(frames)]
+    picture = {"type": "image_url", "image_url": {"url": stills[0]}}
+    question = {"type": "text", "text": "What is at the top left?"}
+    clips = [
+        {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{film}"}},
+        {"type": "video", "video": stills, "fps": 4},
+    ]
+    contents = [[clip, picture, question] for clip in clips]
+    expected = LLM().chat([[{"role": "user", "content": content}] for content in contents], SAMPLING)
+    broken = {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{film[: len(film) // 8 * 4]}"}}
+    status, answer = server.chat([question, broken])
+    assert (status, answer["error"]["param"]) == (400, "messages[0].content[1]")
+    answers = [server.chat(content) for content in contents]
+    check_equal(answers, expected)
+    for (_, answer), mine in zip(answers, expected, strict=True):
+        assert [item["rows"] for item in answer["timings"]["items"]] == [item.rows for item in mine.timings.items]
 
 
 def check_sampling(server: Server, entry: Asked) -> None:

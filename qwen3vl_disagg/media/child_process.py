@@ -1,0 +1,158 @@
+"""The parent's end of one decoding child: it is started, spoken to with a deadline, and killed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.wire import LENGTH_BYTES, Job, Pixels, Ready, Reply, body_length, pack
+
+COMMAND = (sys.executable, "-P", "-B", "-m", "qwen3vl_disagg.media.child")
+
+_FEW_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(8 * 2**20)}
+"""So that glibc returns what a large picture took; what a small one takes is kept, which is faster."""
+_PACKAGE = Path(__file__).parent.parent.parent
+_START_S = 30.0
+_SLICE_S = 0.1
+"""As long is waited before the Stop is looked at again."""
+_PIPE_BYTES = 2**20
+_REPLIES = msgspec.msgpack.Decoder(Reply)
+
+
+class ChildFailed(Exception):
+    """The child cannot go on and must be killed: it was too slow, it ended, or it said what no child says."""
+
+    def __init__(self, why: Literal["slow", "ended", "nonsense"]) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class ChildProcess:
+    """One child. Not thread-safe; only `kill` may be called from elsewhere.
+
+    `patience_s` is how long the child may still keep us waiting; time in which nobody waits for it does not count.
+    What sends and receives raises Stopped when the Stop of the job is set; the child is of no use then.
+    """
+
+    def __init__(self, stop: Stop) -> None:
+        """Returns when the child is ready. If it does not get there, nothing of it is left behind."""
+        self.stop, self.patience_s = stop, _START_S
+        path = [str(_PACKAGE), *(entry for entry in sys.path if entry)]
+        environment = {"PYTHONPATH": os.pathsep.join(path), **_FEW_THREADS, **_MEMORY_BACK}
+        if "LD_LIBRARY_PATH" in os.environ:
+            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        self.process = subprocess.Popen(
+            COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            cwd="/",
+            env=environment,
+            start_new_session=True,  # a signal to our group, Ctrl-C for example, is not for the child
+        )
+        try:
+            self._greet()
+        except BaseException:
+            self.close()
+            raise
+
+    def _greet(self) -> None:
+        """Prepares the pipes and waits for the child's first word."""
+        if self.process.stdin is None or self.process.stdout is None:
+            raise OSError("no pipes")
+        self._stdin, self._stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
+        for fd in (self._stdin, self._stdout):
+            os.set_blocking(fd, False)
+            with contextlib.suppress(OSError):  # the user's share of large pipes is used up: small ones do
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        if not isinstance(self.receive(), Ready):
+            raise ChildFailed("nonsense")
+
+    def send(self, job: Job, data: bytes, patience_s: float, stop: Stop) -> None:
+        self.patience_s, self.stop = patience_s, stop
+        for part in (pack(job), data):
+            rest = memoryview(part)
+            while rest:
+                self.stop.check()
+                try:
+                    rest = rest[os.write(self._stdin, rest) :]
+                except BlockingIOError:
+                    self._wait(self._stdin, select.POLLOUT)
+                except BrokenPipeError:
+                    raise self._ended() from None
+
+    def receive(self) -> Reply:
+        """The next header. ChildFailed if it is none."""
+        try:
+            body = self._read(body_length(self._read(LENGTH_BYTES).data))
+            reply: Reply = _REPLIES.decode(body.data)
+            return reply
+        except ValueError as error:  # also what msgspec raises
+            raise ChildFailed("nonsense") from error
+
+    def receive_pixels(self, header: Pixels) -> np.ndarray:
+        """The `[H, W, 3]` uint8 that follow."""
+        try:
+            header.check()
+        except ValueError as error:
+            raise ChildFailed("nonsense") from error
+        return self._read(header.height * header.width * 3).reshape(header.height, header.width, 3)
+
+    def kill(self) -> None:
+        """Ends the child at once and waits for it."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        """Ends the child and gives its pipes back."""
+        self.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _read(self, size: int) -> np.ndarray:
+        data = np.empty(size, np.uint8)
+        rest = data.data
+        while rest:
+            self.stop.check()
+            try:
+                count = os.readv(self._stdout, [rest])
+            except BlockingIOError:
+                self._wait(self._stdout, select.POLLIN)
+                continue
+            if not count:
+                raise self._ended()
+            rest = rest[count:]
+        return data
+
+    def _wait(self, fd: int, event: int) -> None:
+        """Until the pipe is ready, or it is time to look at the Stop again."""
+        started = time.monotonic()
+        poll = select.poll()
+        poll.register(fd, event)
+        is_there = poll.poll(1000 * max(0.0, min(self.patience_s, self.stop.seconds_left(), _SLICE_S)))
+        self.patience_s -= time.monotonic() - started
+        if not is_there and self.patience_s <= 0:
+            raise ChildFailed("slow")
+
+    def _ended(self) -> ChildFailed:
+        """Its CPU time ran out, or it crashed."""
+        try:
+            status = self.process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            return ChildFailed("nonsense")
+        return ChildFailed("slow" if status == -signal.SIGPROF else "ended")

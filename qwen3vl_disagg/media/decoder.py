@@ -1,0 +1,218 @@
+"""Decoding in child processes that can be killed: what the other rooms use."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from qwen3vl_disagg.core.errors import InputError, UnavailableError
+from qwen3vl_disagg.media.child_process import ChildFailed, ChildProcess
+from qwen3vl_disagg.media.images import probe_image
+from qwen3vl_disagg.media.stop import Slots, Stop
+from qwen3vl_disagg.media.video import CONTAINERS, MAX_FRAME_PIXELS, MAX_FRAMES, VideoInfo, check_clip_bytes
+from qwen3vl_disagg.media.wire import Clip, Done, Job, Pixels, Refused, Reply
+
+IMAGE_PATIENCE_S = 10.0
+PATIENCE_S_PER_PIXEL = 0.3e-6
+"""On top, so that the largest image is decoded on a machine that has much else to do."""
+VIDEO_PATIENCE_S = 30.0
+_STATUSES = (400, 413, 415)
+_CODES = ("invalid_request", "not_installed")
+_MAX_MESSAGE = 300
+
+
+class MediaDecoder:
+    """Decodes in child processes that hold no secrets and can be killed. Thread-safe.
+
+    Up to `max_children` jobs run at a time, others wait as long as it takes. Children start on first use, are used
+    again, and are replaced when they were killed or crashed. A decoder belongs to one process: fork before its first
+    use, not after. Bad media are an InputError (400, or 413 for too many bytes; code "media_timeout"
+    when they take too long). UnavailableError when no child can be started, or after `close`.
+
+    A `stop` that is set, or whose deadline has passed, ends its jobs with Stopped within 0.2 s, those too that wait for
+    a child; the child of a running one is killed. Frames raise it when the next one is asked for.
+
+    What comes back is checked, because a child that met hostile bytes is not to be trusted.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_children: int = 2,
+        image_patience_s: float = IMAGE_PATIENCE_S,
+        video_patience_s: float = VIDEO_PATIENCE_S,
+    ) -> None:
+        self._image_patience_s, self._video_patience_s = image_patience_s, video_patience_s
+        self._slots = Slots(max_children)
+        self._lock = threading.Lock()
+        self._idle: list[ChildProcess] = []
+        self._busy: set[ChildProcess] = set()
+        self._is_closed = False
+
+    def image(self, data: bytes, *, stop: Stop | None = None) -> np.ndarray:
+        """The image as shown, `[H, W, 3]` uint8, by the rules of `decode_rgb`. InputError for a damaged one.
+
+        What the header is enough to refuse is refused here, and the pixels have the size that it tells.
+        """
+        stop = _unset(stop)
+        info = probe_image(data)
+        patience_s = self._image_patience_s + PATIENCE_S_PER_PIXEL * info.width * info.height
+        with self._running("image", Job("image", len(data)), data, patience_s, stop) as (child, reply):
+            if not isinstance(reply, Refused):
+                return _pixels(child, reply, (info.height, info.width, 3))
+        raise _refusal(reply)
+
+    def probe_video(self, data: bytes, *, stop: Stop | None = None) -> VideoInfo:
+        """What the clip holds. InputError for a damaged or forbidden one."""
+        stop = _unset(stop)
+        check_clip_bytes(data)
+        with self._running("clip", Job("probe", len(data)), data, self._video_patience_s, stop) as (_, reply):
+            if not isinstance(reply, Refused):
+                return _info(reply)
+        raise _refusal(reply)
+
+    def video_frames(
+        self, data: bytes, indices: Sequence[int], *, stop: Stop | None = None
+    ) -> Generator[np.ndarray, None, None]:
+        """The frames of these strictly rising indices, each `[H, W, 3]` uint8 of the probed size, one at a time.
+
+        A child is taken from the first frame asked for until the last one has come or the generator is closed; if that
+        is in the middle, the child is killed. Time that the caller takes between two frames is not counted. InputError
+        for a bad clip, also in the middle.
+        """
+        stop = _unset(stop)
+        indices = [int(index) for index in indices]
+        if any(later <= earlier for earlier, later in zip([-1, *indices], indices, strict=False)):
+            raise ValueError("the indices of frames must rise")
+        check_clip_bytes(data)
+        return self._video_frames(data, indices, stop)
+
+    def _video_frames(self, data: bytes, indices: list[int], stop: Stop) -> Generator[np.ndarray, None, None]:
+        if not indices:
+            return
+        shape: tuple[int, ...] | None = None
+        job = Job("frames", len(data), indices)
+        with self._running("clip", job, data, self._video_patience_s, stop) as (child, reply):
+            for _ in indices:
+                if isinstance(reply, Refused):
+                    break
+                frame_HWC = _pixels(child, reply, shape)
+                shape = frame_HWC.shape
+                yield frame_HWC
+                reply = child.receive()
+            if not isinstance(reply, (Refused, Done)):
+                raise ChildFailed("nonsense")
+        if isinstance(reply, Refused):
+            raise _refusal(reply)
+
+    def close(self) -> None:
+        """End the children. Jobs that run fail with UnavailableError."""
+        with self._lock:
+            self._is_closed = True
+            idle, self._idle = self._idle, []
+            for child in self._busy:
+                child.kill()
+        for child in idle:
+            child.close()
+
+    @contextmanager
+    def _running(
+        self, what: str, job: Job, data: bytes, patience_s: float, stop: Stop
+    ) -> Iterator[tuple[ChildProcess, Reply]]:
+        """A child and its first answer to a job. The child is kept for the next job unless the block raised."""
+        with self._slots.one(stop):
+            child = None
+            try:
+                child, reply = self._start(job, data, patience_s, stop)
+                yield child, reply
+            except ChildFailed as error:
+                self._give_back(child, is_well=False)
+                if self._is_closed:
+                    raise UnavailableError("decoding of media has ended") from None
+                raise _failure(what, error) from None
+            except BaseException:
+                self._give_back(child, is_well=False)
+                raise
+            self._give_back(child, is_well=True)
+
+    def _start(self, job: Job, data: bytes, patience_s: float, stop: Stop) -> tuple[ChildProcess, Reply]:
+        """A child that ends has been brought down by this job, or by one before: only a new child tells which."""
+        for is_last in (False, True):
+            child, is_new = self._take(stop, must_be_new=is_last)
+            try:
+                child.send(job, data, patience_s, stop)
+                return child, child.receive()
+            except BaseException as error:
+                self._give_back(child, is_well=False)
+                if is_new or not isinstance(error, ChildFailed) or error.why == "slow":
+                    raise
+        raise ChildFailed("ended")
+
+    def _take(self, stop: Stop, *, must_be_new: bool) -> tuple[ChildProcess, bool]:
+        """A child, and whether it is new."""
+        with self._lock:
+            if self._is_closed:
+                raise UnavailableError("decoding of media has ended")
+            if self._idle and not must_be_new:
+                child = self._idle.pop()
+                self._busy.add(child)
+                return child, False
+        try:
+            child = ChildProcess(stop)
+        except (OSError, ChildFailed) as error:
+            raise UnavailableError("no process for decoding media can be started") from error
+        with self._lock:
+            self._busy.add(child)
+            if self._is_closed:  # since it was started
+                child.kill()
+        return child, True
+
+    def _give_back(self, child: ChildProcess | None, *, is_well: bool) -> None:
+        if child is None:
+            return
+        with self._lock:
+            self._busy.discard(child)
+            if is_well and not self._is_closed:
+                self._idle.append(child)
+                return
+        child.close()
+
+
+def _unset(stop: Stop | None) -> Stop:
+    """The Stop of a job that begins, one that nobody sets if there is none. Stopped if it is set already."""
+    stop = stop or Stop()
+    stop.check()
+    return stop
+
+
+def _pixels(child: ChildProcess, reply: Reply, shape: tuple[int, ...] | None) -> np.ndarray:
+    """The pixels that a reply announces, of this shape if there is one that they must have."""
+    if not isinstance(reply, Pixels) or shape not in (None, (reply.height, reply.width, 3)):
+        raise ChildFailed("nonsense")
+    return child.receive_pixels(reply)
+
+
+def _refusal(reply: Refused) -> InputError:
+    """What the child says is wrong with the media; its words are cut to one plain line."""
+    message = "".join(letter for letter in reply.message if letter.isprintable())[:_MAX_MESSAGE]
+    code = reply.code if reply.code in _CODES else InputError.code
+    return InputError(message, status=reply.status if reply.status in _STATUSES else 400, code=code)
+
+
+def _failure(what: str, error: ChildFailed) -> InputError:
+    if error.why == "slow":
+        return InputError(f"decoding the {what} takes too long", code="media_timeout")
+    return InputError(f"the {what} is damaged and cannot be decoded")
+
+
+def _info(reply: Reply) -> VideoInfo:
+    if not isinstance(reply, Clip):
+        raise ChildFailed("nonsense")
+    sizes_fit = reply.width > 0 < reply.height and reply.width * reply.height <= MAX_FRAME_PIXELS
+    counts_fit = 0 < reply.num_frames <= MAX_FRAMES and 0 < reply.fps < float("inf")
+    if not (sizes_fit and counts_fit and reply.format in CONTAINERS):
+        raise ChildFailed("nonsense")
+    return VideoInfo(reply.format, reply.width, reply.height, reply.num_frames, reply.fps)

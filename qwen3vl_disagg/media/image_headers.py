@@ -1,0 +1,224 @@
+"""What the first bytes of an image file say: format, size, orientation. Pure Python, bounded work, no pixels.
+
+The decoder library's own `open` is not used for this: on hostile headers it decompresses profiles, copies metadata
+again and again and allocates whole canvases. Here each walk takes at most MAX_STEPS steps and copies next to nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+MAX_STEPS = 10_000
+"""Segments, chunks or blocks that are walked over before the size must be known."""
+MAX_PROFILE_BYTES = 2**20
+"""As much of a text is looked at, compressed or not."""
+MAX_RUBBISH = 256
+"""Bytes between two JPEG segments that belong to neither."""
+
+_ORIENTATION_TAG = 0x0112
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff])", re.DOTALL)
+_JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})
+_JPEG_SCAN, _JPEG_END, _JPEG_APP1 = 0xDA, 0xD9, 0xE1
+_EXIF, _JPEG_XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """Width and height in pixels as stored, that is before the EXIF orientation (1 .. 8) is applied."""
+
+    format: str
+    width: int
+    height: int
+    orientation: int = 1
+
+
+class BadHeader(ValueError):
+    """Not an image of a known format, or one whose header ends early or goes on too long."""
+
+
+def read_header(data: bytes) -> ImageHeader:
+    """The header of an image whose format its content tells. BadHeader if there is none."""
+    for name, (is_one, read) in _READERS.items():
+        if is_one(data):
+            try:
+                width, height, orientation = read(data)
+            except (struct.error, IndexError) as error:
+                raise BadHeader(f"the {name} header is cut off") from error
+            return ImageHeader(name, width, height, orientation)
+    raise BadHeader("no known format")
+
+
+def exif_orientation(exif: bytes) -> int | None:
+    """The orientation in the first directory of an EXIF block; None if none is told, 1 for one that does not exist."""
+    tiff = exif.removeprefix(_EXIF)
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return None
+    try:
+        (at,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, at)
+        for entry in range(at + 2, at + 2 + 12 * min(count, MAX_STEPS), 12):
+            tag, kind = struct.unpack_from(order + "HH", tiff, entry)
+            if tag == _ORIENTATION_TAG:
+                form = {1: "B", 3: "H", 4: "I"}.get(kind)
+                value = struct.unpack_from(order + form, tiff, entry + 8)[0] if form else 1
+                return value if 1 <= value <= 8 else 1
+    except struct.error:  # damaged metadata does not make the picture unusable
+        return None
+    return None
+
+
+def _orientation(exif: bytes | None, xmp: bytes | None) -> int:
+    """EXIF first; XMP only where EXIF says nothing."""
+    value = exif_orientation(exif) if exif else None
+    if value is None and xmp and (match := _XMP_ORIENTATION.search(xmp, 0, MAX_PROFILE_BYTES)):
+        value = int(match[1])
+    return value if value is not None and 1 <= value <= 8 else 1
+
+
+def _read_jpeg(data: bytes) -> tuple[int, int, int]:
+    at, size, exif, xmp = 2, None, None, None
+    for _ in range(MAX_STEPS):
+        found = _JPEG_MARKER.search(data, at, at + MAX_RUBBISH)
+        if found is None:
+            break
+        marker, at = found[1][0], found.end()
+        if marker in (_JPEG_SCAN, _JPEG_END):
+            if size is None:
+                break
+            return *size, _orientation(exif, xmp)
+        if marker in _JPEG_BARE:
+            continue
+        (length,) = struct.unpack_from(">H", data, at)
+        if marker in _JPEG_SIZES:
+            if size is not None:
+                raise BadHeader("two frame headers")
+            height, width = struct.unpack_from(">HH", data, at + 3)
+            size = width, height
+        elif marker == _JPEG_APP1:
+            if exif is None and data.startswith(_EXIF, at + 2):
+                exif = data[at + 2 : at + length]
+            elif xmp is None and data.startswith(_JPEG_XMP, at + 2):
+                xmp = data[at + 2 : at + length]
+        at += max(length, 2)
+    raise BadHeader("no picture in the JPEG file")
+
+
+def _inflate(data: bytes) -> bytes:
+    try:
+        return zlib.decompressobj().decompress(data, MAX_PROFILE_BYTES)
+    except zlib.error:
+        return b""
+
+
+def _png_text(kind: bytes, body: bytes) -> bytes:
+    """The text of a tEXt, zTXt or iTXt chunk, cut at MAX_PROFILE_BYTES."""
+    _, _, rest = body.partition(b"\0")
+    if kind == b"tEXt":
+        return rest[:MAX_PROFILE_BYTES]
+    if kind == b"zTXt":
+        return _inflate(rest[1:])
+    is_compressed, (_, _, after) = rest[:1] == b"\1", rest[2:].partition(b"\0")
+    text = after.partition(b"\0")[2]
+    return _inflate(text) if is_compressed else text[:MAX_PROFILE_BYTES]
+
+
+def _hex_profile(text: bytes) -> bytes:
+    """EXIF as some tools write it into a text chunk: a title and a length, then hexadecimal lines."""
+    try:
+        return bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:]))
+    except ValueError:
+        return b""
+
+
+def _read_png(data: bytes) -> tuple[int, int, int]:
+    """Orientation counts only where it stands before the pixels, so that the header suffices."""
+    if data[12:16] != b"IHDR":
+        raise BadHeader("the PNG file does not begin with its size")
+    width, height = struct.unpack_from(">II", data, 16)
+    at, exif, profile, xmp = 8, None, None, None
+    for _ in range(MAX_STEPS):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind in (b"IDAT", b"fdAT"):
+            return width, height, _orientation(exif or profile, xmp)
+        if kind == b"IEND":
+            break
+        body = at + 8
+        if kind == b"eXIf" and exif is None:
+            exif = data[body : body + length]
+        elif kind in (b"tEXt", b"zTXt", b"iTXt"):
+            if xmp is None and data.startswith(b"XML:com.adobe.xmp\0", body):
+                xmp = _png_text(kind, data[body : body + length])
+            elif profile is None and data.startswith(b"Raw profile type exif\0", body):
+                profile = _hex_profile(_png_text(kind, data[body : body + length]))
+        at = body + length + 4
+    raise BadHeader("no pixels in the PNG file")
+
+
+def _read_webp(data: bytes) -> tuple[int, int, int]:
+    kind = data[12:16]
+    if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF, 1
+    if kind == b"VP8L" and data[20] == 0x2F:
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, 1
+    if kind != b"VP8X" or len(data) < 30:
+        raise BadHeader("no picture in the WebP file")
+    width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+    found: dict[bytes, bytes] = {}
+    at = 12
+    for _ in range(MAX_STEPS):
+        if at + 8 > len(data) or len(found) == 2:
+            break
+        name, length = struct.unpack_from("<4sI", data, at)
+        if name in (b"EXIF", b"XMP ") and name not in found:
+            found[name] = data[at + 8 : at + 8 + length]
+        at += 8 + length + length % 2
+    return width, height, _orientation(found.get(b"EXIF"), found.get(b"XMP "))
+
+
+def _read_gif(data: bytes) -> tuple[int, int, int]:
+    """The size of the screen, or larger where the first picture reaches out of it."""
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    for _ in range(MAX_STEPS):
+        kind = data[at]
+        if kind == 0x2C:
+            left, top, across, down = struct.unpack_from("<4H", data, at + 1)
+            return max(width, left + across), max(height, top + down), 1
+        if kind == 0x3B:
+            break
+        if kind != 0x21:
+            at += 1  # a stray byte between two blocks
+            continue
+        at += 2
+        for _ in range(MAX_STEPS):
+            length = data[at]
+            at += 1 + length
+            if not length:
+                break
+        else:
+            break
+    raise BadHeader("no picture in the GIF file")
+
+
+def _read_bmp(data: bytes) -> tuple[int, int, int]:
+    (header,) = struct.unpack_from("<I", data, 14)
+    width, height = struct.unpack_from("<HH" if header == 12 else "<Ii", data, 18)
+    return width, abs(height), 1
+
+
+_READERS: dict[str, tuple[Callable[[bytes], bool], Callable[[bytes], tuple[int, int, int]]]] = {
+    "JPEG": (lambda data: data.startswith(b"\xff\xd8\xff"), _read_jpeg),
+    "PNG": (lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), _read_png),
+    "WEBP": (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _read_webp),
+    "GIF": (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _read_gif),
+    "BMP": (lambda data: data.startswith(b"BM"), _read_bmp),
+}

@@ -1,0 +1,188 @@
+"""Clips -> RGB frames with PyAV, which is imported on first use (extra `video`).
+
+Runs in a decoding child; other processes ask qwen3vl_disagg.media.decoder. Only containers and codecs of the two lists
+below, read from memory: nothing that names another file or address is ever opened.
+
+Rules: rotation by quarter turns is applied, mirroring is not; pixels are taken as square; transparency is dropped;
+colours become RGB as swscale does by default, which is what the reference's PyAV backend gives.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from qwen3vl_disagg.core.errors import InputError
+
+MAX_VIDEO_BYTES = 48 * 2**20
+MAX_FRAME_PIXELS = 16 * 2**20
+MAX_FRAMES = 20_000
+MAX_CLIP_PIXELS = 2**33
+"""Pixels of all frames together: 20,000 frames of 640 x 480 fit, and two minutes of 1920 x 1080 at 30 a second."""
+
+CONTAINERS = ("mp4", "mov", "webm", "mkv", "avi", "gif")
+CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "gif"})
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+_UNKNOWN_FPS = 24.0
+_MAX_FPS = 1000.0
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a clip holds, counted and not only declared.
+
+    `format` is the container ("mp4", "mov", "webm", "mkv", "avi", "gif"). Width and height are pixels as shown, after
+    the rotation that the file asks for. Frames 0 .. num_frames - 1 can be had, in display order. `fps` is the average
+    rate, 24.0 if the file does not say.
+    """
+
+    format: str
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+
+
+def check_clip_bytes(data: bytes) -> None:
+    """InputError for no bytes, or more than a clip may have."""
+    if not data:
+        raise InputError("the clip is empty (0 bytes)")
+    if len(data) > MAX_VIDEO_BYTES:
+        raise InputError(f"the clip has {len(data)} bytes, the limit is {MAX_VIDEO_BYTES}", status=413)
+
+
+def sniff_container(data: bytes) -> str | None:
+    """The container that the content tells, or None if it is none of ours."""
+    if data[4:8] in _MP4_BOXES:
+        return "mov" if data[4:8] != b"ftyp" or data[8:12] == b"qt  " else "mp4"
+    if data.startswith(b"\x1aE\xdf\xa3"):
+        return "webm" if b"webm" in data[:64] else "mkv"
+    if data.startswith(b"RIFF") and data[8:12] == b"AVI ":
+        return "avi"
+    return "gif" if data.startswith((b"GIF87a", b"GIF89a")) else None
+
+
+def sane_fps(rate: Fraction | None) -> float:
+    """Frames a second as the file tells; 24.0 if it does not, or not within 1 / 1000 .. 1000."""
+    fps = float(rate or 0)
+    return fps if 1 / _MAX_FPS <= fps <= _MAX_FPS else _UNKNOWN_FPS
+
+
+def probe_video(data: bytes) -> VideoInfo:
+    """What the clip holds: all packets are counted and the first frame is decoded. InputError for a bad clip."""
+    with _opened(data) as (container, stream, name):
+        num_frames = 0
+        for packet in container.demux(stream):
+            num_frames += _is_shown(packet, stream.codec_context.name)
+            if num_frames > MAX_FRAMES:
+                raise InputError(f"the clip has more than the limit of {MAX_FRAMES} frames")
+        if not num_frames:
+            raise InputError("the clip has no frames")
+        fps = sane_fps(stream.average_rate)
+    with _opened(data) as (container, stream, _):
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise InputError("the clip has no frames that can be decoded")
+        height, width = _shown_size(frame)
+    if num_frames * height * width > MAX_CLIP_PIXELS:
+        raise InputError(f"the clip has {num_frames} frames of {width} x {height} pixels, which is too much to decode")
+    return VideoInfo(name, width, height, num_frames, fps)
+
+
+def video_frames(
+    data: bytes, indices: Sequence[int], starting: Callable[[int], None] = lambda pixels: None
+) -> Iterator[np.ndarray]:
+    """The frames of these strictly rising indices in display order, `[H, W, 3]` uint8, all of one size.
+
+    `starting` is called with the pixels of all frames that will be decoded, before most of them are. InputError for a
+    bad clip, for one whose size changes, and for an index behind its last frame.
+    """
+    wanted = iter(indices)
+    index = next(wanted, None)
+    with _opened(data) as (container, stream, _):
+        from av.video.reformatter import VideoReformatter
+
+        size, reformatter = None, VideoReformatter()
+        for number, frame in enumerate(container.decode(stream)):
+            if index is None:
+                return
+            if size is None:
+                size = _shown_size(frame)
+                starting((indices[-1] + 1) * size[0] * size[1])
+            if _shown_size(frame) != size:
+                raise InputError("the size of the frames changes within the clip")
+            if number == index:
+                rgb_HWC = reformatter.reformat(frame, format="rgb24").to_ndarray()
+                yield np.ascontiguousarray(np.rot90(rgb_HWC, _quarter_turns(frame)))
+                index = next(wanted, None)
+    if index is not None:
+        raise InputError(f"frame {index} is not in the clip, or cannot be decoded")
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[tuple[Any, Any, str]]:
+    """(container, its video stream, container name), whatever goes wrong with them an InputError."""
+    check_clip_bytes(data)
+    name = sniff_container(data)
+    if name is None:
+        raise InputError("not a clip of an allowed container (MP4, MOV, WebM, MKV, AVI, GIF)")
+    try:
+        import av
+    except ImportError:
+        raise InputError("clips need PyAV: pip install 'qwen3vl-disagg[video]'", code="not_installed") from None
+    av.logging.set_level(av.logging.PANIC)
+    demuxer = {"mkv": "matroska", "webm": "matroska"}.get(name, name)
+    limits = {"protocol_whitelist": "none", "format_whitelist": demuxer, "codec_whitelist": ",".join(sorted(CODECS))}
+    try:
+        with closing(av.open(io.BytesIO(data), format=demuxer, options=limits)) as container:
+            yield container, _video_stream(container), name
+    except InputError:
+        raise
+    except MemoryError:
+        raise InputError("the clip needs more memory than decoding it may take") from None
+    except Exception as error:  # whatever the library raises, the bytes are the cause; its text stays inside
+        raise InputError("the clip is damaged or cut off and cannot be decoded") from error
+
+
+def _video_stream(container: Any) -> Any:
+    import av
+
+    cover = av.stream.Disposition.attached_pic
+    stream = next((stream for stream in container.streams.video if not stream.disposition & cover), None)
+    if stream is None:
+        raise InputError("the clip has no video stream")
+    context = stream.codec_context
+    if context is None or context.name not in CODECS:
+        raise InputError("the clip's codec is not one of H.264, HEVC, VP8, VP9, AV1, MPEG-4, Motion JPEG, GIF")
+    _check_size(context.height, context.width)
+    context.thread_count = 1
+    return stream
+
+
+def _is_shown(packet: Any, codec: str) -> bool:
+    """Whether a packet is a frame that is shown: not the empty one at the end, nor one that only others refer to."""
+    if not packet.size or packet.is_discard:
+        return False
+    return codec != "vp8" or bool(bytes(packet)[0] & 0x10)
+
+
+def _quarter_turns(frame: Any) -> int:
+    """Turns of 90 degrees against the clock."""
+    return round(frame.rotation / 90) % 4 if frame.rotation % 90 == 0 else 0
+
+
+def _shown_size(frame: Any) -> tuple[int, int]:
+    """(height, width) after rotation. InputError if that is too large."""
+    _check_size(frame.height, frame.width)
+    return (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_FRAME_PIXELS:
+        raise InputError(f"the clip's frames have {height * width} pixels, the limit is {MAX_FRAME_PIXELS}")

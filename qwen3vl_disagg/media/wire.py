@@ -1,0 +1,91 @@
+"""What a decoding child and its parent say to each other: a length, a msgpack header, then raw bytes.
+
+Both ends check what they read. The child's end is blocking; the parent's is in qwen3vl_disagg.media.child_process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from qwen3vl_disagg.media.images import MAX_PIXELS
+
+MAX_HEADER_BYTES = 2**20
+LENGTH_BYTES = 4
+
+
+class Job(msgspec.Struct, frozen=True):
+    """Followed by `num_bytes` of media."""
+
+    kind: Literal["image", "probe", "frames"]
+    num_bytes: int
+    indices: Sequence[int] = ()
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The first word of a child."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The fields of an InputError."""
+
+    message: str
+    status: int
+    code: str
+
+
+class Pixels(msgspec.Struct, frozen=True, tag="pixels"):
+    """Followed by height * width * 3 bytes, `[H, W, 3]` uint8."""
+
+    height: int
+    width: int
+
+    def check(self) -> None:
+        """ValueError for a size that no picture can have."""
+        if self.height < 1 or self.width < 1 or self.height * self.width > MAX_PIXELS:
+            raise ValueError(f"{self.width} x {self.height} pixels")
+
+
+class Clip(msgspec.Struct, frozen=True, tag="clip"):
+    """The fields of a VideoInfo."""
+
+    format: str
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """The last of the frames has been said."""
+
+
+Reply = Ready | Refused | Pixels | Clip | Done
+
+
+def pack(message: msgspec.Struct) -> bytes:
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(LENGTH_BYTES, "big") + body
+
+
+def body_length(head: bytearray | memoryview) -> int:
+    """Of the header that follows. ValueError if that is more than a header may have."""
+    length = int.from_bytes(head, "big")
+    if not 0 < length <= MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes")
+    return length
+
+
+def read_exactly(fd: int, size: int) -> bytearray:
+    """EOFError if the other end closes before."""
+    data = bytearray(size)
+    rest = memoryview(data)
+    while rest:
+        count = os.readv(fd, [rest])
+        if not count:
+            raise EOFError
+        rest = rest[count:]
+    return data

@@ -1,0 +1,230 @@
+"""Clips -> which frames to look at, their grid and timestamps, and patches.
+
+A clip is a file or a list of images. Frames go two by two (`temporal_patch_size`): each pair is one step of the grid,
+which stands in the prompt by itself, behind the time that is half-way between its frames.
+
+Formulas as in the reference video processor. Dims: T steps of the grid, H, W pixels; P patches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qwen3vl_disagg.core.errors import CheckpointError, InputError
+from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.model.config import VisionConfig
+from qwen3vl_disagg.processing.images import MAX_ASPECT, cut_patches
+from qwen3vl_disagg.processing.pixel_settings import PixelSettings, read_section
+from qwen3vl_disagg.processing.positions import Grid
+
+VIDEO_FILE = "video_preprocessor_config.json"
+UNKNOWN_FPS = 24.0
+"""Frames a second of a clip that does not say."""
+MAX_LIST_FRAMES = 768
+
+
+def smart_resize_video(
+    num_frames: int, height: int, width: int, *, factor: int, temporal: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """The size to resize all frames to: multiples of `factor`, pixels of the whole clip within the bounds.
+
+    Arithmetic as in the reference (float64, ties to even): 20 frames of 1080 x 1920 -> 832 x 1472 with factor 32,
+    temporal 2 and bounds 4096 .. 25165824. InputError for a single frame, or one side 200 times the other.
+    """
+    if num_frames < temporal:
+        raise InputError(f"a clip needs at least {temporal} frames, this one has {num_frames}")
+    if min(height, width) < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise InputError(f"frames of {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    total = round(num_frames / temporal) * temporal * new_height * new_width
+    if total > max_pixels:
+        scale = math.sqrt(num_frames * height * width / max_pixels)
+        new_height = max(factor, math.floor(height / scale / factor) * factor)
+        new_width = max(factor, math.floor(width / scale / factor) * factor)
+    elif total < min_pixels:
+        scale = math.sqrt(min_pixels / (num_frames * height * width))
+        new_height = math.ceil(height * scale / factor) * factor
+        new_width = math.ceil(width * scale / factor) * factor
+    return new_height, new_width
+
+
+def timestamps(frames: Sequence[int], fps: float, temporal: int) -> list[float]:
+    """Seconds of each step of the grid: half-way between its first and last frame; the last frame is repeated.
+
+    Frames 0, 2, 5, 8, 10 at 4 a second: 0.25, 1.625, 2.5.
+    """
+    padded = [*frames, *[frames[-1]] * (-len(frames) % temporal)]
+    firsts, lasts = padded[::temporal], padded[temporal - 1 :: temporal]
+    return [(first / fps + last / fps) / 2 for first, last in zip(firsts, lasts, strict=True)]
+
+
+class VideoProcessor:
+    """One checkpoint's way from clips to patches.
+
+    Resized by antialiased bicubic on uint8, levels normalised in float32: what the reference does on a CPU. (It has no
+    other backend for video, so there is no choice as there is for images.)
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        pixels: PixelSettings,
+        *,
+        fps: float = 2.0,
+        min_frames: int = 4,
+        max_frames: int = 768,
+        max_tokens_per_frame: int | None = None,
+    ) -> None:
+        """`max_tokens_per_frame`: where given, no frame gets more visual tokens than that, however short the clip."""
+        self.config, self._pixels = config, pixels
+        self.fps, self.min_frames, self.max_frames = fps, min_frames, max_frames
+        self._max_tokens_per_frame = max_tokens_per_frame
+        self._factor = config.patch_size * config.spatial_merge_size
+        mean_C1, std_C1 = torch.tensor(pixels.mean)[:, None], torch.tensor(pixels.std)[:, None]
+        self._table_C256 = (torch.arange(256.0) - mean_C1 * 255.0) / (std_C1 * 255.0)
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: VisionConfig) -> VideoProcessor | None:
+        """Read video_preprocessor_config.json, or the `video_processor` part of processor_config.json; None if there
+        is neither: such a checkpoint takes no videos."""
+        raw = read_section(folder, VIDEO_FILE, "video_processor")
+        if raw is None:
+            return None
+        pixels, problems = PixelSettings.read(raw, config)
+        numbers: dict[str, float] = {"fps": 2, "min_frames": 4, "max_frames": 768, "max_video_tokens": 768}
+        for name, default in numbers.items():
+            value = raw.get(name, default) if raw.get(name) is not None else default
+            good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**31
+            if not good or (name != "fps" and not isinstance(value, int)):
+                problems.append(f"{name} must be a positive number, got {value!r}")
+                continue
+            numbers[name] = value
+        if raw.get("do_sample_frames", True) is not True or raw.get("num_frames") is not None:
+            problems.append("only do_sample_frames true by fps is supported, without num_frames")
+        if problems or pixels is None:
+            raise CheckpointError(folder, [f"{VIDEO_FILE}: {problem}" for problem in problems])
+        return cls(
+            config,
+            pixels,
+            fps=float(numbers["fps"]),
+            min_frames=int(numbers["min_frames"]),
+            max_frames=int(numbers["max_frames"]),
+            max_tokens_per_frame=int(numbers["max_video_tokens"]) if raw.get("cap_pixels_per_frame") else None,
+        )
+
+    def sample(
+        self, num_frames: int, fps: float, *, sample_fps: float | None = None, count: int | None = None
+    ) -> list[int]:
+        """Which frames of a file of `num_frames` at `fps` to look at: `count`, or `sample_fps` a second, or as many a
+        second as the checkpoint wants; spread evenly from first to last. InputError for more than there are."""
+        if count is None:
+            wanted = int(num_frames / fps * (self.fps if sample_fps is None else sample_fps))
+            count = min(max(wanted, self.min_frames), self.max_frames, num_frames)
+        elif count > min(num_frames, self.max_frames):
+            most = min(num_frames, self.max_frames)
+            raise InputError(f"num_frames is {count}, but {most} frames of this clip can be looked at")
+        return np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
+
+    def grid(self, num_frames: int, width: int, height: int) -> Grid:
+        """(steps, height, width) in patches of that many frames of that many pixels. InputError if they do not fit."""
+        new_height, new_width = self._target(num_frames, height, width)
+        patch, temporal = self.config.patch_size, self.config.temporal_patch_size
+        return -(-num_frames // temporal), new_height // patch, new_width // patch
+
+    def _target(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        min_pixels, max_pixels = self._pixels.min_pixels, self._pixels.max_pixels
+        if self._max_tokens_per_frame is not None:
+            share = min(self._max_tokens_per_frame * self._factor**2, max_pixels // num_frames)
+            max_pixels = num_frames * max(share, int(min_pixels * 1.05))
+        return smart_resize_video(
+            num_frames,
+            height,
+            width,
+            factor=self._factor,
+            temporal=self.config.temporal_patch_size,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
+
+    def pixels(
+        self, data: bytes, visual: VisualItem, decoder: MediaDecoder, stop: Stop | None = None
+    ) -> tuple[Tensor, Grid]:
+        """Decode the item's frames -> patches `[P, patch_dim]` float32 and the grid.
+
+        InputError for damaged media, Stopped when nobody wants them any more.
+        """
+        if visual.is_frame_list:
+            frames = _images(unpack_frames(data), visual.frames, decoder, stop)
+        else:
+            frames = decoder.video_frames(data, visual.frames, stop=stop)
+        with closing(frames):  # also when this fails: whoever decodes must not wait for frames to be taken
+            return self.patches(frames, len(visual.frames))
+
+    def patches(self, frames: Iterable[np.ndarray], num_frames: int) -> tuple[Tensor, Grid]:
+        """Frames `[H, W, 3]` uint8 of one size -> patches `[P, patch_dim]` float32 and the grid.
+
+        One frame is held at a time. InputError if sizes differ or another number of frames comes.
+        """
+        patch, merge, temporal = (
+            self.config.patch_size,
+            self.config.spatial_merge_size,
+            self.config.temporal_patch_size,
+        )
+        grid: Grid = (0, 0, 0)
+        size, count, out = (0, 0), 0, torch.empty(0)
+        for frame in frames:
+            if not count:
+                size = (frame.shape[0], frame.shape[1])
+                grid = self.grid(num_frames, size[1], size[0])
+                steps, rows, cols = grid
+                shape = (steps, rows // merge, cols // merge, merge, merge, 3, temporal, patch, patch)
+                out = torch.empty(shape)
+            if frame.shape[:2] != size or count == num_frames:
+                raise InputError("the clip's frames are not all of one size, or more than its header says")
+            levels_CHW = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).contiguous()
+            target = (grid[1] * patch, grid[2] * patch)
+            if target != size:
+                levels_CHW = F.interpolate(levels_CHW[None], target, mode="bicubic", antialias=True)[0]
+            pixels_CHW = self._table_C256[torch.arange(3)[:, None, None], levels_CHW.long()]
+            out[count // temporal, ..., count % temporal, :, :] = cut_patches(pixels_CHW, patch, merge)
+            count += 1
+        if count != num_frames:
+            raise InputError(f"the clip is damaged: {count} of {num_frames} frames can be decoded")
+        for missing in range(count, grid[0] * temporal):
+            last = count - 1
+            out[missing // temporal, ..., missing % temporal, :, :] = out[last // temporal, ..., last % temporal, :, :]
+        return out.view(grid[0] * grid[1] * grid[2], self.config.patch_dim), grid
+
+
+def _images(
+    images: Sequence[bytes], indices: Sequence[int], decoder: MediaDecoder, stop: Stop | None
+) -> Generator[np.ndarray]:
+    """A frame that equals the one before it is not decoded again."""
+    last, frame_HWC = b"", np.empty(0)
+    for index in indices:
+        if images[index] != last:
+            last, frame_HWC = images[index], decoder.image(images[index], stop=stop)
+        yield frame_HWC
+
+
+def pack_frames(images: Sequence[bytes]) -> bytes:
+    """A list of images as one string of bytes, so that a clip is content like any other."""
+    return msgspec.msgpack.encode(list(images))
+
+
+def unpack_frames(data: bytes) -> list[bytes]:
+    return msgspec.msgpack.decode(data, type=list[bytes])

@@ -1,0 +1,312 @@
+"""Decoding children: reused, replaced, bounded, killed when too slow, not believed, gone with their parent."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen3vl_disagg.core.errors import InputError, UnavailableError
+from qwen3vl_disagg.media import child_process
+from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.images import decode_rgb
+from qwen3vl_disagg.media.sandbox import MAX_MEMORY
+from tests.support.media_bytes import clip
+from tests.support.media_clips import N, moving
+from tests.support.media_hostile import many_scans
+from tests.support.media_images import jpeg
+
+REPO = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def decoder() -> Iterator[MediaDecoder]:
+    decoder = MediaDecoder(max_children=2)
+    yield decoder
+    decoder.close()
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[child_process.ChildProcess]:
+    """All children from now on."""
+    children: list[child_process.ChildProcess] = []
+    real = child_process.ChildProcess.__init__
+
+    def count(self, stop) -> None:
+        children.append(self)
+        real(self, stop)
+
+    monkeypatch.setattr(child_process.ChildProcess, "__init__", count)
+    return children
+
+
+def actor(monkeypatch, act: str) -> None:
+    """Children that read a job and then do something else."""
+    code = f"""
+        import os, signal, sys, time
+        from qwen3vl_disagg.media.wire import *
+        def say(message): os.write(1, pack(message))
+        say(Ready())
+        while True:
+            head = read_exactly(0, body_length(read_exactly(0, 4)))
+            read_exactly(0, msgspec.msgpack.decode(head, type=Job).num_bytes)
+            {act}
+    """
+    monkeypatch.setattr(child_process, "COMMAND", (sys.executable, "-c", textwrap.dedent(code)))
+
+
+def pids(decoder: MediaDecoder) -> set[int]:
+    return {child.process.pid for child in decoder._idle}
+
+
+def is_there(pid: int) -> bool:
+    """Whether it runs; what has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_pixels_are_those_of_this_process(decoder, started):
+    data = jpeg()
+    for _ in range(3):
+        assert np.array_equal(decoder.image(data), np.asarray(decode_rgb(data)))
+    assert len(started) == 1
+    with pytest.raises(InputError, match="damaged"):
+        decoder.image(data[:700])
+    decoder.image(data)
+    assert len(started) == 1  # a refusal is no failure
+
+
+def test_children_are_bounded_and_wait_for_one_another(decoder, started):
+    data = jpeg()
+    expected = np.asarray(decode_rgb(data))
+    with ThreadPoolExecutor(6) as pool:
+        assert all(np.array_equal(image, expected) for image in pool.map(lambda _: decoder.image(data), range(40)))
+    assert 1 <= len(started) <= 2
+
+
+def test_a_child_that_was_killed_is_replaced_within_the_same_job(decoder, started):
+    decoder.image(jpeg())
+    started[0].process.kill()
+    started[0].process.wait()
+    assert decoder.image(jpeg()).shape == (64, 96, 3)
+    assert len(started) == 2
+
+
+def test_frames_come_one_at_a_time_and_may_be_left(decoder, started):
+    data = clip(frames=moving())
+    frames = decoder.video_frames(data, [0, 4, 29])
+    assert started == []
+    assert next(frames).shape == (64, 96, 3)
+    frames.close()  # in the middle: its child is of no use any more
+    assert not is_there(started[0].process.pid)
+    assert len(list(decoder.video_frames(data, range(30)))) == 30
+    assert list(decoder.video_frames(data, [])) == []
+    assert decoder.probe_video(data).num_frames == 30
+    assert len(started) == 2
+
+
+@pytest.mark.parametrize("indices", [[3, 3], [5, 4], [-1]])
+def test_indices_must_rise(decoder, indices):
+    with pytest.raises(ValueError, match="must rise"):
+        decoder.video_frames(clip(), indices)
+
+
+def test_time_between_two_frames_is_the_callers(started):
+    decoder = MediaDecoder(max_children=1, video_patience_s=0.5)
+    got = 0
+    for _ in decoder.video_frames(clip(size=(800, 600)), range(N)):  # more than a pipe holds
+        time.sleep(0.1)
+        got += 1
+    decoder.close()
+    assert got == N
+
+
+def test_cpu_time_runs_out(decoder, started):
+    with pytest.raises(InputError, match="too long") as caught:
+        decoder.image(many_scans())
+    assert caught.value.code == "media_timeout"
+    assert started[0].process.returncode == -signal.SIGPROF
+    assert len(started) == 1  # no second try of what was too slow
+    assert decoder.image(jpeg()).shape == (64, 96, 3)
+
+
+def test_patience_runs_out(monkeypatch, started):
+    actor(monkeypatch, "time.sleep(60)")
+    decoder = MediaDecoder(image_patience_s=0.3)
+    before = time.monotonic()
+    with pytest.raises(InputError, match="too long") as caught:
+        decoder.image(jpeg())
+    assert caught.value.code == "media_timeout"
+    assert time.monotonic() - before < 10
+    assert not is_there(started[0].process.pid)
+    decoder.close()
+
+
+def test_a_child_that_crashes_on_an_image_is_one_refusal(monkeypatch, decoder, started):
+    actor(monkeypatch, "os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(InputError, match="the image is damaged and cannot be decoded"):
+        decoder.image(jpeg())
+    monkeypatch.undo()
+    assert decoder.image(jpeg()).shape == (64, 96, 3)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        "os.write(1, b'\\xff' * 100)",  # a header of 4 GiB
+        "os.write(1, (5).to_bytes(4, 'big') + b'\\xc1' * 5)",  # not msgpack
+        "os.write(1, (2).to_bytes(4, 'big') + b'\\x91\\x01')",  # not a reply
+        "say(Pixels(2**31, 2**31))",
+        "say(Pixels(-1, -1))",
+        "say(Pixels(0, 5))",
+        "say(Pixels(9000, 9000))",
+        "say(Pixels(96, 64)), os.write(1, bytes(96 * 64 * 3))",  # not the size that the header tells
+        "say(Ready())",
+        "say(Done())",
+        "say(Clip('mp4', 5, 5, 5, 5.0))",
+        "say(Pixels(64, 96)), os.write(1, bytes(96 * 64 * 3 - 1)), sys.exit(0)",
+    ],
+)
+def test_nonsense_is_not_believed(monkeypatch, decoder, act):
+    actor(monkeypatch, act)
+    with pytest.raises(InputError, match="cannot be decoded"):
+        decoder.image(jpeg())
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        "say(Clip('mp4', 5, 5, 10**9, 5.0))",
+        "say(Clip('mp4', 5, -5, 5, 5.0))",
+        "say(Clip('mp4', 10**5, 10**5, 5, 5.0))",
+        "say(Clip('mp4', 5, 5, 5, float('nan')))",
+        "say(Clip('/etc/passwd', 5, 5, 5, 5.0))",
+        "say(Pixels(1, 1)), os.write(1, bytes(3))",
+    ],
+)
+def test_nonsense_about_a_clip_is_not_believed(monkeypatch, decoder, act):
+    actor(monkeypatch, act)
+    with pytest.raises(InputError, match="cannot be decoded"):
+        decoder.probe_video(clip())
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        "say(Pixels(1, 1)), os.write(1, bytes(3)), say(Pixels(2, 1)), os.write(1, bytes(6))",  # two sizes
+        "say(Pixels(1, 1)), os.write(1, bytes(3)), say(Done())",  # too few
+        "say(Pixels(1, 1)), os.write(1, bytes(3)), say(Pixels(1, 1)), os.write(1, bytes(3)), say(Ready())",
+    ],
+)
+def test_nonsense_instead_of_frames_is_not_believed(monkeypatch, decoder, act):
+    actor(monkeypatch, act)
+    with pytest.raises(InputError, match="cannot be decoded"):
+        list(decoder.video_frames(clip(), [0, 1]))
+
+
+def test_a_refusal_is_cut_to_a_plain_line(monkeypatch, decoder):
+    actor(monkeypatch, "say(Refused('a\\x1b[31m\\n' + 'b' * 1000, 200, 'x' * 1000))")
+    with pytest.raises(InputError) as caught:
+        decoder.image(jpeg())
+    assert caught.value.message.startswith("a[31mbbb")
+    assert len(caught.value.message) <= 300
+    assert (caught.value.status, caught.value.code) == (400, "invalid_request")
+
+
+def test_a_child_that_does_not_start_is_not_the_clients_fault(monkeypatch, decoder):
+    monkeypatch.setattr(child_process, "COMMAND", (sys.executable, "-c", "pass"))
+    with pytest.raises(UnavailableError, match="no process for decoding"):
+        decoder.image(jpeg())
+
+
+def test_closing_ends_jobs_and_children(monkeypatch, started):
+    actor(monkeypatch, "time.sleep(60)")
+    decoder = MediaDecoder()
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            decoder.image(jpeg())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not decoder._busy:
+        time.sleep(0.01)
+    decoder.close()
+    thread.join(10)
+    assert [type(error) for error in errors] == [UnavailableError]
+    assert not any(is_there(child.process.pid) for child in started)
+    with pytest.raises(UnavailableError):
+        decoder.image(jpeg())
+
+
+def test_a_child_has_limits_and_no_secrets(monkeypatch, decoder):
+    monkeypatch.setenv("SECRET_TOKEN", "hush")
+    ours, theirs = socket.socketpair()
+    ours.set_inheritable(True)  # as a server's sockets may be
+    with ours, theirs:
+        decoder.image(jpeg())
+    (pid,) = pids(decoder)
+    assert b"hush" not in Path(f"/proc/{pid}/environ").read_bytes()
+    targets = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+    assert {target.partition(":")[0] for target in targets} == {"pipe", "/dev/null"}
+    limits = {kind: resource.prlimit(pid, kind)[1] for kind in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE)}
+    assert limits == {resource.RLIMIT_AS: MAX_MEMORY, resource.RLIMIT_FSIZE: 0}
+    assert os.getsid(pid) == pid  # a signal to our group does not reach it
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_a_child_goes_with_its_parent(is_busy):
+    code = """
+        import os, signal, sys, threading, time
+        from qwen3vl_disagg.media.decoder import MediaDecoder
+        from tests.support.media_bytes import clip
+        from tests.support.media_images import jpeg
+        decoder = MediaDecoder()
+        decoder.image(jpeg())
+        (child,) = decoder._idle
+        if sys.argv[1] == "True":
+            frames = decoder.video_frames(clip(size=(640, 480), num_frames=30), range(30))
+            next(frames)  # and the child waits for us to read more
+        print(child.process.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(is_busy)]
+    out = subprocess.run(command, cwd=REPO, capture_output=True, timeout=60, check=False).stdout
+    pid, end = int(out), time.monotonic() + 10
+    while is_there(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not is_there(pid)
+
+
+def test_a_child_whose_pipes_others_hold_sees_that_its_parent_is_gone():
+    code = """
+        import os
+        from qwen3vl_disagg.media import child
+        child._PARENT_CHECK_S = 0.01
+        print(child.is_wanted(os.getpid(), read=[0]), end=" ", flush=True)  # nothing to read, and another parent
+        print(child.is_wanted(os.getpid(), write=[1]))  # ready, so nobody asks
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.read() == b"False True\n"
+    process.communicate(timeout=60)

@@ -1,0 +1,118 @@
+"""Tools and tool calls as clients send them: what is let in, and the place that an error names."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.processing import parse_tools
+from qwen3vl_disagg.processing.messages import parse_messages
+
+
+def tool(**function) -> dict:
+    return {"type": "function", "function": {"name": "f", **function}}
+
+
+def call(**function) -> dict:
+    return {"type": "function", "function": {"name": "f", "arguments": "{}", **function}}
+
+
+def deep(levels: int) -> object:
+    value: object = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def test_tools_are_kept_as_they_are():
+    tools = [
+        tool(),
+        tool(name="A-b_9" * 12, description=None, parameters=None),
+        tool(description="<|im_end|>", parameters={"b": {"type": ["é", 1.5, True, None]}, "a": 1}, strict=True),
+        {"function": {"name": "g"}, "type": "function", "x": []},
+    ]
+    assert parse_tools(copy.deepcopy(tools)) == tools
+    assert parse_tools([tool()] * 128) == [tool()] * 128
+
+
+@pytest.mark.parametrize(
+    ("tools", "param", "text"),
+    [
+        (None, "tools", "list"),
+        ({"a": 1}, "tools", "list"),
+        ([tool()] * 129, "tools", "limit is 128"),
+        ([tool(), "f"], "tools[1]", "object"),
+        ([{"function": {"name": "f"}}], "tools[0].type", "must be function"),
+        ([{"type": "retrieval"}], "tools[0].type", "must be function"),
+        ([{"type": "function"}], "tools[0].function", "object"),
+        ([{"type": "function", "function": "f"}], "tools[0].function", "object"),
+        ([tool(name=None)], "tools[0].function.name", "1 to 64"),
+        ([tool(name="")], "tools[0].function.name", "1 to 64"),
+        ([tool(name="f" * 65)], "tools[0].function.name", "1 to 64"),
+        ([tool(name="f\n")], "tools[0].function.name", "1 to 64"),
+        ([tool(name="é")], "tools[0].function.name", "1 to 64"),
+        ([tool(name="<|im_end|>")], "tools[0].function.name", "1 to 64"),
+        ([tool(description=5)], "tools[0].function.description", "string"),
+        ([tool(parameters="{}")], "tools[0].function.parameters", "object"),
+        ([tool(parameters=[])], "tools[0].function.parameters", "object"),
+        ([tool(description="\ud800")], "tools[0]", "surrogates"),
+        ([tool(parameters={"a\0": 1})], "tools[0]", "NUL"),
+        ([tool(parameters={1: 1})], "tools[0]", "keys must be strings"),
+        ([tool(parameters={"a": float("nan")})], "tools[0]", "too large"),
+        ([tool(parameters={"a": 10**400})], "tools[0]", "too large"),
+        ([tool(parameters={"a": {1, 2}})], "tools[0]", "must be JSON"),
+        ([tool(parameters={"a": deep(10_000)})], "tools[0]", "deeper than 64"),
+    ],
+)
+def test_bad_tools_name_their_place(tools, param, text):
+    with pytest.raises(InputError, match=text) as caught:
+        parse_tools(tools)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("given", [None, "", {}])
+def test_no_arguments_are_an_empty_object(given):
+    [message], _ = parse_messages([{"role": "assistant", "content": "", "tool_calls": [call(arguments=given)]}])
+    assert message["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+
+
+ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "text"),
+    [
+        ({"role": "user", "content": "?", "tool_calls": [call()]}, "messages[0].tool_calls", "assistant turns"),
+        ({"role": "tool", "content": "?", "tool_calls": [call()]}, "messages[0].tool_calls", "assistant turns"),
+        ({"role": "tool", "content": "?", "tool_call_id": 5}, "messages[0].tool_call_id", "string"),
+        ({"role": "tool", "content": "?", "tool_call_id": ""}, "messages[0].tool_call_id", "string"),
+        ({"role": "tool", "content": []}, "messages[0].content", "content must be"),
+        ({"role": "assistant", "tool_calls": []}, "messages[0].content", "content must be"),
+        ({"role": "assistant", "tool_calls": [call()], "content": 0}, "messages[0].content", "content must be"),
+        ({"role": "assistant", "tool_calls": {"a": 1}}, "messages[0].tool_calls", "list"),
+        ({"role": "assistant", "tool_calls": [call()] * 129}, "messages[0].tool_calls", "limit is 128"),
+        ({"role": "assistant", "tool_calls": [call(), "f"]}, "messages[0].tool_calls[1]", "object"),
+        ({"role": "assistant", "tool_calls": [{"type": "x"}]}, "messages[0].tool_calls[0].type", "function"),
+        ({"role": "assistant", "tool_calls": [{"function": 5}]}, "messages[0].tool_calls[0].function", "object"),
+        ({"role": "assistant", "tool_calls": [call(name="")]}, "messages[0].tool_calls[0].function.name", "1 to 256"),
+        ({"role": "assistant", "tool_calls": [call(name="f" * 257)]}, "messages[0].tool_calls[0].function.name", "256"),
+        ({"role": "assistant", "tool_calls": [call(name="\0")]}, "messages[0].tool_calls[0].function.name", "NUL"),
+        ({"role": "assistant", "tool_calls": [{"id": 5, **call()}]}, "messages[0].tool_calls[0].id", "string"),
+        ({"role": "assistant", "tool_calls": [call(arguments="{")]}, ARGUMENTS, "object"),
+        ({"role": "assistant", "tool_calls": [call(arguments="[]")]}, ARGUMENTS, "object"),
+        ({"role": "assistant", "tool_calls": [call(arguments='{"a": NaN}')]}, ARGUMENTS, "object"),
+        ({"role": "assistant", "tool_calls": [call(arguments="[" * 99999)]}, ARGUMENTS, "object"),
+        ({"role": "assistant", "tool_calls": [call(arguments="{}" + " " * 2**20)]}, ARGUMENTS, "object"),
+        ({"role": "assistant", "tool_calls": [call(arguments=[1])]}, ARGUMENTS, "object"),
+        ({"role": "assistant", "tool_calls": [call(arguments={"a": deep(10_000)})]}, ARGUMENTS, "deeper than 64"),
+        ({"role": "assistant", "tool_calls": [call(arguments={"a": "\ud800"})]}, ARGUMENTS, "surrogates"),
+        ({"role": "assistant", "content": "", "reasoning_content": []}, "messages[0].reasoning_content", "string"),
+        ({"role": "assistant", "content": "", "reasoning": "\0"}, "messages[0].reasoning", "NUL"),
+    ],
+)
+def test_bad_turns_name_their_place(message, param, text):
+    with pytest.raises(InputError, match=text) as caught:
+        parse_messages([message])
+    assert caught.value.param == param
