@@ -1,4 +1,4 @@
-"""Rows of images that were encoded before, within a bound of bytes. Pure: it holds whatever it is given.
+"""Rows of images and clips that were encoded before, within a bound of bytes. Pure: it holds whatever it is given.
 
 An entry is found by its content address. What is in use is pinned and stays; of the rest, the entry that was used
 longest ago goes first when there are too many bytes.

@@ -1,4 +1,4 @@
-"""Images on their way to rows, on one event loop: each content once at a time, decoding ahead of the tower, batches.
+"""Images and clips on their way to rows, on one event loop: each content once at a time, decoding ahead, batches.
 
     cache -> pull -> decode (threads, a bounded number of bytes ahead) -> wait -> tower (one thread, batch after batch)
 
@@ -36,7 +36,7 @@ Pull = Callable[[str, int], Awaitable[bytes]]
 
 @dataclass(eq=False)
 class _Encoding:
-    """One content on its way. `waiters`: what to call, for each of those who wait, when the image turns out good."""
+    """One content on its way. `waiters`: what to call, for each of those who wait, when the bytes turn out good."""
 
     key: ContentKey
     visual: VisualItem
@@ -86,7 +86,7 @@ class EncodePipeline:
             executor.shutdown(wait=False, cancel_futures=True)
 
     async def rows(self, message: EncodeItem, on_decoded: Callable[[], None]) -> HeldItem:
-        """The item's rows, until `release`. `on_decoded` is called as soon as its bytes are known to be a good image.
+        """The item's rows, until `release`. `on_decoded` is called as soon as its bytes are known to be good.
 
         Raises whatever its encoding fails with.
         """
@@ -166,7 +166,7 @@ class EncodePipeline:
     # -- how far decoding may be ahead
 
     async def _take_room(self, encoding: _Encoding) -> None:
-        """Wait until the patches may be in memory. One image always may; who came first is first."""
+        """Wait until the patches may be in memory. One item always may; who came first is first."""
         frames, height, width = encoding.visual.grid
         size = frames * height * width * self._patch_bytes
         async with self._turn:

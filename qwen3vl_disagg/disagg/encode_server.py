@@ -171,17 +171,25 @@ class EncodeServer:
             case Release():
                 self._release(action.attempt)
             case TellFailed():
-                request_id, item, number = action.attempt
-                self._tell(
-                    ItemFailed(
-                        request_id=request_id, item=item, attempt=number, kind=action.kind, message=action.reason
-                    )
-                )
+                self._tell_failed(action)
                 self._release(action.attempt)
             case BreakLink():
                 link = self._links.get(action.peer, action.epoch)
                 if link is not None:
                     link.control.abort()  # its reader drops the link
+
+    def _tell_failed(self, action: TellFailed) -> None:
+        request_id, item, number = action.attempt
+        failed = ItemFailed(
+            request_id=request_id,
+            item=item,
+            attempt=number,
+            kind=action.kind,
+            message=action.reason,
+            code=action.code,
+            status=action.status,
+        )
+        self._tell(failed)
 
     def _release(self, attempt: Attempt) -> None:
         task = self._tasks.pop(attempt, None)
@@ -236,12 +244,14 @@ class EncodeServer:
                 held = await self.pipeline.rows(message, on_decoded)
             fault_point("encoded")
         except InputError as error:
-            self._failed(attempt, "input", error.message)
+            # What this rank lacks is not the client's fault, and another rank may have it.
+            kind: Literal["input", "failed"] = "failed" if error.code == "not_installed" else "input"
+            self._failed(EncodeFailed(attempt, kind, error.message, error.code, error.status))
         except (DisaggError, TimeoutError) as error:
-            self._failed(attempt, "failed", str(error) or "out of time")
+            self._failed(EncodeFailed(attempt, "failed", str(error) or "out of time"))
         except Exception as error:  # one item's failure is not the rank's
             traceback.print_exception(error)
-            self._failed(attempt, "failed", type(error).__name__)
+            self._failed(EncodeFailed(attempt, "failed", type(error).__name__))
         else:
             if self._tasks.get(attempt) is asyncio.current_task():
                 self._encoded[attempt], held = held, None
@@ -249,9 +259,9 @@ class EncodeServer:
         if held is not None:
             self.pipeline.release(held)
 
-    def _failed(self, attempt: Attempt, kind: Literal["input", "failed"], reason: str) -> None:
-        if self._tasks.get(attempt) is asyncio.current_task():
-            self.handle(EncodeFailed(attempt, kind, reason))
+    def _failed(self, event: EncodeFailed) -> None:
+        if self._tasks.get(event.attempt) is asyncio.current_task():
+            self.handle(event)
 
     # -- links
 

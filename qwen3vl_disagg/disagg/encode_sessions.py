@@ -22,7 +22,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from qwen3vl_disagg.disagg.link_state import LinkState
 from qwen3vl_disagg.disagg.messages import Abort, Ack, Grant, HeaderOk, Nack, Resume, Stale
@@ -178,11 +178,11 @@ class EncodeSessions:
         while len(self.ended) > self.limits.max_ended:
             self.ended.popitem(last=False)
 
-    def _fail(self, item: Outgoing, kind: Literal["input", "failed"], reason: str) -> None:
+    def _fail(self, failed: TellFailed) -> None:
         """Give an attempt up. The router is told, and it alone tells the language rank: were both told, the news of a
         lost attempt could overtake that of a bad image."""
-        self._end(item.attempt)
-        self._actions.append(TellFailed(item.attempt, kind, reason))
+        self._end(failed.attempt)
+        self._actions.append(failed)
         self._fill_places()
 
     # ---- encoding ----
@@ -210,7 +210,7 @@ class EncodeSessions:
     def _encode_failed(self, event: EncodeFailed, now: float) -> None:
         item = self.items.get(event.attempt)
         if item is not None and item.state == ENCODING:
-            self._fail(item, event.kind, event.reason)
+            self._fail(TellFailed(event.attempt, event.kind, event.reason, event.code, event.status))
 
     def _park(self, item: Outgoing, now: float) -> None:
         """Keep the rows for a while, within bounds."""
@@ -394,4 +394,4 @@ class EncodeSessions:
                 self._refuse(outlet, item.attempt, "the item never came", now)
             self._end(item.attempt)
         else:
-            self._fail(item, "failed", "out of time")
+            self._fail(TellFailed(item.attempt, "failed", "out of time"))

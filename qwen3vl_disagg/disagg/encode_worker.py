@@ -151,10 +151,10 @@ class EncodeWorker:
         return Pixels(patches, grid, (time.monotonic() - started) * 1e3)
 
     def encode(self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]) -> list[EncodedItem | Exception]:
-        """Run the tower over several images at once; rows on the tower's device, contiguous, each item's in memory of
-        its own. `encode_ms` is the time of the whole batch.
+        """Run the tower over several images and clips at once; rows on the tower's device, contiguous, each item's in
+        memory of its own. `encode_ms` is the time of the whole batch.
 
-        What goes wrong with an image stands in its place: TransferError for rows that are not finite. When the tower
+        What goes wrong with an item stands in its place: TransferError for rows that are not finite. When the tower
         fails over several (they may not fit in memory together), each goes through it alone.
         """
         if not batch:

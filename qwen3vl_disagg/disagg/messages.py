@@ -16,9 +16,10 @@ from typing import Literal
 
 import msgspec
 
+from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -76,7 +77,7 @@ class Leaving(Message, frozen=True):
 
 
 class Decoded(Message, frozen=True):
-    """The item's bytes are a good image: a streamed answer may begin."""
+    """The item's bytes are a good image or clip: a streamed answer may begin."""
 
     request_id: str
     item: int
@@ -84,13 +85,18 @@ class Decoded(Message, frozen=True):
 
 
 class ItemFailed(Message, frozen=True):
-    """An encode rank gives an item up. kind `input`: the media is bad, trying again is useless; else try another."""
+    """An encode rank gives an item up. kind `input`: the media is bad, trying again is useless; else try another.
+
+    `code` and `status` are those of the InputError behind kind `input`.
+    """
 
     request_id: str
     item: int
     attempt: int
     kind: Literal["input", "failed"]
     message: str
+    code: str = InputError.code
+    status: int = 400
 
 
 class NeedItems(Message, frozen=True):

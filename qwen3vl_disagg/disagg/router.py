@@ -252,7 +252,8 @@ class Router:
                 if item is None or item.encode_rank != rank:
                     return
                 if message.kind == "input":
-                    self._end(message.request_id, InputError(message.message, param=item.visual.param))
+                    place, status, code = item.visual.param, message.status, message.code
+                    self._end(message.request_id, InputError(message.message, param=place, status=status, code=code))
                 else:
                     self._attempt_failed(message.request_id, message.item, self._worker(item), now)
 

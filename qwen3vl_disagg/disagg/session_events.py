@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.allocator import Lease
 from qwen3vl_disagg.disagg.messages import Frame, Grant, Header
@@ -160,9 +161,13 @@ class Encoded(_Value, frozen=True):
 
 
 class EncodeFailed(_Value, frozen=True):
+    """`code` and `status` are those of the InputError behind kind `input`."""
+
     attempt: Attempt
     kind: Literal["input", "failed"]
     reason: str
+    code: str = InputError.code
+    status: int = 400
 
 
 class PayloadSent(_Value, frozen=True):
@@ -290,11 +295,13 @@ class Release(_Value, frozen=True):
 
 
 class TellFailed(_Value, frozen=True):
-    """Tell the router that the attempt is over without rows."""
+    """Tell the router that the attempt is over without rows. Fields as those of `EncodeFailed`."""
 
     attempt: Attempt
     kind: Literal["input", "failed"]
     reason: str
+    code: str = InputError.code
+    status: int = 400
 
 
 EncodeAction = SendFrame | BreakLink | StartEncode | SendHeader | SendPayload | Release | TellFailed

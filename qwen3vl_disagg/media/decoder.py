@@ -57,7 +57,6 @@ class MediaDecoder:
 
         What the header is enough to refuse is refused here, and the pixels have the size that it tells.
         """
-        stop = _unset(stop)
         info = probe_image(data)
         patience_s = self._image_patience_s + PATIENCE_S_PER_PIXEL * info.width * info.height
         with self._running("image", Job("image", len(data)), data, patience_s, stop) as (child, reply):
@@ -67,7 +66,6 @@ class MediaDecoder:
 
     def probe_video(self, data: bytes, *, stop: Stop | None = None) -> VideoInfo:
         """What the clip holds. InputError for a damaged or forbidden one."""
-        stop = _unset(stop)
         check_clip_bytes(data)
         with self._running("clip", Job("probe", len(data)), data, self._video_patience_s, stop) as (_, reply):
             if not isinstance(reply, Refused):
@@ -83,14 +81,13 @@ class MediaDecoder:
         is in the middle, the child is killed. Time that the caller takes between two frames is not counted. InputError
         for a bad clip, also in the middle.
         """
-        stop = _unset(stop)
         indices = [int(index) for index in indices]
         if any(later <= earlier for earlier, later in zip([-1, *indices], indices, strict=False)):
             raise ValueError("the indices of frames must rise")
         check_clip_bytes(data)
         return self._video_frames(data, indices, stop)
 
-    def _video_frames(self, data: bytes, indices: list[int], stop: Stop) -> Generator[np.ndarray, None, None]:
+    def _video_frames(self, data: bytes, indices: list[int], stop: Stop | None) -> Generator[np.ndarray, None, None]:
         if not indices:
             return
         shape: tuple[int, ...] | None = None
@@ -120,9 +117,10 @@ class MediaDecoder:
 
     @contextmanager
     def _running(
-        self, what: str, job: Job, data: bytes, patience_s: float, stop: Stop
+        self, what: str, job: Job, data: bytes, patience_s: float, stop: Stop | None
     ) -> Iterator[tuple[ChildProcess, Reply]]:
         """A child and its first answer to a job. The child is kept for the next job unless the block raised."""
+        stop = stop or Stop()
         with self._slots.one(stop):
             child = None
             try:
@@ -179,13 +177,6 @@ class MediaDecoder:
                 self._idle.append(child)
                 return
         child.close()
-
-
-def _unset(stop: Stop | None) -> Stop:
-    """The Stop of a job that begins, one that nobody sets if there is none. Stopped if it is set already."""
-    stop = stop or Stop()
-    stop.check()
-    return stop
 
 
 def _pixels(child: ChildProcess, reply: Reply, shape: tuple[int, ...] | None) -> np.ndarray:

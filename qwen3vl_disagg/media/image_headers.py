@@ -16,6 +16,8 @@ MAX_STEPS = 10_000
 """Segments, chunks or blocks that are walked over before the size must be known."""
 MAX_PROFILE_BYTES = 2**20
 """As much of a text is looked at, compressed or not."""
+MAX_HEX_BYTES = 150_000
+"""Of EXIF in hexadecimal lines, of which there are at most 64 KiB."""
 MAX_RUBBISH = 256
 """Bytes between two JPEG segments that belong to neither."""
 
@@ -110,29 +112,30 @@ def _read_jpeg(data: bytes) -> tuple[int, int, int]:
     raise BadHeader("no picture in the JPEG file")
 
 
-def _inflate(data: bytes) -> bytes:
+def _inflate(data: bytes, limit: int) -> bytes:
     try:
-        return zlib.decompressobj().decompress(data, MAX_PROFILE_BYTES)
+        return zlib.decompressobj().decompress(data, limit)
     except zlib.error:
         return b""
 
 
-def _png_text(kind: bytes, body: bytes) -> bytes:
-    """The text of a tEXt, zTXt or iTXt chunk, cut at MAX_PROFILE_BYTES."""
+def _png_text(kind: bytes, body: bytes, limit: int) -> bytes:
+    """The text of a tEXt, zTXt or iTXt chunk, cut at so many bytes."""
     _, _, rest = body.partition(b"\0")
     if kind == b"tEXt":
-        return rest[:MAX_PROFILE_BYTES]
+        return rest[:limit]
     if kind == b"zTXt":
-        return _inflate(rest[1:])
+        return _inflate(rest[1:], limit)
     is_compressed, (_, _, after) = rest[:1] == b"\1", rest[2:].partition(b"\0")
     text = after.partition(b"\0")[2]
-    return _inflate(text) if is_compressed else text[:MAX_PROFILE_BYTES]
+    return _inflate(text, limit) if is_compressed else text[:limit]
 
 
 def _hex_profile(text: bytes) -> bytes:
     """EXIF as some tools write it into a text chunk: a title and a length, then hexadecimal lines."""
+    digits = b"".join(text.split(b"\n", 3)[3:]).translate(None, b"\n")
     try:
-        return bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:]))
+        return bytes.fromhex(digits[: len(digits) // 2 * 2].decode("latin-1"))
     except ValueError:
         return b""
 
@@ -154,9 +157,9 @@ def _read_png(data: bytes) -> tuple[int, int, int]:
             exif = data[body : body + length]
         elif kind in (b"tEXt", b"zTXt", b"iTXt"):
             if xmp is None and data.startswith(b"XML:com.adobe.xmp\0", body):
-                xmp = _png_text(kind, data[body : body + length])
+                xmp = _png_text(kind, data[body : body + length], MAX_PROFILE_BYTES)
             elif profile is None and data.startswith(b"Raw profile type exif\0", body):
-                profile = _hex_profile(_png_text(kind, data[body : body + length]))
+                profile = _hex_profile(_png_text(kind, data[body : body + length], MAX_HEX_BYTES))
         at = body + length + 4
     raise BadHeader("no pixels in the PNG file")
 
@@ -188,8 +191,13 @@ def _read_gif(data: bytes) -> tuple[int, int, int]:
     """The size of the screen, or larger where the first picture reaches out of it."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    is_inside = False
     for _ in range(MAX_STEPS):
         kind = data[at]
+        if is_inside:  # an extension, whose parts begin with their lengths; none ends it
+            at += 1 + kind
+            is_inside = kind > 0
+            continue
         if kind == 0x2C:
             left, top, across, down = struct.unpack_from("<4H", data, at + 1)
             return max(width, left + across), max(height, top + down), 1
@@ -199,13 +207,7 @@ def _read_gif(data: bytes) -> tuple[int, int, int]:
             at += 1  # a stray byte between two blocks
             continue
         at += 2
-        for _ in range(MAX_STEPS):
-            length = data[at]
-            at += 1 + length
-            if not length:
-                break
-        else:
-            break
+        is_inside = True
     raise BadHeader("no picture in the GIF file")
 
 

@@ -67,14 +67,14 @@ class Slots:
                 self._changed.notify_all()
 
     def _take(self, stop: Stop) -> None:
-        stop.check()
         ticket = object()
         with self._changed:
             self._queue.append(ticket)
             try:
+                stop.check()
                 while self._queue[0] is not ticket or not self._free:
-                    stop.check()
                     self._changed.wait(max(0.0, min(_SLICE_S, stop.seconds_left())))
+                    stop.check()
                 self._free -= 1
             finally:
                 self._queue.remove(ticket)

@@ -77,12 +77,13 @@ def sane_fps(rate: Fraction | None) -> float:
 def probe_video(data: bytes) -> VideoInfo:
     """What the clip holds: all packets are counted and the first frame is decoded. InputError for a bad clip."""
     with _opened(data) as (container, stream, name):
-        num_frames = 0
+        times: list[int | None] = []
         for packet in container.demux(stream):
-            num_frames += _is_shown(packet, stream.codec_context.name)
-            if num_frames > MAX_FRAMES:
+            if _is_shown(packet, stream.codec_context.name):
+                times.append(packet.pts)
+            if len(times) > MAX_FRAMES:
                 raise InputError(f"the clip has more than the limit of {MAX_FRAMES} frames")
-        if not num_frames:
+        if not times:
             raise InputError("the clip has no frames")
         fps = sane_fps(stream.average_rate)
     with _opened(data) as (container, stream, _):
@@ -90,6 +91,7 @@ def probe_video(data: bytes) -> VideoInfo:
         if frame is None:
             raise InputError("the clip has no frames that can be decoded")
         height, width = _shown_size(frame)
+    num_frames = len(times) - _num_before(times, frame.pts)
     if num_frames * height * width > MAX_CLIP_PIXELS:
         raise InputError(f"the clip has {num_frames} frames of {width} x {height} pixels, which is too much to decode")
     return VideoInfo(name, width, height, num_frames, fps)
@@ -170,6 +172,19 @@ def _is_shown(packet: Any, codec: str) -> bool:
     if not packet.size or packet.is_discard:
         return False
     return codec != "vp8" or bool(bytes(packet)[0] & 0x10)
+
+
+def _num_before(times: Sequence[int | None], first: int | None) -> int:
+    """How many frames stand before the first that is shown: a clip that was cut has some that refer to what is gone.
+
+    `times` are those of all packets in the order of the file, where such frames come first, or next to the first shown.
+    """
+    count = 0
+    for time in times:
+        if time is None or first is None or time > first:
+            break
+        count += time < first
+    return count
 
 
 def _quarter_turns(frame: Any) -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import base64
 import binascii
 import stat
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,8 @@ from qwen3vl_disagg.processing.video import MAX_LIST_FRAMES, pack_frames
 IMAGE_KINDS = ("image_url", "image")
 VIDEO_KINDS = ("video_url", "video")
 MAX_FPS = 240.0
+MAX_FRAMES_BYTES = MAX_VIDEO_BYTES - 8 * MAX_LIST_FRAMES
+"""Of a list, so that with its framing it is no larger than a file may be."""
 _JPEGS = "data:video/jpeg;base64,"
 """Frames as still images behind one head, separated by commas: the way some clients send them."""
 _MAX_NAME = 40
@@ -51,25 +55,41 @@ def read_media(part: dict[str, Any], where: str, allow_paths: bool) -> Media:
     if part["type"] in IMAGE_KINDS:
         return Media(_bytes_of(source, where, allow_paths, "image", MAX_BYTES), where)
     fps, num_frames = _number(part, "fps", where), _number(part, "num_frames", where)
-    is_jpegs = isinstance(source, str) and source[: len(_JPEGS)].lower() == _JPEGS
-    if is_jpegs or isinstance(source, list):
+    frames = _frames(source, where, allow_paths)
+    if frames is not None:
         if num_frames is not None:
             raise InputError("num_frames is for files: a list of frames is looked at as it is", param=where)
-        count = source.count(",") if isinstance(source, str) else len(source)
-        if not 1 <= count <= MAX_LIST_FRAMES:
-            raise InputError(f"a list of {count} frames, it may hold 1 to {MAX_LIST_FRAMES}", param=where)
-        if isinstance(source, str):
-            frames = [_base64(frame, where, "frame", MAX_BYTES) for frame in source[len(_JPEGS) :].split(",")]
-        else:
-            frames = [_bytes_of(frame, where, allow_paths, "frame", MAX_BYTES) for frame in source]
-        data = pack_frames(frames)
-        if len(data) > MAX_VIDEO_BYTES:
-            raise InputError(f"the frames have more than {MAX_VIDEO_BYTES} bytes", param=where, status=413)
-        return Media(data, where, "video", is_frame_list=True, fps=fps)
+        return Media(frames, where, "video", is_frame_list=True, fps=fps)
     if fps is not None and num_frames is not None:
         raise InputError("fps and num_frames exclude one another", param=where)
     data = _bytes_of(source, where, allow_paths, "video", MAX_VIDEO_BYTES)
     return Media(data, where, "video", fps=fps, num_frames=None if num_frames is None else int(num_frames))
+
+
+def _frames(source: object, where: str, allow_paths: bool) -> bytes | None:
+    """A list of frames, packed; None for what is no list."""
+    parts: Sequence[object]
+    if isinstance(source, list):
+        parts, count = source, len(source)
+    elif isinstance(source, str) and source[: len(_JPEGS)].lower() == _JPEGS:
+        parts, count = (), source.count(",")  # counted before they are taken apart
+    else:
+        return None
+    if not 1 <= count <= MAX_LIST_FRAMES:
+        raise InputError(f"a list of {count} frames, it may hold 1 to {MAX_LIST_FRAMES}", param=where)
+    read: Callable[[Any], bytes] = partial(
+        _bytes_of, where=where, allow_paths=allow_paths, what="frame", limit=MAX_BYTES
+    )
+    if isinstance(source, str):
+        parts = source[len(_JPEGS) :].split(",")
+        read = partial(_base64, where=where, what="frame", limit=MAX_BYTES)
+    frames, num_bytes = list[bytes](), 0
+    for part in parts:
+        frames.append(read(part))
+        num_bytes += len(frames[-1])
+        if num_bytes > MAX_FRAMES_BYTES:
+            raise InputError(f"the frames have more than {MAX_FRAMES_BYTES} bytes", param=where, status=413)
+    return pack_frames(frames)
 
 
 def _number(part: dict[str, Any], name: str, where: str) -> float | None:

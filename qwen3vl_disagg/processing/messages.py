@@ -16,9 +16,9 @@ MAX_MESSAGES = 1024
 
 
 def parse_messages(raw: object, *, allow_paths: bool = False) -> tuple[list[dict[str, Any]], list[Media]]:
-    """Checked messages (content a string, or text and image parts) and their images.
+    """Checked messages (content a string, or parts of text, images and clips) and their images and clips, in order.
 
-    `allow_paths`: an image may be a local file's name. InputError names the place, e.g. `messages[1].content[0]`.
+    `allow_paths`: an image or clip may be a local file's name. InputError names the place: `messages[1].content[0]`.
     """
     if not isinstance(raw, list) or not raw:
         raise InputError("messages must be a list with at least one message", param="messages")
@@ -27,6 +27,14 @@ def parse_messages(raw: object, *, allow_paths: bool = False) -> tuple[list[dict
     media: list[Media] = []
     messages = [_message(entry, f"messages[{i}]", media, allow_paths) for i, entry in enumerate(raw)]
     return messages, media
+
+
+def has_clips(raw: object) -> bool:
+    """Whether there are clips in what `parse_messages` takes; it need not be good."""
+    turns = [turn for turn in raw if isinstance(turn, dict)] if isinstance(raw, list) else []
+    contents = [turn.get("content") for turn in turns]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and part.get("type") in VIDEO_KINDS for part in parts)
 
 
 def _message(raw: object, where: str, media: list[Media], allow_paths: bool) -> dict[str, Any]:

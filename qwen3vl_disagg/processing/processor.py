@@ -11,6 +11,9 @@ from typing import Any
 from qwen3vl_disagg.core.errors import CheckpointError, InputError, attempt
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.images import ImageInfo
+from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.model.config import ModelConfig, VisionConfig
 from qwen3vl_disagg.processing.generation import GenerationDefaults
 from qwen3vl_disagg.processing.images import ImageProcessor
@@ -82,8 +85,35 @@ class _Run:
     number: int
 
 
+class _Headers:
+    """What the headers of one request's media say. Equal bytes are looked at once; Stopped once `stop` is set."""
+
+    def __init__(self, image: ImageProcessor, decoder: MediaDecoder, stop: Stop) -> None:
+        self._image, self._decoder, self._stop = image, decoder, stop
+        self._images: dict[bytes, ImageInfo] = {}
+        self._clips: dict[bytes, VideoInfo] = {}
+
+    def image(self, data: bytes) -> ImageInfo:
+        self._stop.check()
+        info = self._images.get(data)
+        if info is None:
+            info = self._images[data] = self._image.probe(data)
+        return info
+
+    def clip(self, data: bytes) -> VideoInfo:
+        self._stop.check()
+        info = self._clips.get(data)
+        if info is None:
+            info = self._clips[data] = self._decoder.probe_video(data, stop=self._stop)
+        return info
+
+
 class Processor:
-    """Everything between a caller's messages and token ids. Pixels are not touched: headers give exact row counts."""
+    """Everything between a caller's messages and token ids.
+
+    No pixels are made: headers give exact row counts. Of a clip's file a decoding child reads all packets, and decodes
+    the first frame.
+    """
 
     def __init__(
         self,
@@ -151,14 +181,16 @@ class Processor:
         tools: Sequence[dict[str, Any]] | None = None,
         allow_paths: bool = False,
         add_generation_prompt: bool = True,
+        stop: Stop | None = None,
     ) -> Prompt:
         """Check, render, tokenize and expand. InputError names the place of whatever is wrong.
 
         `messages` in OpenAI chat form; images and videos are data: URIs, and with `allow_paths` also local files or
-        bytes.
+        bytes. Setting `stop` from another thread ends the look at the media with Stopped, in 0.2 s.
         """
         checked, media = parse_messages(messages, allow_paths=allow_paths)
-        plans = [self._plan(entry) for entry in media]
+        headers = _Headers(self.image, self.decoder, stop or Stop())
+        plans = [self._plan(entry, headers) for entry in media]
         _check_pixels(plans)
         pieces = self.template.render(checked, tools=tools, add_generation_prompt=add_generation_prompt)
         slots = [piece.text for piece in pieces if piece.is_special and piece.text in _PADS.values()]
@@ -213,28 +245,28 @@ class Processor:
         items = [plan.item(where, self.config.vision) for plan, where in zip(plans, runs, strict=True)]
         return Prompt(token_ids, items, [plan.media.data for plan in plans])
 
-    def _plan(self, entry: Media) -> _Plan:
+    def _plan(self, entry: Media, headers: _Headers) -> _Plan:
         try:
             if entry.modality == "image":
-                info = self.image.probe(entry.data)
+                info = headers.image(entry.data)
                 return _Plan(entry, self.image.grid(info.width, info.height), num_pixels=info.width * info.height)
-            return self._plan_clip(entry)
+            return self._plan_clip(entry, headers)
         except InputError as error:
             raise error.at(entry.param) from error
 
-    def _plan_clip(self, entry: Media) -> _Plan:
+    def _plan_clip(self, entry: Media, headers: _Headers) -> _Plan:
         video = self.video
         if video is None:
             raise InputError(f"this checkpoint takes no videos: it has no {VIDEO_FILE}")
         if entry.is_frame_list:
-            infos = [self.image.probe(image) for image in unpack_frames(entry.data)]
+            infos = [headers.image(image) for image in unpack_frames(entry.data)]
             sizes = {(info.width, info.height) for info in infos}
             if len(sizes) > 1:
                 raise InputError(f"the frames of a clip must have one size, these have {len(sizes)}")
             frames, fps = list(range(len(infos))), entry.fps or UNKNOWN_FPS
             width, height = sizes.pop()
         else:
-            clip = self.decoder.probe_video(entry.data)
+            clip = headers.clip(entry.data)
             frames = video.sample(clip.num_frames, clip.fps, sample_fps=entry.fps, count=entry.num_frames)
             fps, width, height = clip.fps, clip.width, clip.height
         times = timestamps(frames, fps, self.config.vision.temporal_patch_size)

@@ -20,7 +20,7 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Decoded(msgspec.Struct, frozen=True):
-    """All media of the request are good images (at once, if it has none): the answer may begin."""
+    """All media of the request are good (at once, if it has none): the answer may begin."""
 
 
 class TokenEvent(msgspec.Struct, frozen=True):
@@ -43,7 +43,7 @@ Event = Decoded | TokenEvent | FinishedEvent
 
 class RequestHandle(Protocol):
     """A running request. Iterated once: Decoded, then tokens, then FinishedEvent; or a DisaggError is raised
-    (InputError for a broken image)."""
+    (InputError for a broken image or clip)."""
 
     request_id: str
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import threading
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any
@@ -33,24 +34,43 @@ class BodyBudget:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
+        self.lock = threading.Lock()
 
 
 class BodyAccount:
-    """One request's share of the budget; given back when the block is left, or earlier by `release`."""
+    """One request's share of the budget; given back when the block is left, or earlier by `release`, but not before
+    all who `hold` the body have let it go. Thread-safe."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget, self._taken = budget, 0
+        self._num_holders, self._is_released = 0, False
 
     def take(self, num_bytes: int) -> None:
         """OverloadedError if that is more than is left."""
-        if self._budget.used + num_bytes > self._budget.limit:
-            raise OverloadedError("too many large requests at once")
-        self._budget.used += num_bytes
-        self._taken += num_bytes
+        with self._budget.lock:
+            if self._budget.used + num_bytes > self._budget.limit:
+                raise OverloadedError("too many large requests at once")
+            self._budget.used += num_bytes
+            self._taken += num_bytes
+
+    def hold(self) -> None:
+        with self._budget.lock:
+            self._num_holders += 1
+
+    def let_go(self) -> None:
+        with self._budget.lock:
+            self._num_holders -= 1
+            self._give_back()
 
     def release(self) -> None:
-        self._budget.used -= self._taken
-        self._taken = 0
+        with self._budget.lock:
+            self._is_released = True
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._is_released and not self._num_holders:
+            self._budget.used -= self._taken
+            self._taken = 0
 
     def __enter__(self) -> BodyAccount:
         return self

@@ -5,38 +5,26 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from qwen3vl_disagg.core.errors import DeadlineError, InputError, OverloadedError, UnavailableError
-from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
-from qwen3vl_disagg.processing import Processor, Prompt
+from qwen3vl_disagg.core.requests import RequestTimings
+from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.answer import Answer, TokenNames, with_frontend
 from qwen3vl_disagg.serving.backend import Backend, FinishedEvent, RequestHandle
-from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, parse_json, read_body
+from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, read_body
 from qwen3vl_disagg.serving.errors import JSONResponse
 from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.preparation import Preparation
 from qwen3vl_disagg.serving.stream import EventStream, answer_events
-from qwen3vl_disagg.serving.types import ChatCompletion, ChatRequest, Choice, Logprobs, parse_chat_request
+from qwen3vl_disagg.serving.types import ChatCompletion, ChatRequest, Choice, Logprobs
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 # The backend keeps the same deadline and knows more about what took so long: its error should come first.
 _GRACE_S = 1.0
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A checked request. `started`: when a thread took it up (monotonic)."""
-
-    request: ChatRequest
-    prompt: Prompt
-    sampling: SamplingParams
-    started: float
-    preprocess_ms: float
 
 
 class ChatCompletions:
@@ -45,10 +33,9 @@ class ChatCompletions:
     def __init__(self, backend: Backend, processor: Processor, *, model_name: str, limits: Limits) -> None:
         self._backend, self._processor = backend, processor
         self._model_name, self._limits = model_name, limits
-        self._context = processor.config.text.max_position_embeddings
         self._names = TokenNames(processor.tokenizer)
         self._budget = BodyBudget(limits.max_body_memory)
-        self._threads = ThreadPoolExecutor(limits.prepare_threads, thread_name_prefix="prepare")
+        self._preparation = Preparation(processor, model_name=model_name, limits=limits)
         self._num_running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,16 +68,16 @@ class ChatCompletions:
         readiness = self._backend.readiness()
         if not readiness.ready:
             raise UnavailableError("the server is not ready: " + "; ".join(readiness.reasons))
-        prepared = await self._prepare(body, timeout_s)
-        body.clear()
+        prepared = await self._preparation.prepare(body, account, deadline)
         account.release()
         left = deadline - time.monotonic()
         if left <= 0:
             raise DeadlineError("making the prompt took longer than the request may")
         request, sampling, prompt_token_ids = prepared.request, prepared.sampling, prepared.prompt.token_ids
-        queue_ms, preprocess_ms = (prepared.started - arrival) * 1e3, prepared.preprocess_ms
+        preprocess_ms = prepared.seconds * 1e3
+        queue_ms = (time.monotonic() - arrival) * 1e3 - preprocess_ms
         handle = self._backend.submit(prepared.prompt, sampling, left)
-        del prepared  # the images: from here on the backend says how long they are kept
+        del prepared  # images and clips: from here on the backend says how long they are kept
         answer = Answer(
             self._processor.tokenizer,
             self._names,
@@ -126,26 +113,6 @@ class ChatCompletions:
             await JSONResponse(completion)(scope, receive, send)
         finally:
             handle.cancel()
-
-    async def _prepare(self, body: bytearray, timeout_s: float) -> _Prepared:
-        future = asyncio.get_running_loop().run_in_executor(self._threads, self._prepare_now, body)
-        try:
-            return await asyncio.wait_for(future, timeout_s)
-        except TimeoutError:
-            raise DeadlineError("making the prompt took longer than the request may") from None
-
-    def _prepare_now(self, body: bytearray) -> _Prepared:
-        started = time.monotonic()
-        raw = parse_json(body)
-        request = parse_chat_request(raw, model_name=self._model_name)
-        prompt = self._processor.prepare(raw["messages"], tools=request.tools)
-        sampling = request.sampling(
-            self._processor.generation,
-            num_prompt=len(prompt.token_ids),
-            context=self._context,
-            vocab_size=self._processor.config.text.vocab_size,
-        )
-        return _Prepared(request, prompt, sampling, started, (time.monotonic() - started) * 1e3)
 
     async def _collect(self, handle: RequestHandle, answer: Answer, deadline: float) -> FinishedEvent:
         events = answer_events(handle, answer, deadline=deadline, silence_s=self._limits.ping_s)

@@ -29,7 +29,7 @@ STATUSES: dict[type[DisaggError], int] = {
 }
 # Messages of these may name hosts, ranks or files: clients get a general one.
 _GENERAL_MESSAGES: dict[type[DisaggError], str] = {
-    TransferError: "the embeddings of an image could not be transferred; try again",
+    TransferError: "the embeddings of an image or clip could not be transferred; try again",
 }
 _INTERNAL = "the server failed on this request"
 

@@ -19,7 +19,9 @@ class Limits:
     max_requests: int = 256
     """Chat requests at a time, whatever their stage."""
     prepare_threads: int = 2
-    """Threads that parse bodies and make prompts."""
+    """Threads that parse bodies, and make prompts without clips."""
+    clip_threads: int = 2
+    """Threads that make prompts with clips, which can take long: nobody else waits for them."""
     request_timeout_s: float = 120.0
     """Used when the client sends no X-Request-Timeout-Ms."""
     max_request_timeout_s: float = 3600.0

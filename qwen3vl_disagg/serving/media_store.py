@@ -29,7 +29,7 @@ class MediaStore:
         new = {digest: data for digest, data in items if digest not in self._entries}
         size = sum(map(len, new.values()))
         if self.num_bytes + size > self.max_bytes:
-            raise OverloadedError("no room for more images now")
+            raise OverloadedError("no room for more images and clips now")
         for digest, data in new.items():
             self._entries[digest] = _Entry(data, 0)
         self.num_bytes += size

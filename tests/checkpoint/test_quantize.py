@@ -43,13 +43,16 @@ def scenes(tmp_path_factory):
     return ask_scenes(tmp_path_factory.mktemp("scenes"), seed=77, count=200)
 
 
-@given(
+of_any_weight = given(
     shape=st.lists(st.integers(2, 9), min_size=2, max_size=3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     size=st.sampled_from([1e-3, 1.0, 100.0]),
     block=st.sampled_from([1, 20, quantize.BLOCK]),
     seed=st.integers(0, 99),
 )
+
+
+@of_any_weight
 def test_half_a_step_at_most(shape, dtype, size, block, seed):
     """Each weight is at most half a step off, the step being its row's; whatever blocks the rows go in."""
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
@@ -64,13 +67,7 @@ def test_half_a_step_at_most(shape, dtype, size, block, seed):
     assert (scale.double() * 127.5 <= weight.double().abs().amax(-1).clamp(min=2e-5) * (1 + 1e-6)).all()
 
 
-@given(
-    shape=st.lists(st.integers(2, 9), min_size=2, max_size=3),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    size=st.sampled_from([1e-3, 1.0, 100.0]),
-    block=st.sampled_from([1, 20, quantize.BLOCK]),
-    seed=st.integers(0, 99),
-)
+@of_any_weight
 def test_half_a_float8_step_at_most(shape, dtype, size, block, seed):
     """Three bits after the first, down to where a row's steps end; the row's largest weight is float8's largest."""
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)

@@ -327,7 +327,8 @@ def test_a_later_attempt_takes_the_place_of_one_that_is_under_way():
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (InputError("not an image"), "input", "not an image"),
+        (InputError("not an image", status=413, code="media_timeout"), "input", "not an image"),
+        (InputError("no library", code="not_installed"), "failed", "no library"),  # another rank may have it
         (LinkBroken("no store"), "failed", "no store"),
         (ZeroDivisionError("x"), "failed", "ZeroDivisionError"),
         (TimeoutError(), "failed", "out of time"),
@@ -351,6 +352,8 @@ def test_an_item_that_cannot_be_made_fails_alone(error, kind, message, capsys):
             [failed] = side.said(ItemFailed)
             assert (failed.request_id, failed.kind) == ("a", kind)
             assert message in failed.message
+            if kind == "input":
+                assert (failed.status, failed.code) == (error.status, error.code)
 
     run(scenario)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -218,12 +219,15 @@ def test_times_and_bytes_are_told():
     assert (last.resumes, last.encode_rank, last.attempt) == (2, 0, 1)
 
 
-@pytest.mark.parametrize("fault", ["damaged", "not as announced", "not finite"])
+@pytest.mark.parametrize("fault", ["damaged", "slow", "not as announced", "not finite"])
 def test_an_item_that_fails_leaves_nothing_behind(fault, monkeypatch):
     transfer, _ = make_transfer(4, 4)
     visual, data = IMAGES[4]
+    slow = InputError("decoding the image takes too long", status=413, code="media_timeout")
     if fault == "damaged":
         data = data[:-300]
+    elif fault == "slow":
+        monkeypatch.setattr(WORKER, "preprocess", Mock(side_effect=slow))
     elif fault == "not as announced":
         visual = msgspec.structs.replace(visual, grid=(1, 4, 4))
     else:
@@ -233,9 +237,10 @@ def test_an_item_that_fails_leaves_nothing_behind(fault, monkeypatch):
     [outcome] = transfer.run()
     assert isinstance(outcome, ItemError)
     assert (outcome.request_id, outcome.item) == ("r", 0)
-    assert type(outcome.error) is (InputError if fault == "damaged" else TransferError)
-    if fault == "damaged":
-        assert outcome.error.param == visual.param
+    assert type(outcome.error) is (InputError if fault in ("damaged", "slow") else TransferError)
+    if isinstance(outcome.error, InputError):
+        expected = (413, "media_timeout") if fault == "slow" else (400, "invalid_request")
+        assert (outcome.error.param, outcome.error.status, outcome.error.code) == (visual.param, *expected)
     transfer.forget("r")
     assert transfer.run() == []
     assert transfer.is_idle

@@ -32,9 +32,9 @@ class CountingWorker(EncodeWorker):
         self.batches: list[list[int]] = []
         self.num_decoded = 0
 
-    def preprocess(self, data, visual):
+    def preprocess(self, data, visual, stop=None):
         self.num_decoded += 1
-        return super().preprocess(data, visual)
+        return super().preprocess(data, msgspec.structs.replace(visual, modality="image"), stop)
 
     def encode(self, batch, visual_token_ids):
         self.batches.append(list(visual_token_ids))

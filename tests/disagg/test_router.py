@@ -119,11 +119,12 @@ def test_bad_media_ends_the_request_with_its_place_and_is_not_tried_again():
     script = Script()
     rank = script.start("a", "x", "y")
     by_item = {send.message.item: send.rank for send in script.sent(EncodeItem)}
-    script.encode_says(by_item[1], ItemFailed(request_id="a", item=1, attempt=1, kind="input", message="not an image"))
+    fields = {"kind": "input", "message": "not an image", "code": "media_timeout", "status": 413}
+    script.encode_says(by_item[1], ItemFailed(request_id="a", item=1, attempt=1, **fields))
     [end] = script.ends()
     assert isinstance(end.error, InputError)
     assert end.error.param == "messages[0].content[y]"
-    assert end.error.status == 400
+    assert (end.error.status, end.error.code, end.error.message) == (413, "media_timeout", "not an image")
     assert {(send.role, send.rank) for send in script.sent(Cancel)} == {
         ("language", rank),
         *(("encode", r) for r in by_item.values()),

@@ -20,10 +20,12 @@ import pytest
 
 from qwen3vl_disagg.core.errors import InputError, UnavailableError
 from qwen3vl_disagg.media import child_process
+from qwen3vl_disagg.media.child_process import ChildProcess
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import decode_rgb
 from qwen3vl_disagg.media.sandbox import MAX_MEMORY
 from tests.support.media_bytes import clip
+from tests.support.media_children import counted, is_there, num_open, runs, with_each_job
 from tests.support.media_clips import N, moving
 from tests.support.media_hostile import many_scans
 from tests.support.media_images import jpeg
@@ -39,44 +41,24 @@ def decoder() -> Iterator[MediaDecoder]:
 
 
 @pytest.fixture
-def started(monkeypatch) -> list[child_process.ChildProcess]:
-    """All children from now on."""
-    children: list[child_process.ChildProcess] = []
-    real = child_process.ChildProcess.__init__
-
-    def count(self, stop) -> None:
-        children.append(self)
-        real(self, stop)
-
-    monkeypatch.setattr(child_process.ChildProcess, "__init__", count)
-    return children
+def started(monkeypatch) -> list[ChildProcess]:
+    return counted(monkeypatch)
 
 
-def actor(monkeypatch, act: str) -> None:
-    """Children that read a job and then do something else."""
-    code = f"""
-        import os, signal, sys, time
-        from qwen3vl_disagg.media.wire import *
-        def say(message): os.write(1, pack(message))
-        say(Ready())
-        while True:
-            head = read_exactly(0, body_length(read_exactly(0, 4)))
-            read_exactly(0, msgspec.msgpack.decode(head, type=Job).num_bytes)
-            {act}
-    """
-    monkeypatch.setattr(child_process, "COMMAND", (sys.executable, "-c", textwrap.dedent(code)))
+def image(decoder: MediaDecoder) -> object:
+    return decoder.image(jpeg())
+
+
+def probe(decoder: MediaDecoder) -> object:
+    return decoder.probe_video(clip())
+
+
+def two_frames(decoder: MediaDecoder) -> object:
+    return list(decoder.video_frames(clip(), [0, 1]))
 
 
 def pids(decoder: MediaDecoder) -> set[int]:
     return {child.process.pid for child in decoder._idle}
-
-
-def is_there(pid: int) -> bool:
-    """Whether it runs; what has ended and was not waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_pixels_are_those_of_this_process(decoder, started):
@@ -119,6 +101,21 @@ def test_frames_come_one_at_a_time_and_may_be_left(decoder, started):
     assert len(started) == 2
 
 
+def test_frames_that_are_left_in_the_middle_keep_nobody_waiting(monkeypatch, started):
+    with_each_job(monkeypatch, "say(Pixels(1, 1)), os.write(1, bytes(3)), time.sleep(60)")
+    decoder, before = MediaDecoder(max_children=1), num_open()
+    for count in (1, 2):
+        began = time.monotonic()
+        frames = decoder.video_frames(clip(), [0, 1])
+        next(frames)
+        frames.close()
+        assert time.monotonic() - began < 5
+        assert len(started) == count
+        assert not is_there(started[-1].process.pid)
+        assert num_open() == before
+    decoder.close()
+
+
 @pytest.mark.parametrize("indices", [[3, 3], [5, 4], [-1]])
 def test_indices_must_rise(decoder, indices):
     with pytest.raises(ValueError, match="must rise"):
@@ -145,7 +142,7 @@ def test_cpu_time_runs_out(decoder, started):
 
 
 def test_patience_runs_out(monkeypatch, started):
-    actor(monkeypatch, "time.sleep(60)")
+    with_each_job(monkeypatch, "time.sleep(60)")
     decoder = MediaDecoder(image_patience_s=0.3)
     before = time.monotonic()
     with pytest.raises(InputError, match="too long") as caught:
@@ -157,7 +154,7 @@ def test_patience_runs_out(monkeypatch, started):
 
 
 def test_a_child_that_crashes_on_an_image_is_one_refusal(monkeypatch, decoder, started):
-    actor(monkeypatch, "os.kill(os.getpid(), signal.SIGSEGV)")
+    with_each_job(monkeypatch, "os.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(InputError, match="the image is damaged and cannot be decoded"):
         decoder.image(jpeg())
     monkeypatch.undo()
@@ -165,61 +162,42 @@ def test_a_child_that_crashes_on_an_image_is_one_refusal(monkeypatch, decoder, s
 
 
 @pytest.mark.parametrize(
-    "act",
+    ("ask", "act"),
     [
-        "os.write(1, b'\\xff' * 100)",  # a header of 4 GiB
-        "os.write(1, (5).to_bytes(4, 'big') + b'\\xc1' * 5)",  # not msgpack
-        "os.write(1, (2).to_bytes(4, 'big') + b'\\x91\\x01')",  # not a reply
-        "say(Pixels(2**31, 2**31))",
-        "say(Pixels(-1, -1))",
-        "say(Pixels(0, 5))",
-        "say(Pixels(9000, 9000))",
-        "say(Pixels(96, 64)), os.write(1, bytes(96 * 64 * 3))",  # not the size that the header tells
-        "say(Ready())",
-        "say(Done())",
-        "say(Clip('mp4', 5, 5, 5, 5.0))",
-        "say(Pixels(64, 96)), os.write(1, bytes(96 * 64 * 3 - 1)), sys.exit(0)",
+        (image, "os.write(1, b'\\xff' * 100)"),  # a header of 4 GiB
+        (image, "os.write(1, (5).to_bytes(4, 'big') + b'\\xc1' * 5)"),  # not msgpack
+        (image, "os.write(1, (2).to_bytes(4, 'big') + b'\\x91\\x01')"),  # not a reply
+        (image, "say(Pixels(2**31, 2**31))"),
+        (image, "say(Pixels(-1, -1))"),
+        (image, "say(Pixels(0, 5))"),
+        (image, "say(Pixels(9000, 9000))"),
+        (image, "say(Pixels(96, 64)), os.write(1, bytes(96 * 64 * 3))"),  # not the size that the header tells
+        (image, "say(Ready())"),
+        (image, "say(Done())"),
+        (image, "say(Clip('mp4', 5, 5, 5, 5.0))"),
+        (image, "say(Pixels(64, 96)), os.write(1, bytes(96 * 64 * 3 - 1)), sys.exit(0)"),
+        (probe, "say(Clip('mp4', 5, 5, 10**9, 5.0))"),
+        (probe, "say(Clip('mp4', 5, -5, 5, 5.0))"),
+        (probe, "say(Clip('mp4', 10**5, 10**5, 5, 5.0))"),
+        (probe, "say(Clip('mp4', 5, 5, 5, float('nan')))"),
+        (probe, "say(Clip('/etc/passwd', 5, 5, 5, 5.0))"),
+        (probe, "say(Pixels(1, 1)), os.write(1, bytes(3))"),
+        (two_frames, "say(Pixels(1, 1)), os.write(1, bytes(3)), say(Pixels(2, 1)), os.write(1, bytes(6))"),  # two sizes
+        (two_frames, "say(Pixels(1, 1)), os.write(1, bytes(3)), say(Done())"),  # too few
+        (
+            two_frames,
+            "say(Pixels(1, 1)), os.write(1, bytes(3)), say(Pixels(1, 1)), os.write(1, bytes(3)), say(Ready())",
+        ),
     ],
 )
-def test_nonsense_is_not_believed(monkeypatch, decoder, act):
-    actor(monkeypatch, act)
+def test_nonsense_is_not_believed(monkeypatch, decoder, ask, act):
+    with_each_job(monkeypatch, act)
     with pytest.raises(InputError, match="cannot be decoded"):
-        decoder.image(jpeg())
-
-
-@pytest.mark.parametrize(
-    "act",
-    [
-        "say(Clip('mp4', 5, 5, 10**9, 5.0))",
-        "say(Clip('mp4', 5, -5, 5, 5.0))",
-        "say(Clip('mp4', 10**5, 10**5, 5, 5.0))",
-        "say(Clip('mp4', 5, 5, 5, float('nan')))",
-        "say(Clip('/etc/passwd', 5, 5, 5, 5.0))",
-        "say(Pixels(1, 1)), os.write(1, bytes(3))",
-    ],
-)
-def test_nonsense_about_a_clip_is_not_believed(monkeypatch, decoder, act):
-    actor(monkeypatch, act)
-    with pytest.raises(InputError, match="cannot be decoded"):
-        decoder.probe_video(clip())
-
-
-@pytest.mark.parametrize(
-    "act",
-    [
-        "say(Pixels(1, 1)), os.write(1, bytes(3)), say(Pixels(2, 1)), os.write(1, bytes(6))",  # two sizes
-        "say(Pixels(1, 1)), os.write(1, bytes(3)), say(Done())",  # too few
-        "say(Pixels(1, 1)), os.write(1, bytes(3)), say(Pixels(1, 1)), os.write(1, bytes(3)), say(Ready())",
-    ],
-)
-def test_nonsense_instead_of_frames_is_not_believed(monkeypatch, decoder, act):
-    actor(monkeypatch, act)
-    with pytest.raises(InputError, match="cannot be decoded"):
-        list(decoder.video_frames(clip(), [0, 1]))
+        ask(decoder)
 
 
 def test_a_refusal_is_cut_to_a_plain_line(monkeypatch, decoder):
-    actor(monkeypatch, "say(Refused('a\\x1b[31m\\n' + 'b' * 1000, 200, 'x' * 1000))")
+    with_each_job(monkeypatch, "say(Refused('a\\x1b[31m\\n' + 'b' * 1000, 200, 'x' * 1000))")
     with pytest.raises(InputError) as caught:
         decoder.image(jpeg())
     assert caught.value.message.startswith("a[31mbbb")
@@ -227,14 +205,32 @@ def test_a_refusal_is_cut_to_a_plain_line(monkeypatch, decoder):
     assert (caught.value.status, caught.value.code) == (400, "invalid_request")
 
 
-def test_a_child_that_does_not_start_is_not_the_clients_fault(monkeypatch, decoder):
-    monkeypatch.setattr(child_process, "COMMAND", (sys.executable, "-c", "pass"))
+@pytest.mark.parametrize("code", ["pass", "import time; time.sleep(60)", "print('hello, ' * 9)"])
+def test_a_child_that_does_not_start_is_not_the_clients_fault_and_leaves_nothing(monkeypatch, decoder, started, code):
+    runs(monkeypatch, code)
+    monkeypatch.setattr(child_process, "_START_S", 0.5)
+    before = num_open()
     with pytest.raises(UnavailableError, match="no process for decoding"):
         decoder.image(jpeg())
+    (child,) = started
+    assert child.process.returncode is not None
+    assert not is_there(child.process.pid)
+    assert num_open() == before
+
+
+def test_a_child_that_is_ready_too_late_for_a_closed_decoder(monkeypatch, started):
+    runs(monkeypatch, "import time; time.sleep(0.5)\nfrom qwen3vl_disagg.media.child import main; main()")
+    decoder = MediaDecoder()
+    timer = threading.Timer(0.2, decoder.close)
+    timer.start()
+    with pytest.raises(UnavailableError, match="has ended"):
+        decoder.image(jpeg())
+    timer.join()
+    assert not is_there(started[0].process.pid)
 
 
 def test_closing_ends_jobs_and_children(monkeypatch, started):
-    actor(monkeypatch, "time.sleep(60)")
+    with_each_job(monkeypatch, "time.sleep(60)")
     decoder = MediaDecoder()
     errors: list[BaseException] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.media.image_headers import BadHeader, ImageHeader, exif_orientation, read_header
+from qwen3vl_disagg.media.image_headers import MAX_STEPS, BadHeader, ImageHeader, exif_orientation, read_header
 from qwen3vl_disagg.media.images import decode_rgb, probe_image
 from tests.support.media_bytes import after_start, encode, exif, picture, png, segment
 from tests.support.media_hostile import HOSTILE_IMAGES
@@ -36,7 +37,53 @@ def test_a_profile_of_many_lines_costs_little():
     data = png[:33] + struct.pack(">I4s", len(body), b"tEXt") + body + bytes(4) + png[33:]
     started = time.process_time()
     assert probe_image(data).width == 96
-    assert time.process_time() - started < 0.2
+    assert time.process_time() - started < 0.1
+
+
+class Counted(bytes):
+    """Bytes that count how often one of them is looked at."""
+
+    count = 0
+
+    def __getitem__(self, at):
+        self.count += 1
+        return super().__getitem__(at)
+
+
+def test_the_parts_of_all_notes_count_together():
+    head, end = b"GIF89a\x40\0\x40\0\0\0\0", encode(picture((64, 64), "P"), "GIF")[13 + 768 :]
+    many = Counted(head + (b"!\xfe" + b"\1x" * 999 + b"\0") * 100 + end)
+    with pytest.raises(BadHeader, match="no picture"):
+        read_header(many)
+    assert MAX_STEPS <= many.count < MAX_STEPS + 100
+    few = head + (b"!\xfe" + b"\1x" * 999 + b"\0") * 9 + end
+    assert read_header(few) == ImageHeader("GIF", 64, 64)
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt"])
+@pytest.mark.parametrize("text", [b"\n" * 2**20, b"\nexif\n 4\n" + b"00" * 2**19, b"\nexif\n 4\n" + b" " * 2**20])
+def test_a_short_file_with_a_long_profile_costs_little(kind, text):
+    compressed = {b"tEXt": b"\0" + text, b"zTXt": b"\0\0" + zlib.compress(text)}
+    body = b"Raw profile type exif" + compressed.get(kind, b"\0\1\0\0\0" + zlib.compress(text))
+    data = png(np.zeros((4, 4, 3)), chunks=[(kind, body)])
+    took = []
+    for _ in range(5):
+        started = time.process_time()
+        assert read_header(data).orientation == 1
+        took.append(time.process_time() - started)
+    assert min(took) < 0.003
+
+
+@pytest.mark.parametrize("width", [72, 73, 10])
+def test_a_profile_may_be_as_long_as_exif_can_be(width):
+    """The directory stands at the end of 64 KiB, in lines of this many digits."""
+    directory = struct.pack("<HHHIHH", 1, 0x0112, 3, 1, 6, 0)
+    block = (b"Exif\0\0II*\0" + struct.pack("<I", 2**16 - 6 - len(directory))).ljust(2**16 - len(directory), b"\0")
+    digits = (block + directory).hex()
+    lines = "\n".join(digits[at : at + width] for at in range(0, len(digits), width))
+    text = f"\nexif\n{2**16:8}\n{lines}\n".encode()
+    data = png(np.zeros((4, 4, 3)), chunks=[(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text))])
+    assert read_header(data).orientation == 6
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

@@ -12,7 +12,7 @@ import pytest
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media.video import probe_video, sane_fps, sniff_container, video_frames
 from tests.support.media_bytes import SIZE, clip, encode, joined, picture
-from tests.support.media_clips import moving, small_jpeg, with_hidden_frame
+from tests.support.media_clips import moving, small_jpeg, with_hidden_frame, without_first
 
 av = pytest.importorskip("av")
 
@@ -56,6 +56,35 @@ def test_a_hidden_frame_is_not_counted():
     data = with_hidden_frame()
     assert probe_video(data).num_frames == 7
     assert len(every_frame(data)) == 7
+
+
+@pytest.mark.parametrize(
+    ("codec", "options", "first", "num_frames"),
+    [
+        ("libx264", {"bf": "0"}, 3, 16),
+        ("libx264", {"bf": "3", "b_strategy": "0"}, 3, 16),
+        ("libx264", {"bf": "3", "b_strategy": "0", "x264-params": "open-gop=1:scenecut=0"}, 3, 16),
+        ("libx264", {"bf": "3", "b_strategy": "0", "x264-params": "open-gop=1:scenecut=0"}, 5, 16),  # begins with a key
+        ("libx264", {"bf": "0", "x264-params": "intra-refresh=1"}, 3, 12),
+        ("mpeg4", {}, 3, 21),  # its decoder takes what is gone for grey
+    ],
+)
+@pytest.mark.parametrize("form", ["matroska", "mov"])
+def test_a_clip_cut_between_key_frames_has_the_frames_that_are_shown(codec, options, first, num_frames, form):
+    whole = clip(codec, "matroska", frames=moving(24), options={"g": "8", **options})
+    assert probe_video(whole).num_frames == 24
+    data = without_first(whole, first, form)
+    assert probe_video(data).num_frames == num_frames
+    with av.open(io.BytesIO(data)) as container:
+        assert len(list(container.decode(video=0))) == num_frames
+    assert len(every_frame(data)) == num_frames
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_a_vp8_or_vp9_clip_cut_between_key_frames_is_refused(codec):
+    whole = clip(codec, "webm", frames=moving(12), options={"g": "8"})
+    with pytest.raises(InputError, match="damaged"):
+        probe_video(without_first(whole, 3, "webm"))
 
 
 @pytest.mark.parametrize(("rate", "fps"), [(8, 8.0), (Fraction(30000, 1001), 30000 / 1001), (Fraction(1, 2), 0.5)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import io
+import time
 import tracemalloc
 from types import SimpleNamespace
 
@@ -17,8 +18,10 @@ from PIL import Image
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.stop import Stop, Stopped
 from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import ChatTemplate, GenerationDefaults, ImageProcessor, Processor, Tokenizer
+from qwen3vl_disagg.processing.messages import has_clips
 from qwen3vl_disagg.processing.pixel_settings import PixelSettings
 from qwen3vl_disagg.processing.video import VideoProcessor
 from tests.support.clips import VISION, encode_clip, noise_frames, png_frames
@@ -27,9 +30,14 @@ from tests.support.tokenizer import write_tokenizer
 
 
 class FakeDecoder(MediaDecoder):
-    """Clips whose bytes say what they are: frames, rate, width, height."""
+    """Clips whose bytes say what they are: frames, rate, width, height. `seen`: what was asked about."""
 
-    def probe_video(self, data: bytes) -> VideoInfo:
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bytes] = []
+
+    def probe_video(self, data: bytes, *, stop: Stop | None = None) -> VideoInfo:
+        self.seen.append(data)
         num_frames, fps, width, height = data.split()
         return VideoInfo("mp4", int(width), int(height), int(num_frames), float(fps))
 
@@ -238,3 +246,97 @@ def test_a_long_head_is_not_copied_for_each_frame(make):
     finally:
         tracemalloc.stop()
     assert peak < 4 * 2**20
+
+
+def frames_and_clips() -> list[dict]:
+    """An image, a list of frames and two clips, each twice, and the first frame of the list is the image."""
+    image = {"type": "image_url", "image_url": {"url": PNG}}
+    frames = {"type": "video", "video": [PNG, PNG, uri(png_frames(noise_frames(2, 64, 64))[1])]}
+    return [image, frames, clip_part(9, 1, 64, 64), clip_part(8, 1, 64, 64)] * 2
+
+
+@pytest.fixture
+def probed(make, monkeypatch):
+    """A processor, and the bytes whose headers were looked at."""
+    processor = make(False)
+    seen = processor.decoder.seen
+    probe = processor.image.probe
+
+    def noted(data: bytes):
+        seen.append(data)
+        return probe(data)
+
+    monkeypatch.setattr(processor.image, "probe", noted)
+    return processor, seen
+
+
+def test_equal_bytes_are_looked_at_once(probed):
+    processor, seen = probed
+    messages = [{"role": "user", "content": frames_and_clips()}]
+    prompt = processor.prepare(messages, allow_paths=True)
+    assert len(seen) == len(set(seen)) == 4
+    grids = [item.grid for item in prompt.items]
+    assert grids[:4] == grids[4:]
+    assert len({item.digest for item in prompt.items}) == 4
+    processor.prepare(messages, allow_paths=True)
+    assert len(seen) == 8  # of one request: nothing is kept
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_stopped_request_looks_at_nothing_more(probed, after, monkeypatch):
+    processor, seen = probed
+    stop = Stop()
+    if not after:
+        stop.set()
+
+    def stopping(look):
+        def look_and_stop(data, **options):
+            info = look(data, **options)
+            if len(seen) == after:
+                stop.set()
+            return info
+
+        return look_and_stop
+
+    for owner, name in ((processor.image, "probe"), (processor.decoder, "probe_video")):
+        monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
+    with pytest.raises(Stopped):
+        processor.prepare([{"role": "user", "content": frames_and_clips()}], allow_paths=True, stop=stop)
+    assert len(seen) == after
+
+
+def test_the_probe_of_a_clip_gets_the_stop(make, monkeypatch):
+    processor, stops = make(False), []
+
+    def probe_video(data, *, stop=None):
+        stops.append(stop)
+        return VideoInfo("mp4", 64, 64, 9, 1.0)
+
+    monkeypatch.setattr(processor.decoder, "probe_video", probe_video)
+    stop = Stop(deadline=time.monotonic() + 60)
+    processor.prepare([{"role": "user", "content": [clip_part(9, 1, 64, 64)]}], allow_paths=True, stop=stop)
+    assert stops == [stop]
+
+
+TEXT = {"type": "text", "text": "video_url"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([{"content": "video"}, {"content": [TEXT, {"type": "video", "video": ""}]}], True),
+        ([{"content": [{"type": "video_url"}]}], True),
+        ([{"content": [TEXT, {"type": "image_url", "image_url": {"url": PNG}}]}], False),
+        ([{"content": "video"}, {}, 3, {"content": [3, "video", {"type": ["video"]}, {"type": None}]}], False),
+        ({"content": [{"type": "video"}]}, False),
+        (None, False),
+    ],
+)
+def test_whether_messages_have_clips(messages, expected):
+    assert has_clips(messages) is expected
+
+
+def test_a_passed_deadline_stops(make):
+    messages = [{"role": "user", "content": [clip_part(9, 1, 64, 64)]}]
+    with pytest.raises(Stopped):
+        make(False).prepare(messages, allow_paths=True, stop=Stop(deadline=time.monotonic()))

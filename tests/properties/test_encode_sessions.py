@@ -248,7 +248,8 @@ def test_what_follows_when_an_item_was_dropped_under_its_header(answer):
 def test_a_failed_encoding_is_told_once(kind):
     side = Side()
     side.bring(A, ENCODING)
-    assert side.do(EncodeFailed(A, kind, "no image")) == [Release(A), TellFailed(A, kind, "no image")]
+    told = TellFailed(A, kind, "no image", "media_timeout", 413)
+    assert side.do(EncodeFailed(A, kind, "no image", "media_timeout", 413)) == [Release(A), told]
     assert side.do(EncodeFailed(A, kind, "no image")) == []
     assert side.do(Encoded(A)) == []
     assert side.sessions.is_idle

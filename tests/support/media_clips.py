@@ -6,6 +6,7 @@ message). All are made with PyAV when they are asked for.
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,20 @@ def with_hidden_frame() -> bytes:
     data = clip("libvpx", "webm", frames=moving(N), edit=lambda _, packet: packets.append(bytes(packet)))
     at = data.index(packets[3])
     return data[:at] + bytes([data[at] & ~0x10]) + data[at + 1 :]
+
+
+def without_first(data: bytes, count: int, form: str = "matroska") -> bytes:
+    """A clip without its first packets, as copying from the middle of a stream gives it."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format=form) as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        for packet in packets[count:]:
+            packet.stream = stream
+            out.mux(packet)
+    return buffer.getvalue()
 
 
 def uneven(number: int, packet: Any) -> None:

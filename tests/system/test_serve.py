@@ -16,6 +16,9 @@ import pytest
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.requests import SamplingParams
 from tests.support.clips import encode_clip, noise_frames, png_frames
+from tests.support.media_bytes import encode, picture
+from tests.support.media_clips import CLIPS
+from tests.support.media_hostile import HOSTILE_IMAGES
 from tests.support.scenes import Asked, ask_scenes
 from tests.support.server import Server
 
@@ -77,6 +80,7 @@ def check_split(world: int, encode_ranks: int, asked: list[Asked], expected: lis
 
         check_sampling(server, asked[0])
         check_clips(server)
+        check_media_that_an_encode_rank_refuses(server)
 
 
 def check_clips(server: Server) -> None:
@@ -99,6 +103,23 @@ def check_clips(server: Server) -> None:
     check_equal(answers, expected)
     for (_, answer), mine in zip(answers, expected, strict=True):
         assert [item["rows"] for item in answer["timings"]["items"]] == [item.rows for item in mine.timings.items]
+
+
+def check_media_that_an_encode_rank_refuses(server: Server) -> None:
+    """What no header tells: an image cut off, a clip whose size changes, an image that takes too long. The error's code
+    comes through, and a streamed answer has not begun."""
+    entries = [
+        ("image", encode(picture(), "JPEG")[:-100], "damaged or cut off", "invalid_request"),
+        ("video", CLIPS["avi whose size changes"][0](), "the size of the frames changes", "invalid_request"),
+        ("image", HOSTILE_IMAGES["jpeg of 3,000 scans"][0](), "takes too long", "media_timeout"),
+    ]
+    for modality, data, message, code in entries:
+        kind = f"{modality}_url"
+        part = {"type": kind, kind: {"url": f"data:;base64,{base64.b64encode(data).decode()}"}}
+        status, answer = server.chat([{"type": "text", "text": "?"}, part], stream=modality == "video")
+        assert status == 400, answer
+        assert (answer["error"]["code"], answer["error"]["param"]) == (code, "messages[0].content[1]")
+        assert message in answer["error"]["message"]
 
 
 def check_sampling(server: Server, entry: Asked) -> None:

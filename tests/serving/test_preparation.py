@@ -1,0 +1,162 @@
+"""Prompts that are made for nobody any more: the thread is free at once, and no body stays in memory uncounted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from qwen3vl_disagg.serving import chat, preparation
+from qwen3vl_disagg.serving.app import create_app
+from qwen3vl_disagg.serving.limits import Limits
+from tests.support.asgi import Exchange
+from tests.support.fake_backend import PATH, FakeBackend, tiny_processor
+from tests.support.images import png, uri
+
+FEW = Limits(prepare_threads=1, clip_threads=1)
+
+
+async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def images(count: int) -> list[str]:
+    """So many, each of bytes of its own."""
+    return [uri(png() + number.to_bytes(2)) for number in range(count)]
+
+
+def body_of(content: object, **fields: object) -> list[bytes]:
+    return [json.dumps({"messages": [{"role": "user", "content": content}], **fields}).encode()]
+
+
+def with_frames(count: int) -> list[bytes]:
+    return body_of([{"type": "video", "video": images(count)}])
+
+
+def with_images(count: int) -> list[bytes]:
+    return body_of([{"type": "image_url", "image_url": {"url": url}} for url in images(count)])
+
+
+@pytest.fixture
+def slow(monkeypatch) -> list[bytes]:
+    """Looking at an image takes 0.1 s; what was looked at."""
+    seen: list[bytes] = []
+    probe = tiny_processor().image.probe
+
+    def slow_probe(data: bytes):
+        seen.append(data)
+        time.sleep(0.1)
+        return probe(data)
+
+    monkeypatch.setattr(tiny_processor().image, "probe", slow_probe)
+    return seen
+
+
+@pytest.mark.parametrize("how", ["leaves", "out of time"])
+@pytest.mark.parametrize("make", [with_frames, with_images])
+def test_the_thread_of_a_request_that_ended_is_free_at_once(slow, how, make):
+    async def main() -> None:
+        app = create_app(FakeBackend(), tiny_processor(), model_name="tiny", limits=FEW)
+        timeout_ms = "150" if how == "out of time" else "60000"
+        exchange = Exchange(app, PATH, make(16), {"x-request-timeout-ms": timeout_ms})
+        task = asyncio.create_task(exchange.run())
+        await until(lambda: len(slow) > 0)
+        if how == "leaves":
+            exchange.leave()
+        await asyncio.wait_for(task, 1)
+        assert exchange.status == (504 if how == "out of time" else None)
+        ended, num_seen = time.monotonic(), len(slow)
+        after = Exchange(app, PATH, make(2))
+        await asyncio.wait_for(after.run(), 5)
+        assert after.status == 200
+        assert len(slow) <= num_seen + 1 + 2, "what has begun is looked at to its end, and no more"
+        assert time.monotonic() - ended < 1.0
+
+    asyncio.run(main())
+
+
+def test_requests_with_clips_keep_nobody_else_waiting(monkeypatch):
+    entered, go = threading.Event(), threading.Event()
+    prepare = tiny_processor().prepare
+
+    def held_up(messages, **options):
+        if any(part["type"] == "video" for part in messages[0]["content"] if isinstance(part, dict)):
+            entered.set()
+            go.wait(10)
+        return prepare(messages, **options)
+
+    monkeypatch.setattr(tiny_processor(), "prepare", held_up)
+
+    async def main() -> None:
+        app = create_app(FakeBackend(), tiny_processor(), model_name="tiny", limits=FEW)
+        clips = [Exchange(app, PATH, with_frames(2)) for _ in range(3)]
+        tasks = [asyncio.create_task(clip.run()) for clip in clips]
+        try:
+            await asyncio.to_thread(entered.wait, 5)
+            for body in (body_of("what is it?"), with_images(2)):
+                other = Exchange(app, PATH, body)
+                await asyncio.wait_for(other.run(), 5)
+                assert other.status == 200
+        finally:
+            go.set()
+        await asyncio.wait_for(asyncio.gather(*tasks), 5)
+        assert [clip.status for clip in clips] == [200] * 3
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("part", [{"type": "text", "text": "?"}, {"type": "video", "video": images(2)}])
+def test_bodies_are_counted_for_as_long_as_they_are_held(part, monkeypatch):
+    entered, go = threading.Event(), threading.Event()
+    bodies: list[bytearray] = []
+    parsed: list[dict] = []
+    read_body, parse_json, prepare = chat.read_body, preparation.parse_json, tiny_processor().prepare
+
+    async def noted(*args):
+        bodies.append(await read_body(*args))
+        return bodies[-1]
+
+    def noted_json(body):
+        parsed.append(parse_json(body))
+        return parsed[-1]
+
+    def held_up(*args, **options):
+        entered.set()
+        go.wait(10)
+        return prepare(*args, **options)
+
+    monkeypatch.setattr(chat, "read_body", noted)
+    monkeypatch.setattr(preparation, "parse_json", noted_json)
+    monkeypatch.setattr(tiny_processor(), "prepare", held_up)
+    body = body_of([part], pad="x" * 10**6)
+
+    async def main() -> None:
+        app = create_app(FakeBackend(), tiny_processor(), model_name="tiny", limits=FEW)
+        [budget] = [route.endpoint._budget for route in app.routes if route.path == PATH]
+        first = Exchange(app, PATH, body, {"x-request-timeout-ms": "400"})
+        others = [Exchange(app, PATH, body, {"x-request-timeout-ms": "50"}) for _ in range(5)]
+        tasks = [asyncio.create_task(first.run())]
+        try:
+            await asyncio.to_thread(entered.wait, 5)
+            tasks += [asyncio.create_task(other.run()) for other in others]
+            await asyncio.wait_for(asyncio.gather(*tasks), 5)
+            assert [one.status for one in (first, *others)] == [504] * 6
+            assert budget.used == len(body[0]), "one thread has what was in one body, and nobody has the others"
+            assert [len(held) for held in bodies[1:]] == [0] * 5
+            assert not any(parsed[1:]), "no thread will come by for these"
+        finally:
+            go.set()
+        await until(lambda: budget.used == 0)
+        assert not any(bodies)
+        after = Exchange(app, PATH, body)
+        await asyncio.wait_for(after.run(), 5)
+        assert after.status == 200
+        assert budget.used == 0
+
+    asyncio.run(main())
