@@ -57,6 +57,8 @@ class RankSetup:
 
     def encode_worker(self) -> EncodeWorker:
         """Load the vision tower, and nothing else of the weights."""
+        decoder = MediaDecoder()
+        decoder.warm_up()
         model = load_vision_model(self.folder, dtype=self.dtype, device=self.device)
         is_compiled = resolve_compile(self.context.model.compile, self.device)
         return EncodeWorker(
@@ -64,7 +66,7 @@ class RankSetup:
             self.processor,
             self.config,
             video=VideoProcessor.from_folder(self.folder, self.config.vision),
-            decoder=MediaDecoder(),
+            decoder=decoder,
             compile=is_compiled,
         )
 

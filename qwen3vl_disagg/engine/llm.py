@@ -141,6 +141,7 @@ class LLM:
             return Processor.from_folder(self.folder, config, decoder=decoder, video_outer_wrapper=video_outer_wrapper)
 
         self.config, self.processor = check_folder(self.folder, make_processor)
+        decoder.warm_up()
         vision = load_vision_model(self.folder, dtype=torch_dtype, device=self.device, progress=progress)
         language = load_language_model(
             self.folder, dtype=torch_dtype, device=self.device, quantize=options.quantize, progress=progress

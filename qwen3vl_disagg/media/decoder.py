@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -104,6 +104,16 @@ class MediaDecoder:
                 raise ChildFailed("nonsense")
         if isinstance(reply, Refused):
             raise _refusal(reply)
+
+    def warm_up(self) -> None:
+        """Start a child in the background, so that the first job does not wait for it."""
+        threading.Thread(target=self._start_child, name="decoder", daemon=True).start()
+
+    def _start_child(self) -> None:
+        stop = Stop()
+        with self._slots.one(stop), suppress(UnavailableError):  # then the first job says it
+            child, _ = self._take(stop, must_be_new=False)
+            self._give_back(child, is_well=True)
 
     def close(self) -> None:
         """End the children. Jobs that run fail with UnavailableError."""

@@ -306,3 +306,26 @@ def test_a_child_whose_pipes_others_hold_sees_that_its_parent_is_gone():
     assert process.stdout is not None
     assert process.stdout.read() == b"False True\n"
     process.communicate(timeout=60)
+
+
+def test_a_child_is_there_before_the_first_job():
+    decoder = MediaDecoder()
+    try:
+        decoder.warm_up()
+        deadline = time.monotonic() + 20
+        while not decoder._idle:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        [child] = decoder._idle
+        decoder.image(jpeg())
+        assert decoder._idle == [child]
+    finally:
+        decoder.close()
+
+
+def test_warming_up_after_the_end_starts_nothing():
+    decoder = MediaDecoder()
+    decoder.close()
+    decoder._start_child()
+    assert not decoder._idle
+    assert not decoder._busy
