@@ -105,6 +105,8 @@ def _parse_json(data: bytes, where: str) -> Any:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: not JSON: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: not JSON: nested too deeply") from error
 
 
 def _conversation(images: list[str], videos: list[str], prompt: str, system: str | None) -> list[dict[str, Any]]:

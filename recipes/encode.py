@@ -16,9 +16,9 @@ from typing import Annotated
 
 import tyro
 
-from qwen3vl_disagg.checkpoint import open_checkpoint
+from qwen3vl_disagg.checkpoint.check import check_folder
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
-from qwen3vl_disagg.core.errors import CheckpointError, InputError
+from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
 from qwen3vl_disagg.core.faults import plan_faults
 from qwen3vl_disagg.core.settings import (
     BufferOptions,
@@ -32,6 +32,7 @@ from qwen3vl_disagg.disagg.model_folder import shared_model_folder
 from qwen3vl_disagg.disagg.rank_setup import run_threaded
 from qwen3vl_disagg.disagg.rendezvous import Layout, RankContext, World
 from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent, run_worker
+from qwen3vl_disagg.processing import Processor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +81,16 @@ def run_slot(world: World) -> int:
         context = rank_context(options, world)
         options = replace(options, model=shared_model_folder(options.model, world))
         context = replace(context, model=replace(context.model, model=options.model))
-        with open_checkpoint(resolve_model_folder(options.model)):
-            pass  # what is wrong with it is said once, and not by every rank
+        folder = resolve_model_folder(options.model)
+        check_folder(folder, lambda config: Processor.from_folder(folder, config))  # said once, and not by every rank
         plan_faults()
     except (InputError, CheckpointError) as error:
         if world.local_rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_INPUT
+    except DisaggError as error:
+        print(f"error: slot {world.rank}: {error}", file=sys.stderr)
+        return 1
     body = functools.partial(run_threaded, run_encode_rank, context)
     return Slot([Child("encode rank", body, is_vital=False, takes_signals=True)]).run()
 

@@ -220,13 +220,14 @@ def main() -> int:
 
 
 def show_dry_run(options: ServeOptions, world: World) -> int:
-    """Say which rank would hold what. Needs no torchrun; under it, slot 0 speaks."""
+    """Say which rank would hold what. Needs no torchrun; under it, slot 0 works and speaks."""
+    if world.rank != 0:
+        return 0
     check_supported(options)
     size = options.world or (world.size if world.has_agent else DEFAULT_WORLD)
     layout = Layout.of(size, options.encode_ranks)
     shown = dry_run(options, options.preset, layout.encode_ranks, layout.language_ranks)
-    if world.rank == 0:
-        print(shown.to_json() if options.json else shown.to_text())
+    print(shown.to_json() if options.json else shown.to_text())
     return 0
 
 

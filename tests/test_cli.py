@@ -185,7 +185,9 @@ def test_a_conversation_from_a_file(monkeypatch, capsys, tmp_path):
     assert status == 0
     [expected] = LLM().chat([[{"role": "user", "content": "hi"}]], SamplingParams(max_new_tokens=128))
     assert json.loads(out)["token_ids"] == expected.token_ids
-    path.write_text("{not json")
-    status, _, err = run(monkeypatch, capsys, "generate", "--messages", str(path))
-    assert status == 2
-    assert "not JSON" in err
+    for text in ("{not json", "[" * 100_000):
+        path.write_text(text)
+        status, _, err = run(monkeypatch, capsys, "generate", "--messages", str(path))
+        assert status == 2
+        assert "not JSON" in err
+        assert len(err.splitlines()) == 1

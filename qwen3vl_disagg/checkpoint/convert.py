@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +37,7 @@ from qwen3vl_disagg.checkpoint.load import whole_model
 from qwen3vl_disagg.checkpoint.write import in_layout, respelled, write_json, write_weights
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from qwen3vl_disagg.core.settings import DTYPES
+from qwen3vl_disagg.model.config import ModelConfig
 
 Written = Literal["none", "fp8"]
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
@@ -124,12 +125,15 @@ def convert(
         with _new_folder(out, num_bytes) as new:
             write_json(new / CONFIG_FILE, _config(read_raw_config(folder), source, whole))
             for path in copied:
-                shutil.copyfile(path, new / path.name)
+                with _reading(folder):
+                    data = path.read_bytes()
+                (new / path.name).write_bytes(data)
             total = sum(recipe.num_bytes(checkpoint.tensors, range(shape[0])) for shape, recipe in whole.values())
             with tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=not progress) as bar:
                 write_weights(new, [functools.partial(source.make, parts, bar) for parts in files])
             with open_checkpoint(new) as written:
                 whole_model(written)
+                _check_config(folder, checkpoint.config, written.config)
     return num_bytes, len(files)
 
 
@@ -195,7 +199,8 @@ class _Source:
     def read(self, part: _Part, rows: range) -> dict[str, Tensor]:
         """What is stored for some rows of a parameter."""
         weight = torch.empty(len(rows), *part.shape[1:], dtype=torch.float32 if part.is_quantized else self.dtype)
-        part.recipe.fill(self.checkpoint, rows, weight)
+        with _reading(self.checkpoint.folder):
+            part.recipe.fill(self.checkpoint, rows, weight)
         stored = in_layout(part.name, weight, self.layout, rows.start)
         if not part.is_quantized:
             return stored
@@ -236,7 +241,8 @@ def _is_tied_copy(checkpoint: Checkpoint) -> bool:
     ):
         return False
     blocks = (range(i, min(i + _ROWS, head.shape[0])) for i in range(0, head.shape[0], _ROWS))
-    return all(torch.equal(checkpoint.read(HEAD, rows), checkpoint.read(EMBEDDING, rows)) for rows in blocks)
+    with _reading(checkpoint.folder):
+        return all(torch.equal(checkpoint.read(HEAD, rows), checkpoint.read(EMBEDDING, rows)) for rows in blocks)
 
 
 def _check_layout(whole: Mapping[str, tuple[Shape, Recipe]], layout: ExpertLayout) -> None:
@@ -284,6 +290,24 @@ def _config(raw: dict[str, Any], source: _Source, whole: Mapping[str, tuple[Shap
     return raw
 
 
+def _check_config(folder: Path, read: ModelConfig, written: ModelConfig) -> None:
+    """CheckpointError unless the new config says what the old one does, but for the dtype."""
+    expected = replace(read, dtype=written.dtype)
+    if written != expected:
+        raise CheckpointError(folder, [f"{CONFIG_FILE}: would be another model as written: {written}, not {expected}"])
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """What goes wrong with the folder that is read is not the new one's fault."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        name = Path(error.filename).name if isinstance(error, OSError) and error.filename else "weights"
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(folder, [f"{name}: cannot be read: {reason}"]) from error
+
+
 @contextmanager
 def _new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     """A folder beside `out` that takes its place at the end, and is gone after an error. InputError if it cannot be."""
@@ -302,5 +326,5 @@ def _new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
         finally:
             shutil.rmtree(new, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error
         raise InputError(f"--out {out}: {reason}", param="out") from error

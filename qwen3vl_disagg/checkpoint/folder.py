@@ -23,7 +23,8 @@ from qwen3vl_disagg.model.config import ConfigError, ModelConfig
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_MAX_JSON_BYTES = 32_000_000
+MAX_JSON_BYTES = 32_000_000
+_MAX_PROBLEMS = 100
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -79,8 +80,15 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
             ]
         tensors |= held
     if problems or config is None:
-        raise CheckpointError(folder, problems)
+        raise CheckpointError(folder, first_of(problems))
     return Checkpoint(folder, config, tensors, block)
+
+
+def first_of(problems: list[str]) -> list[str]:
+    """Each problem once, as many as anybody reads, and how many more there are."""
+    problems = list(dict.fromkeys(problems))
+    num_more = len(problems) - _MAX_PROBLEMS
+    return problems if num_more <= 0 else [*problems[:_MAX_PROBLEMS], f"and {num_more:,} more"]
 
 
 class Checkpoint:
@@ -200,8 +208,8 @@ def _read_json_object(folder: Path, name: str) -> tuple[dict[str, Any], list[str
     if problem:
         return {}, [problem]
     path = folder / name
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        return {}, [f"{name}: larger than {_MAX_JSON_BYTES} bytes"]
+    if path.stat().st_size > MAX_JSON_BYTES:
+        return {}, [f"{name}: larger than {MAX_JSON_BYTES} bytes"]
     try:
         raw = parse_json(path.read_bytes())
     except ValueError as error:

@@ -9,7 +9,6 @@ without a network (HF_HUB_OFFLINE says not to try).
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import re
 import shutil
@@ -22,8 +21,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qwen3vl_disagg.checkpoint.folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_config
+from qwen3vl_disagg.checkpoint.folder import CONFIG_FILE, INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, read_config
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.json_text import parse_json, shown
 from qwen3vl_disagg.model.config import ARCHITECTURES
 
 SMALL_FILES = (
@@ -34,6 +34,9 @@ _TINY = Path(__file__).parent.parent / "assets" / "tiny"
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _REVISION = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._/-]*[A-Za-z0-9_-])?")
 _MAX_REPO = 96
+_ALWAYS = ("generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+_TEMPLATES = ("chat_template.json", "chat_template.jinja")
+_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _TOKEN_HELP = "`hf auth login`, or HF_TOKEN"
 
 
@@ -91,35 +94,151 @@ def model_name(folder: Path) -> str:
 
 def _fetch(model: str, hub: HubId, weights: bool) -> Path:
     """The snapshot of a repository. The first answer fixes the commit: everything later comes from the same."""
-    snapshot = _snapshot(model, hub.repo, hub.revision, [CONFIG_FILE])
+    if (complete := _complete_snapshot(model, hub, weights)) is not None:
+        _say(hub.repo, complete)
+        return complete
+    download = _Download(model, hub.repo, _why_unreachable(model, hub))
+    snapshot = download.take(hub.revision, [CONFIG_FILE])
+    download.require(snapshot, [CONFIG_FILE], "the repository has no {}")
     _check_architecture(model, snapshot)
     read_config(snapshot)
-    commit = snapshot.name
-    print(f"model {hub.repo} at {commit}", file=sys.stderr, flush=True)
-    _snapshot(model, hub.repo, commit, SMALL_FILES)
+    _say(hub.repo, snapshot)
+    download.take(snapshot.name, SMALL_FILES)
     if weights:
         names = _weight_names(snapshot)
-        _check_room(model, hub.repo, commit, names, snapshot)
-        _snapshot(model, hub.repo, commit, names, is_shown=True)
-        if missing := [name for name in names if not (snapshot / name).exists()]:
-            reason = "pickled weights and code are not fetched" if names == [SINGLE_FILE] else f"{INDEX_FILE} names it"
-            raise InputError(f"--model {model}: there is no {missing[0]} ({reason})", param="model")
+        download.check_room(snapshot, names)
+        download.take(snapshot.name, names, is_shown=True)
+        reason = "pickled weights and code are not fetched" if names == [SINGLE_FILE] else f"{INDEX_FILE} names it"
+        download.require(snapshot, names, f"there is no {{}} ({reason})")
     return snapshot
 
 
+def _say(repo: str, snapshot: Path) -> None:
+    print(f"model {repo} at {snapshot.name}", file=sys.stderr, flush=True)
+
+
+def _complete_snapshot(model: str, hub: HubId, weights: bool) -> Path | None:
+    """The snapshot of a commit that the cache holds whole: no need to ask the hub. None for all else.
+
+    The client knows what belongs to a snapshot where it kept the repository's list of files. Other clients and older
+    ones keep none: then what such a model always has must be there.
+    """
+    if not re.fullmatch(r"[0-9a-f]{40}", hub.revision or ""):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = [CONFIG_FILE, *SMALL_FILES]
+    with _explained(model, hub.repo):
+        try:
+            found = snapshot_download(hub.repo, revision=hub.revision, allow_patterns=patterns, local_files_only=True)
+        except LocalEntryNotFoundError:
+            return None
+    snapshot = Path(found)
+    is_listed = (snapshot.parent.parent / "trees" / f"{snapshot.name}.json").exists()
+    names = [CONFIG_FILE, *(() if is_listed else _ALWAYS), *(_weight_names(snapshot) if weights else ())]
+    has_template = is_listed or any((snapshot / name).exists() for name in _TEMPLATES)
+    if not has_template or not all((snapshot / name).exists() for name in names):
+        return None
+    _check_architecture(model, snapshot)
+    read_config(snapshot)
+    return snapshot
+
+
+def _why_unreachable(model: str, hub: HubId) -> Exception | None:
+    """What is in the way of asking the hub; None if it answers.
+
+    Settled once and first: without a network the client would try for 20 s in each of its calls, and where it then
+    takes what the cache holds, it does not say so.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    revision = hub.revision or constants.DEFAULT_REVISION
+    with _explained(model, hub.repo):
+        try:
+            HfApi().model_info(hub.repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except RevisionNotFoundError:
+            raise
+        except Exception as error:  # of httpx, of httpx2, of the client itself: perhaps the cache holds everything
+            return error
+    return None
+
+
+class _NotCachedError(Exception):
+    """The cache lacks something, and the hub cannot be asked because of `__cause__`."""
+
+
+@dataclass(frozen=True)
+class _Download:
+    """Files of a repository, from the hub, or from the cache alone if it is `unreachable`. InputError for failures."""
+
+    model: str
+    repo: str
+    unreachable: Exception | None
+
+    def take(self, revision: str | None, patterns: Sequence[str], *, is_shown: bool = False) -> Path:
+        """Fetch what the cache lacks of the files named. `is_shown`: with a bar, where stderr is a terminal."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        bar = None if is_shown and sys.stderr.isatty() else _NoBar
+        with _explained(self.model, self.repo):
+            try:
+                folder = snapshot_download(
+                    self.repo,
+                    revision=revision,
+                    allow_patterns=list(patterns),
+                    tqdm_class=bar,
+                    local_files_only=self.unreachable is not None,
+                )
+            except LocalEntryNotFoundError:
+                if self.unreachable is None:
+                    raise
+                raise _NotCachedError from self.unreachable
+        return Path(folder)
+
+    def require(self, snapshot: Path, names: Sequence[str], reason: str) -> None:
+        """InputError, with a file's name in `reason`, if the repository lacks it."""
+        missing = [name for name in names if not (snapshot / name).exists()]
+        if missing and self.unreachable is not None:
+            with _explained(self.model, self.repo):
+                raise _NotCachedError from self.unreachable
+        if missing:
+            raise InputError(f"--model {self.model}: {reason.format(missing[0])}", param="model")
+
+    def check_room(self, snapshot: Path, names: Sequence[str]) -> None:
+        """InputError before anything is fetched for which the disk has no room."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import DryRunError
+
+        if self.unreachable is not None:
+            return
+        with _explained(self.model, self.repo):
+            try:
+                files = snapshot_download(
+                    self.repo, revision=snapshot.name, allow_patterns=list(names), tqdm_class=_NoBar, dry_run=True
+                )
+            except DryRunError:
+                return  # nothing can be fetched anyway
+        missing = sum(file.file_size or 0 for file in files if file.will_download)
+        free = shutil.disk_usage(snapshot).free
+        if missing > free:
+            have = f"{missing / 2**30:.1f} GiB are to be fetched, {free / 2**30:.1f} GiB are free at {_cache()}"
+            raise InputError(f"--model {self.model}: {have}", param="model")
+
+
 def _check_architecture(model: str, snapshot: Path) -> None:
-    """InputError unless `config.json` is there and says one of the architectures that this package has."""
+    """InputError unless `config.json` says one of the architectures that this package has."""
     try:
-        raw = json.loads((snapshot / CONFIG_FILE).read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"--model {model}: the repository has no {CONFIG_FILE}", param="model") from None
-    except ValueError:
-        raise InputError(f"--model {model}: {CONFIG_FILE} is not JSON", param="model") from None
+        raw = _parsed(snapshot / CONFIG_FILE)
+    except ValueError as error:
+        raise InputError(f"--model {model}: {CONFIG_FILE} is not JSON: {error}", param="model") from None
     named = raw.get("architectures") if isinstance(raw, dict) else None
     architecture = named[0] if isinstance(named, list) and named else None
     if architecture not in ARCHITECTURES:
-        known = " and ".join(ARCHITECTURES)
-        raise InputError(f"--model {model}: architecture {architecture!r} is not served, only {known}", param="model")
+        wrong = f"architecture {shown(architecture)} is not served, only {' and '.join(ARCHITECTURES)}"
+        raise InputError(f"--model {model}: {wrong}", param="model")
 
 
 def _weight_names(snapshot: Path) -> list[str]:
@@ -128,39 +247,18 @@ def _weight_names(snapshot: Path) -> list[str]:
     What is wrong with the index is said when the folder is opened.
     """
     try:
-        weight_map = json.loads((snapshot / INDEX_FILE).read_bytes())["weight_map"]
+        weight_map = _parsed(snapshot / INDEX_FILE)["weight_map"]
         names = {name for name in weight_map.values() if isinstance(name, str)}
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return [SINGLE_FILE]
     return sorted(name for name in names if re.fullmatch(r"[A-Za-z0-9._-]+\.safetensors", name))
 
 
-def _check_room(model: str, repo: str, commit: str, names: Sequence[str], snapshot: Path) -> None:
-    """InputError before anything is fetched for which the disk has no room."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import DryRunError
-
-    with _explained(model, repo):
-        try:
-            files = snapshot_download(
-                repo, revision=commit, allow_patterns=list(names), tqdm_class=_NoBar, dry_run=True
-            )
-        except DryRunError:
-            return  # nothing can be fetched anyway
-    missing = sum(file.file_size or 0 for file in files if file.will_download)
-    free = shutil.disk_usage(snapshot).free
-    if missing > free:
-        have = f"{missing / 2**30:.1f} GiB are to be fetched, {free / 2**30:.1f} GiB are free at {_cache()}"
-        raise InputError(f"--model {model}: {have}", param="model")
-
-
-def _snapshot(model: str, repo: str, revision: str | None, patterns: Sequence[str], *, is_shown: bool = False) -> Path:
-    """Fetch what the cache lacks of the files named. `is_shown`: with a bar, where stderr is a terminal."""
-    from huggingface_hub import snapshot_download
-
-    with _explained(model, repo):
-        bar = None if is_shown and sys.stderr.isatty() else _NoBar
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), tqdm_class=bar))
+def _parsed(path: Path) -> Any:
+    """ValueError for what is not JSON, or too much of it."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
+    return parse_json(path.read_bytes())
 
 
 class _NoBar(tqdm):
@@ -192,7 +290,15 @@ def _reason(error: Exception, repo: str) -> str:
     """Why a download failed, and what to do."""
     from huggingface_hub import constants, errors
 
-    lacks = f"the cache at {_cache()} does not hold all of it"
+    lacks = ""
+    if isinstance(error, (_NotCachedError, errors.LocalEntryNotFoundError)):
+        lacks = f", and the cache at {_cache()} does not hold all of it"
+        cause = error.__cause__
+        if constants.HF_HUB_OFFLINE:
+            return f"HF_HUB_OFFLINE is set{lacks}"
+        if not isinstance(cause, errors.HfHubHTTPError):
+            return f"the hub cannot be reached{lacks}"
+        error = cause
     match error:
         case errors.GatedRepoError():
             return f"gated: ask for access at https://huggingface.co/{repo}, then {_TOKEN_HELP}"
@@ -200,21 +306,16 @@ def _reason(error: Exception, repo: str) -> str:
             return f"no such folder, and no such repository on the hub, or a private one that needs {_TOKEN_HELP}"
         case errors.RevisionNotFoundError():
             return f"the repository {repo} has no such revision"
-        case errors.LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
-            return f"HF_HUB_OFFLINE is set, and {lacks}"
-        case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError() as cause):
-            return f"the hub answered {cause.response.status_code}, and {lacks}"
-        case errors.LocalEntryNotFoundError():
-            return f"the hub cannot be reached, and {lacks}"
         case errors.HfHubHTTPError(response=response) if response.status_code == 401:
             return f"the hub refused the token: {_TOKEN_HELP}"
         case errors.HfHubHTTPError(response=response):
-            return f"the hub answered {response.status_code}"
+            return f"the hub answered {response.status_code}{lacks}"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return f"no room left at {_cache()}"
-        case OSError(strerror=str() as reason):
+        case OSError(errno=number, strerror=str() as reason) if number in _CANNOT_WRITE:
             return f"cannot write to the cache at {_cache()}: {reason}"
-    return f"the download broke off ({type(error).__name__}): start again, complete files are kept"
+    what = getattr(error, "strerror", None) or type(error).__name__
+    return f"the download broke off ({what}): start again, complete files are kept"
 
 
 def _cache() -> str:

@@ -39,7 +39,7 @@ Shape = tuple[int, ...]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _FUSED = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<which>gate_up_proj|down_proj)")
-_PER_EXPERT = re.compile(r".*\.mlp\.experts\.\d+\..*")
+_PER_EXPERT = re.compile(r"(?P<experts>.*\.mlp\.experts)\.\d+\.[^.]+\.[^.]+")
 
 
 def checkpoint_name(parameter: str) -> str:
@@ -133,14 +133,18 @@ def plan(
     `block` is that of a linear layer's `[out, in]`.
     """
     files = _Files(tensors, block)
-    has_per_expert = {name.rsplit(".", 3)[0] for name in tensors if _PER_EXPERT.fullmatch(name)}
+    held: dict[str, list[str]] = {}  # of each layer with one tensor for each expert, their names
+    for name in tensors:
+        if match := _PER_EXPERT.fullmatch(name):
+            held.setdefault(match["experts"], []).append(name)
     recipes = {}
     for name, shape in wanted.items():
         match = _FUSED.fullmatch(name)
         if match is None:
             recipes[name] = files.whole(name, shape)
-        elif match["experts"] in has_per_expert:
-            recipes[name] = files.per_expert(match["experts"], match["which"], shape, expert_layout)
+        elif match["experts"] in held:
+            experts = match["experts"]
+            recipes[name] = files.per_expert(experts, match["which"], shape, expert_layout, held[experts])
             if name in tensors:
                 recipes[name].problems.append(_at(tensors, name, "there both fused and one tensor for each expert"))
                 recipes[name].sources += files.with_scales([name])
@@ -187,14 +191,14 @@ class _Files:
             return recipe
         return self.whole(name, shape, stored=transposed)
 
-    def per_expert(self, experts: str, which: str, shape: Shape, layout: ExpertLayout | None) -> Recipe:
+    def per_expert(
+        self, experts: str, which: str, shape: Shape, layout: ExpertLayout | None, held: list[str]
+    ) -> Recipe:
+        """`held`: the tensors of this layer's experts."""
         num_experts, rows, columns = shape
-        if num_experts > len(self.tensors):  # so that a wrong config does not make billions of names
-            reason = (
-                f"the files hold {len(self.tensors)} tensors, expected one or more for each of {num_experts} experts"
-            )
-            held = [name for name in self.tensors if name.startswith(f"{experts}.")]
-            return Recipe(held, lambda _: [], [f"{experts}: {reason}"])
+        if num_experts > len(held):  # so that a wrong config does not make many more names than there are tensors
+            reason = f"the files hold {len(held)} tensors, expected one or more for each of {num_experts} experts"
+            return Recipe(list(held), lambda _: [], [f"{experts}: {reason}"])
         parts = ("gate_proj", "up_proj") if which == "gate_up_proj" else ("down_proj",)
         part_rows = rows // len(parts)
         names = [[f"{experts}.{expert}.{part}.weight" for part in parts] for expert in range(num_experts)]

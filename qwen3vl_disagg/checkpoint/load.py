@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qwen3vl_disagg.checkpoint.folder import Checkpoint, open_checkpoint
+from qwen3vl_disagg.checkpoint.folder import Checkpoint, first_of, open_checkpoint
 from qwen3vl_disagg.checkpoint.fp8 import SCALE_SUFFIX
 from qwen3vl_disagg.checkpoint.layouts import ExpertLayout, Recipe, Shape, checkpoint_name, plan
 from qwen3vl_disagg.checkpoint.quantize import BLOCK, make_room, quantize_into
@@ -168,7 +168,7 @@ def _check(
             what = "scales without their tensor" if is_orphan else "unknown tensor"
             problems.append(f"{info.file}: {name}: {what} {info}")
     if problems:
-        raise CheckpointError(checkpoint.folder, problems)
+        raise CheckpointError(checkpoint.folder, first_of(problems))
     return recipes
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qwen3vl_disagg.checkpoint.folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from qwen3vl_disagg.checkpoint.layouts import ExpertLayout, checkpoint_name
 from qwen3vl_disagg.core.settings import DTYPES
-from qwen3vl_disagg.model.config import ModelConfig
+from qwen3vl_disagg.model.config import ModelConfig, rope_entries, rope_theta
 
 Spelling = Literal["hub", "v5"]
 
@@ -83,19 +83,20 @@ def config_to_dict(config: ModelConfig, *, spelling: Spelling = "hub") -> dict[s
 
 
 def respelled(raw: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
-    """A parsed `config.json` of either spelling in the other one, or as it is. Nothing else in it changes."""
+    """A parsed `config.json` of either spelling in the other one, or as it is: one that `ModelConfig` can be
+    read of. What is read of it stays the same."""
     text, vision = dict(raw["text_config"]), dict(raw["vision_config"])
     experts, other = ("num_experts", "num_local_experts") if spelling == "hub" else ("num_local_experts", "num_experts")
-    if experts not in text and other in text:
+    if text.get(experts) is None and text.get(other) is not None:
         text[experts] = text.pop(other)
+    rope, theta = dict(rope_entries(text)), rope_theta(text)
+    for place, name in ((text, "rope_parameters"), (text, "rope_scaling"), (text, "rope_theta"), (rope, "rope_theta")):
+        place.pop(name, None)
     if spelling == "hub":
-        if "rope_parameters" in text:
-            text["rope_scaling"] = dict(text.pop("rope_parameters"))
-            text["rope_theta"] = text["rope_scaling"].pop("rope_theta", text.get("rope_theta"))
+        text |= {"rope_theta": theta, "rope_scaling": rope}
         vision.pop("rope_parameters", None)
     else:
-        if "rope_parameters" not in text:
-            text["rope_parameters"] = {**text.pop("rope_scaling", {}), "rope_theta": text.pop("rope_theta")}
+        text["rope_parameters"] = {**rope, "rope_theta": theta}
         vision.setdefault("rope_parameters", {"rope_type": "axial", "rope_theta": 10000.0})
     if "model_type" in raw:
         vision["model_type"] = raw["model_type"] if spelling == "hub" else f"{raw['model_type']}_vision"

@@ -6,6 +6,14 @@ import json
 from collections import Counter
 from typing import Any
 
+_MAX_SHOWN = 100
+
+
+def shown(value: object) -> str:
+    """A value from there, for a message: its beginning where it is long."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}.."
+
 
 def parse_json(data: bytes) -> Any:
     """JSON in UTF-8; ValueError for anything else, a name given twice, or nesting too deep to parse."""

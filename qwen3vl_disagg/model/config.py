@@ -10,10 +10,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qwen3vl_disagg.core.json_text import shown
+
 ARCHITECTURES = ("Qwen3VLMoeForConditionalGeneration", "Qwen3VLForConditionalGeneration")
 MAX_LAYERS = 1024
 MAX_SIZE = 2**24
 """Bounds on counts and sizes, so that a wrong config is refused instead of built."""
+
+
+def rope_entries(text: Mapping[str, Any]) -> Any:
+    """Of a parsed `text_config`, the entry with the rotary settings: `rope_parameters` where it says anything."""
+    return text.get("rope_parameters") or text.get("rope_scaling") or {}
+
+
+def rope_theta(text: Mapping[str, Any]) -> object:
+    """Of a parsed `text_config`, the base of the rotary angles, beside those settings or among them, or None."""
+    beside, among = text.get("rope_theta"), rope_entries(text)
+    return among.get("rope_theta") if beside is None and isinstance(among, Mapping) else beside
 
 
 class ConfigError(ValueError):
@@ -139,7 +152,7 @@ class _Reader:
                 continue
             good = (int,) if kind is int else (int, float)
             if isinstance(value, bool) or not isinstance(value, good) or not 0 <= value < 2**63:
-                self.problems.append(f"{where}{name} must be a non-negative {kind.__name__}, got {value!r}")
+                self.problems.append(f"{where}{name} must be a non-negative {kind.__name__}, got {shown(value)}")
                 return kind(0)
             return kind(value)
         self.problems.append(f"{where}{' or '.join(names)} is missing")
@@ -148,7 +161,7 @@ class _Reader:
     def integers(self, source: Mapping[str, Any], where: str, name: str, default: object = None) -> tuple[int, ...]:
         value = source.get(name, default)
         if not isinstance(value, (list, tuple)) or not all(type(v) is int for v in value):
-            self.problems.append(f"{where}{name} must be a list of integers, got {value!r}")
+            self.problems.append(f"{where}{name} must be a list of integers, got {shown(value)}")
             return ()
         return tuple(value)
 
@@ -163,7 +176,7 @@ class _Reader:
         architectures = self.raw.get("architectures") or []
         architecture = architectures[0] if isinstance(architectures, list) and architectures else None
         if architecture not in ARCHITECTURES:
-            self.problems.append(f"architectures: {architecture!r} is not one of {', '.join(ARCHITECTURES)}")
+            self.problems.append(f"architectures: {shown(architecture)} is not one of {', '.join(ARCHITECTURES)}")
             architecture = ARCHITECTURES[0]
         if self.raw.get("auto_map"):
             self.problems.append("auto_map: remote code is refused")
@@ -171,33 +184,40 @@ class _Reader:
             name: self.number(self.raw, "", name)
             for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         }
+        is_tied = self.raw.get("tie_word_embeddings")
+        if not isinstance(is_tied, bool | None):
+            self.problems.append(f"tie_word_embeddings must be true or false, got {shown(is_tied)}")
         text = self.section("text_config")
         dtype = self.raw.get("dtype") or self.raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
         return ModelConfig(
             architecture=architecture,
             text=self.text(text, is_moe="Moe" in architecture),
             vision=self.vision(self.section("vision_config")),
-            tie_word_embeddings=bool(self.raw.get("tie_word_embeddings", False)),
+            tie_word_embeddings=bool(is_tied),
             dtype=str(dtype or "bfloat16"),
             **token_ids,
         )
 
     def text(self, raw: Mapping[str, Any], *, is_moe: bool) -> TextConfig:
         where = "text_config."
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope = rope_entries(raw)
         if not isinstance(rope, Mapping):
-            self.problems.append(f"{where}rope_parameters must be an object, got {rope!r}")
+            self.problems.append(f"{where}rope_parameters must be an object, got {shown(rope)}")
             rope = {}
         rope_type = self.rope_type(rope)
         if rope_type not in ("default", "mrope", "yarn"):
-            self.problems.append(f"{where}rope type {rope_type!r} is not supported (only 'default' and 'yarn')")
+            self.problems.append(f"{where}rope type {shown(rope_type)} is not supported (only 'default' and 'yarn')")
         for name in ("rope_parameters", "rope_scaling"):
             stray, other = self.raw.get(name), raw.get(name)
             if isinstance(stray, Mapping) and self.rope_type(stray) not in ("default", "mrope", rope_type):
-                self.problems.append(f"{name}: rope type {self.rope_type(stray)!r} belongs into text_config")
-            if isinstance(other, Mapping) and self.rope_type(other) != rope_type:
-                types = f"{self.rope_type(other)!r} there, {rope_type!r} in rope_parameters"
+                self.problems.append(f"{name}: rope type {shown(self.rope_type(stray))} belongs into text_config")
+            if not isinstance(other, Mapping) or not other:
+                continue
+            if self.rope_type(other) != rope_type:
+                types = f"{shown(self.rope_type(other))} there, {shown(rope_type)} in rope_parameters"
                 self.problems.append(f"{where}{name}: two rope types: {types}")
+            if (theta := other.get("rope_theta")) not in (None, rope_theta(raw)):
+                self.problems.append(f"{where}{name}: two of rope_theta: {shown(theta)}, {shown(rope_theta(raw))}")
         if rope.get("mrope_interleaved") is False:
             self.problems.append(f"{where}mrope_interleaved must be true")
         if raw.get("norm_topk_prob") is False:
@@ -205,10 +225,10 @@ class _Reader:
         if raw.get("attention_bias"):
             self.problems.append(f"{where}attention_bias=true is not supported")
         if raw.get("hidden_act", "silu") != "silu":
-            self.problems.append(f"{where}hidden_act must be 'silu', got {raw.get('hidden_act')!r}")
+            self.problems.append(f"{where}hidden_act must be 'silu', got {shown(raw.get('hidden_act'))}")
         section = self.integers(rope, where, "mrope_section")
         if len(section) != 3:
-            self.problems.append(f"{where}mrope_section must have 3 entries, got {list(section)}")
+            self.problems.append(f"{where}mrope_section must have 3 entries, got {shown(list(section))}")
             section = (0, 0, 0)
 
         def number(*names: str, kind: type = int) -> Any:
@@ -232,7 +252,7 @@ class _Reader:
             head_dim=number("head_dim"),
             intermediate_size=number("intermediate_size"),
             rms_norm_eps=number("rms_norm_eps", kind=float),
-            rope_theta=self.number({**rope, **raw}, where, "rope_theta", kind=float),
+            rope_theta=self.number({"rope_theta": rope_theta(raw)}, where, "rope_theta", kind=float),
             mrope_section=(section[0], section[1], section[2]),
             max_position_embeddings=number("max_position_embeddings"),
             yarn=self.yarn({**rope, **raw}, where) if rope_type == "yarn" else None,
@@ -258,7 +278,7 @@ class _Reader:
             attention_factor = self.number(rope, where, "attention_factor", kind=float)
         truncate = rope.get("truncate", True)
         if not isinstance(truncate, bool):
-            self.problems.append(f"{where}truncate must be true or false, got {truncate!r}")
+            self.problems.append(f"{where}truncate must be true or false, got {shown(truncate)}")
         return YarnScaling(
             factor=factor,
             original_max_position_embeddings=self.number(rope, where, "original_max_position_embeddings"),
@@ -275,7 +295,7 @@ class _Reader:
             return self.number(raw, where, name)
 
         if raw.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-            self.problems.append(f"{where}hidden_act must be 'gelu_pytorch_tanh', got {raw.get('hidden_act')!r}")
+            self.problems.append(f"{where}hidden_act must be 'gelu_pytorch_tanh', got {shown(raw.get('hidden_act'))}")
         return VisionConfig(
             depth=number("depth"),
             hidden_size=number("hidden_size"),
@@ -348,7 +368,7 @@ def check_config(config: ModelConfig) -> list[str]:
         need(text.moe_intermediate_size > 0, "moe_intermediate_size must be positive")
     need(
         type(text.decoder_sparse_step) is int and text.decoder_sparse_step > 0,
-        f"decoder_sparse_step must be a positive integer, got {text.decoder_sparse_step!r}",
+        f"decoder_sparse_step must be a positive integer, got {shown(text.decoder_sparse_step)}",
     )
     token_ids = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
     need(
@@ -371,7 +391,7 @@ def check_config(config: ModelConfig) -> list[str]:
     indexes = vision.deepstack_visual_indexes
     need(
         all(0 <= i < vision.depth for i in indexes) and list(indexes) == sorted(set(indexes)),
-        f"deepstack_visual_indexes {list(indexes)} must rise within 0..{vision.depth - 1}",
+        f"deepstack_visual_indexes {shown(list(indexes))} must rise within 0..{vision.depth - 1}",
     )
     need(
         len(indexes) <= text.num_hidden_layers,

@@ -2,12 +2,12 @@
 
     <think>\\nREASONING\\n</think>\\n\\nCONTENT\\n<tool_call>\\n{"name": .., "arguments": {..}}\\n</tool_call>
 
-Reasoning begins where the prompt left `<think>` open, or where the answer begins with it; a later `<think>` is text.
+Reasoning begins where the prompt left `<think>` open, or where the answer begins with it, behind at most MAX_SPACE
+characters of white space; a later `<think>` is text.
 """
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,24 +17,17 @@ from typing import Literal
 import msgspec
 
 from qwen3vl_disagg.core.requests import FinishReason, SamplingParams
+from qwen3vl_disagg.processing.answer_calls import CALL, END_CALL, CallReader, FunctionCall, read_call
 from qwen3vl_disagg.processing.answer_text import AnswerText
-from qwen3vl_disagg.processing.json_values import is_json_object, read_json
 from qwen3vl_disagg.processing.tokenizer import Tokenizer
-from qwen3vl_disagg.processing.tool_use import is_call_name
 
 AnswerReason = Literal["stop", "length", "tool_calls"]
 
 THINK, END_THINK = "<think>", "</think>"
-CALL, END_CALL = "<tool_call>", "</tool_call>"
+MAX_SPACE = 64
+"""White space before a `<think>` at the beginning of an answer: what is held back until something else comes."""
 _MAX_HEAD = 64
 """Tokens between the last special token of a prompt and the answer: the role's name, and what opens reasoning."""
-
-
-class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):
-    """`arguments`: a JSON object as a string."""
-
-    name: str
-    arguments: str
 
 
 class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,19 +88,27 @@ class _State(Enum):
 class AnswerSplitter:
     """Splits a text that comes in pieces; where the borders of the pieces are makes no difference.
 
-    `in_reasoning`: the prompt left `<think>` open. `with_tools`: calls are looked for; what is between the tags and is
-    no call stays text, and so does one that does not end. Line breaks around reasoning, and before a call or after
-    the last one, are dropped, as a template puts them there. An answer with none of all this comes out as it is.
+    `in_reasoning`: the prompt left `<think>` open. `with_tools`: calls are looked for. A call is `<tool_call>`, an
+    object that `read_call` knows, and `</tool_call>`; a `<tool_call>` that begins none is text, and the search goes on
+    right behind it. Line breaks around reasoning, and before a call or after the last one, are dropped, as a template
+    puts them there. An answer with none of all this comes out as it is. Each push takes time for its own length, save
+    that what was held for a call is read again where it is none.
     """
 
     def __init__(self, *, in_reasoning: bool = False, with_tools: bool = False) -> None:
         self._in_reasoning, self._with_tools = in_reasoning, with_tools
         self._state = _State.BEGINNING
-        self._held = ""
+        self._text, self._at = "", 0
         self._thoughts = _Lines(strips_start=True)
         self._content = _Lines(strips_start=False)
-        self._call: list[str] = []
+        self._call = CallReader()
+        self._held: list[str] = []
+        """Of the call that is being read: what came in earlier pieces."""
         self._is_after_call = False
+        self._thought: list[str] = []
+        self._said: list[str] = []
+        self._called: list[FunctionCall] = []
+        """What became certain in this push."""
 
     @property
     def is_reasoning(self) -> bool:
@@ -115,61 +116,69 @@ class AnswerSplitter:
 
     def push(self, piece: str) -> Parts:
         """What became certain."""
-        self._held += piece
-        new = Parts()
-        while self._step(new):
-            pass
-        return new
+        self._text, self._at = self._text[self._at :] + piece, 0
+        self._read()
+        return self._take()
 
     def finish(self) -> Parts:
         """What was held back: nothing comes after it."""
-        new = Parts()
         if self._state is _State.BEGINNING:
             self._begin()
-        rest, self._held = self._held, ""
+            self._read()
+        while self._state is _State.CALL:
+            self._drop_call()
+            self._read()
+        rest, self._text, self._at = self._text[self._at :], "", 0
         if self._state is _State.REASONING:
-            new.reasoning = self._thoughts.push(rest)
+            self._think(rest)
             self._thoughts.drop()
-            return new
-        if self._state is _State.CALL:
-            rest = CALL + "".join(self._call) + rest
-            self._call = []
-            self._state = _State.CONTENT
-        self._say(rest, new)
-        new.content += "" if self._is_after_call else self._content.take()
+        else:
+            self._say(rest)
+            self._said.append("" if self._is_after_call else self._content.take())
+        return self._take()
+
+    def _take(self) -> Parts:
+        new = Parts("".join(self._thought), "".join(self._said), self._called)
+        self._thought, self._said, self._called = [], [], []
         return new
 
-    def _step(self, new: Parts) -> bool:
-        """Take in what is held, up to the next tag; whether there was one."""
+    def _read(self) -> None:
+        while self._step():
+            pass
+
+    def _step(self) -> bool:
+        """Take in the text up to the next border of a part; whether there was one."""
         match self._state:
             case _State.BEGINNING:
                 return self._look_for_beginning()
             case _State.REASONING:
-                before, self._held, is_there = _cut(self._held, END_THINK)
-                new.reasoning += self._thoughts.push(before)
+                before, is_there = self._cut(END_THINK)
+                self._think(before)
                 if is_there:
                     self._state, self._content = _State.CONTENT, _Lines(strips_start=True)
                 return is_there
+            case _State.CONTENT if self._with_tools:
+                before, is_there = self._cut(CALL)
+                self._say(before)
+                if is_there:
+                    self._state, self._call, self._held = _State.CALL, CallReader(), []
+                return is_there
             case _State.CONTENT:
-                before, self._held, is_there = _cut(self._held, CALL) if self._with_tools else (self._held, "", False)
-                self._say(before, new)
-                if is_there:
-                    self._state = _State.CALL
-                return is_there
+                self._say(self._text[self._at :])
+                self._at = len(self._text)
+                return False
             case _State.CALL:
-                before, self._held, is_there = _cut(self._held, END_CALL)
-                self._call.append(before)
-                if is_there:
-                    self._end_call(new)
-                return is_there
+                return self._read_call()
 
     def _look_for_beginning(self) -> bool:
-        text = self._held.lstrip()
-        if text.startswith(THINK):
-            self._held, self._state = text[len(THINK) :], _State.REASONING
-            return True
-        if THINK.startswith(text):
-            return False
+        text = self._text.lstrip()
+        num_space = len(self._text) - len(text)
+        if num_space <= MAX_SPACE:
+            if text.startswith(THINK):
+                self._at, self._state = num_space + len(THINK), _State.REASONING
+                return True
+            if THINK.startswith(text):
+                return False
         self._begin()
         return True
 
@@ -177,53 +186,56 @@ class AnswerSplitter:
         """There is no tag at the beginning."""
         self._state = _State.REASONING if self._in_reasoning else _State.CONTENT
 
-    def _say(self, text: str, new: Parts) -> None:
-        if not self._with_tools:
-            new.content += self._content.push(text) + self._content.take()
-            return
+    def _cut(self, tag: str) -> tuple[str, bool]:
+        """Take the text up to the tag, and whether it is there; if not, what cannot be the beginning of one."""
+        text, start = self._text, self._at
+        found = text.find(tag, start)
+        if found >= 0:
+            self._at = found + len(tag)
+            return text[start:found], True
+        num_held = next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n], start)), 0)
+        self._at = len(text) - num_held
+        return text[start : self._at], False
+
+    def _think(self, text: str) -> None:
+        self._thought.append(self._thoughts.push(text))
+
+    def _say(self, text: str) -> None:
         said = self._content.push(text)
         if said:
             self._is_after_call = False
-        new.content += said
+        self._said.append(said if self._with_tools else said + self._content.take())
 
-    def _end_call(self, new: Parts) -> None:
-        text = "".join(self._call)
-        self._call, self._state = [], _State.CONTENT
-        call = read_call(text)
+    def _read_call(self) -> bool:
+        for at in range(self._at, len(self._text)):
+            if not self._call.take(self._text[at]):
+                self._drop_call()
+                return True
+            if self._call.is_complete:
+                self._end_call(at + 1)
+                return True
+        self._held.append(self._text[self._at :])
+        self._at = len(self._text)
+        return False
+
+    def _end_call(self, end: int) -> None:
+        """`</tool_call>` ends there."""
+        text = "".join([*self._held, self._text[self._at : end]])
+        call = read_call(text.removesuffix(END_CALL))
         if call is None:
-            self._say(CALL + text + END_CALL, new)
+            self._drop_call()
             return
-        new.calls.append(call)
+        self._called.append(call)
+        self._state, self._at = _State.CONTENT, end
         self._content.drop()
         self._is_after_call = True
 
-
-def _cut(text: str, tag: str) -> tuple[str, str, bool]:
-    """What is before the tag, what is after it, whether it is there; if not: what cannot be part of it, the rest."""
-    before, found, after = text.partition(tag)
-    if found:
-        return before, after, True
-    num_held = next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
-    certain = len(text) - num_held
-    return text[:certain], text[certain:], False
-
-
-def read_call(text: str) -> FunctionCall | None:
-    """What is between the tags: `{"name": .., "arguments": {..}}`. None if it is something else."""
-    found = read_json(text)
-    if not isinstance(found, dict):
-        return None
-    name, arguments = found.get("name"), found.get("arguments")
-    if not isinstance(name, str) or not is_call_name(name):
-        return None
-    if arguments in (None, ""):
-        arguments = {}
-    if isinstance(arguments, dict):
-        # In the form that the template gives it back to the model.
-        return FunctionCall(name=name, arguments=json.dumps(arguments, ensure_ascii=False))
-    if isinstance(arguments, str) and is_json_object(arguments):
-        return FunctionCall(name=name, arguments=arguments)
-    return None
+    def _drop_call(self) -> None:
+        """It is none: its tag is text, and what follows is read again."""
+        if self._held:
+            self._text, self._at = "".join([*self._held, self._text[self._at :]]), 0
+        self._state = _State.CONTENT
+        self._say(CALL)
 
 
 def opens_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
@@ -250,12 +262,15 @@ class AnswerParts:
         with_tools: bool = False,
     ) -> None:
         self._text, self._eos_ids = AnswerText(tokenizer, eos_ids, sampling), eos_ids
-        self._splitter = AnswerSplitter(in_reasoning=opens_reasoning(tokenizer, prompt_ids), with_tools=with_tools)
+        in_reasoning = opens_reasoning(tokenizer, prompt_ids)
+        self._splitter = AnswerSplitter(in_reasoning=in_reasoning, with_tools=with_tools)
+        self._written = AnswerSplitter(in_reasoning=in_reasoning)
+        """Reads along without holding text back for stop strings, so the tag is seen with the token that ends it."""
         self._reasoning: list[str] = []
         self._content: list[str] = []
         self.calls: list[ToolCall] = []
         self.reasoning_tokens = 0
-        """Those before the tag that ends it, or the end token."""
+        """Those before the one that completes the tag, or the end token."""
 
     @property
     def is_stopped(self) -> bool:
@@ -286,7 +301,8 @@ class AnswerParts:
         if self.is_stopped:
             return Parts()
         new = self._splitter.push(self._text.push(token_id))
-        if self._splitter.is_reasoning and token_id not in self._eos_ids:
+        self._written.push(self._text.written)
+        if self._written.is_reasoning and token_id not in self._eos_ids:
             self.reasoning_tokens = len(self.token_ids)
         if self.is_stopped:
             new += self._splitter.finish()

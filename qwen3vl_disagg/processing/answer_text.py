@@ -58,6 +58,8 @@ class AnswerText:
         self._stops = StopMatcher(sampling.stop)
         self.token_ids: list[int] = []
         """All tokens, the end token and the one that completed a stop string included."""
+        self.written = ""
+        """The text that the last token brought, whether or not it is held back for a stop string."""
 
     @property
     def is_stopped(self) -> bool:
@@ -69,7 +71,8 @@ class AnswerText:
         if self.is_stopped:
             return ""
         self.token_ids.append(token_id)
-        return "" if token_id in self._eos_ids else self._match(self._stream.push(token_id))
+        self.written = "" if token_id in self._eos_ids else self._stream.push(token_id)
+        return self._match(self.written)
 
     def finish(self) -> str:
         """The rest: an unfinished character, and text that turned out to be no stop string."""

@@ -1,10 +1,11 @@
 """The checkpoint's chat template, run in a sandbox, with the user's text kept apart from the prompt's structure.
 
 The template sees the messages and tools as they are, save that a character that occurs nowhere else stands in for each
-`|` of them. The names of special tokens have a `|`, so every one found after rendering was written by the template,
-however it cut and joined the texts, and is encoded by its id. The text between two of them gets its `|` back and is
-tokenized as one string. So a user who types `<|image_pad|>` gets plain text, and for messages without such names the
-ids are those of the reference. (A special name without a `|` is broken by a guard character instead.)
+`|` of them. The names of special tokens have a `|`, so none comes of the texts alone, however they are cut and joined:
+every one found after rendering has its `|` from the template (all of it, unless a template puts a text within a name)
+and is encoded by its id. The text between two of them gets its `|` back and is tokenized as one string. So a user who
+types `<|image_pad|>` gets plain text, and for messages without such names the ids are those of the reference. (A
+special name without a `|` is broken by a guard character instead.)
 """
 
 from __future__ import annotations

@@ -76,10 +76,10 @@ def test_refused(bases, tmp_path, case):
     folder = tmp_path / "checkpoint"
     shutil.copytree(bases / case.base, folder)
     case.damage(folder)
-    before, start = reset_peak(), time.perf_counter()
+    before, start = reset_peak(), time.process_time()
     with pytest.raises(CheckpointError) as caught:
         LLM(folder, device="cpu")
-    assert time.perf_counter() - start < MAX_SECONDS
+    assert time.process_time() - start < MAX_SECONDS
     assert peak_growth(before) < MAX_BYTES
     assert str(folder) in str(caught.value)
     left = list(caught.value.problems)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg.checkpoint import open_checkpoint, write_random_checkpoint
+from qwen3vl_disagg.checkpoint import hub, open_checkpoint, write_random_checkpoint
 from qwen3vl_disagg.checkpoint.hub import HubId, hub_id, model_name, resolve_model_folder
 from qwen3vl_disagg.core.errors import InputError
 from tests.support.hub_client import HubClient
@@ -18,6 +21,7 @@ from tests.support.random_model import small_config
 
 TINY = Path(resolve_model_folder(None))
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 UNWANTED = {
     "README.md": b"read me",
     ".gitattributes": b"",
@@ -117,6 +121,7 @@ def test_complete_files_are_kept_when_another_fails(ask, files):
 
 
 def test_revisions(ask, files):
+    files = {**files, "tokenizer.json": b"", "tokenizer_config.json": b"", "chat_template.jinja": b""}
     old = Repository(files, refs=("main", "v1", "refs/pr/3"))
     new = Repository({**files, "generation_config.json": b"{}"}, refs=("main", "v2"))
     with HubServer({"Org/Model": old}) as server:
@@ -177,6 +182,7 @@ def test_a_wrong_model_is_refused_before_its_weights(ask, files):
         "Org/Llama": Repository(edited_config(files, architectures=["LlamaForCausalLM"])),
         "Org/None": Repository({**files, "config.json": b"[]"}),
         "Org/Broken": Repository({**files, "config.json": b"{"}),
+        "Org/Nested": Repository({**files, "config.json": b"[" * 100_000}),
         "Org/Odd": Repository(edited_config(files, text_config=rope)),
     }
     with HubServer(repositories) as server:
@@ -184,9 +190,10 @@ def test_a_wrong_model_is_refused_before_its_weights(ask, files):
         assert "architecture 'LlamaForCausalLM' is not served, only Qwen3VLMoeForConditionalGeneration and" in llama
         assert "architecture None is not served" in error_of(ask("Org/None", server))
         assert "config.json is not JSON" in error_of(ask("Org/Broken", server))
+        assert "config.json is not JSON: nested too deeply" in error_of(ask("Org/Nested", server))
         odd = ask("Org/Odd", server)
         assert (odd["kind"], "rope type 'longrope'" in odd["error"]) == ("CheckpointError", True)
-        assert server.fetched() == ["config.json"] * 4
+        assert server.fetched() == ["config.json"] * 5
 
 
 def test_weights_that_are_not_there(ask, files):
@@ -194,7 +201,10 @@ def test_weights_that_are_not_there(ask, files):
     lost = {**small, SHARDS[0]: files[SHARDS[0]]}
     pickled = {**small, "pytorch_model.bin": b""}
     del pickled["model.safetensors.index.json"]
-    with HubServer({"Org/Lost": Repository(lost), "Org/Pickled": Repository(pickled)}) as server:
+    nested = {**small, "model.safetensors.index.json": b"[" * 100_000}
+    repositories = {"Org/Lost": lost, "Org/Pickled": pickled, "Org/Nested": nested}
+    with HubServer({name: Repository(held) for name, held in repositories.items()}) as server:
+        assert "there is no model.safetensors" in error_of(ask("Org/Nested", server))
         assert f"there is no {SHARDS[1]} (model.safetensors.index.json names it)" in error_of(ask("Org/Lost", server))
         message = "there is no model.safetensors (pickled weights and code are not fetched)"
         assert message in error_of(ask("Org/Pickled", server))
@@ -216,6 +226,60 @@ def test_settings_alone(ask, files):
     assert "does not hold all of it" in error_of(ask(HF_HUB_OFFLINE="1"))
 
 
+@pytest.fixture
+def unlisted(tmp_path):
+    """A function that makes a cache as a client leaves it that keeps no list of a repository's files."""
+
+    def make(names, commit: str = COMMIT) -> Path:
+        repository = tmp_path / "cache" / "hub" / "models--Org--Model"
+        snapshot = repository / "snapshots" / commit
+        for folder in (snapshot, repository / "refs", repository / "blobs"):
+            folder.mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        for name in names:
+            shutil.copy(TINY / name, repository / "blobs" / name)
+            (snapshot / name).symlink_to(f"../../blobs/{name}")
+        return snapshot
+
+    return make
+
+
+def test_a_cache_that_lists_nothing(ask, unlisted):
+    """What it lacks is not said of the repository, nobody asks twice, and a commit that is whole not at all."""
+    everything = [path.name for path in TINY.iterdir()]
+    models = ("Org/Model", f"Org/Model@{COMMIT}")
+    unlisted(["config.json"])
+    for model in models:
+        assert "HF_HUB_OFFLINE is set, and the cache at" in error_of(ask(model, HF_HUB_OFFLINE="1"))
+        start = time.perf_counter()
+        assert "the hub cannot be reached, and the cache at" in error_of(ask(model))
+        assert time.perf_counter() - start < 5
+    snapshot = unlisted([name for name in everything if name != "config.json"])
+    with HubServer({}) as server:
+        server.is_down = True
+        for model, num_asked in zip(models, (1, 0), strict=True):
+            server.asked.clear()
+            assert ask(model, server) == ask(model, HF_HUB_OFFLINE="1")
+            assert len(server.asked) == num_asked
+    for model in models:
+        start = time.perf_counter()
+        assert ask(model)["folder"] == str(snapshot)
+        assert time.perf_counter() - start < 5
+    (snapshot / "config.json").unlink()
+    assert "the hub cannot be reached, and the cache at" in error_of(ask(models[1]))
+
+
+def test_a_commit_that_is_not_whole_is_completed(ask, unlisted):
+    files = {path.name: path.read_bytes() for path in TINY.iterdir()}
+    kept = [name for name in files if name != "tokenizer.json"]
+    repository = Repository(files)
+    with HubServer({"Org/Model": repository}) as server:
+        folder = unlisted(kept, repository.commit)
+        assert ask(f"Org/Model@{repository.commit}", server)["folder"] == str(folder)
+        assert server.fetched() == ["tokenizer.json"]
+        assert (folder / "tokenizer.json").exists()
+
+
 def test_where_the_cache_is(ask, files, tmp_path):
     with HubServer({"Org/Model": Repository(files)}) as server:
         answer = ask(server=server, HF_HUB_CACHE=str(tmp_path / "elsewhere"))
@@ -227,6 +291,21 @@ def test_a_cache_that_cannot_be_written(ask, files, tmp_path):
     with HubServer({"Org/Model": Repository(files)}) as server:
         message = error_of(ask(server=server, HF_HUB_CACHE=str(tmp_path / "file")))
     assert "cannot write to the cache at" in message
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        *((number, "cannot write to the cache at") for number in (errno.EACCES, errno.EROFS, errno.ENOTDIR)),
+        *((number, "no room left at") for number in (errno.ENOSPC, errno.EDQUOT)),
+        (errno.ECONNRESET, "the download broke off (Connection reset by peer)"),
+        (errno.EIO, "the download broke off (Input/output error)"),
+    ],
+)
+def test_what_the_system_says(number, said):
+    with pytest.raises(InputError) as caught, hub._explained("a/b", "a/b"):
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value).startswith(f"--model a/b: {said}")
 
 
 def test_weights_that_several_repositories_share(files, tmp_path):

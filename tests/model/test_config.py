@@ -130,6 +130,30 @@ def test_yarn_is_read_in_both_spellings(spelling, place):
     assert ModelConfig.from_dict(raw).text.yarn == expected
 
 
+@pytest.mark.parametrize(("spelling", "place"), [("hub", "rope_scaling"), ("v5", "rope_parameters")])
+def test_theta_is_said_once_or_the_same(spelling, place):
+    raw = edited(spelling)
+    raw["text_config"] |= {"rope_theta": 5e6}
+    raw["text_config"][place] |= {"rope_theta": 5_000_000}
+    assert ModelConfig.from_dict(raw) == ModelConfig.from_dict(RAW[spelling])
+    raw["text_config"][place] |= {"rope_theta": 10000}
+    assert problems(raw) == [f"text_config.{place}: two of rope_theta: 10000, 5000000.0"]
+    del raw["text_config"]["rope_theta"]
+    assert ModelConfig.from_dict(raw).text.rope_theta == 10000
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_rope_parameters_that_say_nothing(nothing):
+    raw = edited()
+    raw["text_config"]["rope_parameters"] = nothing
+    assert ModelConfig.from_dict(raw) == ModelConfig.from_dict(RAW["hub"])
+
+
+def test_messages_are_short():
+    raw = edited(tie_word_embeddings="x" * 10**6, text_config__hidden_size=["y"] * 10**6)
+    assert [len(problem) < 200 for problem in problems(raw)] == [True, True]
+
+
 def test_two_spellings_at_once_must_agree():
     raw = edited("v5")
     raw["text_config"]["rope_scaling"] = YARN

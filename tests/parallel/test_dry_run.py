@@ -169,6 +169,11 @@ def test_the_world_is_torchrun_s(capsys):
     assert (under_torchrun["world"], alone["world"]) == (5, 8)
 
 
+def test_other_slots_do_nothing(monkeypatch):
+    monkeypatch.setattr(serve, "dry_run", lambda *_: pytest.fail("worked"))
+    assert serve.show_dry_run(serve.ServeOptions(dry_run=True), World(rank=1, size=5, local_rank=1)) == 0
+
+
 @pytest.mark.parametrize(
     ("args", "reason"),
     [

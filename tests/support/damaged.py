@@ -275,6 +275,8 @@ for change, reason in (
     ({"vision_config__num_position_embeddings": 63}, "num_position_embeddings 63 is not a square"),
     ({"vision_config__out_hidden_size": 65}, "vision out_hidden_size 65 differs from text hidden_size 64"),
     ({"vision_config__deepstack_visual_indexes": [0, 2]}, "deepstack_visual_indexes [0, 2] must rise within 0..1"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, got 'false'"),
+    ({"text_config__rope_scaling__rope_theta": 10000.0}, "text_config.rope_scaling: two of rope_theta: 10000.0, 500"),
     ({"image_token_id": 304}, "vision token ids [304, 291, 287, 288] must differ and lie within the vocabulary of 304"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method 'awq' is not supported"),
     (
@@ -290,6 +292,11 @@ crowd = f"{TEXT}.layers.{{}}.mlp.experts: the files hold ... tensors, expected o
 gate = f"{FILE}: {TEXT}.layers.{{}}.mlp.gate.weight: shape [3, 64], expected [16777216, 64]"
 crowds = [line.format(layer) for layer in (0, 1) for line in (crowd, gate)]
 case("experts without end", "per_expert", config(text_config__num_experts=2**24), *crowds)
+stray = [f"{TEXT}.layers.{layer}.mlp.experts.0.stray.weight" for layer in range(40)]
+empty = '"%s":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+strays = header(("{" + ",".join(empty % name for name in [*stray, *map(str, range(20_000))]) + "}").encode())
+many = in_turn(strays, config(text_config__num_experts=20_000, text_config__num_hidden_layers=40))
+case("one tensor of many experts in many layers", "per_expert", many, "and 20,...", *["..."] * 100)
 smaller = config(text_config__vocab_size=300)
 case(
     "another vocabulary",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -80,3 +83,23 @@ def test_served(world):
             return status, answer["error"]["message"] if status != 200 else answer["choices"][0]["message"]["content"]
 
         assert check(ask) == []
+
+
+@pytest.mark.acceptance
+def test_by_command(tmp_path):
+    """All entries as local files of one --batch: a result or an error for each, in order, and exit status 2."""
+    lines = []
+    for number, entry in enumerate(CATALOGUE):
+        (tmp_path / str(number)).write_bytes(entry.data)
+        lines.append(json.dumps({f"{entry.kind}s": [str(number)], "prompt": "What is it?"}))
+    batch = tmp_path / "all.jsonl"
+    batch.write_text("\n".join(lines))
+    command = [sys.executable, "-m", "qwen3vl_disagg", "generate", "--batch", str(batch), "--max-new-tokens", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    results = list(map(json.loads, done.stdout.splitlines()))
+    assert len(results) == len(CATALOGUE)
+    for entry, result in zip(CATALOGUE, results, strict=True):
+        assert ("error" not in result) == entry.is_good, (entry.name, result)
+        assert entry.is_good or entry.message in result["error"]["message"], (entry.name, result)
