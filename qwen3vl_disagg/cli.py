@@ -136,6 +136,11 @@ def _files(names: Any, where: str, folder: Path) -> list[str]:
 def generate(options: GenerateOptions) -> int:
     """Run the command; returns the exit status."""
     conversations, tools = read_messages(options), read_tools(options)
+    from qwen3vl_disagg.media.decoder import MediaDecoder
+
+    decoder = MediaDecoder()
+    if options.image or options.video or options.prompt is None:
+        decoder.warm_up()  # while the engine is imported and the weights are read
     from qwen3vl_disagg.checkpoint.hub import model_name
     from qwen3vl_disagg.engine.llm import LLM, tokens_per_second  # torch and the engine load here, not for --help
     from qwen3vl_disagg.processing import GenerationDefaults
@@ -149,6 +154,7 @@ def generate(options: GenerateOptions) -> int:
         quantize=options.quantize,
         progress=sys.stderr.isatty(),
         video_outer_wrapper=options.video_outer_wrapper,
+        decoder=decoder,
         encode_options=options,
     )
     print(f"model {model_name(llm.folder)} on {llm.device}", file=sys.stderr)

@@ -109,6 +109,7 @@ class LLM:
         engine_options: sizes of the engine and whether it compiles, in place of `compile`.
         progress: show progress bars on stderr while loading.
         video_outer_wrapper: see `Processor.from_folder`.
+        decoder: where images and clips are decoded, if not in processes of its own.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class LLM:
         quantize: str = "none",
         progress: bool = False,
         video_outer_wrapper: bool = False,
+        decoder: MediaDecoder | None = None,
         engine_options: EngineOptions | None = None,
         buffer_options: BufferOptions | None = None,
         encode_options: EncodeOptions | None = None,
@@ -135,13 +137,14 @@ class LLM:
         self.folder = resolve_model_folder(name)
         self.device = resolve_device(device)
         torch_dtype = DTYPES.get(options.dtype)
-        decoder = MediaDecoder()
+        if decoder is None:
+            decoder = MediaDecoder()
+            decoder.warm_up()
 
         def make_processor(config: ModelConfig) -> Processor:
             return Processor.from_folder(self.folder, config, decoder=decoder, video_outer_wrapper=video_outer_wrapper)
 
         self.config, self.processor = check_folder(self.folder, make_processor)
-        decoder.warm_up()
         vision = load_vision_model(self.folder, dtype=torch_dtype, device=self.device, progress=progress)
         language = load_language_model(
             self.folder, dtype=torch_dtype, device=self.device, quantize=options.quantize, progress=progress
