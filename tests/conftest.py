@@ -22,7 +22,7 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
-from tests.support.torchvision_ops import declare_operators  # noqa: E402
+from tests.support.torchvision_ops import declare_operators  # noqa: E402 - the path is set above
 
 declare_operators()
 

@@ -32,7 +32,7 @@ from qwen3vl_disagg.checkpoint.folder import (
 )
 from qwen3vl_disagg.checkpoint.fp8 import DEFAULT_BLOCK, SCALE_SUFFIX, num_scales, quantize_matrix
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
-from qwen3vl_disagg.checkpoint.layouts import ExpertLayout, Recipe, Shape
+from qwen3vl_disagg.checkpoint.layouts import HEAD, ExpertLayout, Recipe, Shape
 from qwen3vl_disagg.checkpoint.load import whole_model
 from qwen3vl_disagg.checkpoint.write import in_layout, respelled, write_json, write_weights
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
@@ -40,7 +40,7 @@ from qwen3vl_disagg.core.settings import DTYPES
 from qwen3vl_disagg.model.config import ModelConfig
 
 Written = Literal["none", "fp8"]
-HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
+EMBEDDING = "model.language_model.embed_tokens.weight"
 _QUANTIZED = re.compile(
     r"model\.language_model\.layers\.\d+\."
     r"(self_attn\.[qkvo]_proj\.weight|mlp\.(gate|up|down)_proj\.weight|mlp\.experts\.(gate_up|down)_proj)"

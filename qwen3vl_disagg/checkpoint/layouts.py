@@ -34,6 +34,7 @@ from qwen3vl_disagg.checkpoint.fp8 import (
 )
 from qwen3vl_disagg.checkpoint.headers import TensorInfo
 
+HEAD = "lm_head.weight"
 ExpertLayout = Literal["hub", "v5", "per_expert"]
 Shape = tuple[int, ...]
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from qwen3vl_disagg.checkpoint.folder import Checkpoint, first_of, open_checkpoint
 from qwen3vl_disagg.checkpoint.fp8 import SCALE_SUFFIX
-from qwen3vl_disagg.checkpoint.layouts import ExpertLayout, Recipe, Shape, checkpoint_name, plan
+from qwen3vl_disagg.checkpoint.layouts import HEAD, ExpertLayout, Recipe, Shape, checkpoint_name, plan
 from qwen3vl_disagg.checkpoint.quantize import BLOCK, make_room, quantize_into
 from qwen3vl_disagg.checkpoint.shards import AllRows, Shards, held_rows
 from qwen3vl_disagg.core.errors import CheckpointError
@@ -31,7 +31,6 @@ from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.kernels import use_kernels
 from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration
 
-_HEAD = "lm_head.weight"
 Device = str | torch.device
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -174,9 +173,9 @@ def _check(
 
 def _wanted(module: nn.Module, checkpoint: Checkpoint) -> list[tuple[str, Shape]]:
     """Parameters to fill. A tied head is filled by tying, unless the checkpoint brings one of its own."""
-    tied = checkpoint.config.tie_word_embeddings and _HEAD not in checkpoint.tensors
+    tied = checkpoint.config.tie_word_embeddings and HEAD not in checkpoint.tensors
     parameters = module.named_parameters(remove_duplicate=False)
-    return [(name, tuple(p.shape)) for name, p in parameters if not (tied and checkpoint_name(name) == _HEAD)]
+    return [(name, tuple(p.shape)) for name, p in parameters if not (tied and checkpoint_name(name) == HEAD)]
 
 
 def _fill(

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard
 from qwen3vl_disagg.checkpoint import Checkpoint, check_weights, open_checkpoint, read_config
 from qwen3vl_disagg.checkpoint.fp8 import SCALE_SUFFIX
 from qwen3vl_disagg.checkpoint.hub import hub_id, model_name, resolve_model_folder
+from qwen3vl_disagg.checkpoint.layouts import HEAD
 from qwen3vl_disagg.checkpoint.quantize import make_room
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.settings import DTYPES, ModelOptions, Quantize
@@ -28,7 +29,6 @@ from qwen3vl_disagg.parallel.placement import LANGUAGE_PLAN, VISION_PLAN, placem
 
 DEFAULT_WORLD = 8
 MAX_WORLD = 65536
-_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ def _plan(
 ) -> DryRun:
     name = config.dtype if options.dtype == "auto" else options.dtype
     dtype, kind = DTYPES[name], options.quantize
-    has_own_head = checkpoint is not None and _HEAD in checkpoint.tensors
+    has_own_head = checkpoint is not None and HEAD in checkpoint.tensors
     vision = _tensors(lambda c: Qwen3VLMoeForConditionalGeneration(c, language_model=False), config, dtype)
     decoder = _tensors(Qwen3MoeForCausalLMWithDeepStack, config, dtype, kind, has_own_head)
     placements(vision, VISION_PLAN)  # all are replicated: what must not be is one that the plan does not know

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.media.images import MAX_ASPECT, MAX_BYTES, ImageInfo, check_aspect, decode_rgb, probe_image
 from qwen3vl_disagg.model.config import VisionConfig
-from qwen3vl_disagg.processing.pixel_settings import PixelSettings, read_section
+from qwen3vl_disagg.processing.pixel_settings import PixelSettings, fused_levels, read_section
 from qwen3vl_disagg.processing.positions import Grid
 
 __all__ = ["MAX_ASPECT", "MAX_BYTES", "ImageInfo", "ImageProcessor", "cut_patches", "decode_rgb", "smart_resize"]
@@ -36,13 +36,23 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     65536 .. 16777216. InputError if one side is more than 200 times the other.
     """
     check_aspect(height, width)
+    return fit_size(height, width, factor, min_pixels, max_pixels)
+
+
+def fit_size(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int, *, frames: int = 1, counted: int = 1
+) -> tuple[int, int]:
+    """Multiples of `factor` for all frames of a clip, or the one of an image, with their pixels within the bounds.
+
+    The reference compares `counted` frames with the bounds, and scales by `frames` of them.
+    """
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    if new_height * new_width > max_pixels:
-        scale = math.sqrt(height * width / max_pixels)
+    if counted * new_height * new_width > max_pixels:
+        scale = math.sqrt(frames * height * width / max_pixels)
         new_height = max(factor, math.floor(height / scale / factor) * factor)
         new_width = max(factor, math.floor(width / scale / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        scale = math.sqrt(min_pixels / (height * width))
+    elif counted * new_height * new_width < min_pixels:
+        scale = math.sqrt(min_pixels / (frames * height * width))
         new_height = math.ceil(height * scale / factor) * factor
         new_width = math.ceil(width * scale / factor) * factor
     return new_height, new_width
@@ -74,12 +84,11 @@ class ImageProcessor:
         self.config, self.factor, self.backend = config, factor, backend
         self.min_pixels, self.max_pixels, self.mean, self.std = min_pixels, max_pixels, mean, std
         # A pixel has one of 256 levels, so normalising is a look-up: the formula runs once per level and channel.
-        mean_C1, std_C1 = torch.tensor(mean)[:, None], torch.tensor(std)[:, None]
         if backend == "pil":
             levels_256 = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float()
-            self._table_C256 = (levels_256 - mean_C1) / std_C1
+            self._table_C256 = (levels_256 - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]
         else:
-            self._table_C256 = (torch.arange(256.0) - mean_C1 * 255.0) / (std_C1 * 255.0)
+            self._table_C256 = fused_levels(mean, std)
 
     @classmethod
     def from_folder(cls, folder: Path, config: VisionConfig) -> ImageProcessor:

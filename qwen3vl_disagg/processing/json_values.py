@@ -11,7 +11,7 @@ from qwen3vl_disagg.core.errors import InputError
 MAX_DEPTH = 64
 MAX_CHARS = 2**20
 """Of JSON within a text: values take many times the room of their text."""
-_MAX_INT = 2**64
+MAX_INT = 2**64
 
 
 def check_text(text: str, where: str) -> str:
@@ -40,7 +40,7 @@ def check_json(value: object, where: str, depth: int = 1) -> None:
         for entry in value.values() if isinstance(value, dict) else value:
             check_json(entry, where, depth + 1)
     elif isinstance(value, (int, float)):
-        if abs(value) >= _MAX_INT if isinstance(value, int) else not math.isfinite(value):
+        if abs(value) >= MAX_INT if isinstance(value, int) else not math.isfinite(value):
             raise InputError("a number is too large", param=where)
     elif value is not None:
         raise InputError("must be JSON", param=where)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from qwen3vl_disagg.core.errors import CheckpointError
+from qwen3vl_disagg.core.json_text import parse_json
 from qwen3vl_disagg.model.config import VisionConfig
 
 
@@ -65,6 +68,12 @@ class PixelSettings:
         return cls(bounds["min_pixels"], bounds["max_pixels"], **vectors), []
 
 
+def fused_levels(mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """`[C, 256]` float32: each level normalised, with rescaling in the same step, as torchvision's processors do."""
+    mean_C1, std_C1 = torch.tensor(mean)[:, None], torch.tensor(std)[:, None]
+    return (torch.arange(256.0) - mean_C1 * 255.0) / (std_C1 * 255.0)
+
+
 def read_section(folder: Path, name: str, key: str) -> Mapping[str, Any] | None:
     """What `key` of processor_config.json holds, else the file `name`; None if there is neither.
 
@@ -75,8 +84,8 @@ def read_section(folder: Path, name: str, key: str) -> Mapping[str, Any] | None:
         if not path.is_file():
             continue
         try:
-            raw = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
+            raw = parse_json(path.read_bytes())
+        except ValueError as error:
             raise CheckpointError(folder, [f"{file}: not JSON ({error})"]) from error
         if section is not None:
             raw = raw.get(section) if isinstance(raw, dict) else None

@@ -215,10 +215,9 @@ class Processor:
         start, end = Piece(VISION_START, True), Piece(VISION_END, True)
         numbers = iter(range(len(plans)))
         for place, piece in enumerate(pieces):
-            is_clip = piece == Piece(VIDEO_PAD, True)
             if piece == Piece(IMAGE_PAD, True):
                 yield _Run(next(numbers))
-            elif is_clip:
+            elif piece == Piece(VIDEO_PAD, True):
                 number = next(numbers)
                 for time in plans[number].times:
                     yield from (Piece(f"<{time:.1f} seconds>", False), start, _Run(number), end)

@@ -8,7 +8,6 @@ Formulas as in the reference video processor. Dims: T steps of the grid, H, W pi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -24,8 +23,8 @@ from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.model.config import VisionConfig
-from qwen3vl_disagg.processing.images import MAX_ASPECT, cut_patches
-from qwen3vl_disagg.processing.pixel_settings import PixelSettings, read_section
+from qwen3vl_disagg.processing.images import MAX_ASPECT, cut_patches, fit_size
+from qwen3vl_disagg.processing.pixel_settings import PixelSettings, fused_levels, read_section
 from qwen3vl_disagg.processing.positions import Grid
 
 VIDEO_FILE = "video_preprocessor_config.json"
@@ -49,17 +48,8 @@ def smart_resize_video(
         height, width = int(height * scale), int(width * scale)
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise InputError(f"frames of {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
-    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    total = round(num_frames / temporal) * temporal * new_height * new_width
-    if total > max_pixels:
-        scale = math.sqrt(num_frames * height * width / max_pixels)
-        new_height = max(factor, math.floor(height / scale / factor) * factor)
-        new_width = max(factor, math.floor(width / scale / factor) * factor)
-    elif total < min_pixels:
-        scale = math.sqrt(min_pixels / (num_frames * height * width))
-        new_height = math.ceil(height * scale / factor) * factor
-        new_width = math.ceil(width * scale / factor) * factor
-    return new_height, new_width
+    counted = round(num_frames / temporal) * temporal
+    return fit_size(height, width, factor, min_pixels, max_pixels, frames=num_frames, counted=counted)
 
 
 def timestamps(frames: Sequence[int], fps: float, temporal: int) -> list[float]:
@@ -94,8 +84,7 @@ class VideoProcessor:
         self.fps, self.min_frames, self.max_frames = fps, min_frames, max_frames
         self._max_tokens_per_frame = max_tokens_per_frame
         self._factor = config.patch_size * config.spatial_merge_size
-        mean_C1, std_C1 = torch.tensor(pixels.mean)[:, None], torch.tensor(pixels.std)[:, None]
-        self._table_C256 = (torch.arange(256.0) - mean_C1 * 255.0) / (std_C1 * 255.0)
+        self._table_C256 = fused_levels(pixels.mean, pixels.std)
 
     @classmethod
     def from_folder(cls, folder: Path, config: VisionConfig) -> VideoProcessor | None:

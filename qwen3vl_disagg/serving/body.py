@@ -14,13 +14,11 @@ from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from qwen3vl_disagg.core.errors import InputError, OverloadedError
-from qwen3vl_disagg.processing.json_values import check_text
+from qwen3vl_disagg.processing.json_values import MAX_DEPTH, MAX_INT, check_text
 from qwen3vl_disagg.serving.limits import Limits
 
-MAX_DEPTH = 64
 # Objects, lists and their entries: each costs tens of bytes once parsed, whatever it took on the wire.
 MAX_VALUES = 2**18
-_MAX_INT = 2**64
 _DISCARD_FACTOR = 4
 _DISCARD_S = 10.0
 
@@ -210,7 +208,7 @@ def _check(value: Any, depth: int) -> None:
         if not math.isfinite(value):
             raise _Bad("the number is too large")
     elif isinstance(value, int):
-        if abs(value) >= _MAX_INT:
+        if abs(value) >= MAX_INT:
             raise _Bad("the number is too large")
     elif isinstance(value, (dict, list)):
         if depth > MAX_DEPTH:

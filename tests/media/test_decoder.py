@@ -20,12 +20,11 @@ import pytest
 
 from qwen3vl_disagg.core.errors import InputError, UnavailableError
 from qwen3vl_disagg.media import child_process
-from qwen3vl_disagg.media.child_process import ChildProcess
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import decode_rgb
 from qwen3vl_disagg.media.sandbox import MAX_MEMORY
 from tests.support.media_bytes import clip
-from tests.support.media_children import counted, is_there, num_open, runs, with_each_job
+from tests.support.media_children import is_there, num_open, runs, with_each_job
 from tests.support.media_clips import N, moving
 from tests.support.media_hostile import many_scans
 from tests.support.media_images import jpeg
@@ -38,11 +37,6 @@ def decoder() -> Iterator[MediaDecoder]:
     decoder = MediaDecoder(max_children=2)
     yield decoder
     decoder.close()
-
-
-@pytest.fixture
-def started(monkeypatch) -> list[ChildProcess]:
-    return counted(monkeypatch)
 
 
 def image(decoder: MediaDecoder) -> object:

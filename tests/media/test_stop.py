@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.media.child_process import ChildProcess
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.stop import Slots, Stop, Stopped
 from tests.support.media_bytes import clip
-from tests.support.media_children import counted, is_there, num_open, once_ready, runs, with_each_job
+from tests.support.media_children import is_there, num_open, once_ready, runs, with_each_job
 from tests.support.media_clips import N
 from tests.support.media_images import jpeg
 
@@ -36,11 +35,6 @@ def decoder() -> Iterator[MediaDecoder]:
     decoder = MediaDecoder(max_children=1)
     yield decoder
     decoder.close()
-
-
-@pytest.fixture
-def started(monkeypatch) -> list[ChildProcess]:
-    return counted(monkeypatch)
 
 
 def test_a_stop():

@@ -46,7 +46,7 @@ def test_every_object_is_read_to_the_end_of_the_tag_and_no_further(value, indent
 def test_what_is_not_taken_begins_no_call(text):
     if read("{" + text)[1]:
         return
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):  # no JSON at all: then it begins none either
         _, end = json.JSONDecoder().raw_decode("{" + text)
         assert not text[end - 1 :].lstrip().startswith("</tool_call>")
 

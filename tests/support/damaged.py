@@ -135,7 +135,12 @@ def without_special(name: str) -> Damage:
 
 DEEP = b"[" * 100_000
 SAME_NAME = b"{" + b",".join(b'"t%d":0' % (i % 199_999) for i in range(200_000)) + b"}"
-link_out: Callable[[Path], object] = lambda path: path.symlink_to(path.parent.parent / "outside")  # noqa: E731
+
+
+def link_out(path: Path) -> None:
+    """A link to what lies outside the folder."""
+    path.symlink_to(path.parent.parent / "outside")
+
 
 # Weights: one file
 case("truncated", "single", resize(FILE, -1000), f"{FILE}: truncated: the header promises")

@@ -37,15 +37,21 @@ class TwoHosts:
         if shutil.which("ip") is None:
             pytest.skip("no `ip` command: network namespaces cannot be made")
         try:
+            for space in self._spaces.values():
+                _ip("netns", "add", space)
+        except subprocess.CalledProcessError as error:
+            self.__exit__(None, None, None)
+            # Without the right to make one nothing can be tested; what fails later is a failure of the test.
+            pytest.skip(f"no right to make network namespaces: {error.stderr.strip()}")
+        try:
             self._make()
         except subprocess.CalledProcessError as error:
             self.__exit__(None, None, None)
-            pytest.skip(f"network namespaces cannot be made: {' '.join(error.cmd)}: {error.stderr.strip()}")
+            raise RuntimeError(f"{' '.join(error.cmd)}: {error.stderr.strip()}") from error
         return self
 
     def _make(self) -> None:
         for space in self._spaces.values():
-            _ip("netns", "add", space)
             _ip("-n", space, "link", "set", "lo", "up")
         _ip("link", "add", self._ends["a"], "type", "veth", "peer", "name", self._ends["b"])
         _ip("link", "add", self._outside, "type", "veth", "peer", "name", self._inside)

@@ -1,0 +1,10 @@
+import pytest
+
+from qwen3vl_disagg.media.child_process import ChildProcess
+from tests.support.media_children import counted
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[ChildProcess]:
+    """The children started in a test, as they come."""
+    return counted(monkeypatch)
