@@ -120,12 +120,12 @@ def write_checkpoint(
     max_pixels: int = 16777216,
     generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write config, weights, `preprocessor_config.json` and `generation_config.json`; no tokenizer.
+    """Write config, weights, settings of the image and the video processor and `generation_config.json`; no tokenizer.
 
     Args:
         tensors: published names, experts as the modules hold them; cast to the config's dtype. Each is looked up once,
             when its file's turn has come: a mapping may make it then.
-        min_pixels, max_pixels: bounds of a resized image's area.
+        min_pixels, max_pixels: bounds of a resized image's area; those of a whole clip follow from them.
         generation: entries of `generation_config.json` besides the end and padding tokens; greedy if absent.
     """
     folder = Path(folder)
