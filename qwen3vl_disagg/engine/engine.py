@@ -214,6 +214,11 @@ class Engine:
         if sequence.num_cached < sequence.items[index].stop:
             sequence.restart(index)
 
+    def reset(self) -> None:
+        """Forget all requests, and what the pages hold."""
+        pool = self.scheduler.pool
+        self.scheduler = Scheduler(PagePool(pool.num_pages, pool.page_size, keep=pool.keep), self.options)
+
     def cancel(self, request_id: str) -> None:
         """Forget a request, if it is known."""
         self.scheduler.remove(request_id)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain, count, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from qwen3vl_disagg.checkpoint import load_language_model, load_vision_model
 from qwen3vl_disagg.checkpoint.check import check_folder
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.core.errors import DisaggError, InputError
-from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob
+from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob
 from qwen3vl_disagg.core.settings import (
     DTYPES,
     BufferOptions,
@@ -27,16 +27,18 @@ from qwen3vl_disagg.core.settings import (
 )
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
-from qwen3vl_disagg.disagg.local import ItemError, LocalTransfer, Outcome
-from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
+from qwen3vl_disagg.disagg.local import LocalTransfer
 from qwen3vl_disagg.disagg.receiver import Receiver
-from qwen3vl_disagg.disagg.rows import Delivery
-from qwen3vl_disagg.engine.engine import Engine, EngineEvent, EngineOptions, Preempted, RowsUsed
+from qwen3vl_disagg.engine.engine import Engine, EngineOptions
+from qwen3vl_disagg.engine.local_requests import Ended, LocalRequests
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.model.config import ModelConfig
-from qwen3vl_disagg.processing import AnswerParts, AnswerReason, Parts, Processor, Prompt, ToolCall, parse_tools
+from qwen3vl_disagg.processing import AnswerParts, AnswerReason, Parts, Processor, ToolCall, parse_tools
 
 TextCallback = Callable[[int, str], None]
+Conversation = list[dict[str, Any]]
+MAX_AHEAD_BYTES = 256 << 20
+"""Images and clips of conversations that are prepared and not answered; a single one may have more."""
 
 
 def _emit(on_text: TextCallback | None, on_reasoning: TextCallback | None, i: int, new: Parts) -> None:
@@ -73,31 +75,20 @@ class ChatResult(msgspec.Struct, kw_only=True, omit_defaults=True):
         return msgspec.to_builtins(self)
 
 
-@dataclass
-class _Answer:
-    """An answer under way."""
-
-    prompt: Prompt
-    parts: AnswerParts
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    first_timings: RequestTimings = field(default_factory=RequestTimings)
-    """As they were at the first token."""
-    first_token_at: float = 0.0
-
-    def result(self, finish_reason: FinishReason, timings: RequestTimings) -> ChatResult:
-        parts = self.parts
-        num_prompt, num_new = len(self.prompt.token_ids), len(parts.token_ids)
-        return ChatResult(
-            text=parts.content,
-            reasoning_content=parts.reasoning or None,
-            tool_calls=parts.calls or None,
-            token_ids=parts.token_ids,
-            prompt_token_ids=self.prompt.token_ids,
-            finish_reason=parts.reason(finish_reason),
-            usage=Usage(prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new),
-            timings=timings,
-            logprobs=self.logprobs or None,
-        )
+def _result(ended: Ended) -> ChatResult:
+    parts = ended.parts
+    num_prompt, num_new = len(ended.prompt.token_ids), len(parts.token_ids)
+    return ChatResult(
+        text=parts.content,
+        reasoning_content=parts.reasoning or None,
+        tool_calls=parts.calls or None,
+        token_ids=parts.token_ids,
+        prompt_token_ids=ended.prompt.token_ids,
+        finish_reason=parts.reason(ended.finish_reason),
+        usage=Usage(prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new),
+        timings=ended.timings,
+        logprobs=ended.logprobs or None,
+    )
 
 
 class LLM:
@@ -160,18 +151,26 @@ class LLM:
             decoder=decoder,
             compile=engine_options.compile,
         )
-        buffers = MultimodalDataBuffers.from_options(
-            self.config,
-            buffer_options or BufferOptions(),
-            dtype=language.model.embed_tokens.weight.dtype,
-            device=self.device,
-        )
-        self.transfer = LocalTransfer(worker, Receiver(buffers, self.config), encode_options)
-        self._num_requests = 0
+
+        def make_transfer() -> LocalTransfer:
+            buffers = MultimodalDataBuffers.from_options(
+                self.config,
+                buffer_options or BufferOptions(),
+                dtype=language.model.embed_tokens.weight.dtype,
+                device=self.device,
+            )
+            return LocalTransfer(worker, Receiver(buffers, self.config), encode_options)
+
+        self._requests = LocalRequests(self.engine, make_transfer)
+
+    @property
+    def transfer(self) -> LocalTransfer:
+        """The way of images and clips to the engine."""
+        return self._requests.transfer
 
     def chat(
         self,
-        conversations: Sequence[list[dict[str, Any]]],
+        conversations: Sequence[Conversation],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: Sequence[dict[str, Any]] = (),
@@ -182,7 +181,7 @@ class LLM:
 
         `sampling`: one for all, one for each, or None for the checkpoint's own. `tools`: what the model may call, in
         OpenAI form, in all conversations. `on_text(i, piece)` gets conversation i's text as it comes, `on_reasoning`
-        what is thought before it. Raises InputError for the first conversation that cannot be answered.
+        what is thought before it. Raises the error of the first conversation that cannot be answered.
         """
         results = self.chat_each(conversations, sampling, tools=tools, on_text=on_text, on_reasoning=on_reasoning)
         for result in results:
@@ -192,7 +191,7 @@ class LLM:
 
     def chat_each(
         self,
-        conversations: Sequence[list[dict[str, Any]]],
+        conversations: Sequence[Conversation],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: Sequence[dict[str, Any]] = (),
@@ -200,112 +199,91 @@ class LLM:
         on_reasoning: TextCallback | None = None,
     ) -> list[ChatResult | DisaggError]:
         """Like `chat`, but a conversation that fails leaves its error in its place and the others are answered."""
+        if sampling is not None and not isinstance(sampling, SamplingParams) and len(sampling) != len(conversations):
+            raise InputError(f"{len(conversations)} conversations but {len(sampling)} sampling parameters")
+        return list(self.chat_iter(conversations, sampling, tools=tools, on_text=on_text, on_reasoning=on_reasoning))
+
+    def chat_iter(
+        self,
+        conversations: Iterable[Conversation | DisaggError],
+        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        on_text: TextCallback | None = None,
+        on_reasoning: TextCallback | None = None,
+        ahead: int | None = None,
+    ) -> Iterator[ChatResult | DisaggError]:
+        """Like `chat_each`, one result after another, in order; conversations are taken when they are needed.
+
+        At most `ahead` conversations (default: twice as many as the engine runs at once) are taken whose results were
+        not given back, and no more while those under way hold MAX_AHEAD_BYTES of images and clips. An error in place of
+        a conversation stays in its place. When the iterator is closed, or something is raised on the way, all that is
+        under way is given up.
+        """
         if sampling is None:
             sampling = self.processor.generation.sampling()
-        params = [sampling] * len(conversations) if isinstance(sampling, SamplingParams) else list(sampling)
-        if len(params) != len(conversations):
-            raise InputError(f"{len(conversations)} conversations but {len(params)} sampling parameters")
-        tools = parse_tools(list(tools))
-        results: list[ChatResult | DisaggError | None] = [None] * len(conversations)
-        answers: dict[str, tuple[int, _Answer]] = {}
-        for i, messages in enumerate(conversations):
-            request_id = f"local-{self._num_requests}"
-            self._num_requests += 1
-            try:
-                prompt = self.processor.prepare(messages, tools=tools, allow_paths=True)
-                parts = AnswerParts(
-                    self.processor.tokenizer,
-                    self.engine.eos_ids,
-                    params[i],
-                    prompt.token_ids,
-                    with_tools=bool(tools),
-                )
-                self.engine.add(request_id, prompt.token_ids, prompt.items, params[i])
-            except InputError as error:
-                results[i] = error
-                continue
-            answers[request_id] = (i, _Answer(prompt, parts))
+        ahead = 2 * self.engine.options.max_running if ahead is None else ahead
+        if ahead < 1:
+            raise InputError(f"ahead is {ahead}: must be at least 1", param="ahead")
+        params = repeat(sampling) if isinstance(sampling, SamplingParams) else chain(sampling, repeat(None))
+        pairs = zip(conversations, params, strict=False)
+        return self._answer(pairs, parse_tools(list(tools)), partial(_emit, on_text, on_reasoning), ahead)
+
+    def _answer(
+        self,
+        pairs: Iterator[tuple[Conversation | DisaggError, SamplingParams | None]],
+        tools: list[dict[str, Any]],
+        emit: Callable[[int, Parts], None],
+        ahead: int,
+    ) -> Iterator[ChatResult | DisaggError]:
+        requests = self._requests
+        results: dict[int, ChatResult | DisaggError] = {}
+        begun: dict[int, str] = {}
+        num_taken, is_more = 0, True
         try:
-            while answers:
-                self.engine.scheduler.is_short_of_room = self.transfer.is_short_of_room
-                events = self.engine.step()
-                for event in events:
-                    if event.request_id not in answers:
-                        continue  # the same step brought the token that completed its stop string
-                    i, answer = answers[event.request_id]
-                    result = self._handle(event, answer, partial(_emit, on_text, on_reasoning, i))
-                    if result is not None:
-                        results[i] = result
-                        del answers[event.request_id]
-                        self.transfer.forget(event.request_id)
-                outcomes = self._move_rows()
-                for outcome in outcomes:
-                    if isinstance(outcome, ItemError) and outcome.request_id in answers:
-                        results[answers.pop(outcome.request_id)[0]] = outcome.error
-                if not events and not outcomes and not self.engine.has_work:
-                    raise RuntimeError(f"nothing moves, and {len(answers)} requests are not answered")
+            for number in count():
+                while number not in results:
+                    if is_more and num_taken < number + ahead and requests.media_bytes < MAX_AHEAD_BYTES:
+                        pair = next(pairs, None)
+                        if pair is None:
+                            is_more = False
+                            continue
+                        try:
+                            begun[num_taken] = self._begin(*pair, tools, partial(emit, num_taken), results, num_taken)
+                        except DisaggError as error:
+                            results[num_taken] = error
+                        num_taken += 1
+                    elif is_more or number < num_taken:
+                        requests.step()
+                    else:
+                        return
+                begun.pop(number, None)
+                yield results.pop(number)
         finally:
-            for request_id in answers:
-                self.engine.cancel(request_id)
-                self.transfer.forget(request_id)
-            self._move_rows()
-        return [result for result in results if result is not None]
+            requests.give_up(list(begun.values()))
 
-    def _move_rows(self) -> list[Outcome]:
-        """Bring over what can be brought, and give it to the engine."""
-        moved: list[Outcome] = []
-        while outcomes := self.transfer.run():
-            moved += outcomes
-            for outcome in outcomes:
-                match outcome:
-                    case Delivery():
-                        delivered = outcome.request_id, outcome.item, outcome.rows, outcome.timings()
-                        for event in self.engine.provide_rows(*delivered):
-                            if isinstance(event, RowsUsed):
-                                self.transfer.consumed(event.request_id, event.item, event.attempt, event.rows)
-                    case ItemError():
-                        self.engine.cancel(outcome.request_id)
-                        self.transfer.forget(outcome.request_id)
-                    case _:
-                        self.engine.restart_item(outcome.request_id, outcome.item)
-                        self.transfer.returned(outcome)
-        return moved
+    def _begin(
+        self,
+        conversation: Conversation | DisaggError,
+        params: SamplingParams | None,
+        tools: list[dict[str, Any]],
+        emit: Callable[[Parts], None],
+        results: dict[int, ChatResult | DisaggError],
+        number: int,
+    ) -> str:
+        """Prepare and queue one, whose result will be `results[number]`. DisaggError if it cannot be answered."""
+        if isinstance(conversation, DisaggError):
+            raise conversation
+        if not isinstance(params, SamplingParams):
+            raise InputError(f"no SamplingParams for conversation {number}, but {params!r}", param="sampling")
 
-    def _handle(
-        self, event: EngineEvent, answer: _Answer, emit: Callable[[Parts], None]
-    ) -> ChatResult | DisaggError | None:
-        match event:
-            case NeedItems():
-                prompt = answer.prompt
-                self.transfer.need(event.request_id, prompt.items, event.items, prompt.media, event.first_rows)
-                return None
-            case Preempted():
-                self.transfer.need(event.request_id, answer.prompt.items, [], answer.prompt.media)
-                return None
-            case RowsUsed():
-                self.transfer.consumed(event.request_id, event.item, event.attempt, event.rows)
-                return None
-            case Tokens():
-                return self._tokens(event, answer, emit)
-            case RequestFailed():
-                return InputError(event.message, status=event.status, code=event.code)
-            case Finished():
-                emit(answer.parts.finish())
-                return answer.result(event.finish_reason, event.timings)
+        def done(ended: Ended | DisaggError) -> None:
+            results[number] = ended if isinstance(ended, DisaggError) else _result(ended)
 
-    def _tokens(self, event: Tokens, answer: _Answer, emit: Callable[[Parts], None]) -> ChatResult | None:
-        """Take tokens in; the result when one of them completes a stop string."""
-        if event.timings is not None:
-            answer.first_timings, answer.first_token_at = event.timings, time.monotonic()
-        for number, token_id in enumerate(event.token_ids):
-            emit(answer.parts.push(token_id))
-            if event.logprobs:
-                answer.logprobs.append(event.logprobs[number])
-            if answer.parts.is_stopped:
-                self.engine.cancel(event.request_id)
-                decode_ms = (time.monotonic() - answer.first_token_at) * 1e3
-                return answer.result("stop", msgspec.structs.replace(answer.first_timings, decode=decode_ms))
-        return None
+        prompt = self.processor.prepare(conversation, tools=tools, allow_paths=True)
+        eos_ids, is_given = self.engine.eos_ids, bool(tools)
+        parts = AnswerParts(self.processor.tokenizer, eos_ids, params, prompt.token_ids, with_tools=is_given)
+        return self._requests.begin(prompt, parts, params, emit=emit, done=done)
 
 
 def tokens_per_second(results: Sequence[ChatResult], started: float) -> float:
