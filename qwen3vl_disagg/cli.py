@@ -154,6 +154,7 @@ def generate(options: GenerateOptions) -> int:
         quantize=options.quantize,
         progress=sys.stderr.isatty(),
         video_outer_wrapper=options.video_outer_wrapper,
+        image_resize=options.image_resize,
         decoder=decoder,
         encode_options=options,
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
@@ -140,7 +141,7 @@ class Prompts:
         return [*self.tokenizer.encode(text, add_special_tokens=False).ids, self.end_id]
 
     def pictures(self, images: Sequence[Image.Image]) -> Pictures:
-        parts = [self.processor.patches(image) for image in images]
+        parts = [self.processor.patches(np.asarray(image)) for image in images]
         return Pictures(torch.cat([pixels for pixels, _ in parts]), [grid for _, grid in parts])
 
     def pack(

@@ -12,6 +12,7 @@ import tyro
 from qwen3vl_disagg.core.errors import InputError
 
 Quantize = Literal["none", "int8", "float8"]
+ImageResize = Literal["torch", "pillow"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -28,6 +29,8 @@ class CheckpointOptions:
     """`auto`: CUDA if there are at least as many GPUs as local ranks, else CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """`auto`: on for CUDA, off on CPU."""
+    image_resize: ImageResize = "torch"
+    """How images and clips are resized. `torch`: as the reference does with torchvision; `pillow`: as without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +94,11 @@ def resolve_compile(name: str, device: torch.device) -> bool:
 
 
 def check_supported(options: ModelOptions) -> None:
-    """Refuse the options that this version knows by name only."""
+    """InputError for a value that is none of an option's, which only the command line looks at, or is not installed."""
     check_quantize(options.quantize)
+    if options.image_resize not in get_args(ImageResize):
+        names = ", ".join(get_args(ImageResize))
+        raise InputError(f"--image-resize {options.image_resize}: must be one of {names}", param="image_resize")
 
 
 def check_quantize(kind: str) -> None:

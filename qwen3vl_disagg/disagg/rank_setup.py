@@ -45,7 +45,7 @@ class RankSetup:
         local = {"local_rank": context.local_rank, "num_local_ranks": context.num_local_ranks}
         device = resolve_device(context.model.device, **local)
         name = config.dtype if context.model.dtype == "auto" else context.model.dtype
-        processor = ImageProcessor.from_folder(folder, config.vision)
+        processor = ImageProcessor.from_folder(folder, config.vision, resize=context.model.image_resize)
         fields = link_fingerprint(
             config,
             fingerprint(folder),
@@ -65,7 +65,7 @@ class RankSetup:
             model,
             self.processor,
             self.config,
-            video=VideoProcessor.from_folder(self.folder, self.config.vision),
+            video=VideoProcessor.from_folder(self.folder, self.config.vision, resize=self.processor.resize),
             decoder=decoder,
             compile=is_compiled,
         )

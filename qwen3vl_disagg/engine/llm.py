@@ -96,7 +96,7 @@ class LLM:
 
     Args:
         model: checkpoint folder; None for the small one inside the package.
-        dtype, device, compile, quantize: as on the command line.
+        dtype, device, compile, quantize, image_resize: as on the command line.
         engine_options: sizes of the engine and whether it compiles, in place of `compile`.
         progress: show progress bars on stderr while loading.
         video_outer_wrapper: see `Processor.from_folder`.
@@ -113,13 +113,21 @@ class LLM:
         quantize: str = "none",
         progress: bool = False,
         video_outer_wrapper: bool = False,
+        image_resize: str = "torch",
         decoder: MediaDecoder | None = None,
         engine_options: EngineOptions | None = None,
         buffer_options: BufferOptions | None = None,
         encode_options: EncodeOptions | None = None,
     ) -> None:
         name = None if model is None else str(model)
-        options = ModelOptions(model=name, dtype=dtype, device=device, compile=compile, quantize=quantize)  # type: ignore[arg-type]
+        options = ModelOptions(
+            model=name,
+            dtype=dtype,  # type: ignore[arg-type]
+            device=device,  # type: ignore[arg-type]
+            compile=compile,  # type: ignore[arg-type]
+            quantize=quantize,  # type: ignore[arg-type]
+            image_resize=image_resize,  # type: ignore[arg-type]
+        )
         check_supported(options)
         encode_options = encode_options or EncodeOptions()
         encode_options.check()
@@ -133,7 +141,13 @@ class LLM:
             decoder.warm_up()
 
         def make_processor(config: ModelConfig) -> Processor:
-            return Processor.from_folder(self.folder, config, decoder=decoder, video_outer_wrapper=video_outer_wrapper)
+            return Processor.from_folder(
+                self.folder,
+                config,
+                decoder=decoder,
+                video_outer_wrapper=video_outer_wrapper,
+                image_resize=options.image_resize,
+            )
 
         self.config, self.processor = check_folder(self.folder, make_processor)
         vision = load_vision_model(self.folder, dtype=torch_dtype, device=self.device, progress=progress)

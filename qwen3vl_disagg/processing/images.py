@@ -10,19 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from qwen3vl_disagg.core.errors import CheckpointError
+from qwen3vl_disagg.core.settings import ImageResize
 from qwen3vl_disagg.media.images import MAX_ASPECT, MAX_BYTES, ImageInfo, check_aspect, decode_rgb, probe_image
 from qwen3vl_disagg.model.config import VisionConfig
-from qwen3vl_disagg.processing.pixel_settings import PixelSettings, fused_levels, read_section
+from qwen3vl_disagg.processing.pixel_settings import PixelSettings, read_section
 from qwen3vl_disagg.processing.positions import Grid
+from qwen3vl_disagg.processing.resize import PixelTransform
 
 __all__ = ["MAX_ASPECT", "MAX_BYTES", "ImageInfo", "ImageProcessor", "cut_patches", "decode_rgb", "smart_resize"]
 
@@ -59,14 +57,7 @@ def fit_size(
 
 
 class ImageProcessor:
-    """One checkpoint's way from bytes to patches.
-
-    `backend` picks the arithmetic of resizing and normalising. "pil" equals the reference's PIL processor bit for bit:
-    Pillow's bicubic, levels times 1/255 in float64, then (x - mean) / std in float32. "torch" does what the reference's
-    torchvision processor does on a CPU: antialiased bicubic on uint8, then (x - 255 mean) / (255 std) in float32. They
-    differ by up to 2 grey levels where an image is resized, and in the last bit where it is not. "pil" is the default
-    because it is the one whose reference runs without torchvision, so that a test can hold the two equal.
-    """
+    """One checkpoint's way from bytes to patches. `resize` picks the arithmetic, see `PixelTransform`."""
 
     def __init__(
         self,
@@ -76,22 +67,17 @@ class ImageProcessor:
         max_pixels: int,
         mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         std: tuple[float, ...] = (0.5, 0.5, 0.5),
-        backend: Literal["pil", "torch"] = "pil",
+        resize: ImageResize = "torch",
     ) -> None:
         factor = config.patch_size * config.spatial_merge_size
         if not factor * factor <= max_pixels or not 0 < min_pixels <= max_pixels:
             raise ValueError(f"pixel bounds {min_pixels}..{max_pixels} leave no room for {factor} x {factor}")
-        self.config, self.factor, self.backend = config, factor, backend
+        self.config, self.factor, self.resize = config, factor, resize
         self.min_pixels, self.max_pixels, self.mean, self.std = min_pixels, max_pixels, mean, std
-        # A pixel has one of 256 levels, so normalising is a look-up: the formula runs once per level and channel.
-        if backend == "pil":
-            levels_256 = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float()
-            self._table_C256 = (levels_256 - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]
-        else:
-            self._table_C256 = fused_levels(mean, std)
+        self._transform = PixelTransform(mean, std, resize)
 
     @classmethod
-    def from_folder(cls, folder: Path, config: VisionConfig) -> ImageProcessor:
+    def from_folder(cls, folder: Path, config: VisionConfig, *, resize: ImageResize = "torch") -> ImageProcessor:
         """Read preprocessor_config.json, or the `image_processor` part of processor_config.json."""
         raw = read_section(folder, IMAGE_FILE, "image_processor")
         if raw is None:
@@ -99,11 +85,11 @@ class ImageProcessor:
         pixels, problems = PixelSettings.read(raw, config)
         if pixels is None:
             raise CheckpointError(folder, [f"{IMAGE_FILE}: {problem}" for problem in problems])
-        return cls(config, **vars(pixels))
+        return cls(config, **vars(pixels), resize=resize)
 
     def settings(self) -> dict[str, str]:
-        """What two ranks must agree on to see the same pixels."""
-        names = ("min_pixels", "max_pixels", "mean", "std", "backend")
+        """What two ranks must agree on to see the same pixels, in images and in clips."""
+        names = ("min_pixels", "max_pixels", "mean", "std", "resize")
         return {f"image_{name}": str(getattr(self, name)) for name in names}
 
     def probe(self, data: bytes) -> ImageInfo:
@@ -123,21 +109,12 @@ class ImageProcessor:
 
         `decode` gives `[H, W, 3]` uint8, for example `MediaDecoder.image`; without it, decoded in this process.
         """
-        return self.patches(decode_rgb(data) if decode is None else Image.fromarray(decode(data)))
+        return self.patches(np.asarray(decode_rgb(data)) if decode is None else decode(data))
 
-    def patches(self, image: Image.Image) -> tuple[Tensor, Grid]:
-        """An RGB image -> patches `[P, patch_dim]` float32 and the grid."""
-        height, width = self._target(image.height, image.width)
-        if self.backend == "pil":
-            if (width, height) != image.size:
-                image = image.resize((width, height), Image.Resampling.BICUBIC)
-            levels_CHW = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
-        else:
-            levels_CHW = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
-            if (width, height) != image.size:
-                levels_CHW = F.interpolate(levels_CHW[None], (height, width), mode="bicubic", antialias=True)[0]
-        channels = torch.arange(3)[:, None, None]
-        return self._patchify(self._table_C256[channels, levels_CHW.long()])
+    def patches(self, levels_HWC: np.ndarray) -> tuple[Tensor, Grid]:
+        """`[H, W, 3]` uint8 -> patches `[P, patch_dim]` float32 and the grid."""
+        target = self._target(*levels_HWC.shape[:2])
+        return self._patchify(self._transform(levels_HWC, *target))
 
     def _patchify(self, pixels_CHW: Tensor) -> tuple[Tensor, Grid]:
         """Columns go (channel, frame, row, column); a still image is its own second frame."""

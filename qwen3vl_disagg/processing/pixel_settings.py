@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.core.json_text import parse_json
@@ -66,12 +63,6 @@ class PixelSettings:
         if problems:
             return None, problems
         return cls(bounds["min_pixels"], bounds["max_pixels"], **vectors), []
-
-
-def fused_levels(mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """`[C, 256]` float32: each level normalised, with rescaling in the same step, as torchvision's processors do."""
-    mean_C1, std_C1 = torch.tensor(mean)[:, None], torch.tensor(std)[:, None]
-    return (torch.arange(256.0) - mean_C1 * 255.0) / (std_C1 * 255.0)
 
 
 def read_section(folder: Path, name: str, key: str) -> Mapping[str, Any] | None:

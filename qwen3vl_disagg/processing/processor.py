@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen3vl_disagg.core.errors import CheckpointError, InputError, attempt
 from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.core.settings import ImageResize
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import ImageInfo
 from qwen3vl_disagg.media.stop import Stop
@@ -140,17 +141,18 @@ class Processor:
         *,
         decoder: MediaDecoder | None = None,
         video_outer_wrapper: bool = False,
+        image_resize: ImageResize = "torch",
     ) -> Processor:
         """Read tokenizer, template, image and video settings and sampling defaults. CheckpointError says what is wrong.
 
         `decoder`: for clips, whose headers only a decoder understands. `video_outer_wrapper`: whether a clip keeps
         the pair of start and end that templates write around it, besides those of its frames. The models were made
-        without it; transformers 5 has it.
+        without it; transformers 5 has it. `image_resize`: as on the command line; it changes pixels, not prompts.
         """
         problems: list[str] = []
         tokenizer = attempt(problems, lambda: _read_tokenizer(folder, config))
-        image = attempt(problems, lambda: ImageProcessor.from_folder(folder, config.vision))
-        video = attempt(problems, lambda: VideoProcessor.from_folder(folder, config.vision))
+        image = attempt(problems, lambda: ImageProcessor.from_folder(folder, config.vision, resize=image_resize))
+        video = attempt(problems, lambda: VideoProcessor.from_folder(folder, config.vision, resize=image_resize))
         # Without a tokenizer, what else is wrong is told with these in place of its own.
         names = STRUCTURAL if tokenizer is None else list(tokenizer.special_ids)
         end = 0 if tokenizer is None else tokenizer.token_id(IM_END)

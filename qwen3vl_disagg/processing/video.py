@@ -16,16 +16,17 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.core.settings import ImageResize
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.model.config import VisionConfig
 from qwen3vl_disagg.processing.images import MAX_ASPECT, cut_patches, fit_size
-from qwen3vl_disagg.processing.pixel_settings import PixelSettings, fused_levels, read_section
+from qwen3vl_disagg.processing.pixel_settings import PixelSettings, read_section
 from qwen3vl_disagg.processing.positions import Grid
+from qwen3vl_disagg.processing.resize import PixelTransform
 
 VIDEO_FILE = "video_preprocessor_config.json"
 UNKNOWN_FPS = 24.0
@@ -63,11 +64,7 @@ def timestamps(frames: Sequence[int], fps: float, temporal: int) -> list[float]:
 
 
 class VideoProcessor:
-    """One checkpoint's way from clips to patches.
-
-    Resized by antialiased bicubic on uint8, levels normalised in float32: what the reference does on a CPU. (It has no
-    other backend for video, so there is no choice as there is for images.)
-    """
+    """One checkpoint's way from clips to patches. `resize` picks the arithmetic, see `PixelTransform`."""
 
     def __init__(
         self,
@@ -78,16 +75,17 @@ class VideoProcessor:
         min_frames: int = 4,
         max_frames: int = 768,
         max_tokens_per_frame: int | None = None,
+        resize: ImageResize = "torch",
     ) -> None:
         """`max_tokens_per_frame`: where given, no frame gets more visual tokens than that, however short the clip."""
         self.config, self._pixels = config, pixels
         self.fps, self.min_frames, self.max_frames = fps, min_frames, max_frames
         self._max_tokens_per_frame = max_tokens_per_frame
         self._factor = config.patch_size * config.spatial_merge_size
-        self._table_C256 = fused_levels(pixels.mean, pixels.std)
+        self.resize, self._transform = resize, PixelTransform(pixels.mean, pixels.std, resize)
 
     @classmethod
-    def from_folder(cls, folder: Path, config: VisionConfig) -> VideoProcessor | None:
+    def from_folder(cls, folder: Path, config: VisionConfig, *, resize: ImageResize = "torch") -> VideoProcessor | None:
         """Read video_preprocessor_config.json, or the `video_processor` part of processor_config.json; None if there
         is neither: such a checkpoint takes no videos."""
         raw = read_section(folder, VIDEO_FILE, "video_processor")
@@ -113,6 +111,7 @@ class VideoProcessor:
             min_frames=int(numbers["min_frames"]),
             max_frames=int(numbers["max_frames"]),
             max_tokens_per_frame=int(numbers["max_video_tokens"]) if raw.get("cap_pixels_per_frame") else None,
+            resize=resize,
         )
 
     def sample(
@@ -184,11 +183,7 @@ class VideoProcessor:
                 out = torch.empty(shape)
             if frame.shape[:2] != size or count == num_frames:
                 raise InputError("the clip's frames are not all of one size, or more than its header says")
-            levels_CHW = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).contiguous()
-            target = (grid[1] * patch, grid[2] * patch)
-            if target != size:
-                levels_CHW = F.interpolate(levels_CHW[None], target, mode="bicubic", antialias=True)[0]
-            pixels_CHW = self._table_C256[torch.arange(3)[:, None, None], levels_CHW.long()]
+            pixels_CHW = self._transform(frame, grid[1] * patch, grid[2] * patch)
             out[count // temporal, ..., count % temporal, :, :] = cut_patches(pixels_CHW, patch, merge)
             count += 1
         if count != num_frames:

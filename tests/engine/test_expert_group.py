@@ -34,6 +34,7 @@ def facts_of(options: ModelOptions, limits: PaceLimits = LIMITS) -> dict[str, st
         ("dtype", ModelOptions(dtype="bfloat16"), LIMITS),
         ("compile", ModelOptions(compile="on"), LIMITS),
         ("quantize", ModelOptions(quantize="int8"), LIMITS),
+        ("image_resize", ModelOptions(image_resize="pillow"), LIMITS),
         ("chunk_tokens", ModelOptions(), PaceLimits(32, 4096)),
         ("max_prefill_tokens", ModelOptions(), PaceLimits(64, 128)),
     ],

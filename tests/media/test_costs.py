@@ -14,6 +14,7 @@ from PIL import Image
 
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import decode_rgb
+from qwen3vl_disagg.processing.resize import PixelTransform
 from tests.support.media_bytes import clip
 
 pytestmark = pytest.mark.acceptance
@@ -52,6 +53,17 @@ def test_a_child_costs_little():
     print(f"\n1 megapixel JPEG: child {child_ms:.1f} ms, in process {here_ms:.1f} ms; with the start {first_ms:.0f} ms")
     print(*memory)
     assert child_ms < here_ms + 15
+
+
+@pytest.mark.parametrize("size", [(1000, 1000), (4000, 3000)])
+def test_resizing_costs_less_than_pillows(size):
+    levels_HWC, ms = np.asarray(smooth(*size)), {}
+    for how in ("torch", "pillow"):
+        transform = PixelTransform((0.5,) * 3, (0.5,) * 3, how)
+        for target in ((992, 992), (3008, 4000)):
+            ms[how, target] = median_ms(lambda transform=transform, target=target: transform(levels_HWC, *target), 7)
+    print(f"\n{size} resized and normalised, ms:", {key: round(value, 1) for key, value in ms.items()})
+    assert all(ms["torch", target] < ms["pillow", target] for target in ((992, 992), (3008, 4000)))
 
 
 @pytest.mark.parametrize(("form", "is_flat"), [("PNG", True), ("JPEG", False), ("WEBP", False)])

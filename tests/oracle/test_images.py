@@ -7,10 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen3vl_disagg.processing import Processor
-from tests.support.oracle import CONFIGS, Prompt, relative_error, run_oracle, run_ours
+from tests.support.oracle import CONFIGS, Prompt, image_processor, relative_error, run_oracle, run_ours
 from tools.make_checkpoint import write_small_tokenizer
 
 SIZES = {"upscaled": [(20, 25)], "shrunk": [(400, 300)], "two, one stretched": [(130, 70), (33, 290)]}
@@ -31,8 +30,9 @@ def folder(pool):
     return folder
 
 
+@pytest.mark.parametrize("resize", ["torch", "pillow"])
 @pytest.mark.parametrize("case", SIZES)
-def test_messages_to_logits(pool, folder, tmp_path, case):
+def test_messages_to_logits(pool, folder, tmp_path, case, resize):
     config = CONFIGS["mixed"]
     images = [png(*size, seed) for seed, size in enumerate(SIZES[case])]
     parts, urls = [], []
@@ -45,13 +45,13 @@ def test_messages_to_logits(pool, folder, tmp_path, case):
         ]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": " What is it?"}]}]
 
-    processor = Processor.from_folder(folder, config)
+    processor = Processor.from_folder(folder, config, image_resize=resize)
     prepared = processor.prepare(messages, allow_paths=True)
     pixels, grids = zip(*[processor.image.pixels(data) for data in prepared.media], strict=True)
     ours = Prompt(torch.tensor(prepared.token_ids), tuple(prepared.items), torch.cat(pixels))
 
     opened = [Image.open(io.BytesIO(data)) for data in images]
-    inputs = Qwen2VLImageProcessorPil.from_pretrained(folder)(opened, return_tensors="pt")
+    inputs = image_processor(folder, resize)(opened, return_tensors="pt")
     assert [list(grid) for grid in grids] == inputs["image_grid_thw"].tolist() == [list(g) for g in ours.grids]
     assert torch.equal(ours.pixels, inputs["pixel_values"])
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
 
@@ -16,9 +17,10 @@ from qwen3vl_disagg import LLM
 from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, write_random_checkpoint
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.processing.pixel_settings import read_section
+from tests.processing.test_resize import GOLDEN as IMAGES
 from tests.processing.test_video import GOLDEN
 from tests.support.clips import encode_clip, noise_frames, png_frames, published_video_processor
-from tests.support.oracle import load_oracle
+from tests.support.oracle import image_processor, load_oracle
 from tools.make_checkpoint import write_small_tokenizer
 
 pytestmark = pytest.mark.skipif(
@@ -35,6 +37,16 @@ def video_processor():
     return Qwen3VLVideoProcessor(size=size, image_mean=half, image_std=half, cap_pixels_per_frame=False)
 
 
+@pytest.mark.parametrize("size", IMAGES)
+def test_images_are_the_references_bit_for_bit(tmp_path, size):
+    write_random_checkpoint(tmp_path, RANDOM_PRESETS["tiny-random"], seed=4)
+    processor = image_processor(tmp_path, "torch")
+    processor.size = SizeDict(shortest_edge=65536, longest_edge=16777216)
+    [levels_HWC] = noise_frames(1, *size)
+    patches = processor(images=[Image.fromarray(levels_HWC)], return_tensors="pt")["pixel_values"]
+    assert hashlib.sha256(patches.numpy().tobytes()).hexdigest() == IMAGES[size]
+
+
 @pytest.mark.parametrize("size", [*GOLDEN, (7, 64, 96), (40, 48, 64)])
 def test_patches_are_the_references_bit_for_bit(video_processor, size):
     frames = noise_frames(*size)
@@ -48,7 +60,6 @@ def test_patches_are_the_references_bit_for_bit(video_processor, size):
 def test_a_real_clip_and_an_image_are_the_references(video_processor, tmp_path):
     """The file is decoded here and the frames given to the reference, with what the file says of its rate."""
     from transformers import AutoTokenizer
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
     config = write_random_checkpoint(tmp_path, RANDOM_PRESETS["tiny-random"], seed=4)
@@ -65,9 +76,10 @@ def test_a_real_clip_and_an_image_are_the_references(video_processor, tmp_path):
 
     pixels = read_section(tmp_path, "video_preprocessor_config.json", "video_processor")
     video_processor.size = SizeDict(**pixels["size"])
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    processor = Qwen3VLProcessor(image_processor, tokenizer, video_processor, chat_template=tokenizer.chat_template)
+    processor = Qwen3VLProcessor(
+        image_processor(tmp_path, "torch"), tokenizer, video_processor, chat_template=tokenizer.chat_template
+    )
     frames = list(llm.processor.decoder.video_frames(clip, range(30)))
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     expected = processor(

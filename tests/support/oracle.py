@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -159,6 +160,18 @@ class Outputs:
 
 def load_oracle(folder: Path, dtype: torch.dtype = torch.float32, *, attention: str = "eager") -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+
+
+def image_processor(folder: Path, resize: str) -> Any:
+    """The reference's: with torchvision where that is installed, else the test is skipped; or with Pillow."""
+    if resize == "pillow":
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        return Qwen2VLImageProcessorPil.from_pretrained(folder)
+    pytest.importorskip("torchvision", reason="it pins torch")
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+    return Qwen2VLImageProcessor.from_pretrained(folder)
 
 
 @torch.no_grad()
