@@ -1,4 +1,4 @@
-"""JSON that others wrote."""
+"""JSON that others wrote, and JSON that is read line by line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,24 @@ import json
 from collections import Counter
 from typing import Any
 
+import msgspec
+
 _MAX_SHOWN = 100
+
+
+_LINE_BREAKS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029"]
+
+
+def json_line(value: object) -> bytes:
+    """The value in JSON, without what any reader takes for the end of a line.
+
+    JSON lets U+0085, U+2028 and U+2029 stand in a string as they are, and `str.splitlines`, `httpx.iter_lines`,
+    `requests.iter_lines` and Node's readline break lines there; the others of that kind it escapes by itself.
+    """
+    line = msgspec.json.encode(value)
+    for raw, escaped in _LINE_BREAKS:
+        line = line.replace(raw, escaped)
+    return line
 
 
 def shown(value: object) -> str:

@@ -1,7 +1,7 @@
 """From messages and media to token ids, grids, patches and positions."""
 
 from qwen3vl_disagg.processing.answer_parts import AnswerParts, AnswerReason, AnswerSplitter, Parts, ToolCall
-from qwen3vl_disagg.processing.answer_text import AnswerText, StopMatcher
+from qwen3vl_disagg.processing.answer_stops import StopMatcher
 from qwen3vl_disagg.processing.generation import GenerationDefaults
 from qwen3vl_disagg.processing.images import ImageInfo, ImageProcessor, smart_resize
 from qwen3vl_disagg.processing.positions import Grid, item_positions, mrope_positions
@@ -15,7 +15,6 @@ __all__ = [
     "AnswerParts",
     "AnswerReason",
     "AnswerSplitter",
-    "AnswerText",
     "ChatTemplate",
     "GenerationDefaults",
     "Grid",

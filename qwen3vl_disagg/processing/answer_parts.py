@@ -3,7 +3,8 @@
     <think>\\nREASONING\\n</think>\\n\\nCONTENT\\n<tool_call>\\n{"name": .., "arguments": {..}}\\n</tool_call>
 
 Reasoning begins where the prompt left `<think>` open, or where the answer begins with it, behind at most MAX_SPACE
-characters of white space; a later `<think>` is text.
+characters of white space; a later `<think>` is text. Stop strings end the content and are looked for nowhere else:
+what is only thought, or stands within a call, ends nothing.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Literal
 import msgspec
 
 from qwen3vl_disagg.core.requests import FinishReason, SamplingParams
-from qwen3vl_disagg.processing.answer_calls import CALL, END_CALL, CallReader, FunctionCall, read_call
-from qwen3vl_disagg.processing.answer_text import AnswerText
+from qwen3vl_disagg.processing.answer_calls import CALL, CallReader, FunctionCall, read_calls
+from qwen3vl_disagg.processing.answer_stops import StopMatcher
 from qwen3vl_disagg.processing.tokenizer import Tokenizer
 
 AnswerReason = Literal["stop", "length", "tool_calls"]
@@ -83,28 +84,35 @@ class _State(Enum):
     REASONING = auto()
     CONTENT = auto()
     CALL = auto()
+    STOPPED = auto()
 
 
 class AnswerSplitter:
     """Splits a text that comes in pieces; where the borders of the pieces are makes no difference.
 
-    `in_reasoning`: the prompt left `<think>` open. `with_tools`: calls are looked for. A call is `<tool_call>`, an
-    object that `read_call` knows, and `</tool_call>`; a `<tool_call>` that begins none is text, and the search goes on
-    right behind it. Line breaks around reasoning, and before a call or after the last one, are dropped, as a template
-    puts them there. An answer with none of all this comes out as it is. Each push takes time for its own length, save
-    that what was held for a call is read again where it is none.
+    `in_reasoning`: the prompt left `<think>` open. `with_tools`: calls are looked for. A call is `<tool_call>`, what
+    `read_calls` knows, and `</tool_call>`, another call, or the end of the answer; a `<tool_call>` that begins none is
+    text, and the search goes on right behind it. Line breaks around reasoning, and before a call or after the last one,
+    are dropped, as a template puts them there. `stops`: strings that end the content, as it is given out; one that is
+    complete within a piece with `may_stop` false is text. An answer with none of all this comes out as it is. Each push
+    takes time for its own length, save that what was held for a call is read again where it is none.
     """
 
-    def __init__(self, *, in_reasoning: bool = False, with_tools: bool = False) -> None:
+    def __init__(self, *, in_reasoning: bool = False, with_tools: bool = False, stops: Sequence[str] = ()) -> None:
         self._in_reasoning, self._with_tools = in_reasoning, with_tools
         self._state = _State.BEGINNING
         self._text, self._at = "", 0
         self._thoughts = _Lines(strips_start=True)
         self._content = _Lines(strips_start=False)
-        self._call = CallReader()
+        self._stops, self._may_stop = StopMatcher(stops), True
+        self._call, self._tag = CallReader(), ""
+        """Of the call that is being read, with what it was opened."""
         self._held: list[str] = []
         """Of the call that is being read: what came in earlier pieces."""
-        self._is_after_call = False
+        self._found: list[FunctionCall] = []
+        """In the call that is being read, once its object is whole."""
+        self._is_after_call, self._breaks = False, ""
+        """Behind a call nothing was said but these line breaks."""
         self._thought: list[str] = []
         self._said: list[str] = []
         self._called: list[FunctionCall] = []
@@ -114,9 +122,14 @@ class AnswerSplitter:
     def is_reasoning(self) -> bool:
         return self._state is _State.REASONING or (self._in_reasoning and self._state is _State.BEGINNING)
 
-    def push(self, piece: str) -> Parts:
+    @property
+    def is_stopped(self) -> bool:
+        """A stop string is complete: nothing comes any more."""
+        return self._state is _State.STOPPED
+
+    def push(self, piece: str, *, may_stop: bool = True) -> Parts:
         """What became certain."""
-        self._text, self._at = self._text[self._at :] + piece, 0
+        self._text, self._at, self._may_stop = self._text[self._at :] + piece, 0, may_stop
         self._read()
         return self._take()
 
@@ -126,15 +139,19 @@ class AnswerSplitter:
             self._begin()
             self._read()
         while self._state is _State.CALL:
-            self._drop_call()
+            if self._found:
+                self._end_call(len(self._text))
+            else:
+                self._drop_call()
             self._read()
         rest, self._text, self._at = self._text[self._at :], "", 0
         if self._state is _State.REASONING:
             self._think(rest)
             self._thoughts.drop()
-        else:
+        elif self._state is _State.CONTENT:
             self._say(rest)
-            self._said.append("" if self._is_after_call else self._content.take())
+            self._match(self._content.take())
+            self._give_out(self._stops.finish())
         return self._take()
 
     def _take(self) -> Parts:
@@ -160,15 +177,18 @@ class AnswerSplitter:
             case _State.CONTENT if self._with_tools:
                 before, is_there = self._cut(CALL)
                 self._say(before)
-                if is_there:
-                    self._state, self._call, self._held = _State.CALL, CallReader(), []
+                if is_there and not self.is_stopped:
+                    self._open_call(CALL)
                 return is_there
             case _State.CONTENT:
-                self._say(self._text[self._at :])
-                self._at = len(self._text)
+                before, self._at = self._text[self._at :], len(self._text)
+                self._say(before)
                 return False
             case _State.CALL:
                 return self._read_call()
+            case _State.STOPPED:
+                self._at = len(self._text)
+                return False
 
     def _look_for_beginning(self) -> bool:
         text = self._text.lstrip()
@@ -202,40 +222,63 @@ class AnswerSplitter:
 
     def _say(self, text: str) -> None:
         said = self._content.push(text)
-        if said:
-            self._is_after_call = False
-        self._said.append(said if self._with_tools else said + self._content.take())
+        self._match(said if self._with_tools else said + self._content.take())
+
+    def _match(self, said: str) -> None:
+        self._give_out(self._stops.push(said, may_stop=self._may_stop))
+        if self._stops.is_complete:
+            self._state = _State.STOPPED
+
+    def _give_out(self, said: str) -> None:
+        if self._is_after_call:
+            said = self._breaks + said
+            self._is_after_call = not said.strip("\n")
+            if self._is_after_call:
+                self._breaks = said
+                return
+        self._said.append(said)
+
+    def _open_call(self, tag: str) -> None:
+        self._state, self._tag = _State.CALL, tag
+        self._call, self._held, self._found = CallReader(), [], []
 
     def _read_call(self) -> bool:
         for at in range(self._at, len(self._text)):
+            had_value = self._call.has_value
             if not self._call.take(self._text[at]):
                 self._drop_call()
                 return True
-            if self._call.is_complete:
+            if self._call.has_value and not had_value:
+                self._found = read_calls("".join([*self._held, self._text[self._at : at + 1]]))
+                if not self._found:
+                    self._drop_call()
+                    return True
+            if self._call.end:
                 self._end_call(at + 1)
                 return True
         self._held.append(self._text[self._at :])
         self._at = len(self._text)
         return False
 
-    def _end_call(self, end: int) -> None:
-        """`</tool_call>` ends there."""
-        text = "".join([*self._held, self._text[self._at : end]])
-        call = read_call(text.removesuffix(END_CALL))
-        if call is None:
-            self._drop_call()
-            return
-        self._called.append(call)
-        self._state, self._at = _State.CONTENT, end
+    def _end_call(self, at: int) -> None:
+        """It ends there, with what opens the next one if that is what ended it."""
+        self._state, self._at = _State.CONTENT, at
+        self._give_out(self._stops.finish())
+        self._called += self._found
         self._content.drop()
-        self._is_after_call = True
+        self._is_after_call, self._breaks = True, ""
+        if self._call.end == CALL:
+            self._open_call(CALL)
+        elif self._call.end == "{":
+            self._at -= 1
+            self._open_call("")
 
     def _drop_call(self) -> None:
         """It is none: its tag is text, and what follows is read again."""
         if self._held:
             self._text, self._at = "".join([*self._held, self._text[self._at :]]), 0
         self._state = _State.CONTENT
-        self._say(CALL)
+        self._say(self._tag)
 
 
 def opens_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
@@ -247,10 +290,7 @@ def opens_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
 
 
 class AnswerParts:
-    """Tokens -> parts, piece by piece; end tokens are no text, and after a stop string nothing counts.
-
-    Stop strings are looked for in the text as the model writes it, tags and reasoning included.
-    """
+    """Tokens -> parts, piece by piece; end tokens are no text, and after a stop string nothing counts."""
 
     def __init__(
         self,
@@ -261,13 +301,14 @@ class AnswerParts:
         *,
         with_tools: bool = False,
     ) -> None:
-        self._text, self._eos_ids = AnswerText(tokenizer, eos_ids, sampling), eos_ids
-        in_reasoning = opens_reasoning(tokenizer, prompt_ids)
-        self._splitter = AnswerSplitter(in_reasoning=in_reasoning, with_tools=with_tools)
-        self._written = AnswerSplitter(in_reasoning=in_reasoning)
-        """Reads along without holding text back for stop strings, so the tag is seen with the token that ends it."""
+        self._stream, self._eos_ids, self._min_tokens = tokenizer.stream(), eos_ids, sampling.min_tokens
+        self._splitter = AnswerSplitter(
+            in_reasoning=opens_reasoning(tokenizer, prompt_ids), with_tools=with_tools, stops=sampling.stop
+        )
         self._reasoning: list[str] = []
         self._content: list[str] = []
+        self.token_ids: list[int] = []
+        """All tokens, the end token and the one that completed a stop string included."""
         self.calls: list[ToolCall] = []
         self.reasoning_tokens = 0
         """Those before the one that completes the tag, or the end token."""
@@ -275,12 +316,7 @@ class AnswerParts:
     @property
     def is_stopped(self) -> bool:
         """A stop string is complete: the answer ends here, with reason `stop`."""
-        return self._text.is_stopped
-
-    @property
-    def token_ids(self) -> list[int]:
-        """All tokens, the end token and the one that completed a stop string included."""
-        return self._text.token_ids
+        return self._splitter.is_stopped
 
     @property
     def reasoning(self) -> str:
@@ -300,19 +336,22 @@ class AnswerParts:
         """Take a token; returns what became certain with it, often nothing."""
         if self.is_stopped:
             return Parts()
-        new = self._splitter.push(self._text.push(token_id))
-        self._written.push(self._text.written)
-        if self._written.is_reasoning and token_id not in self._eos_ids:
+        self.token_ids.append(token_id)
+        if token_id in self._eos_ids:
+            return Parts()
+        new = self._split(self._stream.push(token_id))
+        if self._splitter.is_reasoning:
             self.reasoning_tokens = len(self.token_ids)
-        if self.is_stopped:
-            new += self._splitter.finish()
         return self._keep(new)
 
     def finish(self) -> Parts:
-        """The rest of the answer."""
-        new = self._splitter.push(self._text.finish())
+        """The rest of the answer: an unfinished character, and what was held back."""
+        new = self._split(self._stream.finish())
         new += self._splitter.finish()
         return self._keep(new)
+
+    def _split(self, piece: str) -> Parts:
+        return self._splitter.push(piece, may_stop=len(self.token_ids) >= self._min_tokens)
 
     def _keep(self, new: Parts) -> Parts:
         self._reasoning.append(new.reasoning)

@@ -12,6 +12,7 @@ import msgspec
 from starlette.types import Message, Send
 
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError
+from qwen3vl_disagg.core.json_text import json_line
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings
 from qwen3vl_disagg.processing import Parts
 from qwen3vl_disagg.serving.answer import Answer, with_frontend
@@ -30,7 +31,6 @@ from qwen3vl_disagg.serving.types import (
 
 logger = logging.getLogger(__name__)
 
-PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -40,8 +40,12 @@ HEADERS = [
 
 
 def sse(value: object) -> bytes:
-    """One event. JSON has no raw line break, so one `data:` line holds it."""
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    """One event, in one `data:` line.
+
+    There are no other events and no comments: some clients take `: ping` for JSON, or for the end, and others an empty
+    line behind a comment for an event without data (openai-python issue 2722, ollama pull request 16443).
+    """
+    return b"data: " + json_line(value) + b"\n\n"
 
 
 async def timed_events(handle: RequestHandle, *, deadline: float, silence_s: float) -> AsyncGenerator[Event | None]:
@@ -125,7 +129,7 @@ class EventStream:
                 async for event, new in events:
                     if event is None:
                         if self._started:
-                            await self._send(PING)
+                            await self._ping()
                         continue
                     if not self._started:
                         await self._start()
@@ -151,6 +155,10 @@ class EventStream:
         if self._request.return_token_ids:
             chunk.prompt_token_ids = self._prompt_token_ids
         await self._send(sse(chunk))
+
+    async def _ping(self) -> None:
+        """A chunk that says nothing, in the form of the first one, so that no proxy takes the silence for the end."""
+        await self._send(sse(self._chunk(ChunkChoice(delta=Delta(content="")))))
 
     async def _token(self, event: TokenEvent, new: Parts) -> None:
         entries = self._answer.entries[-1:] if self._request.logprobs is not None else []

@@ -6,10 +6,10 @@ import contextlib
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qwen3vl_disagg.processing.answer_calls import CallReader, read_call
+from qwen3vl_disagg.processing.answer_calls import CallReader, read_calls
 
 cheap = settings(max_examples=10 * settings().max_examples)
 values = st.recursive(
@@ -23,9 +23,9 @@ def read(text: str) -> tuple[int, bool]:
     """How many characters are taken, and whether they are complete."""
     reader = CallReader()
     for n, char in enumerate(text):
-        if reader.is_complete or not reader.take(char):
-            return n, reader.is_complete
-    return len(text), reader.is_complete
+        if reader.end or not reader.take(char):
+            return n, bool(reader.end)
+    return len(text), bool(reader.end)
 
 
 @cheap
@@ -36,9 +36,17 @@ def read(text: str) -> tuple[int, bool]:
     space=st.text(" \t\n\r", max_size=3),
     after=st.text(max_size=3),
 )
+@example(value={"a": "x\ny\tz\r\0"}, indent=None, ascii_only=False, space="", after="")
 def test_every_object_is_read_to_the_end_of_the_tag_and_no_further(value, indent, ascii_only, space, after):
-    text = f"{space}{json.dumps(value, indent=indent, ensure_ascii=ascii_only)}{space}</tool_call>"
-    assert read(text + after) == (len(text), True)
+    written = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
+    for end in ("</tool_call>", "<tool_call>", "{"):
+        for form in (
+            written,
+            written.replace("\\n", "\n").replace("\\u0000", "\0").replace("\\t", "\t"),
+            f"[{written}]",
+        ):
+            text = f"{space}{form}{space}{end}"
+            assert read(text + after) == (len(text), True)
 
 
 @cheap
@@ -47,43 +55,74 @@ def test_what_is_not_taken_begins_no_call(text):
     if read("{" + text)[1]:
         return
     with contextlib.suppress(ValueError):  # no JSON at all: then it begins none either
-        _, end = json.JSONDecoder().raw_decode("{" + text)
-        assert not text[end - 1 :].lstrip().startswith("</tool_call>")
+        _, end = json.JSONDecoder(strict=False).raw_decode("{" + text)
+        assert not text[end - 1 :].lstrip(" \t\n\r").startswith(("</tool_call>", "<tool_call>", "{"))
 
 
 @pytest.mark.parametrize(
     ("text", "call"),
     [
         ('{"name": "f", "arguments": {"b": "<é>", "a": [1.5, null]}}', ("f", '{"b": "<é>", "a": [1.5, null]}')),
-        ('{"arguments":{"a":1},"name":"f"}', ("f", '{"a": 1}')),
+        ('{"arguments":{"a":1},"name":"f"}', ("f", '{"a":1}')),
         (r'{"name": "f", "arguments": "{\"a\": 1}"}', ("f", '{"a": 1}')),
+        (r'{"name": "f", "arguments": "{\"a\": \"x\ny\"}"}', ("f", r'{"a": "x\ny"}')),
         ('{"name": "f"}', ("f", "{}")),
         ('{"name": "f", "arguments": null}', ("f", "{}")),
         ('{"name": "f", "arguments": ""}', ("f", "{}")),
         ('{"name": "f", "arguments": {"a": 1}, "id": 5}', ("f", '{"a": 1}')),
-        ('{"name": "f", "parameters": {"a": 1}}', None),
-        ('{"name": "f", "parameters": {"a": 1}, "arguments": null}', None),
-        ('{"name": "f", "parameters": {"a": 1}, "arguments": ""}', None),
+        ('{"name": "f", "parameters": {"a": 1}}', ("f", '{"a": 1}')),
+        (r'{"name": "f", "parameters": "{\"a\": 1}"}', ("f", '{"a": 1}')),
+        ('{"name": "f", "parameters": {"a": 1}, "arguments": null}', ("f", '{"a": 1}')),
+        ('{"name": "f", "parameters": {"a": 1}, "arguments": ""}', ("f", '{"a": 1}')),
+        ('{"name": "f", "parameters": {"a": 1}, "arguments": {"b": 2}}', ("f", '{"b": 2}')),
+        ('{"name": "f", "arguments": {"a": "x\ny\tz\r\0\x1f"}}', ("f", r'{"a": "x\ny\tz\r\u0000\u001f"}')),
+        ('{\n"name":\t"f",\r\n"arguments":\n{"a":\n1}}', ("f", '{"a":\n1}')),
+        ('{"name": "f\ng", "arguments": {"k\n": "\\"\n\\\\"}}', ("f\ng", r'{"k\n": "\"\n\\"}')),
+        ('{"name": "f", "arguments": {"a": "ls \\\n \\\\\n"}}', ("f", r'{"a": "ls \\\n \\\n"}')),
+        ('{"name": "' + "f" * 300 + '", "arguments": {}}', ("f" * 300, "{}")),
+        ('{"name": "f", "arguments": {"a": 1e999}}', ("f", '{"a": 1e999}')),
+        ('{"name": "f", "arguments": {"a": ' + "1" * 5000 + "}}", ("f", '{"a": ' + "1" * 5000 + "}")),
+        ('{"name": "f", "arguments": {"a": 1.10}}', ("f", '{"a": 1.10}')),
+        ('{"name": "f", "arguments": {"a": ' + "[" * 70 + "]" * 70 + "}}", ("f", '{"a": ' + "[" * 70 + "]" * 70 + "}")),
+        ('{"name": "f", "arguments": {"a": "' + "x" * (2**20 + 1) + '"}}', ("f", '{"a": "' + "x" * (2**20 + 1) + '"}')),
         ('{"name": "f", "id": 5}', None),
         ('{"name": "", "arguments": {}}', None),
         ('{"name": ["f"], "arguments": {}}', None),
         ('{"arguments": {}}', None),
         ('{"name": "f", "arguments": [1]}', None),
         ('{"name": "f", "arguments": "1"}', None),
+        ('{"name": "f", "arguments": "hello"}', None),
         ('{"name": "f", "arguments": {"a": NaN}}', None),
-        ('{"name": "f", "arguments": {"a": 1e999}}', None),
+        ('{"name": "f", "arguments": {"a": 1,}}', None),
+        ("{'name': 'f'}", None),
+        (r'{"name": "f", "arguments": {"a": "\x"}}', None),
         (r'{"name": "f", "arguments": {"a": "\ud800"}}', None),
-        ('{"name": "f", "arguments": {"a": ' + "1" * 400 + "}}", None),
-        ('{"name": "f", "arguments": {"a": ' + "1" * 5000 + "}}", None),
         ('{"name": "f", "arguments": {"a": ' + "[" * 99999, None),
-        ('{"name": "f", "arguments": {"a": ' + "[" * 70 + "]" * 70 + "}}", None),
+        ('{"name": "f", "arguments": {"a": ' + "[" * 99999 + "]" * 99999 + "}}", None),
         ('["f"]', None),
+        ("[]", None),
         ("", None),
         ("f(1)", None),
     ],
 )
 def test_what_is_a_call(text, call):
-    found = read_call(text)
-    assert (found and (found.name, found.arguments)) == call
+    found = read_calls(text)
+    assert [(call.name, call.arguments) for call in found] == ([call] if call else [])
     if call:
-        json.dumps(json.loads(call[1])).encode()
+        json.loads(call[1], parse_int=str)
+        call[1].encode()
+
+
+def test_a_list_of_calls_is_all_or_nothing():
+    assert [call.name for call in read_calls('[{"name": "f"}, {"name": "g", "arguments": {"a": 1}}]')] == ["f", "g"]
+    assert read_calls('[{"name": "f"}, {"arguments": {}}]') == []
+    assert read_calls('[{"name": "f"}, 5]') == []
+
+
+@given(value=st.dictionaries(st.text(max_size=3), values, max_size=3), key=st.sampled_from(["arguments", "parameters"]))
+def test_arguments_are_passed_on_as_they_are_written(value, key):
+    for written in (json.dumps(value), json.dumps(value, ensure_ascii=False, separators=(",", ":"))):
+        [call] = read_calls(f'{{"name": "f", "{key}": {written}}}')
+        assert call.arguments == written
+        [call] = read_calls(json.dumps({"name": "f", key: written}))
+        assert call.arguments == written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.processing import AnswerParts, AnswerSplitter, Parts
-from qwen3vl_disagg.processing.answer_calls import CallReader, read_call
+from qwen3vl_disagg.processing.answer_calls import CallReader, read_calls
 from qwen3vl_disagg.processing.answer_parts import MAX_SPACE, opens_reasoning
 from tests.support.fake_backend import tiny_processor
 
@@ -22,6 +23,7 @@ TAGGED = ("f", '{"t": "a </tool_call> and a <tool_call>"}')
 OOPS = ("", '<tool_call>\n{"name": "oops\n</tool_call>', [ADD])
 EXTRA = ("", '<tool_call>{"name": "f"}}</tool_call>', [ADD])
 CUT = ("", '<tool_call>{"name": "f"}</tool\n_call>', [ADD])
+F, G, H = (("f", "{}"), ("g", "{}"), ("h", "{}"))
 Split = tuple[str, str, list[tuple[str, str]]]
 
 cheap = settings(max_examples=10 * settings().max_examples)
@@ -29,14 +31,18 @@ fragments = st.sampled_from(
     [
         *("<think>", "</think>", "<tool_call>", "</tool_call>", CALL, CALL, "<", "</", "think>", "tool_call>"),
         *("<th", "ink>", " ", "\n", "\n\n", "a", "b <", '{"name": "f"}', '{"name": 5}', "é"),
-        *(TAGS, '{"name": "f', '"', '"}', "}", "\\", " " * 33, "\n" * 32),
+        *(TAGS, '{"name": "f', '"', '"}', "}", "\\", " " * 33, "\n" * 32, '<tool_call>{"name": "f"}', "</tool_c"),
     ]
 )
 answers = st.lists(fragments, max_size=9).map("".join)
+stop_strings = st.lists(
+    st.sampled_from(["a", "\n", "\n\n", "<", '"', "f", "b <", "</think>", "\na", "think", "a<", "</tool_call>", " "]),
+    max_size=2,
+)
 
 
-def run(pieces: list[str], *, opened: bool = False, tools: bool = False) -> Split:
-    splitter = AnswerSplitter(in_reasoning=opened, with_tools=tools)
+def run(pieces: list[str], *, opened: bool = False, tools: bool = False, stops: Sequence[str] = ()) -> Split:
+    splitter = AnswerSplitter(in_reasoning=opened, with_tools=tools, stops=stops)
     whole = Parts()
     for piece in pieces:
         whole += splitter.push(piece)
@@ -45,7 +51,7 @@ def run(pieces: list[str], *, opened: bool = False, tools: bool = False) -> Spli
     return whole.reasoning, whole.content, [(call.name, call.arguments) for call in whole.calls]
 
 
-def define(text: str, *, opened: bool, tools: bool) -> Split:
+def define(text: str, *, opened: bool, tools: bool, stops: Sequence[str] = ()) -> Split:
     """The same on the whole text."""
     reasoning = ""
     begins = text.lstrip().startswith("<think>") and len(text) - len(text.lstrip()) <= 64
@@ -53,48 +59,70 @@ def define(text: str, *, opened: bool, tools: bool) -> Split:
         rest = text.lstrip().removeprefix("<think>") if begins else text
         before, _, after = rest.partition("</think>")
         reasoning, text = before.strip("\n"), after.lstrip("\n")
-    if not tools:
-        return reasoning, text, []
-    content, calls, ends_with_call = "", [], False
-    for part in parts_with_calls(text):
-        if isinstance(part, str):
-            content += part
-            ends_with_call = ends_with_call and not part.strip("\n")
-        else:
-            content = content.rstrip("\n")
+    content, calls = "", []
+    parts = [*(parts_with_calls(text) if tools else [text]), None]
+    for previous, part, following in zip([None, *parts], parts, parts[1:], strict=False):
+        if isinstance(part, tuple):
             calls.append(part)
-            ends_with_call = True
-    if begins or opened:
-        content = content.lstrip("\n")
-    return reasoning, content.rstrip("\n") if ends_with_call else content, calls
+            continue
+        said = part.rstrip("\n") if isinstance(following, tuple) else part
+        if (begins or opened) and not content:
+            said = said.lstrip("\n")
+        ends = [(end, end - len(stop)) for stop in stops for end in range(1 + len(said)) if said[:end].endswith(stop)]
+        said = said[: min(ends)[1]] if ends else said
+        if previous is None or said.strip("\n"):
+            content += said
+        if ends:
+            break
+    return reasoning, content, calls
 
 
 def parts_with_calls(text: str) -> list[str | tuple[str, str]]:
-    """Text and calls: at each tag, is there an object in JSON and the other tag behind it?"""
+    """Text and calls in turn: at each tag, is there an object in JSON, and behind it what may be there?"""
     found: list[str | tuple[str, str]] = []
     seen = at = 0
     while (at := text.find("<tool_call>", at) + 11) > 10:
-        start = at + len(text[at:]) - len(text[at:].lstrip(" \t\n\r"))
-        try:
-            end = json.JSONDecoder().raw_decode(text, start)[1]
-        except ValueError:
-            continue
-        closing = re.compile(r"[ \t\n\r]*</tool_call>").match(text, end)
-        call = read_call(text[start:end])
-        if closing and call:
-            found += [text[seen : at - 11], (call.name, call.arguments)]
-            seen = at = closing.end()
+        before, start = text[seen : at - 11], at
+        while (end := call_at(text, start)) is not None:
+            value, end, goes_on = end
+            for call in read_calls(value):
+                found += [before, (call.name, call.arguments)]
+                before = ""
+            seen = at = start = end
+            if not goes_on:
+                break
     return [*found, text[seen:]]
 
 
+def call_at(text: str, at: int) -> tuple[str, int, bool] | None:
+    """A call's text, where it ends with all that belongs to it, and whether the next object follows at once."""
+    start = at + len(text[at:]) - len(text[at:].lstrip(" \t\n\r"))
+    if text[start : start + 1] not in ("{", "["):
+        return None
+    try:
+        end = json.JSONDecoder(strict=False).raw_decode(text, start)[1]
+    except ValueError:
+        return None
+    rest = text[end:].lstrip(" \t\n\r")
+    if not read_calls(text[start:end]):
+        return None
+    if rest.startswith("</tool_call>"):
+        return text[start:end], len(text) - len(rest) + 12, False
+    if rest.startswith(("<tool_call>", "{")):
+        return text[start:end], len(text) - len(rest), rest.startswith("{")
+    if "</tool_call>".startswith(rest) or "<tool_call>".startswith(rest):
+        return text[start:end], len(text), False
+    return None
+
+
 @cheap
-@given(text=answers, opened=st.booleans(), tools=st.booleans(), data=st.data())
-def test_the_borders_make_no_difference(text, opened, tools, data):
+@given(text=answers, opened=st.booleans(), tools=st.booleans(), stops=stop_strings, data=st.data())
+def test_the_borders_make_no_difference(text, opened, tools, stops, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    expected = define(text, opened=opened, tools=tools)
-    assert run(pieces, opened=opened, tools=tools) == expected
-    assert run(list(text), opened=opened, tools=tools) == expected
+    expected = define(text, opened=opened, tools=tools, stops=stops)
+    assert run(pieces, opened=opened, tools=tools, stops=stops) == expected
+    assert run(list(text), opened=opened, tools=tools, stops=stops) == expected
 
 
 @given(text=answers.filter(lambda text: not text.lstrip().startswith("<think>")))
@@ -134,7 +162,18 @@ def test_an_answer_without_tags_at_its_beginning_is_as_it_was(text):
         (" " * 64 + "<think>hm</think>red", False, ("hm", "red", [])),
         (" " * 65 + "<think>hm</think>red", False, ("", " " * 65 + "<think>hm</think>red", [])),
         (" " * 65 + "<think>hm</think>red", True, (" " * 65 + "<think>hm", "red", [])),
-        (CALL[:-1], False, ("", CALL[:-1], [])),
+        (CALL[:-1], False, ("", "", [ADD])),
+        (CALL.removesuffix("</tool_call>"), False, ("", "", [ADD])),
+        (f"I add.\n{CALL.removesuffix('</tool_call>')}", False, ("", "I add.", [ADD])),
+        (f"{CALL[:-2]} then", False, ("", f"{CALL[:-2]} then", [])),
+        (CALL.removesuffix("}\n</tool_call>"), False, ("", CALL.removesuffix("}\n</tool_call>"), [])),
+        (CALL.removesuffix("</tool_call>") + CALL, False, ("", "", [ADD, ADD])),
+        (f"{CALL}{CALL}", False, ("", "", [ADD, ADD])),
+        ('<tool_call>{"name": "f"}{"name": "g"}\n {"name": "h"}</tool_call>', False, ("", "", [F, G, H])),
+        ('<tool_call>[{"name": "f"}, {"name": "g"}]</tool_call>red', False, ("", "red", [F, G])),
+        ('<tool_call>{"name": "f"}{"name": 5}</tool_call>', False, ("", '{"name": 5}</tool_call>', [F])),
+        ('<tool_call>\r\n{"name": "f"}\t</tool_call>', False, ("", "", [F])),
+        ('<tool_call>{"name": "f", "arguments": {"t": "x\ny"}}', False, ("", "", [("f", '{"t": "x\\ny"}')])),
     ],
 )
 def test_by_hand(text, opened, split):
@@ -162,9 +201,10 @@ def test_what_is_certain_comes_at_once(text, opened):
     ("text", "shown"),
     [
         ('<tool_call>\n{"name": o', True),
-        ('<tool_call>\n{"name": "f\n', True),
-        ("<tool_call> [see", True),
-        ('<tool_call>\n{"name": "f"}\n{', True),
+        ('<tool_call>\n{"name": "f\n', False),
+        ('<tool_call>\n{"name": 5}', True),
+        ("<tool_call> [now", True),
+        ('<tool_call>\n{"name": "f"}\n!', True),
         ('<tool_call>\n{"name": "f"}\n</tool_r', True),
         ('<tool_call>\n{"name": "f"}\n</tool_', False),
         ('<tool_call>\n{"name": "an o', False),
@@ -227,26 +267,53 @@ def test_tokens_are_counted_until_the_tag():
     assert found.reasoning_tokens == len(encode("red circle\n"))
     assert found.token_ids == encode("red circle\n</think>\n\nblue")
     assert answer("blue").reasoning_tokens == 0
-    for stop in ("</think>\n\nblue triangle", "circle\n</think>\n\nblue sky", "</think>", "blue", "n" * 99):
+    for stop in ("</think>", "circle", "\n", "blue", "n" * 99):
         held = answer("red circle\n</think>\n\nblue", head="assistant\n<think>\n", stop=[stop])
+        assert held.reasoning == "red circle"
+        assert held.content == ("" if stop == "blue" else "blue")
         assert held.reasoning_tokens == len(encode("red circle\n"))
     cut = answer("red circle", head="assistant\n<think>\n")
     assert (cut.reasoning, cut.content, cut.reasoning_tokens) == ("red circle", "", len(encode("red circle")))
 
 
+@pytest.mark.parametrize("opened", [False, True])
 @pytest.mark.parametrize(
-    ("stop", "reasoning", "content"),
+    ("stop", "content", "num_calls"),
     [
-        ("circle", "a red", ""),
-        ("</think>", "a red circle", ""),
-        ("\n\nb", "a red circle", ""),
-        ("ue", "a red circle", "bl"),
+        ("circle", "I add.", 1),  # only thought of
+        ("</think>", "I add.", 1),
+        ("\n\n", "I add.", 1),  # what the template puts around parts is no text
+        ("\n", "I add.", 1),
+        ('add"', "I add.", 1),  # within a call
+        ("arguments", "I add.", 1),
+        ("<tool_call>", "I add.", 1),
+        ("add.", "I ", 0),
+        ("I", "", 0),
+        (".a", "I add.", 1),  # not one text: a call stands between
+        ("after", "I add.", 1),
     ],
 )
-def test_stop_strings_are_looked_for_in_the_text_as_it_is_written(stop, reasoning, content):
-    found = answer("<think>\na red circle\n</think>\n\nblue square", stop=[stop])
-    assert found.is_stopped
-    assert (found.reasoning.rstrip(), found.content) == (reasoning, content)
+def test_stop_strings_are_looked_for_in_the_content_alone(opened, stop, content, num_calls):
+    head = "assistant\n<think>\n" if opened else "assistant\n"
+    text = f"a red circle, {CALL}\n</think>\n\nI add.\n{CALL}after"
+    found = answer(text if opened else f"<think>\n{text}", head=head, tools=True, stop=[stop])
+    assert found.reasoning == f"a red circle, {CALL}"
+    assert found.content == content + ("after" if num_calls and stop != "after" else "")
+    assert len(found.calls) == num_calls
+    assert found.is_stopped == (num_calls == 0 or stop == "after")
+
+
+def test_a_thought_that_does_not_end_is_not_stopped():
+    found = answer("a red circle\nQuestion: why", head="assistant\n<think>\n", stop=["\n", "Question:"])
+    assert (found.reasoning, found.content, found.is_stopped) == ("a red circle\nQuestion: why", "", False)
+
+
+@given(text=answers, opened=st.booleans(), tools=st.booleans(), stops=stop_strings)
+def test_tokens_give_what_their_text_gives(text, opened, tools, stops):
+    head = "assistant\n<think>\n" if opened else "assistant\n"
+    found = answer(text, head=head, tools=tools, stop=stops)
+    calls = [(call.function.name, call.function.arguments) for call in found.calls]
+    assert (found.reasoning, found.content, calls) == define(text, opened=opened, tools=tools, stops=stops)
 
 
 @pytest.mark.parametrize(

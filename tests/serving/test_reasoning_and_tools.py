@@ -172,18 +172,58 @@ def test_tools_are_shown_to_the_model(fields):
     assert json.dumps(ADD) in tiny_processor().tokenizer.decode(backend.handles[0].prompt.token_ids)
 
 
-@pytest.mark.parametrize("text", ["<tool_call>\nadd(1)\n</tool_call>", CALL[:-1], "<tool_call>"])
+@pytest.mark.parametrize("text", ["<tool_call>\nadd(1)\n</tool_call>", f"{CALL[:-1]} then", "<tool_call>"])
 def test_what_is_no_call_is_text(text):
     [choice] = whole(text, tools=[ADD])["choices"]
     assert (choice["message"], choice["finish_reason"]) == ({"role": "assistant", "content": text}, "stop")
     assert joined(streamed(text, tools=[ADD]))["content"] == text
 
 
+@pytest.mark.parametrize(
+    ("text", "functions"),
+    [
+        (CALL.removesuffix("\n</tool_call>"), [("add", ARGUMENTS)]),
+        (CALL[:-3], [("add", ARGUMENTS)]),
+        ('<tool_call>\n{"name": "add", "arguments": {"a": "x\n\ty"}}\n</tool_call>', [("add", r'{"a": "x\n\ty"}')]),
+        ('<tool_call>{"name": "add", "parameters": {"a": 1}}</tool_call>', [("add", '{"a": 1}')]),
+        ('<tool_call>{"name": "add"}<tool_call>{"name": "b"}', [("add", "{}"), ("b", "{}")]),
+        ('<tool_call>{"name": "add"}\n{"name": "b"}\n</tool_call>', [("add", "{}"), ("b", "{}")]),
+        ('<tool_call>{"name": "add", "arguments": {"a": 1e999}}</tool_call>', [("add", '{"a": 1e999}')]),
+    ],
+)
+def test_calls_as_models_write_them(text, functions):
+    text = f"I add.\n{text}"
+    [choice] = whole(text, tools=[ADD])["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("I add.", "tool_calls")
+    *chunks, _ = streamed(text, tools=[ADD])
+    found = joined(chunks)
+    assert (found["content"], chunks[-1]["choices"][0]["finish_reason"]) == ("I add.", "tool_calls")
+    for message in (choice["message"], found):
+        assert [(c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]] == functions
+
+
 def test_a_limit_within_a_call():
-    tokens = tiny_processor().tokenizer.encode(CALL)
-    [choice] = whole(CALL, tools=[ADD], max_tokens=len(tokens) - 1)["choices"]
+    tokens = tiny_processor().tokenizer.encode(CALL.removesuffix("}\n</tool_call>"))
+    [choice] = whole(CALL, tools=[ADD], max_tokens=len(tokens))["choices"]
     assert choice["finish_reason"] == "length"
     assert choice["message"]["content"].startswith("<tool_call>")
+    tokens = tiny_processor().tokenizer.encode(CALL.removesuffix("</tool_call>"))
+    [choice] = whole(CALL, tools=[ADD], max_tokens=len(tokens))["choices"]
+    assert choice["finish_reason"] == "length"
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["add"]
+
+
+@pytest.mark.usefixtures("thinking")
+@pytest.mark.parametrize("stop", ["\n", "Question:", "</think>", "name", "hm"])
+def test_stop_strings_belong_to_the_content(stop):
+    text = f"hm\nQuestion: hm\n</think>\n\nred hm\n{CALL}"
+    [choice] = whole(text, tools=[ADD], stop=stop)["choices"]
+    *chunks, _ = streamed(text, tools=[ADD], stop=stop)
+    for message in (choice["message"], joined(chunks)):
+        assert message["reasoning_content"] == "hm\nQuestion: hm"
+        assert message["content"] == ("red " if stop == "hm" else "red hm")
+        assert len(message.get("tool_calls", [])) == (stop != "hm")
+    assert choice["finish_reason"] == ("stop" if stop == "hm" else "tool_calls")
 
 
 def test_a_stop_string_within_a_tag():
@@ -196,4 +236,5 @@ def test_a_stop_string_within_a_tag():
 def test_a_stop_string_after_a_call():
     body = whole(f"{CALL}\nred", tools=[ADD], stop="red")
     assert body["choices"][0]["finish_reason"] == "tool_calls"
+    assert body["choices"][0]["message"]["content"] is None
     assert len(body["choices"][0]["message"]["tool_calls"]) == 1

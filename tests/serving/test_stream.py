@@ -16,9 +16,11 @@ from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_of, answer
 
 
 def parse(text: str) -> list:
-    """The data of all events; every line must be data, a comment, or blank."""
-    lines = text.split("\n")
-    assert all(line == "" or line.startswith(("data: ", ": ")) for line in lines), text
+    """The data of all events: one line each, and a blank one behind it."""
+    lines = text.splitlines()
+    assert text.endswith("\n\n")
+    assert all(line.startswith("data: ") for line in lines[::2]), text
+    assert not any(lines[1::2]), text
     data = [line[6:] for line in lines if line.startswith("data: ")]
     return [entry if entry == "[DONE]" else json.loads(entry) for entry in data]
 
@@ -157,11 +159,35 @@ def test_the_status_waits_for_decoded():
     asyncio.run(main())
 
 
-def test_silence_is_filled_with_comments_and_the_stream_goes_on():
+def test_silence_is_filled_with_chunks_that_say_nothing_and_the_stream_goes_on():
     script = lambda prompt, sampling: [Decoded(), 0.5, *answer_steps("red", sampling)[1:]]  # noqa: E731
-    reply = serve(FakeBackend(script), limits=Limits(ping_s=0.05)).post(PATH, json={**ASK, "stream": True})
-    assert 2 <= reply.text.count(": ping\n\n") <= 10
-    assert parse(reply.text)[-1] == "[DONE]"
+    asked = {**ASK, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    reply = serve(FakeBackend(script), limits=Limits(ping_s=0.05)).post(PATH, json=asked)
+    *chunks, done = parse(reply.text)
+    assert done == "[DONE]"
+    empty = {"index": 0, "delta": {"content": ""}, "logprobs": None, "finish_reason": None}
+    pings = [chunk for chunk in chunks if chunk["choices"] == [empty]]
+    assert 2 <= len(pings) <= 10
+    assert {frozenset(chunk) for chunk in pings} == {frozenset(chunks[0])}
+    assert {chunk["usage"]["completion_tokens"] for chunk in pings} == {0}
+
+
+BREAKS = "a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029i\r\nj\rk\n\nl\\\u2028m"
+
+
+def test_no_reader_of_lines_cuts_an_event():
+    script = lambda prompt, sampling: answer_steps(BREAKS, sampling)  # noqa: E731
+    reply = serve(FakeBackend(script)).post(PATH, json={**ASK, "stream": True, "logprobs": True, "top_logprobs": 1})
+    *chunks, _ = parse(reply.text)
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == BREAKS
+    assert not set(reply.text) & set(BREAKS) - set("abcdefghijklm\\\n")
+    call = json.dumps({"name": BREAKS, "arguments": {"a": BREAKS}}, ensure_ascii=False)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    script = lambda prompt, sampling: answer_steps(f"<tool_call>{call}</tool_call>", sampling)  # noqa: E731
+    *chunks, _ = stream(FakeBackend(script), tools=tools, max_tokens=999)
+    [delta] = [c["choices"][0]["delta"] for c in chunks if "tool_calls" in c["choices"][0]["delta"]]
+    assert json.loads(delta["tool_calls"][0]["function"]["arguments"]) == {"a": BREAKS}
+    assert delta["tool_calls"][0]["function"]["name"] == BREAKS
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,4 +1,4 @@
-"""Stop strings over the borders of pieces and tokens, and what else ends an answer's text."""
+"""Stop strings over the borders of pieces and tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.processing import AnswerText, StopMatcher
+from qwen3vl_disagg.processing import AnswerParts, StopMatcher
 from tests.support.fake_backend import tiny_processor
 
 
@@ -110,11 +110,11 @@ def test_what_was_complete_too_early_is_not_found_again():
 # ---- tokens ----
 
 
-def answer(token_ids: list[int], **params) -> tuple[AnswerText, str]:
+def answer(token_ids: list[int], **params) -> tuple[AnswerParts, str]:
     """After all tokens, and the text so far."""
     processor = tiny_processor()
-    found = AnswerText(processor.tokenizer, processor.generation.eos_token_ids, SamplingParams(**params))
-    return found, "".join(map(found.push, token_ids))
+    found = AnswerParts(processor.tokenizer, processor.generation.eos_token_ids, SamplingParams(**params), [])
+    return found, "".join(found.push(token_id).content for token_id in token_ids)
 
 
 def test_tokens_after_the_one_that_completes_a_stop_string_do_not_count():
@@ -128,7 +128,7 @@ def test_tokens_after_the_one_that_completes_a_stop_string_do_not_count():
     assert found.is_stopped
     assert text == "red circl"
     assert found.token_ids == token_ids[:count]
-    assert found.finish() == ""
+    assert found.finish().content == ""
 
 
 def test_the_end_token_is_no_text_and_what_was_held_back_comes_at_the_end():
@@ -136,7 +136,7 @@ def test_the_end_token_is_no_text_and_what_was_held_back_comes_at_the_end():
     token_ids = [*tokenizer.encode("red"), tokenizer.token_id("<|im_end|>")]
     found, text = answer(token_ids, stop=["red circle"])
     assert text == ""
-    assert found.finish() == "red"
+    assert found.finish().content == "red"
     assert (found.is_stopped, found.token_ids) == (False, token_ids)
 
 
@@ -151,5 +151,5 @@ def test_an_unfinished_character_may_complete_a_stop_string():
     first_byte = tiny_processor().tokenizer.encode("\u00e9")[0]
     found, _ = answer([first_byte], stop=["\ufffd"])
     assert not found.is_stopped
-    assert found.finish() == ""
+    assert found.finish().content == ""
     assert found.is_stopped

@@ -1,12 +1,10 @@
-"""The text of an answer as its tokens come: end tokens and stop strings end it."""
+"""Stop strings: where the text of an answer ends."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.processing.tokenizer import Tokenizer
 
 
 class StopMatcher:
@@ -48,35 +46,3 @@ class StopMatcher:
         """What was held back: nothing comes after it."""
         held, self._held = self._held, ""
         return held
-
-
-class AnswerText:
-    """Tokens to text, piece by piece. End tokens are no text. After a stop string (`is_stopped`) nothing counts."""
-
-    def __init__(self, tokenizer: Tokenizer, eos_ids: frozenset[int], sampling: SamplingParams) -> None:
-        self._stream, self._eos_ids, self._min_tokens = tokenizer.stream(), eos_ids, sampling.min_tokens
-        self._stops = StopMatcher(sampling.stop)
-        self.token_ids: list[int] = []
-        """All tokens, the end token and the one that completed a stop string included."""
-        self.written = ""
-        """The text that the last token brought, whether or not it is held back for a stop string."""
-
-    @property
-    def is_stopped(self) -> bool:
-        """A stop string is complete: the answer ends here, with reason `stop`."""
-        return self._stops.is_complete
-
-    def push(self, token_id: int) -> str:
-        """Take a token; returns the text that became certain with it, often none."""
-        if self.is_stopped:
-            return ""
-        self.token_ids.append(token_id)
-        self.written = "" if token_id in self._eos_ids else self._stream.push(token_id)
-        return self._match(self.written)
-
-    def finish(self) -> str:
-        """The rest: an unfinished character, and text that turned out to be no stop string."""
-        return self._match(self._stream.finish()) + self._stops.finish()
-
-    def _match(self, piece: str) -> str:
-        return self._stops.push(piece, may_stop=len(self.token_ids) >= self._min_tokens)
