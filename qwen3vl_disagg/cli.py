@@ -314,6 +314,9 @@ def run_simulation(options: SimulateOptions) -> int:
         "violations": 0 if result.violation is None else 1,
         "events_per_second": round(rate),
     }
+    if result.others:
+        passed_over = ", ".join(f"{name} {count} times" for name, count in sorted(result.others.items()))
+        print(f"passed over, as this bug does not name them: {passed_over}", file=sys.stderr)
     if result.violation is not None:
         print(f"violation: {result.violation.violation}\nreplay: {result.replay}", file=sys.stderr)
         figures |= {"violation": result.violation.violation, "replay": result.replay}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from qwen3vl_disagg.disagg.allocator import POOLS
 from qwen3vl_disagg.disagg.encode_sessions import PARKED
 from qwen3vl_disagg.disagg.messages import Ack, Frame, Grant, Resume
 from qwen3vl_disagg.disagg.session import DONE, HELD, IDLE, RECEIVING, WAITING, Session
@@ -12,6 +13,7 @@ from qwen3vl_disagg.disagg.session_events import Attempt, EncodeEvent, FrameIn, 
 from qwen3vl_disagg.disagg.simulation.world import Violation
 
 if TYPE_CHECKING:
+    from qwen3vl_disagg.disagg.allocator import BlockAllocator
     from qwen3vl_disagg.disagg.link_state import LinkState
     from qwen3vl_disagg.disagg.simulation.encode import SimEncode
     from qwen3vl_disagg.disagg.simulation.engine import Window
@@ -34,6 +36,7 @@ def language_side(rank: SimLanguage) -> None:
     totals = allocator.totals
     for ids, total in ((rows, totals["rows"]), (deepstack, totals["deepstack"]), (slots, totals["slots"])):
         if len(ids) != total or len(set(ids)) != total:
+            _no_quarantined_is_granted(allocator)
             raise Violation("I1", f"{sorted(ids)} should be each of {total} once")
     num_held = 0
     for request in sessions.requests.values():
@@ -62,6 +65,15 @@ def language_side(rank: SimLanguage) -> None:
     num_apart += sum([len(leases) for leases in sessions.lent.values()])
     if len(allocator.quarantined) != num_apart:
         raise Violation("I2", f"{len(allocator.quarantined)} leases in quarantine, {num_apart} are accounted for")
+
+
+def _no_quarantined_is_granted(allocator: BlockAllocator) -> None:
+    """I3: blocks in quarantine are neither free nor owned."""
+    for pool in POOLS:
+        apart = {block for lease in allocator.quarantined.values() for block in getattr(lease, pool)}
+        owned = {block for lease in allocator.leases.values() for block in getattr(lease, pool)}
+        if apart & (owned | set(allocator.free_ids(pool))):
+            raise Violation("I3", f"{pool} {sorted(apart)} are in quarantine, and free or granted")
 
 
 def _nobody_waits_in_vain(rank: SimLanguage) -> None:
@@ -124,9 +136,12 @@ def granted(rank: SimLanguage, grant: Grant) -> None:
         raise Violation("I4", f"room for item {grant.item} of {grant.request_id}, which is not needed")
     attempt, delivered = rank.progress.get((grant.request_id, grant.item), (grant.attempt, first))
     if grant.row_start != (delivered if attempt == grant.attempt else first):
-        raise Violation("I10", f"attempt {grant.attempt} is granted from row {grant.row_start}")
-    if grant.row_start != session.received or isinstance(grant, Resume) != (grant.row_start > first):
+        is_mixed = rank.last_attempts.get((grant.request_id, grant.item), grant.attempt) != grant.attempt
+        raise Violation("I10" if is_mixed else "I4", f"attempt {grant.attempt} is granted from row {grant.row_start}")
+    if grant.row_start != session.received:
         raise Violation("I4", f"a grant from row {grant.row_start}, received are {session.received}")
+    if isinstance(grant, Resume) != (grant.row_start > first):
+        raise Violation("I6", f"aux goes with rows from {first} on, and only then; not so from {grant.row_start}")
     wanted = (grant.deepstack_start, grant.deepstack_stop)
     if not sessions.row_sizes.deepstack_embeddings:
         expected = (grant.row_start, grant.row_start)
@@ -134,11 +149,11 @@ def granted(rank: SimLanguage, grant: Grant) -> None:
         expected = (grant.row_start, grant.row_stop)
     else:
         expected = (first, total) if grant.row_start == first else (grant.row_start, grant.row_start)
+    num_blocks = len(session.room.deepstack + session.hold.deepstack)
+    if expected[1] - expected[0] > num_blocks * size:
+        raise Violation("I16", f"rows were granted without blocks for DeepStack rows {expected}")
     if wanted != expected or sum(grant.deepstack_runs) != wanted[1] - wanted[0]:
         raise Violation("I5", f"DeepStack rows {wanted} granted, should be {expected}")
-    num_blocks = len(session.room.deepstack + session.hold.deepstack)
-    if sum(grant.deepstack_runs) > num_blocks * size:
-        raise Violation("I16", "DeepStack rows were granted without blocks for them")
     if num_blocks > -(-(total - first) // size):
         raise Violation("I12", f"{num_blocks} DeepStack blocks for rows {first} to {total}")
     key, room = (grant.request_id, grant.item), session.room.generation
@@ -202,6 +217,7 @@ def in_order(rank: SimLanguage, action: RowsReady) -> None:
     number, stop = rank.progress.get(key, (action.attempt, first))
     if number != action.attempt:
         stop = first
+    rank.last_attempts[key] = action.attempt
     if action.start != stop or action.stop <= action.start:
         raise Violation("I4", f"rows {action.start}..{action.stop} of {key} delivered, the next is {stop}")
     session = rank.sessions.find(*key, action.attempt)
@@ -220,6 +236,8 @@ def read(rank: SimLanguage, window: Window, start: int, stop: int) -> None:
         live = allocator.leases.get(lease.generation) or allocator.quarantined.get(lease.generation)
         if live != lease:
             raise Violation("I8", f"rows of {window.attempt} are read from blocks that were given back")
+    if not window.start <= start < stop <= window.stop:
+        raise Violation("I4", f"rows {start}..{stop} of {window.attempt} are to be read, here are those of {window}")
     has_deepstack = bool(sessions.row_sizes.deepstack_embeddings)
     for row in range(start, stop):
         at = row - window.start

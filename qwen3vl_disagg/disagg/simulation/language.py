@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qwen3vl_disagg.disagg import layout
 from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
-from qwen3vl_disagg.disagg.layout import row_runs
 from qwen3vl_disagg.disagg.messages import (
     Assign,
     Cancel,
@@ -40,7 +40,7 @@ from qwen3vl_disagg.disagg.session_events import (
 from qwen3vl_disagg.disagg.simulation import checks
 from qwen3vl_disagg.disagg.simulation.engine import SimEngine, Window
 from qwen3vl_disagg.disagg.simulation.payload import Payload, run_digests
-from qwen3vl_disagg.disagg.simulation.world import Channel, SimLink
+from qwen3vl_disagg.disagg.simulation.world import Channel, SimLink, Violation
 
 if TYPE_CHECKING:
     from qwen3vl_disagg.disagg.simulation.cluster import Cluster
@@ -67,6 +67,8 @@ class SimLanguage:
         """(request, item) -> the first row that the engine asked for last; none for an item that it does not lack"""
         self.progress: dict[tuple[str, int], tuple[int, int]] = {}
         """(request, item) -> (attempt, rows delivered in order, with those that were not asked for)"""
+        self.last_attempts: dict[tuple[str, int], int] = {}
+        """(request, item) -> attempt whose rows came last since it was asked for"""
         self.begun: dict[tuple[str, int], int] = {}
         """(request, item) -> generation of the room it was granted last"""
         self._jobs: dict[Attempt, Receive] = {}
@@ -93,7 +95,7 @@ class SimLanguage:
         firsts = dict(zip(event.lacking, event.first_rows, strict=True))
         for item in range(len(event.items)):
             key = (event.request_id, item)
-            for table in (self.asked, self.progress, self.begun):
+            for table in (self.asked, self.progress, self.begun, self.last_attempts):
                 table.pop(key, None)
             if item in firsts:
                 self.asked[key] = firsts[item]
@@ -162,7 +164,7 @@ class SimLanguage:
 
     def _runs(self, blocks: tuple[int, ...], lengths: list[int]) -> list[tuple[int, int]]:
         sizes = self.cluster.sizes
-        return row_runs(blocks, sizes.block_size, sum(lengths), sizes.row_sizes.max_run_rows)
+        return layout.row_runs(blocks, sizes.block_size, sum(lengths), sizes.row_sizes.max_run_rows)
 
     def _problem(self, job: Receive) -> str | None:
         """What a receiver checks: aux, and the digest of each run."""
@@ -179,7 +181,9 @@ class SimLanguage:
 
     def _rows_ready(self, action: RowsReady) -> None:
         attempt = (action.request_id, action.item, action.attempt)
-        job = self._jobs.pop(attempt)
+        job = self._jobs.pop(attempt, None)
+        if job is None:
+            raise Violation("I7", f"rows {action.start}..{action.stop} of {attempt} are ready, but did not come well")
         checks.in_order(self, action)
         window = Window(attempt, self.asked[attempt[:2]], action.start, action.stop, job.room, job.hold)
         self.world.at(0.0, self, self.engine.provide, window)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
 
-from qwen3vl_disagg.disagg import encode_sessions, language_sessions
+from qwen3vl_disagg.disagg import encode_sessions, language_sessions, room
 from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease, Want
 from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
+from qwen3vl_disagg.disagg.layout import RowSizes
 from qwen3vl_disagg.disagg.link_state import LinkState
 from qwen3vl_disagg.disagg.messages import Frame
 from qwen3vl_disagg.disagg.router import Router
@@ -22,7 +24,7 @@ from qwen3vl_disagg.disagg.simulation import language as sim_language
 from qwen3vl_disagg.disagg.simulation.mutants import method, mutant, swap
 
 
-@mutant("blocks-leak", "I1 I15", "the blocks of consumed rows are forgotten")
+@mutant("blocks-leak", "I1", "the blocks of consumed rows are forgotten")
 def _() -> Iterator[None]:
     free = method(BlockAllocator, "free")
 
@@ -76,7 +78,7 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("resume-skips-a-row", "I4 I7", "received counts one row too many")
+@mutant("resume-skips-a-row", "I4", "received counts one row too many")
 def _() -> Iterator[None]:
     consumed = method(LanguageSessions, "_consumed")
 
@@ -90,7 +92,7 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("aux-slot-is-given-back-early", "I6 I16", "the aux slot is freed when the first rows are consumed")
+@mutant("aux-slot-is-given-back-early", "I16", "the aux slot is freed when the first rows are consumed")
 def _() -> Iterator[None]:
     consumed = method(LanguageSessions, "_consumed")
 
@@ -107,7 +109,9 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("aux-comes-again", "I6", "every transfer carries aux, and that of a resume is about the rest")
+@mutant(
+    "aux-comes-again", "I6", "every transfer carries aux, and that of a resume is about the rest", is_of_simulator=True
+)
 def _() -> Iterator[None]:
     make = sim_encode.make_payload
 
@@ -120,9 +124,9 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("digest-is-not-checked", "I7", "rows that were damaged on their way are used")
+@mutant("digest-is-not-checked", "I7", "rows that were damaged on their way are used", is_of_simulator=True)
 def _() -> Iterator[None]:
-    with swap(sim_language.SimLanguage, "_problem", lambda *_: None):
+    with swap(sim_language.SimLanguage, "_problem", lambda self, job: None):
         yield
 
 
@@ -140,17 +144,19 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("duplicates-are-handled", "I9 F5", "a frame that comes twice is taken twice")
+@mutant("duplicates-are-handled", "I9", "a frame that comes twice is taken twice", stands_for="F5")
 def _() -> Iterator[None]:
-    def take(self: LinkState, frame: Frame) -> bool | None:
-        self.num_received = max(self.num_received, frame.seq)
-        return True
+    take = method(LinkState, "take")
 
-    with swap(LinkState, "take", take):
+    def twice(self: LinkState, frame: Frame) -> bool | None:
+        verdict = take(self, frame)
+        return True if verdict is False else verdict
+
+    with swap(LinkState, "take", twice):
         yield
 
 
-@mutant("epochs-are-ignored", "I9 F12", "frames of an old link are taken for those of the new one")
+@mutant("epochs-are-ignored", "I9", "frames of an old link are taken for those of the new one", stands_for="F12")
 def _() -> Iterator[None]:
     language, encode = method(LanguageSessions, "_frame_in"), method(EncodeSessions, "_frame_in")
 
@@ -221,8 +227,8 @@ def _() -> Iterator[None]:
 
 @mutant("no-deadline-without-a-link", "I11", "an item waits for ever for a link that does not come back")
 def _() -> Iterator[None]:
-    def wait(self: LanguageSessions, item: Session, now: float) -> None:
-        item.state, item.deadline = WAITING, float("inf")
+    def wait(self: LanguageSessions, session: Session, now: float) -> None:
+        session.state, session.grant, session.deadline = WAITING, None, float("inf")
 
     with swap(LanguageSessions, "_wait", wait):
         yield
@@ -291,22 +297,19 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("blocks-without-deepstack", "I16 I5", "row blocks are granted though the DeepStack has no room")
+@mutant("blocks-without-deepstack", "I16", "row blocks are granted though the DeepStack has no room")
 def _() -> Iterator[None]:
-    grant = method(BlockAllocator, "grant")
+    take = room.take_room
 
-    def partial(self: BlockAllocator, owner: str, *wants: Want) -> Any:
-        leases = grant(self, owner, *wants)
-        if leases is None:
-            wants = tuple(Want(rows=want.rows, deepstack=0, slots=want.slots) for want in wants)
-            leases = grant(self, owner, *wants)
-        return leases
+    def partial(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes) -> Any:
+        without = dataclasses.replace(sizes, deepstack_embeddings=0)
+        return take(session, allocator, block_size, sizes) or take(session, allocator, block_size, without)
 
-    with swap(BlockAllocator, "grant", partial):
+    with swap(language_sessions, "take_room", partial):
         yield
 
 
-@mutant("rows-ready-before-they-came", "I4 I7", "a broken payload counts as received")
+@mutant("rows-ready-before-they-came", "I7", "a broken payload counts as received")
 def _() -> Iterator[None]:
     payload_end = method(LanguageSessions, "_payload_end")
 

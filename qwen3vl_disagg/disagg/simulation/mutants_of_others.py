@@ -7,25 +7,32 @@ from typing import Any
 
 import msgspec
 
-from qwen3vl_disagg.disagg import language_sessions, room
+from qwen3vl_disagg.disagg import language_sessions, layout, room
 from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease, Want
 from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
+from qwen3vl_disagg.disagg.layout import RowSizes, blocks_for
 from qwen3vl_disagg.disagg.link_state import LinkState
-from qwen3vl_disagg.disagg.messages import Frame, Nack, Resume
+from qwen3vl_disagg.disagg.messages import Frame, Nack, Resume, Tokens
 from qwen3vl_disagg.disagg.router import Router
+from qwen3vl_disagg.disagg.routing import Deliver
 from qwen3vl_disagg.disagg.session import GRANTED, WAITING, Session
 from qwen3vl_disagg.disagg.simulation import encode as sim_encode
 from qwen3vl_disagg.disagg.simulation import language as sim_language
 from qwen3vl_disagg.disagg.simulation.mutants import method, mutant, swap
 
 
-@mutant("deepstack-of-the-first-grant-only", "F1 I5", "the initial transfer asks for the DeepStack of its own rows")
+@mutant(
+    "deepstack-of-the-first-grant-only",
+    "I5",
+    "the initial transfer asks for the DeepStack of its own rows",
+    stands_for="F1",
+)
 def _() -> Iterator[None]:
     take = room.take_room
 
-    def cut(item: Session, *pools: Any) -> Any:
-        grant = take(item, *pools)
+    def cut(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes) -> Any:
+        grant = take(session, allocator, block_size, sizes)
         if grant is None or isinstance(grant, Resume) or grant.deepstack_stop <= grant.row_stop:
             return grant
         runs = _first(grant.deepstack_runs, grant.row_stop - grant.row_start)
@@ -44,9 +51,9 @@ def _first(runs: list[int], rows: int) -> list[int]:
     return kept
 
 
-@mutant("newcomers-take-freed-blocks", "F2 I16 I11", "whoever came last is served first")
+@mutant("newcomers-take-freed-blocks", "I16", "whoever came last is served first", stands_for="F2")
 def _() -> Iterator[None]:
-    def newest(requests: Any, links: Any, _: Any) -> list[Session]:
+    def newest(requests: Any, links: Any, can_start_anew: Any) -> list[Session]:
         waiting = [s for request in requests for s in request.sessions if s.state == WAITING]
         return [s for s in reversed(waiting) if s.encode_rank in links and s.apart is None]
 
@@ -54,22 +61,27 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("whole-item-or-nothing", "F3 I11", "an item is granted only when all of it fits")
+@mutant("whole-item-or-nothing", "I11", "an item is granted only when all of it fits", stands_for="F3")
 def _() -> Iterator[None]:
     take = room.take_room
 
-    def whole(item: Session, allocator: BlockAllocator, size: int, sizes: Any) -> Any:
-        needed = -(-(item.visual.num_rows - item.received) // size)
-        return take(item, allocator, size, sizes) if needed <= allocator.num_free("rows") else None
+    def whole(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes) -> Any:
+        needed = blocks_for(session.total - session.received, block_size)
+        return take(session, allocator, block_size, sizes) if needed <= allocator.num_free("rows") else None
 
     with swap(language_sessions, "take_room", whole):
         yield
 
 
-@mutant("abort-is-local", "F4 I15", "the encode rank is not told that an attempt was dropped, nor by the router")
+@mutant(
+    "abort-is-local",
+    "I15",
+    "the encode rank is not told that an attempt was dropped, nor by the router",
+    stands_for="F4",
+)
 def _() -> Iterator[None]:
-    def drop(self: LanguageSessions, item: Session, reason: str, now: float, *, gives_back: bool = False) -> None:
-        self._let_go(item, gives_back=gives_back)
+    def drop(self: LanguageSessions, session: Session, reason: str, now: float, *, gives_back: bool = False) -> None:
+        self._let_go(session, gives_back=gives_back)
 
     def ignore(self: EncodeSessions, event: Any, now: float) -> None:
         return
@@ -78,7 +90,7 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("abort-frees-at-once", "F4 I3 I8", "blocks under a pending receive go back to the pool")
+@mutant("abort-frees-at-once", "I3", "blocks under a pending receive go back to the pool", stands_for="F4")
 def _() -> Iterator[None]:
     def free(self: LanguageSessions, leases: tuple[Lease, ...], where: Any, key: Any) -> None:
         for lease in leases:
@@ -92,28 +104,26 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("late-message-revives", "F5 I14", "tokens and ends of a request that has ended are passed on")
+@mutant("late-message-revives", "I14", "tokens and ends of a request that has ended are passed on", stands_for="F5")
 def _() -> Iterator[None]:
-    handle = method(Router, "_end")
+    from_language = method(Router, "_from_language")
 
-    def end(self: Router, request_id: str, error: Any = None, *, by_language_rank: bool = False) -> None:
-        request = self._requests.get(request_id)
-        handle(self, request_id, error, by_language_rank=by_language_rank)
-        if request is not None and request.items and request.language_rank in self._language:
-            self._requests[request_id] = request
-            self._language[request.language_rank].requests[request_id] = request.num_tokens
+    def pass_on(self: Router, rank: int, message: Any, now: float) -> None:
+        from_language(self, rank, message, now)
+        if isinstance(message, Tokens) and message.request_id not in self._requests:
+            self._actions.append(Deliver(message.request_id, message))
 
-    with swap(Router, "_end", end):
+    with swap(Router, "_from_language", pass_on):
         yield
 
 
-@mutant("double-free", "F6 I1 I2", "the blocks of a dropped attempt are given back twice")
+@mutant("double-free", "I1", "the blocks of a dropped attempt are given back twice", stands_for="F6")
 def _() -> Iterator[None]:
     let_go = method(LanguageSessions, "_let_go")
 
-    def twice(self: LanguageSessions, item: Session, *, gives_back: bool = False) -> None:
-        room, state = item.room, item.state
-        let_go(self, item, gives_back=gives_back)
+    def twice(self: LanguageSessions, session: Session, *, gives_back: bool = False) -> None:
+        room, state = session.room, session.state
+        let_go(self, session, gives_back=gives_back)
         if room is not None and state == GRANTED:
             self.allocator._return(room)
 
@@ -121,21 +131,20 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("rows-of-another-request", "F7 I7 I8", "rows are read from the block next to the right one")
+@mutant("rows-of-another-request", "I7", "rows are read from the block next to the right one", stands_for="F7")
 def _() -> Iterator[None]:
-    place = sim_language._place
+    runs_of = layout.row_runs
 
-    def shifted(buffer: list[int], runs: list[tuple[int, int]], cells: list[int]) -> None:
-        place(buffer, runs, cells)
-        if len(runs) > 1 and runs[0][1] - runs[0][0] == runs[1][1] - runs[1][0]:
-            (a, b), (c, d) = runs[0], runs[1]
-            buffer[a:b], buffer[c:d] = buffer[c:d], buffer[a:b]
+    def next_to_it(blocks: Any, block_size: int, rows: int, max_rows: int | None = None) -> list[tuple[int, int]]:
+        runs = runs_of(blocks, block_size, rows, max_rows)
+        lengths = {stop - start for start, stop in runs}
+        return [*runs[1:], runs[0]] if len(runs) > 1 and len(lengths) == 1 else runs
 
-    with swap(sim_language, "_place", shifted), swap(sim_language.SimLanguage, "_problem", lambda *_: None):
+    with swap(layout, "row_runs", next_to_it):
         yield
 
 
-@mutant("deepstack-lost", "F8 I5", "a resume throws the cached DeepStack away")
+@mutant("deepstack-lost", "I5", "a resume throws the cached DeepStack away", stands_for="F8")
 def _() -> Iterator[None]:
     consumed = method(LanguageSessions, "_consumed")
 
@@ -152,18 +161,18 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("deepstack-shifted", "F8 I5", "DeepStack rows lie one row off")
+@mutant("deepstack-shifted", "I5", "DeepStack rows lie one row off", stands_for="F8", is_of_simulator=True)
 def _() -> Iterator[None]:
     place = sim_language._place
 
     def shifted(buffer: list[int], runs: list[tuple[int, int]], cells: list[int]) -> None:
         place(buffer, runs, [*cells[1:], cells[0]] if cells and cells[0] < 0 else cells)
 
-    with swap(sim_language, "_place", shifted), swap(sim_language.SimLanguage, "_problem", lambda *_: None):
+    with swap(sim_language, "_place", shifted), swap(sim_language.SimLanguage, "_problem", lambda self, job: None):
         yield
 
 
-@mutant("gone-is-fatal", "F9", "a resume for rows that are no longer kept kills the rank")
+@mutant("gone-is-fatal", "raised", "a resume for rows that are no longer kept kills the rank", stands_for="F9")
 def _() -> Iterator[None]:
     granted = method(EncodeSessions, "_granted")
 
@@ -176,17 +185,17 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("failure-is-not-told", "F10 I11", "the router does not hear that an item could not be encoded")
+@mutant("failure-is-not-told", "I11", "the router does not hear that an item could not be encoded", stands_for="F10")
 def _() -> Iterator[None]:
-    def silent(self: EncodeSessions, item: Any, kind: str, reason: str) -> None:
-        self._end(item.attempt)
+    def silent(self: EncodeSessions, failed: Any) -> None:
+        self._end(failed.attempt)
         self._fill_places()
 
     with swap(EncodeSessions, "_fail", silent):
         yield
 
 
-@mutant("burst-is-dropped", "F11 I11", "of many requests at once, some are forgotten without a word")
+@mutant("burst-is-dropped", "I11", "of many requests at once, some are forgotten without a word", stands_for="F11")
 def _() -> Iterator[None]:
     admit = method(Router, "_admit")
 
@@ -198,7 +207,7 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("restarted-peer-stays-out", "F12 I11", "a second link of the same rank is never accepted")
+@mutant("restarted-peer-stays-out", "I11", "a second link of the same rank is never accepted", stands_for="F12")
 def _() -> Iterator[None]:
     link_up = method(LanguageSessions, "_link_up")
 
@@ -210,7 +219,7 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("objects-on-the-wire", "F13", "something that only pickle could carry is sent between ranks")
+@mutant("objects-on-the-wire", "wire", "something that only pickle could carry is sent between ranks", stands_for="F13")
 def _() -> Iterator[None]:
     def send(self: LinkState, body: object, now: float) -> Any:
         frame = Frame(epoch=self.epoch, seq=self.next_seq(now), body=body)  # type: ignore[arg-type]

@@ -8,7 +8,9 @@ from typing import Any
 import msgspec
 
 from qwen3vl_disagg.disagg import language_sessions, room
+from qwen3vl_disagg.disagg.allocator import BlockAllocator
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
+from qwen3vl_disagg.disagg.layout import RowSizes
 from qwen3vl_disagg.disagg.messages import Resume
 from qwen3vl_disagg.disagg.session import IDLE, Session
 from qwen3vl_disagg.disagg.session_events import Arrived, Expect
@@ -18,7 +20,10 @@ from qwen3vl_disagg.disagg.simulation.mutants import method, mutant, swap
 
 
 @mutant(
-    "partial-item-is-sent-from-row-0", "I4 I7", "the initial transfer has the item's first rows, not those asked for"
+    "partial-item-is-sent-from-row-0",
+    "I7",
+    "the initial transfer has the item's first rows, not those asked for",
+    is_of_simulator=True,
 )
 def _() -> Iterator[None]:
     make = sim_encode.make_payload
@@ -45,16 +50,14 @@ def _() -> Iterator[None]:
 
 
 @mutant(
-    "lost-partial-item-begins-at-row-0",
-    "I4 I10",
-    "a new attempt at an item starts at row 0, wherever that of before did",
+    "lost-partial-item-begins-at-row-0", "I4", "a new attempt at an item starts at row 0, wherever that of before did"
 )
 def _() -> Iterator[None]:
     lose = method(LanguageSessions, "_lose")
 
-    def forget(self: LanguageSessions, item: Session, reason: str, dead_epoch: int = 0) -> None:
-        lose(self, item, reason, dead_epoch)
-        item.first = item.received = 0
+    def forget(self: LanguageSessions, session: Session, reason: str, dead_epoch: int = 0) -> None:
+        lose(self, session, reason, dead_epoch)
+        session.first = session.received = 0
 
     with swap(LanguageSessions, "_lose", forget):
         yield
@@ -62,14 +65,15 @@ def _() -> Iterator[None]:
 
 @mutant("partial-item-has-no-aux", "I6", "what begins behind row 0 is sent as if it were resumed")
 def _() -> Iterator[None]:
-    make = sim_encode.make_payload
+    take = room.take_room
 
-    def bare(names: Any, attempt: Any, grant: Any, total: int) -> Any:
-        payload = make(names, attempt, grant, total)
-        payload.aux = None if grant.row_start else payload.aux
-        return payload
+    def bare(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes) -> Any:
+        grant = take(session, allocator, block_size, sizes)
+        if grant is None or not grant.row_start:
+            return grant
+        return Resume(**msgspec.structs.asdict(grant))
 
-    with swap(sim_encode, "make_payload", bare):
+    with swap(language_sessions, "take_room", bare):
         yield
 
 
@@ -81,8 +85,8 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     take = room.take_room
 
-    def shifted(item: Session, *pools: Any) -> Any:
-        grant = take(item, *pools)
+    def shifted(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes) -> Any:
+        grant = take(session, allocator, block_size, sizes)
         if grant is None or isinstance(grant, Resume) or not grant.deepstack_runs:
             return grant
         rows = grant.deepstack_stop - grant.deepstack_start
@@ -102,9 +106,7 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant(
-    "needed-again-from-the-row-of-before", "I4 I11", "a request that asks once more gets the rows it asked for first"
-)
+@mutant("needed-again-from-the-row-of-before", "I4", "a request that asks once more gets the rows it asked for first")
 def _() -> Iterator[None]:
     need_from = method(Session, "need_from")
 
@@ -116,12 +118,12 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("preempted-keeps-its-room", "I2 I11", "a request that needs no rows for now keeps the blocks it was given")
+@mutant("preempted-keeps-its-room", "I15", "a request that needs no rows for now keeps the blocks it was given")
 def _() -> Iterator[None]:
     drop = method(LanguageSessions, "_drop")
 
-    def keep(self: LanguageSessions, item: Session, reason: str, now: float, *, gives_back: bool = False) -> None:
-        drop(self, item, reason, now, gives_back=gives_back and reason == "the request is over")
+    def keep(self: LanguageSessions, session: Session, reason: str, now: float, *, gives_back: bool = False) -> None:
+        drop(self, session, reason, now, gives_back=gives_back and reason == "the request is over")
 
     with swap(LanguageSessions, "_drop", keep):
         yield
@@ -139,7 +141,7 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("rows-that-were-given-up-go-on", "I4 I10", "what a preempted request had asked for still comes")
+@mutant("rows-that-were-given-up-go-on", "I4", "what a preempted request had asked for still comes")
 def _() -> Iterator[None]:
     expect = method(LanguageSessions, "_expect")
 
@@ -151,7 +153,12 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("rows-of-before-the-preemption", "I7 I10", "a request that was preempted and is back takes any rows that come")
+@mutant(
+    "rows-of-before-the-preemption",
+    "I4",
+    "a request that was preempted and is back takes any rows that come",
+    is_of_simulator=True,
+)
 def _() -> Iterator[None]:
     def take(self: SimEngine, window: Window) -> None:
         request_id, item, _ = window.attempt

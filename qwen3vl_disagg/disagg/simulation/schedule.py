@@ -27,21 +27,24 @@ class Outcome:
     num_answered: int
     num_failed: int
     violation: str | None = None
+    invariant: str | None = None
+    """The one that does not hold; `raised` when a machine raised."""
 
 
 def run_schedule(seed: int) -> Outcome:
     """Everything that happens under this seed, up to the first violation."""
     world, cluster, plan = _prepare(seed)
     violation: str | None = None
+    invariant: str | None = None
     try:
         _run(world, cluster, plan)
     except Violation as error:
-        violation = str(error)
+        violation, invariant = str(error), error.invariant
     except Exception as error:  # a machine that raises has lost its way
-        violation = f"raised {type(error).__name__}: {error}"
+        violation, invariant = f"raised {type(error).__name__}: {error}", "raised"
     answered = sum(1 for client in cluster.clients.values() if client.is_ended and client.error is None)
     failed = sum(1 for client in cluster.clients.values() if client.error is not None)
-    return Outcome(seed, world.num_events, world.table, answered, failed, violation)
+    return Outcome(seed, world.num_events, world.table, answered, failed, violation, invariant)
 
 
 @dataclass(frozen=True)
