@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, VisualItem
+from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.disagg.lockstep import Outlook, PaceLimits, StepPlan
 from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
@@ -71,6 +72,19 @@ class EngineOptions(SchedulerLimits):
         affordable = int(self.kv_cache_gib * 2**30) // (token_bytes * self.page_size)
         useful = self.max_running * -(-text.max_position_embeddings // self.page_size)
         return max(1, min(affordable, useful))
+
+
+class NotFinite(ArithmeticError):
+    """The model's numbers for a sequence are NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class _Pick:
+    """The token that comes next, and its logprobs where they are asked for."""
+
+    sequence: Sequence
+    token_id: int
+    entry: TokenLogprob | None
 
 
 class StepFailed(BaseException):
@@ -257,13 +271,13 @@ class Engine:
         try:
             with span("decode", tokens=len(step.decode)), _fatal_where(dispatch):
                 logits = self.runner.decode(step.decode, dispatch)
-            for sequence in step.decode:
-                sequence.num_cached += 1
-                self.scheduler.remember(sequence)
-            sampled = self._sample(logits, step.decode)
+            picks, broken = self._pick(logits, step.decode)
         except (RuntimeError, ValueError) as error:
             return events + self._fail(step.decode, error)
-        return events + sampled
+        for pick in picks:
+            pick.sequence.num_cached += 1
+            self.scheduler.remember(pick.sequence)
+        return events + self._accept(picks) + self._fail(broken, NotFinite())
 
     def _take_part(self, dispatch: DispatchPlan | None) -> None:
         if dispatch is not None:
@@ -279,7 +293,7 @@ class Engine:
                 try:
                     tokens = sum(chunk.stop - chunk.start for chunk in chunks)
                     with span("prefill", tokens=tokens), _fatal_where(dispatch):
-                        logits = self.runner.prefill(chunks, dispatch)
+                        logits, is_sound_B = self.runner.prefill(chunks, dispatch)
                     break
                 except BadRows as error:  # that request's failure alone; nothing has been computed yet
                     events += self._fail([error.sequence], error)
@@ -287,16 +301,18 @@ class Engine:
                     if not chunks:
                         self._take_part(dispatch)
                         return events
-            now = time.monotonic()
-            for chunk in chunks:
-                chunk.sequence.prefill_s += now - started
-                events += self._advance(chunk)
-            last = [number for number, chunk in enumerate(chunks) if chunk.is_last]
-            if last:
-                events += self._sample(logits[last], [chunks[number].sequence for number in last])
-            return events
+            picks, broken = self._pick(logits, [chunk.sequence for chunk in chunks if chunk.is_last])
+            is_sound = is_sound_B.tolist()  # the sampler has waited; for chunks that end no prompt this is the wait
         except (RuntimeError, ValueError) as error:
             return events + self._fail([chunk.sequence for chunk in chunks], error)
+        now = time.monotonic()
+        broken += [chunk.sequence for chunk, ok in zip(chunks, is_sound, strict=True) if not (ok or chunk.is_last)]
+        lost = {sequence.request_id for sequence in broken}
+        for chunk in chunks:
+            chunk.sequence.prefill_s += now - started
+            if chunk.sequence.request_id not in lost:
+                events += self._advance(chunk)
+        return events + self._accept(picks) + self._fail(broken, NotFinite())
 
     def _advance(self, chunk: Chunk) -> list[EngineEvent]:
         """The chunk is in the cache: its rows are used."""
@@ -310,12 +326,21 @@ class Engine:
                 del sequence.rows[index]
         return events
 
-    def _sample(self, logits: Tensor, batch: list[Sequence]) -> list[EngineEvent]:
-        """One more token for each sequence from `[B, V]`; the end of those that are done."""
+    def _pick(self, logits: Tensor, batch: list[Sequence]) -> tuple[list[_Pick], list[Sequence]]:
+        """The next token of each sequence from `[B, V]`, and those whose logits are not finite."""
+        if not batch:
+            return [], []
         token_ids, entries = self.sampler.sample(logits, [s.sampling_row for s in batch])
+        rows = list(zip(batch, token_ids, entries, strict=True))
+        picks = [_Pick(sequence, token_id, entry) for sequence, token_id, entry in rows if token_id is not None]
+        return picks, [sequence for sequence, token_id, _ in rows if token_id is None]
+
+    def _accept(self, picks: list[_Pick]) -> list[EngineEvent]:
+        """One more token for each sequence; the end of those that are done."""
         now = time.monotonic()
         events: list[EngineEvent] = []
-        for sequence, token_id, entry in zip(batch, token_ids, entries, strict=True):
+        for pick in picks:
+            sequence, token_id, entry = pick.sequence, pick.token_id, pick.entry
             if not sequence.generated:
                 sequence.first_token_at = now
             sequence.generated.append(token_id)
@@ -341,10 +366,19 @@ class Engine:
         return events
 
     def _fail(self, batch: list[Sequence], error: Exception) -> list[EngineEvent]:
-        """End a batch that could not run. The cause goes to the log; clients get no internals."""
-        if not isinstance(error, InputError):
+        """End requests that could not run. The cause goes to the log; clients get no internals. Their pages come back
+        clean, whatever was written before it failed."""
+        if not batch:
+            return []
+        if isinstance(error, NotFinite):
+            names = ", ".join(sequence.request_id for sequence in batch)
+            print(f"language rank {self.language_rank}: numbers that are not finite: {names}", file=sys.stderr)
+        elif not isinstance(error, InputError):
             traceback.print_exception(error)
+        if not isinstance(error, InputError):
             error = InputError("the language model failed on this request", status=500, code="engine_error")
+        pool = self.scheduler.pool
+        self.runner.clear([page for sequence in batch for page in pool.unknown(sequence.pages)])
         for sequence in batch:
             self.scheduler.remove(sequence.request_id)
         return [

@@ -57,6 +57,10 @@ class PagePool:
         """Nobody has it, but its content is known."""
         return page in self._kept
 
+    def unknown(self, pages: Iterable[int]) -> list[int]:
+        """Those of a sequence's pages whose content is not known: nobody else reads them, or ever will."""
+        return [page for page in pages if page not in self._entries]
+
     def pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` fill: 17 tokens on pages of 16 take 2."""
         return -(-num_tokens // self.page_size)

@@ -90,15 +90,32 @@ class ModelRunner:
         self.model.model.take_part(plan)
 
     @torch.inference_mode()
-    def prefill(self, chunks: Seq[Chunk], plan: DispatchPlan | None = None) -> Tensor:
-        """Pieces of prompts -> logits `[B, V]` of the last token of each. `plan`: where experts are spread."""
+    def prefill(self, chunks: Seq[Chunk], plan: DispatchPlan | None = None) -> tuple[Tensor, Tensor]:
+        """Pieces of prompts -> logits `[L, V]` of the last token of those that end one, and whether each is sound
+        `[B]` bool. `plan`: where experts are spread.
+
+        A chunk's last token attends to all of its sequence before it. So if its row is finite, all keys and values that
+        the chunk wrote are; what became of other tokens after their last key and value is nobody's concern.
+        """
         sequences = [chunk.sequence for chunk in chunks]
         ids = [i for chunk in chunks for i in chunk.sequence.tokens(chunk.start, chunk.stop)]
         ids_T = torch.tensor(ids, device=self.device)
         positions = torch.cat([c.sequence.positions_of(c.start, c.stop) for c in chunks], dim=1).to(self.device)
         embeds, deepstack = self._splice(ids_T, chunks)
         batch = self._batch(sequences, [c.stop - c.start for c in chunks], [c.stop for c in chunks], plan)
-        return self.model(ids_T, positions, batch, embeds, input_deepstack_embeds=deepstack)
+        x_TD = self.model.model(ids_T, positions, batch, embeds, input_deepstack_embeds=deepstack)
+        x_BD = batch.select(x_TD)
+        ends = [number for number, chunk in enumerate(chunks) if chunk.is_last]
+        x_LD = x_BD if len(ends) == len(chunks) else x_BD[ends]
+        return self.model.lm_head(x_LD), x_BD.isfinite().all(-1)
+
+    @torch.inference_mode()
+    def clear(self, pages: Seq[int]) -> None:
+        """Forget the keys and values of these pages."""
+        pages_P = torch.tensor(pages, dtype=torch.int64, device=self.device)
+        for keys, values in self.caches:
+            for pool in (keys, values):
+                pool.unflatten(0, (-1, self.page_size)).index_fill_(0, pages_P, 0)
 
     @torch.inference_mode()
     def decode(self, sequences: Seq[Sequence], plan: DispatchPlan | None = None) -> Tensor:

@@ -43,8 +43,11 @@ class Sampler:
         self.banned_ids, self.eos_ids = sorted(set(banned_ids)), sorted(set(eos_ids))
         self._banned = torch.tensor(self.banned_ids, dtype=torch.long)
 
-    def sample(self, logits_BV: Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[TokenLogprob | None]]:
-        """Token ids and, where asked for, logprobs of the raw distribution. ValueError if a logit is not finite."""
+    def sample(
+        self, logits_BV: Tensor, rows: Sequence[SamplingRow]
+    ) -> tuple[list[int | None], list[TokenLogprob | None]]:
+        """Token ids, None where a logit of the row is not finite, and, where asked for, logprobs of the raw
+        distribution."""
         if len(rows) != len(logits_BV):
             raise ValueError(f"{len(logits_BV)} rows of logits for {len(rows)} requests")
         plan = Plan.of(rows, vocab_size=logits_BV.shape[1], eos_ids=self.eos_ids)
@@ -57,7 +60,6 @@ class Sampler:
         """All of the work on the device, none of it waited for: everything the host wants in one float64 vector (token
         ids are exact in it), as `unpack` reads it. The logits are left as they are."""
         logits_BV = logits_BV.float()
-        low, high = logits_BV.aminmax()
         masked_BV = self._masked(logits_BV, plan)
         ids_B = masked_BV.argmax(-1) if len(plan.picked) < plan.num_rows else None
         if plan.picked:
@@ -66,8 +68,8 @@ class Sampler:
             ids_S = pick(weigh(masked_SV, settings, plan), settings[-1])
             ids_B = ids_S if ids_B is None else ids_B.index_copy(0, rows_S.long(), ids_S)
         assert ids_B is not None
-        is_finite = torch.isfinite(low) & torch.isfinite(high)  # what is not a number is both
-        parts = [is_finite[None], ids_B]
+        # One number that is not finite is enough for a sum, and a sum is the cheapest look at all of them.
+        parts = [logits_BV.sum(-1).isfinite(), ids_B]
         if plan.told:
             parts += logprobs(logits_BV, ids_B, _upload([plan.told], logits_BV.device)[0].long(), max(plan.num_top))
         return torch.cat([part.double() for part in parts])
@@ -166,22 +168,21 @@ def logprobs(logits_BV: Tensor, ids_B: Tensor, rows_R: Tensor, num_top: int) -> 
     return [own_R1.flatten(), top_RK.flatten(), logprobs_RV.gather(1, top_RK).flatten()]
 
 
-def unpack(values: list[float], plan: Plan) -> tuple[list[int], list[TokenLogprob | None]]:
+def unpack(values: list[float], plan: Plan) -> tuple[list[int | None], list[TokenLogprob | None]]:
     """The result of `Sampler.run`, on the host."""
-    is_finite, *values = values
-    if not is_finite:
-        raise ValueError("the model's logits are not finite")
-    ids = [int(value) for value in values[: plan.num_rows]]
-    entries: list[TokenLogprob | None] = [None] * plan.num_rows
+    num_rows = plan.num_rows
+    ids = [int(value) for value in values[num_rows : 2 * num_rows]]
+    entries: list[TokenLogprob | None] = [None] * num_rows
     if plan.told:
-        width, rest = max(plan.num_top), values[plan.num_rows :]
+        width, rest = max(plan.num_top), values[2 * num_rows :]
         num_told = len(plan.told)
         own, top_ids, top = rest[:num_told], rest[num_told : num_told * (1 + width)], rest[num_told * (1 + width) :]
         for r, (b, count) in enumerate(zip(plan.told, plan.num_top, strict=True)):
             part = slice(r * width, r * width + count)
             pairs = zip(map(int, top_ids[part]), top[part], strict=True)
             entries[b] = TokenLogprob(ids[b], own[r], list(pairs))
-    return ids, entries
+    is_finite = values[:num_rows]
+    return [i if ok else None for i, ok in zip(ids, is_finite, strict=True)], entries
 
 
 def _upload(columns: Sequence[Sequence[float]], device: torch.device) -> tuple[Tensor, ...]:

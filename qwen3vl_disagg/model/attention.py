@@ -68,9 +68,9 @@ class PromptBatch(ForwardBatch):
         lens_B = torch.tensor(self.seq_lens)
         token_L = torch.arange(int(lens_B.max()))
         self.is_token_BL = token_L < lens_B[:, None]
-        # Padding repeats row 0. One gather, because a copy per sequence is slow to differentiate.
+        # Padding repeats the sequence's first row. One gather, because a copy per sequence is slow to differentiate.
         starts_B1 = (lens_B.cumsum(0) - lens_B)[:, None]
-        self.rows_BL = torch.where(self.is_token_BL, starts_B1 + token_L, 0)
+        self.rows_BL = torch.where(self.is_token_BL, starts_B1 + token_L, starts_B1)
         self.padded_rows_T = self.is_token_BL.flatten().nonzero().squeeze(1)
 
     def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, cache: LayerCache | None) -> Tensor:

@@ -83,6 +83,20 @@ def why_not_flex(device: torch.device, page_size: int, head_dim: int) -> str | N
     return None
 
 
+def unwritten_slots(contexts_B: Tensor, tables_BW: Tensor, page_size: int, device: torch.device) -> Tensor:
+    """Slots behind the last token of each sequence in its last page: the kernels multiply what lies there by 0, which
+    does not take NaN away. One entry for each place of the page; those of before repeat the last token's.
+
+    Example: page size 4, page table [7, 2], 6 tokens: slots 9, 9, 10, 11.
+    """
+    last_B1 = (contexts_B - 1)[:, None]
+    place_BP = torch.arange(page_size).maximum(last_B1 % page_size)
+    slots = (tables_BW.gather(1, last_B1 // page_size) * page_size + place_BP).flatten()
+    slots = slots.repeat(1 if len(slots) > 1 else 2).to(device, non_blocking=True)  # a size of one is a constant
+    torch._dynamo.mark_dynamic(slots, 0)
+    return slots
+
+
 @dataclass(frozen=True)
 class FlexPlan:
     """A step's lists, as they go through a compiled layer: two tensors whose sizes no graph looks at.
@@ -269,7 +283,7 @@ def _power_of_two(count: int) -> int:
 _library = torch.library.Library("q3vl", "FRAGMENT")
 _library.define(
     "flex_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor new_slots, "
-    "Tensor lists, Tensor sizes) -> Tensor"
+    "Tensor unwritten, Tensor lists, Tensor sizes) -> Tensor"
 )
 
 
@@ -280,12 +294,13 @@ def _flex_attention(
     k_pool: Tensor,
     v_pool: Tensor,
     new_slots_T: Tensor,
+    unwritten: Tensor,
     lists: Tensor,
     sizes: Tensor,
 ) -> Tensor:
-    """Write the new keys and values into their slots, then attend -> `[T, N, H]`, q's dtype."""
-    k_pool.index_copy_(0, new_slots_T, k_TGH.to(k_pool.dtype))
-    v_pool.index_copy_(0, new_slots_T, v_TGH.to(v_pool.dtype))
+    """Zeros into the unwritten slots, the new keys and values into theirs, then attend -> `[T, N, H]`, q's dtype."""
+    for pool, new_TGH in ((k_pool, k_TGH), (v_pool, v_TGH)):
+        pool.index_fill_(0, unwritten, 0).index_copy_(0, new_slots_T, new_TGH.to(pool.dtype))
     # The first call of a compiled layer is watched (torch._functorch.config.check_custom_op_aliasing) and sees other
     # dispatch keys than later ones, which would be a second graph. Below all of autograd they are the same.
     with torch.no_grad(), torch._C._AutoDispatchBelowADInplaceOrView():

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model.attention import ForwardBatch, LayerCache
-from qwen3vl_disagg.model.flex import flex_kind, make_plan, why_not_flex
+from qwen3vl_disagg.model.flex import flex_kind, make_plan, unwritten_slots, why_not_flex
 
 PagedImpl = Literal["sdpa", "kernel", "flex"]
 
@@ -73,6 +73,7 @@ class PagedBatch(ForwardBatch):
             kind = flex_kind(device.type, page_size, num_sequences=len(new_B), is_decode=is_decode)
             self.plan = make_plan(kind, new_B, contexts_B, tables, len(caches[0][0]), device)
             self.new_slots_T = self.new_slots_T.to(device, non_blocking=True)
+            self.unwritten = unwritten_slots(contexts_B, tables, page_size, device)
         else:
             self.places = _pack(new_B, contexts_B, tables, self.new_slots_T)
             self._unpacked = _unpack(self.places)  # once for all layers
@@ -84,7 +85,7 @@ class PagedBatch(ForwardBatch):
         if cache is None:
             raise ValueError("a paged batch needs the layer's cache")
         if self.impl == "flex":
-            args = (self.new_slots_T, self.plan.lists, self.plan.sizes)
+            args = (self.new_slots_T, self.unwritten, self.plan.lists, self.plan.sizes)
             return torch.ops.q3vl.flex_attention(q_TNH, k_TGH, v_TGH, *cache, *args)
         impl = self.impl or ""
         if torch.compiler.is_compiling():
@@ -182,9 +183,11 @@ def decode_sdpa(
     """One new token per sequence, on padded copies. The query heads of a kv head are the rows of one SDPA call."""
     token_L = torch.arange(int(contexts_B.max()), device=q_BNH.device)
     slots_BL = tables_BW[:, token_L // page_size] * page_size + token_L % page_size
+    is_context_BL = token_L < contexts_B.to(q_BNH.device)[:, None]
+    # Padding repeats the first token: a slot that was never written may hold NaN, which no weight of 0 takes away.
+    slots_BL = torch.where(is_context_BL, slots_BL, slots_BL[:, :1])
     k, v = (pool[slots_BL].transpose(1, 2) for pool in (k_pool, v_pool))
     q = q_BNH.to(k.dtype).unflatten(1, (k_pool.shape[1], -1))
-    is_context_BL = token_L < contexts_B.to(q.device)[:, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_context_BL[:, None, None, :])
     return out.flatten(1, 2).to(q_BNH.dtype)
 

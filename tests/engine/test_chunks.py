@@ -290,7 +290,10 @@ def test_chunks_of_one_token_alone_and_beside_longer_ones():
             stops = [min(start + n, s.num_prompt) for start, n, s in zip(starts, cut, sequences, strict=True)]
             batch = [b for b in range(2) if stops[b] > starts[b]]
             if batch:
-                ends[batch] = engine.runner.prefill([Chunk(sequences[b], starts[b], stops[b]) for b in batch])
+                chunks = [Chunk(sequences[b], starts[b], stops[b]) for b in batch]
+                logits, is_sound = engine.runner.prefill(chunks)
+                assert is_sound.all()
+                ends[[b for b, chunk in zip(batch, chunks, strict=True) if chunk.is_last]] = logits
             starts = stops
         return ends
 
@@ -304,13 +307,13 @@ def test_a_chunk_without_visual_rows_gives_the_model_no_deepstack(monkeypatch):
     name = next(name for name in REQUESTS if REQUESTS[name][1][0].offset >= 2)
     ids, items, rows = REQUESTS[name]
     seen = []
-    forward = engine.runner.model.forward
+    forward = engine.runner.model.model.forward
 
     def watch(*args, **kwargs):
         seen.append((len(args[0]), kwargs.get("input_deepstack_embeds")))
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(engine.runner.model, "forward", watch)
+    monkeypatch.setattr(engine.runner.model.model, "forward", watch)
     engine.add(name, ids, items, GREEDY)
     engine.step()
     assert seen == [(items[0].offset, None)]

@@ -136,13 +136,29 @@ def check_failed_alone(bad: str, together: dict[str, list]) -> None:
         assert token_ids(together[name]) == token_ids(ALONE[name])
 
 
+@pytest.mark.parametrize("kind", ["gather", "all_to_all"])
+def test_numbers_that_are_not_finite_fail_their_request_alone(kind, monkeypatch):
+    """On their own rank and on those that run experts for it: where rows of all ranks are summed up, 0 times infinity
+    must not be among what is added."""
+    token = 69
+    ids, items, rows = REQUESTS["r1"]
+    monkeypatch.setitem(REQUESTS, "r1", ([token, *ids[1:]], items, rows))
+    model = copy.deepcopy(MODEL)
+    model.model.embed_tokens.weight.data[token] = float("inf")
+    monkeypatch.setitem(globals(), "MODEL", model)
+    for rank_of in ({name: number % 3 for number, name in enumerate(REQUESTS)}, dict.fromkeys(REQUESTS, 0)):
+        together, _ = run_together(3, rank_of, lambda *_: kind)
+        assert together["r1"][-1].status == 500
+        check_failed_alone("r1", together)
+
+
 def test_a_model_that_fails_ends_the_rank_where_others_wait_for_it():
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
     engine = Engine(MODEL, eos_ids=frozenset({1}), options=EngineOptions(kv_cache_gib=0.01))
     engine.add("r0", *REQUESTS["r0"][:2], GREEDY)
-    engine.runner.model = fail
+    engine.runner.prefill = fail
     with pytest.raises(StepFailed, match="RuntimeError in a step"):
         engine.step(StepPlan(step=1, num_rows=16, prefill=16))
 

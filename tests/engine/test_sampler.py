@@ -230,12 +230,15 @@ def test_frequencies_follow_the_distribution():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1.0, top_k=2, top_p=0.5, logprobs=2)])
-def test_logits_that_are_not_finite_are_an_error(bad, params):
+def test_logits_that_are_not_finite_give_no_token_and_leave_the_other_rows_as_they_are(bad, params):
+    sound = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [3.0, 1.0, 2.0]])
+    ids, entries = PLAIN.sample(sound, [SamplingRow(params, 0)] * 3)
     for place in range(3):
-        logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+        logits = sound.clone()
         logits[1, place] = bad
-        with pytest.raises(ValueError, match="not finite"):
-            PLAIN.sample(logits, [SamplingRow(params, 0)] * 2)
+        got_ids, got_entries = PLAIN.sample(logits, [SamplingRow(params, 0)] * 3)
+        assert got_ids == [ids[0], None, ids[2]]
+        assert (got_entries[0], got_entries[2]) == (entries[0], entries[2])
 
 
 def test_counts_that_disagree_are_an_error():

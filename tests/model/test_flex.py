@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -213,7 +214,7 @@ def test_fifty_steps_over_pages_that_change_owners():
     shape = (24 * page_size, config.text.num_key_value_heads, config.text.head_dim)
     # What is read before it was written shows.
     caches = {
-        impl: [(torch.full(shape, 1e4), torch.full(shape, -1e4)) for _ in model.model.layers]
+        impl: [(torch.full(shape, math.nan), torch.full(shape, math.inf)) for _ in model.model.layers]
         for impl in ("flex", "sdpa")
     }
     stems = [[rng.randrange(50) for _ in range(12)] for _ in range(2)]
