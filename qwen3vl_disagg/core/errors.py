@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Self, TypeVar
 
 T = TypeVar("T")
 
 
 class DisaggError(Exception):
-    """Base of all errors raised on purpose. `code` is a stable machine-readable word."""
+    """Base of all errors raised on purpose. `code` is a stable machine-readable word, `status` the HTTP status, `param`
+    the place in the caller's input that it is about."""
 
     code = "internal_error"
+    status = 500
+    param: str | None = None
+
+    def at(self, param: str) -> Self:
+        """The same error with its place named, unless one is named already."""
+        error = copy.copy(self)
+        error.param = self.param or param
+        return error
 
 
 class InputError(DisaggError, ValueError):
@@ -31,10 +41,6 @@ class InputError(DisaggError, ValueError):
         self.param = param
         self.status = status
         self.code = code
-
-    def at(self, param: str) -> InputError:
-        """The same error with its place named, unless one is named already."""
-        return InputError(self.message, param=self.param or param, status=self.status, code=self.code)
 
 
 class NotBuiltYet(InputError):
@@ -65,10 +71,22 @@ def attempt(problems: list[str], make: Callable[[], T]) -> T | None:
         return None
 
 
+class ServerError(DisaggError):
+    """Our own fault (exit status 1, HTTP 500); to try again would not help. `code` says what failed.
+
+    The message is shown to the client: it holds no internals; the cause goes to the log.
+    """
+
+    def __init__(self, message: str, *, code: str = "internal_error") -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class OverloadedError(DisaggError):
     """No room now; the client may try again after `retry_after` seconds (HTTP 429)."""
 
     code = "overloaded"
+    status = 429
 
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(message)
@@ -79,6 +97,7 @@ class UnavailableError(DisaggError):
     """A role that the request needs is not there, or the server is going down (HTTP 503)."""
 
     code = "unavailable"
+    status = 503
 
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(message)
@@ -95,12 +114,25 @@ class DeadlineError(DisaggError, TimeoutError):
     """A stage took longer than it may (HTTP 504)."""
 
     code = "deadline_exceeded"
+    status = 504
+
+
+def late() -> DeadlineError:
+    """The request's own time limit has passed, in whatever stage."""
+    return DeadlineError("the request took longer than its time limit")
+
+
+class MediaTimeout(DeadlineError):
+    """Decoding an image or clip took longer than this server lets it."""
+
+    code = "media_timeout"
 
 
 class TransferError(DisaggError):
     """A link or a session failed; the item may be tried again on another encode rank."""
 
     code = "transfer_failed"
+    status = 503
 
 
 class HubGone(TransferError):

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from qwen3vl_disagg.core.errors import HandshakeError, TransferError
+from qwen3vl_disagg.core.errors import DeadlineError, HandshakeError, TransferError
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.disagg.control import Address, Connection, ConnectionLost, connect_hub
 from qwen3vl_disagg.disagg.encode_server import EncodeServer
@@ -181,7 +181,7 @@ class EncodeRank:
         source = await connect_hub(self._hub_address, deadline_s=PULL_S)
         try:
             await source.send(Pull(token=self._hello.token, digest=digest))
-            answer = await source.receive(timeout=PULL_S)
+            answer = await _answer(source)
             if not isinstance(answer, Blob) or answer.num_bytes != num_bytes or num_bytes > MAX_VIDEO_BYTES:
                 raise TransferError("the media store does not have the item")
             data = await source.receive_bytes(num_bytes, PULL_S)
@@ -196,6 +196,14 @@ class EncodeRank:
         if self._hub is not None:
             with contextlib.suppress(ConnectionLost):
                 self._hub.post(message)
+
+
+async def _answer(source: Connection) -> Message:
+    """A store that does not answer is a failed transfer; how long the request may take, others know."""
+    try:
+        return await source.receive(timeout=PULL_S)
+    except DeadlineError as error:
+        raise TransferError(str(error)) from None
 
 
 def run_encode_rank(context: RankContext) -> int:

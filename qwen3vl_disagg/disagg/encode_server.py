@@ -11,17 +11,17 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import msgspec
 
-from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, InputError
+from qwen3vl_disagg.core.errors import HandshakeError, late
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.disagg.encode_links import EncodeLink, EncodeLinks
 from qwen3vl_disagg.disagg.encode_pipeline import EncodePipeline, Pull
 from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
-from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
+from qwen3vl_disagg.disagg.encode_worker import EncodeWorker, encode_error
 from qwen3vl_disagg.disagg.held_item import HeldItem
 from qwen3vl_disagg.disagg.links import LinkFactory
 from qwen3vl_disagg.disagg.messages import (
@@ -180,16 +180,7 @@ class EncodeServer:
 
     def _tell_failed(self, action: TellFailed) -> None:
         request_id, item, number = action.attempt
-        failed = ItemFailed(
-            request_id=request_id,
-            item=item,
-            attempt=number,
-            kind=action.kind,
-            message=action.reason,
-            code=action.code,
-            status=action.status,
-        )
-        self._tell(failed)
+        self._tell(ItemFailed(request_id=request_id, item=item, attempt=number, failure=action.failure))
 
     def _release(self, attempt: Attempt) -> None:
         task = self._tasks.pop(attempt, None)
@@ -240,18 +231,11 @@ class EncodeServer:
         request_id, item, number = attempt
         on_decoded = partial(self._tell, Decoded(request_id=request_id, item=item, attempt=number))
         try:
-            async with asyncio.timeout(message.timeout_s):
+            async with asyncio.timeout(message.timeout_s) as limit:
                 held = await self.pipeline.rows(message, on_decoded)
             fault_point("encoded")
-        except InputError as error:
-            # What this rank lacks is not the client's fault, and another rank may have it.
-            kind: Literal["input", "failed"] = "failed" if error.code == "not_installed" else "input"
-            self._failed(EncodeFailed(attempt, kind, error.message, error.code, error.status))
-        except (DisaggError, TimeoutError) as error:
-            self._failed(EncodeFailed(attempt, "failed", str(error) or "out of time"))
         except Exception as error:  # one item's failure is not the rank's
-            traceback.print_exception(error)
-            self._failed(EncodeFailed(attempt, "failed", type(error).__name__))
+            self._failed(EncodeFailed(attempt, Failure.of(late() if limit.expired() else encode_error(error))))
         else:
             if self._tasks.get(attempt) is asyncio.current_task():
                 self._encoded[attempt], held = held, None

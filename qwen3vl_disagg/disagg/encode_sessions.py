@@ -24,6 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen3vl_disagg.core.errors import late
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.disagg.link_state import LinkState
 from qwen3vl_disagg.disagg.messages import Abort, Ack, Grant, HeaderOk, Nack, Resume, Stale
 from qwen3vl_disagg.disagg.session_events import (
@@ -210,7 +212,7 @@ class EncodeSessions:
     def _encode_failed(self, event: EncodeFailed, now: float) -> None:
         item = self.items.get(event.attempt)
         if item is not None and item.state == ENCODING:
-            self._fail(TellFailed(event.attempt, event.kind, event.reason, event.code, event.status))
+            self._fail(TellFailed(event.attempt, event.failure))
 
     def _park(self, item: Outgoing, now: float) -> None:
         """Keep the rows for a while, within bounds."""
@@ -394,4 +396,4 @@ class EncodeSessions:
                 self._refuse(outlet, item.attempt, "the item never came", now)
             self._end(item.attempt)
         else:
-            self._fail(TellFailed(item.attempt, "failed", "out of time"))
+            self._fail(TellFailed(item.attempt, Failure.of(late())))

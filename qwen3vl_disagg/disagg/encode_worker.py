@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from qwen3vl_disagg.core.errors import TransferError
+from qwen3vl_disagg.core.errors import DisaggError, InputError, ServerError, TransferError, UnavailableError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.digest import add_digests, deepstack_sums, range_digests, run_sums, sums_digest
 from qwen3vl_disagg.disagg.layout import item_ranges
@@ -21,6 +22,8 @@ from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration, separate_deepstack
 from qwen3vl_disagg.model.compiled import compile_tower
 from qwen3vl_disagg.processing import Grid, ImageProcessor, VideoProcessor, item_positions
+
+ENCODE_ERROR = "encode_error"
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,8 @@ class EncodeWorker:
             compile_tower(vision_model.visual)
 
     def preprocess(self, data: bytes, visual: VisualItem, stop: Stop | None = None) -> Pixels:
-        """Decode and cut up. InputError for damaged media, TransferError if the grid is not the announced one, Stopped
-        soon after `stop` is set."""
+        """Decode and cut up. InputError for damaged media, MediaTimeout for what takes too long, ServerError if the
+        grid is not the announced one, Stopped soon after `stop` is set."""
         started = time.monotonic()
         if visual.modality == "image":
             decode = None if self.decoder is None else partial(self.decoder.image, stop=stop)
@@ -145,16 +148,17 @@ class EncodeWorker:
         elif self.video is not None and self.decoder is not None:
             patches, grid = self.video.pixels(data, visual, self.decoder, stop)
         else:
-            raise TransferError("this encode rank takes no videos")
+            raise UnavailableError("this encode rank takes no videos")
         if grid != tuple(visual.grid):
-            raise TransferError(f"the item has grid {grid}, the prompt was laid out for {tuple(visual.grid)}")
+            message = f"the item has grid {grid}, the prompt was laid out for {tuple(visual.grid)}"
+            raise ServerError(message, code=ENCODE_ERROR)
         return Pixels(patches, grid, (time.monotonic() - started) * 1e3)
 
     def encode(self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]) -> list[EncodedItem | Exception]:
         """Run the tower over several images and clips at once; rows on the tower's device, contiguous, each item's in
         memory of its own. `encode_ms` is the time of the whole batch.
 
-        What goes wrong with an item stands in its place: TransferError for rows that are not finite. When the tower
+        What goes wrong with an item stands in its place: ServerError for rows that are not finite. When the tower
         fails over several (they may not fit in memory together), each goes through it alone.
         """
         if not batch:
@@ -186,7 +190,7 @@ class EncodeWorker:
         results: list[EncodedItem | Exception] = []
         for entry, token_id, (main, deepstack), ok in zip(batch, visual_token_ids, parts, is_good, strict=True):
             if not ok:
-                results.append(TransferError("the vision tower's rows hold NaN or infinity"))
+                results.append(ServerError("the vision tower's rows hold NaN or infinity", code=ENCODE_ERROR))
                 continue
             positions = item_positions(entry.grid, self.config.vision.spatial_merge_size).T.contiguous()
             fill_ids = torch.full((len(main),), token_id, dtype=torch.int32)
@@ -195,6 +199,17 @@ class EncodeWorker:
                 EncodedItem(main, deepstack, fill_ids, positions, entry.grid, entry.preprocess_ms, elapsed_ms)
             )
         return results
+
+
+def encode_error(error: Exception) -> DisaggError:
+    """What an item's failure is to others. The cause of one that was not raised on purpose goes to the log."""
+    if isinstance(error, InputError) and error.code == "not_installed":
+        # What this rank lacks is not the client's fault, and another rank may have it.
+        return UnavailableError(error.message)
+    if isinstance(error, DisaggError):
+        return error
+    traceback.print_exception(error)
+    return ServerError("an image or clip could not be encoded", code=ENCODE_ERROR)
 
 
 def _own(rows: Tensor) -> Tensor:

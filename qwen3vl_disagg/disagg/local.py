@@ -7,14 +7,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from qwen3vl_disagg.core.errors import DisaggError, InputError, TransferError
+from qwen3vl_disagg.core.errors import DisaggError, TransferError
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.disagg.embedding_cache import ContentKey, EmbeddingCache, content_key
 from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
-from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker, Pixels
+from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker, Pixels, encode_error
 from qwen3vl_disagg.disagg.held_item import HeldItem, hold, keep
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
 from qwen3vl_disagg.disagg.links import InProcessLink
@@ -203,7 +204,7 @@ class LocalTransfer:
                 self._release(action.attempt)
             case TellFailed():
                 request_id, item, _ = action.attempt
-                error = self._errors.pop(action.attempt, None) or TransferError(action.reason)
+                error = self._errors.pop(action.attempt, None) or action.failure.error()
                 self._outcomes.append(ItemError(request_id, item, error))
 
     def _release(self, attempt: Attempt) -> None:
@@ -237,7 +238,7 @@ class LocalTransfer:
             visual, data = self._media[attempts[0][:2]]
             try:
                 pixels[key] = self.worker.preprocess(data, visual)
-            except DisaggError as error:
+            except Exception as error:
                 self._fail(attempts, error)
         if not pixels:
             return
@@ -251,17 +252,14 @@ class LocalTransfer:
                     self._to_encode(Encoded(attempt))
                 if is_kept:
                     self.cache.unpin(key)
-            elif isinstance(result, DisaggError):
-                self._fail(wanted[key], result)
             else:
-                raise result
+                self._fail(wanted[key], result)
 
-    def _fail(self, attempts: list[Attempt], error: DisaggError) -> None:
+    def _fail(self, attempts: list[Attempt], error: Exception) -> None:
+        known = encode_error(error)
         for attempt in attempts:
-            param = self._media[attempt[:2]][0].param
-            self._errors[attempt] = error.at(param) if isinstance(error, InputError) else error
-            kind: Literal["input", "failed"] = "input" if isinstance(error, InputError) else "failed"
-            self._to_encode(EncodeFailed(attempt, kind, str(error)))
+            self._errors[attempt] = known.at(self._media[attempt[:2]][0].param)
+            self._to_encode(EncodeFailed(attempt, Failure.of(known)))
 
     def _receive(self, job: Receive) -> None:
         grant = job.grant

@@ -16,10 +16,10 @@ from typing import Literal
 
 import msgspec
 
-from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -85,18 +85,12 @@ class Decoded(Message, frozen=True):
 
 
 class ItemFailed(Message, frozen=True):
-    """An encode rank gives an item up. kind `input`: the media is bad, trying again is useless; else try another.
-
-    `code` and `status` are those of the InputError behind kind `input`.
-    """
+    """An encode rank gives an item up; unless the failure is final, another one may try."""
 
     request_id: str
     item: int
     attempt: int
-    kind: Literal["input", "failed"]
-    message: str
-    code: str = InputError.code
-    status: int = 400
+    failure: Failure
 
 
 class NeedItems(Message, frozen=True):
@@ -149,12 +143,10 @@ class Finished(Message, frozen=True):
 
 
 class RequestFailed(Message, frozen=True):
-    """A request ended with an error. `status` is the HTTP status that fits."""
+    """A request ended with an error."""
 
     request_id: str
-    code: str
-    message: str
-    status: int = 500
+    failure: Failure
 
 
 # ---- hub: frontend -> rank ----

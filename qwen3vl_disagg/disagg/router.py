@@ -14,12 +14,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 from qwen3vl_disagg.core.errors import (
-    DeadlineError,
     DisaggError,
-    InputError,
     OverloadedError,
+    ServerError,
     TransferError,
     UnavailableError,
+    late,
 )
 from qwen3vl_disagg.disagg.messages import (
     Assign,
@@ -40,7 +40,7 @@ from qwen3vl_disagg.disagg.messages import (
     Tokens,
 )
 from qwen3vl_disagg.disagg.placement import EncodeRank, LanguageRank, choose_encode_rank, choose_language_rank
-from qwen3vl_disagg.disagg.router_tables import Item, Request, RouterLimits, error_of
+from qwen3vl_disagg.disagg.router_tables import Item, Request, RouterLimits
 from qwen3vl_disagg.disagg.routing import (
     Abandon,
     Action,
@@ -187,7 +187,7 @@ class Router:
     def _tick(self, now: float) -> None:
         for request_id, request in list(self._requests.items()):
             if now >= request.deadline:
-                self._end(request_id, DeadlineError("the request took longer than its time limit"))
+                self._end(request_id, late())
             elif any(now >= item.wait_until for item in request.items):
                 self._end(request_id, UnavailableError("no encode rank is available"))
 
@@ -206,7 +206,8 @@ class Router:
             state = self._encode.pop(event.rank, None)
             if state is not None:
                 for request_id, index in list(state.jobs):
-                    self._attempt_failed(request_id, index, (event.rank, state.incarnation), now, is_death=True)
+                    worker, error = (event.rank, state.incarnation), TransferError(f"encode rank {event.rank} was lost")
+                    self._attempt_failed(request_id, index, worker, error, now, is_death=True)
             return
         # Links are what the encode ranks say: they may outlive this rank's connection with the hub, or come before it.
         language = self._language.pop(event.rank, None)
@@ -251,11 +252,11 @@ class Router:
                 item = self._current(message)
                 if item is None or item.encode_rank != rank:
                     return
-                if message.kind == "input":
-                    place, status, code = item.visual.param, message.status, message.code
-                    self._end(message.request_id, InputError(message.message, param=place, status=status, code=code))
+                error = message.failure.error()
+                if message.failure.is_final:
+                    self._end(message.request_id, error.at(item.visual.param))
                 else:
-                    self._attempt_failed(message.request_id, message.item, self._worker(item), now)
+                    self._attempt_failed(message.request_id, message.item, self._worker(item), error, now)
 
     def _links_up(self, rank: int, links: set[int], now: float) -> None:
         # An attempt whose link is gone may be resumed when it is back: its language rank says when it is lost.
@@ -277,9 +278,16 @@ class Router:
             self._encode[item.encode_rank].jobs.pop((request_id, index), None)
 
     def _attempt_failed(
-        self, request_id: str, index: int, worker: tuple[int, int], now: float, *, is_death: bool = False
+        self,
+        request_id: str,
+        index: int,
+        worker: tuple[int, int],
+        error: DisaggError,
+        now: float,
+        *,
+        is_death: bool = False,
     ) -> None:
-        """The item's attempt on `worker` is over without rows: try again, or give the request up."""
+        """The item's attempt on `worker` is over without rows: try again, or give the request up with the error."""
         request = self._requests.get(request_id)
         if request is None:
             return
@@ -289,8 +297,11 @@ class Router:
         item.failures += 0 if is_death and worker in item.failed_on else 1
         item.failed_on.add(worker)
         item.state = "waiting"
+        if now >= request.deadline:
+            self._end(request_id, late())
+            return
         if item.failures >= self.limits.max_attempts:
-            self._end(request_id, TransferError(f"an item failed on encode ranks {item.failures} times"))
+            self._end(request_id, error.at(item.visual.param))
             return
         self._wait(item, now)
         self._assign(request_id, index, now)
@@ -349,8 +360,10 @@ class Router:
                     encode = self._encode[item.encode_rank]
                     if message.dead_epoch >= encode.epochs.get(rank, 1):
                         encode.links.discard(rank)
-                    is_death = message.dead_epoch > 0
-                    self._attempt_failed(message.request_id, message.item, self._worker(item), now, is_death=is_death)
+                    error, is_death = TransferError(message.reason), message.dead_epoch > 0
+                    self._attempt_failed(
+                        message.request_id, message.item, self._worker(item), error, now, is_death=is_death
+                    )
             case ItemReceived():
                 item = self._current(message)
                 if item is not None:
@@ -362,12 +375,12 @@ class Router:
                 self._actions.append(Deliver(message.request_id, message))
                 self._end(message.request_id, by_language_rank=True)
             case RequestFailed():
-                self._end(message.request_id, error_of(message), by_language_rank=True)
+                self._end(message.request_id, message.failure.error(), by_language_rank=True)
 
     def _tokens(self, request: Request, message: Tokens) -> None:
         """Pass on what continues the answer; a repetition is dropped, a gap ends the request."""
         if message.index > request.num_received_tokens:
-            self._end(message.request_id, TransferError("part of the answer was lost"))
+            self._end(message.request_id, ServerError("part of the answer was lost"))
         elif message.index == request.num_received_tokens and message.token_ids:
             request.num_received_tokens += len(message.token_ids)
             self._actions.append(Deliver(message.request_id, message))

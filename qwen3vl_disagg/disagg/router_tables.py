@@ -6,9 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, InputError, TransferError, UnavailableError
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.disagg.messages import RequestFailed
 
 
 @dataclass(frozen=True)
@@ -47,14 +45,3 @@ class Request:
     num_tokens: int
     deadline: float
     num_received_tokens: int = 0
-
-
-def error_of(message: RequestFailed) -> DisaggError:
-    """The typed error behind a rank's report."""
-    if 400 <= message.status < 500:
-        return InputError(message.message, status=message.status, code=message.code)
-    if message.status == 503:
-        return UnavailableError(message.message)
-    if message.status == 504:
-        return DeadlineError(message.message)
-    return TransferError(message.message)

@@ -5,11 +5,9 @@ A session is one item of one request; (`request_id`, `item`, `attempt`) names on
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
-from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.allocator import Lease
 from qwen3vl_disagg.disagg.messages import Frame, Grant, Header
@@ -161,13 +159,8 @@ class Encoded(_Value, frozen=True):
 
 
 class EncodeFailed(_Value, frozen=True):
-    """`code` and `status` are those of the InputError behind kind `input`."""
-
     attempt: Attempt
-    kind: Literal["input", "failed"]
-    reason: str
-    code: str = InputError.code
-    status: int = 400
+    failure: Failure
 
 
 class PayloadSent(_Value, frozen=True):
@@ -295,13 +288,10 @@ class Release(_Value, frozen=True):
 
 
 class TellFailed(_Value, frozen=True):
-    """Tell the router that the attempt is over without rows. Fields as those of `EncodeFailed`."""
+    """Tell the router that the attempt is over without rows."""
 
     attempt: Attempt
-    kind: Literal["input", "failed"]
-    reason: str
-    code: str = InputError.code
-    status: int = 400
+    failure: Failure
 
 
 EncodeAction = SendFrame | BreakLink | StartEncode | SendHeader | SendPayload | Release | TellFailed

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.errors import DisaggError, InputError, ServerError
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.disagg.lockstep import Outlook, PaceLimits, StepPlan
@@ -375,13 +376,10 @@ class Engine:
             print(f"language rank {self.language_rank}: numbers that are not finite: {names}", file=sys.stderr)
         elif not isinstance(error, InputError):
             traceback.print_exception(error)
-        if not isinstance(error, InputError):
-            error = InputError("the language model failed on this request", status=500, code="engine_error")
+        if not isinstance(error, DisaggError):
+            error = ServerError("the language model failed on this request", code="engine_error")
         pool = self.scheduler.pool
         self.runner.clear([page for sequence in batch for page in pool.unknown(sequence.pages)])
         for sequence in batch:
             self.scheduler.remove(sequence.request_id)
-        return [
-            RequestFailed(request_id=s.request_id, code=error.code, status=error.status, message=error.message)
-            for s in batch
-        ]
+        return [RequestFailed(request_id=s.request_id, failure=Failure.of(error)) for s in batch]

@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from qwen3vl_disagg.core.errors import InputError, TransferError
+from qwen3vl_disagg.core.errors import DisaggError, TransferError, late
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.control import Connection, ConnectionLost
@@ -188,11 +189,10 @@ class LanguageRank:
         def add(engine: Engine) -> list[EngineEvent]:
             try:
                 engine.add(message.request_id, token_ids, message.items, message.sampling)
-            except InputError as error:
-                failed = RequestFailed(
-                    request_id=message.request_id, code=error.code, message=error.message, status=error.status
-                )
-                return [failed]
+            except Exception as error:  # one request's failure is not the rank's
+                if not isinstance(error, DisaggError):
+                    traceback.print_exception(error)
+                return [RequestFailed(request_id=message.request_id, failure=Failure.of(error))]
             return []
 
         self._engine.post(add)
@@ -251,8 +251,7 @@ class LanguageRank:
         """Give a request up. The cause goes to the log; clients get no internals."""
         traceback.print_exception(error)
         self._forget(request_id)
-        message = "the language rank failed on this request"
-        self._tell(RequestFailed(request_id=request_id, code="internal_error", message=message, status=500))
+        self._tell(RequestFailed(request_id=request_id, failure=Failure.of(error)))
 
     def _on_rows(self, delivery: Delivery) -> None:
         request_id, item, timings = delivery.request_id, delivery.item, delivery.timings()
@@ -286,14 +285,7 @@ class LanguageRank:
     def _on_expired(self, expired: Expired) -> None:
         if self._requests.pop(expired.request_id, None) is not None:
             self._engine.post(lambda engine: engine.cancel(expired.request_id))
-            self._tell(
-                RequestFailed(
-                    request_id=expired.request_id,
-                    code="deadline_exceeded",
-                    message="the request took longer than its time limit",
-                    status=504,
-                )
-            )
+            self._tell(RequestFailed(request_id=expired.request_id, failure=Failure.of(late())))
 
     def _tell(self, message: Message) -> None:
         """Queue a message to the hub; when it is gone, the loop that reads from it finds out and cleans up."""

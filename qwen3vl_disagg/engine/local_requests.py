@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from qwen3vl_disagg.core.errors import DisaggError, InputError
+from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob
 from qwen3vl_disagg.disagg.local import ItemError, LocalTransfer, Outcome
 from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
@@ -157,7 +157,7 @@ class LocalRequests:
             case Tokens():
                 return self._tokens(event, request)
             case RequestFailed():
-                return InputError(event.message, status=event.status, code=event.code)
+                return event.failure.error()
             case Finished():
                 request.emit(request.parts.finish())
                 return request.end(event.finish_reason, event.timings)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.errors import ServerError
 from qwen3vl_disagg.core.tensors import lazy_zeros
 from qwen3vl_disagg.engine.compiled import CompiledDecoder
 from qwen3vl_disagg.engine.scheduler import Chunk
@@ -25,12 +25,12 @@ from qwen3vl_disagg.model.paged import PagedImpl
 AttentionChoice = Literal["auto", "sdpa", "kernel", "flex"]
 
 
-class BadRows(InputError):
+class BadRows(ServerError):
     """An item's rows are not what its sequence needs."""
 
     def __init__(self, sequence: Sequence, message: str, param: str) -> None:
-        super().__init__(message, param=param)
-        self.sequence = sequence
+        super().__init__(message, code="engine_error")
+        self.sequence, self.param = sequence, param
 
 
 def resolve_attention(

@@ -29,13 +29,18 @@ _START_S = 30.0
 _SLICE_S = 0.1
 """As long is waited before the Stop is looked at again."""
 _PIPE_BYTES = 2**20
+_CRASHES = frozenset(
+    {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGSYS, signal.SIGTRAP}
+)
+"""Signals that a process brings upon itself."""
 _REPLIES = msgspec.msgpack.Decoder(Reply)
 
 
 class ChildFailed(Exception):
-    """The child cannot go on and must be killed: it was too slow, it ended, or it said what no child says."""
+    """The child cannot go on and must be killed: it was too slow, it ended, was killed by others (by the system that
+    had no memory left, for one), or it said what no child says."""
 
-    def __init__(self, why: Literal["slow", "ended", "nonsense"]) -> None:
+    def __init__(self, why: Literal["slow", "ended", "killed", "nonsense"]) -> None:
         super().__init__(why)
         self.why = why
 
@@ -150,9 +155,11 @@ class ChildProcess:
             raise ChildFailed("slow")
 
     def _ended(self) -> ChildFailed:
-        """Its CPU time ran out, or it crashed."""
+        """Its CPU time ran out, it crashed, or others ended it."""
         try:
             status = self.process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
             return ChildFailed("nonsense")
-        return ChildFailed("slow" if status == -signal.SIGPROF else "ended")
+        if status == -signal.SIGPROF:
+            return ChildFailed("slow")
+        return ChildFailed("killed" if status < 0 and -status not in _CRASHES else "ended")

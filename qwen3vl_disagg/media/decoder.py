@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from qwen3vl_disagg.core.errors import InputError, UnavailableError
+from qwen3vl_disagg.core.errors import DisaggError, InputError, MediaTimeout, ServerError, UnavailableError
 from qwen3vl_disagg.media.child_process import ChildFailed, ChildProcess
 from qwen3vl_disagg.media.images import probe_image
 from qwen3vl_disagg.media.stop import Slots, Stop
@@ -29,8 +29,9 @@ class MediaDecoder:
 
     Up to `max_children` jobs run at a time, others wait as long as it takes. Children start on first use, are used
     again, and are replaced when they were killed or crashed. A decoder belongs to one process: fork before its first
-    use, not after. Bad media are an InputError (400, or 413 for too many bytes; code "media_timeout"
-    when they take too long). UnavailableError when no child can be started, or after `close`.
+    use, not after. Bad media are an InputError (400, or 413 for too many bytes), also those that a child
+    crashes on. MediaTimeout when they take too long; ServerError when the child was killed from outside;
+    UnavailableError when no child can be started, or after `close`.
 
     A `stop` that is set, or whose deadline has passed, ends its jobs with Stopped within 0.2 s, those too that wait for
     a child; the child of a running one is killed. Frames raise it when the next one is asked for.
@@ -203,9 +204,11 @@ def _refusal(reply: Refused) -> InputError:
     return InputError(message, status=reply.status if reply.status in _STATUSES else 400, code=code)
 
 
-def _failure(what: str, error: ChildFailed) -> InputError:
+def _failure(what: str, error: ChildFailed) -> DisaggError:
     if error.why == "slow":
-        return InputError(f"decoding the {what} takes too long", code="media_timeout")
+        return MediaTimeout(f"decoding the {what} takes too long")
+    if error.why == "killed":
+        return ServerError(f"the process that decoded the {what} was killed", code="decoder_killed")
     return InputError(f"the {what} is damaged and cannot be decoded")
 
 

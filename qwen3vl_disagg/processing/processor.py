@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_disagg.core.errors import CheckpointError, InputError, attempt
+from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError, attempt
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import ImageResize
 from qwen3vl_disagg.media.decoder import MediaDecoder
@@ -252,7 +252,7 @@ class Processor:
                 info = headers.image(entry.data)
                 return _Plan(entry, self.image.grid(info.width, info.height), num_pixels=info.width * info.height)
             return self._plan_clip(entry, headers)
-        except InputError as error:
+        except DisaggError as error:
             raise error.at(entry.param) from error
 
     def _plan_clip(self, entry: Media, headers: _Headers) -> _Plan:

@@ -10,28 +10,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from qwen3vl_disagg.core.errors import (
-    DeadlineError,
-    DisaggError,
-    InputError,
-    OverloadedError,
-    TransferError,
-    UnavailableError,
-)
+from qwen3vl_disagg.core.errors import TransferError
+from qwen3vl_disagg.core.failure import Failure
 
-# InputError brings its own status. A failed transfer has been tried again on every rank there was, so what is left is
-# an outage: 503, which clients may repeat. What is not here is our fault: 500.
-STATUSES: dict[type[DisaggError], int] = {
-    OverloadedError: 429,
-    UnavailableError: 503,
-    TransferError: 503,
-    DeadlineError: 504,
-}
-# Messages of these may name hosts, ranks or files: clients get a general one.
-_GENERAL_MESSAGES: dict[type[DisaggError], str] = {
-    TransferError: "the embeddings of an image or clip could not be transferred; try again",
-}
-_INTERNAL = "the server failed on this request"
+_TRANSFER = "the embeddings of an image or clip could not be transferred; try again"
+"""A failed transfer has been tried again on every rank there was: an outage. Its message may name hosts and ranks."""
 
 _TYPES = {
     401: "authentication_error",
@@ -82,18 +65,14 @@ def envelope(status: int, message: str, *, param: str | None = None, code: str |
 
 def describe(error: Exception) -> tuple[int, ErrorEnvelope, dict[str, str]]:
     """Status, envelope and headers of an error. Only what was meant for the client gets into the envelope."""
-    if isinstance(error, InputError):
-        # After these a part of the request may be unread: the connection can carry no other.
-        headers = {"Connection": "close"} if error.status in (408, 413, 431) else {}
-        return error.status, envelope(error.status, error.message, param=error.param, code=error.code), headers
-    for kind, status in STATUSES.items():
-        if isinstance(error, kind):
-            message = _GENERAL_MESSAGES.get(kind) or str(error) or error.code
-            headers = {}
-            if status in (429, 503):
-                headers["Retry-After"] = str(max(1, math.ceil(getattr(error, "retry_after", 1.0))))
-            return status, envelope(status, message, code=error.code), headers
-    return 500, envelope(500, _INTERNAL, code="internal_error"), {}
+    failure = Failure.of(error)
+    status, headers = failure.status, dict[str, str]()
+    if status in (408, 413, 431):  # a part of the request may be unread: the connection can carry no other
+        headers["Connection"] = "close"
+    elif status in (429, 503):
+        headers["Retry-After"] = str(max(1, math.ceil(getattr(error, "retry_after", 1.0))))
+    message = _TRANSFER if isinstance(error, TransferError) else failure.message
+    return status, envelope(status, message, param=failure.param, code=failure.code), headers
 
 
 def error_response(error: Exception) -> JSONResponse:

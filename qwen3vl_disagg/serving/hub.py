@@ -114,8 +114,8 @@ class _Handle:
 
 def _log_failure(key: RankKey, message: Message) -> None:
     """One line for each attempt that failed: clients do not hear of it when another one succeeds."""
-    if isinstance(message, ItemLost) or (isinstance(message, ItemFailed) and message.kind == "failed"):
-        reason = message.reason if isinstance(message, ItemLost) else message.message
+    if isinstance(message, ItemLost) or (isinstance(message, ItemFailed) and not message.failure.is_final):
+        reason = message.reason if isinstance(message, ItemLost) else message.failure.message
         name = f"request {message.request_id}, item {message.item}, attempt {message.attempt}"
         print(f"{key[0]} rank {key[1]}: {name}: {reason}", file=sys.stderr, flush=True)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from qwen3vl_disagg.core.errors import DeadlineError
+from qwen3vl_disagg.core.errors import DeadlineError, DisaggError
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.media.stop import Stop, Stopped
 from qwen3vl_disagg.processing import Processor, Prompt
@@ -50,7 +50,7 @@ class Preparation:
         self._clip_threads = ThreadPoolExecutor(limits.clip_threads, thread_name_prefix="prepare-clips")
 
     async def prepare(self, body: bytearray, account: BodyAccount, deadline: float) -> Prepared:
-        """Empties `body`. InputError; DeadlineError when `time.monotonic()` reaches `deadline`.
+        """Empties `body`. InputError, MediaTimeout; DeadlineError when `time.monotonic()` reaches `deadline`.
 
         `account` is not given back while a thread has the body or what was read from it. A thread that is looking at
         media when this ends is free within 0.3 s; parsing and tokenizing go on to their end.
@@ -63,6 +63,8 @@ class Preparation:
                     return made
                 finish = partial(self._finish, made, stop)
                 return await _on_thread(self._clip_threads, finish, made.raw.clear, account)
+        except DisaggError:
+            raise
         except (TimeoutError, Stopped):
             raise DeadlineError("making the prompt took longer than the request may") from None
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen3vl_disagg.core.errors import TransferError
+from qwen3vl_disagg.core.errors import ServerError
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.disagg.messages import ItemFailed
 from qwen3vl_disagg.disagg.vision_batch import tower_cost
@@ -33,7 +33,7 @@ def test_items_that_wait_for_the_tower_go_through_it_together():
     run(scenario)
 
 
-@pytest.mark.parametrize("fault", [TransferError("NaN"), RuntimeError("out of memory")])
+@pytest.mark.parametrize("fault", [ServerError("NaN"), RuntimeError("out of memory")])
 def test_an_item_that_fails_in_a_batch_fails_alone(fault, capsys):
     async def scenario():
         async with encode_side() as side:
@@ -48,7 +48,7 @@ def test_an_item_that_fails_in_a_batch_fails_alone(fault, capsys):
                 await receive(peer, name)
             assert side.worker.batches == [[b"a"], [b"b", b"c", b"d"]]
             await until(lambda: side.said(ItemFailed))
-            assert [(m.request_id, m.kind) for m in side.said(ItemFailed)] == [("c", "failed")]
+            assert [(m.request_id, m.failure.kind) for m in side.said(ItemFailed)] == [("c", "internal")]
 
     run(scenario)
 

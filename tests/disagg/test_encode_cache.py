@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen3vl_disagg.core.errors import InputError, TransferError
+from qwen3vl_disagg.core.errors import InputError, ServerError, TransferError
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.disagg import encode_server
 from qwen3vl_disagg.disagg.embedding_cache import ContentKey
@@ -201,10 +201,10 @@ def test_what_comes_out_of_the_tower_for_nobody_is_kept_if_there_is_a_cache(opti
 @pytest.mark.parametrize(
     ("where", "error", "kind"),
     [
-        ("pull", TransferError("the media store does not have the item"), "failed"),
+        ("pull", TransferError("the media store does not have the item"), "transfer"),
         ("decode", InputError("the image is damaged"), "input"),
-        ("tower", TransferError("the vision tower's rows hold NaN or infinity"), "failed"),
-        ("tower", ZeroDivisionError("x"), "failed"),
+        ("tower", ServerError("the vision tower's rows hold NaN or infinity"), "internal"),
+        ("tower", ZeroDivisionError("x"), "internal"),
     ],
 )
 def test_a_failure_is_told_to_each_who_waits_and_to_no_other(where, error, kind, capsys):
@@ -235,9 +235,9 @@ def test_a_failure_is_told_to_each_who_waits_and_to_no_other(where, error, kind,
             source.gate.set()
             await receive(peer, "c")
             await until(lambda: len(side.said(ItemFailed)) == 2)
-            assert {(m.request_id, m.kind) for m in side.said(ItemFailed)} == {("a", kind), ("b", kind)}
-            expected = type(error).__name__ if isinstance(error, ZeroDivisionError) else str(error)
-            assert all(expected in m.message for m in side.said(ItemFailed))
+            assert {(m.request_id, m.failure.kind) for m in side.said(ItemFailed)} == {("a", kind), ("b", kind)}
+            expected = "could not be encoded" if isinstance(error, ZeroDivisionError) else str(error)
+            assert all(expected in m.failure.message for m in side.said(ItemFailed))
             side.worker.faults.clear()
             await want(side, peer, "d")  # a failure is not kept
             assert not (await receive(peer, "d")).cached

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwen3vl_disagg.core.errors import InputError, TransferError
+from qwen3vl_disagg.core.errors import InputError, ServerError, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.disagg.digest import add_digests
 from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker
@@ -131,7 +131,7 @@ def test_fill_ids_and_positions_say_what_and_where():
 
 
 def test_an_image_that_is_not_as_announced_is_refused():
-    with pytest.raises(TransferError, match=r"\(1, 4, 6\).*\(1, 6, 4\)"):
+    with pytest.raises(ServerError, match=r"\(1, 4, 6\).*\(1, 6, 4\)"):
         WORKER.preprocess(make_image(0, (96, 64)), visual_of((64, 96)))
 
 
@@ -160,7 +160,7 @@ def test_an_item_whose_rows_are_not_finite_is_refused_and_its_neighbours_are_not
     results = WORKER.encode(pixels, [IMAGE_TOKEN] * 3)
     for number, (result, whole) in enumerate(zip(results, expected, strict=True)):
         if number == which:
-            assert isinstance(result, TransferError)
+            assert isinstance(result, ServerError)
             assert "NaN or infinity" in str(result)
         else:
             assert torch.equal(result.main, whole.main)

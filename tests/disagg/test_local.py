@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen3vl_disagg.core.errors import InputError, TransferError
+from qwen3vl_disagg.core.errors import MediaTimeout
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker
@@ -219,17 +219,20 @@ def test_times_and_bytes_are_told():
     assert (last.resumes, last.encode_rank, last.attempt) == (2, 0, 1)
 
 
-@pytest.mark.parametrize("fault", ["damaged", "slow", "not as announced", "not finite"])
+@pytest.mark.parametrize("fault", ["damaged", "slow", "not as announced", "not finite", "broken"])
 def test_an_item_that_fails_leaves_nothing_behind(fault, monkeypatch):
     transfer, _ = make_transfer(4, 4)
     visual, data = IMAGES[4]
-    slow = InputError("decoding the image takes too long", status=413, code="media_timeout")
+    slow = MediaTimeout("decoding the image takes too long")
     if fault == "damaged":
         data = data[:-300]
     elif fault == "slow":
         monkeypatch.setattr(WORKER, "preprocess", Mock(side_effect=slow))
     elif fault == "not as announced":
         visual = msgspec.structs.replace(visual, grid=(1, 4, 4))
+    elif fault == "broken":
+        monkeypatch.setattr(WORKER.model, "get_image_feature", Mock(side_effect=ZeroDivisionError))
+        WORKER.encoded.pop((1, 2, 8), None)
     else:
         monkeypatch.setattr(WORKER.model, "get_image_feature", lambda *_: torch.full((4, 96), torch.nan))
         WORKER.encoded.pop((1, 2, 8), None)
@@ -237,10 +240,8 @@ def test_an_item_that_fails_leaves_nothing_behind(fault, monkeypatch):
     [outcome] = transfer.run()
     assert isinstance(outcome, ItemError)
     assert (outcome.request_id, outcome.item) == ("r", 0)
-    assert type(outcome.error) is (InputError if fault in ("damaged", "slow") else TransferError)
-    if isinstance(outcome.error, InputError):
-        expected = (413, "media_timeout") if fault == "slow" else (400, "invalid_request")
-        assert (outcome.error.param, outcome.error.status, outcome.error.code) == (visual.param, *expected)
+    expected = {"damaged": (400, "invalid_request"), "slow": (504, "media_timeout")}.get(fault, (500, "encode_error"))
+    assert (outcome.error.param, outcome.error.status, outcome.error.code) == (visual.param, *expected)
     transfer.forget("r")
     assert transfer.run() == []
     assert transfer.is_idle

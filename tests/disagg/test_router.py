@@ -11,9 +11,11 @@ from qwen3vl_disagg.core.errors import (
     DisaggError,
     InputError,
     OverloadedError,
+    ServerError,
     TransferError,
     UnavailableError,
 )
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.disagg.messages import (
     Assign,
     Cancel,
@@ -39,6 +41,16 @@ from qwen3vl_disagg.disagg.routing import (
     Tick,
 )
 from tests.support.routing import Script, admit, finished
+
+BAD = Failure.of(InputError("bad"))
+ERRORS: list[DisaggError] = [
+    InputError("why", status=413, code="x"),
+    OverloadedError("why"),
+    UnavailableError("why"),
+    DeadlineError("why"),
+    TransferError("why"),
+    ServerError("why", code="engine_error"),
+]
 
 
 def test_a_request_goes_to_the_least_loaded_language_rank_and_equal_ones_in_turn():
@@ -107,7 +119,7 @@ def test_a_failed_attempt_goes_to_another_rank_and_three_failures_end_the_reques
         assert send.message.attempt == attempt
         used.append(send.rank)
         lost = ItemLost(request_id="a", item=0, attempt=attempt, reason="link")
-        failed = ItemFailed(request_id="a", item=0, attempt=attempt, kind="failed", message="no")
+        failed = ItemFailed(request_id="a", item=0, attempt=attempt, failure=Failure.of(TransferError("no")))
         script.language_says(rank, lost) if attempt % 2 else script.encode_says(send.rank, failed)
     assert sorted(used) == [0, 1, 2]
     [end] = script.ends()
@@ -119,12 +131,12 @@ def test_bad_media_ends_the_request_with_its_place_and_is_not_tried_again():
     script = Script()
     rank = script.start("a", "x", "y")
     by_item = {send.message.item: send.rank for send in script.sent(EncodeItem)}
-    fields = {"kind": "input", "message": "not an image", "code": "media_timeout", "status": 413}
-    script.encode_says(by_item[1], ItemFailed(request_id="a", item=1, attempt=1, **fields))
+    failure = Failure.of(InputError("not an image", status=413, code="x"))
+    script.encode_says(by_item[1], ItemFailed(request_id="a", item=1, attempt=1, failure=failure))
     [end] = script.ends()
     assert isinstance(end.error, InputError)
     assert end.error.param == "messages[0].content[y]"
-    assert (end.error.status, end.error.code, end.error.message) == (413, "media_timeout", "not an image")
+    assert (end.error.status, end.error.code, end.error.message) == (413, "x", "not an image")
     assert {(send.role, send.rank) for send in script.sent(Cancel)} == {
         ("language", rank),
         *(("encode", r) for r in by_item.values()),
@@ -275,8 +287,8 @@ def test_what_an_old_attempt_or_a_finished_request_says_changes_nothing():
     assert second.rank != first.rank
     stale = [
         (first.rank, Decoded(request_id="a", item=0, attempt=1)),
-        (first.rank, ItemFailed(request_id="a", item=0, attempt=1, kind="input", message="bad")),
-        (first.rank, ItemFailed(request_id="a", item=0, attempt=2, kind="input", message="not its attempt")),
+        (first.rank, ItemFailed(request_id="a", item=0, attempt=1, failure=BAD)),
+        (first.rank, ItemFailed(request_id="a", item=0, attempt=2, failure=BAD)),
         (second.rank, Decoded(request_id="a", item=9, attempt=2)),
     ]
     for sender, message in stale:
@@ -301,20 +313,51 @@ def test_tokens_never_repeat_and_never_skip():
     assert script.language_says(rank, first) == [Deliver("a", first)]
     assert script.language_says(rank, first) == []
     script.language_says(rank, Tokens(request_id="a", index=3, token_ids=[9]))
-    assert isinstance(script.ends()[0].error, TransferError)
+    assert isinstance(script.ends()[0].error, ServerError)
 
 
-@pytest.mark.parametrize(
-    ("status", "kind"), [(400, InputError), (413, InputError), (503, UnavailableError), (504, DeadlineError)]
-)
-def test_a_rank_s_failure_keeps_its_kind(status: int, kind: type[DisaggError]):
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.code)
+def test_a_rank_s_failure_keeps_its_kind(error: DisaggError):
     script = Script()
     rank = script.start("a")
-    script.language_says(rank, RequestFailed(request_id="a", code="x", message="why", status=status))
+    script.language_says(rank, RequestFailed(request_id="a", failure=Failure.of(error)))
     [end] = script.ends()
-    assert type(end.error) is kind
-    assert getattr(end.error, "status", status) == status
+    assert type(end.error) is type(error)
+    assert (end.error.status, end.error.code, str(end.error)) == (error.status, error.code, str(error))
     assert script.sent(Cancel) == []
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.code)
+def test_an_item_s_failure_keeps_its_kind(error: DisaggError):
+    """What is final ends the request at once, all else after the last try; with the item's place."""
+    script = Script(encode=1)
+    script.start("a", "x")
+    failure = Failure.of(error)
+    for attempt in range(1, 2 if failure.is_final else 4):
+        assert not script.ends()
+        script.encode_says(0, ItemFailed(request_id="a", item=0, attempt=attempt, failure=failure))
+    [end] = script.ends()
+    assert type(end.error) is type(error)
+    assert (end.error.status, end.error.code, str(end.error)) == (error.status, error.code, str(error))
+    assert end.error.param == "messages[0].content[x]"
+
+
+@pytest.mark.parametrize("news", ["failed", "lost", "death"])
+def test_an_attempt_that_fails_when_the_time_is_up_is_a_deadline(news: str):
+    """Whatever comes first, the tick or the news."""
+    script = Script(encode=1, language=1)
+    script.do(admit("a", "x", timeout_s=5.0))
+    script.language_says(1, NeedItems(request_id="a", items=[0]))
+    script.now = 5.0
+    ids = {"request_id": "a", "item": 0, "attempt": 1}
+    if news == "failed":
+        script.encode_says(0, ItemFailed(**ids, failure=Failure.of(TransferError("no"))))
+    elif news == "lost":
+        script.language_says(1, ItemLost(**ids, reason="link"))
+    else:
+        script.do(RankDown("encode", 0))
+    [end] = script.ends()
+    assert type(end.error) is DeadlineError
 
 
 def test_nothing_goes_over_a_dead_link_before_a_new_one_is_there():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qwen3vl_disagg.core.errors import UnavailableError
+from qwen3vl_disagg.core.errors import TransferError, UnavailableError
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.disagg.messages import (
     Assign,
     Cancel,
@@ -73,7 +74,8 @@ def test_an_item_that_ends_in_another_way_lets_it_go_too(end):
     script.encode_says(JOINED, Leaving())
     match end:
         case "failed":
-            script.encode_says(JOINED, ItemFailed(request_id=name, item=0, attempt=1, kind="failed", message=""))
+            failure = Failure.of(TransferError("?"))
+            script.encode_says(JOINED, ItemFailed(request_id=name, item=0, attempt=1, failure=failure))
             assert [send.rank for send in script.sent(EncodeItem)] == [0]  # tried again, and not here
         case "abandoned":
             script.do(Abandon(name))

@@ -11,9 +11,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from qwen3vl_disagg.core.errors import (
     DisaggError,
+    InputError,
     OverloadedError,
+    ServerError,
     UnavailableError,
 )
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.disagg.messages import (
     Assign,
     Decoded,
@@ -215,8 +218,8 @@ class RouterMachine(RuleBasedStateMachine):
         elif kind == "decoded":
             event = FromRank("encode", made[attempt - 1], Decoded(**fields))
         else:
-            failure = "input" if kind == "input" else "failed"
-            event = FromRank("encode", made[attempt - 1], ItemFailed(**fields, kind=failure, message="?"))
+            failure = Failure.of(InputError("?") if kind == "input" else ServerError("?"))
+            event = FromRank("encode", made[attempt - 1], ItemFailed(**fields, failure=failure))
         self.do(event)
         if lag:
             assert (request_id in self.live) == was_live, "an old attempt ended a request"
@@ -234,7 +237,7 @@ class RouterMachine(RuleBasedStateMachine):
         request_id = self.pick(data)
         if request_id is None or how == "not":
             return
-        failed = RequestFailed(request_id=request_id, code="x", message="?", status=500)
+        failed = RequestFailed(request_id=request_id, failure=Failure.of(ServerError("?", code="x")))
         if how == "abandoned":
             self.do(Abandon(request_id))
         else:

@@ -66,8 +66,8 @@ def test_a_damaged_image_is_the_clients_fault():
             good = make_image(0, SMALL)
             system.submit("r", good[: len(good) // 2])
             failed = await system.hub.until(lambda m: isinstance(m, ItemFailed))
-            assert (failed.kind, failed.item, failed.attempt) == ("input", 0, 1)
-            assert system.visuals["r"][0].digest not in failed.message
+            assert (failed.failure.kind, failed.item, failed.attempt) == ("input", 0, 1)
+            assert system.visuals["r"][0].digest not in failed.failure.message
             system.links.handle(Forget("r"))
             assert system.links.is_idle
             system.submit("next", good)
@@ -87,8 +87,8 @@ def test_bytes_that_the_store_lost_fail_the_item_alone(is_missing):
             system.submit("r", data)
             system.submit("other", other)
             failed = await system.hub.until(lambda m: isinstance(m, ItemFailed))
-            assert (failed.kind, failed.request_id) == ("failed", "r")
-            assert "does not have" in failed.message or "digest" in failed.message
+            assert (failed.failure.kind, failed.request_id) == ("transfer", "r")
+            assert "does not have" in failed.failure.message or "digest" in failed.failure.message
             await system.check("other", other)
             system.hub.media[digest] = data
             system.assign("r", attempt=2)

@@ -54,9 +54,9 @@ def poison(request, place: int):
 def check_failed(events) -> None:
     failed = events[-1]
     assert isinstance(failed, RequestFailed)
-    assert (failed.status, failed.code) == (500, "engine_error")
-    assert "nan" not in failed.message.lower()
-    assert "finite" not in failed.message
+    assert (failed.failure.status, failed.failure.code) == (500, "engine_error")
+    assert "nan" not in failed.failure.message.lower()
+    assert "finite" not in failed.failure.message
 
 
 def check_clean(engine: Engine, free: int) -> None:

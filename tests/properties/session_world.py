@@ -9,6 +9,8 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+from qwen3vl_disagg.core.errors import InputError, ServerError
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.disagg import session_events as ev
 from qwen3vl_disagg.disagg.allocator import BlockAllocator
 from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
@@ -146,7 +148,7 @@ class World(EngineMoves):
             case ev.TellFailed():
                 assert event == ev.Tick() or isinstance(event, ev.EncodeFailed)
                 encode.drop(action.attempt)
-                self.router.of[rank].append(("failed", action.attempt, action.kind))
+                self.router.of[rank].append(("failed", action.attempt, action.failure.kind))
             case ev.BreakLink():
                 self.close(rank, "encode", action.epoch)
 
@@ -247,7 +249,8 @@ class World(EngineMoves):
             encode.encoded.add(attempt)
             self.to_encode(rank, ev.Encoded(attempt))
         else:
-            self.to_encode(rank, ev.EncodeFailed(attempt, kind, "no"))  # type: ignore[arg-type]
+            error = InputError("no") if kind == "input" else ServerError("no")
+            self.to_encode(rank, ev.EncodeFailed(attempt, Failure.of(error)))
 
     def kill(self, rank: int, *, loses_frames: bool) -> None:
         encode = self.encodes[rank]

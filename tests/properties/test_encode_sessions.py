@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from qwen3vl_disagg.core.errors import InputError, ServerError
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.disagg.encode_sessions import (
     ASSIGNED,
     EARLY,
@@ -156,7 +158,7 @@ def test_an_item_that_takes_too_long_fails(state):
     assert side.tick(TIMEOUT - 0.1) == []
     actions = side.tick(0.2)
     assert [type(a) for a in actions] == [Release] * (state in (ENCODING, READY)) + [TellFailed]
-    assert (actions[-1].attempt, actions[-1].kind) == (A, "failed")
+    assert (actions[-1].attempt, actions[-1].failure.kind) == (A, "deadline")
     assert A not in side.sessions.items
     assert bodies(side.grant(A)) == [Nack(**ids(A), reason="gone")]
 
@@ -244,13 +246,13 @@ def test_what_follows_when_an_item_was_dropped_under_its_header(answer):
     assert side.state(A) is None
 
 
-@pytest.mark.parametrize("kind", ["input", "failed"])
-def test_a_failed_encoding_is_told_once(kind):
+@pytest.mark.parametrize("error", [InputError("no image", status=413), ServerError("no memory")])
+def test_a_failed_encoding_is_told_once(error):
     side = Side()
     side.bring(A, ENCODING)
-    told = TellFailed(A, kind, "no image", "media_timeout", 413)
-    assert side.do(EncodeFailed(A, kind, "no image", "media_timeout", 413)) == [Release(A), told]
-    assert side.do(EncodeFailed(A, kind, "no image")) == []
+    failure = Failure.of(error)
+    assert side.do(EncodeFailed(A, failure)) == [Release(A), TellFailed(A, failure)]
+    assert side.do(EncodeFailed(A, failure)) == []
     assert side.do(Encoded(A)) == []
     assert side.sessions.is_idle
 

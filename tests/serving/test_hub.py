@@ -17,6 +17,7 @@ from qwen3vl_disagg.core.errors import (
     OverloadedError,
     UnavailableError,
 )
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.requests import TokenLogprob
 from qwen3vl_disagg.disagg.messages import (
     Assign,
@@ -114,7 +115,7 @@ async def test_an_answer_does_not_begin_before_every_image_is_decoded():
         second = await rank.expect(Assign, item=1)
         encoder, _ = await encoder_of(encode, second)
         await encoder.tell(
-            ItemFailed(request_id=submit.request_id, item=1, attempt=1, kind="input", message="not an image")
+            ItemFailed(request_id=submit.request_id, item=1, attempt=1, failure=Failure.of(InputError("not an image")))
         )
         [error] = await collect(handle)
         assert isinstance(error, InputError)
@@ -166,7 +167,8 @@ async def test_errors_of_ranks_and_of_time_are_typed():
         _, language = await system.join_all()
         handle = system.submit()
         rank, submit = await submitted_to(language, handle.request_id)
-        failed = RequestFailed(request_id=submit.request_id, code="context_length_exceeded", message="long", status=400)
+        failure = Failure.of(InputError("long", code="context_length_exceeded"))
+        failed = RequestFailed(request_id=submit.request_id, failure=failure)
         await rank.tell(failed)
         [_, error] = await collect(handle)
         assert isinstance(error, InputError)

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from qwen3vl_disagg.core.errors import DeadlineError, HandshakeError, InputError
+from qwen3vl_disagg.core.errors import DeadlineError, HandshakeError, ServerError
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.backend import Readiness
 from qwen3vl_disagg.serving.limits import Limits
@@ -106,8 +106,8 @@ def test_head():
     ("error", "status", "code"),
     [
         (DeadlineError("queue"), 504, "deadline_exceeded"),
-        (HandshakeError("hidden_size", 1, "secret"), 503, "handshake_refused"),
-        (InputError("the language model failed", status=500, code="engine_error"), 500, "engine_error"),
+        (HandshakeError("hidden_size", 1, "secret"), 503, "transfer_failed"),
+        (ServerError("the language model failed", code="engine_error"), 500, "engine_error"),
         (ZeroDivisionError("secret"), 500, "internal_error"),
         (KeyError("secret"), 500, "internal_error"),
     ],

@@ -109,15 +109,15 @@ def check_media_that_an_encode_rank_refuses(server: Server) -> None:
     """What no header tells: an image cut off, a clip whose size changes, an image that takes too long. The error's code
     comes through, and a streamed answer has not begun."""
     entries = [
-        ("image", encode(picture(), "JPEG")[:-100], "damaged or cut off", "invalid_request"),
-        ("video", CLIPS["avi whose size changes"][0](), "the size of the frames changes", "invalid_request"),
-        ("image", HOSTILE_IMAGES["jpeg of 3,000 scans"][0](), "takes too long", "media_timeout"),
+        ("image", encode(picture(), "JPEG")[:-100], "damaged or cut off", 400, "invalid_request"),
+        ("video", CLIPS["avi whose size changes"][0](), "the size of the frames changes", 400, "invalid_request"),
+        ("image", HOSTILE_IMAGES["jpeg of 3,000 scans"][0](), "takes too long", 504, "media_timeout"),
     ]
-    for modality, data, message, code in entries:
+    for modality, data, message, expected, code in entries:
         kind = f"{modality}_url"
         part = {"type": kind, kind: {"url": f"data:;base64,{base64.b64encode(data).decode()}"}}
         status, answer = server.chat([{"type": "text", "text": "?"}, part], stream=modality == "video")
-        assert status == 400, answer
+        assert status == expected, answer
         assert (answer["error"]["code"], answer["error"]["param"]) == (code, "messages[0].content[1]")
         assert message in answer["error"]["message"]
 

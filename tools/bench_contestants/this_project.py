@@ -45,7 +45,7 @@ class ThisProject:
             now = time.perf_counter()
             for event in events:
                 if isinstance(event, RequestFailed):
-                    raise RuntimeError(event.message)
+                    raise RuntimeError(event.failure.message)
                 if isinstance(event, Tokens):
                     stamps[event.request_id] += [now] * len(event.token_ids)
         return list(stamps.values())

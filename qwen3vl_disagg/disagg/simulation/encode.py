@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qwen3vl_disagg.core.errors import InputError, ServerError
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.disagg.encode_sessions import PARKED, EncodeSessions
 from qwen3vl_disagg.disagg.messages import (
     Abort,
@@ -98,10 +100,10 @@ class SimEncode:
             return
         self.tasks.discard(attempt)
         if self.items[attempt].visual.digest == "bad":
-            self.handle(EncodeFailed(attempt, "input", "not an image"))
+            self.handle(EncodeFailed(attempt, Failure.of(InputError("not an image"))))
         elif self.world.happens("allocation"):
             self.count_states("allocation")
-            self.handle(EncodeFailed(attempt, "failed", "out of memory"))
+            self.handle(EncodeFailed(attempt, Failure.of(ServerError("out of memory"))))
         else:
             self.tell(Decoded(request_id=attempt[0], item=attempt[1], attempt=attempt[2]))
             self.encoded.add(attempt)
@@ -155,7 +157,7 @@ class SimEncode:
 
     def _tell_failed(self, action: TellFailed) -> None:
         request_id, item, number = action.attempt
-        self.tell(ItemFailed(request_id=request_id, item=item, attempt=number, kind=action.kind, message=action.reason))
+        self.tell(ItemFailed(request_id=request_id, item=item, attempt=number, failure=action.failure))
         self._drop(action.attempt)
 
     # ---- links ----

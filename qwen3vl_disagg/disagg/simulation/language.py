@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qwen3vl_disagg.core.errors import late
+from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.disagg import layout
 from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
@@ -211,7 +213,7 @@ class SimLanguage:
 
     def _expired(self, action: Expired) -> None:
         self.engine.cancel(action.request_id)
-        self.tell(RequestFailed(request_id=action.request_id, code="deadline_exceeded", message="late", status=504))
+        self.tell(RequestFailed(request_id=action.request_id, failure=Failure.of(late())))
 
     # ---- links ----
 
