@@ -18,6 +18,7 @@ import tyro
 
 from qwen3vl_disagg.checkpoint.check import check_folder
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.core.environment import check_environment
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
 from qwen3vl_disagg.core.faults import plan_faults
 from qwen3vl_disagg.core.settings import (
@@ -83,6 +84,7 @@ def run_slot(world: World) -> int:
         context = replace(context, model=replace(context.model, model=options.model))
         folder = resolve_model_folder(options.model)
         check_folder(folder, lambda config: Processor.from_folder(folder, config))  # said once, and not by every rank
+        check_environment()
         plan_faults()
     except (InputError, CheckpointError) as error:
         if world.local_rank == 0:

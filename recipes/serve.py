@@ -22,6 +22,7 @@ import tyro
 
 from qwen3vl_disagg.checkpoint.check import check_folder
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.core.environment import check_environment
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
 from qwen3vl_disagg.core.faults import plan_faults
 from qwen3vl_disagg.core.settings import (
@@ -247,6 +248,7 @@ def run_slot(world: World) -> int:
         if options.chunk_tokens is not None and options.chunk_tokens < 1:
             raise InputError(f"--chunk-tokens {options.chunk_tokens}: must be at least 1", param="chunk_tokens")
         stated_meeting(options, world)
+        check_environment()
         plan_faults()
         make_folder(options.spans)
         options = replace(options, model=shared_model_folder(options.model, world))

@@ -36,7 +36,9 @@ POINTS = {
     "in-handshake": "either rank: a link is being made",
     "in-drain": "either rank: the job is going down",
 }
+FAULT, FAULT_MARK = "Q3VL_FAULT", "Q3VL_FAULT_MARK"
 ACTIONS = ("kill", "stop", "raise")
+_MAX_DIGITS = 9
 STOP_S = 5.0
 
 
@@ -54,8 +56,10 @@ class FaultPlan:
     def parse(cls, spec: str) -> FaultPlan:
         """`point:nth:action`. InputError for anything else."""
         point, nth, action = ([*spec.split(":"), "", "", ""])[:3]
-        if spec.count(":") != 2 or point not in POINTS or not nth.isdecimal() or action not in ACTIONS:
-            raise InputError(f"Q3VL_FAULT={spec}: expected point:nth:{'|'.join(ACTIONS)}, with a point of `faults`")
+        is_number = nth.isascii() and nth.isdecimal() and len(nth) <= _MAX_DIGITS and int(nth) > 0
+        if spec.count(":") != 2 or point not in POINTS or not is_number or action not in ACTIONS:
+            expected = f"point:nth:{'|'.join(ACTIONS)}, with a point of `qwen3vl-disagg faults` and nth from 1 on"
+            raise InputError(f"{FAULT}={spec[:100]}: must be {expected}", param=FAULT)
         return cls(point, int(nth), action)
 
 
@@ -67,7 +71,7 @@ _lock = threading.Lock()
 def plan_faults(environ: Mapping[str, str] = os.environ) -> None:
     """Read `Q3VL_FAULT`; processes forked after this have it too."""
     global _plan
-    spec = environ.get("Q3VL_FAULT")
+    spec = environ.get(FAULT)
     _plan = FaultPlan.parse(spec) if spec else None
     _passages.clear()
 
@@ -90,9 +94,15 @@ def fault_point(name: str) -> None:
         raise InjectedFault(f"fault at {name}")
 
 
+def check_mark(mark: str | None) -> None:
+    """InputError if a file of that name cannot be made."""
+    if mark is not None and not Path(mark).parent.is_dir():
+        raise InputError(f"{FAULT_MARK}={mark}: its folder does not exist", param=FAULT_MARK)
+
+
 def _claim() -> bool:
     """Whether nobody in this job has failed here before."""
-    mark = os.environ.get("Q3VL_FAULT_MARK")
+    mark = os.environ.get(FAULT_MARK)
     if mark is None:
         return True
     try:

@@ -9,7 +9,6 @@ known, all are made at the start, and a recompilation afterwards is an error whe
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from qwen3vl_disagg.core.environment import GRAPHS, variable
 from qwen3vl_disagg.disagg.lockstep import bucket
 from qwen3vl_disagg.kernels.ops import MAX_LINEAR_ROWS
 from qwen3vl_disagg.model import ModelConfig, PagedBatch, Qwen3MoeForCausalLMWithDeepStack
@@ -28,9 +28,6 @@ from qwen3vl_disagg.model.flex import FlexKind, flex_kinds
 from qwen3vl_disagg.model.layers import Linear
 from qwen3vl_disagg.model.moe import Dispatcher, DispatchPlan, Experts
 from qwen3vl_disagg.model.paged import PagedImpl
-
-SWITCH = "Q3VL_GRAPHS"
-"""Environment variable: `count` prints the graphs on stderr, `fail` also makes a later recompilation an error."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +104,9 @@ class CompiledDecoder:
         with nullcontext() if self._is_spread else first_alone(what), bar:
             for seq_lens, has_level in bar:
                 self._run(seq_lens, has_level, caches, page_size, impl)
-        if os.environ.get(SWITCH) in ("count", "fail"):
+        if variable(GRAPHS) is not None:
             print(f"graphs: {self.counts.graphs} of {len(self.kinds)}, breaks: {self.counts.breaks}", file=sys.stderr)
-        if os.environ.get(SWITCH) == "fail":
+        if variable(GRAPHS) == "fail":
             torch.compiler.set_stance("fail_on_recompile")
         return time.monotonic() - started
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -221,24 +217,3 @@ def test_operators_tell_the_compiler_the_truth():
     ids, weights = torch.tensor([[0, 1], [1, 0], [0, 1]]), bf16(3, 2, seed=3)
     experts = (bf16(2, 64, 64, seed=4), bf16(2, 64, 32, seed=5))
     torch.library.opcheck(torch.ops.q3vl.experts.default, (x, weights, ids, *experts))
-
-
-def test_the_library_is_made_once_and_again_for_other_sources(tmp_path, monkeypatch):
-    first = build.compile_kernels(tmp_path)
-    stamp = first.stat().st_mtime_ns
-    assert build.compile_kernels(tmp_path) == first
-    assert first.stat().st_mtime_ns == stamp
-    assert [path.name for path in tmp_path.iterdir()] == [first.name]
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
-    assert build.compile_kernels(tmp_path) != first
-
-
-@pytest.mark.parametrize(
-    ("variables", "words"), [({"Q3VL_KERNELS": "off"}, ""), ({"CXX": "/nonexistent"}, "kernels not built")]
-)
-def test_without_kernels_torch_does_the_work(tmp_path, variables, words):
-    code = "from qwen3vl_disagg.kernels import build; print(build.load())"
-    env = {**os.environ, **variables, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout.strip()) == (0, "None")
-    assert words in done.stderr

@@ -1,0 +1,32 @@
+"""The environment variables `Q3VL_*`: one table of what they may be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.faults import FAULT, FAULT_MARK, FaultPlan, check_mark
+
+KERNELS, GRAPHS = "Q3VL_KERNELS", "Q3VL_GRAPHS"
+VALUES = {
+    KERNELS: ("on", "off"),  # `off` runs the PyTorch code
+    GRAPHS: ("count", "fail"),  # say how many graphs there are; `fail` makes a later one an error, too
+}
+
+
+def variable(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """One of VALUES; None where it is not set, or empty. InputError for a value that means nothing."""
+    value = environ.get(name)
+    if value and value not in VALUES[name]:
+        raise InputError(f"{name}={value}: must be {' or '.join(VALUES[name])}", param=name)
+    return value or None
+
+
+def check_environment(environ: Mapping[str, str] = os.environ) -> None:
+    """InputError naming the first variable whose value means nothing. For the start, before anything costs time."""
+    for name in VALUES:
+        variable(name, environ)
+    if environ.get(FAULT):
+        FaultPlan.parse(environ[FAULT])
+        check_mark(environ.get(FAULT_MARK))
