@@ -309,7 +309,7 @@ def test_a_lock_that_is_never_given_back_is_not_waited_for_to_the_end(place, mon
 
 
 def test_what_is_no_library_is_an_os_error():
-    with pytest.raises(OSError, match="file too short|invalid ELF"):
+    with pytest.raises(OSError, match=r"file too short|invalid ELF"):
         open_library(b"not a library")
 
 
@@ -331,5 +331,5 @@ def test_the_switch(place, monkeypatch, value):
 @pytest.mark.parametrize("value", ["Off", "0", "no", "off "])
 def test_a_switch_that_means_nothing_is_refused(place, monkeypatch, value):
     monkeypatch.setenv("Q3VL_KERNELS", value)
-    with pytest.raises(InputError, match="Q3VL_KERNELS=.*must be on or off"):
+    with pytest.raises(InputError, match=r"Q3VL_KERNELS=.*must be on or off"):
         load()
