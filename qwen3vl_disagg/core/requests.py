@@ -37,6 +37,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     ignore_eos: bool = False
     """Ban the end tokens, so that exactly `max_new_tokens` come."""
+    cache_salt: str = ""
+    """Whose request it is, in a form that tells nobody: prefixes are shared among equal ones only."""
     logprobs: int | None = None
     """None: none. K >= 0: each token's logprob and the K most likely ones, from the raw distribution."""
 
@@ -65,12 +67,14 @@ class VisualItem(msgspec.Struct, frozen=True, kw_only=True):
     """Of a video: which of its frames are looked at, from 0, in their order."""
     is_frame_list: bool = False
     """The bytes are a list of images, not a file."""
+    salt: str = ""
+    """Whose it is: what one has sent is in no cache for another."""
 
     @property
-    def content(self) -> tuple[str, str, tuple[int, int, int], tuple[int, ...], bool]:
-        """All of what the item's rows depend on that is the request's own."""
+    def content(self) -> tuple[str, str, tuple[int, int, int], tuple[int, ...], bool, str]:
+        """All of what the item's rows depend on that is the request's own, and whose they are."""
         frames, height, width = self.grid
-        return self.modality, self.digest, (frames, height, width), tuple(self.frames), self.is_frame_list
+        return self.modality, self.digest, (frames, height, width), tuple(self.frames), self.is_frame_list, self.salt
 
     @property
     def runs(self) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ class ContentKey(NamedTuple):
     grid: tuple[int, int, int]
     frames: tuple[int, ...]
     is_frame_list: bool
+    salt: str
     visual_token_id: int
 
 

@@ -144,7 +144,7 @@ class EncodeWorker:
         started = time.monotonic()
         if visual.modality == "image":
             decode = None if self.decoder is None else partial(self.decoder.image, stop=stop)
-            patches, grid = self.processor.pixels(data, decode=decode)
+            patches, grid = self.processor.pixels(data, decode=decode, grid=visual.grid)
         elif self.video is not None and self.decoder is not None:
             patches, grid = self.video.pixels(data, visual, self.decoder, stop)
         else:

@@ -125,7 +125,6 @@ class Sequence:
         """Nothing of it is in the cache any more."""
         self.pages, self.num_cached, self.num_found = [], 0, 0
         self.node, self.num_remembered = ROOT, 0
-        self.__dict__.pop("sampling_row", None)  # and with it what the sampler keeps of it
         self.rows.clear()
         self.restarted.clear()
 
@@ -149,7 +148,9 @@ class Sequence:
         """
         for start in range(len(self._contents) * page_size, stop * page_size, page_size):
             visual = tuple((*self.items[i].content, low) for i, low, _ in self.touched(start, start + page_size))
-            self._contents.append((tuple(self.tokens(start, start + page_size)), visual))
+            # A page is found behind the one before it, so a salt in the first is in all of them.
+            salt = self.sampling.cache_salt if start == 0 else ""
+            self._contents.append((tuple(self.tokens(start, start + page_size)), visual, salt))
         return self._contents[:stop]
 
     def timings(self, now: float, language_rank: int) -> RequestTimings:

@@ -116,6 +116,7 @@ class GenerationDefaults:
         seed: int | None = None,
         ignore_eos: bool = False,
         logprobs: int | None = None,
+        cache_salt: str = "",
     ) -> SamplingParams:
         """Sampling parameters: what is given, else the checkpoint's own. InputError for a value out of bounds."""
         own_temperature = self.temperature if self.do_sample else 0.0
@@ -139,6 +140,7 @@ class GenerationDefaults:
             raise InputError(f"min_tokens is {min_tokens}, but only {max_new_tokens} may come", param="min_tokens")
         return SamplingParams(
             ignore_eos=ignore_eos,
+            cache_salt=cache_salt,
             stop=check_stop(list(stop)),
             logit_bias=check_logit_bias(dict(logit_bias or {})),
             **values,

@@ -98,23 +98,24 @@ class ImageProcessor:
 
     def grid(self, width: int, height: int) -> Grid:
         """(frames, height, width) in patches of an image of that many pixels."""
-        new_height, new_width = self._target(height, width)
+        new_height, new_width = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         return 1, new_height // self.config.patch_size, new_width // self.config.patch_size
 
-    def _target(self, height: int, width: int) -> tuple[int, int]:
-        return smart_resize(height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
-
-    def pixels(self, data: bytes, *, decode: Callable[[bytes], np.ndarray] | None = None) -> tuple[Tensor, Grid]:
+    def pixels(
+        self, data: bytes, *, decode: Callable[[bytes], np.ndarray] | None = None, grid: Grid | None = None
+    ) -> tuple[Tensor, Grid]:
         """Decode -> patches `[P, patch_dim]` float32 and the grid. InputError for a damaged image.
 
         `decode` gives `[H, W, 3]` uint8, for example `MediaDecoder.image`; without it, decoded in this process.
+        `grid`: the one that the prompt was laid out for, if the request had a word in it.
         """
-        return self.patches(np.asarray(decode_rgb(data)) if decode is None else decode(data))
+        return self.patches(np.asarray(decode_rgb(data)) if decode is None else decode(data), grid)
 
-    def patches(self, levels_HWC: np.ndarray) -> tuple[Tensor, Grid]:
+    def patches(self, levels_HWC: np.ndarray, grid: Grid | None = None) -> tuple[Tensor, Grid]:
         """`[H, W, 3]` uint8 -> patches `[P, patch_dim]` float32 and the grid."""
-        target = self._target(*levels_HWC.shape[:2])
-        return self._patchify(self._transform(levels_HWC, *target))
+        _, rows, cols = grid or self.grid(levels_HWC.shape[1], levels_HWC.shape[0])
+        patch = self.config.patch_size
+        return self._patchify(self._transform(levels_HWC, rows * patch, cols * patch))
 
     def _patchify(self, pixels_CHW: Tensor) -> tuple[Tensor, Grid]:
         """Columns go (channel, frame, row, column); a still image is its own second frame."""

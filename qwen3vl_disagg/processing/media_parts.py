@@ -5,8 +5,6 @@ A part is an image, or a clip: a file, or a list of images that are its frames.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,16 +14,22 @@ from typing import Any, Literal
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
+from qwen3vl_disagg.processing.data_uri import is_base64, is_data_uri, read_base64, read_data_uri, split_data_uri
 from qwen3vl_disagg.processing.images import MAX_BYTES
+from qwen3vl_disagg.processing.media_options import NO_OPTIONS, MediaOptions
+from qwen3vl_disagg.processing.request_fields import FIELDS, Place, check_fields
 from qwen3vl_disagg.processing.video import MAX_LIST_FRAMES, pack_frames
 
-IMAGE_KINDS = ("image_url", "image")
-VIDEO_KINDS = ("video_url", "video")
-MAX_FPS = 240.0
+IMAGE_KINDS = ("image_url", "image", "input_image")
+VIDEO_KINDS = ("video_url", "video", "input_video")
 MAX_FRAMES_BYTES = MAX_VIDEO_BYTES - 8 * MAX_LIST_FRAMES
 """Of a list, so that with its framing it is no larger than a file may be."""
-_JPEGS = "data:video/jpeg;base64,"
-"""Frames as still images behind one head, separated by commas: the way some clients send them."""
+_JPEGS = "video/jpeg"
+"""Frames as still images behind one head of this type, separated by commas: the way some clients send them."""
+_RAW = ("base64", "data")
+"""Fields that hold bare base64."""
+_IMAGE_SOURCES = ("image_url", "image", "url", *_RAW)
+_VIDEO_SOURCES = ("video_url", "video", "url", *_RAW)
 _MAX_NAME = 40
 
 
@@ -38,41 +42,51 @@ class Media:
     modality: Literal["image", "video"] = "image"
     is_frame_list: bool = False
     """The bytes are those of `pack_frames`."""
-    fps: float | None = None
-    """Of a file: how many frames a second to look at. Of a list: how many a second it holds."""
-    num_frames: int | None = None
-    """Of a file: how many frames to look at, whatever its length."""
+    options: MediaOptions = NO_OPTIONS
+    """What its part says about how it is looked at."""
 
 
-def read_media(part: dict[str, Any], where: str, allow_paths: bool) -> Media:
+def read_media(part: dict[str, Any], kind: str, where: str, allow_paths: bool) -> Media:
     """The media of an image or video part. `allow_paths`: also a local file's name, its Path, or bytes.
 
     InputError naming `where` if it cannot be had.
     """
-    source = part.get(part["type"])
+    place: Place = "image part" if kind in IMAGE_KINDS else "clip part"
+    check_fields(part, place, where=where, besides=(kind,))
+    names = _IMAGE_SOURCES if kind in IMAGE_KINDS else _VIDEO_SOURCES
+    name = next((name for name in (kind, *names) if part.get(name) is not None), kind)
+    source = part.get(name)
     if isinstance(source, dict):
-        source = source.get("url")
-    if part["type"] in IMAGE_KINDS:
-        return Media(_bytes_of(source, where, allow_paths, "image", MAX_BYTES), where)
-    fps, num_frames = _number(part, "fps", where), _number(part, "num_frames", where)
-    frames = _frames(source, where, allow_paths)
+        check_fields(source, place, where=f"{where}.{name}")
+        part = {**{key: value for key, value in source.items() if key in FIELDS[place]}, **part}
+        name = next((key for key in ("url", *_RAW) if source.get(key) is not None), "url")
+        source = source.get(name)
+    options = MediaOptions.of_part(part, place, where)
+    is_raw = name in _RAW and isinstance(source, str) and not is_data_uri(source)
+    read: Callable[..., bytes] = read_base64 if is_raw else partial(_bytes_of, allow_paths=allow_paths)
+    if place == "image part":
+        return Media(read(source, where=where, what="image", limit=MAX_BYTES), where, options=options)
+    frames = None if is_raw else _frames(source, where, allow_paths)
     if frames is not None:
-        if num_frames is not None:
+        if options.num_frames is not None or options.do_sample_frames or options.video_start or options.video_end:
             raise InputError("num_frames is for files: a list of frames is looked at as it is", param=where)
-        return Media(frames, where, "video", is_frame_list=True, fps=fps)
-    if fps is not None and num_frames is not None:
+        return Media(frames, where, "video", is_frame_list=True, options=options)
+    if options.fps is not None and options.num_frames is not None:
         raise InputError("fps and num_frames exclude one another", param=where)
-    data = _bytes_of(source, where, allow_paths, "video", MAX_VIDEO_BYTES)
-    return Media(data, where, "video", fps=fps, num_frames=None if num_frames is None else int(num_frames))
+    return Media(read(source, where=where, what="video", limit=MAX_VIDEO_BYTES), where, "video", options=options)
 
 
 def _frames(source: object, where: str, allow_paths: bool) -> bytes | None:
     """A list of frames, packed; None for what is no list."""
     parts: Sequence[object]
+    head, body = "", ""
     if isinstance(source, list):
         parts, count = source, len(source)
-    elif isinstance(source, str) and source[: len(_JPEGS)].lower() == _JPEGS:
-        parts, count = (), source.count(",")  # counted before they are taken apart
+    elif isinstance(source, str) and is_data_uri(source) and "," in source:
+        head, body = split_data_uri(source, where)
+        if head.partition(";")[0].strip().lower() != _JPEGS or not is_base64(head):
+            return None
+        parts, count = (), body.count(",") + 1  # counted before they are taken apart
     else:
         return None
     if not 1 <= count <= MAX_LIST_FRAMES:
@@ -80,9 +94,9 @@ def _frames(source: object, where: str, allow_paths: bool) -> bytes | None:
     read: Callable[[Any], bytes] = partial(
         _bytes_of, where=where, allow_paths=allow_paths, what="frame", limit=MAX_BYTES
     )
-    if isinstance(source, str):
-        parts = source[len(_JPEGS) :].split(",")
-        read = partial(_base64, where=where, what="frame", limit=MAX_BYTES)
+    if head:
+        parts = body.split(",")
+        read = partial(read_base64, where=where, what="frame", limit=MAX_BYTES)
     frames, num_bytes = list[bytes](), 0
     for part in parts:
         frames.append(read(part))
@@ -92,17 +106,6 @@ def _frames(source: object, where: str, allow_paths: bool) -> bytes | None:
     return pack_frames(frames)
 
 
-def _number(part: dict[str, Any], name: str, where: str) -> float | None:
-    value = part.get(name)
-    if value is None:
-        return None
-    limit, low = (MAX_FPS, 0.01) if name == "fps" else (MAX_LIST_FRAMES, 2)
-    good = isinstance(value, int if name == "num_frames" else int | float) and not isinstance(value, bool)
-    if not good or not low <= value <= limit:
-        raise InputError(f"{name} must be a number from {low} to {limit:g}", param=f"{where}.{name}")
-    return value
-
-
 def _bytes_of(source: object, where: str, allow_paths: bool, what: str, limit: int) -> bytes:
     if allow_paths and isinstance(source, bytes):
         return source
@@ -110,28 +113,11 @@ def _bytes_of(source: object, where: str, allow_paths: bool, what: str, limit: i
         return _read_file(source, where, limit)
     if not isinstance(source, str):
         raise InputError(f"the {what}'s url must be a string", param=where)
-    if source[:5].lower() == "data:":
-        return _data_uri(source, where, what, limit)
+    if is_data_uri(source):
+        return read_data_uri(source, where, what, limit)
     if allow_paths and "://" not in source:
         return _read_file(Path(source), where, limit)
     raise InputError("only data: URIs are supported for images and videos", param=where, code="unsupported_url")
-
-
-def _data_uri(uri: str, where: str, what: str, limit: int) -> bytes:
-    """The bytes of `data:[type];base64,..`; the declared type is ignored."""
-    head, comma, body = uri[5:].partition(",")
-    if not comma or not head[-7:].lower() == ";base64":
-        raise InputError("a data: URI must be data:<type>;base64,<data>", param=where)
-    return _base64(body, where, what, limit)
-
-
-def _base64(body: str, where: str, what: str, limit: int) -> bytes:
-    if len(body) > limit * 4 // 3 + 4:
-        raise InputError(f"the {what} is larger than the limit of {limit} bytes", param=where, status=413)
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError):
-        raise InputError("the data: URI is not valid base64", param=where) from None
 
 
 def _read_file(path: Path, where: str, limit: int) -> bytes:

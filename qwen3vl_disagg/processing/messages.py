@@ -7,12 +7,18 @@ from typing import Any
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.processing.json_values import check_text
 from qwen3vl_disagg.processing.media_parts import IMAGE_KINDS, VIDEO_KINDS, Media, read_media
+from qwen3vl_disagg.processing.request_fields import check_fields
 from qwen3vl_disagg.processing.tool_use import check_id, parse_tool_calls
 
 ROLES = ("system", "user", "assistant", "tool")
+_OTHER_NAMES = {"developer": "system", "function": "tool"}
 MEDIA_ROLES = ("user", "tool")
-MAX_MEDIA = 16
-MAX_MESSAGES = 1024
+TEXT_KINDS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Type of a part of text -> where its text stands."""
+MAX_MEDIA = 1024
+"""Of one request, so that the messages about them between processes stay small. What bounds them before that is the
+context, and the size of a body."""
+MAX_MESSAGES = 4096
 
 
 def parse_messages(raw: object, *, allow_paths: bool = False) -> tuple[list[dict[str, Any]], list[Media]]:
@@ -34,18 +40,20 @@ def has_clips(raw: object) -> bool:
     turns = [turn for turn in raw if isinstance(turn, dict)] if isinstance(raw, list) else []
     contents = [turn.get("content") for turn in turns]
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, dict) and part.get("type") in VIDEO_KINDS for part in parts)
+    return any(isinstance(part, dict) and _kind(part) in VIDEO_KINDS for part in parts)
 
 
 def _message(raw: object, where: str, media: list[Media], allow_paths: bool) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise InputError("a message must be an object", param=where)
     role = raw.get("role")
+    role = _OTHER_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise InputError(f"role must be one of {', '.join(ROLES)}", param=f"{where}.role")
+        raise InputError(f"role must be one of {', '.join(ROLES)}, developer", param=f"{where}.role")
+    check_fields(raw, "message", where=where)
     message = {"role": role, **_extras(raw, role, where)}
     content = raw.get("content")
-    if content in (None, []) and "tool_calls" in message:
+    if role == "assistant" and content in (None, []):
         content = ""
     if isinstance(content, str):
         return {**message, "content": check_text(content, f"{where}.content")}
@@ -54,21 +62,35 @@ def _message(raw: object, where: str, media: list[Media], allow_paths: bool) -> 
     parts = []
     for j, part in enumerate(content):
         place = f"{where}.content[{j}]"
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text":
-            if not isinstance(part.get("text"), str):
+        kind = _kind(part)
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": check_text(part, place)})
+        elif kind in TEXT_KINDS:
+            check_fields(part, "text part", where=place, besides=("refusal",))
+            text = part.get(TEXT_KINDS[kind])
+            if not isinstance(text, str):
                 raise InputError("text must be a string", param=f"{place}.text")
-            parts.append({"type": "text", "text": check_text(part["text"], f"{place}.text")})
-        elif kind in IMAGE_KINDS + VIDEO_KINDS:
+            parts.append({"type": "text", "text": check_text(text, f"{place}.text")})
+        elif kind in IMAGE_KINDS or kind in VIDEO_KINDS:
             if role not in MEDIA_ROLES:
                 raise InputError(f"images and videos are for user and tool turns, not for {role} turns", param=place)
             if len(media) == MAX_MEDIA:
                 raise InputError(f"more than {MAX_MEDIA} images and videos", param=place)
-            media.append(read_media(part, place, allow_paths))
+            media.append(read_media(part, kind, place, allow_paths))
             parts.append({"type": media[-1].modality})
         else:
             raise InputError("type must be text, image_url or video_url", param=f"{place}.type")
     return {**message, "content": parts}
+
+
+def _kind(part: object) -> str:
+    """What a part says it is, or what it has in it if it does not say."""
+    if not isinstance(part, dict):
+        return ""
+    kind = part.get("type")
+    if kind is None:
+        kind = next((name for name in ("text", "image_url", "image", "video_url", "video") if name in part), "")
+    return kind if isinstance(kind, str) else ""
 
 
 def _extras(raw: dict[str, Any], role: str, where: str) -> dict[str, Any]:
@@ -80,7 +102,7 @@ def _extras(raw: dict[str, Any], role: str, where: str) -> dict[str, Any]:
             if not isinstance(reasoning, str):
                 raise InputError(f"{name} must be a string", param=f"{where}.{name}")
             found["reasoning_content"] = check_text(reasoning, f"{where}.{name}")
-    if role == "tool" and raw.get("tool_call_id") is not None:
+    if role == "tool" and raw.get("tool_call_id") not in (None, ""):
         found["tool_call_id"] = check_id(raw["tool_call_id"], f"{where}.tool_call_id")
     if raw.get("tool_calls"):
         if role != "assistant":

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError, attempt
+from qwen3vl_disagg.core.errors import CheckpointError, InputError, attempt
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import ImageResize
 from qwen3vl_disagg.media.decoder import MediaDecoder
-from qwen3vl_disagg.media.images import ImageInfo
 from qwen3vl_disagg.media.stop import Stop
-from qwen3vl_disagg.media.video import VideoInfo
-from qwen3vl_disagg.model.config import ModelConfig, VisionConfig
+from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.processing.generation import GenerationDefaults
 from qwen3vl_disagg.processing.images import ImageProcessor
-from qwen3vl_disagg.processing.media_parts import Media
+from qwen3vl_disagg.processing.media_plan import MediaPlanner, Plan
 from qwen3vl_disagg.processing.messages import parse_messages
-from qwen3vl_disagg.processing.positions import Grid
-from qwen3vl_disagg.processing.template import ChatTemplate, Piece
+from qwen3vl_disagg.processing.prompt_options import PromptOptions
+from qwen3vl_disagg.processing.template import ChatTemplate, Piece, strings_of
 from qwen3vl_disagg.processing.tokenizer import (
     IM_END,
     IMAGE_PAD,
@@ -30,13 +27,12 @@ from qwen3vl_disagg.processing.tokenizer import (
     VISION_END,
     VISION_START,
     Tokenizer,
+    TooManyTokens,
 )
-from qwen3vl_disagg.processing.video import UNKNOWN_FPS, VIDEO_FILE, VideoProcessor, timestamps, unpack_frames
+from qwen3vl_disagg.processing.video import VideoProcessor
 
-MAX_STILL_PIXELS = 2**31
-"""To decode for one request, in images and in lists of frames: 768 frames of 1080p fit."""
-MAX_FILE_PIXELS = 2**33
-"""To decode for one request, in files of clips."""
+SMALL_CHARS = 2**14
+"""Text of a prompt that is tokenized without a look at its length: it takes a few milliseconds."""
 _PADS = {"image": IMAGE_PAD, "video": VIDEO_PAD}
 
 
@@ -49,34 +45,13 @@ class Prompt:
     media: list[bytes]
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a header says about an item. Of a clip: the frames to look at, and the seconds of each step of the grid."""
+def _least_bytes(text: str) -> int:
+    """Of a text in UTF-8, once it is composed: NFC makes one character of up to four."""
+    return len(text) if text.isascii() else len(text) // 4
 
-    media: Media
-    grid: Grid
-    frames: tuple[int, ...] = ()
-    times: tuple[float, ...] = ()
-    num_pixels: int = 0
-    """What has to be decoded: of a file all frames up to the last one that is looked at."""
 
-    def run_rows(self, vision: VisionConfig) -> int:
-        return self.grid[1] * self.grid[2] // vision.merge_unit
-
-    def item(self, runs: list[int], vision: VisionConfig) -> VisualItem:
-        """`runs`: where its placeholders begin."""
-        return VisualItem(
-            modality=self.media.modality,
-            digest=hashlib.sha256(self.media.data).hexdigest(),
-            num_bytes=len(self.media.data),
-            grid=self.grid,
-            num_rows=self.grid[0] * self.run_rows(vision),
-            offset=runs[0],
-            param=self.media.param,
-            run_offsets=tuple(runs) if self.media.modality == "video" else (),
-            frames=self.frames,
-            is_frame_list=self.media.is_frame_list,
-        )
+def _too_long(what: str, context: int) -> InputError:
+    return InputError(f"{what}, the context is {context}", param="messages", code="context_length_exceeded")
 
 
 @dataclass(frozen=True)
@@ -84,29 +59,6 @@ class _Run:
     """Placeholders of an item: of all of an image, of one step of a clip's grid."""
 
     number: int
-
-
-class _Headers:
-    """What the headers of one request's media say. Equal bytes are looked at once; Stopped once `stop` is set."""
-
-    def __init__(self, image: ImageProcessor, decoder: MediaDecoder, stop: Stop) -> None:
-        self._image, self._decoder, self._stop = image, decoder, stop
-        self._images: dict[bytes, ImageInfo] = {}
-        self._clips: dict[bytes, VideoInfo] = {}
-
-    def image(self, data: bytes) -> ImageInfo:
-        self._stop.check()
-        info = self._images.get(data)
-        if info is None:
-            info = self._images[data] = self._image.probe(data)
-        return info
-
-    def clip(self, data: bytes) -> VideoInfo:
-        self._stop.check()
-        info = self._clips.get(data)
-        if info is None:
-            info = self._clips[data] = self._decoder.probe_video(data, stop=self._stop)
-        return info
 
 
 class Processor:
@@ -182,7 +134,7 @@ class Processor:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         allow_paths: bool = False,
-        add_generation_prompt: bool = True,
+        options: PromptOptions | None = None,
         stop: Stop | None = None,
     ) -> Prompt:
         """Check, render, tokenize and expand. InputError names the place of whatever is wrong.
@@ -190,28 +142,40 @@ class Processor:
         `messages` in OpenAI chat form; images and videos are data: URIs, and with `allow_paths` also local files or
         bytes. Setting `stop` from another thread ends the look at the media with Stopped, in 0.2 s.
         """
+        options = options or PromptOptions()
+        context = self.config.text.max_position_embeddings
         checked, media = parse_messages(messages, allow_paths=allow_paths)
-        headers = _Headers(self.image, self.decoder, stop or Stop())
-        plans = [self._plan(entry, headers) for entry in media]
-        _check_pixels(plans)
-        pieces = self.template.render(checked, tools=tools, add_generation_prompt=add_generation_prompt)
+        self._check_chars([checked, tools], context)
+        planner = MediaPlanner(
+            self.image, self.video, self.decoder, stop or Stop(), of_images=options.image, of_clips=options.clip
+        )
+        plans = planner.plan_all(media, context)
+        pieces = self.template.render(
+            checked,
+            tools=tools,
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+            variables=options.variables,
+            thinking=options.thinking,
+        )
         slots = [piece.text for piece in pieces if piece.is_special and piece.text in _PADS.values()]
         if slots != [_PADS[entry.modality] for entry in media]:
             raise InputError(
                 f"the chat template made room for {len(slots)} of {len(media)} images and videos, or in another order",
                 param="messages",
             )
-        prompt = self._lay_out(list(self._expand(pieces, plans)), plans)
-        limit = self.config.text.max_position_embeddings
-        if len(prompt.token_ids) >= limit:
-            raise InputError(
-                f"the prompt has {len(prompt.token_ids)} tokens, the context is {limit}",
-                param="messages",
-                code="context_length_exceeded",
-            )
+        prompt = self._lay_out(list(self._expand(pieces, plans)), plans, context, options.cache_salt)
+        if len(prompt.token_ids) >= context:
+            raise _too_long(f"the prompt has {len(prompt.token_ids)} tokens", context)
         return prompt
 
-    def _expand(self, pieces: list[Piece], plans: list[_Plan]) -> Iterator[Piece | _Run]:
+    def _check_chars(self, values: Any, context: int) -> None:
+        """InputError for more text than `context` tokens can hold, before anything is made of it."""
+        num_chars = sum(_least_bytes(text) for text in strings_of(values))
+        if num_chars > SMALL_CHARS and num_chars > context * self.tokenizer.max_token_bytes:
+            raise _too_long(f"the text has at least {num_chars} bytes, more than fit", context)
+
+    def _expand(self, pieces: list[Piece], plans: list[Plan]) -> Iterator[Piece | _Run]:
         """Placeholders become runs. Each frame of a clip gets its time before it and its own start and end; the
         template's pair around the whole clip stays only with `video_outer_wrapper`."""
         start, end = Piece(VISION_START, True), Piece(VISION_END, True)
@@ -226,8 +190,17 @@ class Processor:
             elif self.video_outer_wrapper or not _is_beside_clip(pieces, place):
                 yield piece
 
-    def _lay_out(self, parts: list[Piece | _Run], plans: list[_Plan]) -> Prompt:
-        """Tokenize; neighbouring text is one string."""
+    def _lay_out(self, parts: list[Piece | _Run], plans: list[Plan], context: int, salt: str) -> Prompt:
+        """Tokenize; neighbouring text is one string. InputError for more than the context, as soon as that is certain:
+        what is there from lengths alone is counted before the first text is tokenized."""
+        vision, tokenizer = self.config.vision, self.tokenizer
+        texts = [part.text for part in parts if isinstance(part, Piece) and not part.is_special]
+        num_fixed = sum(plans[part.number].run_rows(vision) if isinstance(part, _Run) else 1 for part in parts)
+        num_fixed -= len(texts)
+        if sum(map(len, texts)) > SMALL_CHARS:
+            least = num_fixed + tokenizer.num_tokens_at_least("".join(texts))
+            if least >= context:
+                raise _too_long(f"the prompt has at least {least} tokens", context)
         token_ids: list[int] = []
         runs: list[list[int]] = [[] for _ in plans]
         text = ""
@@ -235,7 +208,10 @@ class Processor:
             if isinstance(part, Piece) and not part.is_special:
                 text += part.text
                 continue
-            token_ids += self.tokenizer.encode(text) if text else []
+            try:
+                token_ids += tokenizer.encode(text, at_most=context - len(token_ids)) if text else []
+            except TooManyTokens as error:
+                raise _too_long(f"the prompt has more than {len(token_ids) + error.count} tokens", context) from None
             text = ""
             if isinstance(part, Piece):
                 token_ids.append(self.tokenizer.token_id(part.text))
@@ -243,50 +219,8 @@ class Processor:
                 plan = plans[part.number]
                 runs[part.number].append(len(token_ids))
                 token_ids += [self.tokenizer.token_id(_PADS[plan.media.modality])] * plan.run_rows(self.config.vision)
-        items = [plan.item(where, self.config.vision) for plan, where in zip(plans, runs, strict=True)]
+        items = [plan.item(where, vision, salt) for plan, where in zip(plans, runs, strict=True)]
         return Prompt(token_ids, items, [plan.media.data for plan in plans])
-
-    def _plan(self, entry: Media, headers: _Headers) -> _Plan:
-        try:
-            if entry.modality == "image":
-                info = headers.image(entry.data)
-                return _Plan(entry, self.image.grid(info.width, info.height), num_pixels=info.width * info.height)
-            return self._plan_clip(entry, headers)
-        except DisaggError as error:
-            raise error.at(entry.param) from error
-
-    def _plan_clip(self, entry: Media, headers: _Headers) -> _Plan:
-        video = self.video
-        if video is None:
-            raise InputError(f"this checkpoint takes no videos: it has no {VIDEO_FILE}")
-        if entry.is_frame_list:
-            infos = [headers.image(image) for image in unpack_frames(entry.data)]
-            sizes = {(info.width, info.height) for info in infos}
-            if len(sizes) > 1:
-                raise InputError(f"the frames of a clip must have one size, these have {len(sizes)}")
-            frames, fps = list(range(len(infos))), entry.fps or UNKNOWN_FPS
-            width, height = sizes.pop()
-        else:
-            clip = headers.clip(entry.data)
-            frames = video.sample(clip.num_frames, clip.fps, sample_fps=entry.fps, count=entry.num_frames)
-            fps, width, height = clip.fps, clip.width, clip.height
-        times = timestamps(frames, fps, self.config.vision.temporal_patch_size)
-        num_pixels = (frames[-1] + 1) * width * height
-        return _Plan(entry, video.grid(len(frames), width, height), tuple(frames), tuple(times), num_pixels)
-
-
-def _check_pixels(plans: list[_Plan]) -> None:
-    """InputError if decoding all of a request's media would keep an encode rank from everybody else's for long."""
-    for is_file, limit, what in ((False, MAX_STILL_PIXELS, "images and frames"), (True, MAX_FILE_PIXELS, "clips")):
-        total = 0
-        for plan in plans:
-            if is_file == (plan.media.modality == "video" and not plan.media.is_frame_list):
-                total += plan.num_pixels
-                if total > limit:
-                    message = (
-                        f"the {what} of this request have {total} pixels to decode up to here, the limit is {limit}"
-                    )
-                    raise InputError(message, param=plan.media.param, status=413)
 
 
 def _is_beside_clip(pieces: list[Piece], place: int) -> bool:

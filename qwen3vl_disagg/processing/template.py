@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from qwen3vl_disagg.core.errors import CheckpointError, InputError
+from qwen3vl_disagg.core.errors import CheckpointError, InputError, NotBuiltYet
+from qwen3vl_disagg.processing.prompt_options import Thinking
 
 MAX_RENDERED_CHARS = 8 * 2**20
 _MAX_REASON = 200
@@ -100,6 +101,8 @@ class _Disguise:
     stand_in: str
     guard: str = ""
     starts: re.Pattern[str] | None = None
+    end: str = ""
+    """Stands behind the text that the answer continues."""
 
     def put_on(self, text: str) -> str:
         text = text.replace(_BAR, self.stand_in)
@@ -121,6 +124,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         self._source = source
+        self._names = meta.find_undeclared_variables(environment.parse(source))
         self._template = environment.from_string(source)
         names = sorted(special_tokens, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
@@ -153,23 +157,33 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        thinking: Thinking | None = None,
     ) -> list[Piece]:
         """The prompt as pieces: special tokens (each a piece of its own) and the texts between them, in order.
 
-        InputError if the template refuses the messages or writes too much.
+        `continue_final_message`: it ends where the last message's text does. `variables`: more for the template.
+        InputError if the template refuses the messages or writes too much, does not know a variable, or cannot think,
+        or leave it, as it is told.
         """
-        disguise = self._disguise([messages, tools])
-        variables = {
-            "messages": _map_strings(messages, disguise.put_on),
+        given = self._given(variables or {}, thinking)
+        disguise = self._disguise([messages, tools, given], continue_final_message)
+        shown = _map_strings(messages, disguise.put_on)
+        if continue_final_message:
+            _mark_end(shown, disguise.end)
+        values = {
+            **_map_strings(given, disguise.put_on),
+            "messages": shown,
             "tools": _map_strings(tools, disguise.put_on) if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
-            _MARKS: disguise.stand_in + disguise.guard,
+            _MARKS: disguise.stand_in + disguise.end + disguise.guard,
         }
         rendered: list[str] = []
         num_chars = 0
         try:
-            for part in self._template.generate(variables):
+            for part in self._template.generate(values):
                 rendered.append(part)
                 num_chars += len(part)
                 if num_chars > MAX_RENDERED_CHARS:
@@ -179,20 +193,50 @@ class ChatTemplate:
             raise InputError(f"the chat template refuses these messages{reason}", param="messages") from error
         if num_chars > MAX_RENDERED_CHARS:
             raise InputError(f"the prompt has more than the limit of {MAX_RENDERED_CHARS} characters", param="messages")
+        text = "".join(rendered)
+        if continue_final_message:
+            text, end, _ = text.partition(disguise.end)
+            if not end:
+                raise InputError("the chat template does not show the last message", param="continue_final_message")
+        elif thinking is not None and add_generation_prompt:
+            self._check_thinking(text, thinking)
         # Splitting by a pattern with one group puts what it matched at odd indexes.
-        pieces = enumerate(self._split.split("".join(rendered)))
+        pieces = enumerate(self._split.split(text))
         return [Piece(text if i % 2 else disguise.take_off(text), i % 2 == 1) for i, text in pieces if text]
 
-    def _disguise(self, values: Any) -> _Disguise:
+    def _check_thinking(self, text: str, thinking: Thinking) -> None:
+        """InputError if the template goes its own way and that is not the wanted one."""
+        thinks = text.rstrip().endswith("<think>")
+        if not {"enable_thinking", "thinking"} & self._names and thinks != thinking.is_wanted:
+            how = "always thinks" if thinks else "does not think"
+            raise InputError(f"the model's chat template {how} before it answers", param=thinking.param)
+
+    def _given(self, variables: Mapping[str, Any], thinking: Thinking | None) -> dict[str, Any]:
+        """What a request may tell the template. InputError for a name that it does not know."""
+        for name in variables:
+            if name not in self._names:
+                where = f"chat_template_kwargs.{name[:64]}"
+                raise NotBuiltYet(f"{where} (the chat template does not know it)", param=where)
+        given = dict(variables)
+        if thinking is not None:
+            given |= {name: thinking.is_wanted for name in ("enable_thinking", "thinking") if name in self._names}
+            if thinking.effort is not None and "reasoning_effort" in self._names:
+                given["reasoning_effort"] = thinking.effort
+            elif thinking.effort not in (None, "none", "medium"):
+                raise NotBuiltYet(f"{thinking.param} {thinking.effort}", param=thinking.param)
+        return given
+
+    def _disguise(self, values: Any, has_end: bool) -> _Disguise:
         """One whose characters occur neither in the values nor in the template."""
         used = set(self._source)
-        for text in _strings(values):
+        for text in strings_of(values):
             used.update(text)
-        unused = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
-        stand_in, guard = next(unused, None), next(unused, None)
-        if stand_in is None or (guard is None and self._starts):
+        unused = (char for char in map(chr, _PRIVATE_USE) if char not in used)
+        stand_in, guard = next(unused, None), next(unused, "") if self._starts else ""
+        end = next(unused, "") if has_end else ""
+        if stand_in is None or (self._starts and not guard) or (has_end and not end):
             raise InputError("the text uses every private-use character; one must be left", param="messages")
-        return _Disguise(stand_in, guard, self._starts) if guard and self._starts else _Disguise(stand_in)
+        return _Disguise(stand_in, guard, self._starts, end)
 
 
 def _default(found: Any) -> Any:
@@ -202,17 +246,28 @@ def _default(found: Any) -> Any:
     return next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _mark_end(messages: Any, end: str) -> None:
+    """Puts `end` behind the text of the last message. InputError if that is not the assistant's."""
+    last = messages[-1]
+    if last["role"] != "assistant" or last.get("tool_calls"):
+        raise InputError("the last message must be the assistant's, without tool calls", param="continue_final_message")
+    if isinstance(last["content"], str):
+        last["content"] += end
+    else:
+        last["content"].append({"type": "text", "text": end})
+
+
+def strings_of(value: Any) -> Iterator[str]:
     """Every string in a value of JSON, keys too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, entry in value.items():
-            yield from _strings(key)
-            yield from _strings(entry)
+            yield from strings_of(key)
+            yield from strings_of(entry)
     elif isinstance(value, (list, tuple)):
         for entry in value:
-            yield from _strings(entry)
+            yield from strings_of(entry)
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:

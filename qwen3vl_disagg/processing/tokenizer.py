@@ -7,8 +7,13 @@ models write them, decoding keeps them, and typed ones are atomic, as in the ref
 from __future__ import annotations
 
 import codecs
+import json
+import re
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders
 
@@ -18,6 +23,22 @@ IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 STRUCTURAL = (IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+
+
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CUT = re.compile("(?<=[A-Za-z])(?= [A-Za-z])")
+"""Where no word of that pattern goes on: it ends with its letters, and the next one begins with the blank."""
+SLICE_CHARS = 2**16
+
+
+class TooManyTokens(ValueError):
+    """A text has more tokens than it may; `count` of them were found."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"{count} tokens")
+        self.count = count
 
 
 def _byte_chars() -> dict[str, int]:
@@ -92,9 +113,70 @@ class Tokenizer:
         """The id of a special token. KeyError if there is none of that name."""
         return self.special_ids[special]
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text; nothing in it becomes a special token."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, at_most: int | None = None) -> list[int]:
+        """Ids of plain text; nothing in it becomes a special token.
+
+        TooManyTokens if there are more than `at_most`. Where the tokenizer's words can be told apart the text is taken
+        slice by slice, so that a long one does not have to be tokenized whole to find that out.
+        """
+        token_ids: list[int] = []
+        for part in self._slices(text):
+            token_ids += self.backend.encode(part, add_special_tokens=False).ids
+            if at_most is not None and len(token_ids) > at_most:
+                raise TooManyTokens(len(token_ids))
+        return token_ids
+
+    def _slices(self, text: str) -> Iterator[str]:
+        start = 0
+        while len(text) - start > SLICE_CHARS and self._has_qwen_words:
+            cut = _CUT.search(text, start + SLICE_CHARS)
+            if cut is None:
+                break
+            yield text[start : cut.start()]
+            start = cut.start()
+        yield text[start:]
+
+    @cached_property
+    def _has_qwen_words(self) -> bool:
+        """Whether a text may be cut at `_CUT`: the published pattern, and no added token that reaches over a blank."""
+        raw = json.loads(self.backend.to_str())
+        steps = (raw.get("pre_tokenizer") or {}).get("pretokenizers") or []
+        patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
+        others = {step.get("type") for step in steps} - {"Split"}
+        reach = any(
+            " " in token["content"] or token["lstrip"] or token["rstrip"] or token["single_word"]
+            for token in raw.get("added_tokens") or []
+        )
+        is_nfc = (raw.get("normalizer") or {"type": "NFC"}).get("type") == "NFC"
+        return patterns == [_QWEN_WORDS] and others == {"ByteLevel"} and is_nfc and not reach
+
+    @cached_property
+    def _shares(self) -> np.ndarray:
+        """`[256]`: 1 / the length of the longest token with this byte in it; 0 for bytes of which no token is made.
+
+        In a token of n bytes each byte's share is at most 1 / n, so the shares of a text's bytes add up to no more than
+        its number of tokens.
+        """
+        lengths = np.zeros(256)
+        for token in sorted(self.backend.get_vocab(with_added_tokens=False), key=len):
+            lengths[[_BYTE_OF_CHAR[char] for char in set(token) if char in _BYTE_OF_CHAR]] = len(token)
+        for content in self._added.values():
+            data = content.encode()
+            for byte in data:
+                lengths[byte] = max(lengths[byte], len(data))
+        return np.divide(1.0, lengths, out=np.zeros(256), where=lengths > 0)
+
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """Of the longest token."""
+        return round(1 / float(self._shares[self._shares > 0].min()))
+
+    def num_tokens_at_least(self, text: str) -> int:
+        """A lower bound of `len(encode(text))`, in a time and memory that are small beside those of `encode`."""
+        if not text.isascii() and self.backend.normalizer is not None:
+            text = self.backend.normalizer.normalize_str(text)
+        data = np.frombuffer(text.encode(), np.uint8)
+        return int(np.bincount(data, minlength=256) @ self._shares * (1 - 1e-9))
 
     def decode(self, token_ids: list[int]) -> str:
         """Text without special tokens."""

@@ -81,7 +81,7 @@ class VideoProcessor:
         self.config, self._pixels = config, pixels
         self.fps, self.min_frames, self.max_frames = fps, min_frames, max_frames
         self._max_tokens_per_frame = max_tokens_per_frame
-        self._factor = config.patch_size * config.spatial_merge_size
+        self.factor = config.patch_size * config.spatial_merge_size
         self.resize, self._transform = resize, PixelTransform(pixels.mean, pixels.std, resize)
 
     @classmethod
@@ -127,26 +127,31 @@ class VideoProcessor:
             raise InputError(f"num_frames is {count}, but {most} frames of this clip can be looked at")
         return np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
 
-    def grid(self, num_frames: int, width: int, height: int) -> Grid:
-        """(steps, height, width) in patches of that many frames of that many pixels. InputError if they do not fit."""
-        new_height, new_width = self._target(num_frames, height, width)
-        patch, temporal = self.config.patch_size, self.config.temporal_patch_size
-        return -(-num_frames // temporal), new_height // patch, new_width // patch
+    def grid(self, num_frames: int, width: int, height: int, bounds: tuple[int, int] | None = None) -> Grid:
+        """(steps, height, width) in patches of that many frames of that many pixels. InputError if they do not fit.
 
-    def _target(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
-        min_pixels, max_pixels = self._pixels.min_pixels, self._pixels.max_pixels
-        if self._max_tokens_per_frame is not None:
-            share = min(self._max_tokens_per_frame * self._factor**2, max_pixels // num_frames)
-            max_pixels = num_frames * max(share, int(min_pixels * 1.05))
-        return smart_resize_video(
+        `bounds`: in place of the checkpoint's.
+        """
+        min_pixels, max_pixels = self.bounds(num_frames) if bounds is None else bounds
+        new_height, new_width = smart_resize_video(
             num_frames,
             height,
             width,
-            factor=self._factor,
+            factor=self.factor,
             temporal=self.config.temporal_patch_size,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
         )
+        patch, temporal = self.config.patch_size, self.config.temporal_patch_size
+        return -(-num_frames // temporal), new_height // patch, new_width // patch
+
+    def bounds(self, num_frames: int) -> tuple[int, int]:
+        """Least and most pixels of all frames together of a clip of that many."""
+        min_pixels, max_pixels = self._pixels.min_pixels, self._pixels.max_pixels
+        if self._max_tokens_per_frame is not None:
+            share = min(self._max_tokens_per_frame * self.factor**2, max_pixels // num_frames)
+            max_pixels = num_frames * max(share, int(min_pixels * 1.05))
+        return min_pixels, max_pixels
 
     def pixels(
         self, data: bytes, visual: VisualItem, decoder: MediaDecoder, stop: Stop | None = None
@@ -160,10 +165,11 @@ class VideoProcessor:
         else:
             frames = decoder.video_frames(data, visual.frames, stop=stop)
         with closing(frames):  # also when this fails: whoever decodes must not wait for frames to be taken
-            return self.patches(frames, len(visual.frames))
+            return self.patches(frames, len(visual.frames), visual.grid)
 
-    def patches(self, frames: Iterable[np.ndarray], num_frames: int) -> tuple[Tensor, Grid]:
-        """Frames `[H, W, 3]` uint8 of one size -> patches `[P, patch_dim]` float32 and the grid.
+    def patches(self, frames: Iterable[np.ndarray], num_frames: int, given: Grid | None = None) -> tuple[Tensor, Grid]:
+        """Frames `[H, W, 3]` uint8 of one size -> patches `[P, patch_dim]` float32 and the grid, the one that is given
+        if there is one.
 
         One frame is held at a time. InputError if sizes differ or another number of frames comes.
         """
@@ -177,8 +183,8 @@ class VideoProcessor:
         for frame in frames:
             if not count:
                 size = (frame.shape[0], frame.shape[1])
-                grid = self.grid(num_frames, size[1], size[0])
-                steps, rows, cols = grid
+                _, rows, cols = given or self.grid(num_frames, size[1], size[0])
+                grid = steps, rows, cols = -(-num_frames // temporal), rows, cols
                 shape = (steps, rows // merge, cols // merge, merge, merge, 3, temporal, patch, patch)
                 out = torch.empty(shape)
             if frame.shape[:2] != size or count == num_frames:

@@ -16,11 +16,12 @@ from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.answer import Answer, TokenNames, with_frontend
 from qwen3vl_disagg.serving.backend import Backend, FinishedEvent, RequestHandle
 from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, read_body
+from qwen3vl_disagg.serving.chat_request import ChatRequest
 from qwen3vl_disagg.serving.errors import JSONResponse
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.preparation import Preparation
 from qwen3vl_disagg.serving.stream import EventStream, answer_events
-from qwen3vl_disagg.serving.types import ChatCompletion, ChatRequest, Choice, Logprobs
+from qwen3vl_disagg.serving.types import ChatCompletion, Choice, Logprobs
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 # The backend keeps the same deadline and knows more about what took so long: its error should come first.
@@ -84,7 +85,7 @@ class ChatCompletions:
             self._processor.generation.eos_token_ids,
             sampling,
             prompt_token_ids,
-            with_tools=bool(request.tools),
+            with_tools=request.has_tools,
         )
         try:
             if request.stream:

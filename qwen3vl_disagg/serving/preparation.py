@@ -16,8 +16,8 @@ from qwen3vl_disagg.media.stop import Stop, Stopped
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.processing.messages import has_clips
 from qwen3vl_disagg.serving.body import BodyAccount, parse_json
+from qwen3vl_disagg.serving.chat_request import ChatRequest, parse_chat_request
 from qwen3vl_disagg.serving.limits import Limits
-from qwen3vl_disagg.serving.types import ChatRequest, parse_chat_request
 
 T = TypeVar("T")
 
@@ -37,6 +37,7 @@ class _Parsed:
     """A request whose messages, in `raw`, have not been looked at."""
 
     raw: dict[str, Any]
+    tools: list[dict[str, Any]]
     request: ChatRequest
     seconds: float
 
@@ -75,14 +76,14 @@ class Preparation:
         stop.check()
         started = time.monotonic()
         raw = parse_json(body)
-        request = parse_chat_request(raw, model_name=self._model_name)
-        parsed = _Parsed(raw, request, time.monotonic() - started)
+        request, tools = parse_chat_request(raw, model_name=self._model_name)
+        parsed = _Parsed(raw, tools, request, time.monotonic() - started)
         return parsed if has_clips(raw["messages"]) else self._finish(parsed, stop)
 
     def _finish(self, parsed: _Parsed, stop: Stop) -> Prepared:
         stop.check()
         started, request = time.monotonic(), parsed.request
-        prompt = self._processor.prepare(parsed.raw["messages"], tools=request.tools, stop=stop)
+        prompt = self._processor.prepare(parsed.raw["messages"], tools=parsed.tools, options=request.prompt, stop=stop)
         text = self._processor.config.text
         sampling = request.sampling(
             self._processor.generation,

@@ -18,10 +18,10 @@ from qwen3vl_disagg.processing import Parts
 from qwen3vl_disagg.serving.answer import Answer, with_frontend
 from qwen3vl_disagg.serving.backend import Event, FinishedEvent, RequestHandle, TokenEvent
 from qwen3vl_disagg.serving.body import ClientGone
+from qwen3vl_disagg.serving.chat_request import ChatRequest
 from qwen3vl_disagg.serving.errors import describe
 from qwen3vl_disagg.serving.types import (
     ChatCompletionChunk,
-    ChatRequest,
     ChunkChoice,
     Delta,
     LogprobEntry,

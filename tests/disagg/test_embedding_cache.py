@@ -17,7 +17,7 @@ VISUAL = VisualItem(
 
 
 def key(name: object) -> ContentKey:
-    return ContentKey("image", str(name), (1, 2, 2), (), False, 7)
+    return ContentKey("image", str(name), (1, 2, 2), (), False, "", 7)
 
 
 def filled(max_bytes: int, *sizes: int) -> EmbeddingCache[str]:

@@ -19,7 +19,7 @@ OFF = EncodeOptions(embedding_cache_mib=0)
 
 
 def key_of(content: str) -> ContentKey:
-    return ContentKey("image", content, VISUAL.grid, (), False, CONFIG.image_token_id)
+    return ContentKey("image", content, VISUAL.grid, (), False, "", CONFIG.image_token_id)
 
 
 def item_bytes() -> int:

@@ -223,7 +223,7 @@ def test_frames_that_are_equal_are_decoded_once():
 
 def test_a_failure_takes_no_more_frames_and_lets_the_decoder_go(monkeypatch):
     decoder, processor = CountingDecoder(), published_video_processor()
-    monkeypatch.setattr(processor, "grid", lambda *_: 1 / 0)
+    monkeypatch.setattr(processor, "_transform", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
         processor.pixels(b"", item((0, 1), is_frame_list=False), decoder)
     assert decoder.is_closed, caught

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3vl_disagg.serving.types import UNSUPPORTED
+from qwen3vl_disagg.processing.request_fields import FIELDS as TABLE
 from tests.support.fake_backend import PATH, FakeBackend, serve
 from tests.support.images import png, uri
 
@@ -59,7 +59,7 @@ NAMES = [
     ),
 ]
 BIAS = st.dictionaries(st.integers(-2, 2**40).map(str) | TEXT, NUMBER, max_size=4)
-FIELDS = st.dictionaries(st.sampled_from([*NAMES, *UNSUPPORTED]) | TEXT, FIELD, max_size=4)
+FIELDS = st.dictionaries(st.sampled_from([*NAMES, *TABLE["request"]]) | TEXT, FIELD, max_size=4)
 
 
 @pytest.fixture(scope="module")

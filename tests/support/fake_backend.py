@@ -79,9 +79,9 @@ class FakeBackend:
         return [{"pid": 1, "role": "encode", "rank": 0}]
 
 
-def serve(backend: FakeBackend, **options: Any) -> TestClient:
+def serve(backend: FakeBackend, *, processor: Processor | None = None, **options: Any) -> TestClient:
     """A client of the app over `backend`; `options` are create_app's."""
-    app = create_app(backend, tiny_processor(), model_name="tiny", **options)
+    app = create_app(backend, processor or tiny_processor(), model_name="tiny", **options)
     return TestClient(app, raise_server_exceptions=False)
 
 

@@ -1,0 +1,251 @@
+"""What the headers of a request's media say, and the request about them: sizes, frames, times and rows of each item."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qwen3vl_disagg.core.errors import DisaggError, InputError
+from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.images import ImageInfo, check_aspect
+from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.video import VideoInfo
+from qwen3vl_disagg.model.config import VisionConfig
+from qwen3vl_disagg.processing.images import ImageProcessor, smart_resize
+from qwen3vl_disagg.processing.media_options import NO_OPTIONS, MediaOptions
+from qwen3vl_disagg.processing.media_parts import Media
+from qwen3vl_disagg.processing.positions import Grid
+from qwen3vl_disagg.processing.video import UNKNOWN_FPS, VIDEO_FILE, VideoProcessor, timestamps, unpack_frames
+
+MAX_STILL_PIXELS = 2**31
+"""To decode for one request, in images and in lists of frames: 768 frames of 1080p fit."""
+MAX_FILE_PIXELS = 2**33
+"""To decode for one request, in files of clips."""
+LOW_DETAIL_PIXELS = 512 * 512
+"""`detail: low`: so many at most, and a quarter of what the checkpoint takes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a header says about an item. Of a clip: the frames to look at, and the seconds of each step of the grid."""
+
+    media: Media
+    grid: Grid
+    frames: tuple[int, ...] = ()
+    times: tuple[float, ...] = ()
+    num_pixels: int = 0
+    """What has to be decoded: of a file all frames up to the last one that is looked at."""
+
+    def run_rows(self, vision: VisionConfig) -> int:
+        return self.grid[1] * self.grid[2] // vision.merge_unit
+
+    def num_rows(self, vision: VisionConfig) -> int:
+        return self.grid[0] * self.run_rows(vision)
+
+    def item(self, runs: list[int], vision: VisionConfig, salt: str = "") -> VisualItem:
+        """`runs`: where its placeholders begin."""
+        return VisualItem(
+            modality=self.media.modality,
+            digest=hashlib.sha256(self.media.data).hexdigest(),
+            num_bytes=len(self.media.data),
+            grid=self.grid,
+            num_rows=self.num_rows(vision),
+            offset=runs[0],
+            param=self.media.param,
+            run_offsets=tuple(runs) if self.media.modality == "video" else (),
+            frames=self.frames,
+            is_frame_list=self.media.is_frame_list,
+            salt=salt,
+        )
+
+
+class _Headers:
+    """What the headers of one request's media say. Equal bytes are looked at once; Stopped once `stop` is set."""
+
+    def __init__(self, image: ImageProcessor, decoder: MediaDecoder, stop: Stop) -> None:
+        self._image, self._decoder, self._stop = image, decoder, stop
+        self._images: dict[bytes, ImageInfo] = {}
+        self._clips: dict[bytes, VideoInfo] = {}
+
+    def image(self, data: bytes) -> ImageInfo:
+        self._stop.check()
+        info = self._images.get(data)
+        if info is None:
+            info = self._images[data] = self._image.probe(data)
+        return info
+
+    def clip(self, data: bytes) -> VideoInfo:
+        self._stop.check()
+        info = self._clips.get(data)
+        if info is None:
+            info = self._clips[data] = self._decoder.probe_video(data, stop=self._stop)
+        return info
+
+
+class MediaPlanner:
+    """Plans the items of one request; equal bytes are looked at once. Stopped once `stop` is set."""
+
+    def __init__(
+        self,
+        image: ImageProcessor,
+        video: VideoProcessor | None,
+        decoder: MediaDecoder,
+        stop: Stop,
+        *,
+        of_images: MediaOptions = NO_OPTIONS,
+        of_clips: MediaOptions = NO_OPTIONS,
+    ) -> None:
+        self._image, self._video, self._config = image, video, image.config
+        self._of_images, self._of_clips = of_images, of_clips
+        self._headers = _Headers(image, decoder, stop)
+
+    def plan_all(self, media: Iterable[Media], max_rows: int) -> list[Plan]:
+        """InputError where an item stands that cannot be had, or brings more rows than fit the context."""
+        plans, num_rows = list[Plan](), 0
+        for entry in media:
+            try:
+                plans.append(self._plan(entry))
+            except DisaggError as error:
+                raise error.at(entry.param) from error
+            num_rows += plans[-1].num_rows(self._config)
+            if num_rows > max_rows:
+                raise InputError(
+                    f"the images and videos up to here take {num_rows} tokens, the context is {max_rows}",
+                    param=entry.param,
+                    code="context_length_exceeded",
+                )
+        _check_pixels(plans)
+        return plans
+
+    def _plan(self, entry: Media) -> Plan:
+        if entry.modality == "image":
+            info = self._headers.image(entry.data)
+            grid = self._image_grid(entry.options.over(self._of_images), info)
+            return Plan(entry, grid, num_pixels=info.width * info.height)
+        if self._video is None:
+            raise InputError(f"this checkpoint takes no videos: it has no {VIDEO_FILE}")
+        options = entry.options.over(self._of_clips)
+        if entry.is_frame_list:
+            infos = [self._headers.image(image) for image in unpack_frames(entry.data)]
+            sizes = {(info.width, info.height) for info in infos}
+            if len(sizes) > 1:
+                raise InputError(f"the frames of a clip must have one size, these have {len(sizes)}")
+            frames, fps = list(range(len(infos))), options.fps or UNKNOWN_FPS
+            width, height = sizes.pop()
+        else:
+            clip = self._headers.clip(entry.data)
+            frames = _frames(options, clip, self._video)
+            fps, width, height = clip.fps, clip.width, clip.height
+        times = timestamps(frames, fps, self._config.temporal_patch_size)
+        grid = _clip_grid(options, self._video, len(frames), width, height)
+        num_pixels = (frames[-1] + 1) * width * height
+        return Plan(entry, grid, tuple(frames), tuple(times), num_pixels)
+
+    def _image_grid(self, options: MediaOptions, info: ImageInfo) -> Grid:
+        image, patch = self._image, self._config.patch_size
+        size = _exact_size(options, image.factor, 1, image.max_pixels)
+        if size is None:
+            least, most = options.min_pixels or options.size_min, options.max_pixels or options.size_max
+            if least is None and most is None and options.detail == "low":
+                most = max(image.factor**2, min(LOW_DETAIL_PIXELS, image.max_pixels // 4))
+            bounds = _within(least, most, image.min_pixels, image.max_pixels, image.factor**2)
+            size = smart_resize(info.height, info.width, image.factor, *bounds)
+        return 1, size[0] // patch, size[1] // patch
+
+
+def _exact_size(options: MediaOptions, factor: int, num_frames: int, limit: int) -> tuple[int, int] | None:
+    """(height, width) that is asked for, in whole merged patches. InputError for more pixels than there may be."""
+    if options.resized_height is None or options.resized_width is None:
+        return None
+    given = options.resized_height, options.resized_width
+    check_aspect(*given)
+    height, width = (max(factor, round(side / factor) * factor) for side in given)
+    if num_frames * height * width > limit:
+        most = limit // num_frames
+        raise InputError(f"resized_height and resized_width make {height} x {width} pixels, the limit is {most}")
+    return height, width
+
+
+def _within(least: int | None, most: int | None, own_least: int, own_most: int, smallest: int) -> tuple[int, int]:
+    """The request's bounds within the checkpoint's: no more pixels than that takes, but fewer if asked for."""
+    if least is not None and least > own_most:
+        raise InputError(f"min_pixels is {least}, this server takes at most {own_most}")
+    if most is not None and most < smallest:
+        raise InputError(f"max_pixels is {most}, one visual token has {smallest}")
+    most = own_most if most is None else min(most, own_most)
+    least = min(own_least, most) if least is None else least
+    if least > most:
+        raise InputError(f"min_pixels is {least}, more than max_pixels, {most}")
+    return least, most
+
+
+def _clip_grid(options: MediaOptions, video: VideoProcessor, num_frames: int, width: int, height: int) -> Grid:
+    own_least, own_most = video.bounds(num_frames)
+    patch, temporal, smallest = video.config.patch_size, video.config.temporal_patch_size, video.factor**2 * num_frames
+    size = _exact_size(options, video.factor, num_frames, own_most)
+    if size is not None:
+        if num_frames < temporal:
+            raise InputError(f"a clip needs at least {temporal} frames, this one has {num_frames}")
+        return -(-num_frames // temporal), size[0] // patch, size[1] // patch
+    least = options.min_pixels and options.min_pixels * num_frames
+    most = options.max_pixels and options.max_pixels * num_frames
+    if options.total_pixels is not None:
+        share = max(options.total_pixels * temporal, int((least or 0) * 1.05))
+        most = share if most is None else min(most, share)
+    if least is None and most is None:
+        least, most = options.size_min, options.size_max
+    if least is None and most is None and options.detail == "low":
+        most = max(smallest, own_most // 4)
+    return video.grid(num_frames, width, height, _within(least, most, own_least, own_most, smallest))
+
+
+def _frames(options: MediaOptions, clip: VideoInfo, video: VideoProcessor) -> list[int]:
+    """Which frames of a file are looked at. InputError for what it does not have, and for more than are looked at."""
+    first, last = _range(options, clip)
+    num_frames, count = last - first + 1, options.num_frames
+    if options.do_sample_frames is False:
+        if options.fps is not None or count is not None:
+            raise InputError("do_sample_frames is false: fps and num_frames have nothing to say")
+        if num_frames > video.max_frames:
+            raise InputError(f"the clip has {num_frames} frames, at most {video.max_frames} are looked at")
+        count = num_frames
+    elif options.max_num_frames is not None:
+        count = min(options.max_num_frames, video.max_frames, num_frames)
+    elif count is None:
+        least, most = options.min_frames or video.min_frames, options.max_frames or video.max_frames
+        if options.min_frames is not None and least > video.max_frames:
+            raise InputError(f"min_frames is {least}, at most {video.max_frames} are looked at")
+        most = min(most, video.max_frames)
+        wanted = int(num_frames / clip.fps * (options.fps or video.fps))
+        count = min(max(wanted, min(least, most)), most, num_frames)
+    elif options.fps is not None:
+        raise InputError("fps and num_frames exclude one another")
+    return [first + frame for frame in video.sample(num_frames, clip.fps, count=count)]
+
+
+def _range(options: MediaOptions, clip: VideoInfo) -> tuple[int, int]:
+    """First and last frame between `video_start` and `video_end`."""
+    last = clip.num_frames - 1
+    start = 0 if options.video_start is None else math.ceil(options.video_start * clip.fps)
+    end = last if options.video_end is None else min(last, math.floor(options.video_end * clip.fps))
+    if (start, end) != (0, last) and start >= end:
+        seconds = clip.num_frames / clip.fps
+        raise InputError(f"there are not two frames from video_start to video_end: the clip has {seconds:.2f} seconds")
+    return start, end
+
+
+def _check_pixels(plans: list[Plan]) -> None:
+    """InputError if decoding all of a request's media would keep an encode rank from everybody else's for long."""
+    for is_file, limit, what in ((False, MAX_STILL_PIXELS, "images and frames"), (True, MAX_FILE_PIXELS, "clips")):
+        total = 0
+        for plan in plans:
+            if is_file == (plan.media.modality == "video" and not plan.media.is_frame_list):
+                total += plan.num_pixels
+                if total > limit:
+                    message = (
+                        f"the {what} of this request have {total} pixels to decode up to here, the limit is {limit}"
+                    )
+                    raise InputError(message, param=plan.media.param, status=413)

@@ -1,0 +1,217 @@
+"""What becomes of each field of a request: one table for all places where a client may say something.
+
+Names are those of OpenAI, vLLM, SGLang, llama.cpp, ollama, transformers and qwen-vl-utils. A field is built; or it
+would change the answer and is refused by name, unless its value asks for nothing; or it cannot change an answer and is
+ignored, like every name that is not here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
+
+Place = Literal[
+    "request",
+    "batch line",
+    "message",
+    "text part",
+    "image part",
+    "clip part",
+    "mm_processor_kwargs",
+    "images_kwargs",
+    "videos_kwargs",
+    "media_io_kwargs.image",
+    "media_io_kwargs.video",
+]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A 400 that names the field, but for null and these values."""
+
+    neutral: tuple[Any, ...] = ()
+
+
+BUILT: Literal["built"] = "built"
+IGNORED: Literal["ignored"] = "ignored"
+Treatment = Refused | Literal["built", "ignored"]
+
+
+def _built(names: str) -> dict[str, Treatment]:
+    return dict.fromkeys(names.split(), BUILT)
+
+
+def _ignored(names: str) -> dict[str, Treatment]:
+    return dict.fromkeys(names.split(), IGNORED)
+
+
+def _refused(names: str, *neutral: Any) -> dict[str, Treatment]:
+    return dict.fromkeys(names.split(), Refused(neutral))
+
+
+_HARMLESS_IN_PARTS = _ignored(
+    "alt annotations cache_control citations content_hash filename format id media_type"
+    " mime_type name source_type title uuid"
+)
+_IMAGE_SIZE = _built("min_pixels max_pixels resized_height resized_width")
+_CLIP_SAMPLING = _built("fps num_frames min_frames max_frames do_sample_frames")
+_AS_IT_IS = _refused("do_resize do_rescale do_normalize do_convert_rgb", True) | _ignored("return_tensors use_fast")
+
+FIELDS: dict[Place, dict[str, Treatment]] = {
+    "request": {
+        **_built("messages model stream stream_options tools tool_choice stop logit_bias logprobs top_logprobs seed"),
+        **_built("max_completion_tokens max_tokens max_new_tokens n_predict min_tokens min_new_tokens"),
+        **_built("temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty repeat_penalty"),
+        **_built("ignore_eos return_token_ids cache_salt add_generation_prompt continue_final_message"),
+        **_built("chat_template_kwargs enable_thinking think reasoning reasoning_effort"),
+        **_built("mm_processor_kwargs media_io_kwargs"),
+        **_IMAGE_SIZE,
+        **_built("detail"),
+        **_CLIP_SAMPLING,
+        **_built("nframes total_pixels video_start video_end"),
+        # More answers than one, or other ways to search for one.
+        **_refused("n best_of n_cmpl num_beams num_return_sequences", 1),
+        **_refused("use_beam_search early_stopping", False),
+        **_refused("length_penalty", 1),
+        **_refused("do_sample penalty_alpha guidance_scale negative_prompt"),
+        # What the text must look like.
+        **_refused("response_format", {"type": "text"}),
+        **_refused("structured_outputs structural_tag json_schema regex ebnf grammar stop_regex format", "", {}),
+        **_refused("guided_json guided_regex guided_choice guided_grammar guided_decoding_backend"),
+        **_refused("guided_whitespace_pattern grammar_triggers preserved_tokens", []),
+        **_refused("grammar_lazy", False),
+        **_refused("parallel_tool_calls parse_tool_calls", True),
+        **_refused("function_call", "none", "auto"),
+        **_refused("functions documents", []),
+        **_refused("verbosity", "medium"),
+        **_refused("prediction web_search_options audio"),
+        **_refused("modalities", ["text"]),
+        # Which tokens may come.
+        **_refused("stop_token_ids allowed_token_ids bad_words bad_words_ids", []),
+        **_refused("logits_processors custom_logit_processor custom_params vllm_xargs", [], {}),
+        **_refused("samplers sampler_seed"),
+        **_refused("typical_p typical tfs_z dynatemp_exponent encoder_repetition_penalty", 1),
+        **_refused("mirostat mirostat_mode dry_multiplier xtc_probability dynatemp_range top_a epsilon_cutoff", 0),
+        **_refused("eta_cutoff smoothing_factor no_repeat_ngram_size min_keep min_length", 0),
+        **_refused("top_n_sigma adaptive_target", -1, 0),
+        **_refused("repeat_last_n", -1),
+        **_refused("penalize_nl", True),
+        **_refused("repetition_detection max_length t_max_predict_ms"),
+        **_refused("watermark watermarking", False),
+        # What the model is shown.
+        **_refused("chat_template template system prompt suffix input input_ids prompt_embeds images image_data"),
+        **_refused("video_data audio_data context session_params task truncate"),
+        **_refused("truncate_prompt_tokens", -1),
+        **_refused("add_special_tokens raw use_audio_in_video echo return_full_text", False),
+        **_refused("max_dynamic_patch min_dynamic_patch"),
+        **_refused("images_config options", {}),
+        **_refused("lora lora_path lora_request adapter_id", [], ""),
+        # How it thinks, and what is told of it.
+        **_refused("thinking reasoning_budget reasoning_budget_tokens thinking_budget thinking_token_budget", -1),
+        **_refused("include_reasoning separate_reasoning stream_reasoning", True),
+        **_refused("reasoning_format", "auto", "deepseek"),
+        **_refused("thinking_forced_open reasoning_in_content", False),
+        # What stands in the answer.
+        **_refused("skip_special_tokens", True),
+        **_refused("include_stop_str_in_output no_stop_trim", False),
+        **_refused("prompt_logprobs n_probs", 0),
+        **_refused("logprob_token_ids response_fields", []),
+        **_refused("return_tokens_as_token_ids return_prompt_text return_prompt_token_ids return_tokens", False),
+        **_refused("return_hidden_states return_routed_experts return_meta_info return_token_offsets", False),
+        **_refused("return_cached_tokens_details post_sampling_probs _debug_render_only", False),
+        **_ignored("user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention"),
+        **_ignored("request_id rid session_id extra_key custom_labels priority spaces_between_special_tokens"),
+        **_ignored("truncation_side return_mm_kwargs routed_experts_prompt_start routed_experts_start_len"),
+        **_ignored("kv_transfer_params ec_transfer_params bootstrap_host bootstrap_port bootstrap_room"),
+        **_ignored("routed_dp_rank data_parallel_rank disagg_prefill_dp_rank ngram_corpus_id stream_interval"),
+        **_ignored("cache_prompt id_slot n_keep n_discard n_indent timings_per_token return_progress keep_alive"),
+        **_ignored("dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers xtc_threshold"),
+        **_ignored("mirostat_tau mirostat_eta adaptive_decay backend_sampling details decoder_input_details"),
+    },
+    "batch line": _built("messages images videos prompt system"),
+    "message": {
+        **_built("role content tool_calls tool_call_id reasoning_content reasoning"),
+        **_refused("audio function_call"),
+        **_refused("tools documents", []),
+        **_refused("prefix partial", False),
+        **_ignored("name refusal annotations cache_control id reasoning_details"),
+    },
+    "text part": {**_built("type text"), **_HARMLESS_IN_PARTS},
+    "image part": {
+        **_built("type image_url image url base64 data detail"),
+        **_IMAGE_SIZE,
+        **_refused("file_id source max_dynamic_patch min_dynamic_patch image_embeds"),
+        **_refused("modalities", "image"),
+        **_HARMLESS_IN_PARTS,
+    },
+    "clip part": {
+        **_built("type video_url video url base64 data detail"),
+        **_IMAGE_SIZE,
+        **_CLIP_SAMPLING,
+        **_built("nframes total_pixels video_start video_end sample_fps raw_fps"),
+        **_refused("file_id source max_dynamic_patch min_dynamic_patch"),
+        **_refused("modalities", "video"),
+        **_HARMLESS_IN_PARTS,
+    },
+    "mm_processor_kwargs": {
+        **_built("min_pixels max_pixels size images_kwargs videos_kwargs"),
+        **_CLIP_SAMPLING,
+        **_AS_IT_IS,
+    },
+    "images_kwargs": {**_built("min_pixels max_pixels size"), **_AS_IT_IS},
+    "videos_kwargs": {**_built("size"), **_CLIP_SAMPLING, **_AS_IT_IS},
+    "media_io_kwargs.image": _refused("image_mode", "RGB"),
+    "media_io_kwargs.video": _built("fps num_frames"),
+}
+
+CLOSED: tuple[Place, ...] = (
+    "batch line",
+    "mm_processor_kwargs",
+    "images_kwargs",
+    "videos_kwargs",
+    "media_io_kwargs.image",
+    "media_io_kwargs.video",
+)
+"""Here a name that is not in the table is refused: all that these hold is meant for the prompt."""
+
+_ABOUT_MEDIA = re.compile(
+    "pixel|frame|fps|size|height|width|resol|resiz|crop|detail|quality|sampl|start|end|duration|time|token"
+)
+"""In a part of media, a name that is not in the table but has one of these is taken for one that changes the answer."""
+_MEDIA_PARTS: frozenset[Place] = frozenset({"image part", "clip part"})
+
+
+def check_fields(given: Mapping[str, Any], place: Place, *, where: str = "", besides: Collection[str] = ()) -> None:
+    """NotBuiltYet naming the first field that would change the answer and is not built.
+
+    `where`: how its name begins in `param`. `besides`: more names that are fine here.
+    """
+    table = FIELDS[place]
+    for name, value in given.items():
+        treatment = table.get(name)
+        if name in besides or treatment in (BUILT, IGNORED) or value is None:
+            continue
+        if isinstance(treatment, Refused) and is_one_of(value, treatment.neutral):
+            continue
+        is_strange = place in CLOSED or (place in _MEDIA_PARTS and _ABOUT_MEDIA.search(name.lower()) is not None)
+        if treatment is not None or is_strange:
+            param = f"{where}.{name[:64]}" if where else name[:64]
+            raise NotBuiltYet(param, param=param)
+
+
+def is_one_of(value: Any, others: Iterable[Any]) -> bool:
+    """Whether it equals one of them; a truth value is no number."""
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in others)
+
+
+def check_object(value: Any, where: str) -> dict[str, Any]:
+    """An object, or nothing for null. InputError otherwise."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{where} must be an object", param=where)
+    return value
