@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from qwen3vl_disagg.core.descriptors import raise_descriptor_limit
 from qwen3vl_disagg.core.errors import CheckpointError, Dismissed, HandshakeError, HubGone, InputError
 
 EXIT_INPUT = 2
@@ -218,6 +219,7 @@ def _run_child(child: Child, sockets: Sequence[socket.socket], parent: int) -> N
 def run_worker(run: Callable[[], int], *, is_first: bool) -> int:
     """A worker's exit status, as `run` returns it or ends with. When the arguments are wrong, a host's first worker
     speaks for all: the others end after it, because torchrun ends everybody when one leaves."""
+    raise_descriptor_limit()
     try:
         status = run()
     except SystemExit as end:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.requests import TokenLogprob
-from qwen3vl_disagg.engine.sampling import Plan, SamplingRow
+from qwen3vl_disagg.engine.penalties import Penalties, upload
+from qwen3vl_disagg.engine.sampling import Plan, SamplingRow, SortedRows
 
 ONE = 2**40
 """Weight of the most likely token. 2**22 of these fit into 62 bits."""
@@ -42,6 +43,7 @@ class Sampler:
     def __init__(self, *, banned_ids: Iterable[int], eos_ids: Iterable[int]) -> None:
         self.banned_ids, self.eos_ids = sorted(set(banned_ids)), sorted(set(eos_ids))
         self._banned = torch.tensor(self.banned_ids, dtype=torch.long)
+        self._penalties = Penalties()
 
     def sample(
         self, logits_BV: Tensor, rows: Sequence[SamplingRow]
@@ -63,7 +65,7 @@ class Sampler:
         masked_BV = self._masked(logits_BV, plan)
         ids_B = masked_BV.argmax(-1) if len(plan.picked) < plan.num_rows else None
         if plan.picked:
-            rows_S, *settings = _upload([plan.picked, *plan.settings], logits_BV.device)
+            rows_S, *settings = upload([plan.picked, *plan.settings], logits_BV.device)
             masked_SV = masked_BV if ids_B is None else masked_BV.index_select(0, rows_S.long())
             ids_S = pick(weigh(masked_SV, settings, plan), settings[-1])
             ids_B = ids_S if ids_B is None else ids_B.index_copy(0, rows_S.long(), ids_S)
@@ -71,22 +73,22 @@ class Sampler:
         # One number that is not finite is enough for a sum, and a sum is the cheapest look at all of them.
         parts = [logits_BV.sum(-1).isfinite(), ids_B]
         if plan.told:
-            parts += logprobs(logits_BV, ids_B, _upload([plan.told], logits_BV.device)[0].long(), max(plan.num_top))
+            parts += logprobs(logits_BV, ids_B, upload([plan.told], logits_BV.device)[0].long(), max(plan.num_top))
         return torch.cat([part.double() for part in parts])
 
     def _masked(self, logits_BV: Tensor, plan: Plan) -> Tensor:
         """Steps 2 and 3, in a copy."""
         if self._banned.device != logits_BV.device:
             self._banned = self._banned.to(logits_BV.device)  # once
-        places, *changes = plan.edits
-        if not places:
+        if not plan.penalized and not plan.bans:
             return logits_BV.index_fill(1, self._banned, float("-inf"))
-        places_N, *columns = _upload([places, *changes], logits_BV.device)
-        bias_N, repetition_N, minus_N = (column.float() for column in columns)
-        logits_N = logits_BV.flatten().index_select(0, places_N.long()) + bias_N
-        logits_N = torch.where(logits_N > 0, logits_N / repetition_N, logits_N * repetition_N) - minus_N
-        edited_BV = logits_BV.flatten().index_copy(0, places_N.long(), logits_N).view_as(logits_BV)
-        return edited_BV.index_fill_(1, self._banned, float("-inf"))
+        masked_BV = logits_BV.clone()
+        if plan.penalized:
+            self._penalties.apply(masked_BV, plan.penalized, plan.requests)
+        if plan.bans:
+            [places] = upload([plan.bans], logits_BV.device)
+            masked_BV.view(-1).index_fill_(0, places.long(), float("-inf"))
+        return masked_BV.index_fill_(1, self._banned, float("-inf"))
 
 
 def weigh(logits_SV: Tensor, settings: Sequence[Tensor], plan: Plan) -> Tensor:
@@ -96,26 +98,39 @@ def weigh(logits_SV: Tensor, settings: Sequence[Tensor], plan: Plan) -> Tensor:
     Top-p keeps the smallest set of most likely tokens whose probability reaches p, at least one; of equally likely ones
     those of lower ids. Min-p keeps those at least min_p times as likely as the most likely one.
     """
-    temperature_S1, top_k_S1, top_p_S1, min_p_S1, _ = (column[:, None] for column in settings)
-    best_S1, temperature_S1 = logits_SV.amax(-1, keepdim=True), temperature_S1.float()
-
-    def weight_of(logits: Tensor) -> Tensor:
-        return (((logits - best_S1) / temperature_S1).exp() * ONE).long()
-
-    weights_SV = weight_of(logits_SV)
-    if plan.num_sorted:
-        largest_SK = _largest(logits_SV, plan.num_sorted)
-        kth_S1 = largest_SK.gather(1, (top_k_S1.long() - 1).clamp(min=0))
-        kth_S1 = kth_S1.masked_fill(top_k_S1 == 0, float("-inf"))
-        weights_SV.masked_fill_(logits_SV < kth_S1, 0)
-        if plan.has_top_p:
-            in_order_SK = weight_of(largest_SK).masked_fill_(largest_SK < kth_S1, 0)
-            enough_S1 = (top_p_S1 * weights_SV.sum(-1, keepdim=True)).ceil().long()
-            is_out_SV = _beyond(enough_S1, logits_SV, largest_SK, in_order_SK)
-            weights_SV.masked_fill_(is_out_SV & (top_p_S1 < 1), 0)
+    temperature_S, top_k_S, top_p_S, min_p_S, _ = settings
+    weights_SV = _weights(logits_SV, logits_SV.amax(-1), temperature_S)
+    for group in plan.sorted:
+        if len(group.rows) == len(logits_SV):
+            _filter(weights_SV, logits_SV, (temperature_S, top_k_S, top_p_S), group)
+            continue
+        rows_G = upload([group.rows], logits_SV.device)[0].long()
+        weights_GV = weights_SV.index_select(0, rows_G)
+        logits_GV, *columns = (part.index_select(0, rows_G) for part in (logits_SV, temperature_S, top_k_S, top_p_S))
+        _filter(weights_GV, logits_GV, columns, group)
+        weights_SV.index_copy_(0, rows_G, weights_GV)
     if plan.has_min_p:
-        weights_SV.masked_fill_(weights_SV < (min_p_S1 * ONE).ceil().long(), 0)
+        weights_SV.masked_fill_(weights_SV < (min_p_S[:, None] * ONE).ceil().long(), 0)
     return weights_SV
+
+
+def _weights(logits_SK: Tensor, best_S: Tensor, temperature_S: Tensor) -> Tensor:
+    """In units of `ONE`, which `best` weighs."""
+    return (((logits_SK - best_S[:, None]) / temperature_S.float()[:, None]).exp() * ONE).long()
+
+
+def _filter(weights_SV: Tensor, logits_SV: Tensor, settings: Sequence[Tensor], group: SortedRows) -> None:
+    """Top-k and top-p of the rows of a group, in place. `settings`: temperature, top-k and top-p."""
+    temperature_S, top_k_S, top_p_S = settings
+    largest_SK = _largest(logits_SV, group.count)
+    kth_S1 = largest_SK.gather(1, (top_k_S.long()[:, None] - 1).clamp(min=0))
+    kth_S1 = kth_S1.masked_fill(top_k_S[:, None] == 0, float("-inf"))
+    weights_SV.masked_fill_(logits_SV < kth_S1, 0)
+    if group.has_top_p:
+        in_order_SK = _weights(largest_SK, largest_SK[:, 0], temperature_S).masked_fill_(largest_SK < kth_S1, 0)
+        enough_S1 = (top_p_S[:, None] * weights_SV.sum(-1, keepdim=True)).ceil().long()
+        is_out_SV = _beyond(enough_S1, logits_SV, largest_SK, in_order_SK)
+        weights_SV.masked_fill_(is_out_SV & (top_p_S[:, None] < 1), 0)
 
 
 def _beyond(enough_S1: Tensor, logits_SV: Tensor, largest_SK: Tensor, in_order_SK: Tensor) -> Tensor:
@@ -183,12 +198,3 @@ def unpack(values: list[float], plan: Plan) -> tuple[list[int | None], list[Toke
             entries[b] = TokenLogprob(ids[b], own[r], list(pairs))
     is_finite = values[:num_rows]
     return [i if ok else None for i, ok in zip(ids, is_finite, strict=True)], entries
-
-
-def _upload(columns: Sequence[Sequence[float]], device: torch.device) -> tuple[Tensor, ...]:
-    """Columns of numbers as float64 vectors on the device, in one transfer that nobody waits for.
-
-    From memory that is not pinned, the copy would wait for all that is queued.
-    """
-    table = torch.tensor(columns, dtype=torch.float64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True).unbind(0)

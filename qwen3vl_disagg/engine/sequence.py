@@ -125,6 +125,7 @@ class Sequence:
         """Nothing of it is in the cache any more."""
         self.pages, self.num_cached, self.num_found = [], 0, 0
         self.node, self.num_remembered = ROOT, 0
+        self.__dict__.pop("sampling_row", None)  # and with it what the sampler keeps of it
         self.rows.clear()
         self.restarted.clear()
 

@@ -1,112 +1,72 @@
-"""uvicorn on a socket that is bound already, with our own deadlines and without its signal handlers."""
+"""uvicorn on a socket that is bound already, with our own connections and without its signal handlers."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import logging
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-import h11
-import msgspec
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from qwen3vl_disagg.serving.errors import envelope
-from qwen3vl_disagg.serving.limits import MAX_HEADER_BYTES
+from qwen3vl_disagg.disagg.listener import Listener
+from qwen3vl_disagg.serving.http_connection import HttpConnection
+from qwen3vl_disagg.serving.http_places import PlaceLimits, Places
+from qwen3vl_disagg.serving.http_turns import Turns
 
-MAX_CONNECTIONS = 1024
-HEADER_TIMEOUT_S = 10.0
-KEEP_ALIVE_S = 30.0
-
-
-class _Protocol(H11Protocol):
-    """HTTP/1.1 with a deadline for the headers, a cap on connections, and errors in the envelope."""
-
-    _header_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
-            self._refuse(503, "too many connections", "overloaded")
-            return
-        self._start_header_timer()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_header_timer()
-        super().connection_lost(exc)
-
-    def handle_events(self) -> None:
-        super().handle_events()
-        # IDLE: no whole header has come since the last request ended. uvicorn's keep-alive timer stops at the first
-        # byte of the next one, so ours must run from there.
-        waits_for_headers = self.conn.their_state is h11.IDLE
-        if not waits_for_headers:
-            self._stop_header_timer()
-        elif self._header_timer is None and self.timeout_keep_alive_task is None:
-            self._start_header_timer()
-
-    def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls for a request that is not HTTP."""
-        self._refuse(400, "the request is not valid HTTP, or its headers are too large", "invalid_http")
-
-    def _start_header_timer(self) -> None:
-        self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._on_header_timeout)
-
-    def _stop_header_timer(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
-
-    def _on_header_timeout(self) -> None:
-        self._header_timer = None
-        if not self.transport.is_closing():
-            self._refuse(408, "the headers came too slowly", "header_timeout")
-
-    def _refuse(self, status: int, message: str, code: str) -> None:
-        if self.conn.our_state is h11.IDLE or self.conn.our_state is h11.SEND_RESPONSE:
-            body = msgspec.json.encode(envelope(status, message, code=code))
-            headers = [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(body)).encode()),
-                (b"connection", b"close"),
-            ]
-            if status == 503:
-                headers.append((b"retry-after", b"1"))
-            for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+LOOK_TICKS = 3
+"""uvicorn ticks every 0.1 s."""
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, places: Places) -> None:
+        super().__init__(config)
+        self._places, self._turns = places, Turns()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
+        """Listens, in place of uvicorn's own servers."""
+        self.servers = cast(Any, [Listener(sock, self._connection, name="http") for sock in sockets or ()])
+        self.started = True
+
+    def _connection(self) -> HttpConnection:
+        return HttpConnection(self.config, self.server_state, self._turns, self._places)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % LOOK_TICKS == 0:
+            self._places.look(time.monotonic())
+        return await super().on_tick(counter)
 
 
 class HttpServer:
     """Serves an app until `shutdown`. Signals are left to the caller.
 
-    `graceful_s`: after `shutdown`, how long running requests may still take before they are cancelled.
+    `graceful_s`: after `shutdown`, how long running requests may still take before they are cancelled. `places`: how
+    many connections there may be; default: what the limit of file descriptors leaves room for.
     """
 
-    def __init__(self, app: ASGIApp, *, graceful_s: float = 20.0) -> None:
+    def __init__(self, app: ASGIApp, *, graceful_s: float = 20.0, places: PlaceLimits | None = None) -> None:
         config = uvicorn.Config(
             cast(Any, app),
-            http=_Protocol,
+            http="h11",
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=int(KEEP_ALIVE_S),
             timeout_graceful_shutdown=max(1, round(graceful_s)),
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         )
-        self._server = _Server(config)
+        # Its warnings are about what clients send: anybody could fill the log.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        self.places = Places(places or PlaceLimits.of_process())
+        self._server = _Server(config, self.places)
 
     @property
     def started(self) -> bool:

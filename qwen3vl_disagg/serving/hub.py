@@ -20,6 +20,7 @@ import numpy as np
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError, UnavailableError
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.disagg.control import Connection
+from qwen3vl_disagg.disagg.listener import Listener, listen_for_streams
 from qwen3vl_disagg.disagg.messages import (
     Blob,
     EndJob,
@@ -151,7 +152,7 @@ class Hub:
         """Set when a node is asked to end: whoever runs the hub should end the job."""
         self._absent: set[RankKey] = set()
         self._accepting: set[asyncio.Task[Any]] = set()
-        self._server: asyncio.Server | None = None
+        self._server: Listener | None = None
         self._ticker: asyncio.Future[None] | None = None
 
     # ---- for the HTTP app ----
@@ -210,7 +211,7 @@ class Hub:
 
     async def serve(self, sock: socket.socket) -> asyncio.Future[None]:
         """Take connections on a bound socket, until `close`. What it returns ends only if the hub fails before."""
-        self._server = await asyncio.start_server(self._accept, sock=sock)
+        self._server = listen_for_streams(sock, self._accept, name="hub")
         self._ticker = asyncio.create_task(self._tick())
         return self._ticker
 

@@ -9,6 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.engine import penalties
+from qwen3vl_disagg.engine import sampler as sampler_module
+from qwen3vl_disagg.engine.penalties import Penalties
 from qwen3vl_disagg.engine.sampler import ONE, Sampler, pick, unpack
 from qwen3vl_disagg.engine.sampling import Plan, SamplingRow, splitmix64, uniform
 from tests.support.sampling import kept, shares, weights_of_rows
@@ -178,19 +181,82 @@ def test_penalties_by_hand():
 def test_penalties_that_are_off_touch_nothing():
     row = SamplingRow(SamplingParams(temperature=1.0), 0, [0, 1], [1])
     plan = Plan.of([row], vocab_size=5, eos_ids=[2])
-    assert plan.edits == ([], [], [], [])
-    assert (plan.num_sorted, plan.has_top_p, plan.has_min_p) == (0, False, False)
+    assert (plan.penalized, plan.bans, plan.sorted, plan.has_min_p) == ([], [], [], False)
 
 
-def test_a_row_that_lives_sees_its_list_grow():
-    generated: list[int] = []
-    params = SamplingParams(presence_penalty=1.0, frequency_penalty=0.5)
-    row = SamplingRow(params, 0, [3], generated)
-    for new in ([], [4], [4, 5], [4]):
-        generated += new
-        fresh = SamplingRow(params, 0, [3], list(generated))
-        assert sorted(row.edits([])) == sorted(fresh.edits([]))
-    assert sorted(row.edits([])) == [(4, 0.0, 1.0, 2.5), (5, 0.0, 1.0, 1.5)]
+def test_a_request_that_is_gone_gives_its_row_back():
+    sampler, logits = Sampler(banned_ids=[], eos_ids=[]), torch.zeros(3, 5)
+    params = SamplingParams(repetition_penalty=2.0, presence_penalty=1.0, logit_bias={1: 3.0})
+    for _ in range(50):
+        rows = [SamplingRow(params, 0, [0], [2]) for _ in range(3)]
+        sampler.sample(logits, rows)
+    assert {name: len(table) for name, table in sampler._penalties._tables.items()} == dict.fromkeys(
+        ["bias", "seen", "minus"], 4
+    )
+    assert len(sampler._penalties._entries) == 3
+    plain = [SamplingRow(SamplingParams(repetition_penalty=1.5), 0, [4], [])] * 3
+    del rows
+    assert sampler.sample(torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5]]).expand(3, -1), plain)[0] == [3] * 3
+
+
+def test_penalties_of_a_batch_at_once_are_those_of_each_row(monkeypatch):
+    """The way of a GPU, on a CPU."""
+    made = []
+
+    class Elsewhere(torch.Tensor):
+        @property
+        def device(self):
+            made.append(1)
+            return torch.device("cuda")
+
+    logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    some = [{}, {"repetition_penalty": 1.7}, {"frequency_penalty": 0.3, "logit_bias": {3: -4.0}}]
+    some.append({"presence_penalty": 1.0, "repetition_penalty": 0.8, "logit_bias": {29: 7.0}})
+    rows = [SamplingRow(SamplingParams(**one), 0, [1, 2, 2], [2, 5, 5]) for one in some]
+    expected, found = logits.clone(), logits.clone()
+    Penalties().apply(expected, range(4), rows)
+    monkeypatch.setattr(penalties, "upload", lambda columns, _: torch.tensor(columns, dtype=torch.float64).unbind(0))
+    monkeypatch.setattr(torch, "zeros", lambda shape, dtype, device, make=torch.zeros: make(shape, dtype=dtype))
+    Penalties().apply(found.as_subclass(Elsewhere), range(4), rows)
+    assert made
+    assert torch.equal(found, expected)
+    assert not torch.equal(expected[1:], logits[1:])
+
+
+def test_a_row_with_top_p_alone_makes_no_others_sort(monkeypatch):
+    sizes = []
+    real = sampler_module._largest
+    monkeypatch.setattr(
+        sampler_module, "_largest", lambda logits, count: sizes.append((len(logits), count)) or real(logits, count)
+    )
+    few = [SamplingParams(temperature=1.0, top_k=k, top_p=0.9) for k in (1, 5, 20, 50)]
+    all_kinds = [*few, SamplingParams(temperature=1.0, top_p=0.9), SamplingParams(), SamplingParams(temperature=1.0)]
+    all_kinds.append(SamplingParams(temperature=1.0, top_k=900))
+    logits = torch.randn(len(all_kinds), 4000, generator=torch.Generator().manual_seed(0))
+    PLAIN.sample(logits, [SamplingRow(one, 1) for one in all_kinds])
+    assert sizes == [(4, 50), (1, 4000), (1, 900)]
+
+
+@pytest.mark.parametrize("num_prompt", [10, 10_000])
+def test_a_plan_does_not_grow_with_what_was_said(num_prompt):
+    params = SamplingParams(
+        temperature=1.0, repetition_penalty=1.1, presence_penalty=0.1, logit_bias=dict.fromkeys(range(300), 1.0)
+    )
+    row = SamplingRow(params, 0, list(range(num_prompt)), list(range(num_prompt // 2)))
+    plan = Plan.of([row] * 3, vocab_size=20_000, eos_ids=[2])
+    assert sum(len(values) for values in vars(plan).values() if isinstance(values, list)) < 20
+    table = Penalties()
+    logits = torch.zeros(3, 20_000)
+    table.apply(logits, plan.penalized, plan.requests)
+    uploaded = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = penalties.upload
+        patch.setattr(
+            penalties, "upload", lambda columns, device: uploaded.append(len(columns[0])) or real(columns, device)
+        )
+        row.generated.append(7)
+        table.apply(logits, plan.penalized, plan.requests)
+    assert uploaded == [1, 1]
 
 
 # ---- random numbers ----

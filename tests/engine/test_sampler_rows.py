@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.sampler import Sampler
 from qwen3vl_disagg.engine.sampling import SamplingRow
+from tests.support.reference_sampler import next_token
 from tests.support.sampling import weights
 
-SAMPLER = Sampler(banned_ids=[1, 5], eos_ids=[0, 3])
+
+def make_sampler() -> Sampler:
+    return Sampler(banned_ids=[1, 5], eos_ids=[0, 3])
 
 
 @st.composite
@@ -52,20 +55,46 @@ def draw_logits(seed: int, count: int, vocab_size: int, coarse: bool) -> torch.T
     threads=st.integers(1, 2),
 )
 def test_a_row_alone_and_in_a_batch(rows, vocab_size, seed, coarse, threads):
-    logits = draw_logits(seed, len(rows), vocab_size, coarse)
+    logits, sampler = draw_logits(seed, len(rows), vocab_size, coarse), make_sampler()
     torch.set_num_threads(threads)
     try:
-        token_ids, entries = SAMPLER.sample(logits, rows)
+        token_ids, entries = sampler.sample(logits, rows)
         for b, one in enumerate(rows):
-            alone = SAMPLER.sample(logits[b : b + 1].clone(), [one])
+            alone = sampler.sample(logits[b : b + 1].clone(), [one])
             assert alone == ([token_ids[b]], [entries[b]])
     finally:
         torch.set_num_threads(1)
 
 
+@given(
+    requests=st.lists(st.tuples(params(), ids, st.integers(0, 3)), min_size=1, max_size=5),
+    vocab_size=st.sampled_from([8, 9, 64, 333]),
+    seed=st.integers(0, 2**31),
+    coarse=st.booleans(),
+    order=st.randoms(use_true_random=False),
+)
+def test_every_step_is_the_definitions_whoever_comes_and_goes(requests, vocab_size, seed, coarse, order):
+    """Requests that live over steps, join and leave, are preempted and come back: the definition from lists at each."""
+    sampler = make_sampler()
+    living = {n: SamplingRow(one, seed + n, prompt, []) for n, (one, prompt, _) in enumerate(requests)}
+    for step in range(5):
+        present = [n for n, (_, _, joins) in enumerate(requests) if step >= joins and order.random() < 0.8]
+        order.shuffle(present)
+        if order.random() < 0.2 and present:
+            old = living[present[0]]
+            living[present[0]] = SamplingRow(old.params, old.seed, old.prompt_ids, old.generated)
+        if not present:
+            continue
+        logits = draw_logits(seed + step, len(present), vocab_size, coarse)
+        token_ids, _ = sampler.sample(logits, [living[n] for n in present])
+        for b, n in enumerate(present):
+            assert token_ids[b] == next_token(logits[b], living[n], [1, 5], [0, 3])
+            living[n].generated.append(token_ids[b])
+
+
 @given(row=row, seed=st.integers(0, 2**31), coarse=st.booleans())
 def test_what_is_banned_is_never_picked(row, seed, coarse):
-    [token_id], _ = SAMPLER.sample(draw_logits(seed, 1, 40, coarse), [row])
+    [token_id], _ = make_sampler().sample(draw_logits(seed, 1, 40, coarse), [row])
     assert token_id not in (1, 5)
     if row.params.ignore_eos or row.index < row.params.min_tokens:
         assert token_id not in (0, 3)

@@ -3,62 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.util
 import json
 import signal
 import socket
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg.serving import http_server
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.backend import Decoded, TokenEvent
 from qwen3vl_disagg.serving.http_server import HttpServer
-from qwen3vl_disagg.serving.limits import MIB, Limits
+from qwen3vl_disagg.serving.limits import MIB
 from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, tiny_processor
 from tests.support.http import post_json, request, sse_events, sse_lines
 from tests.support.images import png, uri
-
-
-class Running:
-    """An app on a free loopback port, on an event loop of its own thread."""
-
-    def __init__(self, backend: FakeBackend, **limits) -> None:
-        self.backend = backend
-        app = create_app(backend, tiny_processor(), model_name="tiny", limits=Limits(**limits))
-        self.server = HttpServer(app, graceful_s=5)
-        self.sock = socket.socket()
-        self.sock.bind(("127.0.0.1", 0))
-        self.port = self.sock.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(self.sock)), daemon=True)
-
-    def __enter__(self) -> Running:
-        self.thread.start()
-        deadline = time.monotonic() + 10
-        while not self.server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.thread.join(10)
-        assert not self.thread.is_alive()
-
-    def raw(self, data: bytes, timeout_s: float = 5.0) -> bytes:
-        """Send bytes; everything that comes back until the server closes."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout_s) as sock:
-            sock.sendall(data)
-            received = b""
-            with contextlib.suppress(ConnectionError):
-                while chunk := sock.recv(65536):
-                    received += chunk
-            return received
+from tests.support.running import Running, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +72,6 @@ def test_leaving_cancels_a_plain_request():
         wait_for(running.backend.handles[0].was_cancelled.is_set)
 
 
-def wait_for(condition, timeout_s: float = 2.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_large_body_is_refused_and_the_client_learns_why(declared):
     with Running(FakeBackend(), max_body_bytes=MIB) as running:
@@ -157,58 +111,10 @@ def test_what_is_not_http_gets_an_envelope(running, data):
     assert post_json(running.url + PATH, ASK).status == 200
 
 
-@pytest.mark.parametrize("start", [b"", b"GET / HT"])
-def test_headers_that_do_not_come(monkeypatch, start):
-    monkeypatch.setattr(http_server, "HEADER_TIMEOUT_S", 0.3)
-    with Running(FakeBackend()) as running:
-        raw = running.raw(start)
-        assert b"HTTP/1.1 408 " in raw
-
-
-def test_headers_that_do_not_come_on_a_used_connection(monkeypatch):
-    monkeypatch.setattr(http_server, "HEADER_TIMEOUT_S", 0.3)
-    with Running(FakeBackend()) as running, socket.create_connection(("127.0.0.1", running.port), 5) as sock:
-        sock.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
-        sock.sendall(b"GET")
-        received = b""
-        while chunk := sock.recv(65536):
-            received += chunk
-        assert b"HTTP/1.1 408 " in received
-
-
 def test_large_headers_in_one_piece(running):
     raw = running.raw(b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 17_000 + b"\r\n\r\n")
     assert raw.startswith(b"HTTP/1.1 431 ")
     assert envelope_of(raw)["code"] == "headers_too_large"
-
-
-def test_connections_are_counted(monkeypatch):
-    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 2)
-    with Running(FakeBackend()) as running:
-        address = ("127.0.0.1", running.port)
-        with socket.create_connection(address), socket.create_connection(address):
-            wait_for(lambda: len(running.server._server.server_state.connections) == 2)
-            raw = running.raw(b"")
-            assert raw.startswith(b"HTTP/1.1 503 ")
-            assert envelope_of(raw)["code"] == "overloaded"
-        wait_for(lambda: not running.server._server.server_state.connections)
-        assert post_json(running.url + PATH, ASK).status == 200
-
-
-def test_a_connection_serves_many_requests(monkeypatch):
-    """Also after the headers' deadline: its timer must not outlive them."""
-    monkeypatch.setattr(http_server, "HEADER_TIMEOUT_S", 0.3)
-    data = json.dumps(ASK).encode()
-    head = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n".encode()
-    with Running(FakeBackend()) as running, socket.create_connection(("127.0.0.1", running.port), 5) as sock:
-        for _ in range(3):
-            sock.sendall(head + b"\r\n" + data)
-            received = b""
-            while b'"timings"' not in received or not received.endswith(b"}}"):
-                received += sock.recv(65536)
-            assert received.startswith(b"HTTP/1.1 200 ")
-            time.sleep(0.4)
 
 
 def test_signals_are_left_alone():

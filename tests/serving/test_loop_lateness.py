@@ -1,0 +1,141 @@
+"""Nothing that a client sends stops the event loop, which owes heartbeats to the ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from qwen3vl_disagg.disagg.control import Connection
+from qwen3vl_disagg.disagg.messages import RankHello, Welcome
+from qwen3vl_disagg.disagg.rendezvous import host_id
+from qwen3vl_disagg.serving.app import create_app
+from tests.support import http_attacks as attacks
+from tests.support.fake_backend import FakeBackend, tiny_processor
+from tests.support.fake_ranks import FINGERPRINT, TOKEN, System
+from tests.support.http import request
+from tests.support.running import RunningApp
+
+MAX_LATE_S = 0.25
+"""Heartbeats are due every second, and ranks wait for ten. A loop that parses what it has read: 2 to 24 s."""
+
+ATTACKS = {
+    "chunks of one byte": [attacks.one_byte_chunks(40_000)] * 60,
+    "chunks of 100 bytes": [attacks.small_chunks(500_000, 100)] * 40,
+    "chunk extensions": [attacks.chunk_extensions(100)] * 60,
+    "trailers": [attacks.trailers(200_000)] * 60,
+    "pipelined requests": [attacks.pipelined(100)] * 60,
+    "many small headers": [attacks.many_headers(3_000)] * 200,
+    "headers behind another request": [attacks.pipelined(1) + attacks.many_headers(3_000)] * 200,
+    "bodies that are not read": [attacks.unread_bodies(2_000_000)] * 60,
+    "chunks that are not read": [attacks.unread_chunks(40_000)] * 60,
+    "not HTTP": [b"\x00" * 300_000] * 60,
+}
+
+
+@pytest.mark.parametrize("name", ["chunks of one byte", "many small headers"])
+def test_the_loop_is_never_late(name):
+    check_lateness(name, hold_s=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_loop_is_never_late_long(name):
+    check_lateness(name, hold_s=5.0)
+
+
+def check_lateness(name: str, hold_s: float) -> None:
+    app = create_app(FakeBackend(), tiny_processor(), model_name="tiny")
+    with RunningApp(app) as running:
+        with running.lateness() as late:
+            attacks.send_all(running.port, ATTACKS[name], hold_s=hold_s)
+            started = time.monotonic()
+            assert request(running.url + "/health").status == 200
+            assert time.monotonic() - started < 0.5
+        print(f"{name}: late {max(late):.3f} s")
+    assert max(late) < MAX_LATE_S
+
+
+def test_header_bytes_one_by_one():
+    """Each comes alone, so each is a turn of its own."""
+    app = create_app(FakeBackend(), tiny_processor(), model_name="tiny")
+    with RunningApp(app) as running:
+        with running.lateness() as late:
+            attacks.send_all(running.port, [attacks.many_headers(100)] * 100, hold_s=0.5, step=1)
+        assert request(running.url + "/health").status == 200
+    assert max(late) < MAX_LATE_S
+
+
+class _Timed(Connection):
+    """A rank's end: when anything arrived, heartbeats included."""
+
+    arrivals: list[float]
+
+    async def _receive_one(self) -> Any:
+        message = await super()._receive_one()
+        self.arrivals.append(time.monotonic())
+        return message
+
+
+@contextlib.contextmanager
+def heartbeats(address: tuple[str, int]) -> Iterator[list[float]]:
+    """A rank that is connected to the hub meanwhile; filled with the times between arrivals when the block ends."""
+    gaps: list[float] = []
+    arrivals: list[float] = []
+    errors: list[BaseException] = []
+    done, welcome = threading.Event(), threading.Event()
+
+    async def listen() -> None:
+        reader, writer = await asyncio.open_connection(*address)
+        connection = _Timed.hub(reader, writer)
+        connection.arrivals = arrivals
+        fields = {"token": TOKEN, "pid": 1, "host": host_id(), "fingerprint": FINGERPRINT}
+        await connection.send(RankHello(role="language", rank=1, **fields))
+        assert isinstance(await connection.receive(5.0), Welcome)
+        connection.keep_alive()
+        welcome.set()
+        receiving = asyncio.ensure_future(connection.receive())
+        while not done.is_set() and not receiving.done():
+            await asyncio.sleep(0.01)
+        arrivals.append(time.monotonic())
+        receiving.cancel()
+        await connection.close()
+
+    def run() -> None:
+        try:
+            asyncio.run(listen())
+        except BaseException as error:
+            errors.append(error)
+            welcome.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert welcome.wait(10)
+    yield gaps
+    done.set()
+    thread.join(10)
+    assert not errors
+    gaps.extend(after - before for before, after in itertools.pairwise(arrivals))
+
+
+def test_ranks_hear_of_the_hub_while_clients_do_their_worst():
+    """The hub on the loop that serves HTTP, as the frontend has it, and a rank that waits for its heartbeats."""
+    system = System(world=2, num_encode=1)
+
+    async def hub() -> None:
+        async with system:
+            await asyncio.Event().wait()
+
+    app = create_app(system.hub, tiny_processor(), model_name="tiny")
+    with RunningApp(app, beside=hub) as running, heartbeats(system.address) as gaps:
+        payloads = [payload for attack in ATTACKS.values() for payload in attack[:20]]
+        attacks.send_all(running.port, payloads, hold_s=2.5)
+    print(f"gaps {max(gaps):.3f} s")
+    assert len(gaps) >= 2
+    assert max(gaps) < 1.0 + MAX_LATE_S
