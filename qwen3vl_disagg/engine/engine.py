@@ -294,7 +294,7 @@ class Engine:
                 try:
                     tokens = sum(chunk.stop - chunk.start for chunk in chunks)
                     with span("prefill", tokens=tokens), _fatal_where(dispatch):
-                        logits, is_sound_B = self.runner.prefill(chunks, dispatch)
+                        logits, is_sound_M = self.runner.prefill(chunks, dispatch)
                     break
                 except BadRows as error:  # that request's failure alone; nothing has been computed yet
                     events += self._fail([error.sequence], error)
@@ -303,11 +303,12 @@ class Engine:
                         self._take_part(dispatch)
                         return events
             picks, broken = self._pick(logits, [chunk.sequence for chunk in chunks if chunk.is_last])
-            is_sound = is_sound_B.tolist()  # the sampler has waited; for chunks that end no prompt this is the wait
+            is_sound = is_sound_M.tolist()  # for chunks that end no prompt this is the wait
         except (RuntimeError, ValueError) as error:
             return events + self._fail([chunk.sequence for chunk in chunks], error)
         now = time.monotonic()
-        broken += [chunk.sequence for chunk, ok in zip(chunks, is_sound, strict=True) if not (ok or chunk.is_last)]
+        others = [chunk.sequence for chunk in chunks if not chunk.is_last]
+        broken += [sequence for sequence, ok in zip(others, is_sound, strict=True) if not ok]
         lost = {sequence.request_id for sequence in broken}
         for chunk in chunks:
             chunk.sequence.prefill_s += now - started

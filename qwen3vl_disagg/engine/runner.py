@@ -91,11 +91,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prefill(self, chunks: Seq[Chunk], plan: DispatchPlan | None = None) -> tuple[Tensor, Tensor]:
-        """Pieces of prompts -> logits `[L, V]` of the last token of those that end one, and whether each is sound
-        `[B]` bool. `plan`: where experts are spread.
+        """Pieces of prompts -> logits `[L, V]` of those that end one, and whether each of the others is sound, bool.
+        `plan`: where experts are spread.
 
-        A chunk's last token attends to all of its sequence before it. So if its row is finite, all keys and values that
-        the chunk wrote are; what became of other tokens after their last key and value is nobody's concern.
+        Sound: what the pages hold of it is finite. A number that is not, in the row of a token, stays there through all
+        later layers, so the last layer's keys and values show it; what becomes of a row after them is read by nobody.
+        Logits show the same, as the last token attends to all keys and values.
         """
         sequences = [chunk.sequence for chunk in chunks]
         ids = [i for chunk in chunks for i in chunk.sequence.tokens(chunk.start, chunk.stop)]
@@ -103,11 +104,17 @@ class ModelRunner:
         positions = torch.cat([c.sequence.positions_of(c.start, c.stop) for c in chunks], dim=1).to(self.device)
         embeds, deepstack = self._splice(ids_T, chunks)
         batch = self._batch(sequences, [c.stop - c.start for c in chunks], [c.stop for c in chunks], plan)
-        x_TD = self.model.model(ids_T, positions, batch, embeds, input_deepstack_embeds=deepstack)
-        x_BD = batch.select(x_TD)
+        x_BD = batch.select(self.model.model(ids_T, positions, batch, embeds, input_deepstack_embeds=deepstack))
+        slots_B = batch.new_slots_T.to(self.device).split(batch.seq_lens)
+        is_sound = [
+            torch.stack([pool[slots].isfinite().all() for pool in self.caches[-1]]).all()
+            for slots, chunk in zip(slots_B, chunks, strict=True)
+            if not chunk.is_last
+        ]
+        if not is_sound:
+            return self.model.lm_head(x_BD), ids_T.new_empty(0, dtype=torch.bool)
         ends = [number for number, chunk in enumerate(chunks) if chunk.is_last]
-        x_LD = x_BD if len(ends) == len(chunks) else x_BD[ends]
-        return self.model.lm_head(x_LD), x_BD.isfinite().all(-1)
+        return self.model.lm_head(x_BD[ends]), torch.stack(is_sound)
 
     @torch.inference_mode()
     def clear(self, pages: Seq[int]) -> None:

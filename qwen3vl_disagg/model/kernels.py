@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qwen3vl_disagg.kernels import int8, ops
 from qwen3vl_disagg.model.layers import Linear, RMSNorm
-from qwen3vl_disagg.model.moe import Experts
+from qwen3vl_disagg.model.moe import Experts, takes_grouped_mm
 from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear
 from qwen3vl_disagg.model.vision import VisionAttention
 
@@ -34,7 +34,8 @@ def use_kernels(module: ModuleT) -> ModuleT:
         elif isinstance(part, Experts):
             gate_up, down = part.local_weights()
             is_kernel = len(down) > 0 and all(map(_is_plain, (gate_up, down))) and ops.can_experts(down, gate_up, down)
-            part.impl = "kernel" if is_kernel else "grouped"
+            is_grouped = takes_grouped_mm(down.device.type, down.dtype, *down.shape[1:])
+            part.impl = "kernel" if is_kernel else "grouped" if is_grouped else "loop"
         elif isinstance(part, VisionAttention):
             part.use_kernel = _is_plain(part.qkv.weight) and ops.can_attend_frames(part.head_dim, part.qkv.weight)
     return module

@@ -8,6 +8,7 @@ Dims: T tokens, D hidden, E experts, K experts per token, F expert width, R = T 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,15 +31,36 @@ def route(logits_TE: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
     return weights_TK.to(logits_TE.dtype), ids_TK
 
 
-def run_experts_loop(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
-    """Reference: one expert after another. Returns the weighted sum `[T, D]`, accumulated in float32."""
+def run_one_by_one(
+    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, num_experts: int, matrices: Callable[[int], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """One expert after another, those alone that have rows. `matrices(e)`: gate and up `[2F, D]`, down `[D, F]`.
+
+    Returns the weighted sum `[T, D]`, accumulated in float32.
+    """
     out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-    for expert, (gate_up_GD, down_DF) in enumerate(zip(gate_up_EGD.unbind(0), down_EDF.unbind(0), strict=True)):
+    for expert in ids_TK.unique().tolist():  # waits, on a GPU for each expert: for what no faster way takes
+        if expert >= num_experts:
+            continue  # nobody's here
         token_R, choice_R = (ids_TK == expert).nonzero(as_tuple=True)
+        gate_up_GD, down_DF = matrices(expert)
         gate, up = F.linear(x_TD.index_select(0, token_R), gate_up_GD).chunk(2, dim=-1)
         y_RD = F.linear(F.silu(gate) * up, down_DF)
         out_TD = out_TD.index_add(0, token_R, y_RD.float() * weights_TK[token_R, choice_R, None].float())
     return out_TD.to(x_TD.dtype)
+
+
+def run_experts_loop(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """The reference, and what runs sizes, dtypes and devices that nothing else takes."""
+    gate_up, down = gate_up_EGD.unbind(0), down_EDF.unbind(0)
+    return run_one_by_one(x_TD, weights_TK, ids_TK, len(down), lambda expert: (gate_up[expert], down[expert]))
+
+
+def takes_grouped_mm(device_type: str, dtype: torch.dtype, hidden: int, width: int) -> bool:
+    """Whether `grouped_mm` takes both projections: rows begin at multiples of 16 bytes, and beyond the CPU, or wherever
+    the compiler looks inside, it is made for bfloat16 alone."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if device_type == "cpu" else (torch.bfloat16,)
+    return dtype in dtypes and all(size * dtype.itemsize % 16 == 0 for size in (hidden, width))
 
 
 def run_experts_grouped(
@@ -66,15 +88,16 @@ def run_experts_grouped(
     return (y_TKD * weights_TK.float().unsqueeze(-1)).sum(1).to(x_TD.dtype)
 
 
-# The compiler knows grouped_mm in bfloat16 only; on a CPU it would gain nothing by looking inside.
+# Opaque: on a CPU the compiler would gain nothing by looking inside `grouped_mm`, and which experts have rows, as the
+# loop asks, is nothing that it could know.
 _library = torch.library.Library("q3vl", "FRAGMENT")
-_library.define("grouped_experts(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor down) -> Tensor")
-_library.impl("grouped_experts", run_experts_grouped, "CPU")
-
-
-@torch.library.register_fake("q3vl::grouped_experts")
-def _(x_TD: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty_like(x_TD)
+for _name, _run, _device in (
+    ("grouped_experts", run_experts_grouped, "CPU"),
+    ("experts_loop", run_experts_loop, "CompositeExplicitAutograd"),
+):
+    _library.define(f"{_name}(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor down) -> Tensor")
+    _library.impl(_name, _run, _device)
+    torch.library.register_fake(f"q3vl::{_name}", lambda x_TD, *_: torch.empty_like(x_TD))
 
 
 def run_experts_kernel(
@@ -134,6 +157,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.impl: Literal["loop", "grouped", "kernel"] = "grouped"
+        """`grouped` where `grouped_mm` takes it, else the loop."""
         self.dispatcher = Dispatcher()
         self.reset_parameters()
 
@@ -152,9 +176,14 @@ class Experts(nn.Module):
 
     def run(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, *local_weights: Tensor) -> Tensor:
         """The sum over the experts that are here."""
-        if self.impl == "grouped" and x_TD.device.type == "cpu" and torch.compiler.is_compiling():
+        impl, device = self.impl, x_TD.device.type
+        if impl == "grouped" and not takes_grouped_mm(device, x_TD.dtype, *local_weights[1].shape[1:]):
+            impl = "loop"
+        if torch.compiler.is_compiling() and impl == "loop":
+            return torch.ops.q3vl.experts_loop(x_TD, weights_TK, ids_TK, *local_weights)
+        if torch.compiler.is_compiling() and impl == "grouped" and device == "cpu":
             return torch.ops.q3vl.grouped_experts(x_TD, weights_TK, ids_TK, *local_weights)
-        return EXPERT_IMPLS[self.impl](x_TD, weights_TK, ids_TK, *local_weights)
+        return EXPERT_IMPLS[impl](x_TD, weights_TK, ids_TK, *local_weights)
 
 
 class SparseMoe(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from qwen3vl_disagg.kernels import int8  # noqa: F401 - defines the operators
 from qwen3vl_disagg.kernels.ops import MAX_LINEAR_ROWS
 from qwen3vl_disagg.model.layers import Linear
-from qwen3vl_disagg.model.moe import Experts, run_experts_grouped
+from qwen3vl_disagg.model.moe import Experts, run_experts_grouped, run_one_by_one, takes_grouped_mm
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,17 +48,13 @@ def run_experts_dequantized(
     down_EDF: Tensor,
     down_scale_ED: Tensor,
 ) -> Tensor:
-    """One expert after another, as `run_experts_loop`; only those with rows are dequantized, one at a time."""
-    out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-    for expert in ids_TK.unique().tolist():  # on a CPU: nothing to wait for
-        if expert >= len(gate_up_EGD):
-            continue  # nobody's here
-        token_R, choice_R = (ids_TK == expert).nonzero(as_tuple=True)
+    """As `run_experts_loop`: of the experts that have rows, one at a time is dequantized."""
+
+    def matrices(expert: int) -> tuple[Tensor, Tensor]:
         gate_up_GD = dequantize(gate_up_EGD[expert], gate_up_scale_EG[expert], x_TD.dtype)
-        gate, up = F.linear(x_TD.index_select(0, token_R), gate_up_GD).chunk(2, dim=-1)
-        y_RD = F.linear(F.silu(gate) * up, dequantize(down_EDF[expert], down_scale_ED[expert], x_TD.dtype))
-        out_TD.index_add_(0, token_R, y_RD.float() * weights_TK[token_R, choice_R, None].float())
-    return out_TD.to(x_TD.dtype)
+        return gate_up_GD, dequantize(down_EDF[expert], down_scale_ED[expert], x_TD.dtype)
+
+    return run_one_by_one(x_TD, weights_TK, ids_TK, len(down_EDF), matrices)
 
 
 # Which experts have rows is nothing that the compiler could know.
@@ -67,7 +63,7 @@ _library.define(
     "experts_dequantized(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor gate_up_scale, Tensor down, "
     "Tensor down_scale) -> Tensor"
 )
-_library.impl("experts_dequantized", run_experts_dequantized, "CPU")
+_library.impl("experts_dequantized", run_experts_dequantized, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("q3vl::experts_dequantized")
@@ -91,7 +87,8 @@ class QuantizedExperts(Experts):
     def run(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, *local_weights: Tensor) -> Tensor:
         if self.impl == "kernel":
             return torch.ops.q3vl.experts_int8(x_TD, weights_TK, ids_TK, *local_weights)
-        if x_TD.device.type == "cpu":
+        is_cpu = x_TD.device.type == "cpu"
+        if is_cpu or not takes_grouped_mm(x_TD.device.type, x_TD.dtype, *local_weights[2].shape[1:]):
             return torch.ops.q3vl.experts_dequantized(x_TD, weights_TK, ids_TK, *local_weights)
         # Elsewhere a wait for each expert would cost more than the memory of a layer's experts.
         gate_up, gate_up_scale, down, down_scale = local_weights

@@ -148,7 +148,7 @@ def test_numbers_that_are_not_finite_fail_their_request_alone(kind, monkeypatch)
     monkeypatch.setitem(globals(), "MODEL", model)
     for rank_of in ({name: number % 3 for number, name in enumerate(REQUESTS)}, dict.fromkeys(REQUESTS, 0)):
         together, _ = run_together(3, rank_of, lambda *_: kind)
-        assert together["r1"][-1].status == 500
+        assert together["r1"][-1].failure.status == 500
         check_failed_alone("r1", together)
 
 

@@ -136,22 +136,37 @@ def test_a_failed_prompt_leaves_nothing_in_the_prefix_cache():
         assert token_ids(run(engine, {name: REQUESTS[name]}, GREEDY)[name]) == token_ids(expected[name])
 
 
-def test_the_last_layer_of_other_tokens_is_nobodys_concern():
-    """What a token becomes after its last key and value is read by nobody, so it breaks nothing."""
+@pytest.mark.parametrize("tokens", [3, 100])
+def test_the_last_layer_of_other_tokens_is_nobodys_concern(tokens):
+    """What a token becomes after its last key and value is read by nobody, wherever chunks are cut."""
     model = copy.deepcopy(MODEL)
-    request = {"r0": REQUESTS["r0"]}
+    request = {"r3": REQUESTS["r3"]}
     expected = run(make_engine(model), request, SamplingParams(max_new_tokens=1))
-    last = model.model.layers[-1].mlp
+    last, num_left = model.model.layers[-1].mlp, len(REQUESTS["r3"][0])
     assert isinstance(last, SparseMoe)
     forward = last.forward
 
     def breaks(x_TD, plan=None):
-        y_TD = forward(x_TD, plan)
-        return torch.cat([y_TD[:-1] * math.inf, y_TD[-1:]])
+        nonlocal num_left
+        y_TD, num_left = forward(x_TD, plan), num_left - len(x_TD)
+        return torch.cat([y_TD[:-1] * math.inf, y_TD[-1:] if num_left == 0 else y_TD[-1:] * math.nan])
 
     last.forward = breaks
-    events = run(make_engine(model, max_prefill_tokens=100), request, SamplingParams(max_new_tokens=1))
-    assert token_ids(events["r0"]) == token_ids(expected["r0"])
+    events = run(make_engine(model, max_prefill_tokens=tokens), request, SamplingParams(max_new_tokens=1))
+    assert token_ids(events["r3"]) == token_ids(expected["r3"])
+
+
+def test_the_last_layer_but_one_is():
+    """Its output is the last layer's keys and values."""
+    model = copy.deepcopy(MODEL)
+    layer = model.model.layers[-2].mlp
+    forward = layer.forward
+    layer.forward = lambda x_TD, plan=None: torch.cat([forward(x_TD, plan)[:1] * math.inf, forward(x_TD, plan)[1:]])
+    ids, items, _ = REQUESTS["r3"]
+    engine = make_engine(model, max_prefill_tokens=3)
+    engine.add("r3", ids, items, GREEDY)
+    check_failed(engine.step())
+    check_clean(engine, engine.scheduler.pool.num_pages)
 
 
 def test_a_batch_that_raises_leaves_clean_pages(monkeypatch):
