@@ -1,4 +1,5 @@
 """Faults on purpose, for tests: `Q3VL_FAULT=point:nth:kill|stop|raise` makes the nth passage of a named point fail.
+`point:@HEX:..` makes each passage fail that is about an image or clip whose SHA-256 begins so.
 
 Each process counts its own passages. A rank that was started again counts on from a file beside it, so that a point
 fails once in a job and not once in each incarnation: `Q3VL_FAULT_MARK` names that file.
@@ -7,6 +8,7 @@ fails once in a job and not once in each incarnation: `Q3VL_FAULT_MARK` names th
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -37,6 +39,8 @@ POINTS = {
     "in-drain": "either rank: the job is going down",
 }
 FAULT, FAULT_MARK = "Q3VL_FAULT", "Q3VL_FAULT_MARK"
+OF_CONTENTS = ("before-encode", "in-tower")
+"""Points that are passed by an image or clip."""
 ACTIONS = ("kill", "stop", "raise")
 _MAX_DIGITS = 9
 STOP_S = 5.0
@@ -51,16 +55,19 @@ class FaultPlan:
     point: str
     nth: int
     action: str
+    content: str | None = None
+    """The beginning of a digest, in place of `nth`."""
 
     @classmethod
     def parse(cls, spec: str) -> FaultPlan:
-        """`point:nth:action`. InputError for anything else."""
+        """`point:nth:action` or `point:@HEX:action`. InputError for anything else."""
         point, nth, action = ([*spec.split(":"), "", "", ""])[:3]
         is_number = nth.isascii() and nth.isdecimal() and len(nth) <= _MAX_DIGITS and int(nth) > 0
-        if spec.count(":") != 2 or point not in POINTS or not is_number or action not in ACTIONS:
+        is_content = re.fullmatch("@[0-9a-f]{8,64}", nth) is not None and point in OF_CONTENTS
+        if spec.count(":") != 2 or point not in POINTS or not (is_number or is_content) or action not in ACTIONS:
             expected = f"point:nth:{'|'.join(ACTIONS)}, with a point of `qwen3vl-disagg faults` and nth from 1 on"
             raise InputError(f"{FAULT}={spec[:100]}: must be {expected}", param=FAULT)
-        return cls(point, int(nth), action)
+        return cls(point, 0, action, nth[1:]) if is_content else cls(point, int(nth), action)
 
 
 _plan: FaultPlan | None = None
@@ -76,13 +83,15 @@ def plan_faults(environ: Mapping[str, str] = os.environ) -> None:
     _passages.clear()
 
 
-def fault_point(name: str) -> None:
-    """Fail here if the environment asked for it. Costs one comparison otherwise."""
+def fault_point(name: str, *digests: str) -> None:
+    """Fail here if the environment asked for it. Costs one comparison otherwise. `digests`: of what passes here."""
     if _plan is None or _plan.point != name:
+        return
+    if _plan.content is not None and not any(digest.startswith(_plan.content) for digest in digests):
         return
     with _lock:
         _passages[name] += 1
-        if _passages[name] != _plan.nth or not _claim():
+        if _plan.content is None and (_passages[name] != _plan.nth or not _claim()):
             return
     if _plan.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,8 +22,9 @@ from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.disagg.embedding_cache import ContentKey, EmbeddingCache, content_key
 from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker, Pixels
+from qwen3vl_disagg.disagg.gate import Gate
 from qwen3vl_disagg.disagg.held_item import HeldItem, hold, keep
-from qwen3vl_disagg.disagg.messages import EncodeItem
+from qwen3vl_disagg.disagg.messages import EncodeItem, EncodingBegun, EncodingEnded, Message
 from qwen3vl_disagg.disagg.vision_batch import plan_batch, tower_cost
 from qwen3vl_disagg.media.stop import Stop
 
@@ -40,10 +41,13 @@ class _Encoding:
 
     key: ContentKey
     visual: VisualItem
+    is_alone: bool
     waiters: dict[object, Callable[[], None]] = field(default_factory=dict)
     stop: Stop = field(default_factory=Stop)
     """Set when nobody wants it before it is in the tower."""
     is_decoded: bool = False
+    is_well: bool = False
+    """It went through the tower, and there are rows."""
     pixels: Pixels | None = None
     room: int = 0
     """Bytes of patches that it takes of what may be decoded ahead."""
@@ -59,11 +63,15 @@ class _Encoding:
 class EncodePipeline:
     """From the content of an item to its rows. `cache` and the counts are there to be read."""
 
-    def __init__(self, worker: EncodeWorker, pull: Pull, options: EncodeOptions) -> None:
+    def __init__(
+        self, worker: EncodeWorker, pull: Pull, options: EncodeOptions, tell: Callable[[Message], None] = lambda _: None
+    ) -> None:
+        """`tell` gets what the router should know of contents that begin and end."""
         self.cache = EmbeddingCache[EncodedItem](options.cache_bytes)
         self.num_encodings = self.num_batches = 0
         """What went into the tower."""
-        self._worker, self._pull = worker, pull
+        self._worker, self._pull, self._tell = worker, pull, tell
+        self._gate = Gate()
         self._vision = worker.config.vision
         self._budget = options.vision_batch_tokens
         self._patch_bytes = 4 * self._vision.patch_dim
@@ -95,7 +103,7 @@ class EncodePipeline:
         if item is not None:
             on_decoded()
             return HeldItem(item, key, is_cached=True)
-        encoding = self._encodings.get(key) or self._start(key, message.visual)
+        encoding = self._encodings.get(key) or self._start(key, message)
         waiter = object()
         encoding.waiters[waiter] = on_decoded
         try:
@@ -114,8 +122,8 @@ class EncodePipeline:
 
     # -- one encoding
 
-    def _start(self, key: ContentKey, visual: VisualItem) -> _Encoding:
-        encoding = self._encodings[key] = _Encoding(key, visual)
+    def _start(self, key: ContentKey, message: EncodeItem) -> _Encoding:
+        encoding = self._encodings[key] = _Encoding(key, message.visual, message.is_alone)
         encoding.rows = asyncio.get_running_loop().create_future()
         encoding.task = asyncio.create_task(self._encode(encoding))
         encoding.task.add_done_callback(_look_at)
@@ -136,20 +144,29 @@ class EncodePipeline:
 
     async def _encode(self, encoding: _Encoding) -> EncodedItem:
         """Ends with the rows in the cache, if they are to be kept and fit."""
-        visual, loop = encoding.visual, asyncio.get_running_loop()
+        visual, decoding = encoding.visual, None
         try:
-            fault_point("before-encode")
+            await self._gate.enter(alone=encoding.is_alone)
+        except asyncio.CancelledError:
+            self._forget(encoding)
+            raise
+        self._tell(EncodingBegun(digest=visual.digest))
+        try:
+            fault_point("before-encode", visual.digest)
             data = await self._pull(visual.digest, visual.num_bytes)
             await self._take_room(encoding)
-            encoding.pixels = await loop.run_in_executor(self._decoder, self._decode, data, encoding)
+            decoding = self._decoder.submit(self._decode, data, encoding)
+            encoding.pixels = await asyncio.wrap_future(decoding)
             encoding.is_decoded = True
             for on_decoded in list(encoding.waiters.values()):
                 on_decoded()
             self._waiting.append(encoding)
             self._feed_tower()
             item = await encoding.rows
+            encoding.is_well = True
         finally:
             self._forget(encoding)
+            self._end_when_done(encoding, decoding)
             self._give_room(encoding)
             with contextlib.suppress(ValueError):  # it is not waiting
                 self._waiting.remove(encoding)
@@ -158,6 +175,18 @@ class EncodePipeline:
             if not encoding.waiters:
                 self.cache.unpin(encoding.key)
         return item
+
+    def _end_when_done(self, encoding: _Encoding, decoding: Future[Pixels] | None) -> None:
+        """What is cancelled may keep its thread for a moment, and could still bring this process down."""
+        if decoding is None or decoding.done():
+            self._ended(encoding)
+        else:
+            loop = asyncio.get_running_loop()
+            decoding.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended, encoding))
+
+    def _ended(self, encoding: _Encoding) -> None:
+        self._tell(EncodingEnded(digest=encoding.visual.digest, is_well=encoding.is_well))
+        self._gate.leave()
 
     def _decode(self, data: bytes, encoding: _Encoding) -> Pixels:
         with span("preprocess"):
@@ -196,14 +225,13 @@ class EncodePipeline:
         for entry in batch:
             entry.batch, entry.pixels = self.num_batches, None
             self._give_room(entry)
-        token_ids = [entry.key.visual_token_id for entry in batch]
-        running = asyncio.get_running_loop().run_in_executor(self._tower, self._run_tower, pixels, token_ids)
+        running = asyncio.get_running_loop().run_in_executor(self._tower, self._run_tower, pixels, batch)
         running.add_done_callback(partial(self._come_out, batch))
 
-    def _run_tower(self, pixels: list[Pixels], token_ids: list[int]) -> list[EncodedItem | Exception]:
-        fault_point("in-tower")
+    def _run_tower(self, pixels: list[Pixels], batch: list[_Encoding]) -> list[EncodedItem | Exception]:
+        fault_point("in-tower", *(entry.visual.digest for entry in batch))
         with span("encode", items=len(pixels)):
-            results = self._worker.encode(pixels, token_ids)
+            results = self._worker.encode(pixels, [entry.key.visual_token_id for entry in batch])
             for result in results:
                 if isinstance(result, EncodedItem):
                     _ = result.digest  # computed here, so that no event loop has to

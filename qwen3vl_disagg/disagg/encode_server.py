@@ -77,7 +77,7 @@ class EncodeServer:
     ) -> None:
         self.limits = limits or SessionLimits()
         self.sessions = EncodeSessions(self.limits)
-        self.pipeline = EncodePipeline(worker, pull, options or EncodeOptions())
+        self.pipeline = EncodePipeline(worker, pull, options or EncodeOptions(), tell)
         self._tell = tell
         self._links = EncodeLinks(
             hello, on_up=self._on_up, on_down=self._on_down, on_frame=self._on_frame, on_refused=on_refused

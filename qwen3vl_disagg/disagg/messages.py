@@ -19,7 +19,7 @@ import msgspec
 from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -91,6 +91,19 @@ class ItemFailed(Message, frozen=True):
     item: int
     attempt: int
     failure: Failure
+
+
+class EncodingBegun(Message, frozen=True):
+    """An encode rank works on this content from now on: if it dies before `EncodingEnded`, that may be why."""
+
+    digest: str
+
+
+class EncodingEnded(Message, frozen=True):
+    """Nothing of the content is under way any more. `is_well`: there are rows."""
+
+    digest: str
+    is_well: bool
 
 
 class NeedItems(Message, frozen=True):
@@ -198,6 +211,8 @@ class EncodeItem(Message, frozen=True):
     visual: VisualItem
     visual_token_id: int
     timeout_s: float
+    is_alone: bool = False
+    """Nothing else is to be encoded at that time: a rank died when this was under way."""
 
 
 class Cancel(Message, frozen=True):
@@ -377,7 +392,7 @@ class Frame(Message, frozen=True):
     body: Grant | Resume | Header | HeaderOk | Ack | Nack | Abort | Stale | Beat
 
 
-_OfItems = Decoded | ItemFailed | NeedItems | ItemLost | ItemReceived
+_OfItems = Decoded | ItemFailed | EncodingBegun | EncodingEnded | NeedItems | ItemLost | ItemReceived
 _FromRank = RankHello | LinksUp | Leaving | _OfItems | Tokens | Finished | RequestFailed
 _ToRank = Welcome | Peers | Submit | Assign | EncodeItem | Cancel | Stop
 _OneQuestion = StoreAt | FindStore | EndJob | Pull | Blob

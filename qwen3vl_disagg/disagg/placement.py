@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ class EncodeRank:
     """Language rank -> epoch of the link to it."""
     jobs: dict[tuple[str, int], int] = field(default_factory=dict)
     """(request, item) being encoded -> patches."""
+    under_way: Counter[str] = field(default_factory=Counter)
+    """Digests of the contents that it works on now, as it says."""
     is_leaving: bool = False
     """It gets nothing new, and goes when `jobs` is empty."""
     is_sent_home: bool = False

@@ -11,6 +11,7 @@ an older number, or belongs to a request that has ended, changes nothing.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from qwen3vl_disagg.core.errors import (
@@ -26,6 +27,8 @@ from qwen3vl_disagg.disagg.messages import (
     Cancel,
     Decoded,
     EncodeItem,
+    EncodingBegun,
+    EncodingEnded,
     Finished,
     ItemFailed,
     ItemLost,
@@ -40,7 +43,7 @@ from qwen3vl_disagg.disagg.messages import (
     Tokens,
 )
 from qwen3vl_disagg.disagg.placement import EncodeRank, LanguageRank, choose_encode_rank, choose_language_rank
-from qwen3vl_disagg.disagg.router_tables import Item, Request, RouterLimits
+from qwen3vl_disagg.disagg.router_tables import Item, Request, RouterLimits, harmful
 from qwen3vl_disagg.disagg.routing import (
     Abandon,
     Action,
@@ -56,6 +59,7 @@ from qwen3vl_disagg.disagg.routing import (
     Send,
     Tick,
 )
+from qwen3vl_disagg.disagg.suspects import Suspects
 
 
 class Router:
@@ -79,6 +83,7 @@ class Router:
         self._requests: dict[str, Request] = {}
         self._encode: dict[int, EncodeRank] = {}
         self._language: dict[int, LanguageRank] = {}
+        self._suspects = Suspects(self.limits.max_deaths, self.limits.suspect_s, self.limits.max_suspects)
         self._num_incarnations = 0
         self._num_submitted = 0
         self._actions: list[Action] = []
@@ -134,7 +139,7 @@ class Router:
     # ---- requests ----
 
     def _admit(self, event: Admit, now: float) -> None:
-        if error := self._refusal(event):
+        if error := self._refusal(event, now):
             self._actions.append(End(event.request_id, error))
             return
         # For images, a rank that some encode rank can send to, if there is one.
@@ -154,9 +159,12 @@ class Router:
         )
         self._actions.append(Send("language", rank, submit))
 
-    def _refusal(self, event: Admit) -> DisaggError | None:
+    def _refusal(self, event: Admit, now: float) -> DisaggError | None:
         if self.is_draining:
             return UnavailableError("the server is shutting down")
+        for visual in event.items:
+            if self._suspects.is_condemned(visual.digest, now):
+                return harmful(visual)
         if missing := self.required - self._language.keys():
             return UnavailableError(f"language rank {min(missing)} is missing")
         if not self._language:
@@ -205,9 +213,7 @@ class Router:
         if event.role == "encode":
             state = self._encode.pop(event.rank, None)
             if state is not None:
-                for request_id, index in list(state.jobs):
-                    worker, error = (event.rank, state.incarnation), TransferError(f"encode rank {event.rank} was lost")
-                    self._attempt_failed(request_id, index, worker, error, now, is_death=True)
+                self._encode_rank_died(event.rank, state, now)
             return
         # Links are what the encode ranks say: they may outlive this rank's connection with the hub, or come before it.
         language = self._language.pop(event.rank, None)
@@ -218,6 +224,35 @@ class Router:
                 self._end(request_id, UnavailableError(f"language rank {event.rank} was lost"))
         for request_id in list(language.requests):
             self._end(request_id, UnavailableError("the rank that ran the request was lost"))
+
+    def _encode_rank_died(self, rank: int, state: EncodeRank, now: float) -> None:
+        """Its items are tried again, however often that happens: only what it worked on at that moment is suspected."""
+        worker = (rank, state.incarnation)
+        if not state.is_leaving:
+            for digest in self._suspects.died(state.under_way.keys(), now):
+                self._condemn(digest)
+        for request in self._requests.values():
+            for item in request.items:
+                # The news of a lost link came before that of the death behind it.
+                item.failures -= worker in item.lost_with
+                item.lost_with.discard(worker)
+        for request_id, index in self._innocent_first(list(state.jobs), now):
+            self._try_again(request_id, index, worker, now)
+
+    def _condemn(self, digest: str) -> None:
+        for request_id, request in list(self._requests.items()):
+            for item in request.items:
+                if item.visual.digest == digest and item.state != "received":
+                    self._end(request_id, harmful(item.visual))
+
+    def _innocent_first(self, keys: Iterable[tuple[str, int]], now: float) -> list[tuple[str, int]]:
+        """What has brought down a rank alone comes after all others."""
+
+        def deaths(key: tuple[str, int]) -> int:
+            request = self._requests.get(key[0])
+            return 0 if request is None else self._suspects.num_deaths(request.items[key[1]].visual.digest, now)
+
+        return sorted(keys, key=deaths)
 
     def _send_home(self) -> None:
         """Tell the encode ranks that want to leave and have nothing left to do that they may."""
@@ -243,6 +278,10 @@ class Router:
                 self._links_up(rank, set(message.language_ranks), now)
             case Leaving():
                 self._encode[rank].is_leaving = True
+            case EncodingBegun():
+                self._encode[rank].under_way[message.digest] += 1
+            case EncodingEnded():
+                self._encoding_ended(self._encode[rank], message)
             case Decoded():
                 item = self._current(message)
                 if item is not None and item.encode_rank == rank and not item.is_decoded:
@@ -261,8 +300,13 @@ class Router:
     def _links_up(self, rank: int, links: set[int], now: float) -> None:
         # An attempt whose link is gone may be resumed when it is back: its language rank says when it is lost.
         self._encode[rank].links = links
-        for request_id, index in self._waiting():
+        for request_id, index in self._innocent_first(self._waiting(), now):
             self._assign(request_id, index, now)
+
+    def _encoding_ended(self, state: EncodeRank, message: EncodingEnded) -> None:
+        state.under_way -= Counter({message.digest: 1})  # drops what is at 0
+        if message.is_well:
+            self._suspects.cleared(message.digest)
 
     def _waiting(self) -> Iterator[tuple[str, int]]:
         for request_id, request in list(self._requests.items()):
@@ -278,30 +322,26 @@ class Router:
             self._encode[item.encode_rank].jobs.pop((request_id, index), None)
 
     def _attempt_failed(
-        self,
-        request_id: str,
-        index: int,
-        worker: tuple[int, int],
-        error: DisaggError,
-        now: float,
-        *,
-        is_death: bool = False,
+        self, request_id: str, index: int, worker: tuple[int, int], error: DisaggError, now: float
     ) -> None:
         """The item's attempt on `worker` is over without rows: try again, or give the request up with the error."""
+        item = self._requests[request_id].items[index]
+        item.failures += 1
+        if item.failures >= self.limits.max_attempts and now < self._requests[request_id].deadline:
+            self._end(request_id, error.at(item.visual.param))
+        else:
+            self._try_again(request_id, index, worker, now)
+
+    def _try_again(self, request_id: str, index: int, worker: tuple[int, int], now: float) -> None:
         request = self._requests.get(request_id)
         if request is None:
             return
         item = request.items[index]
         self._take_from_encode_rank(request_id, index, item)
-        # The news of a lost link can come before that of the death behind it: one death counts once.
-        item.failures += 0 if is_death and worker in item.failed_on else 1
         item.failed_on.add(worker)
-        item.state = "waiting"
         if now >= request.deadline:
+            item.state = "waiting"
             self._end(request_id, late())
-            return
-        if item.failures >= self.limits.max_attempts:
-            self._end(request_id, error.at(item.visual.param))
             return
         self._wait(item, now)
         self._assign(request_id, index, now)
@@ -334,6 +374,7 @@ class Router:
             visual=item.visual,
             visual_token_id=self._visual_token_ids[item.visual.modality],
             timeout_s=max(0.0, request.deadline - now),
+            is_alone=self._suspects.is_suspect(item.visual.digest, now),
         )
         self._actions.append(Send("encode", rank, encode))
 
@@ -360,10 +401,11 @@ class Router:
                     encode = self._encode[item.encode_rank]
                     if message.dead_epoch >= encode.epochs.get(rank, 1):
                         encode.links.discard(rank)
-                    error, is_death = TransferError(message.reason), message.dead_epoch > 0
-                    self._attempt_failed(
-                        message.request_id, message.item, self._worker(item), error, now, is_death=is_death
-                    )
+                    worker = self._worker(item)
+                    if message.dead_epoch > 0:
+                        item.lost_with.add(worker)
+                    error = TransferError(message.reason)
+                    self._attempt_failed(message.request_id, message.item, worker, error, now)
             case ItemReceived():
                 item = self._current(message)
                 if item is not None:

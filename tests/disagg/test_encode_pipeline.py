@@ -14,7 +14,7 @@ from qwen3vl_disagg.core.errors import InputError, TransferError
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.disagg.encode_pipeline import EncodePipeline
 from qwen3vl_disagg.disagg.held_item import HeldItem
-from qwen3vl_disagg.disagg.messages import EncodeItem
+from qwen3vl_disagg.disagg.messages import EncodeItem, EncodingBegun, EncodingEnded, Message
 from qwen3vl_disagg.media.stop import Stop
 from tests.support.link_peers import VISUAL, FakeWorker
 from tests.support.link_scenarios import CONFIG, run, until
@@ -257,6 +257,88 @@ def test_whatever_happens_everyone_gets_their_rows_or_a_failure(seed):
         assert (outcomes["cached"] > 0) is (pipeline.cache.num_hits > 0)
         assert (pipeline.cache.num_pinned_bytes, pipeline._ahead, len(pipeline._waiting)) == (0, 0, 0)
         assert pipeline.num_encodings == worker.num_encoded
+        pipeline.close()
+
+    run(scenario)
+
+
+def alone(content: str) -> EncodeItem:
+    return msgspec.structs.replace(message(content), is_alone=True)
+
+
+def test_what_is_to_be_alone_is_alone_from_its_bytes_to_its_rows():
+    async def scenario():
+        worker, said = FakeWorker(), list[Message]()
+        pipeline = EncodePipeline(worker, pull, EncodeOptions(vision_batch_tokens=1000), said.append)
+        contents = [message("a"), message("b"), alone("c"), alone("d"), message("e"), message("f")]
+        await asyncio.gather(*(ask(pipeline, item) for item in contents))
+        under_way: set[str] = set()
+        for entry in said:
+            if isinstance(entry, EncodingBegun):
+                under_way.add(entry.digest)
+                assert len(under_way) == 1 or not under_way & {"c", "d"}
+            else:
+                assert isinstance(entry, EncodingEnded)
+                assert entry.is_well
+                under_way.remove(entry.digest)
+        assert not under_way
+        assert len(said) == 12
+        assert [b"c"] in worker.batches
+        assert pipeline._gate.num_inside == 0
+        await ask(pipeline, message("a"))  # from the cache: nothing is under way
+        assert len(said) == 12
+        pipeline.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("where", ["pull", "decode", "tower"])
+@pytest.mark.parametrize("end", ["cancelled", "failed"])
+def test_nothing_is_told_to_have_ended_while_a_thread_is_at_it(where, end):
+    """Not even what nobody waits for any more: it could still bring the process down."""
+
+    async def scenario():
+        worker, said, gate = FakeWorker(), list[Message](), threading.Event()
+        preprocess, pulled = worker.preprocess, asyncio.Event()
+
+        async def slow_pull(digest: str, num_bytes: int) -> bytes:
+            if where == "pull":
+                await pulled.wait()
+            if end == "failed" and where == "pull":
+                raise TransferError("no")
+            return digest.encode()
+
+        def slow_preprocess(data, visual, stop):
+            if where == "decode":
+                gate.wait(5)
+            if end == "failed" and where == "decode":
+                raise InputError("no")
+            return preprocess(data, visual, stop)
+
+        worker.preprocess = slow_preprocess
+        if where == "tower":
+            worker.gate.clear()
+            if end == "failed":
+                worker.faults[b"a"] = ValueError("no")
+        pipeline = EncodePipeline(worker, slow_pull, EncodeOptions(), said.append)
+        task = ask(pipeline, message("a"))
+        await until(lambda: said and (where != "tower" or worker.batches))
+        await settled(0.02)
+        if end == "cancelled":
+            task.cancel()
+            await asyncio.wait([task])
+            await settled(0.02)
+        is_over = where == "pull" and end == "cancelled"  # no thread has it
+        assert len(said) == 1 + is_over
+        gate.set()
+        pulled.set()
+        worker.gate.set()
+        await until(lambda: len(said) == 2)
+        is_well = (where, end) == ("tower", "cancelled")
+        assert said[1] == EncodingEnded(digest="a", is_well=is_well)
+        assert pipeline._gate.num_inside == 0
+        await asyncio.wait([task])
+        task.cancelled() or task.exception()
         pipeline.close()
 
     run(scenario)

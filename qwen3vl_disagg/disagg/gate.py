@@ -1,0 +1,43 @@
+"""A gate on one event loop: many pass at a time, or one alone; who came first is first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+
+class Gate:
+    """`leave` once for each `enter` that returned. Nobody passes while one who is alone is inside."""
+
+    def __init__(self) -> None:
+        self.num_inside = 0
+        self._is_alone = False
+        self._queue: deque[tuple[bool, asyncio.Future[None]]] = deque()
+
+    async def enter(self, *, alone: bool) -> None:
+        """Wait for the turn; when that is cancelled, the turn goes to the next."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append((alone, turn))
+        self._let_in()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._let_in()
+            else:
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        self.num_inside -= 1
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self._queue:
+            alone, turn = self._queue[0]
+            if not turn.done():
+                if self.num_inside and (alone or self._is_alone):
+                    return
+                self.num_inside, self._is_alone = self.num_inside + 1, alone
+                turn.set_result(None)
+            self._queue.popleft()
