@@ -15,6 +15,7 @@ from qwen3vl_disagg.core.errors import InputError
         {"Q3VL_KERNELS": "", "Q3VL_GRAPHS": "", "Q3VL_FAULT": ""},
         {"Q3VL_KERNELS": "on", "Q3VL_GRAPHS": "count", "Q3VL_FAULT": "encoded:1:kill", "Q3VL_FAULT_MARK": "/tmp/mark"},
         {"Q3VL_KERNELS": "off", "Q3VL_GRAPHS": "fail", "Q3VL_FAULT": "last-row:12:raise"},
+        {"Q3VL_FAULT": "in-tower:@0123abcd:kill"},
     ],
 )
 def test_what_means_something(environ):
@@ -33,6 +34,10 @@ def test_what_means_something(environ):
         ],
         *[("Q3VL_FAULT", value, "kill|stop|raise") for value in ("encoded", "encoded:1", "encoded:1:die", "no:1:kill")],
         ("Q3VL_FAULT", "encoded:1:kill:2", "kill|stop|raise"),
+        *[
+            ("Q3VL_FAULT", f"{where}:kill", "kill|stop|raise")
+            for where in ("encoded:@0123abcd", "in-tower:@0123", "in-tower:@X")
+        ],
     ],
 )
 def test_what_means_nothing_is_refused_by_name(name, value, words):
