@@ -215,6 +215,10 @@ def generate(options: GenerateOptions) -> int:
                 print(msgspec.json.encode(call.function).decode())
         else:
             print(msgspec.json.encode(result).decode())
+        if not isinstance(result, DisaggError):
+            for number, item in enumerate(result.timings.items, 1):
+                if item.note:
+                    print(f"note: image or clip {number}: {item.note}", file=sys.stderr)
     answers = [result for result in results if not isinstance(result, DisaggError)]
     if answers:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from qwen3vl_disagg import LLM, cli
 from qwen3vl_disagg.core.requests import SamplingParams
@@ -98,6 +99,19 @@ def test_a_bad_entry_of_a_batch_fails_alone(monkeypatch, capsys, scenes):
     assert first["error"]["param"] == "messages[0].content[0]"
     assert second["text"]
     assert "entry 1" in err
+
+
+def test_what_is_missing_of_a_file_is_said(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "cut.jpg"
+    Image.new("RGB", (64, 64), "red").save(path)
+    path.write_bytes(path.read_bytes()[:-2])
+    args = ("--image", str(path), "--prompt", "?", "--max-new-tokens", "1")
+    status, out, err = run(monkeypatch, capsys, "generate", *args, "--json")
+    assert status == 0
+    [item] = json.loads(out)["timings"]["items"]
+    assert "lacks its end" in item["note"]
+    assert f"note: image or clip 1: {item['note']}" in err
+    assert "note: image or clip 1: the file lacks its end" in run(monkeypatch, capsys, "generate", *args)[2]
 
 
 def test_ignore_eos_gives_exactly_that_many_tokens(monkeypatch, capsys):

@@ -132,6 +132,8 @@ class ItemTimings(msgspec.Struct, kw_only=True):
     """The encode rank had the rows already: `preprocess` and `encode` are 0."""
     batch: int = 0
     """Which run of the encode rank's tower the item was in, from 1. Items of one run share its time."""
+    note: str = ""
+    """What of its file is missing or was skipped, if anything: the answer is about the rest."""
 
 
 class RequestTimings(msgspec.Struct, kw_only=True):

@@ -24,6 +24,7 @@ from qwen3vl_disagg.model.compiled import compile_tower
 from qwen3vl_disagg.processing import Grid, ImageProcessor, VideoProcessor, item_positions
 
 ENCODE_ERROR = "encode_error"
+MAX_NOTE = 500
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Pixels:
     patches: Tensor
     grid: Grid
     preprocess_ms: float
+    note: str = ""
+    """What of the file is missing."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class EncodedItem:
     grid: Grid
     preprocess_ms: float
     encode_ms: float
+    note: str = ""
 
     @cached_property
     def sums(self) -> Tensor:
@@ -90,6 +94,7 @@ class EncodedItem:
             deepstack_digests=range_digests(self.deepstack_sums, deepstack),
             preprocess_ms=self.preprocess_ms,
             encode_ms=self.encode_ms,
+            note=self.note,
         )
 
     def payload(self, grant: Grant) -> list[Tensor]:
@@ -141,18 +146,19 @@ class EncodeWorker:
     def preprocess(self, data: bytes, visual: VisualItem, stop: Stop | None = None) -> Pixels:
         """Decode and cut up. InputError for damaged media, MediaTimeout for what takes too long, ServerError if the
         grid is not the announced one, Stopped soon after `stop` is set."""
-        started = time.monotonic()
+        started, notes = time.monotonic(), list[str]()
         if visual.modality == "image":
-            decode = None if self.decoder is None else partial(self.decoder.image, stop=stop)
+            decode = None if self.decoder is None else partial(self.decoder.image, stop=stop, notes=notes)
             patches, grid = self.processor.pixels(data, decode=decode, grid=visual.grid)
         elif self.video is not None and self.decoder is not None:
-            patches, grid = self.video.pixels(data, visual, self.decoder, stop)
+            patches, grid = self.video.pixels(data, visual, self.decoder, stop, notes)
         else:
             raise UnavailableError("this encode rank takes no videos")
         if grid != tuple(visual.grid):
             message = f"the item has grid {grid}, the prompt was laid out for {tuple(visual.grid)}"
             raise ServerError(message, code=ENCODE_ERROR)
-        return Pixels(patches, grid, (time.monotonic() - started) * 1e3)
+        note = "; ".join(dict.fromkeys(notes))[:MAX_NOTE]
+        return Pixels(patches, grid, (time.monotonic() - started) * 1e3, note)
 
     def encode(self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]) -> list[EncodedItem | Exception]:
         """Run the tower over several images and clips at once; rows on the tower's device, contiguous, each item's in
@@ -196,7 +202,9 @@ class EncodeWorker:
             fill_ids = torch.full((len(main),), token_id, dtype=torch.int32)
             main, deepstack = _own(main), _own(deepstack)
             results.append(
-                EncodedItem(main, deepstack, fill_ids, positions, entry.grid, entry.preprocess_ms, elapsed_ms)
+                EncodedItem(
+                    main, deepstack, fill_ids, positions, entry.grid, entry.preprocess_ms, elapsed_ms, entry.note
+                )
             )
         return results
 

@@ -297,6 +297,7 @@ class LinkServer:
                 resumes=num_transfers - 1,
                 cached=job.header.cached,
                 batch=job.header.batch,
+                note=job.header.note,
             )
         )
 

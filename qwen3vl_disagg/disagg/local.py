@@ -293,6 +293,7 @@ class LocalTransfer:
                 resumes=num_transfers - 1,
                 cached=header.cached,
                 batch=header.batch,
+                note=header.note,
             )
         )
 

@@ -314,7 +314,8 @@ class Header(Message, frozen=True):
 
     Payload order: aux (of an initial transfer), DeepStack run by run, then for each run of rows embeddings, fill_ids,
     positions. `row_digests` and `deepstack_digests`: one for each run. `preprocess_ms` and `encode_ms` are the
-    encoder's wall times, `batch` is the number of the tower's run; all 0 when the rows were `cached`.
+    encoder's wall times, `batch` is the number of the tower's run; all 0 when the rows were `cached`. `note`: what of
+    the item's file is missing, and therefore in no row.
     """
 
     request_id: str
@@ -332,6 +333,7 @@ class Header(Message, frozen=True):
     encode_ms: float = 0.0
     cached: bool = False
     batch: int = 0
+    note: str = ""
 
 
 class HeaderOk(Message, frozen=True):

@@ -61,6 +61,7 @@ class Delivery:
     resumes: int
     cached: bool = False
     batch: int = 0
+    note: str = ""
 
     def timings(self) -> ItemTimings:
         return ItemTimings(
@@ -74,4 +75,5 @@ class Delivery:
             attempts=self.attempt,
             cached=self.cached,
             batch=self.batch,
+            note=self.note,
         )

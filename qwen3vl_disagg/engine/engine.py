@@ -29,6 +29,8 @@ from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.moe import DispatchPlan
 from qwen3vl_disagg.processing import mrope_positions
 
+MAX_NOTES = 4096
+
 
 @dataclass(frozen=True)
 class RowsUsed:
@@ -145,6 +147,9 @@ class Engine:
         self.scheduler = Scheduler(pool, self.options)
         banned = (self.config.image_token_id, self.config.video_token_id)
         self.sampler = Sampler(banned_ids=banned, eos_ids=eos_ids)
+        self._notes: dict[object, str] = {}
+        """By content address: items whose rows are in the cache are not sent again, and what is missing of them stays.
+        """
 
     @property
     def has_work(self) -> bool:
@@ -185,6 +190,9 @@ class Engine:
             delta=delta,
             seed=seed,
         )
+        for index, item in enumerate(items):
+            if note := self._notes.get(item.content):
+                sequence.item_timings[index] = ItemTimings(rows=item.num_rows, note=note)
         self.scheduler.add(sequence)
 
     def _check_placeholders(self, token_ids: list[int], items: list[VisualItem]) -> None:
@@ -216,6 +224,10 @@ class Engine:
         sequence.rows[index] = rows
         if timings is not None:
             sequence.item_timings[index] = timings
+            if timings.note:
+                self._notes[item.content] = timings.note
+                if len(self._notes) > MAX_NOTES:
+                    del self._notes[next(iter(self._notes))]
         return []
 
     def restart_item(self, request_id: str, index: int) -> None:

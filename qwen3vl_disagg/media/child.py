@@ -48,10 +48,11 @@ def run(job: Job, data: bytes) -> Iterator[tuple[Reply, memoryview | bytes]]:
     if job.kind == "image":
         header = probe_image(data)
         sandbox.allow_cpu(_BASE_S + _S_PER_BYTE * len(data) + _S_PER_PIXEL * header.width * header.height)
-        image = decode_rgb(data)
+        notes: list[str] = []
+        image = decode_rgb(data, notes)
         levels = image.tobytes()
         sandbox.allow_cpu(0)
-        yield Pixels(image.height, image.width), levels
+        yield Pixels(image.height, image.width, "; ".join(notes)), levels
         return
     budget = _BASE_S + _S_PER_VIDEO_BYTE * len(data)
     sandbox.allow_cpu(budget)

@@ -53,16 +53,19 @@ class MediaDecoder:
         self._busy: set[ChildProcess] = set()
         self._is_closed = False
 
-    def image(self, data: bytes, *, stop: Stop | None = None) -> np.ndarray:
+    def image(self, data: bytes, *, stop: Stop | None = None, notes: list[str] | None = None) -> np.ndarray:
         """The image as shown, `[H, W, 3]` uint8, by the rules of `decode_rgb`. InputError for a damaged one.
 
-        What the header is enough to refuse is refused here, and the pixels have the size that it tells.
+        What the header is enough to refuse is refused here, and the pixels have the size that it tells. What is missing
+        of it is appended to `notes`.
         """
         info = probe_image(data)
         patience_s = self._image_patience_s + PATIENCE_S_PER_PIXEL * info.width * info.height
         with self._running("image", Job("image", len(data)), data, patience_s, stop) as (child, reply):
             if not isinstance(reply, Refused):
-                return _pixels(child, reply, (info.height, info.width, 3))
+                pixels = _pixels(child, reply, (info.height, info.width, 3))
+                _take_note(reply, notes)
+                return pixels
         raise _refusal(reply)
 
     def probe_video(self, data: bytes, *, stop: Stop | None = None) -> VideoInfo:
@@ -74,21 +77,23 @@ class MediaDecoder:
         raise _refusal(reply)
 
     def video_frames(
-        self, data: bytes, indices: Sequence[int], *, stop: Stop | None = None
+        self, data: bytes, indices: Sequence[int], *, stop: Stop | None = None, notes: list[str] | None = None
     ) -> Generator[np.ndarray, None, None]:
         """The frames of these strictly rising indices, each `[H, W, 3]` uint8 of the probed size, one at a time.
 
-        A child is taken from the first frame asked for until the last one has come or the generator is closed; if that
-        is in the middle, the child is killed. Time that the caller takes between two frames is not counted. InputError
-        for a bad clip, also in the middle.
+        What is missing of the clip is appended to `notes` after the last one. A child is taken from the first frame
+        asked for until the last one has come or the generator is closed; if that is in the middle, the child is killed.
+        Time that the caller takes between two frames is not counted. InputError for a bad clip, also in the middle.
         """
         indices = [int(index) for index in indices]
         if any(later <= earlier for earlier, later in zip([-1, *indices], indices, strict=False)):
             raise ValueError("the indices of frames must rise")
         check_clip_bytes(data)
-        return self._video_frames(data, indices, stop)
+        return self._video_frames(data, indices, stop, notes)
 
-    def _video_frames(self, data: bytes, indices: list[int], stop: Stop | None) -> Generator[np.ndarray, None, None]:
+    def _video_frames(
+        self, data: bytes, indices: list[int], stop: Stop | None, notes: list[str] | None
+    ) -> Generator[np.ndarray, None, None]:
         if not indices:
             return
         shape: tuple[int, ...] | None = None
@@ -105,6 +110,7 @@ class MediaDecoder:
                 raise ChildFailed("nonsense")
         if isinstance(reply, Refused):
             raise _refusal(reply)
+        _take_note(reply, notes)
 
     def warm_up(self) -> None:
         """Start a child in the background, so that the first job does not wait for it."""
@@ -197,9 +203,19 @@ def _pixels(child: ChildProcess, reply: Reply, shape: tuple[int, ...] | None) ->
     return child.receive_pixels(reply)
 
 
+def _plain(words: str) -> str:
+    """A child's words, cut to one plain line."""
+    return "".join(letter for letter in words if letter.isprintable())[:_MAX_MESSAGE]
+
+
+def _take_note(reply: Reply, notes: list[str] | None) -> None:
+    if isinstance(reply, (Pixels, Done)) and reply.note and notes is not None:
+        notes.append(_plain(reply.note))
+
+
 def _refusal(reply: Refused) -> InputError:
-    """What the child says is wrong with the media; its words are cut to one plain line."""
-    message = "".join(letter for letter in reply.message if letter.isprintable())[:_MAX_MESSAGE]
+    """What the child says is wrong with the media."""
+    message = _plain(reply.message)
     code = reply.code if reply.code in _CODES else InputError.code
     return InputError(message, status=reply.status if reply.status in _STATUSES else 400, code=code)
 

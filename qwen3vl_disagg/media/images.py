@@ -10,10 +10,12 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageFile
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media.image_headers import BadHeader, ImageHeader, read_header
+from qwen3vl_disagg.media.partial import Loaded, load_partial, note_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64 * 2**20
@@ -58,23 +60,43 @@ def probe_image(data: bytes) -> ImageInfo:
     return ImageInfo(header.format, width, height)
 
 
-def decode_rgb(data: bytes) -> Image.Image:
-    """The image as shown, mode RGB, of the size that `probe_image` tells. InputError for a damaged one."""
+def decode_rgb(data: bytes, notes: list[str] | None = None) -> Image.Image:
+    """The image as shown, mode RGB, of the size that `probe_image` tells. InputError for one that is damaged, or of
+    which less than half is there; what is missing of another, or was skipped, is appended to `notes`."""
     header = _checked_header(data)
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=(header.format,))
-        if image.size != (header.width, header.height):
-            raise ValueError("two sizes")
-        image.load()
+        loaded = _load(header, data)
         if header.format == "PNG":
-            _scale_transparency(image, depth=data[24])
+            _scale_transparency(loaded.image, depth=data[24])
+        image = loaded.cover(_to_rgb(loaded.image))
+        if loaded.note and notes is not None:
+            notes.append(loaded.note)
         if header.orientation in _TRANSPOSE:
             image = image.transpose(_TRANSPOSE[header.orientation])
-        return _to_rgb(image)
+        return image
     except MemoryError:
         raise InputError("the image needs more memory than decoding it may take") from None
     except Exception as error:  # whatever the decoder raises, the bytes are the cause; its text stays inside
         raise InputError("the image is damaged or cut off and cannot be decoded") from error
+
+
+def _load(header: ImageHeader, data: bytes) -> Loaded:
+    """In the file's own mode. Raises whatever the library does."""
+
+    def opened(content: bytes) -> ImageFile.ImageFile:
+        image = Image.open(io.BytesIO(content), formats=(header.format,))
+        if image.size != (header.width, header.height):
+            raise ValueError("two sizes")
+        return image
+
+    try:
+        image = opened(data)
+        image.load()
+    except MemoryError:
+        raise
+    except Exception:
+        return load_partial(header.format, data, opened)
+    return Loaded(image, note_of(header.format, data))
 
 
 def _checked_header(data: bytes) -> ImageHeader:
@@ -120,8 +142,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _deep_grey_to_rgb(image: Image.Image, transparency: object) -> Image.Image:
     """16-bit greys scaled to 8 bits (65535 -> 255, to the nearest level), the transparent level white."""
-    import numpy as np  # here, because most images are decoded without it
-
     table = ((np.arange(2**16, dtype=np.uint32) + 128) // 257).astype(np.uint8)
     if isinstance(transparency, int) and 0 <= transparency < 2**16:
         table[transparency] = 255

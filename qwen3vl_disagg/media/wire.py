@@ -38,10 +38,11 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Pixels(msgspec.Struct, frozen=True, tag="pixels"):
-    """Followed by height * width * 3 bytes, `[H, W, 3]` uint8."""
+    """Followed by height * width * 3 bytes, `[H, W, 3]` uint8. `note`: what of the file is not in them."""
 
     height: int
     width: int
+    note: str = ""
 
     def check(self) -> None:
         """ValueError for a size that no picture can have."""
@@ -60,7 +61,9 @@ class Clip(msgspec.Struct, frozen=True, tag="clip"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """The last of the frames has been said."""
+    """The last of the frames has been said. `note`: as of `Pixels`."""
+
+    note: str = ""
 
 
 Reply = Ready | Refused | Pixels | Clip | Done

@@ -154,16 +154,21 @@ class VideoProcessor:
         return min_pixels, max_pixels
 
     def pixels(
-        self, data: bytes, visual: VisualItem, decoder: MediaDecoder, stop: Stop | None = None
+        self,
+        data: bytes,
+        visual: VisualItem,
+        decoder: MediaDecoder,
+        stop: Stop | None = None,
+        notes: list[str] | None = None,
     ) -> tuple[Tensor, Grid]:
         """Decode the item's frames -> patches `[P, patch_dim]` float32 and the grid.
 
-        InputError for damaged media, Stopped when nobody wants them any more.
+        InputError for damaged media, Stopped when nobody wants them any more. What is missing is appended to `notes`.
         """
         if visual.is_frame_list:
-            frames = _images(unpack_frames(data), visual.frames, decoder, stop)
+            frames = _images(unpack_frames(data), visual.frames, decoder, stop, notes)
         else:
-            frames = decoder.video_frames(data, visual.frames, stop=stop)
+            frames = decoder.video_frames(data, visual.frames, stop=stop, notes=notes)
         with closing(frames):  # also when this fails: whoever decodes must not wait for frames to be taken
             return self.patches(frames, len(visual.frames), visual.grid)
 
@@ -201,13 +206,17 @@ class VideoProcessor:
 
 
 def _images(
-    images: Sequence[bytes], indices: Sequence[int], decoder: MediaDecoder, stop: Stop | None
+    images: Sequence[bytes],
+    indices: Sequence[int],
+    decoder: MediaDecoder,
+    stop: Stop | None,
+    notes: list[str] | None,
 ) -> Generator[np.ndarray]:
     """A frame that equals the one before it is not decoded again."""
     last, frame_HWC = b"", np.empty(0)
     for index in indices:
         if images[index] != last:
-            last, frame_HWC = images[index], decoder.image(images[index], stop=stop)
+            last, frame_HWC = images[index], decoder.image(images[index], stop=stop, notes=notes)
         yield frame_HWC
 
 

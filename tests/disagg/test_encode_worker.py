@@ -135,7 +135,7 @@ def test_an_image_that_is_not_as_announced_is_refused():
         WORKER.preprocess(make_image(0, (96, 64)), visual_of((64, 96)))
 
 
-@pytest.mark.parametrize("data", [b"", b"not an image", make_image(0, (64, 64))[:-300]], ids=["empty", "text", "cut"])
+@pytest.mark.parametrize("data", [b"", b"not an image", make_image(0, (64, 64))[:300]], ids=["empty", "text", "cut"])
 def test_a_damaged_image_is_an_input_error_without_internals(data):
     with pytest.raises(InputError) as caught:
         WORKER.preprocess(data, visual_of((64, 64)))

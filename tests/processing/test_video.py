@@ -186,11 +186,11 @@ class CountingDecoder(MediaDecoder):
     num_images = 0
     is_closed = False
 
-    def image(self, data: bytes, *, stop: Stop | None = None) -> np.ndarray:
+    def image(self, data: bytes, *, stop: Stop | None = None, notes=None) -> np.ndarray:
         self.num_images += 1
         return np.full((64, 64, 3), data[0], np.uint8)
 
-    def video_frames(self, data: bytes, indices, *, stop: Stop | None = None):
+    def video_frames(self, data: bytes, indices, *, stop: Stop | None = None, notes=None):
         try:
             for _ in indices:
                 yield np.zeros((64, 64, 3), np.uint8)

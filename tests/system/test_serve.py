@@ -16,6 +16,7 @@ import pytest
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.requests import SamplingParams
 from tests.support.clips import encode_clip, noise_frames, png_frames
+from tests.support.images import uri
 from tests.support.media_bytes import encode, picture
 from tests.support.media_clips import CLIPS
 from tests.support.media_hostile import HOSTILE_IMAGES
@@ -81,6 +82,7 @@ def check_split(world: int, encode_ranks: int, asked: list[Asked], expected: lis
         check_sampling(server, asked[0])
         check_clips(server)
         check_media_that_an_encode_rank_refuses(server)
+        check_notes_of_files_without_their_end(server)
 
 
 def check_clips(server: Server) -> None:
@@ -109,7 +111,7 @@ def check_media_that_an_encode_rank_refuses(server: Server) -> None:
     """What no header tells: an image cut off, a clip whose size changes, an image that takes too long. The error's code
     comes through, and a streamed answer has not begun."""
     entries = [
-        ("image", encode(picture(), "JPEG")[:-100], "damaged or cut off", 400, "invalid_request"),
+        ("image", encode(picture(), "JPEG")[:700], "damaged or cut off", 400, "invalid_request"),
         ("video", CLIPS["avi whose size changes"][0](), "the size of the frames changes", 400, "invalid_request"),
         ("image", HOSTILE_IMAGES["jpeg of 3,000 scans"][0](), "takes too long", 504, "media_timeout"),
     ]
@@ -120,6 +122,18 @@ def check_media_that_an_encode_rank_refuses(server: Server) -> None:
         assert status == expected, answer
         assert (answer["error"]["code"], answer["error"]["param"]) == (code, "messages[0].content[1]")
         assert message in answer["error"]["message"]
+
+
+def check_notes_of_files_without_their_end(server: Server) -> None:
+    """Each time, also when nothing is sent because the pages are there."""
+    images = [encode(picture(), "JPEG"), encode(picture(), "JPEG")[:-2]]
+    parts = [{"type": "image_url", "image_url": {"url": uri(image)}} for image in images]
+    for _ in range(3):
+        status, answer = server.chat([*parts, {"type": "text", "text": "What is it?"}])
+        assert status == 200, answer
+        whole, cut = (item["note"] for item in answer["timings"]["items"])
+        assert not whole
+        assert "lacks its end" in cut
 
 
 def check_sampling(server: Server, entry: Asked) -> None:
