@@ -99,7 +99,7 @@ def test_calls_are_lines_of_json_after_the_text(monkeypatch, capsys, text, lines
             on_text(0, text)
         return [result]
 
-    monkeypatch.setattr(LLM, "chat_each", answer)
+    monkeypatch.setattr(LLM, "chat_iter", answer)
     status, out, _ = run(monkeypatch, capsys, "--prompt", "add")
     call = json.dumps({"name": "add", "arguments": '{"a": 1}'}, separators=(",", ":"))
     assert (status, out.splitlines()) == (0, [*lines, call, call])

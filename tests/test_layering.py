@@ -22,6 +22,7 @@ ROOMS = [
     "engine",
     "serving",
     "assets",
+    "generate",
     "cli",
 ]
 """Bottom to top: a room imports itself and rooms before it. The package's own `__init__` stands beside `cli`."""

@@ -37,7 +37,7 @@ from qwen3vl_disagg.checkpoint import (
     write_checkpoint,
 )
 from qwen3vl_disagg.checkpoint.layouts import checkpoint_name
-from qwen3vl_disagg.core.settings import DTYPES
+from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.presets import PRESETS

@@ -15,10 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
@@ -35,11 +34,11 @@ from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.checkpoint.layouts import HEAD, ExpertLayout, Recipe, Shape
 from qwen3vl_disagg.checkpoint.load import whole_model
 from qwen3vl_disagg.checkpoint.write import in_layout, respelled, write_json, write_weights
+from qwen3vl_disagg.core.command_options import ConvertOptions, Written
+from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
-from qwen3vl_disagg.core.settings import DTYPES
 from qwen3vl_disagg.model.config import ModelConfig
 
-Written = Literal["none", "fp8"]
 EMBEDDING = "model.language_model.embed_tokens.weight"
 _QUANTIZED = re.compile(
     r"model\.language_model\.layers\.\d+\."
@@ -48,30 +47,6 @@ _QUANTIZED = re.compile(
 _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".md", ".model")
 _COPIED_NAMES = ("LICENSE", "NOTICE")
 _ROWS = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
-    """Write a checkpoint again: in another layout, another dtype, as float8 or from it, in files of another size."""
-
-    model: Annotated[str | None, tyro.conf.arg(metavar="DIR_OR_HUB_ID")] = None
-    """Checkpoint to read. Without it, the small one inside the package."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Folder to write: new, or empty."""
-    layout: ExpertLayout = "hub"
-    """How experts are stored and the config is spelled: as published, as transformers 5 does, or a tensor for each
-    expert."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of what is not float8. `auto`: the checkpoint's own."""
-    quantize: Written = "none"
-    """`fp8`: the decoder's matrices as float8 in blocks of 128 x 128. `none` also makes plain weights of float8."""
-    max_shard_bytes: int = 5_000_000_000
-    """Most bytes of a file; a larger tensor gets a file of its own."""
-
-
-def convert_options(options: ConvertOptions) -> ConvertOptions:
-    """Write a checkpoint again: in another layout, another dtype, as float8 or from it, in files of another size."""
-    return options
 
 
 def run_convert(options: ConvertOptions) -> int:

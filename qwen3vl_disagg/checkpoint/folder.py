@@ -15,9 +15,9 @@ from torch import Tensor
 
 from qwen3vl_disagg.checkpoint.fp8 import DEFAULT_BLOCK, Block, read_block
 from qwen3vl_disagg.checkpoint.headers import TensorInfo, read_header
+from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.core.json_text import parse_json
-from qwen3vl_disagg.core.settings import DTYPES
 from qwen3vl_disagg.model.config import ConfigError, ModelConfig
 
 CONFIG_FILE = "config.json"

@@ -17,7 +17,6 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from torch import Tensor
 
@@ -33,9 +32,9 @@ from qwen3vl_disagg.checkpoint.fp8 import (
     scale_shape,
 )
 from qwen3vl_disagg.checkpoint.headers import TensorInfo
+from qwen3vl_disagg.core.settings import ExpertLayout
 
 HEAD = "lm_head.weight"
-ExpertLayout = Literal["hub", "v5", "per_expert"]
 Shape = tuple[int, ...]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")

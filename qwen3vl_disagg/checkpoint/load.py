@@ -23,8 +23,9 @@ from qwen3vl_disagg.checkpoint.fp8 import SCALE_SUFFIX
 from qwen3vl_disagg.checkpoint.layouts import HEAD, ExpertLayout, Recipe, Shape, checkpoint_name, plan
 from qwen3vl_disagg.checkpoint.quantize import BLOCK, make_room, quantize_into
 from qwen3vl_disagg.checkpoint.shards import AllRows, Shards, held_rows
+from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.core.errors import CheckpointError
-from qwen3vl_disagg.core.settings import DTYPES, Quantize, check_quantize
+from qwen3vl_disagg.core.settings import Quantize, check_quantize
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.decoder import Qwen3MoeForCausalLM
 from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack

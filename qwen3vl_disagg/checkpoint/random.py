@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qwen3vl_disagg.checkpoint.layouts import ExpertLayout, checkpoint_name
 from qwen3vl_disagg.checkpoint.write import Spelling, write_checkpoint
-from qwen3vl_disagg.core.settings import DTYPES
+from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.model.config import ModelConfig, TextConfig, VisionConfig
 from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.kernels import use_kernels

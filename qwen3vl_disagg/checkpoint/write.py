@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qwen3vl_disagg.checkpoint.folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from qwen3vl_disagg.checkpoint.layouts import ExpertLayout, checkpoint_name
-from qwen3vl_disagg.core.settings import DTYPES
+from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.model.config import ModelConfig, rope_entries, rope_theta
 
 Spelling = Literal["hub", "v5"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Self, TypeVar
 
@@ -149,3 +150,11 @@ class HandshakeError(TransferError):
     def __init__(self, field: str, expected: object, got: object) -> None:
         super().__init__(f"handshake refused: {field}: expected {expected!r}, got {got!r}")
         self.field, self.expected, self.got = field, expected, got
+
+
+def report(error: DisaggError, prefix: str = "") -> int:
+    """One line on stderr; the exit status that fits: 2 for bad input, 1 else."""
+    is_input = isinstance(error, (InputError, CheckpointError)) and getattr(error, "status", 400) < 500
+    param = getattr(error, "param", None)
+    print(f"error: {prefix}{f'{param}: ' if param else ''}{error}", file=sys.stderr)
+    return 2 if is_input else 1

@@ -1,20 +1,19 @@
-"""Options shared by the commands, and what `auto` means."""
+"""Options shared by the commands. Nothing heavy is imported here: whoever asks for help does not wait for torch."""
 
 from __future__ import annotations
 
 import importlib.util
-import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-import torch
 import tyro
 
 from qwen3vl_disagg.core.errors import InputError
 
 Quantize = Literal["none", "int8", "float8"]
 ImageResize = Literal["torch", "pillow"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ExpertLayout = Literal["hub", "v5", "per_expert"]
+Dispatch = Literal["gather", "all_to_all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,27 +74,6 @@ class EncodeOptions:
             if getattr(self, name) < 0:
                 option = name.replace("_", "-")
                 raise InputError(f"--{option} {getattr(self, name)}: must not be negative", param=option)
-
-
-def resolve_device(name: str, *, local_rank: int = 0, num_local_ranks: int = 1) -> torch.device:
-    """`auto` -> the local rank's GPU if every local rank can have one of its own, else the CPU; that it is for a lack
-    of GPUs, the first rank says on stderr."""
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        name = "cuda" if num_gpus >= num_local_ranks else "cpu"
-        if name == "cpu" and num_gpus and local_rank == 0:
-            few = f"{num_gpus} GPUs here, and {num_local_ranks} ranks, which need one each"
-            print(f"--device auto takes the CPU: {few}", file=sys.stderr)
-    if name == "cpu":
-        return torch.device("cpu")
-    if num_gpus == 0:
-        raise InputError("--device cuda: no CUDA device is visible", param="device")
-    return torch.device("cuda", local_rank % num_gpus)
-
-
-def resolve_compile(name: str, device: torch.device) -> bool:
-    """`auto`: on for CUDA, off on CPU."""
-    return name == "on" or (name == "auto" and device.type == "cuda")
 
 
 def check_supported(options: ModelOptions) -> None:

@@ -1,5 +1,19 @@
 """How visual rows get from encode ranks to language ranks: buffers, links, sessions, and the two ends."""
 
-from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 
 __all__ = ["MultimodalDataBuffers"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use, so that what needs no torch does not wait for it.
+    if name == "MultimodalDataBuffers":
+        from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
+
+        return MultimodalDataBuffers
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from torch import nn
 
 from qwen3vl_disagg.checkpoint import fingerprint, load_vision_model, read_config
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
-from qwen3vl_disagg.core.settings import DTYPES, resolve_compile, resolve_device
+from qwen3vl_disagg.core.devices import DTYPES, resolve_compile, resolve_device
 from qwen3vl_disagg.core.spans import write_spans
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
 from qwen3vl_disagg.disagg.fingerprint import Fingerprint, link_fingerprint

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from qwen3vl_disagg.checkpoint import decoder_digest
+from qwen3vl_disagg.core.devices import resolve_compile
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.settings import resolve_compile
 from qwen3vl_disagg.disagg.control import Address
 from qwen3vl_disagg.disagg.fingerprint import check_fingerprint
 from qwen3vl_disagg.disagg.hub_client import find_store, tell_store

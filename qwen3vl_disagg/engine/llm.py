@@ -14,17 +14,10 @@ import msgspec
 from qwen3vl_disagg.checkpoint import load_language_model, load_vision_model
 from qwen3vl_disagg.checkpoint.check import check_folder
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.core.devices import DTYPES, resolve_compile, resolve_device
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob
-from qwen3vl_disagg.core.settings import (
-    DTYPES,
-    BufferOptions,
-    EncodeOptions,
-    ModelOptions,
-    check_supported,
-    resolve_compile,
-    resolve_device,
-)
+from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, ModelOptions, check_supported
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
 from qwen3vl_disagg.disagg.local import LocalTransfer

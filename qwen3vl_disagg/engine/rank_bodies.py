@@ -6,7 +6,7 @@ import asyncio
 import sys
 
 from qwen3vl_disagg.checkpoint import load_language_model
-from qwen3vl_disagg.core.settings import resolve_compile
+from qwen3vl_disagg.core.devices import resolve_compile
 from qwen3vl_disagg.core.turns import Turns
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_rank import EncodeRank

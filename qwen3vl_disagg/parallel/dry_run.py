@@ -6,10 +6,9 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
@@ -18,8 +17,10 @@ from qwen3vl_disagg.checkpoint.fp8 import SCALE_SUFFIX
 from qwen3vl_disagg.checkpoint.hub import hub_id, model_name, resolve_model_folder
 from qwen3vl_disagg.checkpoint.layouts import HEAD
 from qwen3vl_disagg.checkpoint.quantize import make_room
+from qwen3vl_disagg.core.command_options import ParallelOptions
+from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.core.errors import DisaggError, InputError
-from qwen3vl_disagg.core.settings import DTYPES, ModelOptions, Quantize
+from qwen3vl_disagg.core.settings import ModelOptions, Quantize
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.decoder import Qwen3MoeForCausalLM
 from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
@@ -29,24 +30,6 @@ from qwen3vl_disagg.parallel.placement import LANGUAGE_PLAN, VISION_PLAN, placem
 
 DEFAULT_WORLD = 8
 MAX_WORLD = 65536
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelOptions:
-    """How the model is spread over ranks."""
-
-    dry_run: bool = False
-    """Print what each rank would hold, and leave: nothing is loaded, and torchrun is not needed."""
-    world: Annotated[int | None, tyro.conf.arg(metavar="W")] = None
-    """With --dry-run: number of ranks. Default: 8, or torchrun's."""
-    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """With --dry-run: a published size in place of a checkpoint."""
-    json: bool = False
-    """With --dry-run: one JSON object."""
-    tensor_parallel: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """Not offered; 1 is what there is."""
-    pipeline_parallel: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """Not offered; 1 is what there is."""
 
 
 def check_parallel(options: ParallelOptions, model: str | None) -> None:

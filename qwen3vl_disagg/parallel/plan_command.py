@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
 
 import msgspec
-import tyro
 
+from qwen3vl_disagg.core.command_options import PlanOptions
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.presets import PRESETS
@@ -21,58 +20,6 @@ from qwen3vl_disagg.parallel.sizing_times import Dispatch
 from qwen3vl_disagg.parallel.sizing_work import SizedModel
 
 MAX_SIDE = 1 << 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """From a model, a machine and a workload to encode : language splits: memory, times, limits, and the formulas.
-
-    docs/sizing.md says what is computed and what is left out.
-    """
-
-    model: Annotated[str | None, tyro.conf.arg(metavar="DIR_OR_HUB_ID")] = None
-    """Checkpoint folder, or ORG/NAME[@REVISION] of the hub, of which only the settings are read. Without it, the small
-    one inside the package."""
-    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """A published size in place of a checkpoint: 30b-a3b, 235b-a22b, 2b, 4b, 8b, 32b."""
-    hardware: Annotated[str | None, tyro.conf.arg(metavar="NAME_OR_FILE.json")] = None
-    """h200, h100, cpu, or a file with the fields of `Hardware`. Default: h200, with --fit the machine measured."""
-    gpus: Annotated[int, tyro.conf.arg(aliases=["--ranks"])] = 8
-    """Ranks, on a GPU each; on a CPU they share the cores."""
-    replicas: int = 1
-    """Independent systems that these are divided into, and the requests with them."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: the checkpoint's own."""
-    quantize: Literal["none", "int8"] = "none"
-    """Weights of the decoder."""
-    dispatch: Dispatch = "gather"
-    """How tokens get to their experts: all to all ranks, or only where they have to."""
-    images: int = 1
-    """Images in a request."""
-    image_size: Annotated[str, tyro.conf.arg(metavar="WxH")] = "1024x1024"
-    """Pixels of an image, before the checkpoint's own resizing."""
-    visual_tokens: int | None = None
-    """Of an image, in place of its size."""
-    text_tokens: int = 64
-    """Of a prompt, beside the visual ones."""
-    output_tokens: int = 256
-    concurrency: int | None = None
-    """Requests that run at once. Default: 32, unless --requests-s is given."""
-    requests_s: float | None = None
-    """Requests that arrive in a second, in place of --concurrency."""
-    split: Annotated[str | None, tyro.conf.arg(metavar="E+L")] = None
-    """Show the formulas of this split, in place of the best one."""
-    fit: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
-    """Measurements of `recipes/bench.py splits --out FILE.json`: take model and machine from them."""
-    fit_on: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="E+L")] = ()
-    """Fit on these splits of the file alone, and compare the others with what is predicted; repeat for several."""
-    json: bool = False
-    """Print one JSON object in place of text."""
-
-
-def plan_options(options: PlanOptions) -> PlanOptions:
-    """Size a deployment: memory, times and limits of each encode : language split, with the formulas."""
-    return options
 
 
 def run_plan(options: PlanOptions) -> int:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from qwen3vl_disagg.core.settings import Dispatch
 from qwen3vl_disagg.parallel.sizing_hardware import Cost, Hardware, Units
 from qwen3vl_disagg.parallel.sizing_work import SizedModel, chunks, padded_rows
 
-Dispatch = Literal["gather", "all_to_all"]
 MAX_PREFILL_TOKENS = 4096
 """Of a prompt in one step while no request is being decoded."""
 CHUNK_TOKENS = {True: 512, False: 64}

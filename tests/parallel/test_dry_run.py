@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, load_language_model, load_vision_model, open_checkpoint
+from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError
-from qwen3vl_disagg.core.settings import DTYPES, ModelOptions
+from qwen3vl_disagg.core.settings import ModelOptions
 from qwen3vl_disagg.disagg.rendezvous import World
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.presets import PRESETS

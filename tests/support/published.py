@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.assets.make_tokenizer import build_syllable_tokenizer, write_template
 from qwen3vl_disagg.checkpoint import module_tensors, write_checkpoint
-from qwen3vl_disagg.core.settings import DTYPES
+from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration
 
 NAMES = {

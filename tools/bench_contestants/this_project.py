@@ -11,8 +11,8 @@ import torch
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.random import random_language_model, random_vision_model
+from qwen3vl_disagg.core.devices import DTYPES, resolve_compile
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.core.settings import DTYPES, resolve_compile
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker, Pixels
 from qwen3vl_disagg.disagg.messages import RequestFailed, Tokens
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions

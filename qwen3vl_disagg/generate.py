@@ -1,0 +1,301 @@
+"""`qwen3vl-disagg generate`: everything that can be checked is checked before the weights are read, then one answer
+after another is written as soon as it is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qwen3vl_disagg.core.command_options import GenerateOptions
+from qwen3vl_disagg.core.errors import DisaggError, InputError, report
+from qwen3vl_disagg.core.json_text import json_line
+
+_MAX_LINE = 1 << 28
+_BOM = b"\xef\xbb\xbf"
+_URL = re.compile(r"(data|file|https?|ftp):", re.IGNORECASE)
+_FETCHED = re.compile(r"(https?|ftp):", re.IGNORECASE)
+ENTRY_KEYS = {
+    "messages": "messages",
+    "prompt": "prompt",
+    "system": "system",
+    "images": "images",
+    "image": "images",
+    "videos": "videos",
+    "video": "videos",
+}
+"""What a line of --batch may say -> what it means."""
+
+
+class Generation:
+    """One run of the command. Making it checks the arguments (InputError) and loads the model."""
+
+    def __init__(self, options: GenerateOptions) -> None:
+        self._options = options
+        self._conversations, self._tools = conversations(options), read_tools(options)
+        from qwen3vl_disagg.processing import GenerationDefaults
+
+        self._sampling(GenerationDefaults(frozenset()))
+        from qwen3vl_disagg.media.decoder import MediaDecoder
+
+        decoder = MediaDecoder()
+        if options.image or options.video or options.prompt is None:
+            decoder.warm_up()  # while the engine is imported and the weights are read
+        from qwen3vl_disagg.checkpoint.hub import model_name
+        from qwen3vl_disagg.engine.llm import LLM
+
+        self._llm = LLM(
+            options.model,
+            dtype=options.dtype,
+            device=options.device,
+            compile=options.compile,
+            quantize=options.quantize,
+            progress=sys.stderr.isatty(),
+            video_outer_wrapper=options.video_outer_wrapper,
+            image_resize=options.image_resize,
+            decoder=decoder,
+            encode_options=options,
+        )
+        print(f"model {model_name(self._llm.folder)} on {self._llm.device}", file=sys.stderr)
+
+    def _sampling(self, defaults: Any) -> Any:
+        """SamplingParams. InputError for a value out of bounds."""
+        options = self._options
+        return defaults.sampling(
+            max_new_tokens=options.max_new_tokens,
+            min_tokens=options.min_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            min_p=options.min_p,
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            repetition_penalty=options.repetition_penalty,
+            stop=options.stop,
+            seed=options.seed,
+            ignore_eos=options.ignore_eos,
+            logprobs=options.logprobs,
+        )
+
+    def run(self) -> int:
+        """Returns the exit status."""
+        options, batch = self._options, self._options.batch
+        plain = _Plain() if not options.json and batch is None else None
+        started, status, num_tokens, last = time.monotonic(), 0, 0, None
+        results = self._llm.chat_iter(
+            self._conversations,
+            self._sampling(self._llm.processor.generation),
+            tools=self._tools,
+            on_text=None if plain is None else plain.on_text,
+            on_reasoning=None if plain is None else plain.on_reasoning,
+        )
+        for n, result in enumerate(results, 1):
+            if isinstance(result, DisaggError):
+                status = max(status, report(result, prefix=f"{batch}, entry {n}: " if batch else ""))
+                if batch is not None:
+                    error = {"message": str(result), "param": getattr(result, "param", None), "code": result.code}
+                    _write({"error": error})
+                continue
+            num_tokens, last = num_tokens + len(result.token_ids), result
+            if plain is None:
+                _write(result)
+            else:
+                plain.end(result)
+            for number, item in enumerate(result.timings.items, 1):
+                if item.note:
+                    print(f"note: image or clip {number}: {item.note}", file=sys.stderr)
+        if last is not None:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            rate = num_tokens / max(time.monotonic() - started, 1e-9)
+            print(f"{num_tokens} tokens, {rate:.1f} tokens/s, peak memory {peak:.2f} GiB", file=sys.stderr)
+        if plain is not None and last is not None:
+            from qwen3vl_disagg.core.waterfall import waterfall
+
+            print(waterfall(last.timings), file=sys.stderr)
+        return status
+
+
+class _Plain:
+    """Text to stdout as it comes, what is thought to stderr."""
+
+    def __init__(self) -> None:
+        self._is_thinking = False
+
+    def on_text(self, _: int, piece: str) -> None:
+        self._end_thinking()
+        print(piece, end="", flush=True)
+
+    def on_reasoning(self, _: int, piece: str) -> None:
+        self._is_thinking = True
+        print(piece, end="", flush=True, file=sys.stderr)
+
+    def end(self, result: Any) -> None:
+        self._end_thinking()
+        if result.text or not result.tool_calls:
+            print()
+        for call in result.tool_calls or []:
+            _write(call.function)
+
+    def _end_thinking(self) -> None:
+        if self._is_thinking:
+            print(file=sys.stderr)
+        self._is_thinking = False
+
+
+def _write(value: object) -> None:
+    """A line of JSON, in UTF-8 whatever the terminal has. It is out when this returns: nothing takes it back."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(json_line(value) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+# ---- what is asked ----
+
+
+def conversations(options: GenerateOptions) -> Iterator[Any]:
+    """What the options name, in OpenAI form; of --batch, a line's error may stand in its place.
+
+    InputError for anything that can be seen to be wrong before the model is there.
+    """
+    given = [name for name in ("prompt", "messages", "batch") if getattr(options, name) is not None]
+    if len(given) != 1:
+        raise InputError(f"give exactly one of --prompt, --messages and --batch, got {given or 'none'}")
+    if options.prompt is not None:
+        for kind, files in (("image", options.image), ("video", options.video)):
+            for file in files:
+                _check_file(file, f"--{kind} {file[:100]}", kind)
+        return iter([_conversation(list(options.image), list(options.video), options.prompt, options.system)])
+    if options.image or options.video or options.system:
+        raise InputError("--image, --video and --system go with --prompt only")
+    if options.messages is not None:
+        messages = _parse_json(_read(options.messages), str(options.messages))
+        for url, kind, param in _media(messages):
+            _check_file(url, url[:100], kind, param)
+        return iter([messages])
+    assert options.batch is not None
+    if options.batch.is_file():  # what can be read twice is looked through before the model is loaded
+        for entry in _entries(options.batch):
+            if isinstance(entry, InputError):
+                raise entry
+    return _entries(options.batch)
+
+
+def read_tools(options: GenerateOptions) -> list[Any]:
+    """The functions of --tools. InputError naming the place of whatever is wrong."""
+    if options.tools is None:
+        return []
+    from qwen3vl_disagg.processing import parse_tools
+
+    return parse_tools(_parse_json(_read(options.tools), str(options.tools)))
+
+
+def _entries(path: Path) -> Iterator[Any]:
+    """Line by line: its conversation, or what is wrong with it. InputError if the file cannot be read."""
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(_MAX_LINE + 1):
+                number += 1
+                where = f"{path}, line {number}"
+                if len(line) > _MAX_LINE:
+                    raise InputError(f"{where}: longer than {_MAX_LINE:,} bytes")
+                line = line.removeprefix(_BOM) if number == 1 else line
+                if not line.strip():
+                    continue
+                try:
+                    yield _entry(line, where, path.parent)
+                except InputError as error:
+                    yield error
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+
+
+def _entry(line: bytes, where: str, folder: Path) -> Any:
+    entry = _parse_json(line, where)
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: must be an object")
+    values: dict[str, Any] = {}
+    for key, value in entry.items():
+        name = ENTRY_KEYS.get(key)
+        if name is None:
+            raise InputError(f"{where}: `{key[:64]}` is not known; there are {', '.join(ENTRY_KEYS)}")
+        if name in values:
+            raise InputError(f"{where}: `{key}` is given twice, as `{name}` too")
+        values[name] = value
+    if "messages" in values:
+        if len(values) > 1:
+            raise InputError(f"{where}: `messages` goes with nothing else")
+        return values["messages"]
+    prompt, system = values.get("prompt"), values.get("system")
+    if not isinstance(prompt, str):
+        raise InputError(f"{where}: needs `messages`, or `prompt` with optional lists `images` and `videos`")
+    if not isinstance(system, str | None):
+        raise InputError(f"{where}: `system` must be a string")
+    images, videos = (_files(values.get(name), f"{where}: `{name}`", folder) for name in ("images", "videos"))
+    return _conversation(images, videos, prompt, system)
+
+
+def _files(names: Any, where: str, folder: Path) -> list[str]:
+    """Names relative to the batch file; URLs stay what they are."""
+    names = [] if names is None else [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where} must be a file name, or a list of them")
+    return [name if _URL.match(name) else str(folder / name) for name in names]
+
+
+def _conversation(images: list[str], videos: list[str], prompt: str, system: str | None) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": image}} for image in images]
+    parts += [{"type": "video_url", "video_url": {"url": video}} for video in videos]
+    turn = {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
+    return ([{"role": "system", "content": system}] if system is not None else []) + [turn]
+
+
+def _media(messages: Any) -> Iterator[tuple[str, str, str]]:
+    """(URL or path, `image` or `video`, where it stands) of what looks like a part with one."""
+    for i, message in enumerate(messages if isinstance(messages, list) else []):
+        content = message.get("content") if isinstance(message, dict) else None
+        for j, part in enumerate(content if isinstance(content, list) else []):
+            for kind in ("image", "video"):
+                found = part.get(f"{kind}_url") if isinstance(part, dict) else None
+                url = found.get("url") if isinstance(found, dict) else found
+                if isinstance(url, str):
+                    yield url, kind, f"messages[{i}].content[{j}]"
+
+
+def _check_file(name: str, shown: str, kind: str, param: str | None = None) -> None:
+    """InputError if it is a file that cannot be read, or lies elsewhere."""
+    if _FETCHED.match(name):
+        raise InputError(f"{shown}: nothing is fetched from elsewhere; give a file", param=param)
+    if _URL.match(name):
+        return
+    try:
+        mode = os.stat(name).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # to open a pipe would take it from who reads it later
+            with open(name, "rb"):
+                pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        raise InputError(f"{shown}: {getattr(error, 'strerror', None) or error}", param=param) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes().removeprefix(_BOM)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+
+
+def _parse_json(data: bytes, where: str) -> Any:
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{where}: not JSON: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: not JSON: nested too deeply") from error
