@@ -154,7 +154,7 @@ class HandshakeError(TransferError):
 
 def report(error: DisaggError, prefix: str = "") -> int:
     """One line on stderr; the exit status that fits: 2 for bad input, 1 else."""
-    is_input = isinstance(error, (InputError, CheckpointError)) and getattr(error, "status", 400) < 500
+    is_input = isinstance(error, CheckpointError) or (isinstance(error, InputError) and error.status < 500)
     param = getattr(error, "param", None)
     print(f"error: {prefix}{f'{param}: ' if param else ''}{error}", file=sys.stderr)
     return 2 if is_input else 1
