@@ -147,7 +147,7 @@ def test_items_that_start_together_go_through_the_tower_in_batches():
 
 def test_a_bad_item_fails_for_all_who_wanted_it_and_for_nobody_else():
     transfer, worker = make()
-    damaged = IMAGES[0][:-200]
+    damaged = IMAGES[0][:200]
     bad = msgspec.structs.replace(describe(IMAGES[0]), digest=hashlib.sha256(damaged).hexdigest())
     need(transfer, "a", [damaged], [bad])
     need(transfer, "b", [damaged], [bad])
