@@ -43,19 +43,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PARTS = ("schedule", "batch", "sample", "rest")
 
 
+class NoDecoder(nn.Module):
+    """Hidden states at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(1, 1)
+
+    def forward(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros(len(ids), 1)
+
+
 class NoModel(nn.Module):
     """In place of a language model: the same logits at once, whatever the tokens. Attention is never called."""
 
     def __init__(self, config: ModelConfig, num_rows: int) -> None:
         super().__init__()
-        self.config = config
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(1, 1)
+        self.config, self.model = config, NoDecoder()
         generator = torch.Generator().manual_seed(0)
         self.logits = torch.randn(num_rows, config.text.vocab_size, generator=generator) * 4
 
+    def lm_head(self, x_BD: Tensor) -> Tensor:
+        return self.logits[: len(x_BD)]
+
     def forward(self, ids: Tensor, positions: Tensor, batch: ForwardBatch, *_: Any, **__: Any) -> Tensor:
-        return self.logits[: len(batch.seq_lens)]
+        return self.lm_head(ids)
 
 
 def host_config() -> ModelConfig:

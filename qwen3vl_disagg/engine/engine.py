@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -199,6 +200,8 @@ class Engine:
         kinds = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         ranges = [(run, run + item.run_rows, kinds[item.modality]) for item in items for run in item.runs]
         num_pads = sum(token_ids.count(kind) for kind in kinds.values())
+        if any(later < stop for (_, stop, _), (later, _, _) in pairwise(ranges)):
+            raise InputError(f"the items at {ranges} are not in the order of the prompt")
         if num_pads != sum(stop - start for start, stop, _ in ranges) or any(
             token_ids[start:stop].count(kind) != stop - start for start, stop, kind in ranges
         ):

@@ -8,8 +8,9 @@ page before it. A look-up compares whole contents, so it cannot be fooled by a c
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 
 PageContent = Hashable
 """All that the keys and values of a page depend on, besides the pages before it."""
@@ -17,6 +18,21 @@ PageContent = Hashable
 
 ROOT = 0
 """The node before the first page."""
+
+
+@dataclass
+class Prefix:
+    """Pages that hold the beginning of some contents, and the node of each."""
+
+    pages: list[int] = field(default_factory=list)
+    nodes: list[int] = field(default_factory=list)
+    num_evicted: int = 0
+    """Of the pool, when it was looked up."""
+
+    @property
+    def node(self) -> int:
+        """Of the last page."""
+        return self.nodes[-1] if self.nodes else ROOT
 
 
 @dataclass
@@ -65,16 +81,27 @@ class PagePool:
         """Pages that `num_tokens` fill: 17 tokens on pages of 16 take 2."""
         return -(-num_tokens // self.page_size)
 
-    def find(self, contents: Iterable[PageContent]) -> tuple[list[int], int]:
-        """The pages that hold the longest beginning of these contents, and the node of the last. Nothing is taken."""
-        found, node = list[int](), ROOT
-        for content in contents:
-            page = self._pages.get((node, content))
+    def find(self, contents: Sequence[PageContent], stop: int | None = None, known: Prefix | None = None) -> Prefix:
+        """The pages that hold the longest beginning of these contents (of the first `stop`). Nothing is taken.
+
+        `known`: what was found of the same contents before, which is brought up to date: only what may have changed
+        since is looked at.
+        """
+        prefix = Prefix() if known is None else known
+        pages, nodes = prefix.pages, prefix.nodes
+        if prefix.num_evicted != self.num_evicted:
+            entries = self._entries
+            gone = (n for n, (page, node) in enumerate(zip(pages, nodes, strict=True)) if _node(entries, page) != node)
+            first = next(gone, len(pages))
+            del pages[first:], nodes[first:]
+            prefix.num_evicted = self.num_evicted
+        for content in islice(contents, len(pages), stop):
+            page = self._pages.get((prefix.node, content))
             if page is None:
                 break
-            found.append(page)
-            node = self._entries[page][0]
-        return found, node
+            pages.append(page)
+            nodes.append(self._entries[page][0])
+        return prefix
 
     def allocate(self, count: int, shared: Iterable[int] = ()) -> list[int] | None:
         """Take the pages `shared` (found before) and `count` new ones: [*shared, *new]. None when there are too few."""
@@ -131,3 +158,8 @@ class PagePool:
         self._pages[edge] = page
         self._entries[page] = (self._last_node, edge)
         return self._last_node
+
+
+def _node(entries: Mapping[int, tuple[int, tuple[int, PageContent]]], page: int) -> int | None:
+    entry = entries.get(page)
+    return None if entry is None else entry[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 from qwen3vl_disagg.core.errors import ServerError
 from qwen3vl_disagg.core.tensors import lazy_zeros
 from qwen3vl_disagg.engine.compiled import CompiledDecoder
+from qwen3vl_disagg.engine.page_tables import PageTables
 from qwen3vl_disagg.engine.scheduler import Chunk
 from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import PagedBatch, Qwen3MoeForCausalLMWithDeepStack
@@ -76,6 +77,7 @@ class ModelRunner:
         )
         kv_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         shape = (num_pages * page_size, text.num_key_value_heads, text.head_dim)
+        self._tables = PageTables()
         self.caches: list[LayerCache] = []
         for _ in range(text.num_hidden_layers):
             keys, values = (lazy_zeros(shape, kv_dtype, self.device) for _ in "kv")
@@ -136,9 +138,9 @@ class ModelRunner:
     def _batch(
         self, sequences: Seq[Sequence], seq_lens: list[int], context_lens: list[int], plan: DispatchPlan | None
     ) -> PagedBatch:
-        longest = max(len(s.pages) for s in sequences)
-        tables = torch.tensor([s.pages + [0] * (longest - len(s.pages)) for s in sequences])
-        batch = PagedBatch(seq_lens, context_lens, tables, self.page_size, self.caches, impl=self.impl)
+        batch = PagedBatch(
+            seq_lens, context_lens, self._tables.of(sequences), self.page_size, self.caches, impl=self.impl
+        )
         batch.dispatch_plan = plan
         return batch
 

@@ -15,7 +15,7 @@ from bisect import insort
 from dataclasses import dataclass, field
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.engine.pages import PagePool
+from qwen3vl_disagg.engine.pages import PagePool, Prefix
 from qwen3vl_disagg.engine.sequence import Sequence
 
 
@@ -108,10 +108,10 @@ class Scheduler:
         new = []
         while (place := self._next()) is not None:
             sequence = self.waiting.pop(0)
-            found, node, count = place
-            sequence.pages = self.pool.allocate(count, found) or []
-            sequence.num_found = sequence.num_cached = len(found) * self.pool.page_size
-            sequence.node, sequence.num_remembered = node, len(found)
+            found, count = place
+            sequence.pages = self.pool.allocate(count, found.pages) or []
+            sequence.num_found = sequence.num_cached = len(found.pages) * self.pool.page_size
+            sequence.node, sequence.num_remembered = found.node, len(found.pages)
             sequence.cached_tokens = sequence.cached_tokens if sequence.num_preempted else sequence.num_found
             self.admitted[sequence.request_id] = sequence
             new.append(sequence)
@@ -119,21 +119,25 @@ class Scheduler:
             self.admitted = {s.request_id: s for s in sorted(self.admitted.values(), key=lambda s: s.order)}
         return new
 
-    def _next(self) -> tuple[list[int], int, int] | None:
-        """(pages that are there already, their node, new pages) for the first in the queue, if it can come in now."""
+    def _next(self) -> tuple[Prefix, int] | None:
+        """(pages that are there already, new pages) for the first in the queue, if it can come in now."""
         if not self.waiting or len(self.admitted) >= self.limits.max_running:
             return None
         sequence, pool = self.waiting[0], self.pool
         # The last token has to be computed in any case: its logits are wanted.
-        contents = sequence.page_contents(pool.page_size, (sequence.num_tokens - 1) // pool.page_size)
-        found, node = pool.find(contents) if pool.keep else ([], 0)
-        count = pool.pages_for(sequence.num_tokens) - len(found)
+        found = sequence.prefix
+        if pool.keep:
+            stop = (sequence.num_tokens - 1) // pool.page_size
+            pool.find(sequence.page_contents(pool.page_size, stop), stop, found)
+        count = pool.pages_for(sequence.num_tokens) - len(found.pages)
         # Those that are in may each want a page soon: who comes in now should not be the next to go.
         spare = sum(1 for s in self.admitted.values() if s.num_tokens < s.max_tokens)
         if sequence.num_preempted and pool.pages_for(sequence.max_tokens) > pool.pages_for(sequence.num_tokens):
             spare += 1  # nor should it go again before it has gained a page of tokens
-        kept = sum(1 for page in found if pool.is_kept(page))
-        return (found, node, count) if count + spare + kept <= pool.num_free else None
+        if count + spare > pool.num_free:
+            return None
+        kept = sum(1 for page in found.pages if pool.is_kept(page))
+        return (found, count) if count + spare + kept <= pool.num_free else None
 
     # ---- steps ----
 
@@ -225,8 +229,7 @@ class Scheduler:
         computed from a part of an item may have to be forgotten."""
         if not self.pool.keep or sequence.node is None:
             return
-        partial = [item.offset for item in sequence.items if item.stop > sequence.num_cached]
-        stop = min([sequence.num_cached, *partial]) // self.pool.page_size
+        stop = min(sequence.num_cached, sequence.first_partial) // self.pool.page_size
         if stop <= sequence.num_remembered:
             return
         contents = sequence.page_contents(self.pool.page_size, stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.requests import FinishReason, ItemTimings, RequestTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.disagg.rows import VisualRows
-from qwen3vl_disagg.engine.pages import ROOT, PageContent
+from qwen3vl_disagg.engine.pages import ROOT, PageContent, Prefix
 from qwen3vl_disagg.engine.sampling import SamplingRow
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """Prompt, what has been generated, and where its keys and values lie.
 
@@ -26,6 +27,7 @@ class Sequence:
     token_ids: list[int]
     """The prompt."""
     items: list[VisualItem]
+    """In the order of the prompt."""
     sampling: SamplingParams
     positions: Tensor
     delta: int
@@ -55,6 +57,8 @@ class Sequence:
     item_timings: dict[int, ItemTimings] = field(default_factory=dict)
     cached_tokens: int = 0
     """`num_found` at the first admission."""
+    prefix: Prefix = field(default_factory=Prefix)
+    """Pages that hold its beginning, as last looked up."""
     _contents: list[PageContent] = field(default_factory=list)
 
     @cached_property
@@ -91,13 +95,25 @@ class Sequence:
         behind = torch.arange(max(start, self.num_prompt), max(stop, self.num_prompt)) + self.delta
         return torch.cat([self.positions[:, start:stop], behind.expand(3, -1)], dim=1)
 
+    @cached_property
+    def _stops(self) -> list[int]:
+        return [item.stop for item in self.items]
+
+    def _items_behind(self, token: int) -> range:
+        """Items that end after that many tokens; those before are not looked at."""
+        return range(bisect_right(self._stops, token), len(self.items))
+
+    @property
+    def first_partial(self) -> int:
+        """Where the first item begins that is not all in the cache; all tokens when there is none."""
+        behind = self._items_behind(self.num_cached)
+        return self.items[behind.start].offset if behind else self.num_tokens
+
     @property
     def limit(self) -> tuple[int, int | None]:
         """(tokens that prefill can go up to, the item that is in the way)."""
-        for index, item in enumerate(self.items):
-            if self.num_cached >= item.stop:
-                continue
-            rows = self.rows.get(index)
+        for index in self._items_behind(self.num_cached):
+            item, rows = self.items[index], self.rows.get(index)
             num_here = item.rows_before(self.num_cached) if rows is None else rows.stop
             if num_here < item.num_rows:
                 return item.token_of(num_here), index
@@ -135,15 +151,18 @@ class Sequence:
         An item of 10 rows at offset 5 in the chunk [8, 30) is (index, 3, 10).
         """
         found = []
-        for index, item in enumerate(self.items):
+        for index in self._items_behind(start):
+            item = self.items[index]
+            if item.offset >= stop:
+                break
             low, high = item.rows_before(start), item.rows_before(stop)
             if low < high:
                 found.append((index, low, high))
         return found
 
     def page_contents(self, page_size: int, stop: int) -> list[PageContent]:
-        """What its first `stop` pages hold, all of them full: token ids, and of each item with rows there its address
-        and the first of these rows.
+        """What its first pages hold, at least `stop` of them, all of these full: token ids, and of each item with rows
+        there its address and the first of these rows.
 
         Positions need not be named: they follow from tokens and grids up to there.
         """
@@ -152,7 +171,7 @@ class Sequence:
             # A page is found behind the one before it, so a salt in the first is in all of them.
             salt = self.sampling.cache_salt if start == 0 else ""
             self._contents.append((tuple(self.tokens(start, start + page_size)), visual, salt))
-        return self._contents[:stop]
+        return self._contents
 
     def timings(self, now: float, language_rank: int) -> RequestTimings:
         """Stage times in ms. Items of one encode rank run one after another, those of several ranks side by side:

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from qwen3vl_disagg.engine.pages import ROOT, PagePool
+from qwen3vl_disagg.engine.pages import ROOT, PagePool, Prefix
 
 
 def test_seventeen_tokens_take_two_pages_of_sixteen():
@@ -35,11 +35,12 @@ def test_what_is_kept_is_found_and_goes_when_room_is_needed_the_end_first():
     pool.free([a, b, c])
     assert pool.num_free == 4
     assert pool.num_kept == 2
-    assert pool.find(["A", "B", "C"])[0] == [a, b]
-    assert pool.find(["B"]) == ([], ROOT)  # B is known after A only
+    assert pool.find(["A", "B", "C"]).pages == [a, b]
+    assert pool.find(["B"]).pages == []  # B is known after A only
     [other, d, e] = pool.allocate(3)
     assert {other, d, e} == {c, b, 3}  # the free ones, then B, which hangs below A
-    assert pool.find(["A", "B"]) == ([a], node)
+    found = pool.find(["A", "B"])
+    assert (found.pages, found.node) == ([a], node)
     shared = pool.allocate(0, [a])
     assert shared == [a]
     assert pool.num_free == 0
@@ -65,7 +66,7 @@ def test_what_hung_below_a_page_that_is_gone_is_not_found():
     [again] = pool.allocate(1)
     assert again == a
     assert pool.remember(again, ROOT, "A") != below
-    assert pool.find(["A", "B"])[0] == [a]
+    assert pool.find(["A", "B"]).pages == [a]
     assert pool.remember(again, ROOT + 10**6, "X") is None
 
 
@@ -78,12 +79,27 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = PagePool(self.SIZE, 3, keep=True)
         self.owned: list[tuple[list[int], list[str], int | None]] = []  # pages, contents known, node of the last
+        self.known: dict[tuple[str, ...], Prefix] = {}
         self.holds: dict[int, tuple[str, ...]] = {}
         """What is written in each page, and in those before it in the sequence that wrote it."""
 
+    def look_up(self, contents):
+        """From the beginning, and from what was found of these contents the last time."""
+        known = self.known.setdefault(tuple(contents), Prefix())
+        found = self.pool.find(contents)
+        again = self.pool.find(contents, len(contents), known)
+        assert again is known
+        assert (known.pages, known.nodes) == (found.pages, found.nodes)
+        return found
+
+    @rule(contents=st.lists(st.sampled_from("ab"), max_size=5))
+    def only_look(self, contents):
+        self.look_up(contents)
+
     @rule(count=st.integers(0, 8), contents=st.lists(st.sampled_from("ab"), max_size=5))
     def allocate(self, count, contents):
-        found, node = self.pool.find(contents)
+        found = self.look_up(contents)
+        found, node = found.pages, found.node
         for number, page in enumerate(found):
             assert self.holds[page] == tuple(contents[: number + 1]), "found what is not there"
         others = {page for pages, _, _ in self.owned for page in pages}

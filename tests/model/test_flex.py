@@ -185,7 +185,8 @@ class Running:
 
     def __init__(self, ids, pool: PagePool) -> None:
         self.ids, self.pool = ids, pool
-        found, self.node = pool.find(self.content(i) for i in range((len(ids) - 1) // pool.page_size))
+        prefix = pool.find([self.content(i) for i in range((len(ids) - 1) // pool.page_size)])
+        found, self.node = prefix.pages, prefix.node
         pages = pool.allocate(pool.pages_for(len(ids) + 8) - len(found), found)
         self.pages = pages or []
         self.num_known = self.num_shared = len(found)
