@@ -21,7 +21,6 @@ from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.presets import PRESETS
 from tools.bench_machine import machine_facts, table
 
-PLAIN = SamplingParams(max_new_tokens=2**20)
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "repetition": {"repetition_penalty": 1.1},
@@ -34,12 +33,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "frequency_penalty": 0.2,
         "repetition_penalty": 1.1,
         "logit_bias": dict.fromkeys(range(300), 0.5),
-        "min_tokens": 1000,
+        "min_tokens": 10,
         "logprobs": 5,
         "seed": 1,
     },
 }
-"""`one top_p`: all rows as `greedy` but one."""
 PARTS = ("schedule", "batch", "sample", "rest")
 
 
@@ -97,24 +95,37 @@ class Clock:
 
 
 def filled_engine(context: int, sequences: int, steps: int, params: dict[str, Any]) -> Engine:
-    """An engine in which `sequences` requests of `context` tokens are decoding, and one more waits for their pages."""
+    """An engine in which `sequences` requests of `context` tokens are decoding, and one more waits for pages."""
     config, size = host_config(), EngineOptions.page_size
-    pages = sequences * -(-(context + steps + 2) // size) + sequences
-    options = EngineOptions(max_running=sequences + 1, kv_cache_gib=pages * size * 16 / 2**30)
+    room = sequences * (steps // size + 2)
+    pages = 2 * room + (sequences + 1) * (context // size + 2)
+    options = EngineOptions(
+        max_running=sequences + 1,
+        max_prefill_tokens=2**22,
+        chunk_tokens=2**22,
+        kv_cache_gib=pages * size * 16 / 2**30,
+    )
     engine = Engine(NoModel(config, sequences), eos_ids=frozenset({1}), options=options)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(context)
-    for number in range(sequences + 1):
-        prompt = torch.randint(2, config.text.vocab_size - 1000, (context,), generator=generator).tolist()
-        sampling = SamplingParams(max_new_tokens=steps + 2, **params)
-        engine.add(str(number), prompt, [], sampling)
+
+    def add(name: str, length: int) -> None:
+        prompt = torch.randint(2, config.text.vocab_size - 1000, (length,), generator=generator).tolist()
+        engine.add(name, prompt, [], SamplingParams(max_new_tokens=steps, ignore_eos=True, **params))
+
+    for number in range(sequences):
+        add(str(number), context)
     while engine.scheduler.num_decoding < sequences:
         engine.step()
+    pool = engine.scheduler.pool
+    if pool.allocate(pool.num_free - room) is None:
+        raise RuntimeError(f"{pool.num_free} pages are free, {room} of them are needed")
+    add("waits", context + room * size)
     return engine
 
 
 def measure(context: int, sequences: int, steps: int, params: dict[str, Any]) -> dict[str, float]:
     """Medians in ms of a decode step and its parts."""
-    engine, clock = filled_engine(context, sequences, steps + 8, params), Clock()
+    engine, clock = filled_engine(context, sequences, steps + 16, params), Clock()
     for owner, method, name in (
         (engine.scheduler, "admit", "schedule"),
         (engine.scheduler, "schedule", "schedule"),

@@ -8,13 +8,17 @@ from typing import Literal
 
 import msgspec
 
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.sampling_bounds import LIMITS, NOT_GIVEN, check_logit_bias, check_number, check_stop
+
 FinishReason = Literal["stop", "length"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens are picked. `temperature == 0` is greedy; the defaults of all else switch it off.
 
-    `engine/sampler.py` says in which order these work.
+    `engine/sampler.py` says in which order these work, core/sampling_bounds.py what they may be: InputError naming the
+    field, at whatever way they are made. One stop string may stand for a list of one.
     """
 
     max_new_tokens: int = 128
@@ -41,6 +45,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Whose request it is, in a form that tells nobody: prefixes are shared among equal ones only."""
     logprobs: int | None = None
     """None: none. K >= 0: each token's logprob and the K most likely ones, from the raw distribution."""
+
+    def __post_init__(self) -> None:
+        for name in LIMITS:
+            value = getattr(self, name)
+            if value is not None or name not in NOT_GIVEN:
+                check_number(name, value)
+        if self.min_tokens > self.max_new_tokens:
+            problem = f"min_tokens is {self.min_tokens}, but only {self.max_new_tokens} may come"
+            raise InputError(problem, param="min_tokens")
+        for name, kind in (("ignore_eos", bool), ("cache_salt", str)):
+            if not isinstance(getattr(self, name), kind):
+                raise InputError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}", param=name)
+        msgspec.structs.force_setattr(self, "stop", check_stop(self.stop))
+        msgspec.structs.force_setattr(self, "logit_bias", check_logit_bias(self.logit_bias))
 
 
 class VisualItem(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,72 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_disagg.core.errors import CheckpointError, InputError
+from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.core.json_text import parse_json
 from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.core.sampling_bounds import check_number
 
-# name -> (lowest, highest, whole numbers only)
-LIMITS: dict[str, tuple[float, float, bool]] = {
-    "max_new_tokens": (1, 2**20, True),
-    "min_tokens": (0, 2**20, True),
-    "temperature": (0, 100, False),
-    "top_p": (1e-6, 1, False),
-    "top_k": (0, 2**20, True),
-    "min_p": (0, 1, False),
-    "presence_penalty": (-2, 2, False),
-    "frequency_penalty": (-2, 2, False),
-    "repetition_penalty": (1e-3, 1e3, False),
-    "seed": (0, 2**63 - 1, True),
-    "logprobs": (0, 20, True),
-}
-
-
-MAX_STOPS, MAX_STOP_CHARS = 16, 256
-MAX_BIASES = 1024
 _OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What generation_config.json may set."""
-
-
-def check_number(name: str, value: Any, *, param: str | None = None) -> Any:
-    """The value, if LIMITS allows it; InputError naming the bounds otherwise."""
-    low, high, whole = LIMITS[name]
-    kinds = (int,) if whole else (int, float)
-    good = isinstance(value, kinds) and not isinstance(value, bool)
-    if not good or not low <= value <= high:
-        kind = "a whole number" if whole else "a number"
-        raise InputError(f"{param or name} must be {kind} from {low:g} to {high:g}", param=param or name)
-    return value
-
-
-def check_stop(value: Any) -> list[str]:
-    """One stop string or several. InputError if there are too many, or one is empty or too long."""
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, (list, tuple)) or not all(isinstance(stop, str) for stop in stops):
-        raise InputError("stop must be a string or a list of strings", param="stop")
-    if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
-        raise InputError(f"stop takes up to {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters", param="stop")
-    return list(stops)
-
-
-def check_logit_bias(value: Any) -> dict[int, float]:
-    """Token id (JSON: a string of digits) -> bias; the sampler clamps to -100..100. InputError for anything else."""
-    if not isinstance(value, dict) or len(value) > MAX_BIASES:
-        raise InputError(f"logit_bias must be an object of up to {MAX_BIASES} token ids", param="logit_bias")
-    found: dict[int, float] = {}
-    for key, bias in value.items():
-        text = str(key)
-        if not (text.isascii() and text.isdecimal() and len(text) < 10):
-            raise InputError(f"logit_bias takes token ids, not {text[:32]!r}", param="logit_bias")
-        if not isinstance(bias, (int, float)) or isinstance(bias, bool) or not math.isfinite(bias):
-            raise InputError(f"logit_bias of token {text} must be a number", param="logit_bias")
-        found[int(text)] = float(bias)
-    return found
 
 
 @dataclass(frozen=True)
@@ -133,15 +79,7 @@ class GenerationDefaults:
             "seed": seed,
             "logprobs": logprobs,
         }
-        for name, value in values.items():
-            if value is not None:
-                check_number(name, value)
-        if min_tokens > max_new_tokens:
-            raise InputError(f"min_tokens is {min_tokens}, but only {max_new_tokens} may come", param="min_tokens")
+        biases = dict(logit_bias or {})
         return SamplingParams(
-            ignore_eos=ignore_eos,
-            cache_salt=cache_salt,
-            stop=check_stop(list(stop)),
-            logit_bias=check_logit_bias(dict(logit_bias or {})),
-            **values,
+            ignore_eos=ignore_eos, cache_salt=cache_salt, stop=list(stop), logit_bias=biases, **values
         )

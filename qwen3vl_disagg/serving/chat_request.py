@@ -8,8 +8,8 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
 from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.core.sampling_bounds import check_logit_bias, check_number, check_stop
 from qwen3vl_disagg.processing import GenerationDefaults, parse_tools
-from qwen3vl_disagg.processing.generation import check_logit_bias, check_number, check_stop
 from qwen3vl_disagg.processing.prompt_options import PromptOptions
 from qwen3vl_disagg.processing.request_fields import check_fields, is_one_of
 

@@ -97,7 +97,7 @@ def test_whatever_is_raised_on_the_way_leaves_nothing_behind(
         "receiver": llm.transfer.receiver,
     }
     fail_at(monkeypatch, targets[where], name, nth, fault)
-    with pytest.raises((Odd, KeyboardInterrupt)):
+    with pytest.raises((Odd, KeyboardInterrupt, DisaggError)):
         llm.chat([TEXT, question, TEXT, question], SHORT)
     monkeypatch.undo()
     check_whole(llm, question, expected)
@@ -192,3 +192,11 @@ def test_a_step_that_breaks_ends_the_other_iterators_with_an_error(llm, question
 def test_a_window_is_at_least_one(llm, ahead):
     with pytest.raises(InputError, match="at least 1"):
         llm.chat_iter([TEXT], ahead=ahead)
+
+
+@pytest.mark.parametrize("token_id", [10**8, 10**6])
+def test_token_ids_outside_of_the_vocabulary(llm, question, expected, token_id):
+    with pytest.raises(InputError, match="logit_bias takes token ids from 0 to") as caught:
+        llm.chat([TEXT], SamplingParams(logit_bias={token_id: 1.0}))
+    assert caught.value.param == "logit_bias"
+    check_whole(llm, question, expected)

@@ -191,7 +191,7 @@ def test_a_request_that_is_gone_gives_its_row_back():
         rows = [SamplingRow(params, 0, [0], [2]) for _ in range(3)]
         sampler.sample(logits, rows)
     assert {name: len(table) for name, table in sampler._penalties._tables.items()} == dict.fromkeys(
-        ["bias", "seen", "minus"], 4
+        ["bias", "factor", "minus"], 4
     )
     assert len(sampler._penalties._entries) == 3
     plain = [SamplingRow(SamplingParams(repetition_penalty=1.5), 0, [4], [])] * 3
@@ -216,7 +216,7 @@ def test_penalties_of_a_batch_at_once_are_those_of_each_row(monkeypatch):
     expected, found = logits.clone(), logits.clone()
     Penalties().apply(expected, range(4), rows)
     monkeypatch.setattr(penalties, "upload", lambda columns, _: torch.tensor(columns, dtype=torch.float64).unbind(0))
-    monkeypatch.setattr(torch, "zeros", lambda shape, dtype, device, make=torch.zeros: make(shape, dtype=dtype))
+    monkeypatch.setattr(torch, "full", lambda shape, value, device, make=torch.full: make(shape, value))
     Penalties().apply(found.as_subclass(Elsewhere), range(4), rows)
     assert made
     assert torch.equal(found, expected)

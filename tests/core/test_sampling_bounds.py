@@ -1,0 +1,88 @@
+"""Sampling parameters are checked where they are made, by one table, whoever makes them."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.core.sampling_bounds import LIMITS, MAX_BIASES, MAX_STOPS, NOT_GIVEN
+from qwen3vl_disagg.processing.generation import GenerationDefaults
+
+DEFAULTS = GenerationDefaults(frozenset({0}))
+
+
+def wrong_values(name: str) -> list:
+    low, high, whole = LIMITS[name]
+    far = [low - 1, high * 2 + 1, -math.inf, math.inf, math.nan, 10**400, -(10**400)]
+    kinds = ["1", [1], {}, True, 1j, np.float32(1)]
+    return far + kinds + ([low + 0.5, float(high)] if whole else []) + ([] if name in NOT_GIVEN else [None])
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_every_number_has_its_bounds(name):
+    low, high, _ = LIMITS[name]
+    others = {"max_new_tokens": 2**20} if name == "min_tokens" else {}
+    for good in (low, high):
+        assert getattr(SamplingParams(**{name: good}, **others), name) == good
+    for bad in wrong_values(name):
+        with pytest.raises(InputError) as caught:
+            SamplingParams(**{name: bad})
+        assert caught.value.param == name, bad
+        assert name in str(caught.value)
+        with pytest.raises(InputError):
+            msgspec.structs.replace(SamplingParams(), **{name: bad})
+        if bad is not None:  # None: the checkpoint's own
+            with pytest.raises(InputError) as caught:
+                DEFAULTS.sampling(**{name: bad})
+            assert caught.value.param == name, bad
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("stop", [""]),
+        ("stop", ["a"] * (MAX_STOPS + 1)),
+        ("stop", ["a" * 300]),
+        ("stop", [5]),
+        ("stop", None),
+        ("stop", b"a"),
+        ("logit_bias", {-1: 0.0}),
+        ("logit_bias", {"x": 1.0}),
+        ("logit_bias", {1: math.nan}),
+        ("logit_bias", {1: -math.inf}),
+        ("logit_bias", {1: 10**400}),
+        ("logit_bias", {1: None}),
+        ("logit_bias", {1: True}),
+        ("logit_bias", {1.5: 1.0}),
+        ("logit_bias", [1]),
+        ("logit_bias", None),
+        ("logit_bias", dict.fromkeys(range(MAX_BIASES + 1), 1.0)),
+        ("ignore_eos", 1),
+        ("ignore_eos", None),
+        ("cache_salt", None),
+    ],
+)
+def test_what_is_no_number_is_checked_too(name, bad):
+    with pytest.raises(InputError) as caught:
+        SamplingParams(**{name: bad})
+    assert caught.value.param == name
+
+
+def test_more_tokens_than_may_come():
+    with pytest.raises(InputError, match="min_tokens is 9, but only 8 may come"):
+        SamplingParams(min_tokens=9, max_new_tokens=8)
+
+
+def test_spellings_that_mean_the_same():
+    assert SamplingParams(stop="END").stop == ["END"]
+    assert SamplingParams(stop=("a", "b")).stop == ["a", "b"]
+    given = {"7": 1, 8: 2}
+    params = SamplingParams(logit_bias=given)
+    given[9] = math.nan
+    assert params.logit_bias == {7: 1.0, 8: 2.0}
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
