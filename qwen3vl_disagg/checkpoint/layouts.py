@@ -32,7 +32,9 @@ from qwen3vl_disagg.checkpoint.fp8 import (
     scale_shape,
 )
 from qwen3vl_disagg.checkpoint.headers import TensorInfo
+from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.core.settings import ExpertLayout
+from qwen3vl_disagg.core.tensors import all_finite
 
 HEAD = "lm_head.weight"
 Shape = tuple[int, ...]
@@ -109,17 +111,32 @@ class Recipe:
     step: int = 1
 
     def fill(self, checkpoint: Checkpoint, rows: range, out: Tensor) -> None:
-        """Read the parameter's `rows` into `out`, which has just these."""
+        """Read the parameter's `rows` into `out`, which has just these. CheckpointError for numbers that are not finite
+        there, naming the tensor that brings them."""
         for piece in self.pieces(rows):
             weight = checkpoint.read(piece.source, piece.rows)
             scale = None if piece.scales is None else checkpoint.read(piece.scales.source, piece.scales.rows)
-            piece.put(weight, scale, out[piece.place])
+            place = out[piece.place]
+            piece.put(weight, scale, place)
+            if not all_finite(place):
+                raise CheckpointError(checkpoint.folder, [_not_finite(checkpoint, piece, weight, scale, place)])
 
     def num_bytes(self, tensors: Mapping[str, TensorInfo], rows: range) -> int:
         """What `fill` reads."""
         pieces = self.pieces(rows)
         parts: list[Piece | Scales] = [*pieces, *(piece.scales for piece in pieces if piece.scales is not None)]
         return sum(tensors[part.source].rows_bytes(part.rows) for part in parts)
+
+
+def _not_finite(checkpoint: Checkpoint, piece: Piece, weight: Tensor, scale: Tensor | None, made: Tensor) -> str:
+    """Why what was made of a piece is not finite."""
+    source = piece.source
+    if piece.scales is not None and scale is not None and not scale.float().isfinite().all():
+        source = piece.scales.source
+    elif weight.float().isfinite().all():
+        dtype = str(made.dtype).removeprefix("torch.")
+        return f"{checkpoint.tensors[source].file}: {source}: numbers too large for {dtype}"
+    return f"{checkpoint.tensors[source].file}: {source}: numbers that are not finite"
 
 
 def plan(

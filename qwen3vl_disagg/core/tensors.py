@@ -1,4 +1,4 @@
-"""Tensors that cost memory only once they are written."""
+"""Tensors that cost memory only once they are written, and a cheap look at all numbers of one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -18,3 +19,15 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | 
         return torch.zeros(*shape, dtype=dtype)
     raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(raw).view(dtype).view(*shape)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no number of `x`, of a float dtype, is NaN or infinite.
+
+    Products with ones are the cheapest look at all of them (on a CPU a sum of bfloat16 has a tenth of their speed). One
+    that overflows says nothing, so then each is looked at.
+    """
+    if x.numel() == 0:
+        return True
+    rows = x.flatten(0, -2) if x.dim() > 1 else x.view(1, -1)
+    return bool(F.linear(rows, rows.new_ones(1, rows.shape[1])).isfinite().all()) or bool(x.isfinite().all())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError, ServerError, TransferError, UnavailableError
 from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.core.tensors import all_finite
 from qwen3vl_disagg.disagg.digest import add_digests, deepstack_sums, range_digests, run_sums, sums_digest
 from qwen3vl_disagg.disagg.layout import item_ranges
 from qwen3vl_disagg.disagg.messages import Grant, Header, Resume
@@ -117,11 +118,6 @@ class EncodedItem:
         return torch.tensor([len(self.main), *self.grid, levels, self.main.shape[1], self.digest, attempt])
 
 
-def _all_finite(rows: Tensor) -> bool:
-    """A sum is much cheaper than looking at each number; one that overflows says nothing, so then each is looked at."""
-    return bool(torch.isfinite(rows.sum(dtype=torch.float32))) or bool(torch.isfinite(rows).all())
-
-
 class EncodeWorker:
     """The vision tower and what feeds it. Stateless; `encode` on one thread at a time, holding `turns`."""
 
@@ -191,7 +187,7 @@ class EncodeWorker:
         merge_unit = self.config.vision.merge_unit
         num_rows = [t * h * w // merge_unit for t, h, w in (entry.grid for entry in batch)]
         parts = [separate_deepstack(rows, self.config.text.hidden_size) for rows in features.split(num_rows)]
-        is_good = [_all_finite(main) and _all_finite(deepstack) for main, deepstack in parts]
+        is_good = [all_finite(main) and all_finite(deepstack) for main, deepstack in parts]
         elapsed_ms = (time.monotonic() - started) * 1e3
         results: list[EncodedItem | Exception] = []
         for entry, token_id, (main, deepstack), ok in zip(batch, visual_token_ids, parts, is_good, strict=True):

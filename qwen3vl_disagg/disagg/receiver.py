@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.core.tensors import all_finite
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.digest import add_digests, deepstack_sums, run_sums, sums_digest
 from qwen3vl_disagg.disagg.layout import AUX_FIELDS, item_ranges
@@ -68,6 +69,7 @@ class Receiver:
             for (start, stop), expected, _ in zip(ranges, job.header.deepstack_digests, deepstack_views, strict=True):
                 piece = next(here)
                 digests.append(_check(expected, deepstack_sums(piece), "DeepStack rows", start, stop))
+                _check_finite(piece, "DeepStack rows", start, stop)
                 deepstack.append((start, piece))
             main: list[tuple[int, Tensor]] = []
             ranges = item_ranges(grant.row_runs, grant.row_start)
@@ -75,6 +77,7 @@ class Receiver:
                 rows, fill_ids, positions = next(here), next(here), next(here)
                 digests.append(_check(expected, run_sums(rows, fill_ids, positions), "rows", start, stop))
                 self._check_run(item, job, start, fill_ids, positions)
+                _check_finite(rows, "rows", start, stop)
                 main.append((start, rows))
             for _ in here:  # nothing is left, but only the end says that the receives have returned
                 continue
@@ -151,6 +154,11 @@ class Receiver:
     def forget_attempt(self, attempt: Attempt) -> None:
         with self._lock:
             self._items.pop(attempt, None)
+
+
+def _check_finite(rows: Tensor, what: str, start: int, stop: int) -> None:
+    if not all_finite(rows):
+        raise TransferError(f"{what} {start}..{stop} hold NaN or infinity")
 
 
 def _check(expected: int, sums_R: Tensor, what: str, start: int, stop: int) -> int:
