@@ -28,6 +28,7 @@ from qwen3vl_disagg.core.faults import plan_faults
 from qwen3vl_disagg.core.settings import (
     BufferOptions,
     EncodeOptions,
+    HttpOptions,
     ModelOptions,
     check_supported,
 )
@@ -42,6 +43,7 @@ from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent
 from qwen3vl_disagg.engine.rank_bodies import run_combined_rank, run_language_rank
 from qwen3vl_disagg.parallel.dry_run import DEFAULT_WORLD, ParallelOptions, check_parallel, dry_run
 from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.serving.doors import ANY, Doors, is_loopback
 from qwen3vl_disagg.serving.frontend import run_frontend
 from qwen3vl_disagg.serving.job_memory import JobMemory
 
@@ -49,14 +51,11 @@ MEET_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(ParallelOptions, EncodeOptions, BufferOptions, ModelOptions):
+class ServeOptions(HttpOptions, ParallelOptions, EncodeOptions, BufferOptions, ModelOptions):
     """Serve a checkpoint over HTTP."""
 
     encode_ranks: int | None = None
     """Ranks 0 .. E-1 encode, the others generate. Default: a quarter, at least one."""
-    host: str = "127.0.0.1"
-    """Address of the HTTP server."""
-    port: int = 8000
     overlap: Literal["on", "off"] = "on"
     """Prefill what is there while later images of the same request are still encoded or sent."""
     prefix_cache: Literal["on", "off"] = "on"
@@ -160,6 +159,7 @@ def stated_meeting(options: ServeOptions, world: World) -> Meeting | None:
 
 def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) -> Slot:
     """Slot 0: binds both sockets, tells the others where the hub is, forks the frontend beside its rank."""
+    warn_of_open_door(options)
     stated = stated_meeting(options, world) or Meeting(hub_address=(LOOPBACK, 0), token=secrets.token_hex(16), pid=0)
     http_socket, hub_socket = bind(options.host, options.port, "port"), bind(*stated.hub_address, "hub")
     meeting = Meeting(hub_address=hub_socket.getsockname()[:2], token=stated.token, pid=os.getpid())
@@ -169,7 +169,7 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
     publish(path, meeting)
     frontend = Child(
         "frontend",
-        functools.partial(run_frontend, context, http_socket, hub_socket, JobMemory(), debug=options.debug),
+        functools.partial(run_frontend, context, http_socket, hub_socket, JobMemory(), options, debug=options.debug),
         is_vital=False,
         sockets=(http_socket, hub_socket),
         takes_signals=True,
@@ -192,6 +192,19 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
         is_hub_gone=lambda: not path.exists(),
         on_left=on_left,
         on_told=on_told,
+    )
+
+
+def warn_of_open_door(options: HttpOptions) -> None:
+    """Whoever reaches the address may use the server: said once."""
+    if is_loopback(options.host):
+        return
+    doors = Doors.of(options.host, options.allow_host)
+    hosts = "any Host" if ANY in doors.names else f"any IP address and {', '.join(sorted(doors.names))} as Host"
+    print(
+        f"warning: --host {options.host}: whoever reaches this address can use the server, there is no authentication; "
+        f"it answers to {hosts}",
+        file=sys.stderr,
     )
 
 
@@ -245,6 +258,8 @@ def run_slot(world: World) -> int:
         layout = Layout.of(world.size, options.encode_ranks)
         check_supported(options)
         EncodeOptions.check(options)
+        HttpOptions.check(options)
+        Doors.of(options.host, options.allow_host)
         if options.chunk_tokens is not None and options.chunk_tokens < 1:
             raise InputError(f"--chunk-tokens {options.chunk_tokens}: must be at least 1", param="chunk_tokens")
         stated_meeting(options, world)

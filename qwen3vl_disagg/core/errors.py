@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Self, TypeVar
 
 T = TypeVar("T")
+MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
+"""What a client that should try again later may be told."""
 
 
 class DisaggError(Exception):

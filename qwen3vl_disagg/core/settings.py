@@ -14,6 +14,7 @@ Quantize = Literal["none", "int8", "float8"]
 ImageResize = Literal["torch", "pillow"]
 ExpertLayout = Literal["hub", "v5", "per_expert"]
 Dispatch = Literal["gather", "all_to_all"]
+MAX_REQUEST_TIMEOUT_S = 86_400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,30 @@ class EncodeOptions:
             if getattr(self, name) < 0:
                 option = name.replace("_", "-")
                 raise InputError(f"--{option} {getattr(self, name)}: must not be negative", param=option)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpOptions:
+    """Whom the HTTP server serves, and for how long."""
+
+    host: str = "127.0.0.1"
+    """Address of the HTTP server."""
+    port: int = 8000
+    allow_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
+    """A name by which clients address the server, as their Host header has it; may be repeated; `*`: any. Without it:
+    localhost and loopback addresses; where --host is not one of these, any IP address and this machine's names."""
+    max_waiting: Annotated[int, tyro.conf.arg(metavar="N")] = 1024
+    """Requests that may wait for their first token; more are refused with 429."""
+    request_timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 600.0
+    """How long a request may take if it does not say so itself (X-Request-Timeout-Ms)."""
+
+    def check(self) -> None:
+        """InputError for a number that is out of range."""
+        if self.max_waiting < 1:
+            raise InputError(f"--max-waiting {self.max_waiting}: must be at least 1", param="max-waiting")
+        if not 0 < self.request_timeout <= MAX_REQUEST_TIMEOUT_S:
+            limit = f"more than 0 and at most {MAX_REQUEST_TIMEOUT_S}"
+            raise InputError(f"--request-timeout {self.request_timeout:g}: must be {limit}", param="request-timeout")
 
 
 def check_supported(options: ModelOptions) -> None:

@@ -50,7 +50,7 @@ class RankHello(Message, frozen=True):
 
     `rank` is None for an encode rank that joins: the answer says its number, which it states from then on, and the
     `job`, which all that come again state. `host` is where `pid` means something (`rendezvous.host_id`).
-    `weight_bytes`: of the model that is in this process.
+    `weight_bytes`: of the model that is in this process. `kv_tokens`: keys and values it has room for.
     """
 
     token: str
@@ -63,6 +63,7 @@ class RankHello(Message, frozen=True):
     link_address: tuple[str, int] | None = None
     store_address: tuple[str, int] | None = None
     weight_bytes: int = 0
+    kv_tokens: int = 0
 
 
 class LinksUp(Message, frozen=True):

@@ -30,6 +30,7 @@ class EncodeRank:
 
 @dataclass
 class LanguageRank:
+    kv_tokens: int = 0
     last_used: int = 0
     requests: dict[str, int] = field(default_factory=dict)
     """Request -> tokens."""

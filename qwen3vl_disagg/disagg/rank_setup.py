@@ -77,6 +77,7 @@ class RankSetup:
         *,
         link_address: tuple[str, int] | None = None,
         store_address: tuple[str, int] | None = None,
+        kv_tokens: int = 0,
     ) -> RankHello:
         return RankHello(
             token=self.context.token,
@@ -88,6 +89,7 @@ class RankSetup:
             link_address=link_address,
             store_address=store_address,
             weight_bytes=held_bytes(model),
+            kv_tokens=kv_tokens,
         )
 
 

@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from qwen3vl_disagg.core.errors import (
     DisaggError,
-    OverloadedError,
     ServerError,
     TransferError,
     UnavailableError,
     late,
 )
+from qwen3vl_disagg.disagg.admission import Admission
 from qwen3vl_disagg.disagg.messages import (
     Assign,
     Cancel,
@@ -45,6 +45,7 @@ from qwen3vl_disagg.disagg.messages import (
 from qwen3vl_disagg.disagg.placement import EncodeRank, LanguageRank, choose_encode_rank, choose_language_rank
 from qwen3vl_disagg.disagg.router_tables import Item, Request, RouterLimits, harmful
 from qwen3vl_disagg.disagg.routing import (
+    TOKEN_ID_BYTES,
     Abandon,
     Action,
     Admit,
@@ -86,6 +87,8 @@ class Router:
         self._suspects = Suspects(self.limits.max_deaths, self.limits.suspect_s, self.limits.max_suspects)
         self._num_incarnations = 0
         self._num_submitted = 0
+        self._admission = Admission(self.limits)
+        self._now = 0.0
         self._actions: list[Action] = []
 
     @property
@@ -112,6 +115,7 @@ class Router:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event in; `now` is in seconds on any clock that does not go back."""
+        self._now = now
         match event:
             case Admit():
                 self._admit(event, now)
@@ -139,7 +143,9 @@ class Router:
     # ---- requests ----
 
     def _admit(self, event: Admit, now: float) -> None:
-        if error := self._refusal(event, now):
+        num_prompt = len(event.token_ids) // TOKEN_ID_BYTES
+        cost = Admission.cost(num_prompt, event.num_tokens - num_prompt)
+        if error := self._condemned(event, now) or self.refusal(now, cost=cost):
             self._actions.append(End(event.request_id, error))
             return
         # For images, a rank that some encode rank can send to, if there is one.
@@ -150,6 +156,7 @@ class Router:
         self._language[rank].requests[event.request_id] = event.num_tokens
         items = [Item(visual) for visual in event.items]
         self._requests[event.request_id] = Request(rank, items, event.num_tokens, now + event.timeout_s)
+        self._admission.add(event.request_id, cost, now)
         submit = Submit(
             request_id=event.request_id,
             token_ids=event.token_ids,
@@ -159,28 +166,31 @@ class Router:
         )
         self._actions.append(Send("language", rank, submit))
 
-    def _refusal(self, event: Admit, now: float) -> DisaggError | None:
-        if self.is_draining:
-            return UnavailableError("the server is shutting down")
+    def _condemned(self, event: Admit, now: float) -> DisaggError | None:
         for visual in event.items:
             if self._suspects.is_condemned(visual.digest, now):
                 return harmful(visual)
+        return None
+
+    def refusal(self, now: float, *, cost: int = 0, num_coming: int = 0) -> DisaggError | None:
+        """Why a request of this cost would not be taken. `num_coming`: how many others will be admitted before it."""
+        if self.is_draining:
+            return UnavailableError("the server is shutting down")
         if missing := self.required - self._language.keys():
             return UnavailableError(f"language rank {min(missing)} is missing")
         if not self._language:
             return UnavailableError("no language rank is ready")
-        waiting = [request.num_tokens for request in self._requests.values() if not request.num_received_tokens]
-        if len(waiting) >= self.limits.max_waiting:
-            return OverloadedError(f"{len(waiting)} requests are waiting")
-        # One request alone always fits: whether it is too long for the model is not decided here.
-        if waiting and sum(waiting) + event.num_tokens > self.limits.max_waiting_tokens:
-            return OverloadedError("too many tokens are waiting")
-        return None
+        return self._admission.refusal(now, kv_tokens=self._kv_tokens, cost=cost, num_coming=num_coming)
+
+    @property
+    def _kv_tokens(self) -> int:
+        return sum(rank.kv_tokens for rank in self._language.values())
 
     def _end(self, request_id: str, error: DisaggError | None = None, *, by_language_rank: bool = False) -> None:
         request = self._requests.pop(request_id, None)
         if request is None:
             return
+        self._admission.leave(request_id, self._now, is_served=False)
         encoding = {item.encode_rank for item in request.items if item.state == "encoding"} & self._encode.keys()
         for index in range(len(request.items)):
             self._take_from_encode_rank(request_id, index, request.items[index])
@@ -207,7 +217,7 @@ class Router:
             self._num_incarnations += 1
             self._encode[event.rank] = EncodeRank(self._num_incarnations)
         else:
-            self._language[event.rank] = LanguageRank()
+            self._language[event.rank] = LanguageRank(event.kv_tokens)
 
     def _rank_down(self, event: RankDown, now: float) -> None:
         if event.role == "encode":
@@ -425,4 +435,5 @@ class Router:
             self._end(message.request_id, ServerError("part of the answer was lost"))
         elif message.index == request.num_received_tokens and message.token_ids:
             request.num_received_tokens += len(message.token_ids)
+            self._admission.leave(message.request_id, self._now, is_served=True)
             self._actions.append(Deliver(message.request_id, message))

@@ -12,10 +12,12 @@ from qwen3vl_disagg.core.requests import VisualItem
 
 @dataclass(frozen=True)
 class RouterLimits:
-    max_waiting: int = 64
+    max_waiting: int = 1024
     """Requests that have no token yet."""
     max_waiting_tokens: int = 1 << 20
-    """Their tokens, prompt and output at most."""
+    """Their cost (`Admission`); or, if that is more,"""
+    max_waiting_fills: int = 8
+    """so many times what the language ranks hold at once."""
     max_attempts: int = 3
     """Encodings of one item that may fail before its request does. Deaths of encode ranks are not among these."""
     encode_wait_s: float = 30.0

@@ -10,6 +10,7 @@ from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.disagg.messages import Decoded, Finished, Message, Tokens
 
 Role = Literal["encode", "language"]
+TOKEN_ID_BYTES = 4
 
 
 # ---- events ----
@@ -36,8 +37,11 @@ class Abandon:
 
 @dataclass(frozen=True)
 class RankUp:
+    """`kv_tokens`: keys and values that a language rank has room for."""
+
     role: Role
     rank: int
+    kv_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,12 @@ async def start_language_rank(
         store, store_address = host_store(context.host)
         links.use_store(store)
     link_address = await links.serve()
-    addresses = {"link_address": link_address, "store_address": store_address}
-    hello = setup.hello("language", engine.runner.model, **addresses)
+    pool = engine.scheduler.pool
+    hello = setup.hello(
+        "language",
+        engine.runner.model,
+        link_address=link_address,
+        store_address=store_address,
+        kv_tokens=pool.num_pages * pool.page_size,
+    )
     return LanguageRank(engine, links, hello, context.hub_address, turns=turns, lockstep=lockstep)

@@ -21,6 +21,7 @@ from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.backend import Backend
 from qwen3vl_disagg.serving.body import ClientGone
 from qwen3vl_disagg.serving.chat import ChatCompletions
+from qwen3vl_disagg.serving.doors import Doors
 from qwen3vl_disagg.serving.errors import JSONResponse, envelope, error_response, on_error, on_http_exception
 from qwen3vl_disagg.serving.limits import MAX_HEADER_BYTES, Limits
 from qwen3vl_disagg.serving.types import Model, ModelList
@@ -33,14 +34,15 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class RequestGuard:
     """Around everything: each response names its request, no exception leaves without an envelope."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, doors: Doors | None = None) -> None:
+        self._app, self._doors = app, doors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         started = False
 
@@ -48,14 +50,17 @@ class RequestGuard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                answer = MutableHeaders(scope=message)
+                answer["X-Request-ID"] = request_id
+                if message["status"] >= 400 and "expect" in headers:
+                    # Whether the body comes after all, nobody can know (RFC 9110, 10.1.1).
+                    answer["Connection"] = "close"
             await send(message)
 
         try:
-            # The server bounds headers that are still coming; those that came in one piece are measured here.
-            if _header_bytes(scope) > MAX_HEADER_BYTES:
-                message = f"the headers are larger than the limit of {MAX_HEADER_BYTES} bytes"
-                error = InputError(message, status=431, code="headers_too_large")
+            try:
+                self._check(scope, headers)
+            except InputError as error:
                 await error_response(error)(scope, receive, send_named)
                 return
             await self._app(scope, receive, send_named)
@@ -66,6 +71,15 @@ class RequestGuard:
                 raise
             logger.exception("request %s failed", request_id)
             await error_response(failure)(scope, receive, send_named)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        """InputError for a request that no route may see."""
+        # The server bounds headers that are still coming; those that came in one piece are measured here.
+        if _header_bytes(scope) > MAX_HEADER_BYTES:
+            message = f"the headers are larger than the limit of {MAX_HEADER_BYTES} bytes"
+            raise InputError(message, status=431, code="headers_too_large")
+        if self._doors is not None:
+            self._doors.check(scope["method"], headers)
 
 
 def _header_bytes(scope: Scope) -> int:
@@ -79,9 +93,11 @@ def create_app(
     *,
     model_name: str,
     limits: Limits | None = None,
+    doors: Doors | None = None,
     debug: bool = False,
 ) -> Starlette:
-    """The application over a backend. `debug` opens GET /debug/processes."""
+    """The application over a backend. `doors`: whose requests it takes, anybody's without. `debug` opens GET
+    /debug/processes."""
     limits = limits or Limits()
     created = int(time.time())
     context = processor.config.text.max_position_embeddings
@@ -116,7 +132,7 @@ def create_app(
         routes.append(Route("/debug/processes", processes))
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(RequestGuard)],
+        middleware=[Middleware(RequestGuard, doors=doors)],
         exception_handlers={HTTPException: on_http_exception, DisaggError: on_error},
     )
     app.router.redirect_slashes = False

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob
 from qwen3vl_disagg.processing import Prompt
 
@@ -55,6 +56,9 @@ class RequestHandle(Protocol):
 
 class Backend(Protocol):
     def readiness(self) -> Readiness: ...
+
+    def refusal(self, num_coming: int = 0) -> DisaggError | None:
+        """Why a request would not be taken now, whatever it is. `num_coming`: those that will be submitted before."""
 
     def submit(self, prompt: Prompt, sampling: SamplingParams, timeout_s: float) -> RequestHandle:
         """Start a request; it may take `timeout_s` seconds in all. Does not wait.

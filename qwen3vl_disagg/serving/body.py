@@ -6,7 +6,6 @@ import asyncio
 import json
 import math
 import threading
-from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any
 
@@ -22,8 +21,6 @@ MAX_VALUES = 2**18
 MAX_INT_CHARS = 21
 """Of a whole number below MAX_INT, with its sign."""
 MAX_FLOAT_CHARS = 1024
-_DISCARD_FACTOR = 4
-_DISCARD_S = 10.0
 
 
 class ClientGone(Exception):
@@ -46,11 +43,15 @@ class BodyAccount:
         self._budget, self._taken = budget, 0
         self._num_holders, self._is_released = 0, False
 
+    def check_room(self, num_bytes: int) -> None:
+        """OverloadedError if that is more than is left."""
+        if self._budget.used + num_bytes > self._budget.limit:
+            raise OverloadedError("too many large requests at once")
+
     def take(self, num_bytes: int) -> None:
         """OverloadedError if that is more than is left."""
         with self._budget.lock:
-            if self._budget.used + num_bytes > self._budget.limit:
-                raise OverloadedError("too many large requests at once")
+            self.check_room(num_bytes)
             self._budget.used += num_bytes
             self._taken += num_bytes
 
@@ -80,35 +81,41 @@ class BodyAccount:
         self.release()
 
 
-async def read_body(receive: Receive, headers: Headers, limits: Limits, account: BodyAccount) -> bytearray:
+def check_headers(headers: Headers, limits: Limits, account: BodyAccount) -> None:
+    """What can be said of a body before any of it has come.
+
+    InputError 413 (too large), 415 (not plain JSON, or not said to be); OverloadedError.
+    """
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise InputError("Content-Type must be application/json", status=415, code="unsupported_media_type")
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise InputError("Content-Encoding is not supported", status=415, code="unsupported_encoding")
+    length = headers.get("content-length", "0")
+    num_bytes = int(length[:20]) if length.isdecimal() else 0
+    if num_bytes > limits.max_body_bytes:
+        raise _too_large(limits)
+    account.check_room(num_bytes)
+
+
+async def read_body(receive: Receive, limits: Limits, account: BodyAccount) -> bytearray:
     """The whole body. The limit holds while it comes, whether or not its length was declared.
 
-    InputError 408 (too slow), 413 (too large), 415 (not plain JSON); OverloadedError; ClientGone.
+    InputError 408 (too slow), 413 (too large); OverloadedError; ClientGone.
     """
-    content_type = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    body, chunks = bytearray(), _Chunks(receive)
+    body, is_whole = bytearray(), False
     try:
-        if content_type != "application/json":
-            raise InputError("Content-Type must be application/json", status=415, code="unsupported_media_type")
-        if headers.get("content-encoding", "identity").lower() != "identity":
-            raise InputError("Content-Encoding is not supported", status=415, code="unsupported_encoding")
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > limits.max_body_bytes:
-            raise _too_large(limits)
         async with asyncio.timeout(limits.body_timeout_s):
-            async for chunk in chunks:
+            while not is_whole:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                chunk, is_whole = message.get("body", b""), not message.get("more_body", False)
                 if len(body) + len(chunk) > limits.max_body_bytes:
                     raise _too_large(limits)
                 account.take(len(chunk))
                 body += chunk
     except TimeoutError:
         raise InputError("the body came too slowly", status=408, code="body_timeout") from None
-    except (InputError, OverloadedError):
-        body.clear()
-        # Most clients read no answer before they have sent everything. One that asked first (Expect) is not kept.
-        if "expect" not in headers:
-            await chunks.discard(_DISCARD_FACTOR * limits.max_body_bytes)
-        raise
     return body
 
 
@@ -116,32 +123,6 @@ def _too_large(limits: Limits) -> InputError:
     return InputError(
         f"the body is larger than the limit of {limits.max_body_bytes} bytes", status=413, code="request_too_large"
     )
-
-
-class _Chunks:
-    """The pieces of a body as they come. ClientGone if the connection closes before the last one."""
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive, self._ended = receive, False
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while not self._ended:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            self._ended = not message.get("more_body", False)
-            yield message.get("body", b"")
-
-    async def discard(self, num_bytes: int) -> None:
-        """Read on without keeping anything, for some bytes and some seconds."""
-        try:
-            async with asyncio.timeout(_DISCARD_S):
-                async for chunk in self:
-                    num_bytes -= len(chunk)
-                    if num_bytes < 0:
-                        return
-        except TimeoutError:
-            return  # the answer goes out all the same
 
 
 def parse_json(body: bytes | bytearray) -> dict[str, Any]:

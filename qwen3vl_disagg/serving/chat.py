@@ -10,12 +10,12 @@ from contextlib import aclosing
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from qwen3vl_disagg.core.errors import DeadlineError, InputError, OverloadedError, UnavailableError
+from qwen3vl_disagg.core.errors import DeadlineError, InputError, OverloadedError
 from qwen3vl_disagg.core.requests import RequestTimings
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.answer import Answer, TokenNames, with_frontend
 from qwen3vl_disagg.serving.backend import Backend, FinishedEvent, RequestHandle
-from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, read_body
+from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, check_headers, read_body
 from qwen3vl_disagg.serving.chat_request import ChatRequest
 from qwen3vl_disagg.serving.errors import JSONResponse
 from qwen3vl_disagg.serving.limits import Limits
@@ -37,20 +37,28 @@ class ChatCompletions:
         self._names = TokenNames(processor.tokenizer)
         self._budget = BodyBudget(limits.max_body_memory)
         self._preparation = Preparation(processor, model_name=model_name, limits=limits)
-        self._num_running = 0
+        self._num_running = self._num_preparing = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         with BodyAccount(self._budget) as account:
-            body = await read_body(receive, headers, self._limits, account)
-            if self._num_running >= self._limits.max_requests:
-                raise OverloadedError(f"{self._num_running} requests are running, the limit is reached")
+            check_headers(headers, self._limits, account)
+            timeout_s = self._timeout(headers)
+            self._check_room()
+            body = await read_body(receive, self._limits, account)
+            self._check_room()
             self._num_running += 1
             try:
-                timeout_s = self._timeout(headers)
                 await until_disconnect(receive, self._work(scope, receive, send, body, account, timeout_s))
             finally:
                 self._num_running -= 1
+
+    def _check_room(self) -> None:
+        """Raise what the backend would say in the end, before anything is done for the request."""
+        if self._num_running >= self._limits.max_requests:
+            raise OverloadedError(f"{self._num_running} requests are running, the limit is reached")
+        if refusal := self._backend.refusal(self._num_preparing):
+            raise refusal
 
     def _timeout(self, headers: Headers) -> float:
         text = headers.get(TIMEOUT_HEADER)
@@ -66,10 +74,11 @@ class ChatCompletions:
     ) -> None:
         arrival = time.monotonic()
         deadline = arrival + timeout_s
-        readiness = self._backend.readiness()
-        if not readiness.ready:
-            raise UnavailableError("the server is not ready: " + "; ".join(readiness.reasons))
-        prepared = await self._preparation.prepare(body, account, deadline)
+        self._num_preparing += 1
+        try:
+            prepared = await self._preparation.prepare(body, account, deadline)
+        finally:
+            self._num_preparing -= 1
         account.release()
         left = deadline - time.monotonic()
         if left <= 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from qwen3vl_disagg.core.errors import TransferError
+from qwen3vl_disagg.core.errors import MAX_RETRY_S, MIN_RETRY_S, TransferError
 from qwen3vl_disagg.core.failure import Failure
 
 _TRANSFER = "the embeddings of an image or clip could not be transferred; try again"
@@ -70,9 +71,14 @@ def describe(error: Exception) -> tuple[int, ErrorEnvelope, dict[str, str]]:
     if status in (408, 413, 431):  # a part of the request may be unread: the connection can carry no other
         headers["Connection"] = "close"
     elif status in (429, 503):
-        headers["Retry-After"] = str(max(1, math.ceil(getattr(error, "retry_after", 1.0))))
+        headers["Retry-After"] = _retry_after(getattr(error, "retry_after", MIN_RETRY_S))
     message = _TRANSFER if isinstance(error, TransferError) else failure.message
     return status, envelope(status, message, param=failure.param, code=failure.code), headers
+
+
+def _retry_after(seconds: float) -> str:
+    """Not the same for everybody: those who were refused together should not come back together."""
+    return str(math.ceil(min(max(seconds * random.uniform(1.0, 1.2), MIN_RETRY_S), MAX_RETRY_S)))
 
 
 def error_response(error: Exception) -> JSONResponse:

@@ -10,12 +10,16 @@ from typing import Any
 
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.hub import model_name, resolve_model_folder
+from qwen3vl_disagg.core.settings import HttpOptions
 from qwen3vl_disagg.disagg.rendezvous import RankContext
+from qwen3vl_disagg.disagg.router_tables import RouterLimits
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.app import create_app
+from qwen3vl_disagg.serving.doors import Doors
 from qwen3vl_disagg.serving.http_server import HttpServer
 from qwen3vl_disagg.serving.hub import Hub
 from qwen3vl_disagg.serving.job_memory import JobMemory
+from qwen3vl_disagg.serving.limits import Limits
 
 DRAIN_S = 20.0
 LEAVE_S = 3.0
@@ -28,6 +32,7 @@ def run_frontend(
     http_socket: socket.socket,
     hub_socket: socket.socket,
     memory: JobMemory,
+    options: HttpOptions,
     *,
     debug: bool = False,
 ) -> int:
@@ -35,8 +40,17 @@ def run_frontend(
     folder = resolve_model_folder(context.model.model)
     config = read_config(folder)
     processor = Processor.from_folder(folder, config, video_outer_wrapper=context.model.video_outer_wrapper)
-    hub = Hub(config, context.layout, context.token, memory=memory)
-    app = create_app(hub, processor, model_name=model_name_of(context), debug=debug)
+    hub = Hub(
+        config, context.layout, context.token, memory=memory, limits=RouterLimits(max_waiting=options.max_waiting)
+    )
+    app = create_app(
+        hub,
+        processor,
+        model_name=model_name_of(context),
+        limits=Limits(request_timeout_s=options.request_timeout),
+        doors=Doors.of(options.host, options.allow_host),
+        debug=debug,
+    )
     return asyncio.run(serve(hub, HttpServer(app), http_socket, hub_socket, memory))
 
 

@@ -41,6 +41,7 @@ from qwen3vl_disagg.disagg.messages import (
 from qwen3vl_disagg.disagg.messages import Decoded as ItemDecoded
 from qwen3vl_disagg.disagg.rendezvous import Layout
 from qwen3vl_disagg.disagg.router import Router
+from qwen3vl_disagg.disagg.router_tables import RouterLimits
 from qwen3vl_disagg.disagg.routing import (
     Abandon,
     Action,
@@ -132,12 +133,13 @@ class Hub:
         *,
         media: MediaStore | None = None,
         memory: JobMemory | None = None,
+        limits: RouterLimits | None = None,
     ) -> None:
         self._layout, self._memory = layout, memory or JobMemory()
         self._registry = Registry(layout, token, self._memory)
         visual_token_ids = {"image": config.image_token_id, "video": config.video_token_id}
         together = layout.language_ranks if config.text.num_experts else ()
-        self._router = Router(visual_token_ids, required=together)
+        self._router = Router(visual_token_ids, limits, required=together)
         self._media = MediaStore() if media is None else media
         self._ranks: dict[RankKey, Connection] = {}
         self._handles: dict[str, _Handle] = {}
@@ -181,6 +183,12 @@ class Hub:
         if not prompt.items:
             handle.events.put_nowait(Decoded())
         return handle
+
+    def refusal(self, num_coming: int = 0) -> DisaggError | None:
+        readiness = self.readiness()
+        if not readiness.ready:
+            return UnavailableError("the server is not ready: " + "; ".join(readiness.reasons))
+        return self._router.refusal(time.monotonic(), num_coming=num_coming)
 
     def readiness(self) -> Readiness:
         """Ready once every language rank is there with a link from some encode rank; after that, and where others
@@ -367,7 +375,7 @@ class Hub:
         try:
             await connection.send(Welcome(rank=rank, job=self._memory.job))
             connection.keep_alive()
-            self.take(RankUp(hello.role, rank))
+            self.take(RankUp(hello.role, rank, hello.kv_tokens))
             if hello.store_address is not None:
                 self._learn_store(hello.store_address)
             self._introduce()

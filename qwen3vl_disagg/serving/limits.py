@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qwen3vl_disagg.core.settings import MAX_REQUEST_TIMEOUT_S
+
 MIB = 2**20
 MAX_HEADER_BYTES = 16 * 2**10
 
@@ -16,15 +18,15 @@ class Limits:
     max_body_memory: int = 512 * MIB
     """Bodies of all requests that have not been read into a prompt yet."""
     body_timeout_s: float = 30.0
-    max_requests: int = 256
+    max_requests: int = 1024
     """Chat requests at a time, whatever their stage."""
     prepare_threads: int = 2
     """Threads that parse bodies, and make prompts without clips."""
     clip_threads: int = 2
     """Threads that make prompts with clips, which can take long: nobody else waits for them."""
-    request_timeout_s: float = 120.0
+    request_timeout_s: float = 600.0
     """Used when the client sends no X-Request-Timeout-Ms."""
-    max_request_timeout_s: float = 3600.0
+    max_request_timeout_s: float = MAX_REQUEST_TIMEOUT_S
     ping_s: float = 15.0
     """A stream silent for this long gets a comment line, so that nothing between us and the client gives up."""
     send_timeout_s: float = 30.0

@@ -183,7 +183,7 @@ def test_the_clients_timeout_reaches_the_backend():
     client.post(PATH, json=ASK, headers={"X-Request-Timeout-Ms": "5000"})
     client.post(PATH, json=ASK)
     assert 4 < backend.handles[0].timeout_s <= 5
-    assert 119 < backend.handles[1].timeout_s <= 120
+    assert 599 < backend.handles[1].timeout_s <= 600
     for bad in ("0", "-1", "1e3", "abc", "9" * 30, "\u0661".encode()):
         reply = client.post(PATH, json=ASK, headers={"X-Request-Timeout-Ms": bad})
         assert reply.status_code == 400

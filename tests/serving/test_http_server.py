@@ -88,8 +88,8 @@ def test_a_large_body_is_refused_and_the_client_learns_why(declared):
 
 def test_a_client_that_asks_before_sending_is_told_at_once():
     with Running(FakeBackend(), max_body_bytes=MIB) as running:
-        head = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Length: {9 * MIB}\r\nExpect: 100-continue\r\n\r\n"
-        raw = running.raw(head.encode())
+        head = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {9 * MIB}\r\n"
+        raw = running.raw(f"{head}Expect: 100-continue\r\n\r\n".encode())
         assert raw.startswith(b"HTTP/1.1 413 ")
 
 

@@ -29,6 +29,7 @@ from qwen3vl_disagg.disagg.messages import (
     Stop,
     Tokens,
 )
+from qwen3vl_disagg.disagg.router_tables import RouterLimits
 from qwen3vl_disagg.serving import frontend
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.backend import Decoded as AllDecoded
@@ -182,7 +183,7 @@ async def test_errors_of_ranks_and_of_time_are_typed():
 @in_loop
 async def test_overload_is_refused_at_once_and_leaves_nothing_behind():
     media = MediaStore(max_bytes=5)
-    async with System(2, 1, media=media) as system:
+    async with System(2, 1, media=media, limits=RouterLimits(max_waiting=64)) as system:
         with pytest.raises(UnavailableError):  # no rank yet
             system.submit(b"abc")
         assert media.num_bytes == 0

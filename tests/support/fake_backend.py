@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.core.errors import DisaggError, UnavailableError
 from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, SamplingParams, TokenLogprob
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.serving.app import create_app
@@ -62,10 +63,17 @@ class FakeBackend:
     def __init__(self, script: Callable[[Prompt, SamplingParams], list[Step]] | None = None) -> None:
         self.script = script or (lambda prompt, sampling: answer_steps("red circle", sampling))
         self.state = Readiness(ready=True)
+        self.refused: DisaggError | None = None
+        """Why everything is refused."""
         self.handles: list[FakeHandle] = []
 
     def readiness(self) -> Readiness:
         return self.state
+
+    def refusal(self, num_coming: int = 0) -> DisaggError | None:
+        if self.refused is None and not self.state.ready:
+            return UnavailableError("the server is not ready: " + "; ".join(self.state.reasons))
+        return self.refused
 
     def submit(self, prompt: Prompt, sampling: SamplingParams, timeout_s: float) -> FakeHandle:
         steps = self.script(prompt, sampling)

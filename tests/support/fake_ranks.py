@@ -31,6 +31,7 @@ from qwen3vl_disagg.disagg.messages import (
     Welcome,
 )
 from qwen3vl_disagg.disagg.rendezvous import Layout, host_id
+from qwen3vl_disagg.disagg.router_tables import RouterLimits
 from qwen3vl_disagg.processing import Prompt
 from qwen3vl_disagg.serving.hub import Hub
 from qwen3vl_disagg.serving.job_memory import JobMemory
@@ -149,9 +150,10 @@ class System:
         *,
         media: MediaStore | None = None,
         memory: JobMemory | None = None,
+        limits: RouterLimits | None = None,
     ) -> None:
         self.layout = Layout.of(world, num_encode)
-        self.hub = Hub(CONFIG, self.layout, TOKEN, media=media, memory=memory)
+        self.hub = Hub(CONFIG, self.layout, TOKEN, media=media, memory=memory, limits=limits)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.socket.setblocking(False)
         self.address: tuple[str, int] = self.socket.getsockname()[:2]
