@@ -80,7 +80,7 @@ async def send(port: int, request: bytes, record: Stream) -> None:
     """Stream one request into `record`. Cancelling closes the connection, and with it the request."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
     try:
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         head += f"Connection: close\r\nX-Request-Timeout-Ms: {TIMEOUT_MS}\r\nContent-Length: {len(request)}\r\n\r\n"
         writer.write(head.encode() + request)
         await writer.drain()

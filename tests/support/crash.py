@@ -91,7 +91,7 @@ def ask(server: Server, parts: list[dict[str, Any]], expected: list[int]) -> str
 def abandon(server: Server, parts: list[dict[str, Any]], after_s: float) -> None:
     """Ask, and hang up."""
     body = json.dumps({"messages": [{"role": "user", "content": parts}], "max_tokens": 4}).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}"
     try:
         with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
