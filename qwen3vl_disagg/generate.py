@@ -181,7 +181,8 @@ def conversations(options: GenerateOptions) -> Iterator[Any]:
             _check_file(url, url[:100], kind, param)
         return iter([messages])
     assert options.batch is not None
-    if options.batch.is_file():  # what can be read twice is looked through before the model is loaded
+    if not options.batch.is_fifo() and not options.batch.is_char_device():
+        # What can be read twice is looked through before the model is loaded.
         for entry in _entries(options.batch):
             if isinstance(entry, InputError):
                 raise entry
