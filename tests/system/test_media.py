@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from qwen3vl_disagg import LLM
-from qwen3vl_disagg.core.errors import DisaggError, InputError
+from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.core.requests import SamplingParams
 from tests.support.images import png, uri
 from tests.support.media_catalogue import CATALOGUE, Entry
@@ -64,10 +64,10 @@ def test_in_one_process():
 
     def ask(content: list[dict]) -> tuple[int, str]:
         [result] = llm.chat_each([[{"role": "user", "content": content}]], SAMPLING)
-        if isinstance(result, InputError):
+        if isinstance(result, DisaggError):
             assert result.param == "messages[0].content[0]"
-            return result.status, result.message
-        return (500, str(result)) if isinstance(result, DisaggError) else (200, result.text)
+            return result.status, str(result)
+        return 200, result.text
 
     assert check(ask) == []
 
