@@ -2,6 +2,9 @@
 
     cache -> pull -> decode (threads, a bounded number of bytes ahead) -> wait -> tower (one thread, batch after batch)
 
+Images and clips have lanes of their own up to the tower, which takes from them in turn: no image waits for clips to be
+decoded, and for one batch of them at most in the tower.
+
 Whoever wants what is on its way already waits for it. An encoding belongs to none of those that wait: it goes on while
 one of them is left, and to its end once it is in the tower.
 """
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +26,7 @@ from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.disagg.embedding_cache import ContentKey, EmbeddingCache, content_key
 from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker, Pixels
-from qwen3vl_disagg.disagg.gate import Gate
+from qwen3vl_disagg.disagg.gate import Budget, Gate
 from qwen3vl_disagg.disagg.held_item import HeldItem, hold, keep
 from qwen3vl_disagg.disagg.messages import EncodeItem, EncodingBegun, EncodingEnded, Message
 from qwen3vl_disagg.disagg.vision_batch import plan_batch, tower_cost
@@ -30,7 +34,9 @@ from qwen3vl_disagg.media.stop import Stop
 
 DECODE_THREADS = 2
 BATCHES_AHEAD = 2
-"""Decoded patches that may wait for the tower, in batches."""
+"""Decoded patches that may wait for the tower, in batches, of each lane."""
+MAX_PULLED_BYTES = 64 * 2**20
+"""Bytes of images, and of clips, that were asked for and are not decoded yet."""
 Pull = Callable[[str, int], Awaitable[bytes]]
 """(SHA-256 in hex, number of bytes) -> the bytes"""
 
@@ -51,6 +57,8 @@ class _Encoding:
     pixels: Pixels | None = None
     room: int = 0
     """Bytes of patches that it takes of what may be decoded ahead."""
+    num_pulled: int = 0
+    """Bytes that it takes of what may be pulled."""
     batch: int = 0
     """Number of the tower's run that it is in; 0 before."""
     is_kept: bool = False
@@ -58,6 +66,16 @@ class _Encoding:
     task: asyncio.Task[EncodedItem] = field(init=False)
     rows: asyncio.Future[EncodedItem] = field(init=False)
     """What comes out of the tower."""
+
+
+class _Lane:
+    """What images, or clips, share up to the tower."""
+
+    def __init__(self, name: str, max_ahead: int) -> None:
+        self.decoder = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix=f"decode-{name}")
+        self.pulled, self.ahead = Budget(MAX_PULLED_BYTES), Budget(max_ahead)
+        self.waiting: deque[_Encoding] = deque()
+        """Decoded, for the tower."""
 
 
 class EncodePipeline:
@@ -75,22 +93,20 @@ class EncodePipeline:
         self._vision = worker.config.vision
         self._budget = options.vision_batch_tokens
         self._patch_bytes = 4 * self._vision.patch_dim
-        self._max_ahead = BATCHES_AHEAD * self._budget * self._vision.merge_unit * self._patch_bytes
-        self._ahead = 0
-        self._turn = asyncio.Lock()
-        self._has_room = asyncio.Event()
+        max_ahead = BATCHES_AHEAD * self._budget * self._vision.merge_unit * self._patch_bytes
+        self.lanes = {"image": _Lane("images", max_ahead), "video": _Lane("clips", max_ahead)}
+        """In the order in which the tower looks for its next batch."""
         self._encodings: dict[ContentKey, _Encoding] = {}
-        self._waiting: deque[_Encoding] = deque()
         self._is_running = False
-        self._decoder = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
         self._tower = ThreadPoolExecutor(1, thread_name_prefix="tower")
 
     def close(self) -> None:
-        self._waiting.clear()
+        for lane in self.lanes.values():
+            lane.waiting.clear()
         for encoding in self._encodings.values():
             encoding.stop.set()
             encoding.task.cancel()
-        for executor in (self._decoder, self._tower):
+        for executor in (*(lane.decoder for lane in self.lanes.values()), self._tower):
             executor.shutdown(wait=False, cancel_futures=True)
 
     async def rows(self, message: EncodeItem, on_decoded: Callable[[], None]) -> HeldItem:
@@ -144,7 +160,7 @@ class EncodePipeline:
 
     async def _encode(self, encoding: _Encoding) -> EncodedItem:
         """Ends with the rows in the cache, if they are to be kept and fit."""
-        visual, decoding = encoding.visual, None
+        visual, lane, decoding = encoding.visual, self.lanes[encoding.visual.modality], None
         try:
             await self._gate.enter(alone=encoding.is_alone)
         except asyncio.CancelledError:
@@ -153,23 +169,30 @@ class EncodePipeline:
         self._tell(EncodingBegun(digest=visual.digest))
         try:
             fault_point("before-encode", visual.digest)
+            await lane.pulled.take(visual.num_bytes)
+            encoding.num_pulled = visual.num_bytes
             data = await self._pull(visual.digest, visual.num_bytes)
-            await self._take_room(encoding)
-            decoding = self._decoder.submit(self._decode, data, encoding)
+            room = math.prod(visual.grid) * self._patch_bytes
+            await lane.ahead.take(room)
+            encoding.room = room
+            decoding = lane.decoder.submit(self._decode, data, encoding)
+            del data
             encoding.pixels = await asyncio.wrap_future(decoding)
+            self._give_pulled(encoding)
             encoding.is_decoded = True
             for on_decoded in list(encoding.waiters.values()):
                 on_decoded()
-            self._waiting.append(encoding)
+            lane.waiting.append(encoding)
             self._feed_tower()
             item = await encoding.rows
             encoding.is_well = True
         finally:
             self._forget(encoding)
             self._end_when_done(encoding, decoding)
+            self._give_pulled(encoding)
             self._give_room(encoding)
             with contextlib.suppress(ValueError):  # it is not waiting
-                self._waiting.remove(encoding)
+                lane.waiting.remove(encoding)
         if keep(self.cache, encoding.key, item):
             encoding.is_kept = bool(encoding.waiters)
             if not encoding.waiters:
@@ -192,32 +215,24 @@ class EncodePipeline:
         with span("preprocess"):
             return self._worker.preprocess(data, encoding.visual, encoding.stop)
 
-    # -- how far decoding may be ahead
-
-    async def _take_room(self, encoding: _Encoding) -> None:
-        """Wait until the patches may be in memory. One item always may; who came first is first."""
-        frames, height, width = encoding.visual.grid
-        size = frames * height * width * self._patch_bytes
-        async with self._turn:
-            while self._ahead and self._ahead + size > self._max_ahead:
-                self._has_room.clear()
-                await self._has_room.wait()
-            self._ahead += size
-            encoding.room = size
+    def _give_pulled(self, encoding: _Encoding) -> None:
+        self.lanes[encoding.visual.modality].pulled.give(encoding.num_pulled)
+        encoding.num_pulled = 0
 
     def _give_room(self, encoding: _Encoding) -> None:
-        self._ahead -= encoding.room
+        self.lanes[encoding.visual.modality].ahead.give(encoding.room)
         encoding.room = 0
-        self._has_room.set()
 
     # -- the tower
 
     def _feed_tower(self) -> None:
-        """The next batch, unless one is running."""
-        if self._is_running or not self._waiting:
+        """The next batch, unless one is running, of the lane whose turn it is."""
+        name = next((name for name, lane in self.lanes.items() if lane.waiting), None)
+        if self._is_running or name is None:
             return
-        count = plan_batch((tower_cost(entry.visual.grid, self._vision) for entry in self._waiting), self._budget)
-        batch = [self._waiting.popleft() for _ in range(count)]
+        self.lanes[name] = lane = self.lanes.pop(name)  # the last one next time
+        count = plan_batch((tower_cost(entry.visual.grid, self._vision) for entry in lane.waiting), self._budget)
+        batch = [lane.waiting.popleft() for _ in range(count)]
         pixels = [entry.pixels for entry in batch if entry.pixels is not None]
         self._is_running = True
         self.num_batches += 1

@@ -12,14 +12,15 @@
     SENT      the payload is on its way; the acknowledgement is awaited
     PARKED    encoded, no grant: rows wait for a resume, under a lease
 
-Nothing is encoded without a grant. No item is begun while `max_items` are on their way, and rows of at most `max_items`
-plus `max_parked` for each language rank are in memory: that is how far this side can run ahead of full receivers.
+Nothing is encoded without a grant. At most `max_items` are encoded at a time, `max_clips` of them clips, and no item is
+begun for a language rank that has its share in memory; besides, `max_parked` wait for each: that is how far this side
+can run ahead of receivers that are full or silent. What has no place is passed by those behind it that have one.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,7 @@ class Outgoing:
     item_deadline: float = math.inf
     total: int = -1
     grant: Grant | None = None
+    is_clip: bool = False
     is_encoded: bool = False
     is_dropped: bool = False
     """Given up while its header was out: if that is answered with yes, the payload still has to follow."""
@@ -127,7 +129,7 @@ class EncodeSessions:
     @property
     def num_in_memory(self) -> int:
         """Items with bytes or rows in memory that are on their way (parked ones not counted)."""
-        return sum(1 for item in self.items.values() if item.state in (ENCODING, READY, HEADER, SENDING, SENT))
+        return sum(self._count_in_memory().values())
 
     @property
     def num_parked(self) -> int:
@@ -146,7 +148,7 @@ class EncodeSessions:
             return
         if item is None:
             item = self.items[attempt] = Outgoing(attempt, event.language_rank, ASSIGNED, math.inf)
-        item.total = event.visual.num_rows
+        item.total, item.is_clip = event.visual.num_rows, event.visual.modality == "video"
         item.deadline = item.item_deadline = now + event.timeout_s
         if item.grant is not None:
             self._enqueue(item)
@@ -194,10 +196,28 @@ class EncodeSessions:
         self.queue.append(item.attempt)
 
     def _fill_places(self) -> None:
-        while self.queue and self.num_in_memory < self.limits.max_items:
-            item = self.items[self.queue.popleft()]
+        if not self.queue:
+            return
+        limits, in_memory = self.limits, self._count_in_memory()
+        encoding = [item for item in self.items.values() if item.state == ENCODING]
+        num_encoding, num_clips = len(encoding), sum(item.is_clip for item in encoding)
+        share = limits.max_items if len(self.outlets) < 2 else -(-limits.max_items // 2)
+        for attempt in list(self.queue):
+            item = self.items[attempt]
+            if num_encoding >= limits.max_items:
+                return
+            if in_memory[item.language_rank] >= share or (item.is_clip and num_clips >= limits.max_clips):
+                continue
+            self.queue.remove(attempt)
             item.state = ENCODING
-            self._actions.append(StartEncode(item.attempt))
+            in_memory[item.language_rank] += 1
+            num_encoding, num_clips = num_encoding + 1, num_clips + item.is_clip
+            self._actions.append(StartEncode(attempt))
+
+    def _count_in_memory(self) -> Counter[int]:
+        """Items with bytes or rows in memory that are on their way, by language rank."""
+        states = (ENCODING, READY, HEADER, SENDING, SENT)
+        return Counter(item.language_rank for item in self.items.values() if item.state in states)
 
     def _encoded(self, event: Encoded, now: float) -> None:
         item = self.items.get(event.attempt)
@@ -208,6 +228,7 @@ class EncodeSessions:
             self._park(item, now)
         else:
             self._make_ready(item, now)
+            self._fill_places()
 
     def _encode_failed(self, event: EncodeFailed, now: float) -> None:
         item = self.items.get(event.attempt)

@@ -1,4 +1,4 @@
-"""A gate on one event loop: many pass at a time, or one alone; who came first is first."""
+"""Waiting one's turn on one event loop: through a gate, many at a time or one alone; for a share of an amount."""
 
 from __future__ import annotations
 
@@ -41,3 +41,24 @@ class Gate:
                 self.num_inside, self._is_alone = self.num_inside + 1, alone
                 turn.set_result(None)
             self._queue.popleft()
+
+
+class Budget:
+    """An amount that many share; who came first is first. What is alone always fits, however much it is."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used = limit, 0
+        self._turn = asyncio.Lock()
+        self._has_room = asyncio.Event()
+
+    async def take(self, amount: int) -> None:
+        """Wait until it fits. `give` it back once."""
+        async with self._turn:
+            while self.used and self.used + amount > self.limit:
+                self._has_room.clear()
+                await self._has_room.wait()
+            self.used += amount
+
+    def give(self, amount: int) -> None:
+        self.used -= amount
+        self._has_room.set()

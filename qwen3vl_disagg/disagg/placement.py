@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
+from qwen3vl_disagg.core.requests import VisualItem
+
 
 @dataclass
 class EncodeRank:
@@ -16,7 +18,7 @@ class EncodeRank:
     epochs: dict[int, int] = field(default_factory=dict)
     """Language rank -> epoch of the link to it."""
     jobs: dict[tuple[str, int], int] = field(default_factory=dict)
-    """(request, item) being encoded -> patches."""
+    """(request, item) being encoded -> its work."""
     under_way: Counter[str] = field(default_factory=Counter)
     """Digests of the contents that it works on now, as it says."""
     is_leaving: bool = False
@@ -24,7 +26,7 @@ class EncodeRank:
     is_sent_home: bool = False
 
     @property
-    def num_patches(self) -> int:
+    def work(self) -> int:
         return sum(self.jobs.values())
 
 
@@ -45,16 +47,29 @@ def choose_language_rank(ranks: Mapping[int, LanguageRank], candidates: Set[int]
     return min(candidates, key=load)
 
 
-def choose_encode_rank(digest: str, num_patches: int, candidates: Mapping[int, EncodeRank]) -> int:
+def encode_work(visual: VisualItem) -> int:
+    """What an item costs an encode rank, in patches: those that go through the tower, and those of the frames that are
+    decoded on the way there, of a clip's file all up to the last one that is looked at.
+
+    64 x 64 pixels of 16 x 16: an image 2 * 16; 4 frames (2 in time) of which the last is number 29: (2 + 30) * 16.
+    """
+    frames, height, width = visual.grid
+    num_decoded = 1 if visual.modality == "image" else len(visual.frames) or frames
+    if visual.frames and not visual.is_frame_list:
+        num_decoded = visual.frames[-1] + 1
+    return (frames + num_decoded) * height * width
+
+
+def choose_encode_rank(digest: str, work: int, candidates: Mapping[int, EncodeRank]) -> int:
     """By content, so that the same image meets the same rank and its cache, unless that rank is busy.
 
     Busy: it has at least this item more to do than the least loaded one. Then encoding there costs no more time than
     waiting here would. So the images of one request spread over idle ranks.
     """
-    load = {rank: state.num_patches for rank, state in candidates.items()}
+    load = {rank: state.work for rank, state in candidates.items()}
     by_content = max(candidates, key=lambda rank: _affinity(digest, rank))
     least = min(candidates, key=lambda rank: (load[rank], -_affinity(digest, rank)))
-    return least if load[by_content] - load[least] >= num_patches else by_content
+    return least if load[by_content] - load[least] >= work else by_content
 
 
 def _affinity(digest: str, rank: int) -> int:

@@ -370,10 +370,10 @@ class Router:
         fresh = {rank: s for rank, s in linked.items() if (rank, s.incarnation) not in item.failed_on}
         if not linked:
             return
-        rank = choose_encode_rank(item.visual.digest, item.num_patches, fresh or linked)
+        rank = choose_encode_rank(item.visual.digest, item.work, fresh or linked)
         item.attempt += 1
         item.state, item.encode_rank, item.wait_until = "encoding", rank, math.inf
-        self._encode[rank].jobs[request_id, index] = item.num_patches
+        self._encode[rank].jobs[request_id, index] = item.work
         assign = Assign(request_id=request_id, item=index, attempt=item.attempt, encode_rank=rank)
         self._actions.append(Send("language", request.language_rank, assign))
         encode = EncodeItem(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.disagg.placement import encode_work
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Item:
     is_decoded: bool = False
 
     @property
-    def num_patches(self) -> int:
-        return math.prod(self.visual.grid)
+    def work(self) -> int:
+        return encode_work(self.visual)
 
 
 @dataclass

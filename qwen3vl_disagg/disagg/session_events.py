@@ -33,7 +33,10 @@ class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: float = 180.0
     """How long encoded rows are kept while nobody asks for them: longer than any grant."""
     max_items: int = 8
-    """Items in memory of an encode rank on their way from bytes to acknowledged rows."""
+    """Items that an encode rank encodes at a time. Where it has several language ranks, one may have half as many in
+    memory on their way from bytes to acknowledged rows, so that a silent one does not take the places of others."""
+    max_clips: int = 4
+    """Clips among those being encoded: the other places are for images."""
     max_parked: int = 4
     """Items that besides wait there for a resume, for each language rank; the one that has waited longest goes first.
     A language rank has one at a time, more only after failures."""

@@ -48,13 +48,13 @@ class ChildFailed(Exception):
 class ChildProcess:
     """One child. Not thread-safe; only `kill` may be called from elsewhere.
 
-    `patience_s` is how long the child may still keep us waiting; time in which nobody waits for it does not count.
-    What sends and receives raises Stopped when the Stop of the job is set; the child is of no use then.
+    `what` it decodes is noted by its owner. `patience_s` is how long the child may still keep us waiting; time in which
+    nobody waits for it does not count. What sends and receives raises Stopped when the Stop of the job is set; the child is of no use then.
     """
 
     def __init__(self, stop: Stop) -> None:
         """Returns when the child is ready. If it does not get there, nothing of it is left behind."""
-        self.stop, self.patience_s = stop, _START_S
+        self.stop, self.patience_s, self.what = stop, _START_S, ""
         path = [str(_PACKAGE), *(entry for entry in sys.path if entry)]
         environment = {"PYTHONPATH": os.pathsep.join(path), **_FEW_THREADS, **_MEMORY_BACK}
         if "LD_LIBRARY_PATH" in os.environ:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Literal
 
 import numpy as np
 
@@ -22,16 +23,17 @@ VIDEO_PATIENCE_S = 30.0
 _STATUSES = (400, 413, 415)
 _CODES = ("invalid_request", "not_installed")
 _MAX_MESSAGE = 300
+What = Literal["image", "clip"]
 
 
 class MediaDecoder:
     """Decodes in child processes that hold no secrets and can be killed. Thread-safe.
 
-    Up to `max_children` jobs run at a time, others wait as long as it takes. Children start on first use, are used
-    again, and are replaced when they were killed or crashed. A decoder belongs to one process: fork before its first
-    use, not after. Bad media are an InputError (400, or 413 for too many bytes), also those that a child
-    crashes on. MediaTimeout when they take too long; ServerError when the child was killed from outside;
-    UnavailableError when no child can be started, or after `close`.
+    Up to `max_children` jobs with images and as many with clips run at a time, others wait as long as it takes: no
+    image waits for clips. Children start on first use, are used again, and are replaced when they were killed or
+    crashed. A decoder belongs to one process: fork before its first use, not after. Bad media are an InputError (400,
+    or 413 for too many bytes), also those that a child crashes on. MediaTimeout when they take too long; ServerError
+    when the child was killed from outside; UnavailableError when no child can be started, or after `close`.
 
     A `stop` that is set, or whose deadline has passed, ends its jobs with Stopped within 0.2 s, those too that wait for
     a child; the child of a running one is killed. Frames raise it when the next one is asked for.
@@ -47,7 +49,7 @@ class MediaDecoder:
         video_patience_s: float = VIDEO_PATIENCE_S,
     ) -> None:
         self._image_patience_s, self._video_patience_s = image_patience_s, video_patience_s
-        self._slots = Slots(max_children)
+        self._slots = {"image": Slots(max_children), "clip": Slots(max_children)}
         self._lock = threading.Lock()
         self._idle: list[ChildProcess] = []
         self._busy: set[ChildProcess] = set()
@@ -118,8 +120,8 @@ class MediaDecoder:
 
     def _start_child(self) -> None:
         stop = Stop()
-        with self._slots.one(stop), suppress(UnavailableError):  # then the first job says it
-            child, _ = self._take(stop, must_be_new=False)
+        with self._slots["image"].one(stop), suppress(UnavailableError):  # then the first job says it
+            child, _ = self._take("image", stop, must_be_new=False)
             self._give_back(child, is_well=True)
 
     def close(self) -> None:
@@ -134,14 +136,14 @@ class MediaDecoder:
 
     @contextmanager
     def _running(
-        self, what: str, job: Job, data: bytes, patience_s: float, stop: Stop | None
+        self, what: What, job: Job, data: bytes, patience_s: float, stop: Stop | None
     ) -> Iterator[tuple[ChildProcess, Reply]]:
         """A child and its first answer to a job. The child is kept for the next job unless the block raised."""
         stop = stop or Stop()
-        with self._slots.one(stop):
+        with self._slots[what].one(stop):
             child = None
             try:
-                child, reply = self._start(job, data, patience_s, stop)
+                child, reply = self._start(what, job, data, patience_s, stop)
                 yield child, reply
             except ChildFailed as error:
                 self._give_back(child, is_well=False)
@@ -153,10 +155,10 @@ class MediaDecoder:
                 raise
             self._give_back(child, is_well=True)
 
-    def _start(self, job: Job, data: bytes, patience_s: float, stop: Stop) -> tuple[ChildProcess, Reply]:
+    def _start(self, what: What, job: Job, data: bytes, patience_s: float, stop: Stop) -> tuple[ChildProcess, Reply]:
         """A child that ends has been brought down by this job, or by one before: only a new child tells which."""
         for is_last in (False, True):
-            child, is_new = self._take(stop, must_be_new=is_last)
+            child, is_new = self._take(what, stop, must_be_new=is_last)
             try:
                 child.send(job, data, patience_s, stop)
                 return child, child.receive()
@@ -166,17 +168,19 @@ class MediaDecoder:
                     raise
         raise ChildFailed("ended")
 
-    def _take(self, stop: Stop, *, must_be_new: bool) -> tuple[ChildProcess, bool]:
-        """A child, and whether it is new."""
+    def _take(self, what: What, stop: Stop, *, must_be_new: bool) -> tuple[ChildProcess, bool]:
+        """A child, and whether it is new. Those of clips are their own: an image waits for none to start."""
         with self._lock:
             if self._is_closed:
                 raise UnavailableError("decoding of media has ended")
-            if self._idle and not must_be_new:
-                child = self._idle.pop()
+            child = next((child for child in reversed(self._idle) if child.what == what), None)
+            if child is not None and not must_be_new:
+                self._idle.remove(child)
                 self._busy.add(child)
                 return child, False
         try:
             child = ChildProcess(stop)
+            child.what = what
         except (OSError, ChildFailed) as error:
             raise UnavailableError("no process for decoding media can be started") from error
         with self._lock:

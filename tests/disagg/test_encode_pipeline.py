@@ -41,6 +41,11 @@ def ask(pipeline: EncodePipeline, item: EncodeItem) -> asyncio.Task[HeldItem]:
     return asyncio.create_task(pipeline.rows(item, lambda: None))
 
 
+def held(pipeline: EncodePipeline) -> int:
+    lanes = pipeline.lanes.values()
+    return sum(lane.ahead.used + lane.pulled.used + len(lane.waiting) for lane in lanes)
+
+
 async def settled(seconds: float = 0.05) -> None:
     await asyncio.sleep(seconds)
 
@@ -60,7 +65,7 @@ def test_decoding_runs_ahead_of_a_busy_tower_and_not_too_far(tokens, ahead):
         worker.gate.set()
         await asyncio.gather(*tasks)
         assert sorted(data for batch in worker.batches for data in batch) == sorted(worker.decoded)
-        assert pipeline._ahead == 0
+        assert pipeline.lanes["image"].ahead.used == pipeline.lanes["image"].pulled.used == 0
         pipeline.close()
 
     run(scenario)
@@ -102,7 +107,7 @@ def test_who_gives_up_while_waiting_for_room_leaves_it_to_the_next():
         await tasks["a"]
         await tasks["d"]
         assert worker.batches == [[b"a"], [b"d"]]
-        assert (pipeline._ahead, len(pipeline._encodings), len(pipeline._waiting)) == (0, 0, 0)
+        assert (held(pipeline), len(pipeline._encodings)) == (0, 0)
         pipeline.close()
 
     run(scenario)
@@ -137,7 +142,7 @@ def test_decoding_ends_when_nobody_wants_it_any_more(how):
             tasks[1].cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         assert worker.stops[0].is_set
-        assert (pipeline._ahead, len(pipeline._encodings)) == (0, 0)
+        assert (held(pipeline), len(pipeline._encodings)) == (0, 0)
         pipeline.close()
 
     run(scenario)
@@ -255,7 +260,7 @@ def test_whatever_happens_everyone_gets_their_rows_or_a_failure(seed):
         assert sum(outcomes.values()) == 60
         assert outcomes["rows"] > 0
         assert (outcomes["cached"] > 0) is (pipeline.cache.num_hits > 0)
-        assert (pipeline.cache.num_pinned_bytes, pipeline._ahead, len(pipeline._waiting)) == (0, 0, 0)
+        assert (pipeline.cache.num_pinned_bytes, held(pipeline)) == (0, 0)
         assert pipeline.num_encodings == worker.num_encoded
         pipeline.close()
 

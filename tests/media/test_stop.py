@@ -129,10 +129,10 @@ def test_a_job_that_waits_for_its_turn_ends_at_once_and_the_other_goes_on(decode
     timer = threading.Timer(0.2, (Stop() if is_late else stop).set)
     timer.start()
     with pytest.raises(Stopped):
-        decoder.image(jpeg(), stop=stop)
+        decoder.probe_video(clip(), stop=stop)
     assert 0.2 <= time.monotonic() - began < 0.2 + AT_ONCE_S + SLACK_S
     assert len(list(frames)) == N - 1
-    assert decoder.image(jpeg(), stop=Stop()).shape == (64, 96, 3)
+    assert decoder.probe_video(clip(), stop=Stop()).width == 96
     assert len(started) == 1
 
 
@@ -152,7 +152,7 @@ def test_one_stop_ends_many_jobs(monkeypatch, started):
     decoder, stop = MediaDecoder(max_children=2), Stop()
     with ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(decoder.image, jpeg(), stop=stop) for _ in range(4)]
-        while len(decoder._busy) < 2 or len(decoder._slots._queue) < 2:
+        while len(decoder._busy) < 2 or len(decoder._slots["image"]._queue) < 2:
             time.sleep(0.01)
         stop.set()
         began = time.monotonic()

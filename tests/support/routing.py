@@ -41,7 +41,7 @@ class Script:
     """A router with its answers sorted by kind. `now` stands still unless moved."""
 
     def __init__(self, encode: int = 2, language: int = 2, **limits: float) -> None:
-        self.router = Router({"image": 7}, RouterLimits(**limits))  # type: ignore[arg-type]
+        self.router = Router({"image": 7, "video": 8}, RouterLimits(**limits))  # type: ignore[arg-type]
         self.now = 0.0
         self.actions: list[Action] = []
         self.languages = list(range(encode, encode + language))

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_disagg.disagg.allocator import POOLS
-from qwen3vl_disagg.disagg.encode_sessions import PARKED
+from qwen3vl_disagg.disagg.encode_sessions import ENCODING, PARKED
 from qwen3vl_disagg.disagg.messages import Ack, Frame, Grant, Resume
 from qwen3vl_disagg.disagg.session import DONE, HELD, IDLE, RECEIVING, WAITING, Session
 from qwen3vl_disagg.disagg.session_events import Attempt, EncodeEvent, FrameIn, Receive, RowsReady, Tick
@@ -105,9 +105,12 @@ def _nobody_waits_in_vain(rank: SimLanguage) -> None:
 def encode_side(rank: SimEncode) -> None:
     """I12, I11: memory is bounded; every state has a deadline."""
     sessions, limits = rank.sessions, rank.sessions.limits
-    num_parked, most = sessions.num_parked, limits.max_parked * rank.cluster.sizes.num_language
-    most += limits.max_items
-    if sessions.num_in_memory + num_parked > most or num_parked > most - limits.max_items:
+    most_parked = limits.max_parked * rank.cluster.sizes.num_language
+    most = limits.max_items * rank.cluster.sizes.num_language + most_parked
+    num_encoding = sum(1 for item in sessions.items.values() if item.state == ENCODING)
+    if num_encoding > limits.max_items:
+        raise Violation("I12", f"{num_encoding} items are encoded at a time")
+    if sessions.num_in_memory + sessions.num_parked > most or sessions.num_parked > most_parked:
         raise Violation("I12", f"{sessions.num_in_memory} items in memory, {sessions.num_parked} parked")
     if len(rank.encoded) > most:
         raise Violation("I12", f"rows of {len(rank.encoded)} items in memory")
