@@ -49,7 +49,8 @@ class ChildProcess:
     """One child. Not thread-safe; only `kill` may be called from elsewhere.
 
     `what` it decodes is noted by its owner. `patience_s` is how long the child may still keep us waiting; time in which
-    nobody waits for it does not count. What sends and receives raises Stopped when the Stop of the job is set; the child is of no use then.
+    nobody waits for it does not count. What sends and receives raises Stopped when the Stop of the job is set; the
+    child is of no use then.
     """
 
     def __init__(self, stop: Stop) -> None:
