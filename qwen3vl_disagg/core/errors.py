@@ -85,6 +85,13 @@ class ServerError(DisaggError):
         self.code = code
 
 
+class PreparationFailed(ServerError):
+    """The process that made a prompt of a request ended without one."""
+
+    def __init__(self) -> None:
+        super().__init__("the server failed to make a prompt of this request", code="preparation_failed")
+
+
 class OverloadedError(DisaggError):
     """No room now; the client may try again after `retry_after` seconds (HTTP 429)."""
 

@@ -10,14 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
 from qwen3vl_disagg.media.stop import Stop
-from qwen3vl_disagg.media.wire import LENGTH_BYTES, Job, Pixels, Ready, Reply, body_length, pack
+from qwen3vl_disagg.media.wire import LENGTH_BYTES, Pixels, Ready, Reply, body_length, pack
 
 COMMAND = (sys.executable, "-P", "-B", "-m", "qwen3vl_disagg.media.child")
 
@@ -53,18 +54,31 @@ class ChildProcess:
     child is of no use then.
     """
 
-    def __init__(self, stop: Stop) -> None:
-        """Returns when the child is ready. If it does not get there, nothing of it is left behind."""
-        self.stop, self.patience_s, self.what = stop, _START_S, ""
+    def __init__(
+        self,
+        stop: Stop,
+        *,
+        command: Sequence[str] | None = None,
+        replies: msgspec.msgpack.Decoder[Any] = _REPLIES,
+        start_s: float | None = None,
+        errors_are_shown: bool = False,
+    ) -> None:
+        """Returns when the child is ready. If it does not get there, nothing of it is left behind.
+
+        `command`: of another child than a decoding one. `replies`: decodes what it says, `Ready` first.
+        `errors_are_shown`: its standard error is ours.
+        """
+        self.stop, self.patience_s, self.what = stop, start_s or _START_S, ""
+        self._replies = replies
         path = [str(_PACKAGE), *(entry for entry in sys.path if entry)]
         environment = {"PYTHONPATH": os.pathsep.join(path), **_FEW_THREADS, **_MEMORY_BACK}
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         self.process = subprocess.Popen(
-            COMMAND,
+            command or COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=None if errors_are_shown else subprocess.DEVNULL,
             bufsize=0,
             cwd="/",
             env=environment,
@@ -88,25 +102,26 @@ class ChildProcess:
         if not isinstance(self.receive(), Ready):
             raise ChildFailed("nonsense")
 
-    def send(self, job: Job, data: bytes, patience_s: float, stop: Stop) -> None:
+    def send(self, job: msgspec.Struct, data: bytes | bytearray, patience_s: float, stop: Stop) -> None:
+        """A job and what follows it. No view of `data` is left when this ends, however it does."""
         self.patience_s, self.stop = patience_s, stop
         for part in (pack(job), data):
-            rest = memoryview(part)
-            while rest:
-                self.stop.check()
-                try:
-                    rest = rest[os.write(self._stdin, rest) :]
-                except BlockingIOError:
-                    self._wait(self._stdin, select.POLLOUT)
-                except BrokenPipeError:
-                    raise self._ended() from None
+            sent = 0
+            with memoryview(part) as view:
+                while sent < len(part):
+                    self.stop.check()
+                    try:
+                        sent += os.write(self._stdin, view[sent:])
+                    except BlockingIOError:
+                        self._wait(self._stdin, select.POLLOUT)
+                    except BrokenPipeError:
+                        raise self._ended() from None
 
-    def receive(self) -> Reply:
+    def receive(self) -> Any:
         """The next header. ChildFailed if it is none."""
         try:
             body = self._read(body_length(self._read(LENGTH_BYTES).data))
-            reply: Reply = _REPLIES.decode(body.data)
-            return reply
+            return self._replies.decode(body.data)
         except ValueError as error:  # also what msgspec raises
             raise ChildFailed("nonsense") from error
 
@@ -117,6 +132,10 @@ class ChildProcess:
         except ValueError as error:
             raise ChildFailed("nonsense") from error
         return self._read(header.height * header.width * 3).reshape(header.height, header.width, 3)
+
+    def receive_bytes(self, size: int) -> bytes:
+        """The bytes that a header announced."""
+        return self._read(size).tobytes()
 
     def kill(self) -> None:
         """Ends the child at once and waits for it."""

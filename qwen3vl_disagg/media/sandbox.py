@@ -10,7 +10,7 @@ MAX_OPEN_FILES = 32
 _NO_MORE_PROCESSES = 0
 
 
-def enter() -> None:
+def enter(max_memory: int = MAX_MEMORY) -> None:
     """No core dump, no file written, few files open, bounded memory, no process or thread started.
 
     The last one does not bind the superuser. Signals keep their default action, so that CPU time which runs out kills.
@@ -19,7 +19,7 @@ def enter() -> None:
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
-        (resource.RLIMIT_AS, MAX_MEMORY),
+        (resource.RLIMIT_AS, max_memory),
         (resource.RLIMIT_NPROC, _NO_MORE_PROCESSES),
     ):
         _, hard = resource.getrlimit(limit)

@@ -83,6 +83,8 @@ class Processor:
         self.config, self.tokenizer, self.image, self.video = config, tokenizer, image, video
         self.template, self.generation = template, generation
         self.decoder = decoder or MediaDecoder()
+        self.folder: Path | None = None
+        """What it was read from, if it was."""
         self.video_outer_wrapper = video_outer_wrapper
 
     @classmethod
@@ -117,7 +119,7 @@ class Processor:
             problems += [f"generation_config.json: eos_token_id {i} {reason}" for i in strange]
         if problems or tokenizer is None or image is None or template is None or generation is None:
             raise CheckpointError(folder, problems)
-        return cls(
+        processor = cls(
             config,
             tokenizer,
             image,
@@ -127,6 +129,8 @@ class Processor:
             decoder=decoder,
             video_outer_wrapper=video_outer_wrapper,
         )
+        processor.folder = folder
+        return processor
 
     def prepare(
         self,

@@ -192,7 +192,8 @@ class ChatTemplate:
             reason = f": {disguise.take_off(str(error))[:_MAX_REASON]}" if isinstance(error, _Refused) else ""
             raise InputError(f"the chat template refuses these messages{reason}", param="messages") from error
         if num_chars > MAX_RENDERED_CHARS:
-            raise InputError(f"the prompt has more than the limit of {MAX_RENDERED_CHARS} characters", param="messages")
+            message = f"the prompt has more than the limit of {MAX_RENDERED_CHARS} characters"
+            raise InputError(message, param="messages", code="context_length_exceeded")
         text = "".join(rendered)
         if continue_final_message:
             text, end, _ = text.partition(disguise.end)

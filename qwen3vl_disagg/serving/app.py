@@ -95,9 +95,10 @@ def create_app(
     limits: Limits | None = None,
     doors: Doors | None = None,
     debug: bool = False,
+    warm_up: bool = False,
 ) -> Starlette:
     """The application over a backend. `doors`: whose requests it takes, anybody's without. `debug` opens GET
-    /debug/processes."""
+    /debug/processes. `warm_up`: be ready for large requests."""
     limits = limits or Limits()
     created = int(time.time())
     context = processor.config.text.max_position_embeddings
@@ -122,6 +123,8 @@ def create_app(
         return JSONResponse({"processes": backend.debug_processes()})
 
     chat = ChatCompletions(backend, processor, model_name=model_name, limits=limits)
+    if warm_up:
+        chat.warm_up()
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/models", models),

@@ -132,7 +132,7 @@ def parse_json(body: bytes | bytearray) -> dict[str, Any]:
     over MAX_DEPTH, too many values, bytes that are not UTF-8, NUL and lone surrogates; `param` names the place. A byte
     order mark is skipped.
     """
-    if sum(body.count(sign) for sign in (b"[", b"{", b",")) > MAX_VALUES:
+    if num_values(body) > MAX_VALUES:
         raise InputError(f"the body has more than {MAX_VALUES} values", code="invalid_json")
     try:
         value = json.loads(
@@ -165,6 +165,11 @@ def _whole(digits: str) -> int | float:
 
 def _number(digits: str) -> float:
     return float(digits) if len(digits) <= MAX_FLOAT_CHARS else math.inf
+
+
+def num_values(body: bytes | bytearray) -> int:
+    """At most so many objects, lists and entries are in it."""
+    return sum(body.count(sign) for sign in (b"[", b"{", b","))
 
 
 def _too_deep() -> InputError:

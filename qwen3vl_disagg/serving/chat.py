@@ -20,6 +20,7 @@ from qwen3vl_disagg.serving.chat_request import ChatRequest
 from qwen3vl_disagg.serving.errors import JSONResponse
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.preparation import Preparation
+from qwen3vl_disagg.serving.prepared import Rules
 from qwen3vl_disagg.serving.stream import EventStream, answer_events
 from qwen3vl_disagg.serving.types import ChatCompletion, Choice, Logprobs
 
@@ -36,8 +37,12 @@ class ChatCompletions:
         self._model_name, self._limits = model_name, limits
         self._names = TokenNames(processor.tokenizer)
         self._budget = BodyBudget(limits.max_body_memory)
-        self._preparation = Preparation(processor, model_name=model_name, limits=limits)
+        self._preparation = Preparation(processor, Rules(model_name=model_name), limits)
         self._num_running = self._num_preparing = 0
+
+    def warm_up(self) -> None:
+        """Get ready for large requests before the first comes."""
+        self._preparation.warm_up()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)

@@ -50,6 +50,7 @@ def run_frontend(
         limits=Limits(request_timeout_s=options.request_timeout),
         doors=Doors.of(options.host, options.allow_host),
         debug=debug,
+        warm_up=True,
     )
     return asyncio.run(serve(hub, HttpServer(app), http_socket, hub_socket, memory))
 

@@ -8,13 +8,14 @@ from qwen3vl_disagg.core.settings import MAX_REQUEST_TIMEOUT_S
 
 MIB = 2**20
 MAX_HEADER_BYTES = 16 * 2**10
+MAX_BODY_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """Bounds of the HTTP surface; sizes in bytes, times in seconds."""
 
-    max_body_bytes: int = 64 * MIB
+    max_body_bytes: int = MAX_BODY_BYTES
     max_body_memory: int = 512 * MIB
     """Bodies of all requests that have not been read into a prompt yet."""
     body_timeout_s: float = 30.0
@@ -22,6 +23,8 @@ class Limits:
     """Chat requests at a time, whatever their stage."""
     prepare_threads: int = 2
     """Threads that parse bodies, and make prompts without clips."""
+    large_threads: int = 2
+    """Threads that wait for children which make prompts of large requests."""
     clip_threads: int = 2
     """Threads that make prompts with clips, which can take long: nobody else waits for them."""
     request_timeout_s: float = 600.0

@@ -1,69 +1,75 @@
-"""Body -> prompt, on threads. What nobody waits for any more is given up, and its memory freed."""
+"""Body -> prompt: small ones on threads, large ones in children. What nobody waits for any more is given up, and its
+memory freed."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError
-from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.media.stop import Stop, Stopped
-from qwen3vl_disagg.processing import Processor, Prompt
+from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.processing.data_uri import is_data_uri
 from qwen3vl_disagg.processing.messages import has_clips
-from qwen3vl_disagg.serving.body import BodyAccount, parse_json
-from qwen3vl_disagg.serving.chat_request import ChatRequest, parse_chat_request
+from qwen3vl_disagg.processing.processor import SMALL_CHARS
+from qwen3vl_disagg.processing.template import strings_of
+from qwen3vl_disagg.serving.body import BodyAccount, num_values
 from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.prepare_pool import PreparePool
+from qwen3vl_disagg.serving.prepared import Parsed, Prepared, Rules, finish_request, read_request
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Prepared:
-    """A checked request. `seconds` of work went into it."""
-
-    request: ChatRequest
-    prompt: Prompt
-    sampling: SamplingParams
-    seconds: float
-
-
-@dataclass(frozen=True)
-class _Parsed:
-    """A request whose messages, in `raw`, have not been looked at."""
-
-    raw: dict[str, Any]
-    tools: list[dict[str, Any]]
-    request: ChatRequest
-    seconds: float
+SMALL_BODY = 2**20
+SMALL_VALUES = 2**13
+"""Parsed in this process: to look at so much, images in it included, takes the interpreter's lock for milliseconds. So
+does tokenizing SMALL_CHARS of text."""
 
 
 class Preparation:
-    """Clips may take long to look at, so they have threads of their own: nobody else waits for them."""
+    """Clips may take long to look at, so they have threads of their own: nobody else waits for them.
 
-    def __init__(self, processor: Processor, *, model_name: str, limits: Limits) -> None:
-        self._processor, self._model_name = processor, model_name
+    A processor that is not of a folder has no children.
+    """
+
+    def __init__(self, processor: Processor, rules: Rules, limits: Limits) -> None:
+        self._processor, self._rules = processor, rules
         self._threads = ThreadPoolExecutor(limits.prepare_threads, thread_name_prefix="prepare")
         self._clip_threads = ThreadPoolExecutor(limits.clip_threads, thread_name_prefix="prepare-clips")
+        self._large_threads = ThreadPoolExecutor(limits.large_threads, thread_name_prefix="prepare-large")
+        self._pool = None if processor.folder is None else PreparePool(processor, rules)
+
+    def warm_up(self) -> None:
+        """Start a child in the background, so that the first large request does not wait for it."""
+        if self._pool is not None:
+            self._pool.warm_up()
 
     async def prepare(self, body: bytearray, account: BodyAccount, deadline: float) -> Prepared:
-        """Empties `body`. InputError, MediaTimeout; DeadlineError when `time.monotonic()` reaches `deadline`.
+        """Empties `body`. InputError, MediaTimeout, PreparationFailed; DeadlineError when `time.monotonic()` reaches
+        `deadline`.
 
-        `account` is not given back while a thread has the body or what was read from it. A thread that is looking at
-        media when this ends is free within 0.3 s; parsing and tokenizing go on to their end.
+        `account` is not given back while a thread has the body or what was read from it. When this ends, a thread that
+        is looking at media is free within 0.3 s, and so is one that waits for a child, which is killed; parsing and
+        tokenizing of small bodies go on to their end.
         """
         stop = Stop(deadline)
         try:
             async with asyncio.timeout(stop.seconds_left()):
-                made = await _on_thread(self._threads, partial(self._read, body, stop), body.clear, account)
-                if isinstance(made, Prepared):
-                    return made
-                finish = partial(self._finish, made, stop)
-                return await _on_thread(self._clip_threads, finish, made.raw.clear, account)
+                if self._pool is None or _is_small(body):
+                    read = partial(self._read, body, stop)
+                    made = await _on_thread(self._threads, read, body.clear, account, drop=_drop)
+                    if isinstance(made, Prepared):
+                        return made
+                    if isinstance(made, Parsed):
+                        finish = partial(self._finish, made, stop)
+                        return await _on_thread(self._clip_threads, finish, made.raw.clear, account)
+                    body = made
+                # Escapes may hide the word. Then it is one of the large ones that waits for a clip.
+                threads = self._clip_threads if b"video" in body else self._large_threads
+                return await _on_thread(threads, partial(self._in_child, body, stop), body.clear, account)
         except DisaggError:
             raise
         except (TimeoutError, Stopped):
@@ -71,35 +77,49 @@ class Preparation:
         finally:
             stop.set()
 
-    def _read(self, body: bytearray, stop: Stop) -> Prepared | _Parsed:
-        """To the end, if there are no clips in it."""
+    def _read(self, body: bytearray, stop: Stop) -> Prepared | Parsed | bytearray:
+        """To the end, if there are no clips in it; the body again if it has much text."""
         stop.check()
-        started = time.monotonic()
-        raw = parse_json(body)
-        request, tools = parse_chat_request(raw, model_name=self._model_name)
-        parsed = _Parsed(raw, tools, request, time.monotonic() - started)
-        return parsed if has_clips(raw["messages"]) else self._finish(parsed, stop)
+        parsed = read_request(body, self._rules)
+        if self._pool is not None and _num_chars(parsed.raw) > SMALL_CHARS:
+            return bytearray(body)
+        return parsed if has_clips(parsed.raw["messages"]) else self._finish(parsed, stop)
 
-    def _finish(self, parsed: _Parsed, stop: Stop) -> Prepared:
+    def _finish(self, parsed: Parsed, stop: Stop) -> Prepared:
         stop.check()
-        started, request = time.monotonic(), parsed.request
-        prompt = self._processor.prepare(parsed.raw["messages"], tools=parsed.tools, options=request.prompt, stop=stop)
-        text = self._processor.config.text
-        sampling = request.sampling(
-            self._processor.generation,
-            num_prompt=len(prompt.token_ids),
-            context=text.max_position_embeddings,
-            vocab_size=text.vocab_size,
-        )
-        return Prepared(request, prompt, sampling, parsed.seconds + time.monotonic() - started)
+        return finish_request(parsed, self._processor, self._rules, stop)
+
+    def _in_child(self, body: bytearray, stop: Stop) -> Prepared:
+        stop.check()
+        if self._pool is None:
+            raise RuntimeError("there are no children")
+        return self._pool.prepare(body, stop)
+
+
+def _drop(made: Prepared | Parsed | bytearray) -> None:
+    if isinstance(made, Parsed):
+        made.raw.clear()
+
+
+def _is_small(body: bytearray) -> bool:
+    return len(body) <= SMALL_BODY and num_values(body) <= SMALL_VALUES
+
+
+def _num_chars(raw: Any) -> int:
+    """Of all that may become text."""
+    return sum(len(text) for text in strings_of(raw) if not is_data_uri(text))
 
 
 async def _on_thread(
-    threads: ThreadPoolExecutor, work: Callable[[], T], free: Callable[[], None], account: BodyAccount
+    threads: ThreadPoolExecutor,
+    work: Callable[[], T],
+    free: Callable[[], None],
+    account: BodyAccount,
+    drop: Callable[[T], None] = lambda _: None,
 ) -> T:
     """`work()` on one of the threads. `free` is called, and `account` let go, as soon as no thread will need them: when
     the work has ended, or when it is given up before a thread took it. (The executor keeps what was given up until a
-    thread comes by.)"""
+    thread comes by.) `drop`: frees a result that came too late."""
     job = threads.submit(work)
     account.hold()
 
@@ -108,4 +128,8 @@ async def _on_thread(
         account.let_go()
 
     job.add_done_callback(let_go)
-    return await asyncio.wrap_future(job)  # whose cancellation is the job's
+    try:
+        return await asyncio.wrap_future(job)  # whose cancellation is the job's
+    except asyncio.CancelledError:
+        job.add_done_callback(lambda late: None if late.cancelled() or late.exception() else drop(late.result()))
+        raise

@@ -55,7 +55,7 @@ FIELDS: list[tuple[dict, str]] = [
     (user(image(uri(IMAGE[:20]))), "messages[0].content[0]"),
     (user(image(uri(png((1000, 4))))), "messages[0].content[0]"),
     (user(image(None)), "messages[0].content[0]"),
-    ({"messages": [{"role": "user", "content": "word " * 2 * CONTEXT}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "q z " * CONTEXT}]}, "messages"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": -3}, "max_tokens"),
     ({"max_tokens": 1.5}, "max_tokens"),

@@ -1,0 +1,130 @@
+"""A child that makes prompts of large requests: bodies from standard input, prompts to standard output.
+
+It may take all its time: no other request, no heartbeat and no client waits for the lock that it holds while a library
+works through megabytes of text. It is killed when its request has ended, and with its parent.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from qwen3vl_disagg.checkpoint import read_config
+from qwen3vl_disagg.core.errors import DisaggError, PreparationFailed
+from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.disagg.slots import die_with_parent
+from qwen3vl_disagg.media import sandbox
+from qwen3vl_disagg.media.child import is_wanted, write_all
+from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.video import VideoInfo
+from qwen3vl_disagg.media.wire import LENGTH_BYTES, Ready, body_length, pack, read_exactly
+from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.serving.limits import MAX_BODY_BYTES
+from qwen3vl_disagg.serving.prepared import (
+    BodyJob,
+    ChildSetup,
+    Made,
+    MadeRequest,
+    NotMade,
+    Prepared,
+    Probed,
+    ProbeWanted,
+    finish_request,
+    read_request,
+)
+
+NICENESS = 10
+"""Ranks that decode on the same cores go first."""
+MAX_MEMORY = 3 * 2**29
+"""On top of what it has when it is ready: 64 MiB of base64 beside an emoji, or 8 Mi characters of one word."""
+
+
+class ParentsDecoder(MediaDecoder):
+    """Asks the parent what a clip's file holds."""
+
+    def __init__(self, out: int, parent: int) -> None:
+        super().__init__()
+        self._out, self._parent = out, parent
+
+    def probe_video(self, data: bytes, *, stop: Stop | None = None) -> VideoInfo:
+        write_all(self._out, pack(ProbeWanted(len(data))), self._parent)
+        write_all(self._out, data, self._parent)
+        probed = msgspec.msgpack.decode(_read_message(self._parent), type=Probed)
+        if probed.failure is not None:
+            raise probed.failure.error()
+        if probed.info is None:
+            raise EOFError
+        return probed.info
+
+
+def _read_message(parent: int) -> bytearray:
+    """EOFError when the parent has closed or is gone."""
+    if not is_wanted(parent, read=[0]):
+        raise EOFError
+    return read_exactly(0, body_length(read_exactly(0, LENGTH_BYTES)))
+
+
+def reply(prepared: Prepared) -> list[bytes]:
+    """A header and what follows it."""
+    prompt = prepared.prompt
+    parts = [
+        msgspec.msgpack.encode(MadeRequest(prepared.request, prepared.sampling, prompt.items)),
+        np.asarray(prompt.token_ids, dtype="<i4").tobytes(),
+        *prompt.media,
+    ]
+    return [pack(Made([len(part) for part in parts])), *parts]
+
+
+def answer(body: bytearray, processor: Processor, setup: ChildSetup) -> list[bytes]:
+    """What `reply` makes of a good request, or why there is none."""
+    try:
+        parsed = read_request(body, setup.rules)
+        body.clear()
+        return reply(finish_request(parsed, processor, setup.rules, Stop()))
+    except DisaggError as error:
+        return [pack(NotMade(Failure.of(error)))]
+    except (EOFError, BrokenPipeError):
+        raise
+    except Exception:
+        traceback.print_exc()
+        return [pack(NotMade(Failure.of(PreparationFailed())))]
+
+
+def main() -> None:
+    parent = os.getppid()
+    die_with_parent(parent)
+    out = os.dup(1)
+    os.dup2(2, 1)  # what a library prints must not come between the answers
+    os.set_blocking(out, False)
+    setup = msgspec.json.decode(sys.argv[1], type=ChildSetup)
+    folder = Path(setup.folder)
+    processor = Processor.from_folder(
+        folder,
+        read_config(folder),
+        decoder=ParentsDecoder(out, parent),
+        video_outer_wrapper=setup.video_outer_wrapper,
+    )
+    processor.tokenizer.num_tokens_at_least("ready")  # tables that are made on first use
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    sandbox.enter(pages * os.sysconf("SC_PAGE_SIZE") + MAX_MEMORY)
+    os.nice(NICENESS)
+    try:
+        write_all(out, pack(Ready()), parent)
+        while True:
+            job = msgspec.msgpack.decode(_read_message(parent), type=BodyJob)
+            if not 0 <= job.num_bytes <= MAX_BODY_BYTES:
+                return
+            for part in answer(read_exactly(0, job.num_bytes), processor, setup):
+                write_all(out, part, parent)
+    except (EOFError, BrokenPipeError):
+        return  # the parent closed
+
+
+if __name__ == "__main__":
+    main()
