@@ -103,7 +103,7 @@ class HttpConnection(H11Protocol):
         self.is_lingering = False
         self._turns, self._places = turns, places
         self._pending = bytearray()
-        self._is_lost = False
+        self._is_lost = self._has_told = False
         self._num_dropped = 0
         now = time.monotonic()
         self._phase: tuple[str, int, bool] = ("headers", 0, False)
@@ -119,10 +119,11 @@ class HttpConnection(H11Protocol):
         self._places.take(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The handler hears of it in a turn: hundreds of clients may leave at once."""
         self._is_lost = True
         self._pending.clear()
         self._places.give_back(self)
-        super().connection_lost(exc)
+        self._turns.add(self)
 
     def data_received(self, data: bytes) -> None:
         if self.is_lingering:
@@ -141,6 +142,10 @@ class HttpConnection(H11Protocol):
         return self.conn.num_requests
 
     @property
+    def num_wakes(self) -> int:
+        return self.conn.num_requests + self._has_told
+
+    @property
     def num_pending(self) -> int:
         return len(self._pending)
 
@@ -149,6 +154,11 @@ class HttpConnection(H11Protocol):
         self._turns.add(self)
 
     def take_turn(self) -> bool:
+        if self._is_lost:
+            if not self._has_told:
+                self._has_told = True
+                super().connection_lost(None)
+            return False
         self.conn.begin_turn()
         while not self._socket.is_closing() and not self._is_lost:
             super().handle_events()
@@ -227,8 +237,8 @@ class HttpConnection(H11Protocol):
 
     # ---- time ----
 
-    def look(self, now: float) -> None:
-        """End the connection if its phase has taken too long. Called again and again for every connection."""
+    def look(self, now: float) -> bool:
+        """End the connection if its phase has taken too long; whether it did. Called again and again."""
         num_unsent = self._socket.transport.get_write_buffer_size()
         if num_unsent != self._num_unsent:
             self._num_unsent, self._unsent_since = num_unsent, now
@@ -237,11 +247,12 @@ class HttpConnection(H11Protocol):
             self._phase, self._phase_since = phase, now
         name, since = self._state()
         if now - since < PHASES[name].limit_s:
-            return
+            return False
         if name == "headers":
             self.refuse(408, "the headers came too slowly", "header_timeout")
         else:
             self.drop()
+        return True
 
     def yields_since(self, now: float) -> float | None:
         """Since when another client may have this one's place; None if it may not."""

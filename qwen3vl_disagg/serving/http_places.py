@@ -16,6 +16,7 @@ from qwen3vl_disagg.serving.http_connection import HttpConnection
 MAX_CONNECTIONS = 1024
 RESERVED = 64
 """Places of connections above the limit, which may ask how the server is."""
+ENDS_PER_LOOK = 64
 ALWAYS_ANSWERED = ("/health", "/ready")
 _OTHER_DESCRIPTORS = 512
 """Kept free for ranks, their pulls of media, and child processes."""
@@ -69,9 +70,12 @@ class Places:
         self._reserved.pop(connection, None)
 
     def look(self, now: float) -> None:
-        """See `HttpConnection.look`."""
+        """See `HttpConnection.look`. Ends so many at a time that nothing else waits for it."""
+        num_ended = 0
         for connection in [*self._connections, *self._reserved]:
-            connection.look(now)
+            num_ended += connection.look(now)
+            if num_ended >= ENDS_PER_LOOK:
+                return
 
     def _make_room(self) -> bool:
         now = time.monotonic()

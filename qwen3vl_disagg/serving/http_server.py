@@ -73,6 +73,11 @@ class HttpServer:
         """Whether connections are taken."""
         return self._server.started
 
+    @property
+    def num_connections(self) -> int:
+        """Those of clients that left count until their handlers have been told."""
+        return len(self._server.server_state.connections)
+
     async def serve(self, sock: socket.socket) -> None:
         """Serve on a bound socket; returns when everything is closed. The socket is closed then too."""
         await self._server.serve(sockets=[sock])

@@ -21,8 +21,8 @@ PARSE_BYTES = 16 * 2**10
 """Given to the parser at a time: a block of headers costs most, and cannot be parsed in parts."""
 SHORT_BYTES = 2**10
 MAX_HEADER_LINES = 256
-REQUEST_S = 0.0005
-"""What a request's handler costs at least, on the same loop right after the slice."""
+WAKE_S = 0.0005
+"""What a handler costs at least that was set going, on the same loop right after the slice."""
 MAX_OVERHEAD = 64 * 2**10
 OVERHEAD_SHARE = 8
 """A body may have MAX_OVERHEAD bytes of framing (sizes of chunks, extensions, trailers), and an eighth of its size."""
@@ -87,7 +87,8 @@ class HasTurns(Protocol):
     """A connection with something to parse."""
 
     @property
-    def num_requests(self) -> int: ...
+    def num_wakes(self) -> int:
+        """How often a turn has set a handler going: with a request, or with the news that the client is gone."""
 
     @property
     def num_pending(self) -> int:
@@ -131,16 +132,16 @@ class Turns:
             if queue:
                 self._turn(queue)
         while (left := self._short or self._long or self._hungry) and time.perf_counter() < end:
-            end -= REQUEST_S * self._turn(left)
+            end -= WAKE_S * self._turn(left)
         if self._short or self._long or self._hungry:
             self._wake(REST_S)
 
     def _turn(self, queue: deque[HasTurns]) -> int:
-        """How many requests began."""
+        """How many handlers were set going."""
         connection = queue.popleft()
         self._queued.discard(connection)
-        before = connection.num_requests
+        before = connection.num_wakes
         if connection.take_turn() and connection not in self._queued:
             self._queued.add(connection)
             self._hungry.append(connection)
-        return connection.num_requests - before
+        return connection.num_wakes - before

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from tests.support import http_attacks as attacks
 from tests.support.fake_backend import FakeBackend, tiny_processor
 from tests.support.fake_ranks import FINGERPRINT, TOKEN, System
 from tests.support.http import request
-from tests.support.running import RunningApp
+from tests.support.running import RunningApp, wait_for
 
 MAX_LATE_S = 0.25
 """Heartbeats are due every second, and ranks wait for ten. A loop that parses what it has read: 2 to 24 s."""
@@ -139,3 +141,24 @@ def test_ranks_hear_of_the_hub_while_clients_do_their_worst():
     print(f"gaps {max(gaps):.3f} s")
     assert len(gaps) >= 2
     assert max(gaps) < 1.0 + MAX_LATE_S
+
+
+@pytest.mark.parametrize("how", ["closed", "reset"])
+def test_hundreds_that_leave_at_once(how):
+    """In the middle of their bodies, so that a handler is told of each."""
+    app = create_app(FakeBackend(), tiny_processor(), model_name="tiny")
+    with RunningApp(app) as running:
+        socks = [running.connect() for _ in range(800)]
+        for sock in socks:
+            sock.sendall(attacks.HEAD.encode() + b"Content-Length: 1000\r\n\r\n{")
+        wait_for(lambda: len(running.server.places) == 800, 10.0)
+        time.sleep(0.3)
+        with running.lateness() as late:
+            for sock in socks:
+                if how == "reset":
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            for sock in socks:
+                sock.close()
+            wait_for(lambda: not running.server.num_connections, 10.0)
+        print(f"late {max(late):.3f} s")
+    assert max(late) < MAX_LATE_S
