@@ -32,7 +32,7 @@ from qwen3vl_disagg.disagg.encode_rank import run_encode_rank
 from qwen3vl_disagg.disagg.model_folder import shared_model_folder
 from qwen3vl_disagg.disagg.rank_setup import run_threaded
 from qwen3vl_disagg.disagg.rendezvous import Layout, RankContext, World
-from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent, run_worker
+from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent, leave_process, run_worker
 from qwen3vl_disagg.processing import Processor
 
 
@@ -104,4 +104,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_process(main())

@@ -39,7 +39,7 @@ from qwen3vl_disagg.disagg.hub_client import ask_to_end
 from qwen3vl_disagg.disagg.model_folder import shared_model_folder
 from qwen3vl_disagg.disagg.rank_setup import run_threaded
 from qwen3vl_disagg.disagg.rendezvous import Layout, Meeting, RankContext, World, find, meeting_path, publish
-from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent, run_worker
+from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent, leave_process, run_worker
 from qwen3vl_disagg.engine.rank_bodies import run_combined_rank, run_language_rank
 from qwen3vl_disagg.parallel.dry_run import DEFAULT_WORLD, ParallelOptions, check_parallel, dry_run
 from qwen3vl_disagg.processing import Processor
@@ -167,9 +167,10 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
     if options.hub is not None:
         print(f"hub: {meeting.hub_address[0]}:{meeting.hub_address[1]}", flush=True)
     publish(path, meeting)
+    memory = JobMemory()
     frontend = Child(
         "frontend",
-        functools.partial(run_frontend, context, http_socket, hub_socket, JobMemory(), options, debug=options.debug),
+        functools.partial(run_frontend, context, http_socket, hub_socket, memory, options, debug=options.debug),
         is_vital=False,
         sockets=(http_socket, hub_socket),
         takes_signals=True,
@@ -191,6 +192,7 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
         sockets=(http_socket, hub_socket),
         is_hub_gone=lambda: not path.exists(),
         on_left=on_left,
+        on_stop=memory.stop,
         on_told=on_told,
     )
 
@@ -288,4 +290,4 @@ def run_slot(world: World) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_process(main())

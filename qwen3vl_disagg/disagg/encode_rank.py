@@ -33,7 +33,7 @@ from qwen3vl_disagg.disagg.messages import (
 from qwen3vl_disagg.disagg.rank_setup import RankSetup
 from qwen3vl_disagg.disagg.rendezvous import RankContext
 from qwen3vl_disagg.disagg.session_events import SessionLimits
-from qwen3vl_disagg.disagg.slots import EXIT_REFUSED
+from qwen3vl_disagg.disagg.slots import EXIT_REFUSED, run_loop
 from qwen3vl_disagg.disagg.store import join_store
 from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
 
@@ -221,4 +221,4 @@ def run_encode_rank(context: RankContext) -> int:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
         return await rank.run()
 
-    return asyncio.run(serve())
+    return run_loop(serve())

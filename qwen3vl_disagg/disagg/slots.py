@@ -10,6 +10,9 @@ tells them to. The frontend unblocks the two and drains. What has not left in ti
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import contextlib
 import ctypes
 import os
 import signal
@@ -17,8 +20,9 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 from qwen3vl_disagg.core.descriptors import raise_descriptor_limit
 from qwen3vl_disagg.core.errors import CheckpointError, Dismissed, HandshakeError, HubGone, InputError
@@ -30,8 +34,10 @@ EXIT_GONE = 69
 """A rank whose hub is gone for good: how a host notices that the job is over on the others."""
 _FINAL = (EXIT_INPUT, EXIT_REFUSED, EXIT_GONE)
 
-LEAVE_S = 26.0
-"""After a signal, children have this long; torchrun kills after 30 s."""
+KILL_S = 30.0
+"""After a signal torchrun kills what is left of its workers."""
+LEAVE_S = 28.0
+"""After a signal, children have this long; the slot itself takes some hundredths of a second."""
 ORPHAN_S = 5.0
 """After a signal and the end of the frontend, ranks have this long."""
 _EXIT_LAST_S = 5.0
@@ -211,9 +217,39 @@ def _run_child(child: Child, sockets: Sequence[socket.socket], parent: int) -> N
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """What was printed goes out; whoever read it may have gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def leave_process(status: int) -> NoReturn:
+    """End a slot: what was registered for the end, what was printed, and nothing else.
+
+    Python's own way takes every module down, a second of CPU where torch is one of them; on a busy host, with eight
+    slots on two cores, that alone is longer than torchrun waits.
+    """
+    with contextlib.suppress(BaseException):
+        atexit._run_exitfuncs()
+    _leave(status)
+
+
+_runners: list[asyncio.Runner] = []
+"""Loops that have ended, with what was left in them: when such a thing is collected, it complains."""
+
+
+def run_loop(main: Coroutine[Any, Any, int]) -> int:
+    """`asyncio.run` for the body of a child: threads that still work, and tasks, are left where they are, because the
+    process ends right after, by `os._exit`. A tokenizer or a tower in a thread would hold it up as long as it takes.
+    """
+    runner = asyncio.Runner()
+    _runners.append(runner)
+    return runner.run(main)
 
 
 def run_worker(run: Callable[[], int], *, is_first: bool) -> int:

@@ -16,6 +16,7 @@ from qwen3vl_disagg.disagg.lockstep_link import LockstepClient, PeerLost
 from qwen3vl_disagg.disagg.rank_setup import RankSetup
 from qwen3vl_disagg.disagg.receiver import Receiver
 from qwen3vl_disagg.disagg.rendezvous import RankContext
+from qwen3vl_disagg.disagg.slots import run_loop
 from qwen3vl_disagg.disagg.store import host_store
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions, default_chunk_tokens
 from qwen3vl_disagg.engine.expert_group import ExpertGroup, meet, shares_experts
@@ -41,7 +42,7 @@ def run_language_rank(context: RankContext) -> int:
                 await server.close()
 
     try:
-        return asyncio.run(serve())
+        return run_loop(serve())
     except PeerLost as error:  # its own slot says which one it was
         print(f"language rank {context.rank}: {error}", file=sys.stderr, flush=True)
         return 1
@@ -69,7 +70,7 @@ def run_combined_rank(context: RankContext) -> int:
         )
         return max(await asyncio.gather(language.run(), encode.run()))
 
-    return asyncio.run(serve())
+    return run_loop(serve())
 
 
 def engine_options(setup: RankSetup) -> EngineOptions:

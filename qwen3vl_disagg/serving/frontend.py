@@ -13,6 +13,7 @@ from qwen3vl_disagg.checkpoint.hub import model_name, resolve_model_folder
 from qwen3vl_disagg.core.settings import HttpOptions
 from qwen3vl_disagg.disagg.rendezvous import RankContext
 from qwen3vl_disagg.disagg.router_tables import RouterLimits
+from qwen3vl_disagg.disagg.slots import run_loop
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.doors import Doors
@@ -21,8 +22,8 @@ from qwen3vl_disagg.serving.hub import Hub
 from qwen3vl_disagg.serving.job_memory import JobMemory
 from qwen3vl_disagg.serving.limits import Limits
 
-DRAIN_S = 20.0
-LEAVE_S = 3.0
+DRAINED_S, CLOSED_S, LEFT_S = 20.0, 22.0, 26.0
+"""Running requests have ended, HTTP connections are closed, the ranks have left: by then, after the signal."""
 SETTLE_S = 15.0
 """How long to wait for the last encode rank before the ready line is printed without it."""
 
@@ -52,7 +53,7 @@ def run_frontend(
         debug=debug,
         warm_up=True,
     )
-    return asyncio.run(serve(hub, HttpServer(app), http_socket, hub_socket, memory))
+    return run_loop(serve(hub, HttpServer(app), http_socket, hub_socket, memory))
 
 
 async def serve(
@@ -82,11 +83,18 @@ async def serve(
     if not stopping.is_set():
         raise RuntimeError("a server of the frontend ended") from next(end for end in ends if end.done()).exception()
     announcing.cancel()
-    await hub.drain(DRAIN_S)
+    # The slot hears a signal at once; this loop may have been busy, on a busy host for seconds.
+    stopped_at = memory.stopped_at or time.monotonic()
+    await hub.drain(time_left(stopped_at, DRAINED_S))
     http.shutdown()
-    await asyncio.wait([serving], timeout=LEAVE_S)
-    await hub.close(LEAVE_S)
+    await asyncio.wait([serving], timeout=time_left(stopped_at, CLOSED_S))
+    await hub.close(time_left(stopped_at, LEFT_S))
     return 0
+
+
+def time_left(stopped_at: float, by_s: float, now: float | None = None) -> float:
+    """Seconds until `by_s` after the signal; none of a stage's time is made up for by a later one."""
+    return max(0.0, stopped_at + by_s - (time.monotonic() if now is None else now))
 
 
 def model_name_of(context: RankContext) -> str:

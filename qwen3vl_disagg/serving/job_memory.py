@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import secrets
 import struct
+import time
 
 from qwen3vl_disagg.disagg.control import Address
 
@@ -19,7 +20,9 @@ _PORT_AT = 8
 _HOST_BYTES_AT = 12
 _HOST_AT = 16
 _MAX_HOST_BYTES = 255
-NUM_BYTES = _HOST_AT + _MAX_HOST_BYTES
+_TIME = struct.Struct("<d")
+_STOPPED_AT = _HOST_AT + _MAX_HOST_BYTES
+NUM_BYTES = _STOPPED_AT + _TIME.size
 
 
 class JobMemory:
@@ -37,6 +40,16 @@ class JobMemory:
 
     def announce(self) -> None:
         self._bytes[_ANNOUNCED] = 1
+
+    @property
+    def stopped_at(self) -> float | None:
+        """When the slot was told to end (`time.monotonic`, one clock for a host); None before."""
+        return _TIME.unpack_from(self._bytes, _STOPPED_AT)[0] or None
+
+    def stop(self) -> None:
+        """Now, unless it was earlier."""
+        if self.stopped_at is None:
+            _TIME.pack_into(self._bytes, _STOPPED_AT, time.monotonic())
 
     @property
     def num_joined(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import multiprocessing
 import os
 import signal
@@ -17,6 +19,7 @@ import pytest
 from qwen3vl_disagg.core.errors import InputError, UnavailableError
 from qwen3vl_disagg.disagg import rendezvous
 from qwen3vl_disagg.disagg.rendezvous import Layout, Meeting, World, find, meeting_path, publish
+from qwen3vl_disagg.disagg.slots import Child, Slot, leave_process, run_loop
 from tests.support.slot_scenarios import run_scenario
 
 
@@ -205,6 +208,84 @@ def test_no_child_outlives_its_slot_and_no_slot_its_agent(tmp_path, victim):
         pids = {job.wait_for("encode"), job.wait_for("slot")}
         os.kill(job.wait_for(victim), signal.SIGKILL)
         until(lambda: not any(map(is_running, pids)), 5.0)
+
+
+# ---- the end of a process ----
+
+
+def left(body: Callable[[], object], deadline_s: float = 5.0) -> tuple[int, str, float]:
+    """Exit status, stdout, and how long it took, of a process that runs `body` and then should not come back."""
+    out, inner = os.pipe()
+    started = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        atexit._clear()  # the tests' own
+        os.dup2(inner, 1)
+        sys.stdout = os.fdopen(os.dup(1), "w")  # with a buffer of its own
+        try:
+            body()
+        finally:
+            os._exit(99)
+    os.close(inner)
+    with os.fdopen(out) as reader:
+        said = reader.read()
+    assert time.monotonic() - started < deadline_s
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said, time.monotonic() - started
+
+
+def test_a_process_leaves_with_what_it_printed_and_what_it_had_to_tidy_up(tmp_path):
+    file = tmp_path / "tidied"
+
+    def body() -> None:
+        atexit.register(file.touch)
+        threading.Thread(target=time.sleep, args=(60,)).start()  # Python would wait for it
+        print("bye")
+        leave_process(3)
+
+    assert left(body)[:2] == (3, "bye\n")
+    assert file.exists()
+
+
+def test_a_process_leaves_whatever_its_end_meets():
+    def fail() -> None:
+        raise RuntimeError("no")
+
+    def body() -> None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        atexit.register(fail)
+        sys.stdout = os.fdopen(os.dup(1), "w")
+        print("nobody reads this")
+        os.close(sys.stdout.fileno())  # as a pipe whose reader has gone: it cannot be flushed
+        leave_process(4)
+
+    assert left(body)[0] == 4
+
+
+def test_a_child_whose_output_nobody_reads_does_not_become_a_second_slot():
+    def body() -> None:
+        def child() -> int:
+            print("nobody reads this")
+            os.close(sys.stdout.fileno())
+            return 5
+
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        os._exit(Slot([Child("encode", child, is_vital=True)]).run())
+
+    assert left(body)[0] == 5
+
+
+def test_a_loop_that_has_ended_waits_for_no_thread():
+    async def main() -> int:
+        asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)
+        task = asyncio.ensure_future(asyncio.sleep(60))
+        await asyncio.sleep(0)
+        assert not task.done()
+        return 7
+
+    def body() -> None:
+        leave_process(run_loop(main()))
+
+    assert left(body)[:2] == (7, "")
 
 
 # ---- who is who ----

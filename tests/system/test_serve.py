@@ -6,6 +6,8 @@ import base64
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -210,6 +212,33 @@ def test_sigterm_under_load_ends_every_request_and_every_process(world, encode_r
         for word in ("did not leave", "killed by", ": exit ", "Exception in"):
             assert word not in server.output(), server.output()
         assert server.output().count("Traceback") == server.output().count("got signal: 15") == 1
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(300)
+def test_sigterm_on_a_busy_host_ends_every_process_in_time(asked):
+    """Two processes keep both cores busy beside eight ranks; the last requests come with the signal."""
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        with Server(8, "--encode-ranks", "2", ready_s=240) as server, ThreadPoolExecutor(16) as pool:
+            futures = [pool.submit(_status, server, entry) for entry in (asked * 9)[:200]]
+            while sum(future.done() for future in futures) < 3:
+                time.sleep(0.01)
+            server.remember_pids()
+            started = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            server.process.wait(40)
+            seconds = time.monotonic() - started
+            print(f"left {seconds:.1f} s after SIGTERM")
+            assert seconds < 30
+            assert {future.result(60) for future in futures} <= {200, 429, 503, "refused"}
+            assert not server.alive()
+            for word in ("did not leave", "killed by", ": exit ", "Exception in", "forcefully", "left over"):
+                assert word not in server.output(), server.output()
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
 
 
 def _status(server: Server, entry: Asked) -> int | str:
