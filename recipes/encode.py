@@ -9,98 +9,28 @@ leave on SIGTERM when what they have under way has ended. They end by themselves
 from __future__ import annotations
 
 import functools
-import os
-import sys
-from dataclasses import dataclass, fields, replace
-from typing import Annotated
 
 import tyro
 
-from qwen3vl_disagg.checkpoint.check import check_folder
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
-from qwen3vl_disagg.core.environment import check_environment
-from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
-from qwen3vl_disagg.core.faults import plan_faults
-from qwen3vl_disagg.core.settings import (
-    BufferOptions,
-    CheckpointOptions,
-    EncodeOptions,
-    ModelOptions,
-)
-from qwen3vl_disagg.disagg.addresses import TOKEN_VARIABLE, given_token, own_address, parse_address
-from qwen3vl_disagg.disagg.encode_rank import run_encode_rank
-from qwen3vl_disagg.disagg.model_folder import shared_model_folder
-from qwen3vl_disagg.disagg.rank_setup import run_threaded
-from qwen3vl_disagg.disagg.rendezvous import Layout, RankContext, World
-from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent, leave_process, run_worker
-from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.core.command_options import JoinOptions
+from qwen3vl_disagg.core.interrupt import leaving_at_once
+from qwen3vl_disagg.disagg.rendezvous import World
+from qwen3vl_disagg.disagg.slots import leave_process, run_worker
 
 
-@dataclass(frozen=True, kw_only=True)
-class JoinOptions(EncodeOptions, CheckpointOptions):
-    """Join a running server with encode ranks."""
-
-    join: Annotated[str, tyro.conf.arg(metavar="HOST:PORT")]
-    """The server's hub, as it says in its line `hub: ..`."""
-    token: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
-    """The server's token. Other users of this host can see it in the command line: the environment variable Q3VL_TOKEN
-    does the same."""
-    address: Annotated[str | None, tyro.conf.arg(metavar="HOST")] = None
-    """This host's own address, over which rows leave. Default: the one that faces the hub."""
-    block_size: int = BufferOptions.block_size
-    """Rows per block, as the server has it."""
-
-
-def rank_context(options: JoinOptions, world: World) -> RankContext:
-    """What a rank's body is told. InputError for what cannot be."""
-    token = given_token(options.token, os.environ)
-    if token is None:
-        raise InputError(f"--token or {TOKEN_VARIABLE}: the server's token is needed", param="token")
-    hub_address = parse_address(options.join, "join")
-    return RankContext(
-        -1,
-        Layout.of(1),
-        hub_address,
-        token,
-        ModelOptions(**{field.name: getattr(options, field.name) for field in fields(CheckpointOptions)}),
-        host=own_address(options.address, hub_address),
-        local_rank=world.local_rank,
-        num_local_ranks=world.num_local_ranks,
-        is_joining=True,
-        buffers=BufferOptions(block_size=options.block_size),
-        encode=options,
-    )
-
-
-def run_slot(world: World) -> int:
-    """Parse the arguments, then supervise until the rank has left."""
-    try:
+def run(world: World) -> int:
+    """Parse the arguments, then be a slot. SystemExit for --help and for what does not parse: before torch is there."""
+    with leaving_at_once():
         options = tyro.cli(JoinOptions, prog="encode.py", console_outputs=world.local_rank == 0)
-        if world.has_agent:
-            die_with_parent(os.getppid())
-        EncodeOptions.check(options)
-        context = rank_context(options, world)
-        options = replace(options, model=shared_model_folder(options.model, world))
-        context = replace(context, model=replace(context.model, model=options.model))
-        folder = resolve_model_folder(options.model)
-        check_folder(folder, lambda config: Processor.from_folder(folder, config))  # said once, and not by every rank
-        check_environment()
-        plan_faults()
-    except (InputError, CheckpointError) as error:
-        if world.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_INPUT
-    except DisaggError as error:
-        print(f"error: slot {world.rank}: {error}", file=sys.stderr)
-        return 1
-    body = functools.partial(run_threaded, run_encode_rank, context)
-    return Slot([Child("encode rank", body, is_vital=False, takes_signals=True)]).run()
+        from qwen3vl_disagg.disagg.join import run_slot
+
+        return run_slot(options, world)
 
 
 def main() -> int:
     """Run one slot; returns the exit status. The first one of a host speaks for all when the arguments are wrong."""
     world = World.from_env()
-    return run_worker(functools.partial(run_slot, world), is_first=world.local_rank == 0)
+    return run_worker(functools.partial(run, world), is_first=world.local_rank == 0)
 
 
 if __name__ == "__main__":

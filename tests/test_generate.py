@@ -105,6 +105,11 @@ for args in (["generate", "--no-such-option"], ["generate", "--temperature", "ho
         cli.main()
     except SystemExit as end:
         assert end.code == 2, end.code
+from recipes import encode, serve
+for recipe in (serve, encode):
+    for args, status in ((["--help"], 0), (["--no-such-option"], 2)):
+        sys.argv = ["recipe", *args]
+        assert recipe.main() == status
 slow = {"torch", "numpy", "tokenizers", "jinja2", "PIL"} & set(sys.modules)
 assert not slow, slow
 """
@@ -251,11 +256,21 @@ def test_what_was_written_stays(tmp_path, how, status):
     assert all(line.endswith(b"\n") and json.loads(line)["text"] for line in lines)
 
 
-@pytest.mark.parametrize("sign", ["libtorch", pytest.param("model ", marks=pytest.mark.slow)])
-def test_ctrl_c_is_quiet(sign):
+GENERATE = ["-m", "qwen3vl_disagg", "generate", "--prompt", "hi", "--ignore-eos", "--max-new-tokens", "900"]
+
+
+@pytest.mark.parametrize(
+    ("command", "sign"),
+    [
+        (GENERATE, "libtorch"),
+        (["recipes/serve.py", "--port", "0"], "libtorch"),
+        pytest.param(GENERATE, "model ", marks=pytest.mark.slow),
+    ],
+)
+def test_ctrl_c_is_quiet(command, sign):
     """While torch is imported, and while an answer is made."""
-    command = [sys.executable, "-m", "qwen3vl_disagg", "generate", "--prompt", "hi", "--ignore-eos"]
-    process = subprocess.Popen([*command, "--max-new-tokens", "900"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, *command]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stderr is not None
     end, said = time.monotonic() + 60, b""
     if sign == "libtorch":

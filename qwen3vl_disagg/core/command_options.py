@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from qwen3vl_disagg.core.settings import Dispatch, EncodeOptions, ExpertLayout, ModelOptions
+from qwen3vl_disagg.core.settings import (
+    BufferOptions,
+    CheckpointOptions,
+    Dispatch,
+    EncodeOptions,
+    ExpertLayout,
+    HttpOptions,
+    ModelOptions,
+)
 
 Written = Literal["none", "fp8"]
 
@@ -162,6 +170,48 @@ class ParallelOptions:
     """Not offered; 1 is what there is."""
     pipeline_parallel: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """Not offered; 1 is what there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(HttpOptions, ParallelOptions, EncodeOptions, BufferOptions, ModelOptions):
+    """Serve a checkpoint over HTTP."""
+
+    encode_ranks: int | None = None
+    """Ranks 0 .. E-1 encode, the others generate. Default: a quarter, at least one."""
+    overlap: Literal["on", "off"] = "on"
+    """Prefill what is there while later images of the same request are still encoded or sent."""
+    prefix_cache: Literal["on", "off"] = "on"
+    """Keep what full pages hold, for prompts that begin the same way."""
+    chunk_tokens: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Tokens of prompts in a step while other requests are being answered: fewer disturb those less, and take longer
+    themselves. Default: 64 on CPU, 512 on a GPU."""
+    spans: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Write what each rank does when as JSON lines into this folder."""
+    debug: bool = False
+    """Open GET /debug/processes."""
+    hub: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """An address of node 0, where ranks of other nodes, and encode ranks that join, meet the job. Needs a token.
+    Default: loopback, and any port."""
+    token: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """What ranks show to be let in. Other users of this host can see it in the command line: the environment variable
+    Q3VL_TOKEN does the same. Default without --hub: random."""
+    address: Annotated[str | None, tyro.conf.arg(metavar="HOST")] = None
+    """This node's own address, on which its ranks listen for one another. Default: the one that faces the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinOptions(EncodeOptions, CheckpointOptions):
+    """Join a running server with encode ranks."""
+
+    join: Annotated[str, tyro.conf.arg(metavar="HOST:PORT")]
+    """The server's hub, as it says in its line `hub: ..`."""
+    token: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """The server's token. Other users of this host can see it in the command line: the environment variable Q3VL_TOKEN
+    does the same."""
+    address: Annotated[str | None, tyro.conf.arg(metavar="HOST")] = None
+    """This host's own address, over which rows leave. Default: the one that faces the hub."""
+    block_size: int = BufferOptions.block_size
+    """Rows per block, as the server has it."""
 
 
 def _generate(options: GenerateOptions) -> GenerateOptions:

@@ -8,7 +8,9 @@ import sys
 import pytest
 
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.disagg import join
 from qwen3vl_disagg.disagg.addresses import given_token, own_address, parse_address
+from qwen3vl_disagg.serving import launch
 from recipes import encode, serve
 
 JOIN = ["--join", "127.0.0.1:9"]
@@ -80,7 +82,8 @@ def test_the_token_s_sources():
 )
 def test_bad_arguments_end_with_2_and_one_line(script, args, env, words, monkeypatch, capsys):
     monkeypatch.delenv("Q3VL_TOKEN", raising=False)
-    monkeypatch.setattr(script, "die_with_parent", lambda parent: None)
+    for module in (join, launch):
+        monkeypatch.setattr(module, "die_with_parent", lambda parent: None)
     monkeypatch.setattr(sys, "argv", ["script", *args])
     for name, value in env.items():
         monkeypatch.setenv(name, value)

@@ -10,6 +10,7 @@ import pytest
 
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.core.errors import DisaggError
+from qwen3vl_disagg.disagg import join
 from recipes import encode
 
 
@@ -22,7 +23,7 @@ def ended(model, monkeypatch, capsys):
 
 
 def test_small_files_are_checked_before_any_rank_starts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(encode, "Slot", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(join, "Slot", lambda *_: pytest.fail("started"))
     folder = shutil.copytree(resolve_model_folder(None), tmp_path / "checkpoint")
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps({**settings, "patch_size": 14}))
@@ -38,5 +39,5 @@ def test_other_failures_are_one_line(monkeypatch, capsys):
     def fail(model, world):
         raise DisaggError("--model a/b: the process that fetched it died")
 
-    monkeypatch.setattr(encode, "shared_model_folder", fail)
+    monkeypatch.setattr(join, "shared_model_folder", fail)
     assert ended("a/b", monkeypatch, capsys) == (1, "error: slot 0: --model a/b: the process that fetched it died\n")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, load_language_model, load_vision_model, open_checkpoint
+from qwen3vl_disagg.core.command_options import ServeOptions
 from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError
 from qwen3vl_disagg.core.settings import ModelOptions
@@ -19,6 +20,7 @@ from qwen3vl_disagg.disagg.rendezvous import World
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.parallel.dry_run import dry_run
+from qwen3vl_disagg.serving import launch
 from recipes import serve
 from tests.support.shards import PlainShards
 from tests.support.weights import SMALLEST, edit_json, edit_tensors, write_smallest
@@ -163,16 +165,16 @@ def test_the_table(monkeypatch, capsys):
 
 
 def test_the_world_is_torchrun_s(capsys):
-    options = serve.ServeOptions(dry_run=True, json=True)
+    options = ServeOptions(dry_run=True, json=True)
     for world in (World(size=5, has_agent=True), World(rank=1, size=5, has_agent=True), World()):
-        assert serve.show_dry_run(options, world) == 0
+        assert launch.show_dry_run(options, world) == 0
     under_torchrun, alone = map(json.loads, capsys.readouterr().out.splitlines())
     assert (under_torchrun["world"], alone["world"]) == (5, 8)
 
 
 def test_other_slots_do_nothing(monkeypatch):
-    monkeypatch.setattr(serve, "dry_run", lambda *_: pytest.fail("worked"))
-    assert serve.show_dry_run(serve.ServeOptions(dry_run=True), World(rank=1, size=5, local_rank=1)) == 0
+    monkeypatch.setattr(launch, "dry_run", lambda *_: pytest.fail("worked"))
+    assert launch.show_dry_run(ServeOptions(dry_run=True), World(rank=1, size=5, local_rank=1)) == 0
 
 
 @pytest.mark.parametrize(
