@@ -58,6 +58,11 @@ def test_the_token_s_sources():
     assert given_token("a", {"Q3VL_TOKEN": "b"}) == "a"
     assert given_token(None, {"Q3VL_TOKEN": "b"}) == "b"
     assert given_token(None, {}) is None
+    for value in ("a" * 257, "a\n", "\udc80", "\u00e9"):
+        with pytest.raises(InputError, match="Q3VL_TOKEN: must be up to 256 printable"):
+            given_token(None, {"Q3VL_TOKEN": value})
+        with pytest.raises(InputError, match="--token: must be up to 256 printable"):
+            given_token(value, {})
     for option, env in [("", {}), (None, {"Q3VL_TOKEN": ""})]:
         with pytest.raises(InputError, match="must not be empty"):
             given_token(option, env)
