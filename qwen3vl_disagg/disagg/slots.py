@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from qwen3vl_disagg.core.descriptors import raise_descriptor_limit
@@ -217,7 +218,17 @@ def _run_child(child: Child, sockets: Sequence[socket.socket], parent: int) -> N
     except BaseException:
         traceback.print_exc()
     finally:
+        _end_children()
         _leave(status)
+
+
+def _end_children() -> None:
+    """Those that decode media or make prompts. They end by themselves when their pipes close, but one that is just
+    starting, at low priority on a busy host, takes seconds to see that. The job is over when nothing of it is left."""
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            for pid in (task / "children").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def _leave(status: int) -> NoReturn:

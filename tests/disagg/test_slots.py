@@ -274,6 +274,24 @@ def test_a_child_whose_output_nobody_reads_does_not_become_a_second_slot():
     assert left(body)[0] == 5
 
 
+def test_nothing_that_a_child_started_is_left():
+    def body() -> None:
+        def child() -> int:
+            command = [sys.executable, "-c", "import time; time.sleep(60)"]
+            made = []
+            thread = threading.Thread(target=lambda: made.append(subprocess.Popen(command, start_new_session=True)))
+            thread.start()
+            thread.join()
+            print(made[0].pid)
+            return 0
+
+        os._exit(Slot([Child("encode", child, is_vital=True)]).run())
+
+    status, said, _ = left(body)
+    assert status == 0
+    until(lambda: not is_running(int(said)), 5.0)
+
+
 def test_a_loop_that_has_ended_waits_for_no_thread():
     async def main() -> int:
         asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)
