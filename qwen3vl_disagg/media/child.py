@@ -11,8 +11,9 @@ from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, MpoImagePlugin,
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media import sandbox
+from qwen3vl_disagg.media.clip_ends import end_note
 from qwen3vl_disagg.media.images import MAX_BYTES, decode_rgb, probe_image
-from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES, probe_video, video_frames
+from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES, probe_video, sniff_container, video_frames
 from qwen3vl_disagg.media.wire import (
     LENGTH_BYTES,
     Clip,
@@ -66,7 +67,7 @@ def run(job: Job, data: bytes) -> Iterator[tuple[Reply, memoryview | bytes]]:
     ):
         yield Pixels(*frame_HWC.shape[:2]), frame_HWC.data
     sandbox.allow_cpu(0)
-    yield Done(), b""
+    yield Done(end_note(data, sniff_container(data) or "")), b""
 
 
 def answer(job: Job, data: bytes) -> Iterator[tuple[Reply, memoryview | bytes]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -237,6 +238,13 @@ def _info(reply: Reply) -> VideoInfo:
         raise ChildFailed("nonsense")
     sizes_fit = reply.width > 0 < reply.height and reply.width * reply.height <= MAX_FRAME_PIXELS
     counts_fit = 0 < reply.num_frames <= MAX_FRAMES and 0 < reply.fps < float("inf")
-    if not (sizes_fit and counts_fit and reply.format in CONTAINERS):
+    times = reply.times
+    times_fit = not times or (
+        len(times) == reply.num_frames
+        and times[0] == 0
+        and all(now <= after for now, after in pairwise(times))
+        and times[-1] < float("inf")
+    )
+    if not (sizes_fit and counts_fit and times_fit and reply.format in CONTAINERS):
         raise ChildFailed("nonsense")
-    return VideoInfo(reply.format, reply.width, reply.height, reply.num_frames, reply.fps)
+    return VideoInfo(reply.format, reply.width, reply.height, reply.num_frames, reply.fps, tuple(reply.times))

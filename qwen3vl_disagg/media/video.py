@@ -3,6 +3,9 @@
 Runs in a decoding child; other processes ask qwen3vl_disagg.media.decoder. Only containers and codecs of the two lists
 below, read from memory: nothing that names another file or address is ever opened.
 
+Times are those of the packets; what the headers declare about rate, duration and number of frames is not believed.
+A packet that the end of the file cuts off is left out, wherever frames are counted or decoded.
+
 Rules: rotation by quarter turns is applied, mirroring is not; pixels are taken as square; transparency is dropped;
 colours become RGB as swscale does by default, which is what the reference's PyAV backend gives.
 """
@@ -13,12 +16,13 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.media.clip_ends import end_note
+from qwen3vl_disagg.media.clip_times import frame_times
 
 MAX_VIDEO_BYTES = 48 * 2**20
 MAX_FRAME_PIXELS = 16 * 2**20
@@ -27,10 +31,10 @@ MAX_CLIP_PIXELS = 2**33
 """Pixels of all frames together: 20,000 frames of 640 x 480 fit, and two minutes of 1920 x 1080 at 30 a second."""
 
 CONTAINERS = ("mp4", "mov", "webm", "mkv", "avi", "gif")
+_WITH_TABLES = ("mp4", "mov")
+"""Their tables list each frame: with less than half of these a file that ends early is refused."""
 CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "gif"})
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
-_UNKNOWN_FPS = 24.0
-_MAX_FPS = 1000.0
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,9 @@ class VideoInfo:
     """What a clip holds, counted and not only declared.
 
     `format` is the container ("mp4", "mov", "webm", "mkv", "avi", "gif"). Width and height are pixels as shown, after
-    the rotation that the file asks for. Frames 0 .. num_frames - 1 can be had, in display order. `fps` is the average
-    rate, 24.0 if the file does not say.
+    the rotation that the file asks for. Frames 0 .. num_frames - 1 can be had, in display order. `fps` is the rate,
+    that of an uneven clip the mean one; 24.0 if nothing tells. `times` of an uneven clip: seconds of each frame, rising
+    from 0; else empty.
     """
 
     format: str
@@ -47,6 +52,7 @@ class VideoInfo:
     height: int
     num_frames: int
     fps: float
+    times: tuple[float, ...] = ()
 
 
 def check_clip_bytes(data: bytes) -> None:
@@ -68,33 +74,31 @@ def sniff_container(data: bytes) -> str | None:
     return "gif" if data.startswith((b"GIF87a", b"GIF89a")) else None
 
 
-def sane_fps(rate: Fraction | None) -> float:
-    """Frames a second as the file tells; 24.0 if it does not, or not within 1 / 1000 .. 1000."""
-    fps = float(rate or 0)
-    return fps if 1 / _MAX_FPS <= fps <= _MAX_FPS else _UNKNOWN_FPS
-
-
 def probe_video(data: bytes) -> VideoInfo:
     """What the clip holds: all packets are counted and the first frame is decoded. InputError for a bad clip."""
     with _opened(data) as (container, stream, name):
         times: list[int | None] = []
         for packet in container.demux(stream):
             if _is_shown(packet, stream.codec_context.name):
-                times.append(packet.pts)
+                times.append(packet.dts if packet.pts is None else packet.pts)
             if len(times) > MAX_FRAMES:
                 raise InputError(f"the clip has more than the limit of {MAX_FRAMES} frames")
         if not times:
             raise InputError("the clip has no frames")
-        fps = sane_fps(stream.average_rate)
+        if name in _WITH_TABLES and 2 * len(times) < stream.frames and end_note(data, name):
+            raise InputError(f"the clip is damaged or cut off: {len(times)} of its {stream.frames} frames are there")
+        tick, declared = stream.time_base, stream.average_rate
     with _opened(data) as (container, stream, _):
-        frame = next(container.decode(stream), None)
+        frame = next(_decoded(container, stream), None)
         if frame is None:
             raise InputError("the clip has no frames that can be decoded")
         height, width = _shown_size(frame)
     num_frames = len(times) - _num_before(times, frame.pts)
     if num_frames * height * width > MAX_CLIP_PIXELS:
         raise InputError(f"the clip has {num_frames} frames of {width} x {height} pixels, which is too much to decode")
-    return VideoInfo(name, width, height, num_frames, fps)
+    in_order = sorted(times, key=lambda at: -1 if at is None else at)[-num_frames:]
+    fps, seconds = frame_times(in_order, tick, declared)
+    return VideoInfo(name, width, height, num_frames, fps, seconds)
 
 
 def video_frames(
@@ -111,7 +115,7 @@ def video_frames(
         from av.video.reformatter import VideoReformatter
 
         size, reformatter = None, VideoReformatter()
-        for number, frame in enumerate(container.decode(stream)):
+        for number, frame in enumerate(_decoded(container, stream)):
             if index is None:
                 return
             if size is None:
@@ -167,9 +171,17 @@ def _video_stream(container: Any) -> Any:
     return stream
 
 
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """The frames of all packets that are whole."""
+    for packet in container.demux(stream):
+        if not packet.is_corrupt:
+            yield from packet.decode()
+
+
 def _is_shown(packet: Any, codec: str) -> bool:
-    """Whether a packet is a frame that is shown: not the empty one at the end, nor one that only others refer to."""
-    if not packet.size or packet.is_discard:
+    """Whether a packet is a frame that is shown: not the empty one at the end, nor one that only others refer to, nor
+    one that the end of the file cuts off."""
+    if not packet.size or packet.is_discard or packet.is_corrupt:
         return False
     return codec != "vp8" or bool(bytes(packet)[0] & 0x10)
 

@@ -58,6 +58,7 @@ class Clip(msgspec.Struct, frozen=True, tag="clip"):
     height: int
     num_frames: int
     fps: float
+    times: Sequence[float] = ()
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.media.clip_times import UNKNOWN_FPS
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import ImageInfo, check_aspect
 from qwen3vl_disagg.media.stop import Stop
@@ -18,7 +20,7 @@ from qwen3vl_disagg.processing.images import ImageProcessor, smart_resize
 from qwen3vl_disagg.processing.media_options import NO_OPTIONS, MediaOptions
 from qwen3vl_disagg.processing.media_parts import Media
 from qwen3vl_disagg.processing.positions import Grid
-from qwen3vl_disagg.processing.video import UNKNOWN_FPS, VIDEO_FILE, VideoProcessor, timestamps, unpack_frames
+from qwen3vl_disagg.processing.video import VIDEO_FILE, VideoProcessor, timestamps, unpack_frames
 
 MAX_STILL_PIXELS = 2**31
 """To decode for one request, in images and in lists of frames: 768 frames of 1080p fit."""
@@ -127,7 +129,7 @@ class MediaPlanner:
             return Plan(entry, grid, num_pixels=info.width * info.height)
         if self._video is None:
             raise InputError(f"this checkpoint takes no videos: it has no {VIDEO_FILE}")
-        options = entry.options.over(self._of_clips)
+        options, seconds = entry.options.over(self._of_clips), tuple[float, ...]()
         if entry.is_frame_list:
             infos = [self._headers.image(image) for image in unpack_frames(entry.data)]
             sizes = {(info.width, info.height) for info in infos}
@@ -138,8 +140,8 @@ class MediaPlanner:
         else:
             clip = self._headers.clip(entry.data)
             frames = _frames(options, clip, self._video)
-            fps, width, height = clip.fps, clip.width, clip.height
-        times = timestamps(frames, fps, self._config.temporal_patch_size)
+            fps, seconds, width, height = clip.fps, clip.times, clip.width, clip.height
+        times = timestamps(frames, fps, self._config.temporal_patch_size, seconds)
         grid = _clip_grid(options, self._video, len(frames), width, height)
         num_pixels = (frames[-1] + 1) * width * height
         return Plan(entry, grid, tuple(frames), tuple(times), num_pixels)
@@ -223,14 +225,18 @@ def _frames(options: MediaOptions, clip: VideoInfo, video: VideoProcessor) -> li
         count = min(max(wanted, min(least, most)), most, num_frames)
     elif options.fps is not None:
         raise InputError("fps and num_frames exclude one another")
-    return [first + frame for frame in video.sample(num_frames, clip.fps, count=count)]
+    times: Sequence[float] = [at - clip.times[first] for at in clip.times[first : last + 1]] if clip.times else ()
+    return [first + frame for frame in video.sample(num_frames, clip.fps, count=count, times=times)]
 
 
 def _range(options: MediaOptions, clip: VideoInfo) -> tuple[int, int]:
     """First and last frame between `video_start` and `video_end`."""
     last = clip.num_frames - 1
-    start = 0 if options.video_start is None else math.ceil(options.video_start * clip.fps)
-    end = last if options.video_end is None else min(last, math.floor(options.video_end * clip.fps))
+    start, end = 0, last
+    if (at := options.video_start) is not None:
+        start = bisect_left(clip.times, at) if clip.times else math.ceil(at * clip.fps)
+    if (at := options.video_end) is not None:
+        end = min(last, bisect_right(clip.times, at) - 1 if clip.times else math.floor(at * clip.fps))
     if (start, end) != (0, last) and start >= end:
         seconds = clip.num_frames / clip.fps
         raise InputError(f"there are not two frames from video_start to video_end: the clip has {seconds:.2f} seconds")

@@ -20,6 +20,7 @@ from torch import Tensor
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import ImageResize
+from qwen3vl_disagg.media.clip_times import nearest_frames
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.model.config import VisionConfig
@@ -29,8 +30,6 @@ from qwen3vl_disagg.processing.positions import Grid
 from qwen3vl_disagg.processing.resize import PixelTransform
 
 VIDEO_FILE = "video_preprocessor_config.json"
-UNKNOWN_FPS = 24.0
-"""Frames a second of a clip that does not say."""
 MAX_LIST_FRAMES = 768
 
 
@@ -53,13 +52,15 @@ def smart_resize_video(
     return fit_size(height, width, factor, min_pixels, max_pixels, frames=num_frames, counted=counted)
 
 
-def timestamps(frames: Sequence[int], fps: float, temporal: int) -> list[float]:
+def timestamps(frames: Sequence[int], fps: float, temporal: int, times: Sequence[float] = ()) -> list[float]:
     """Seconds of each step of the grid: half-way between its first and last frame; the last frame is repeated.
 
-    Frames 0, 2, 5, 8, 10 at 4 a second: 0.25, 1.625, 2.5.
+    Frames 0, 2, 5, 8, 10 at 4 a second: 0.25, 1.625, 2.5. `times`: of all frames of a clip that has no even rate.
     """
     padded = [*frames, *[frames[-1]] * (-len(frames) % temporal)]
     firsts, lasts = padded[::temporal], padded[temporal - 1 :: temporal]
+    if times:
+        return [(times[first] + times[last]) / 2 for first, last in zip(firsts, lasts, strict=True)]
     return [(first / fps + last / fps) / 2 for first, last in zip(firsts, lasts, strict=True)]
 
 
@@ -115,16 +116,25 @@ class VideoProcessor:
         )
 
     def sample(
-        self, num_frames: int, fps: float, *, sample_fps: float | None = None, count: int | None = None
+        self,
+        num_frames: int,
+        fps: float,
+        *,
+        sample_fps: float | None = None,
+        count: int | None = None,
+        times: Sequence[float] = (),
     ) -> list[int]:
         """Which frames of a file of `num_frames` at `fps` to look at: `count`, or `sample_fps` a second, or as many a
-        second as the checkpoint wants; spread evenly from first to last. InputError for more than there are."""
+        second as the checkpoint wants; spread evenly from first to last, in `times` where these are given. InputError
+        for more than there are."""
         if count is None:
             wanted = int(num_frames / fps * (self.fps if sample_fps is None else sample_fps))
             count = min(max(wanted, self.min_frames), self.max_frames, num_frames)
         elif count > min(num_frames, self.max_frames):
             most = min(num_frames, self.max_frames)
             raise InputError(f"num_frames is {count}, but {most} frames of this clip can be looked at")
+        if times:
+            return nearest_frames(times, count)
         return np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
 
     def grid(self, num_frames: int, width: int, height: int, bounds: tuple[int, int] | None = None) -> Grid:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.media.video import probe_video, sane_fps, sniff_container, video_frames
+from qwen3vl_disagg.media.video import probe_video, sniff_container, video_frames
 from tests.support.media_bytes import SIZE, clip, encode, joined, picture
 from tests.support.media_clips import moving, small_jpeg, with_hidden_frame, without_first
 
@@ -90,11 +90,6 @@ def test_a_vp8_or_vp9_clip_cut_between_key_frames_is_refused(codec):
 @pytest.mark.parametrize(("rate", "fps"), [(8, 8.0), (Fraction(30000, 1001), 30000 / 1001), (Fraction(1, 2), 0.5)])
 def test_the_average_rate(rate, fps):
     assert probe_video(clip(rate=rate)).fps == pytest.approx(fps, rel=1e-3)
-
-
-@pytest.mark.parametrize("rate", [None, Fraction(0), Fraction(-24), Fraction(10**9), Fraction(1, 10**9)])
-def test_a_rate_that_makes_no_sense_is_taken_for_none(rate):
-    assert sane_fps(rate) == 24.0
 
 
 def test_the_size_may_not_change():
