@@ -24,7 +24,8 @@ HEARTBEAT_S = 1.0
 SILENCE_S = 10.0
 """Generous: ranks that share two cores can stall for seconds."""
 _MAX_UNSENT_BYTES = 64 * 1024 * 1024
-_HEADER_BYTES = 4
+_SLICE_BYTES = 256 * 1024
+FRAME_HEADER_BYTES = 4
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -46,7 +47,7 @@ def encode_frame(message: Message, max_frame: int) -> bytes:
     body = _encoder.encode(message)
     if len(body) > max_frame:
         raise FrameError(f"{type(message).__name__} takes {len(body)} bytes, the limit is {max_frame}")
-    return len(body).to_bytes(_HEADER_BYTES, "big") + body
+    return len(body).to_bytes(FRAME_HEADER_BYTES, "big") + body
 
 
 class Connection:
@@ -138,7 +139,7 @@ class Connection:
 
     async def _receive_one(self) -> Any:
         if self._body_bytes is None:
-            length = int.from_bytes(await self._read(_HEADER_BYTES), "big")
+            length = int.from_bytes(await self._read(FRAME_HEADER_BYTES), "big")
             if not 0 < length <= self._max_frame:
                 raise self._fail(FrameError(f"frame of {length} bytes, the limit is {self._max_frame}"))
             self._body_bytes = length
@@ -166,11 +167,15 @@ class Connection:
         return data
 
     async def send_bytes(self, data: bytes | memoryview, timeout: float) -> None:
-        """Raw bytes after a message that announced them. Not with `keep_alive`."""
-        if self.is_closed:
-            raise self._failure or ConnectionLost("connection is closed")
-        self._writer.write(data)
-        await self._drain(timeout)
+        """Raw bytes after a message that announced them, a slice at a time: no more of them wait here than the peer may
+        be behind. Not with `keep_alive`."""
+        end = asyncio.get_running_loop().time() + timeout
+        view = memoryview(data)
+        for start in range(0, len(view), _SLICE_BYTES):
+            if self.is_closed:
+                raise self._failure or ConnectionLost("connection is closed")
+            self._writer.write(view[start : start + _SLICE_BYTES])
+            await self._drain(end - asyncio.get_running_loop().time())
 
     async def receive_bytes(self, num_bytes: int, timeout: float) -> bytes:
         """Exactly `num_bytes` raw bytes. Not with `keep_alive`."""

@@ -8,7 +8,7 @@ same rank is back under a new epoch.
 from __future__ import annotations
 
 import asyncio
-import hmac
+import socket
 import time
 import traceback
 from collections import deque
@@ -21,7 +21,8 @@ import torch.distributed as dist
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.spans import span
-from qwen3vl_disagg.disagg.control import Address, Connection, ConnectionLost
+from qwen3vl_disagg.disagg.control import MAX_LINK_FRAME, Address, Connection, ConnectionLost
+from qwen3vl_disagg.disagg.doorkeeper import Doorkeeper
 from qwen3vl_disagg.disagg.fingerprint import Fingerprint, check_fingerprint
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
 from qwen3vl_disagg.disagg.links import Link, LinkBroken, LinkFactory, process_group_links
@@ -32,6 +33,7 @@ from qwen3vl_disagg.disagg.messages import (
     Goodbye,
     LinkAccept,
     LinkHello,
+    LinkMessage,
     LinkReady,
     Message,
     Refused,
@@ -60,7 +62,8 @@ from qwen3vl_disagg.disagg.session_events import (
     Tick,
 )
 
-HELLO_S = 5.0
+MEET_S = 20.0
+"""How long encode ranks wait at the door until the store is known."""
 TICK_S = 0.25
 
 
@@ -98,8 +101,6 @@ class LinkServer:
         make_link: LinkFactory | None = None,
         limits: SessionLimits | None = None,
     ) -> None:
-        if not token:
-            raise ValueError("an empty token would let anybody in")
         self.limits = limits or SessionLimits()
         buffers = receiver.buffers
         self.sessions = LanguageSessions(buffers.allocator, buffers.block_size, buffers.row_sizes, self.limits)
@@ -114,14 +115,17 @@ class LinkServer:
         self._store: dist.TCPStore | None = None
         self._host, self._make_link = host, make_link
         self._can_meet = asyncio.Event()
-        self._server: asyncio.Server | None = None
+        self._server: Doorkeeper | None = None
         self._ticker: asyncio.Task[None] | None = None
 
     async def serve(self) -> Address:
         """Listen for encode ranks on a free port."""
-        self._server = await asyncio.start_server(self._accept, self._host, 0)
+        sock = socket.create_server((self._host, 0))
+        self._server = Doorkeeper(
+            sock, self._accept, token=self._token, messages=LinkMessage, max_frame=MAX_LINK_FRAME, name="links"
+        )
         self._ticker = asyncio.create_task(self._tick())
-        return self._server.sockets[0].getsockname()[:2]
+        return sock.getsockname()[:2]
 
     def use_store(self, store: dist.TCPStore) -> None:
         """Where epochs are counted and groups meet; encode ranks wait at the door until it is known."""
@@ -303,12 +307,10 @@ class LinkServer:
 
     # -- links coming and going
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        control = Connection.link(reader, writer)
+    async def _accept(self, hello: Message, control: Connection) -> None:
         try:
-            link = await self._handshake(control)
+            link = await self._handshake(hello, control)
         except (DisaggError, OSError, RuntimeError):
-            await control.close()
             return
         control.keep_alive()
         self._links[link.encode_rank, link.epoch] = link
@@ -323,7 +325,6 @@ class LinkServer:
         except Exception as error:  # one link's failure is not the rank's
             reason = f"{type(error).__name__}: {error}"
         self._drop(link, reason)
-        await control.close()
 
     def _take(self, link: _PeerLink, message: Message) -> None:
         if isinstance(message, Frame):
@@ -331,18 +332,16 @@ class LinkServer:
                 fault_point("in-abort")
             self.handle(FrameIn(link.encode_rank, message))
 
-    async def _handshake(self, control: Connection) -> _PeerLink:
-        hello = await control.receive(timeout=HELLO_S)
-        if not isinstance(hello, LinkHello) or not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-            await control.send(Refused(field="token", expected="the job's token", got="another"))
-            raise HandshakeError("token", "the job's token", "another")
+    async def _handshake(self, hello: Message, control: Connection) -> _PeerLink:
+        if not isinstance(hello, LinkHello):
+            raise TransferError(f"{type(hello).__name__} in place of a hello")
         try:
             check_fingerprint(self._fingerprint, hello.fingerprint)
         except HandshakeError as error:
             await control.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))
             raise
         fault_point("in-handshake")
-        await asyncio.wait_for(self._can_meet.wait(), HELLO_S * 4)
+        await asyncio.wait_for(self._can_meet.wait(), MEET_S)
         store, make_link = self._store, self._make_link
         if store is None or make_link is None:
             raise TransferError("the store is not known")

@@ -10,7 +10,7 @@ import asyncio
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 ACCEPTS_PER_TURN = 16
@@ -59,9 +59,13 @@ class Listener:
                 self._pause(error)
                 return
             sock.setblocking(False)
-            task = self._loop.create_task(self._loop.connect_accepted_socket(self._make_protocol, sock))
+            task = self._loop.create_task(self._begin(sock))
             self._starting.add(task)
             task.add_done_callback(self._starting.discard)
+
+    def _begin(self, sock: socket.socket) -> Coroutine[Any, Any, Any]:
+        """What becomes of a connection that was accepted."""
+        return self._loop.connect_accepted_socket(self._make_protocol, sock)
 
     def _pause(self, error: OSError) -> None:
         """The socket would stay readable: look away for a while. One line a minute."""
@@ -70,10 +74,3 @@ class Listener:
         if time.monotonic() - self._said_at >= _SAY_AGAIN_S:
             self._said_at = time.monotonic()
             print(f"{self._name}: cannot accept connections: {error.strerror}", file=sys.stderr, flush=True)
-
-
-def listen_for_streams(
-    sock: socket.socket, serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any], *, name: str
-) -> Listener:
-    """A listener whose connections are pairs of streams, as `asyncio.start_server` has them."""
-    return Listener(sock, lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader(), serve), name=name)

@@ -7,12 +7,13 @@ experts of the one that is gone are gone, and the others may wait in a collectiv
 from __future__ import annotations
 
 import asyncio
-import hmac
+import contextlib
 import socket
 from collections.abc import Callable
 
 from qwen3vl_disagg.core.errors import DeadlineError, HandshakeError, TransferError, UnavailableError
 from qwen3vl_disagg.disagg.control import MAX_LINK_FRAME, Address, Connection, ConnectionLost, encode_frame
+from qwen3vl_disagg.disagg.doorkeeper import Doorkeeper
 from qwen3vl_disagg.disagg.lockstep import (
     Lockstep,
     LockstepMessage,
@@ -25,7 +26,6 @@ from qwen3vl_disagg.disagg.lockstep import (
 )
 from qwen3vl_disagg.disagg.messages import Message, Refused
 
-HELLO_S = 5.0
 CONNECT_S = 10.0
 LOAD_S = 1800.0
 """The first rank answers when it has loaded. That it is gone meanwhile is seen by the line."""
@@ -60,17 +60,16 @@ class LockstepServer:
     """The first rank's side: takes the others in, and carries out what `Lockstep` decides."""
 
     def __init__(self, lockstep: Lockstep, *, token: str) -> None:
-        if not token:
-            raise ValueError("an empty token would let anybody in")
         self._lockstep, self._token = lockstep, token
         self._peers: dict[int, Connection] = {}
-        self._accepting: set[asyncio.Task] = set()
-        self._server: asyncio.Server | None = None
+        self._server: Doorkeeper | None = None
         self._is_over = False
 
     async def serve(self, sock: socket.socket) -> None:
         """Take ranks in on a bound socket."""
-        self._server = await asyncio.start_server(self._accept, sock=sock)
+        self._server = Doorkeeper(
+            sock, self._accept, token=self._token, messages=LockstepMessage, max_frame=MAX_LINK_FRAME, name="lockstep"
+        )
 
     async def close(self) -> None:
         """Send what is queued, and close."""
@@ -78,18 +77,14 @@ class LockstepServer:
             self._server.close()
         for peer in list(self._peers.values()):
             await peer.close()
-        if self._accepting:
-            await asyncio.wait(self._accepting, timeout=1.0)
+        if self._server is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._server.wait_closed(), 1.0)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer = Connection(reader, writer, messages=LockstepMessage, max_frame=MAX_LINK_FRAME)
-        task = asyncio.current_task()
-        if task is not None:
-            self._accepting.add(task)
-            task.add_done_callback(self._accepting.discard)
+    async def _accept(self, hello: Message, peer: Connection) -> None:
         rank = None
         try:
-            rank = await self._let_in(peer)
+            rank = await self._let_in(hello, peer)
             await peer.send(PeerWelcome())
             peer.keep_alive()
             while True:
@@ -99,15 +94,13 @@ class LockstepServer:
         finally:
             if rank is not None and not self._is_over:
                 self._abort(rank)
-            await peer.close()
 
-    async def _let_in(self, peer: Connection) -> int:
-        hello = await peer.receive(timeout=HELLO_S)
+    async def _let_in(self, hello: Message, peer: Connection) -> int:
         if self._is_over:
             raise ConnectionLost("another rank is gone")
         try:
-            if not isinstance(hello, PeerHello) or not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-                raise HandshakeError("token", "the job's token", "another")
+            if not isinstance(hello, PeerHello):
+                raise TransferError(f"{type(hello).__name__} in place of a hello")
             self._lockstep.join(hello.rank)
         except HandshakeError as error:
             await peer.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))

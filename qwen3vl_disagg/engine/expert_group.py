@@ -84,7 +84,7 @@ async def meet(setup: RankSetup, limits: PaceLimits) -> ExpertGroup:
     facts = shared_facts(setup, limits)
     if context.is_first_language_rank:
         store, store_address = host_store(context.host)
-        listener = socket.create_server((context.host, 0), backlog=len(ranks))
+        listener = socket.create_server((context.host, 0), backlog=1024)
         listener.setblocking(False)
         start = _Start(facts=facts, lockstep=listener.getsockname()[:2])
         store.set(_START_KEY, msgspec.json.encode(start).decode())

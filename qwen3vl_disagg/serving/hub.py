@@ -6,6 +6,7 @@ One event loop. What ranks and clients do becomes router events; what the router
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import socket
@@ -19,13 +20,14 @@ import numpy as np
 
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError, UnavailableError
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.disagg.control import Connection
-from qwen3vl_disagg.disagg.listener import Listener, listen_for_streams
+from qwen3vl_disagg.disagg.control import MAX_HUB_FRAME, Connection
+from qwen3vl_disagg.disagg.doorkeeper import Doorkeeper
 from qwen3vl_disagg.disagg.messages import (
     Blob,
     EndJob,
     FindStore,
     Finished,
+    HubMessage,
     ItemFailed,
     ItemLost,
     Message,
@@ -65,8 +67,9 @@ from qwen3vl_disagg.serving.job_memory import JobMemory
 from qwen3vl_disagg.serving.media_store import MediaStore
 from qwen3vl_disagg.serving.registry import RankKey, Registry
 
-HELLO_S = 5.0
 PULL_S = 30.0
+MAX_PULLS = 64
+"""Answered at a time; each has at most a slice of its bytes on the way."""
 CLOSE_S = 2.0
 TICK_S = 0.25
 
@@ -135,6 +138,7 @@ class Hub:
         memory: JobMemory | None = None,
         limits: RouterLimits | None = None,
     ) -> None:
+        self._token = token
         self._layout, self._memory = layout, memory or JobMemory()
         self._registry = Registry(layout, token, self._memory)
         visual_token_ids = {"image": config.image_token_id, "video": config.video_token_id}
@@ -153,8 +157,8 @@ class Hub:
         self.end_job = asyncio.Event()
         """Set when a node is asked to end: whoever runs the hub should end the job."""
         self._absent: set[RankKey] = set()
-        self._accepting: set[asyncio.Task[Any]] = set()
-        self._server: Listener | None = None
+        self._pulls = asyncio.Semaphore(MAX_PULLS)
+        self._server: Doorkeeper | None = None
         self._ticker: asyncio.Future[None] | None = None
 
     # ---- for the HTTP app ----
@@ -219,7 +223,9 @@ class Hub:
 
     async def serve(self, sock: socket.socket) -> asyncio.Future[None]:
         """Take connections on a bound socket, until `close`. What it returns ends only if the hub fails before."""
-        self._server = listen_for_streams(sock, self._accept, name="hub")
+        self._server = Doorkeeper(
+            sock, self._greet, token=self._token, messages=HubMessage, max_frame=MAX_HUB_FRAME, name="hub"
+        )
         self._ticker = asyncio.create_task(self._tick())
         return self._ticker
 
@@ -244,9 +250,9 @@ class Hub:
             self._ticker.cancel()
         if self._server is not None:
             self._server.close()
-        # Handlers still closing their connections; a cancelled one would be logged as an error by the loop.
-        if self._accepting:
-            await asyncio.wait(self._accepting, timeout=CLOSE_S)
+            # Handlers still closing their connections.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._server.wait_closed(), CLOSE_S)
 
     def _all_ranks(self) -> set[RankKey]:
         encode, language = self._layout.encode_ranks, self._layout.language_ranks
@@ -290,35 +296,18 @@ class Hub:
 
     # ---- ranks ----
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = Connection.hub(reader, writer)
-        task = asyncio.current_task()
-        if task is not None:
-            self._accepting.add(task)
-            task.add_done_callback(self._accepting.discard)
-        try:
-            await self._greet(connection)
-        except (DisaggError, OSError):
-            pass  # the peer is gone, or is none of ours; nobody else is touched
-        finally:
-            await connection.close()
-
-    async def _greet(self, connection: Connection) -> None:
-        """What a connection is for is said by its first message."""
-        first = await connection.receive(timeout=HELLO_S)
+    async def _greet(self, first: Message, connection: Connection) -> None:
+        """What a connection is for is said by its first message, which has shown the token."""
         try:
             match first:
                 case Pull():
                     await self._give(connection, first)
                 case StoreAt():
-                    self._registry.check_token(first.token)
                     self._learn_store(first.address)
                     await connection.send(Welcome())
                 case FindStore():
-                    self._registry.check_token(first.token)
                     await self._tell_store(connection, first.token)
                 case EndJob():
-                    self._registry.check_token(first.token)
                     self.end_job.set()
                 case RankHello():
                     await self._welcome(connection, first)
@@ -327,11 +316,11 @@ class Hub:
 
     async def _give(self, connection: Connection, pull: Pull) -> None:
         """Media bytes for an encode rank."""
-        self._registry.check_token(pull.token)
-        data = self._media.get(pull.digest)
-        await connection.send(Blob(num_bytes=-1 if data is None else len(data)))
-        if data is not None:
-            await connection.send_bytes(data, PULL_S)
+        async with self._pulls:
+            data = self._media.get(pull.digest)
+            await connection.send(Blob(num_bytes=-1 if data is None else len(data)))
+            if data is not None:
+                await connection.send_bytes(data, PULL_S)
 
     def _learn_store(self, address: tuple[str, int]) -> None:
         try:
@@ -361,7 +350,6 @@ class Hub:
     async def _welcome(self, connection: Connection, hello: RankHello) -> None:
         """Serve one rank until its connection ends."""
         registry = self._registry
-        registry.check_token(hello.token)
         if not registry.has_measure.is_set() and not registry.is_of_a_slot(hello.role, hello.rank):
             await self._wait_for(registry.has_measure, connection)
             if self._closing.is_set():

@@ -200,7 +200,7 @@ async def test_a_dead_rank_s_successor_is_taken_before_its_end_was_noticed():
 
 @in_loop
 async def test_garbage_and_silence_touch_nobody_else(monkeypatch):
-    monkeypatch.setattr("qwen3vl_disagg.serving.hub.HELLO_S", 0.2)
+    monkeypatch.setattr("qwen3vl_disagg.disagg.doorkeeper.HELLO_S", 0.2)
     async with System(2, 1) as system:
         language = await system.join("language", 1)
         for data in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, b"\0\0\0\3abc", b""):
