@@ -107,7 +107,7 @@ class HttpConnection(H11Protocol):
         self._num_dropped = 0
         now = time.monotonic()
         self._phase: tuple[str, int, bool] = ("headers", 0, False)
-        self._phase_since = now
+        self._phase_since, self._num_looks = now, 0
         self._num_unsent, self._unsent_since = 0, now
 
     # ---- asyncio ----
@@ -243,8 +243,9 @@ class HttpConnection(H11Protocol):
         if num_unsent != self._num_unsent:
             self._num_unsent, self._unsent_since = num_unsent, now
         phase = (self._phase_now(), self.num_requests, num_unsent > 0)
+        self._num_looks += 1
         if phase != self._phase:
-            self._phase, self._phase_since = phase, now
+            self._phase, self._phase_since, self._num_looks = phase, now, 0
         name, since = self._state()
         if now - since < PHASES[name].limit_s:
             return False
@@ -258,6 +259,8 @@ class HttpConnection(H11Protocol):
         """Since when another client may have this one's place; None if it may not."""
         if self._phase_now() != self._phase[0] or self.num_requests != self._phase[1]:
             return None  # it has moved on since it was looked at
+        if self._pending or self._num_looks < 2:
+            return None  # it was this process that had no time
         name, since = self._state()
         if name == "body" and self.conn.num_body_bytes > SLOW_BODY * (now - since):
             return None

@@ -35,6 +35,7 @@ class RunningApp:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 
     async def _run(self) -> None:
+        self.loop = asyncio.get_running_loop()
         tasks = [asyncio.create_task(self._probe())]
         if self._beside is not None:
             tasks.append(asyncio.ensure_future(self._beside()))
@@ -71,10 +72,10 @@ class RunningApp:
         self._thread.join(10)
         assert not self._thread.is_alive()
 
-    def connect(self, timeout_s: float = 5.0) -> socket.socket:
+    def connect(self, timeout_s: float = 20.0) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout_s)
 
-    def raw(self, data: bytes, timeout_s: float = 5.0) -> bytes:
+    def raw(self, data: bytes, timeout_s: float = 20.0) -> bytes:
         """Send bytes; everything that comes back until the server closes."""
         with self.connect(timeout_s) as sock:
             sock.sendall(data)
