@@ -50,6 +50,7 @@ class Generation:
         if options.image or options.video or options.prompt is None:
             decoder.warm_up()  # while the engine is imported and the weights are read
         from qwen3vl_disagg.checkpoint.hub import model_name
+        from qwen3vl_disagg.engine.kv_memory import warn_of_images
         from qwen3vl_disagg.engine.llm import LLM
 
         self._llm = LLM(
@@ -63,8 +64,14 @@ class Generation:
             image_resize=options.image_resize,
             decoder=decoder,
             encode_options=options,
+            kv_cache_gib=options.kv_cache_gib,
+            max_running=options.max_running,
+            max_prefill_tokens=options.max_prefill_tokens,
+            page_size=options.page_size,
         )
-        print(f"model {model_name(self._llm.folder)} on {self._llm.device}", file=sys.stderr)
+        room = self._llm.engine.room
+        print(f"model {model_name(self._llm.folder)} on {self._llm.device}, {room}", file=sys.stderr)
+        warn_of_images(self._llm.processor.image, room)
 
     def _sampling(self, defaults: Any) -> Any:
         """SamplingParams. InputError for a value out of bounds."""

@@ -14,6 +14,7 @@ from qwen3vl_disagg.core.settings import (
     CheckpointOptions,
     Dispatch,
     EncodeOptions,
+    EngineSettings,
     ExpertLayout,
     HttpOptions,
     ModelOptions,
@@ -89,7 +90,7 @@ class SimulateOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions:
+class PlanOptions(EngineSettings):
     """From a model, a machine and a workload to encode : language splits: memory, times, limits, and the formulas.
 
     docs/sizing.md says what is computed and what is left out.
@@ -164,6 +165,9 @@ class ParallelOptions:
     """With --dry-run: number of ranks. Default: 8, or torchrun's."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """With --dry-run: a published size in place of a checkpoint."""
+    hardware: Annotated[str | None, tyro.conf.arg(metavar="NAME_OR_FILE.json")] = None
+    """With --dry-run: whose memory keys and values are fitted into, as of `plan`: h200, h100, cpu or a file. Default:
+    this machine's."""
     json: bool = False
     """With --dry-run: one JSON object."""
     tensor_parallel: Annotated[int, tyro.conf.arg(metavar="N")] = 1

@@ -34,8 +34,48 @@ class CheckpointOptions:
     """How images and clips are resized. `torch`: as the reference does with torchvision; `pillow`: as without."""
 
 
+# name -> (least, most)
+_ENGINE_BOUNDS = {"max_running": (1, 4096), "max_prefill_tokens": (1, 2**20), "page_size": (1, 4096)}
+_MAX_GIB = 2**20
+
+
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(CheckpointOptions):
+class EngineSettings:
+    """Sizes of the engine on each language rank."""
+
+    kv_cache_gib: Annotated[Literal["auto"] | float, tyro.conf.arg(metavar="auto|GIB")] = "auto"
+    """Memory for keys and values of each language rank. `auto`: from what is free once the weights are loaded; of a CPU
+    half of it, which the language ranks of a host share, of a GPU nine tenths."""
+    max_running: Annotated[int, tyro.conf.arg(metavar="N")] = 32
+    """Requests that each language rank works on at once; more wait."""
+    max_prefill_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 4096
+    """Tokens of prompts in a step while no other request is being answered."""
+    page_size: Annotated[int, tyro.conf.arg(metavar="N")] = 16
+    """Tokens in a page of keys and values."""
+
+    def check(self) -> None:
+        """InputError for a value that cannot be."""
+        gib = self.kv_cache_gib
+        if gib != "auto" and (isinstance(gib, (str, bool)) or not 0 < gib <= _MAX_GIB):
+            bounds = f"auto, or more than 0 and at most {_MAX_GIB}"
+            raise InputError(f"--kv-cache-gib {gib}: must be {bounds}", param="kv-cache-gib")
+        for name, (least, most) in _ENGINE_BOUNDS.items():
+            value, option = getattr(self, name), name.replace("_", "-")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise InputError(f"--{option} {value}: must be a whole number from {least} to {most}", param=option)
+
+
+DEFAULT_ENGINE = EngineSettings()
+
+
+def default_chunk_tokens(*, is_cuda: bool) -> int:
+    """Tokens of prompts in a step while others are being answered: on a CPU as few as its kernels still work well
+    with; a GPU wants more at once."""
+    return 512 if is_cuda else 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(EngineSettings, CheckpointOptions):
     """What to run and on what, with a decoder."""
 
     quantize: Quantize = "none"
@@ -104,6 +144,7 @@ class HttpOptions:
 def check_supported(options: ModelOptions) -> None:
     """InputError for a value that is none of an option's, which only the command line looks at, or is not installed."""
     check_quantize(options.quantize)
+    EngineSettings.check(options)
     if options.image_resize not in get_args(ImageResize):
         names = ", ".join(get_args(ImageResize))
         raise InputError(f"--image-resize {options.image_resize}: must be one of {names}", param="image_resize")

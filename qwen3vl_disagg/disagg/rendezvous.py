@@ -22,6 +22,7 @@ from typing import TypeVar
 import msgspec
 
 from qwen3vl_disagg.core.errors import InputError, UnavailableError
+from qwen3vl_disagg.core.host_memory import available_bytes
 from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, ModelOptions
 
 _POLL_S = 0.05
@@ -38,13 +39,15 @@ class World:
     num_local_ranks: int = 1
     node: int = 0
     num_nodes: int = 1
+    free_bytes: int = 0
+    """Of this host's memory, before any rank has loaded anything."""
     has_agent: bool = False
     """Whether the parent process is torchrun's agent."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> World:
         if "TORCHELASTIC_RUN_ID" not in env:
-            return cls()
+            return cls(free_bytes=available_bytes())
         return cls(
             rank=int(env["RANK"]),
             size=int(env["WORLD_SIZE"]),
@@ -52,6 +55,7 @@ class World:
             num_local_ranks=int(env["LOCAL_WORLD_SIZE"]),
             node=int(env["GROUP_RANK"]),
             num_nodes=int(env["GROUP_WORLD_SIZE"]),
+            free_bytes=available_bytes(),
             has_agent=True,
         )
 
@@ -107,6 +111,8 @@ class RankContext:
     overlap: bool = True
     prefix_cache: bool = True
     chunk_tokens: int | None = None
+    free_bytes: int = 0
+    """Of this host's memory when the job started; 0: not known."""
     spans: Path | None = None
     """Folder for JSON lines of what the rank does."""
 

@@ -10,17 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError, ServerError
 from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, TokenLogprob, VisualItem
+from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.disagg.lockstep import Outlook, PaceLimits, StepPlan
 from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
 from qwen3vl_disagg.disagg.rows import VisualRows
+from qwen3vl_disagg.engine.kv_memory import measured_room
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.runner import AttentionChoice, BadRows, ModelRunner
 from qwen3vl_disagg.engine.sampler import Sampler
@@ -28,6 +30,7 @@ from qwen3vl_disagg.engine.scheduler import Allowance, Chunk, Scheduler, Schedul
 from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.moe import DispatchPlan
+from qwen3vl_disagg.parallel.kv_room import KvRoom
 from qwen3vl_disagg.processing import mrope_positions
 
 MAX_NOTES = 4096
@@ -59,7 +62,7 @@ class EngineOptions(SchedulerLimits):
     context for each running request needs. `prefix_cache`: remember what full pages hold."""
 
     page_size: int = 16
-    kv_cache_gib: float = 1.0
+    kv_cache_gib: Literal["auto"] | float = "auto"
     prefix_cache: bool = True
     compile: bool = False
     """Compile the decoder's step, all graphs before the first request."""
@@ -70,12 +73,20 @@ class EngineOptions(SchedulerLimits):
     def pace(self) -> PaceLimits:
         return PaceLimits(self.chunk_tokens, self.max_prefill_tokens)
 
-    def num_pages(self, model: Qwen3MoeForCausalLMWithDeepStack, kv_itemsize: int) -> int:
-        text = model.config.text
-        token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * kv_itemsize
-        affordable = int(self.kv_cache_gib * 2**30) // (token_bytes * self.page_size)
-        useful = self.max_running * -(-text.max_position_embeddings // self.page_size)
-        return max(1, min(affordable, useful))
+    @classmethod
+    def of(cls, settings: EngineSettings, **others: Any) -> EngineOptions:
+        """The settings' sizes, and what they do not say."""
+        names = ("kv_cache_gib", "max_running", "max_prefill_tokens", "page_size")
+        return cls(**{name: getattr(settings, name) for name in names}, **others)
+
+    @property
+    def settings(self) -> EngineSettings:
+        return EngineSettings(
+            kv_cache_gib=self.kv_cache_gib,
+            max_running=self.max_running,
+            max_prefill_tokens=self.max_prefill_tokens,
+            page_size=self.page_size,
+        )
 
 
 class NotFinite(ArithmeticError):
@@ -109,11 +120,6 @@ def _fatal_where(dispatch: DispatchPlan | None) -> Iterator[None]:
         raise StepFailed(f"{type(error).__name__} in a step that is taken with other ranks") from error
 
 
-def default_chunk_tokens(device: torch.device) -> int:
-    """On a CPU as few as its kernels still work well with; a GPU wants more at once."""
-    return 64 if device.type == "cpu" else 512
-
-
 class Engine:
     """Continuous batching over one model.
 
@@ -127,15 +133,15 @@ class Engine:
         *,
         eos_ids: frozenset[int],
         options: EngineOptions | None = None,
+        room: KvRoom | None = None,
         language_rank: int = 0,
         progress: bool = False,
     ) -> None:
         self.config, self.eos_ids, self.language_rank = model.config, eos_ids, language_rank
         self.options = options or EngineOptions()
-        on_cpu = model.model.embed_tokens.weight.device.type == "cpu"
-        itemsize = 4 if on_cpu else model.model.embed_tokens.weight.itemsize
-        num_pages = self.options.num_pages(model, itemsize)
-        pool = PagePool(num_pages, self.options.page_size, keep=self.options.prefix_cache)
+        weight = model.model.embed_tokens.weight
+        self.room = room or measured_room(model.config, self.options.settings, weight.device, weight.dtype)
+        pool = PagePool(self.room.num_pages, self.room.page_size, keep=self.options.prefix_cache)
         self.runner = ModelRunner(
             model,
             num_pages=pool.num_pages,

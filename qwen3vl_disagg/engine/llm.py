@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, count, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -17,12 +17,13 @@ from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.core.devices import DTYPES, resolve_compile, resolve_device
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob
-from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, ModelOptions, check_supported
+from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, EngineSettings, ModelOptions, check_supported
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
 from qwen3vl_disagg.disagg.local import LocalTransfer
 from qwen3vl_disagg.disagg.receiver import Receiver
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
+from qwen3vl_disagg.engine.kv_memory import measured_room
 from qwen3vl_disagg.engine.local_requests import Ended, LocalRequests
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.model.config import ModelConfig
@@ -92,6 +93,7 @@ class LLM:
         dtype, device, compile, quantize, image_resize: as on the command line.
         engine_options: sizes of the engine and whether it compiles, in place of `compile`.
         progress: show progress bars on stderr while loading.
+        kv_cache_gib, max_running, max_prefill_tokens, page_size: as on the command line.
         video_outer_wrapper: see `Processor.from_folder`.
         decoder: where images and clips are decoded, if not in processes of its own.
     """
@@ -111,6 +113,10 @@ class LLM:
         engine_options: EngineOptions | None = None,
         buffer_options: BufferOptions | None = None,
         encode_options: EncodeOptions | None = None,
+        kv_cache_gib: Literal["auto"] | float = "auto",
+        max_running: int = EngineSettings.max_running,
+        max_prefill_tokens: int = EngineSettings.max_prefill_tokens,
+        page_size: int = EngineSettings.page_size,
     ) -> None:
         name = None if model is None else str(model)
         options = ModelOptions(
@@ -120,6 +126,10 @@ class LLM:
             compile=compile,  # type: ignore[arg-type]
             quantize=quantize,  # type: ignore[arg-type]
             image_resize=image_resize,  # type: ignore[arg-type]
+            kv_cache_gib=kv_cache_gib,
+            max_running=max_running,
+            max_prefill_tokens=max_prefill_tokens,
+            page_size=page_size,
         )
         check_supported(options)
         encode_options = encode_options or EncodeOptions()
@@ -147,9 +157,17 @@ class LLM:
         language = load_language_model(
             self.folder, dtype=torch_dtype, device=self.device, quantize=options.quantize, progress=progress
         )
-        engine_options = engine_options or EngineOptions(compile=resolve_compile(compile, self.device))
+        engine_options = engine_options or EngineOptions.of(options, compile=resolve_compile(compile, self.device))
+        weight = language.model.embed_tokens.weight
+        room = measured_room(
+            self.config,
+            engine_options.settings,
+            self.device,
+            weight.dtype,
+            image_rows=self.processor.image.max_rows,
+        )
         eos_ids = self.processor.generation.eos_token_ids
-        self.engine = Engine(language, eos_ids=eos_ids, options=engine_options, progress=progress)
+        self.engine = Engine(language, eos_ids=eos_ids, options=engine_options, room=room, progress=progress)
         worker = EncodeWorker(
             vision,
             self.processor.image,
@@ -163,7 +181,7 @@ class LLM:
             buffers = MultimodalDataBuffers.from_options(
                 self.config,
                 buffer_options or BufferOptions(),
-                dtype=language.model.embed_tokens.weight.dtype,
+                dtype=weight.dtype,
                 device=self.device,
             )
             return LocalTransfer(worker, Receiver(buffers, self.config), encode_options)

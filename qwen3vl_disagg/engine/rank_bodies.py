@@ -7,6 +7,7 @@ import sys
 
 from qwen3vl_disagg.checkpoint import load_language_model
 from qwen3vl_disagg.core.devices import resolve_compile
+from qwen3vl_disagg.core.settings import default_chunk_tokens
 from qwen3vl_disagg.core.turns import Turns
 from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.disagg.encode_rank import EncodeRank
@@ -18,9 +19,12 @@ from qwen3vl_disagg.disagg.receiver import Receiver
 from qwen3vl_disagg.disagg.rendezvous import RankContext
 from qwen3vl_disagg.disagg.slots import run_loop
 from qwen3vl_disagg.disagg.store import host_store
-from qwen3vl_disagg.engine.engine import Engine, EngineOptions, default_chunk_tokens
+from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.engine.expert_group import ExpertGroup, meet, shares_experts
+from qwen3vl_disagg.engine.kv_memory import measured_room, warn_of_images
 from qwen3vl_disagg.engine.language_rank import LanguageRank
+from qwen3vl_disagg.parallel.kv_room import KvRoom, kv_room, weights_on_host
+from qwen3vl_disagg.parallel.sizing_work import SizedModel
 from qwen3vl_disagg.processing import Processor
 
 
@@ -74,13 +78,43 @@ def run_combined_rank(context: RankContext) -> int:
 
 
 def engine_options(setup: RankSetup) -> EngineOptions:
-    context = setup.context
-    return EngineOptions(
+    context, settings = setup.context, setup.context.model
+    chunk_tokens = context.chunk_tokens or default_chunk_tokens(is_cuda=setup.device.type == "cuda")
+    return EngineOptions.of(
+        settings,
         overlap=context.overlap,
         prefix_cache=context.prefix_cache,
-        chunk_tokens=context.chunk_tokens or default_chunk_tokens(setup.device),
+        chunk_tokens=min(chunk_tokens, settings.max_prefill_tokens),
         compile=resolve_compile(context.model.compile, setup.device),
     )
+
+
+def rank_room(setup: RankSetup, *, image_rows: int) -> KvRoom:
+    """Of a language rank, once its weights are loaded. On a GPU from what is free; on a CPU from what was free when the
+    job started, because at this moment other ranks may have loaded their weights or not."""
+    context, layout = setup.context, setup.context.layout
+    num_language = len(layout.language_ranks)
+    if setup.device.type == "cuda" or not context.free_bytes:
+        args = setup.config, context.model, setup.device, setup.dtype
+        return measured_room(*args, num_language=num_language, image_rows=image_rows)
+    model = SizedModel(setup.config, setup.dtype.itemsize, context.model.quantize != "none", is_cuda=False)
+    host = range(context.rank - context.local_rank, context.rank - context.local_rank + context.num_local_ranks)
+    weights = weights_on_host(model, layout.language_ranks, layout.encode_ranks, host)
+    return kv_room(
+        model,
+        context.model,
+        free_bytes=context.free_bytes - weights,
+        num_language=num_language,
+        num_sharers=sum(rank in layout.language_ranks for rank in host),
+        image_rows=image_rows,
+    )
+
+
+def say_room(setup: RankSetup, room: KvRoom) -> None:
+    """One line for each language rank, and a warning where the largest image could not be served."""
+    rank = setup.context.rank
+    print(f"language rank {rank}: {room}", file=sys.stderr, flush=True)
+    warn_of_images(setup.processor, room)
 
 
 def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
@@ -96,7 +130,10 @@ def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
     )
     processor = Processor.from_folder(setup.folder, setup.config)
     eos_ids = processor.generation.eos_token_ids
-    return Engine(model, eos_ids=eos_ids, options=engine_options(setup), language_rank=context.rank)
+    is_combined = context.layout.world_size == 1
+    room = rank_room(setup, image_rows=setup.processor.max_rows if is_combined else 0)
+    say_room(setup, room)
+    return Engine(model, eos_ids=eos_ids, options=engine_options(setup), room=room, language_rank=context.rank)
 
 
 async def start_language_rank(

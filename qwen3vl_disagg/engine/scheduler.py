@@ -87,7 +87,7 @@ class Scheduler:
         if self.pool.pages_for(sequence.max_tokens) > self.pool.num_pages:
             raise InputError(
                 f"prompt of {sequence.num_prompt} tokens with {sequence.sampling.max_new_tokens} new ones needs "
-                f"{sequence.max_tokens} tokens of cache; there are {room}",
+                f"{sequence.max_tokens} tokens of keys and values; there is room for {room} (--kv-cache-gib)",
                 param="messages",
             )
         self._num_arrived += 1

@@ -56,6 +56,8 @@ def _with_experts(config: ModelConfig, *, expert_ffn: int) -> ModelConfig:
     return replace(config, architecture="Qwen3VLMoeForConditionalGeneration", text=text)
 
 
+IMAGE_ROWS = 16384
+"""Visual tokens of the largest image that the published processors make: 16,777,216 pixels, 32 x 32 each."""
 PRESETS: dict[str, ModelConfig] = {
     "30b-a3b": _with_experts(
         _config(_LARGE_TOWER, hidden=2048, layers=48, heads=32, kv_heads=4, ffn=6144), expert_ffn=768

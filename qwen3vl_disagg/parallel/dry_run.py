@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,13 @@ from qwen3vl_disagg.core.settings import ModelOptions, Quantize
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.decoder import Qwen3MoeForCausalLM
 from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
-from qwen3vl_disagg.model.presets import PRESETS
+from qwen3vl_disagg.model.presets import IMAGE_ROWS, PRESETS
 from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration
+from qwen3vl_disagg.parallel.kv_room import KvRoom
+from qwen3vl_disagg.parallel.kv_where import Where
 from qwen3vl_disagg.parallel.placement import LANGUAGE_PLAN, VISION_PLAN, placements, shard_rows
+from qwen3vl_disagg.parallel.sizing_hardware import Hardware
+from qwen3vl_disagg.processing import ImageProcessor
 
 DEFAULT_WORLD = 8
 MAX_WORLD = 65536
@@ -42,7 +47,7 @@ def check_parallel(options: ParallelOptions, model: str | None) -> None:
         num_parts = getattr(options, name.replace("-", "_"))
         if num_parts != 1:
             raise InputError(f"--{name} {num_parts}: not offered: {reason}", param=name)
-    for name in ("world", "preset", "json"):
+    for name in ("world", "preset", "hardware", "json"):
         if not options.dry_run and getattr(options, name):
             raise InputError(f"--{name} goes with --dry-run only", param=name)
     if options.world is not None and not 1 <= options.world <= MAX_WORLD:
@@ -65,6 +70,8 @@ class RankPart:
     decoder_bytes: int
     """The rest of the decoder, which every language rank has."""
     vision_bytes: int
+    room: KvRoom | None = None
+    """For keys and values, on a language rank."""
 
     @property
     def num_bytes(self) -> int:
@@ -83,6 +90,10 @@ class DryRun:
     model_bytes: int
     counted: str
     """Where `model_bytes` comes from."""
+    memory: str
+    """Whose memory keys and values are fitted into."""
+    image_rows: int
+    """Of the largest image that the processor makes."""
 
     @property
     def sums(self) -> dict[str, int]:
@@ -118,6 +129,13 @@ class DryRun:
                 held["vision"] = {"bytes": part.vision_bytes}
             return held
 
+        def cache(part: RankPart) -> dict[str, Any]:
+            if part.room is None:
+                return {}
+            room = part.room
+            sizes = {"tokens": room.num_tokens, "pages": room.num_pages, "page_size": room.page_size}
+            return {"kv_cache": {**sizes, "bytes": room.num_bytes}}
+
         return json.dumps(
             {
                 "model": self.model,
@@ -130,8 +148,12 @@ class DryRun:
                 "sum_bytes": sum(self.sums.values()),
                 "ranks": [
                     {"rank": part.rank, "role": part.role, "shards": shards(part), "bytes": part.num_bytes}
+                    | cache(part)
                     for part in self.ranks
                 ],
+                "memory": self.memory,
+                "image_rows": self.image_rows,
+                "image_problem": self.image_problem,
             }
         )
 
@@ -141,20 +163,28 @@ class DryRun:
         lines = [
             f"{self.model} ({dtype}), world of {len(self.ranks)}. Weights only: KV pages, buffers and activations "
             "come on top.",
+            f"KV tokens: what `serve` would have with the memory of {self.memory}.",
             "",
             f"{'rank':>5}  {'role':<8}  {'experts':<16}  {'expert bytes':>17}  {'replicated bytes':>17}"
-            f"  {'total bytes':>17}",
+            f"  {'total bytes':>17}  {'':>10}  {'KV tokens':>12}",
         ]
         for part in self.ranks:
             lines.append(
                 f"{part.rank:>5}  {part.role:<8}  {self._experts(part):<16}  {part.expert_bytes:>17,}"
                 f"  {part.decoder_bytes + part.vision_bytes:>17,}  {part.num_bytes:>17,}"
-                f"  {_short(part.num_bytes):>10}"
+                f"  {_short(part.num_bytes):>10}  {'-' if part.room is None else f'{part.room.num_tokens:,}':>12}"
             )
-        lines.append("")
+        fits = "fits" if self.image_problem is None else f"does not fit: {self.image_problem}"
+        lines += ["", f"The largest image of the processor, {self.image_rows:,} visual tokens, {fits}.", ""]
         lines += [f"{sign} {name:<26} {size:>17,}" for sign, (name, size) in zip(" ++", self.sums.items(), strict=True)]
         lines.append(f"= {self.counted:<26} {self.model_bytes:>17,}  {_short(self.model_bytes):>10}")
         return "\n".join(lines)
+
+    @property
+    def image_problem(self) -> str | None:
+        """Why the largest image could not be served; None if it can."""
+        rooms = [part.room for part in self.ranks if part.room is not None]
+        return min(rooms, key=lambda room: room.num_tokens).why_not(self.image_rows)
 
     def _experts(self, part: RankPart) -> str:
         if part.experts is None:
@@ -168,29 +198,43 @@ def _short(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def dry_run(options: ModelOptions, preset: str | None, encode_ranks: range, language_ranks: range) -> DryRun:
+def dry_run(
+    options: ModelOptions,
+    preset: str | None,
+    encode_ranks: range,
+    language_ranks: range,
+    hardware: Hardware | None = None,
+) -> DryRun:
     """What each rank would hold; a rank in both ranges has both roles. Of a hub's repository the settings are enough.
+    `hardware`: what keys and values have their room on, in place of this machine.
 
     Raises CheckpointError for a folder that could not be loaded, DisaggError if the parts are not the whole.
     """
+    where = Where(encode_ranks, language_ranks, hardware)
     if preset is not None:
-        return _plan(preset, PRESETS[preset], options, encode_ranks, language_ranks, None)
+        return _plan(preset, PRESETS[preset], options, where, None, IMAGE_ROWS)
     is_hub = hub_id(options.model) is not None
     folder = resolve_model_folder(options.model, weights=False)
     if is_hub:
-        return _plan(model_name(folder), read_config(folder), options, encode_ranks, language_ranks, None)
+        config = read_config(folder)
+        return _plan(model_name(folder), config, options, where, None, _image_rows(folder, config))
     with open_checkpoint(folder) as checkpoint:
         check_weights(checkpoint)
-        return _plan(str(folder), checkpoint.config, options, encode_ranks, language_ranks, checkpoint)
+        rows = _image_rows(folder, checkpoint.config)
+        return _plan(str(folder), checkpoint.config, options, where, checkpoint, rows)
+
+
+def _image_rows(folder: Path, config: ModelConfig) -> int:
+    return ImageProcessor.from_folder(folder, config.vision).max_rows
 
 
 def _plan(
     model: str,
     config: ModelConfig,
     options: ModelOptions,
-    encode_ranks: range,
-    language_ranks: range,
+    where: Where,
     checkpoint: Checkpoint | None,
+    image_rows: int,
 ) -> DryRun:
     name = config.dtype if options.dtype == "auto" else options.dtype
     dtype, kind = DTYPES[name], options.quantize
@@ -204,6 +248,9 @@ def _plan(
     replicated = sum(tensor.nbytes for tensor in decoder.values()) - sum(tensor.nbytes for tensor in spread)
     tower = sum(tensor.nbytes for tensor in vision.values())
 
+    encode_ranks, language_ranks = where.encode, where.language
+    rooms = where.rooms(config, options, dtype, image_rows)
+
     def part(rank: int) -> RankPart:
         is_encode, is_language = rank in encode_ranks, rank in language_ranks
         experts = None
@@ -216,6 +263,7 @@ def _plan(
             one_expert * len(experts or ()),
             replicated if is_language else 0,
             tower if is_encode else 0,
+            rooms.get(rank),
         )
 
     if checkpoint is not None and kind == "none":
@@ -226,7 +274,17 @@ def _plan(
         whole = _tensors(Qwen3VLMoeForConditionalGeneration, config, dtype, kind, has_own_head)
         model_bytes, counted = sum(tensor.nbytes for tensor in whole.values()), "the whole model"
     ranks = tuple(part(rank) for rank in sorted({*encode_ranks, *language_ranks}))
-    made = DryRun(model, name, options.quantize, config.text.num_experts, ranks, model_bytes, counted)
+    made = DryRun(
+        model,
+        name,
+        options.quantize,
+        config.text.num_experts,
+        ranks,
+        model_bytes,
+        counted,
+        where.memory(options).name,
+        image_rows,
+    )
     made.check()
     return made
 

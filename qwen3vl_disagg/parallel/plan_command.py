@@ -10,13 +10,13 @@ import msgspec
 
 from qwen3vl_disagg.core.command_options import PlanOptions
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.parallel.sizing import ITEMSIZE, MAX_RANKS, Split, Workload, best, plan
 from qwen3vl_disagg.parallel.sizing_fit import FITTED, STAGES, Compared, compare, fit, read_measurements
 from qwen3vl_disagg.parallel.sizing_hardware import Cost, Hardware, load_hardware
 from qwen3vl_disagg.parallel.sizing_report import Report
-from qwen3vl_disagg.parallel.sizing_times import Dispatch
 from qwen3vl_disagg.parallel.sizing_work import SizedModel
 
 MAX_SIDE = 1 << 16
@@ -47,6 +47,7 @@ def make_report(options: PlanOptions) -> Report:
     if not 1 <= options.replicas <= MAX_RANKS or options.gpus % options.replicas:
         message = f"--replicas {options.replicas}: must divide the {options.gpus} ranks"
         raise InputError(message, param="replicas")
+    EngineSettings.check(options)
     if options.fit_on and options.fit is None:
         raise InputError("--fit-on goes with --fit", param="fit-on")
     if options.model is not None and options.preset is None and options.fit is None:
@@ -54,7 +55,7 @@ def make_report(options: PlanOptions) -> Report:
     subject = _fitted(options) if options.fit is not None else _given(options)
     load = _workload(options, subject.config)
     mine = _shared(load, options.replicas)
-    splits = _plan(subject, mine, options.gpus // options.replicas, options.dispatch)
+    splits = _plan(subject, mine, options.gpus // options.replicas, options)
     shown = best(splits, mine)
     if options.split is not None:
         named = {split.name: split for split in splits}
@@ -76,12 +77,14 @@ def make_report(options: PlanOptions) -> Report:
         per_host=_per_host(subject, load, options),
         compared=subject.compared,
         costs=subject.costs,
+        settings=options,
     )
 
 
-def _plan(subject: _Subject, load: Workload, num_ranks: int, dispatch: Dispatch) -> list[Split]:
+def _plan(subject: _Subject, load: Workload, num_ranks: int, options: PlanOptions) -> list[Split]:
+    dispatch, settings = options.dispatch, options
     model = {"dtype": subject.dtype, "is_int8": subject.is_int8}
-    return plan(subject.config, subject.hardware, load, num_ranks, dispatch=dispatch, **model)  # type: ignore[arg-type]
+    return plan(subject.config, subject.hardware, load, num_ranks, dispatch=dispatch, settings=settings, **model)  # type: ignore[arg-type]
 
 
 def _per_host(subject: _Subject, load: Workload, options: PlanOptions) -> Split | None:
@@ -90,7 +93,7 @@ def _per_host(subject: _Subject, load: Workload, options: PlanOptions) -> Split 
     if size is None or size < 2 or options.gpus % size or options.gpus // options.replicas <= size:
         return None
     mine = _shared(load, options.gpus // size)
-    return best(_plan(subject, mine, size, options.dispatch), mine)
+    return best(_plan(subject, mine, size, options), mine)
 
 
 def _shared(load: Workload, replicas: int) -> Workload:

@@ -13,8 +13,9 @@
       language         1 / (prefill seconds of a request, all ranks prefilling + output tokens x token / running)
       both             the smaller of the two; where ranks share units 1 / (1 / encode + 1 / language), with all units
     running            as given; with a rate, the least n with n >= rate x (first token + output tokens x token), both
-                       loaded (Little's law); never more than the engine's 32 on a language rank. With a rate, the
-                       limits are those of that most.
+                       loaded (Little's law); never more than the engine takes at once on a language rank, by number
+                       and by the room for their keys and values (`kv_room`). With a rate, the limits are those of
+                       that most.
 
 Left out: waiting for a free encode or language rank (a rate near a limit makes it long), caches of images and prefixes,
 prefill beside later images, decoding several images at once, uneven routing.
@@ -26,11 +27,12 @@ import math
 from dataclasses import dataclass, field
 
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.settings import DEFAULT_ENGINE, EngineSettings, default_chunk_tokens
 from qwen3vl_disagg.model.config import ModelConfig
+from qwen3vl_disagg.parallel.kv_room import KvRoom
+from qwen3vl_disagg.parallel.kv_where import Memory, room_of
 from qwen3vl_disagg.parallel.sizing_hardware import Cost, Hardware
 from qwen3vl_disagg.parallel.sizing_times import (
-    CHUNK_TOKENS,
-    MAX_PREFILL_TOKENS,
     Dispatch,
     Place,
     Term,
@@ -44,8 +46,6 @@ from qwen3vl_disagg.parallel.sizing_work import SizedModel, chunks
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 DECODE_THREADS = 2
 """Of an encode rank, for the images that come next."""
-MAX_RUNNING = 32
-"""Requests that the engine of a language rank runs at once."""
 MAX_RANKS = 4096
 
 
@@ -96,6 +96,8 @@ class Split:
     encode_memory: dict[str, float]
     """Bytes on an encode rank, by what they are for; `language_memory`: on the language rank with the most experts."""
     language_memory: dict[str, float]
+    room: KvRoom
+    """For keys and values, on the same rank."""
     missing_bytes: float
     """0: it fits. Else what a rank lacks (where ranks share a machine's memory, what all of them lack)."""
     running: int
@@ -133,6 +135,7 @@ def plan(
     dtype: str | None = None,
     is_int8: bool = False,
     dispatch: Dispatch = "gather",
+    settings: EngineSettings = DEFAULT_ENGINE,
 ) -> list[Split]:
     """Every split of `num_ranks` ranks, by encode ranks. `dtype`: default the config's. InputError for what cannot be.
 
@@ -152,7 +155,7 @@ def plan(
         )
     model = SizedModel(config, ITEMSIZE[dtype], is_int8, hardware.is_cuda)
     return [
-        plan_split(Place(model, hardware, encode, num_ranks - encode, dispatch), workload, dtype)
+        plan_split(Place(model, hardware, encode, num_ranks - encode, dispatch, settings), workload, dtype)
         for encode in range(1, num_ranks)
     ]
 
@@ -163,7 +166,7 @@ class _Times:
     def __init__(self, place: Place, workload: Workload, dtype: str) -> None:
         self.place, self.workload = place, workload
         self.costs = place.hardware.costs(dtype, place.num_hosts)
-        self.chunk = CHUNK_TOKENS[place.hardware.is_cuda]
+        self.chunk = min(default_chunk_tokens(is_cuda=place.hardware.is_cuda), place.settings.max_prefill_tokens)
         prompt, most = workload.prompt_tokens, place.num_language
         together = prefill_terms(place, prompt, num_prompts=most, most=self.chunk)
         self.prefill_s = total_seconds(together, self.costs) / most
@@ -229,7 +232,9 @@ class _Times:
 
 def plan_split(place: Place, workload: Workload, dtype: str) -> Split:
     """One split. Its formulas are at the top of this file."""
-    times, most = _Times(place, workload, dtype), MAX_RUNNING * place.num_language
+    times, settings, room = _Times(place, workload, dtype), place.settings, _room(place)
+    each = workload.prompt_tokens + workload.output_tokens
+    most = max(1, min(settings.max_running, room.requests_of(each))) * place.num_language
     rate = workload.requests_s
     wanted = workload.concurrency if rate is None else times.running(rate, most)
     running = min(wanted, most)
@@ -240,8 +245,9 @@ def plan_split(place: Place, workload: Workload, dtype: str) -> Split:
         place.model.language_memory(
             place.num_language,
             -(-running // place.num_language),
-            workload.prompt_tokens + workload.output_tokens,
-            min(workload.prompt_tokens, MAX_PREFILL_TOKENS),
+            each,
+            min(workload.prompt_tokens, settings.max_prefill_tokens),
+            settings.page_size,
         ),
     )
     for role in memory:
@@ -252,7 +258,9 @@ def plan_split(place: Place, workload: Workload, dtype: str) -> Split:
         language=place.num_language,
         encode_memory=memory[0],
         language_memory=memory[1],
-        missing_bytes=_missing(place, sum(memory[0].values()), sum(memory[1].values())),
+        room=room,
+        missing_bytes=_missing(place, sum(memory[0].values()), sum(memory[1].values()))
+        or max(0, -(-each // settings.page_size) - room.num_pages) * settings.page_size * room.token_bytes,
         running=running,
         first_token_s=sum(times.stages_s.values()),
         loaded_first_token_s=times.loaded_first_token_s(running),
@@ -268,6 +276,14 @@ def plan_split(place: Place, workload: Workload, dtype: str) -> Split:
         token=token,
         costs=times.costs,
     )
+
+
+def _room(place: Place) -> KvRoom:
+    """What the engine would have on the language rank with the most experts."""
+    ranks = range(place.num_encode + place.num_language)
+    encode, language = ranks[: place.num_encode], ranks[place.num_encode :]
+    memory = Memory.of(place.hardware, len(ranks))
+    return room_of(language.start, place.model, place.settings, memory, encode, language)
 
 
 def _missing(place: Place, encode: float, language: float) -> float:

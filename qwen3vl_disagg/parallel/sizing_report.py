@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qwen3vl_disagg.parallel.sizing import MAX_RUNNING, Split, Workload
+from qwen3vl_disagg.core.settings import EngineSettings, default_chunk_tokens
+from qwen3vl_disagg.parallel.sizing import Split, Workload
 from qwen3vl_disagg.parallel.sizing_fit import Compared
 from qwen3vl_disagg.parallel.sizing_hardware import Cost, Hardware
-from qwen3vl_disagg.parallel.sizing_times import CHUNK_TOKENS, Term
+from qwen3vl_disagg.parallel.sizing_times import Term
 from qwen3vl_disagg.parallel.sizing_work import SizedModel
 
 UNITS: dict[Cost, tuple[str, float, str]] = {
@@ -42,6 +43,7 @@ class Report:
     compared: Sequence[Compared]
     costs: dict[Cost, float]
     """Of the fit; empty without one."""
+    settings: EngineSettings
 
     def to_text(self) -> str:
         parts = [self._head(), self._table(), self._notes(), self._memory(), self._formulas()]
@@ -55,7 +57,8 @@ class Report:
         def split(one: Split) -> dict[str, Any]:
             figures = {name: value for name, value in vars(one).items() if isinstance(value, (int, float, bool))}
             memory = {"encode_memory": one.encode_memory, "language_memory": one.language_memory}
-            return _finite({"split": one.name, **figures, "limited_by": one.limited_by, **memory})
+            cache = {"kv_cache": {"tokens": one.room.num_tokens, "bytes": one.room.num_bytes}}
+            return _finite({"split": one.name, **figures, "limited_by": one.limited_by, **memory, **cache})
 
         stages = {name: [self._term(term) for term in terms] for name, terms in self.shown.first_token.items()}
         return {
@@ -121,8 +124,9 @@ class Report:
         lines = [
             f"* {split.name}: what follows is about this one. `loaded`: while the others run. `limit`: the side that "
             "takes fewer requests/s.",
-            f"  Waiting for a free rank is left out. A language rank runs {MAX_RUNNING} requests at once, its keys and "
-            f"values here are {_gib(split.language_memory['keys and values'])} GiB (the engine's own default is 1).",
+            f"  Waiting for a free rank is left out. A language rank runs {self.settings.max_running} requests at "
+            f"once, and `serve` would give it room for {split.room}; these requests need "
+            f"{_gib(split.language_memory['keys and values'])} GiB of it.",
         ]
         if self.per_host is not None:
             other = self.per_host
@@ -149,7 +153,7 @@ class Report:
 
     def _formulas(self) -> str:
         split, load, text = self.shown, self.workload, self.sized.config.text
-        chunk = CHUNK_TOKENS[self.hardware.is_cuda]
+        chunk = min(default_chunk_tokens(is_cuda=self.hardware.is_cuda), self.settings.max_prefill_tokens)
         sections = [(f"first token ({stage})", terms) for stage, terms in split.first_token.items()] + [
             (f"a token of each of {split.running} requests", split.token)
         ]

@@ -10,14 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from qwen3vl_disagg.core.settings import Dispatch
+from qwen3vl_disagg.core.settings import DEFAULT_ENGINE, Dispatch, EngineSettings
 from qwen3vl_disagg.parallel.sizing_hardware import Cost, Hardware, Units
 from qwen3vl_disagg.parallel.sizing_work import SizedModel, chunks, padded_rows
-
-MAX_PREFILL_TOKENS = 4096
-"""Of a prompt in one step while no request is being decoded."""
-CHUNK_TOKENS = {True: 512, False: 64}
-"""While some are: on CUDA, on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,7 @@ class Place:
     num_encode: int
     num_language: int
     dispatch: Dispatch = "gather"
+    settings: EngineSettings = DEFAULT_ENGINE
 
     @property
     def units(self) -> Units:
@@ -160,9 +156,11 @@ def decode_terms(place: Place, concurrency: int, context: float) -> list[Term]:
     return step_terms(place, [Rank.decode(count, context) for count in share_out(concurrency, place.num_language)])
 
 
-def prefill_terms(place: Place, tokens: int, *, num_prompts: int = 1, most: int = MAX_PREFILL_TOKENS) -> list[Term]:
-    """A prompt in pieces of at most `most`, on each of `num_prompts` language ranks at the same time."""
-    steps = [step_terms(place, [Rank.chunk(*piece)] * num_prompts) for piece in chunks(tokens, most)]
+def prefill_terms(place: Place, tokens: int, *, num_prompts: int = 1, most: int | None = None) -> list[Term]:
+    """A prompt in pieces of at most `most` (default: of a step in which nothing is decoded), on each of `num_prompts`
+    language ranks at the same time."""
+    pieces = chunks(tokens, most or place.settings.max_prefill_tokens)
+    steps = [step_terms(place, [Rank.chunk(*piece)] * num_prompts) for piece in pieces]
     return merge(steps)
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions
+from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, EngineSettings
 from qwen3vl_disagg.model.config import ModelConfig
 
 SCALE_BYTES = 4
@@ -20,7 +20,6 @@ IDS_BYTES = 16
 """Of a visual row on its way: token id and three positions, int32."""
 AUX_BYTES = 64
 """Of an item on its way: eight int64."""
-PAGE_TOKENS = 16
 CUDA_REDUCE_BYTES = 4
 """On CUDA partial sums travel in float32, on a CPU in the model's dtype."""
 
@@ -207,11 +206,13 @@ class SizedModel:
             "activations": patches * (4 * vision.patch_dim + wide * self.itemsize),
         }
 
-    def language_memory(self, num_ranks: int, requests: int, tokens: int, rows: int) -> dict[str, float]:
+    def language_memory(
+        self, num_ranks: int, requests: int, tokens: int, rows: int, page_size: int = EngineSettings.page_size
+    ) -> dict[str, float]:
         """Bytes on the language rank with the most experts. `requests` of `tokens` tokens each are on it, `rows` are
         prefilled at once by each rank; activations are an estimate of the largest layer's."""
         text, buffers = self.config.text, BufferOptions()
-        pages = requests * math.ceil(tokens / PAGE_TOKENS) * PAGE_TOKENS
+        pages = requests * math.ceil(tokens / page_size) * page_size
         own = rows * (2 * text.hidden_size + (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim)
         own += rows * 3 * text.intermediate_size if self.moe_layers < text.num_hidden_layers else 0
         everyone = rows * num_ranks if self.moe_layers else 0

@@ -96,6 +96,11 @@ class ImageProcessor:
         """Format and shown size from the header alone. InputError for anything that is not an allowed image."""
         return probe_image(data)
 
+    @property
+    def max_rows(self) -> int:
+        """Visual tokens of the largest image."""
+        return self.max_pixels // self.factor**2
+
     def grid(self, width: int, height: int) -> Grid:
         """(frames, height, width) in patches of an image of that many pixels."""
         new_height, new_width = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)

@@ -32,6 +32,7 @@ from qwen3vl_disagg.disagg.rendezvous import Layout, Meeting, RankContext, World
 from qwen3vl_disagg.disagg.slots import EXIT_INPUT, Child, Slot, die_with_parent
 from qwen3vl_disagg.engine.rank_bodies import run_combined_rank, run_language_rank
 from qwen3vl_disagg.parallel.dry_run import DEFAULT_WORLD, check_parallel, dry_run
+from qwen3vl_disagg.parallel.sizing_hardware import load_hardware
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.doors import ANY, Doors, is_loopback
 from qwen3vl_disagg.serving.frontend import run_frontend
@@ -92,6 +93,7 @@ def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: M
         overlap=options.overlap == "on",
         prefix_cache=options.prefix_cache == "on",
         chunk_tokens=options.chunk_tokens,
+        free_bytes=world.free_bytes,
         spans=options.spans,
     )
 
@@ -193,7 +195,8 @@ def show_dry_run(options: ServeOptions, world: World) -> int:
     check_supported(options)
     size = options.world or (world.size if world.has_agent else DEFAULT_WORLD)
     layout = Layout.of(size, options.encode_ranks)
-    shown = dry_run(options, options.preset, layout.encode_ranks, layout.language_ranks)
+    hardware = None if options.hardware is None else load_hardware(options.hardware)
+    shown = dry_run(options, options.preset, layout.encode_ranks, layout.language_ranks, hardware)
     print(shown.to_json() if options.json else shown.to_text())
     return 0
 

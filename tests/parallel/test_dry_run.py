@@ -153,15 +153,16 @@ def test_dense_models_are_not_spread(monkeypatch, capsys):
 
 
 def test_the_table(monkeypatch, capsys):
-    status, out, err = run(monkeypatch, capsys, "--dry-run", "--preset", "30b-a3b")
+    status, out, err = run(monkeypatch, capsys, "--dry-run", "--preset", "30b-a3b", "--hardware", "h200")
     lines = out.splitlines()
     assert (status, err) == (0, "")
     assert lines[0].startswith("30b-a3b (bfloat16), world of 8.")
-    assert [line.split()[0] for line in lines[3:11]] == [str(rank) for rank in range(8)]
-    assert lines[10].split()[1:5] == ["language", "110-127", "of", "128"]
-    *parts, whole = (int(re.search(r"\d[\d,]+", line)[0].replace(",", "")) for line in lines[12:])
+    assert [line.split()[0] for line in lines[4:12]] == [str(rank) for rank in range(8)]
+    assert lines[11].split()[1:5] == ["language", "110-127", "of", "128"]
+    *parts, whole = (int(re.search(r"\d[\d,]+", line)[0].replace(",", "")) for line in lines[15:])
     assert sum(parts) == whole == 62_141_508_064
-    assert lines[15].endswith("57.87 GiB")
+    assert lines[18].endswith("57.87 GiB")
+    assert lines[13] == "The largest image of the processor, 16,384 visual tokens, fits."
 
 
 def test_the_world_is_torchrun_s(capsys):

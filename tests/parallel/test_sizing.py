@@ -16,20 +16,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3vl_disagg.checkpoint import RANDOM_PRESETS
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.settings import ModelOptions
+from qwen3vl_disagg.core.settings import EngineSettings, ModelOptions
 from qwen3vl_disagg.disagg.encode_pipeline import DECODE_THREADS
 from qwen3vl_disagg.disagg.layout import RowSizes
 from qwen3vl_disagg.disagg.lockstep import bucket
-from qwen3vl_disagg.engine.engine import EngineOptions, default_chunk_tokens
+from qwen3vl_disagg.engine.engine import EngineOptions
 from qwen3vl_disagg.model.presets import PRESETS
-from qwen3vl_disagg.parallel import sizing, sizing_work
+from qwen3vl_disagg.parallel import sizing
 from qwen3vl_disagg.parallel.dry_run import dry_run
 from qwen3vl_disagg.parallel.placement import shard_rows
 from qwen3vl_disagg.parallel.sizing import Workload, best, plan
 from qwen3vl_disagg.parallel.sizing_hardware import BUILT_IN, Units
 from qwen3vl_disagg.parallel.sizing_times import (
-    CHUNK_TOKENS,
-    MAX_PREFILL_TOKENS,
     Place,
     Rank,
     amounts,
@@ -343,11 +341,8 @@ def test_a_faster_machine_is_never_slower(load, name, times):
 
 
 def test_the_limits_are_those_of_the_system():
-    options = EngineOptions()
-    assert (options.max_running, options.max_prefill_tokens) == (sizing.MAX_RUNNING, MAX_PREFILL_TOKENS)
-    assert options.page_size == sizing_work.PAGE_TOKENS
+    assert EngineOptions().settings == EngineSettings()
     assert sizing.DECODE_THREADS == DECODE_THREADS
-    assert {name == "cuda": default_chunk_tokens(torch.device(name)) for name in ("cuda", "cpu")} == CHUNK_TOKENS
 
 
 @pytest.mark.parametrize(

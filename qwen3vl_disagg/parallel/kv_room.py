@@ -1,0 +1,106 @@
+"""How much room keys and values get. One rule, for what serves and for what is planned.
+
+    auto, CUDA   free memory - a tenth of the card - a step
+    auto, CPU    half of the free memory, divided by the language ranks of the host, - a step
+    never        more than the longest context for each of the requests that run at once
+
+Free: with the weights in place. Step: activations of the longest prefill, and room for visual rows (an estimate,
+`SizedModel`). On a CPU memory is taken when it is first written, so a server that is asked little takes little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen3vl_disagg.core.settings import EngineSettings
+from qwen3vl_disagg.model.config import TextConfig
+from qwen3vl_disagg.parallel.sizing_work import SizedModel
+
+CARD_RESERVE, HOST_SHARE = 0.1, 0.5
+TEXT_TOKENS = 64
+"""Beside an image: the template and a short question."""
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class KvRoom:
+    """Pages of one language rank."""
+
+    num_pages: int
+    page_size: int
+    token_bytes: int
+    context: int
+    """The model's longest."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_pages * self.page_size
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_tokens * self.token_bytes
+
+    def requests_of(self, tokens: int) -> int:
+        """How many requests of that many tokens fit at once."""
+        return self.num_pages // -(-tokens // self.page_size)
+
+    def __str__(self) -> str:
+        pages = f"{self.num_pages:,} pages of {self.page_size}"
+        return f"{self.num_tokens:,} tokens of keys and values ({pages}, {self.num_bytes / _GIB:.2f} GiB)"
+
+    def why_not(self, image_rows: int) -> str | None:
+        """Why a request with one image of that many rows could not run; None if it could."""
+        needed = image_rows + TEXT_TOKENS
+        if needed > self.context:
+            return f"the model's context is {self.context:,} tokens"
+        if needed > self.num_tokens:
+            gib = -(-needed // self.page_size) * self.page_size * self.token_bytes / _GIB
+            return f"there is room for {self.num_tokens:,} tokens: --kv-cache-gib {gib:.2f} would be enough"
+        return None
+
+
+def room_in(budget: float, text: TextConfig, settings: EngineSettings, token_bytes: int) -> KvRoom:
+    """The pages that so many bytes give, at least one."""
+    affordable = int(max(0.0, budget)) // (token_bytes * settings.page_size)
+    useful = settings.max_running * -(-text.max_position_embeddings // settings.page_size)
+    num_pages = max(1, min(affordable, useful))
+    return KvRoom(num_pages, settings.page_size, token_bytes, text.max_position_embeddings)
+
+
+def kv_room(
+    model: SizedModel,
+    settings: EngineSettings,
+    *,
+    free_bytes: float,
+    total_bytes: float = 0.0,
+    num_language: int = 1,
+    num_sharers: int = 1,
+    image_rows: int = 0,
+) -> KvRoom:
+    """Of one language rank.
+
+    Args:
+        free_bytes: of the card or the host, with all weights in place.
+        total_bytes: of the card.
+        num_language: ranks that step together; `num_sharers`: language ranks that share the host's memory.
+        image_rows: of the largest image, where the rank encodes too; 0 where it does not.
+    """
+    text, token_bytes = model.config.text, model.kv_token_bytes()
+    if settings.kv_cache_gib != "auto":
+        return room_in(settings.kv_cache_gib * _GIB, text, settings, token_bytes)
+    parts = model.language_memory(num_language, settings.max_running, 0, settings.max_prefill_tokens)
+    step = parts["room for visual rows"] + parts["activations"]
+    if image_rows:
+        encode = model.encode_memory(image_rows)
+        step += encode["cache of rows"] + encode["activations"]
+    share = free_bytes - CARD_RESERVE * total_bytes if model.is_cuda else HOST_SHARE * free_bytes / num_sharers
+    return room_in(share - step, text, settings, token_bytes)
+
+
+def weights_on_host(model: SizedModel, language: range, encode: range, host: range) -> float:
+    """Bytes of the weights of the ranks `host`, by which roles they have."""
+    generating = [rank for rank in host if rank in language]
+    experts = model.num_experts_of(len(language))
+    held = model.experts_bytes(sum(experts[rank - language.start] for rank in generating))
+    towers = model.tower_bytes() * sum(rank in encode for rank in host)
+    return held + model.replicated_bytes() * len(generating) + towers
