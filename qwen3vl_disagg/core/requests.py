@@ -22,6 +22,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     max_new_tokens: int = 128
+    is_open_ended: bool = False
+    """Nobody asked for so many: `max_new_tokens` is a bound, and shrinks to what there is room for."""
     min_tokens: int = 0
     """No end token before that many tokens, and no stop string that is complete before them."""
     temperature: float = 0.0
@@ -54,7 +56,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         if self.min_tokens > self.max_new_tokens:
             problem = f"min_tokens is {self.min_tokens}, but only {self.max_new_tokens} may come"
             raise InputError(problem, param="min_tokens")
-        for name, kind in (("ignore_eos", bool), ("cache_salt", str)):
+        for name, kind in (("ignore_eos", bool), ("is_open_ended", bool), ("cache_salt", str)):
             if not isinstance(getattr(self, name), kind):
                 raise InputError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}", param=name)
         msgspec.structs.force_setattr(self, "stop", check_stop(self.stop))

@@ -131,11 +131,20 @@ class HttpOptions:
     """Requests that may wait for their first token; more are refused with 429."""
     request_timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 600.0
     """How long a request may take if it does not say so itself (X-Request-Timeout-Ms)."""
+    max_answer_tokens: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """How long an answer may be whose request does not say so itself (max_tokens). Default: what is left of the
+    context, and of the room for keys and values."""
+    hide_cache_hits: Literal["on", "off"] = "off"
+    """Tell clients nothing of what was there already. What is cached is shared by all clients whose requests have the
+    same `cache_salt`, or none: a hit says that somebody sent the same image or prompt before."""
 
     def check(self) -> None:
         """InputError for a number that is out of range."""
         if self.max_waiting < 1:
             raise InputError(f"--max-waiting {self.max_waiting}: must be at least 1", param="max-waiting")
+        if self.max_answer_tokens is not None and self.max_answer_tokens < 1:
+            message = f"--max-answer-tokens {self.max_answer_tokens}: must be at least 1"
+            raise InputError(message, param="max-answer-tokens")
         if not 0 < self.request_timeout <= MAX_REQUEST_TIMEOUT_S:
             limit = f"more than 0 and at most {MAX_REQUEST_TIMEOUT_S}"
             raise InputError(f"--request-timeout {self.request_timeout:g}: must be {limit}", param="request-timeout")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from msgspec import structs
 from torch import Tensor
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError, ServerError
@@ -177,6 +178,10 @@ class Engine:
         text = self.config.text
         if not token_ids or min(token_ids) < 0 or max(token_ids) >= text.vocab_size:
             raise InputError(f"token ids must be in 0..{text.vocab_size - 1} and at least one", param="messages")
+        if sampling.is_open_ended:
+            pool = self.scheduler.pool
+            room = min(text.max_position_embeddings, pool.num_pages * pool.page_size + 1) - len(token_ids)
+            sampling = structs.replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, room)))
         if len(token_ids) + sampling.max_new_tokens > text.max_position_embeddings:
             raise InputError(
                 f"prompt of {len(token_ids)} tokens with {sampling.max_new_tokens} new ones is longer than the "

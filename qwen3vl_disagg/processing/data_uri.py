@@ -17,7 +17,7 @@ _MAX_HEAD = 4096
 
 
 def is_data_uri(text: str) -> bool:
-    return text[:64].lstrip(_ENDS)[:5].lower() == "data:"
+    return text[:64].translate(_NO_BREAKS).lstrip(_ENDS)[:5].lower() == "data:"
 
 
 def read_data_uri(uri: str, where: str, what: str, limit: int) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.core.json_text import parse_json
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.core.sampling_bounds import check_number
+from qwen3vl_disagg.core.sampling_bounds import LIMITS, check_number
 
 _OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What generation_config.json may set."""
@@ -48,7 +48,8 @@ class GenerationDefaults:
     def sampling(
         self,
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
+        is_open_ended: bool = False,
         min_tokens: int = 0,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -64,7 +65,12 @@ class GenerationDefaults:
         logprobs: int | None = None,
         cache_salt: str = "",
     ) -> SamplingParams:
-        """Sampling parameters: what is given, else the checkpoint's own. InputError for a value out of bounds."""
+        """Sampling parameters: what is given, else the checkpoint's own. InputError for a value out of bounds.
+
+        Without `max_new_tokens` an answer may take what is left of the context.
+        """
+        if max_new_tokens is None:
+            max_new_tokens, is_open_ended = int(LIMITS["max_new_tokens"][1]), True
         own_temperature = self.temperature if self.do_sample else 0.0
         values: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
@@ -81,5 +87,10 @@ class GenerationDefaults:
         }
         biases = dict(logit_bias or {})
         return SamplingParams(
-            ignore_eos=ignore_eos, cache_salt=cache_salt, stop=list(stop), logit_bias=biases, **values
+            is_open_ended=is_open_ended,
+            ignore_eos=ignore_eos,
+            cache_salt=cache_salt,
+            stop=list(stop),
+            logit_bias=biases,
+            **values,
         )

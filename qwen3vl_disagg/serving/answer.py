@@ -108,8 +108,17 @@ class Answer:
         return usage
 
 
-def with_frontend(timings: RequestTimings, *, queue_ms: float, preprocess_ms: float) -> RequestTimings:
-    """The ranks' timings plus what the frontend did before them: waiting for a thread, and making the prompt."""
+def with_frontend(
+    timings: RequestTimings, *, queue_ms: float, preprocess_ms: float, hide_cache_hits: bool = False
+) -> RequestTimings:
+    """The ranks' timings plus what the frontend did before them: waiting for a thread, and making the prompt.
+
+    `hide_cache_hits`: without all that is less, or zero, where something was there already.
+    """
+    if hide_cache_hits:
+        timings = RequestTimings(
+            queue=timings.queue, prefill=timings.prefill, decode=timings.decode, language_rank=timings.language_rank
+        )
     return msgspec.structs.replace(
         timings, queue=timings.queue + queue_ms, preprocess=timings.preprocess + preprocess_ms
     )

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from contextlib import aclosing
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
@@ -37,7 +38,9 @@ class ChatCompletions:
         self._model_name, self._limits = model_name, limits
         self._names = TokenNames(processor.tokenizer)
         self._budget = BodyBudget(limits.max_body_memory)
-        self._preparation = Preparation(processor, Rules(model_name=model_name), limits)
+        self._preparation = Preparation(
+            processor, Rules(model_name=model_name, max_answer_tokens=limits.max_answer_tokens), limits
+        )
         self._num_running = self._num_preparing = 0
 
     def warm_up(self) -> None:
@@ -91,6 +94,12 @@ class ChatCompletions:
         request, sampling, prompt_token_ids = prepared.request, prepared.sampling, prepared.prompt.token_ids
         preprocess_ms = prepared.seconds * 1e3
         queue_ms = (time.monotonic() - arrival) * 1e3 - preprocess_ms
+        told = partial(
+            with_frontend,
+            queue_ms=queue_ms,
+            preprocess_ms=preprocess_ms,
+            hide_cache_hits=self._limits.hide_cache_hits,
+        )
         handle = self._backend.submit(prepared.prompt, sampling, left)
         del prepared  # images and clips: from here on the backend says how long they are kept
         answer = Answer(
@@ -116,13 +125,11 @@ class ChatCompletions:
                     handle,
                     deadline=deadline + _GRACE_S,
                     ping_s=self._limits.ping_s,
-                    queue_ms=queue_ms,
-                    preprocess_ms=preprocess_ms,
+                    told=told,
                 )
                 return
             finished = await self._collect(handle, answer, deadline + _GRACE_S)
-            timings = with_frontend(finished.timings, queue_ms=queue_ms, preprocess_ms=preprocess_ms)
-            completion = self._completion(_id(handle), request, answer, finished, timings)
+            completion = self._completion(_id(handle), request, answer, finished, told(finished.timings))
             if request.return_token_ids:
                 completion.prompt_token_ids = prompt_token_ids
             await JSONResponse(completion)(scope, receive, send)

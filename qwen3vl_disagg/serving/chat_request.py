@@ -8,7 +8,7 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.core.sampling_bounds import check_logit_bias, check_number, check_stop
+from qwen3vl_disagg.core.sampling_bounds import LIMITS, check_logit_bias, check_number, check_stop
 from qwen3vl_disagg.processing import GenerationDefaults, parse_tools
 from qwen3vl_disagg.processing.prompt_options import PromptOptions
 from qwen3vl_disagg.processing.request_fields import check_fields, is_one_of
@@ -76,8 +76,10 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
             )
         if max(self.logit_bias, default=0) >= vocab_size:
             raise InputError(f"logit_bias takes token ids from 0 to {vocab_size - 1}", param="logit_bias")
+        bound = min(room, max_answer_tokens or room, int(LIMITS["max_new_tokens"][1]))
         return defaults.sampling(
-            max_new_tokens=min(128, room) if self.max_tokens is None else self.max_tokens,
+            max_new_tokens=bound if self.max_tokens is None else self.max_tokens,
+            is_open_ended=self.max_tokens is None,
             logit_bias=self.logit_bias,
             stop=self.stop,
             ignore_eos=self.ignore_eos,

@@ -48,7 +48,11 @@ def run_frontend(
         hub,
         processor,
         model_name=model_name_of(context),
-        limits=Limits(request_timeout_s=options.request_timeout),
+        limits=Limits(
+            request_timeout_s=options.request_timeout,
+            max_answer_tokens=options.max_answer_tokens,
+            hide_cache_hits=options.hide_cache_hits == "on",
+        ),
         doors=Doors.of(options.host, options.allow_host),
         debug=debug,
         warm_up=True,

@@ -67,6 +67,7 @@ from qwen3vl_disagg.serving.job_memory import JobMemory
 from qwen3vl_disagg.serving.media_store import MediaStore
 from qwen3vl_disagg.serving.registry import RankKey, Registry
 
+EXPECTED_TOKENS = 1024
 PULL_S = 30.0
 MAX_PULLS = 64
 """Answered at a time; each has at most a slice of its bytes on the way."""
@@ -125,6 +126,12 @@ def _log_failure(key: RankKey, message: Message) -> None:
         print(f"{key[0]} rank {key[1]}: {name}: {reason}", file=sys.stderr, flush=True)
 
 
+def _num_expected(sampling: SamplingParams) -> int:
+    """Tokens of an answer that a rank is counted to have: one of which nobody said how long it may be is none of the
+    context's whole rest."""
+    return min(sampling.max_new_tokens, EXPECTED_TOKENS) if sampling.is_open_ended else sampling.max_new_tokens
+
+
 class Hub:
     """The `Backend` of the HTTP app, and the server that ranks connect to."""
 
@@ -174,7 +181,7 @@ class Hub:
             Admit(
                 request_id,
                 np.asarray(prompt.token_ids, dtype="<i4").tobytes(),
-                len(prompt.token_ids) + sampling.max_new_tokens,
+                len(prompt.token_ids) + _num_expected(sampling),
                 prompt.items,
                 sampling,
                 timeout_s,

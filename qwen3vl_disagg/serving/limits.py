@@ -30,6 +30,10 @@ class Limits:
     request_timeout_s: float = 600.0
     """Used when the client sends no X-Request-Timeout-Ms."""
     max_request_timeout_s: float = MAX_REQUEST_TIMEOUT_S
+    max_answer_tokens: int | None = None
+    """Of an answer whose request names no bound. None: what is left of the context."""
+    hide_cache_hits: bool = False
+    """Nothing in an answer says what was in a cache."""
     ping_s: float = 15.0
     """A stream silent for this long gets a comment line, so that nothing between us and the client gives up."""
     send_timeout_s: float = 30.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 
 import msgspec
@@ -15,7 +15,7 @@ from qwen3vl_disagg.core.errors import DeadlineError, DisaggError
 from qwen3vl_disagg.core.json_text import json_line
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings
 from qwen3vl_disagg.processing import Parts
-from qwen3vl_disagg.serving.answer import Answer, with_frontend
+from qwen3vl_disagg.serving.answer import Answer
 from qwen3vl_disagg.serving.backend import Event, FinishedEvent, RequestHandle, TokenEvent
 from qwen3vl_disagg.serving.body import ClientGone
 from qwen3vl_disagg.serving.chat_request import ChatRequest
@@ -120,9 +120,15 @@ class EventStream:
         self._started = False
 
     async def run(
-        self, handle: RequestHandle, *, deadline: float, ping_s: float, queue_ms: float, preprocess_ms: float
+        self,
+        handle: RequestHandle,
+        *,
+        deadline: float,
+        ping_s: float,
+        told: Callable[[RequestTimings], RequestTimings],
     ) -> None:
-        """Send everything. Raises what goes wrong before the status line; later errors become an event."""
+        """Send everything; `told` is what the client hears of the ranks' timings. Raises what goes wrong before the
+        status line; later errors become an event."""
         try:
             events = answer_events(handle, self._answer, deadline=deadline, silence_s=ping_s)
             async with aclosing(events):
@@ -136,8 +142,7 @@ class EventStream:
                     if isinstance(event, TokenEvent):
                         await self._token(event, new)
                     elif isinstance(event, FinishedEvent):
-                        timings = with_frontend(event.timings, queue_ms=queue_ms, preprocess_ms=preprocess_ms)
-                        await self._finish(event.finish_reason, timings, new)
+                        await self._finish(event.finish_reason, told(event.timings), new)
         except ClientGone:
             raise
         except Exception as error:

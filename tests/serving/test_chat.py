@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from qwen3vl_disagg.processing import GenerationDefaults
-from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_of, serve, tiny_processor
+from qwen3vl_disagg.serving.backend import FinishedEvent
+from qwen3vl_disagg.serving.limits import Limits
+from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_of, answer_steps, serve, tiny_processor
 from tests.support.images import png, uri
 
 
@@ -129,7 +132,7 @@ def test_defaults_are_the_checkpoints(monkeypatch):
     backend = FakeBackend()
     client = serve(backend)
     client.post(PATH, json=ASK)
-    assert (backend.handles[0].sampling.temperature, backend.handles[0].sampling.max_new_tokens) == (0, 128)
+    assert backend.handles[0].sampling.temperature == 0
     eos = tiny_processor().generation.eos_token_ids
     own = GenerationDefaults(eos, do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
     monkeypatch.setattr(tiny_processor(), "generation", own)
@@ -139,17 +142,46 @@ def test_defaults_are_the_checkpoints(monkeypatch):
     assert sampling.repetition_penalty == 1.05
 
 
-def test_the_default_length_shrinks_to_what_is_left_of_the_context():
+def test_an_answer_may_take_what_is_left_of_the_context():
     backend = FakeBackend()
     context = tiny_processor().config.text.max_position_embeddings
-    around = len(tiny_processor().prepare([{"role": "user", "content": ""}]).token_ids)
-    letters = "q" * (context - around - 3)
-    reply = serve(backend).post(PATH, json={"messages": [{"role": "user", "content": letters}]})
-    assert reply.status_code == 200, reply.text
-    [handle] = backend.handles
-    room = context - len(handle.prompt.token_ids)
-    assert handle.sampling.max_new_tokens == min(128, room)
-    assert room < 128, "the test needs a prompt that nearly fills the context"
+    for letters in ("q", "q" * 1000):
+        reply = serve(backend).post(PATH, json={"messages": [{"role": "user", "content": letters}]})
+        assert reply.status_code == 200, reply.text
+        handle = backend.handles[-1]
+        assert handle.sampling.max_new_tokens == context - len(handle.prompt.token_ids)
+        assert handle.sampling.is_open_ended
+
+
+def test_the_server_may_bound_answers_that_nobody_bounds():
+    backend = FakeBackend()
+    client = serve(backend, limits=Limits(max_answer_tokens=50))
+    for fields in ({}, {"max_tokens": -1}, {"max_tokens": None}, {"n_predict": -2}):
+        client.post(PATH, json={**ASK, **fields})
+        assert backend.handles[-1].sampling.max_new_tokens == 50
+    client.post(PATH, json={**ASK, "max_tokens": 60})
+    assert (backend.handles[-1].sampling.max_new_tokens, backend.handles[-1].sampling.is_open_ended) == (60, False)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_hits_of_caches_are_told_unless_they_are_hidden(stream):
+    def script(prompt, sampling):
+        *steps, end = answer_steps("red", sampling)
+        timings = msgspec.structs.replace(end.timings, cached_tokens=7)
+        timings.items[0] = msgspec.structs.replace(timings.items[0], cached=True)
+        return [*steps, FinishedEvent(end.finish_reason, timings)]
+
+    told = {}
+    for hidden in (False, True):
+        client = serve(FakeBackend(script), limits=Limits(hide_cache_hits=hidden))
+        fields = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        told[hidden] = client.post(PATH, json={**ASK, **fields}).text
+    assert '"cached_tokens":7' in told[False]
+    assert '"cached":true' in told[False]
+    for sign in ('"cached_tokens":7', '"cached":true', '"rows"'):
+        assert sign not in told[True]
+    assert '"encode":0.0' in told[True], "zero would tell it too"
+    assert '"cached_tokens":0' in told[True]
 
 
 def test_images_reach_the_backend_in_order():
