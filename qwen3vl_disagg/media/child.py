@@ -7,7 +7,16 @@ import select
 from collections.abc import Iterator, Sequence
 
 import msgspec
-from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media import sandbox
@@ -28,7 +37,16 @@ from qwen3vl_disagg.media.wire import (
     read_exactly,
 )
 
-PLUGINS = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin)
+PLUGINS = (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 """Imported before the limits, because the library would import all that it has for a format it does not know yet."""
 
 _PARENT_CHECK_S = 5.0
@@ -106,6 +124,7 @@ def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # what a library prints must not come between the answers
     os.set_blocking(out, False)
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # no thread may be started
     sandbox.enter()
     write_all(out, pack(Ready()), parent)
     try:

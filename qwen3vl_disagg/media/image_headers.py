@@ -12,6 +12,8 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from qwen3vl_disagg.media.tagged_headers import brands, is_avif, is_tiff, read_avif, read_tiff
+
 MAX_STEPS = 10_000
 """Segments, chunks or blocks that are walked over before the size must be known."""
 MAX_PROFILE_BYTES = 2**20
@@ -40,6 +42,25 @@ class ImageHeader:
     orientation: int = 1
 
 
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+_FOREIGN: tuple[tuple[str, Callable[[bytes], bool]], ...] = (
+    (
+        "HEIC",
+        lambda data: bool(brands(data) & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}),
+    ),
+    ("JPEG 2000", lambda data: data.startswith((b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"))),
+    ("JPEG XL", lambda data: data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL "))),
+    ("PDF", lambda data: data.startswith(b"%PDF-")),
+    ("SVG or HTML", lambda data: data.lstrip()[:1] == b"<"),
+    ("BigTIFF", lambda data: data.startswith((b"II+\0", b"MM\0+"))),
+)
+
+
+def foreign_format(data: bytes) -> str | None:
+    """The name of a format that is known and not taken."""
+    return next((name for name, is_one in _FOREIGN if is_one(data[:512])), None)
+
+
 class BadHeader(ValueError):
     """Not an image of a known format, or one whose header ends early or goes on too long."""
 
@@ -50,8 +71,10 @@ def read_header(data: bytes) -> ImageHeader:
         if is_one(data):
             try:
                 width, height, orientation = read(data)
-            except (struct.error, IndexError) as error:
-                raise BadHeader(f"the {name} header is cut off") from error
+            except BadHeader:
+                raise
+            except (struct.error, IndexError, KeyError, ValueError) as error:
+                raise BadHeader(f"the {name} header is cut off or says nonsense") from error
             return ImageHeader(name, width, height, orientation)
     raise BadHeader("no known format")
 
@@ -223,4 +246,6 @@ _READERS: dict[str, tuple[Callable[[bytes], bool], Callable[[bytes], tuple[int, 
     "WEBP": (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _read_webp),
     "GIF": (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _read_gif),
     "BMP": (lambda data: data.startswith(b"BM"), _read_bmp),
+    "AVIF": (is_avif, read_avif),
+    "TIFF": (is_tiff, read_tiff),
 }

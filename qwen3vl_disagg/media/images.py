@@ -8,19 +8,20 @@ the reference does; then RGB.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageFile
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.media.image_headers import BadHeader, ImageHeader, read_header
+from qwen3vl_disagg.media.image_headers import BadHeader, ImageHeader, foreign_format, read_header
 from qwen3vl_disagg.media.partial import Loaded, load_partial, note_of
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF")
 MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 20 * 2**20
 MAX_ASPECT = 200
+_PHOTOMETRIC = 262
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -68,7 +69,7 @@ def decode_rgb(data: bytes, notes: list[str] | None = None) -> Image.Image:
         loaded = _load(header, data)
         if header.format == "PNG":
             _scale_transparency(loaded.image, depth=data[24])
-        image = loaded.cover(_to_rgb(loaded.image))
+        image = loaded.cover(_outside_white(loaded, _to_rgb(loaded.image)))
         if loaded.note and notes is not None:
             notes.append(loaded.note)
         if header.orientation in _TRANSPOSE:
@@ -82,21 +83,40 @@ def decode_rgb(data: bytes, notes: list[str] | None = None) -> Image.Image:
 
 def _load(header: ImageHeader, data: bytes) -> Loaded:
     """In the file's own mode. Raises whatever the library does."""
+    region: tuple[int, int, int, int] | None = None
 
     def opened(content: bytes) -> ImageFile.ImageFile:
+        nonlocal region
         image = Image.open(io.BytesIO(content), formats=(header.format,))
         if image.size != (header.width, header.height):
             raise ValueError("two sizes")
+        if header.format == "GIF" and image.tile:
+            region = image.tile[0].extents
         return image
 
     try:
         image = opened(data)
+        if header.format == "TIFF":
+            return Loaded(_load_tiff(image))
         image.load()
     except MemoryError:
         raise
     except Exception:
-        return load_partial(header.format, data, opened)
-    return Loaded(image, note_of(header.format, data))
+        loaded = load_partial(header.format, data, opened)
+    else:
+        loaded = Loaded(image, note_of(header.format, data))
+    return replace(loaded, region=region)
+
+
+def _load_tiff(image: ImageFile.ImageFile) -> Image.Image:
+    """The first page, turned as its orientation says, levels of 16 bits with white at the top."""
+    size, is_inverted = image.size, image.mode == "I;16" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+    if image.mode in ("F", "I"):
+        raise ValueError("levels that are neither of 8 nor of 16 bits, which viewers do not show alike")
+    image.load()
+    if image.size != size:
+        raise ValueError("turned by what is not in the first directory")
+    return Image.fromarray(~np.asarray(image)) if is_inverted else image  # the library inverts the other depths
 
 
 def _checked_header(data: bytes) -> ImageHeader:
@@ -107,7 +127,9 @@ def _checked_header(data: bytes) -> ImageHeader:
     try:
         header = read_header(data)
     except BadHeader as error:
-        raise InputError(f"not an image of an allowed format ({', '.join(FORMATS)})") from error
+        name = foreign_format(data)
+        found = f": this is {name}" if name else ""
+        raise InputError(f"not an image of an allowed format ({', '.join(FORMATS)}){found}") from error
     width, height = header.width, header.height
     if width < 1 or height < 1:
         raise InputError(f"the image has no pixels ({width} x {height})")
@@ -129,10 +151,24 @@ def _scale_transparency(image: Image.Image, depth: int) -> None:
         image.info["transparency"] = tuple(level >> 8 for level in colour)
 
 
+def _outside_white(loaded: Loaded, rgb: Image.Image) -> Image.Image:
+    """What the first picture of a GIF does not cover of its screen is transparent to viewers, and to the library the
+    first colour."""
+    if loaded.region in (None, (0, 0, *rgb.size)):
+        return rgb
+    white = Image.new("RGB", rgb.size, "white")
+    white.paste(rgb.crop(loaded.region), loaded.region)
+    return white
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     transparency = image.info.get("transparency")
     if image.mode.startswith("I"):
         return _deep_grey_to_rgb(image, transparency)
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB")  # a fourth byte that nobody filled in: every viewer shows it
     if "A" in image.getbands() or transparency is not None:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

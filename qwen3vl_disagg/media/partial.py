@@ -47,6 +47,8 @@ class Loaded:
     note: str = ""
     """What is missing, or was left out."""
     there: np.ndarray | None = None
+    region: tuple[int, int, int, int] | None = None
+    """Of a GIF: left, top, right, bottom of its first picture on the screen."""
 
     def cover(self, rgb: Image.Image) -> Image.Image:
         """What is missing as its neighbour to the left or above where that is there (interlaced files), else grey."""
