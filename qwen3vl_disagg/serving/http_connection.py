@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 READ_BYTES = 64 * 2**10
 """Read from a socket at a time, and kept of it before it is parsed."""
 MAX_LINGER_BYTES = 256 * 2**20
+ALWAYS_ANSWERED = ("/health", "/ready")
+"""First of all requests, and above the limit of connections."""
+URGENT = tuple(f"{method} {path} ".encode() for method in ("GET", "HEAD") for path in ALWAYS_ANSWERED)
 SLOW_BODY = 16 * 2**10
 """Bytes a second below which a body's connection may be given to another client."""
 
@@ -140,6 +143,10 @@ class HttpConnection(H11Protocol):
     @property
     def num_requests(self) -> int:
         return self.conn.num_requests
+
+    @property
+    def is_urgent(self) -> bool:
+        return not self._is_lost and self._pending.startswith(URGENT)
 
     @property
     def num_wakes(self) -> int:

@@ -11,13 +11,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qwen3vl_disagg.core.descriptors import descriptor_limit
 from qwen3vl_disagg.core.errors import UnavailableError
 from qwen3vl_disagg.serving.errors import error_response
-from qwen3vl_disagg.serving.http_connection import HttpConnection
+from qwen3vl_disagg.serving.http_connection import ALWAYS_ANSWERED, HttpConnection
 
 MAX_CONNECTIONS = 1024
 RESERVED = 64
 """Places of connections above the limit, which may ask how the server is."""
 ENDS_PER_LOOK = 64
-ALWAYS_ANSWERED = ("/health", "/ready")
 _OTHER_DESCRIPTORS = 512
 """Kept free for ranks, their pulls of media, and child processes."""
 _SEARCH_S = 0.1

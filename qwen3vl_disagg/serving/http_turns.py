@@ -1,8 +1,8 @@
 """HTTP is parsed in turns, so that no client holds up the event loop that owes heartbeats to the ranks.
 
 What comes from a socket waits in the connection; a turn parses so many events of it. Turns of all connections together
-get a slice of time, then the loop runs everything else before the next slice. Short requests come before long ones, and
-these before who was not done when its turn ended; one of each kind always has its turn.
+get a slice of time, then the loop runs everything else before the next slice. Who asks how the server is comes first,
+then short requests, long ones, and who was not done when its turn ended; one of each kind always has its turn.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, Protocol
 
 import h11
 
-SLICE_S = 0.002
+SLICE_S = 0.003
 REST_S = 0.002
 EVENTS_PER_TURN = 64
 PARSE_BYTES = 16 * 2**10
 """Given to the parser at a time: a block of headers costs most, and cannot be parsed in parts."""
 SHORT_BYTES = 2**10
 MAX_HEADER_LINES = 256
-WAKE_S = 0.0005
+WAKE_S = 0.0003
 """What a handler costs at least that was set going, on the same loop right after the slice."""
 MAX_OVERHEAD = 64 * 2**10
 OVERHEAD_SHARE = 8
@@ -87,6 +87,10 @@ class HasTurns(Protocol):
     """A connection with something to parse."""
 
     @property
+    def is_urgent(self) -> bool:
+        """Whether it asks how the server is."""
+
+    @property
     def num_wakes(self) -> int:
         """How often a turn has set a handler going: with a request, or with the news that the client is gone."""
 
@@ -111,7 +115,10 @@ class Turns:
     def add(self, connection: HasTurns) -> None:
         if connection not in self._queued:
             self._queued.add(connection)
-            (self._short if connection.num_pending <= SHORT_BYTES else self._long).append(connection)
+            if connection.is_urgent:
+                self._short.appendleft(connection)
+            else:
+                (self._short if connection.num_pending <= SHORT_BYTES else self._long).append(connection)
             self._wake(0.0)
 
     def _wake(self, delay_s: float) -> None:
