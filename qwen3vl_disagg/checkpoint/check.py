@@ -10,16 +10,19 @@ from typing import TypeVar
 from qwen3vl_disagg.checkpoint.folder import file_problem, open_checkpoint, read_config
 from qwen3vl_disagg.checkpoint.hub import SMALL_FILES
 from qwen3vl_disagg.checkpoint.load import check_weights
+from qwen3vl_disagg.core.devices import resolve_dtype
 from qwen3vl_disagg.core.errors import CheckpointError, attempt
 from qwen3vl_disagg.model.config import ModelConfig
 
 T = TypeVar("T")
 
 
-def check_folder(folder: Path | str, make: Callable[[ModelConfig], T]) -> tuple[ModelConfig, T]:
-    """A folder's config, and what `make` makes of it and of the small files (tokenizer, templates, ..).
+def check_folder(folder: Path | str, make: Callable[[ModelConfig], T], *, dtype: str = "auto") -> tuple[ModelConfig, T]:
+    """A folder's config, and what `make` makes of it and of the small files (tokenizer, templates, ..). `dtype`: what
+    it is to be run in.
 
-    Reads no weights. CheckpointError lists everything that is wrong with config, weights and small files.
+    Reads no weights. CheckpointError lists everything that is wrong with config, weights and small files, InputError
+    says that the dtype has to be named.
     """
     folder = Path(folder)
     names = [name for name in SMALL_FILES if os.path.lexists(folder / name)]
@@ -32,4 +35,5 @@ def check_folder(folder: Path | str, make: Callable[[ModelConfig], T]) -> tuple[
     made = None if config is None else attempt(problems, lambda: make(config))
     if config is None or made is None or problems:
         raise CheckpointError(folder, list(dict.fromkeys(problems)))
+    resolve_dtype(dtype, config.dtype)
     return config, made

@@ -35,7 +35,7 @@ from qwen3vl_disagg.checkpoint.layouts import HEAD, ExpertLayout, Recipe, Shape
 from qwen3vl_disagg.checkpoint.load import whole_model
 from qwen3vl_disagg.checkpoint.write import in_layout, respelled, write_json, write_weights
 from qwen3vl_disagg.core.command_options import ConvertOptions, Written
-from qwen3vl_disagg.core.devices import DTYPES
+from qwen3vl_disagg.core.devices import DTYPES, resolve_dtype
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from qwen3vl_disagg.model.config import ModelConfig
 
@@ -94,7 +94,7 @@ def convert(
         if HEAD in whole and _is_tied_copy(checkpoint):
             del whole[HEAD]
         _check_layout(whole, layout)
-        source = _Source(checkpoint, layout, dtype or DTYPES[checkpoint.config.dtype], quantize)
+        source = _Source(checkpoint, layout, dtype or resolve_dtype("auto", checkpoint.config.dtype), quantize)
         files = _files(list(source.parts(whole)), max_shard_bytes)
         num_bytes = sum(part.num_bytes for parts in files for part in parts)
         with _new_folder(out, num_bytes) as new:

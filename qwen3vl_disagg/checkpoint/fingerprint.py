@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from qwen3vl_disagg.checkpoint.folder import Checkpoint, open_checkpoint
+from qwen3vl_disagg.checkpoint.headers import TensorInfo
 from qwen3vl_disagg.checkpoint.layouts import checkpoint_name
 
 _CHUNK = 1 << 20
 _SAMPLE = 256
+_MATRIX_ROWS = 4
 _PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "chat_template.json")
 _VISION = checkpoint_name("visual.")
@@ -40,21 +44,42 @@ def fingerprint(folder: Path | str) -> dict[str, str]:
             "processor": _files_digest(folder, _PROCESSOR_FILES),
             "tokenizer": _files_digest(folder, _TOKENIZER_FILES),
             "vision_weights": _vision_digest(checkpoint),
+            # All of it, entry by entry: each decides rows, or what becomes of them.
+            **{f"vision.{name}": value for name, value in asdict(vision).items()},
+            **{f"text.{name}": value for name, value in asdict(config.text).items()},
         }
     return {name: str(value) for name, value in values.items()}
 
 
 def decoder_digest(folder: Path | str) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and the first bytes of each of the other tensors: what parts of one
-    decoder must agree on, without reading all of it."""
+    """SHA-256 (hex) over names, dtypes and shapes of the other tensors and a sample of each, of experts that lie in one
+    tensor a sample of each. What parts of one decoder must agree on, without reading all of it."""
     digest = hashlib.sha256()
     with open_checkpoint(folder) as checkpoint:
         for name, info in sorted(checkpoint.tensors.items()):
-            if not name.startswith(_VISION):
-                with (checkpoint.folder / info.file).open("rb") as file:
-                    file.seek(info.start)
-                    digest.update(f"{name} {info}\n".encode() + file.read(min(_SAMPLE, info.num_bytes)))
+            if name.startswith(_VISION):
+                continue
+            digest.update(f"{name} {info}\n".encode())
+            with (checkpoint.folder / info.file).open("rb", buffering=0) as file:
+                for start, length in _samples(info):
+                    file.seek(start)
+                    digest.update(file.read(length))
     return digest.hexdigest()
+
+
+def _samples(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    """(place in the file, bytes) of what is looked at: of a vector all, of a matrix _SAMPLE bytes of some rows, of each
+    expert _SAMPLE bytes; from the first row's beginning to the last one's end."""
+    num_rows = info.shape[0] if len(info.shape) > 1 else 1
+    if info.num_bytes == 0:
+        return
+    row_bytes = info.num_bytes // num_rows
+    num_samples = num_rows if len(info.shape) == 3 else min(num_rows, _MATRIX_ROWS)
+    length = row_bytes if len(info.shape) < 2 else min(_SAMPLE, row_bytes)
+    for sample in range(num_samples):
+        share = sample / max(1, num_samples - 1)
+        row, place = round(share * (num_rows - 1)), round(share * (row_bytes - length))
+        yield info.start + row * row_bytes + place, length
 
 
 def _vision_digest(checkpoint: Checkpoint) -> str:

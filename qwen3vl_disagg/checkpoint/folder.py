@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.checkpoint.fp8 import DEFAULT_BLOCK, Block, read_block
 from qwen3vl_disagg.checkpoint.headers import TensorInfo, read_header
-from qwen3vl_disagg.core.devices import DTYPES
+from qwen3vl_disagg.core.devices import STORED_DTYPES
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.core.json_text import parse_json
 from qwen3vl_disagg.model.config import ConfigError, ModelConfig
@@ -49,8 +49,8 @@ def _read_config(folder: Path) -> tuple[ModelConfig, Block]:
         config = ModelConfig.from_dict(raw)
     except ConfigError as error:
         problems = error.problems + problems
-    if config is not None and config.dtype not in DTYPES:
-        problems.append(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
+    if config is not None and config.dtype not in STORED_DTYPES:
+        problems.append(f"dtype {config.dtype!r} is not one of {', '.join(STORED_DTYPES)}")
     if problems or config is None:
         raise CheckpointError(folder, [f"{CONFIG_FILE}: {problem}" for problem in problems])
     return config, block

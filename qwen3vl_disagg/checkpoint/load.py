@@ -23,7 +23,7 @@ from qwen3vl_disagg.checkpoint.fp8 import SCALE_SUFFIX
 from qwen3vl_disagg.checkpoint.layouts import HEAD, ExpertLayout, Recipe, Shape, checkpoint_name, plan
 from qwen3vl_disagg.checkpoint.quantize import BLOCK, make_room, quantize_into
 from qwen3vl_disagg.checkpoint.shards import AllRows, Shards, held_rows
-from qwen3vl_disagg.core.devices import DTYPES
+from qwen3vl_disagg.core.devices import resolve_dtype
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.core.settings import Quantize, check_quantize
 from qwen3vl_disagg.model.config import ModelConfig
@@ -131,7 +131,7 @@ def _load(
     shards = shards or AllRows()
     with open_checkpoint(folder) as checkpoint:
         module, recipes = _plan(checkpoint, build, expert_layout)
-        dtype = dtype or DTYPES[checkpoint.config.dtype]
+        dtype = dtype or resolve_dtype("auto", checkpoint.config.dtype)
         quantized = frozenset() if quantize == "none" else make_room(module, dtype, quantize)
         _fill(module, recipes, checkpoint, dtype, torch.device(device), quantized, progress, shards)
     left = [name for name, tensor in module.state_dict().items() if tensor.is_meta]

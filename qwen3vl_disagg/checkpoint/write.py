@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qwen3vl_disagg.checkpoint.folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from qwen3vl_disagg.checkpoint.layouts import ExpertLayout, checkpoint_name
 from qwen3vl_disagg.core.devices import DTYPES
-from qwen3vl_disagg.model.config import ModelConfig, rope_entries, rope_theta
+from qwen3vl_disagg.model.config import ModelConfig, VisionConfig, rope_entries, rope_theta
 
 Spelling = Literal["hub", "v5"]
 
@@ -66,6 +66,7 @@ def config_to_dict(config: ModelConfig, *, spelling: Spelling = "hub") -> dict[s
         "temporal_patch_size": vision.temporal_patch_size,
         "spatial_merge_size": vision.spatial_merge_size,
         "hidden_act": "gelu_pytorch_tanh",
+        "rope_theta": vision.rope_theta,
     }
     raw = {
         "architectures": [config.architecture],
@@ -92,12 +93,16 @@ def respelled(raw: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
     rope, theta = dict(rope_entries(text)), rope_theta(text)
     for place, name in ((text, "rope_parameters"), (text, "rope_scaling"), (text, "rope_theta"), (rope, "rope_theta")):
         place.pop(name, None)
+    vision_theta = rope_theta(vision) or VisionConfig.rope_theta
+    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+        vision.pop(name, None)
     if spelling == "hub":
         text |= {"rope_theta": theta, "rope_scaling": rope}
-        vision.pop("rope_parameters", None)
+        if vision_theta != VisionConfig.rope_theta:  # no published file has it
+            vision["rope_theta"] = vision_theta
     else:
         text["rope_parameters"] = {**rope, "rope_theta": theta}
-        vision.setdefault("rope_parameters", {"rope_type": "axial", "rope_theta": 10000.0})
+        vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": vision_theta}
     if "model_type" in raw:
         vision["model_type"] = raw["model_type"] if spelling == "hub" else f"{raw['model_type']}_vision"
     return {**raw, "text_config": text, "vision_config": vision}

@@ -9,6 +9,18 @@ import torch
 from qwen3vl_disagg.core.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What a model is run in."""
+STORED_DTYPES = (*DTYPES, "float16")
+"""What a checkpoint may be in."""
+
+
+def resolve_dtype(name: str, stored: str) -> torch.dtype:
+    """`auto`: as the checkpoint is stored. InputError where no model is run in that."""
+    name = stored if name == "auto" else name
+    if name not in DTYPES:
+        ways = " or ".join(f"--dtype {dtype}" for dtype in DTYPES)
+        raise InputError(f"the checkpoint is {stored}, in which nothing is run here: give {ways}", param="dtype")
+    return DTYPES[name]
 
 
 def resolve_device(name: str, *, local_rank: int = 0, num_local_ranks: int = 1) -> torch.device:

@@ -1,12 +1,15 @@
-"""A cheap digest of rows: wrong, missing, swapped or shifted rows change it. No defence against an attacker.
+"""A cheap digest of rows: wrong, missing, swapped or shifted rows change it, and what is swapped or shifted within one.
+No defence against an attacker.
 
-Each row's bytes are summed as int64 words; the sums are added up, modulo 2**64, with a weight for each row's position
-and one for its buffer. Weights are odd, so that no bit of a row's sum can vanish. Digests of runs of an item's rows add
-up to the digest of all of them.
+A row's bytes are multiplied with 8 columns of weights, a matrix product of int8 in exact whole numbers; what weighs a
+byte differs from what weighs any other of the row in at least one column. The 8 sums become one number, and these are
+added up, modulo 2**64, with a weight for each row's position and one for its buffer. Weights are odd, so that no bit of
+a row's number can vanish. Digests of runs of an item's rows add up to the digest of all of them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -20,33 +23,46 @@ def _wrap(value: int) -> int:
     return (value + _HALF) % (2 * _HALF) - _HALF
 
 
+_EXACT_BYTES = 1 << 16
+"""So many products of two int8 stay below 2**31."""
 _GOLDEN = _wrap(0x9E3779B97F4A7C15)
 _MIX = _wrap(0xBF58476D1CE4E5B9)
 _DEEPSTACK = _wrap(0x94D049BB133111EB)
 
 
 def row_sums(rows: Tensor) -> Tensor:
-    """The sum of each contiguous row's bytes, read as the widest integer that fits them: `[R, ...]` -> `[R]` int64."""
+    """A number for each row's bytes and where they stand in it: `[R, ...]` -> `[R]` int64."""
     if rows.numel() == 0:
         return torch.zeros(len(rows), dtype=torch.int64)
-    words = rows.detach().cpu().contiguous().view(len(rows), -1)
-    row_bytes = words.shape[1] * words.itemsize
-    kind = next(
-        dtype
-        for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2), (torch.uint8, 1))
-        if row_bytes % size == 0
-    )
-    return words.view(kind).sum(1, dtype=torch.int64)
+    rows, width = rows.detach().cpu().contiguous(), rows[0].numel()
+    # Strides of dims of size one are anything, and then no view as bytes.
+    bytes_RB = rows.as_strided((len(rows), width), (width, 1)).view(torch.int8)
+    sums_R8 = torch.zeros(len(rows), 8, dtype=torch.int64)
+    for start in range(0, bytes_RB.shape[1], _EXACT_BYTES):
+        stop = min(start + _EXACT_BYTES, bytes_RB.shape[1])
+        sums_R8 += torch._int_mm(bytes_RB[:, start:stop], _byte_weights(start, stop))
+    return (sums_R8 * _weights(0, 8)).sum(1)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _byte_weights(start: int, stop: int) -> Tensor:
+    """`[B, 8]` int8: the 8 bytes of a number of which no two places have the same."""
+    return _mixed(start, stop).view(torch.int8).view(-1, 8)
+
+
+def _mixed(start: int, stop: int) -> Tensor:
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014) over the numbers `start + 1 .. stop`, `[stop - start]`
+    int64: no two the same."""
+    x = (torch.arange(start, stop, dtype=torch.int64) + 1) * _GOLDEN
+    for shift, factor in ((30, _MIX), (27, _DEEPSTACK), (31, 1)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor  # a shift of unsigned numbers
+    return x
 
 
 def _weights(start: int, stop: int) -> Tensor:
-    """`[stop - start]` int64, odd, and without small relations among them: a row that gains what another loses shows.
-
-    The finalizer of splitmix64 (Steele, Lea, Flood 2014) over the row's number.
-    """
-    x = (torch.arange(start, stop, dtype=torch.int64) + 1) * _GOLDEN
-    x = (x ^ (x >> 30)) * _MIX
-    return (x ^ (x >> 27)) | 1
+    """`[stop - start]` int64, odd, without small relations among them: a row that gains what another loses shows."""
+    return _mixed(start, stop) | 1
 
 
 def sums_digest(sums_R: Tensor, start: int = 0) -> int:

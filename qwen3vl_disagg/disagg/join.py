@@ -59,7 +59,8 @@ def run_slot(options: JoinOptions, world: World) -> int:
         options = replace(options, model=shared_model_folder(options.model, world))
         context = replace(context, model=replace(context.model, model=options.model))
         folder = resolve_model_folder(options.model)
-        check_folder(folder, lambda config: Processor.from_folder(folder, config))  # said once, and not by every rank
+        # Said once, and not by every rank.
+        check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=options.dtype)
         check_environment()
         plan_faults()
     except (InputError, CheckpointError) as error:

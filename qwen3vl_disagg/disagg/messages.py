@@ -19,7 +19,7 @@ import msgspec
 from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):

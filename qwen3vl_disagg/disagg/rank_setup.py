@@ -13,7 +13,7 @@ from torch import nn
 
 from qwen3vl_disagg.checkpoint import fingerprint, load_vision_model, read_config
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
-from qwen3vl_disagg.core.devices import DTYPES, resolve_compile, resolve_device
+from qwen3vl_disagg.core.devices import resolve_compile, resolve_device, resolve_dtype
 from qwen3vl_disagg.core.spans import write_spans
 from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
 from qwen3vl_disagg.disagg.fingerprint import Fingerprint, link_fingerprint
@@ -44,16 +44,16 @@ class RankSetup:
         config = read_config(folder)
         local = {"local_rank": context.local_rank, "num_local_ranks": context.num_local_ranks}
         device = resolve_device(context.model.device, **local)
-        name = config.dtype if context.model.dtype == "auto" else context.model.dtype
+        dtype = resolve_dtype(context.model.dtype, config.dtype)
         processor = ImageProcessor.from_folder(folder, config.vision, resize=context.model.image_resize)
         fields = link_fingerprint(
             config,
             fingerprint(folder),
-            dtype=DTYPES[name],
+            dtype=dtype,
             block_size=context.buffers.block_size,
             processor=processor,
         )
-        return cls(context, folder, config, device, DTYPES[name], processor, fields)
+        return cls(context, folder, config, device, dtype, processor, fields)
 
     def encode_worker(self) -> EncodeWorker:
         """Load the vision tower, and nothing else of the weights."""

@@ -152,7 +152,7 @@ class LLM:
                 image_resize=options.image_resize,
             )
 
-        self.config, self.processor = check_folder(self.folder, make_processor)
+        self.config, self.processor = check_folder(self.folder, make_processor, dtype=options.dtype)
         vision = load_vision_model(self.folder, dtype=torch_dtype, device=self.device, progress=progress)
         language = load_language_model(
             self.folder, dtype=torch_dtype, device=self.device, quantize=options.quantize, progress=progress

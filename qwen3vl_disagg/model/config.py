@@ -97,6 +97,7 @@ class VisionConfig:
     patch_size: int = 16
     temporal_patch_size: int = 2
     spatial_merge_size: int = 2
+    rope_theta: float = 10000.0
 
     @property
     def patch_dim(self) -> int:
@@ -296,7 +297,19 @@ class _Reader:
 
         if raw.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
             self.problems.append(f"{where}hidden_act must be 'gelu_pytorch_tanh', got {shown(raw.get('hidden_act'))}")
+        rope, optional = rope_entries(raw), dict[str, Any]()
+        if not isinstance(rope, Mapping):
+            self.problems.append(f"{where}rope_parameters must be an object, got {shown(rope)}")
+        elif self.rope_type(rope) not in ("default", "axial"):
+            kind = shown(self.rope_type(rope))
+            self.problems.append(f"{where}rope type {kind} is not supported (only 'default' and 'axial')")
+        if (theta := rope_theta(raw)) is not None:
+            optional["rope_theta"] = self.number({"rope_theta": theta}, where, "rope_theta", kind=float)
+        head_dim = raw.get("head_dim")
+        if head_dim is not None and head_dim != (raw.get("hidden_size") or 0) / (raw.get("num_heads") or 1):
+            self.problems.append(f"{where}head_dim {shown(head_dim)} is not hidden_size / num_heads")
         return VisionConfig(
+            **optional,
             depth=number("depth"),
             hidden_size=number("hidden_size"),
             num_heads=number("num_heads"),
@@ -330,7 +343,10 @@ def check_config(config: ModelConfig) -> list[str]:
     sizes |= {name: getattr(text, name) for name in ("num_attention_heads", "num_key_value_heads", "rope_theta")}
     sizes |= {"text intermediate_size": text.intermediate_size, "vision intermediate_size": vision.intermediate_size}
     sizes["vision hidden_size"] = vision.hidden_size
+    sizes |= {"max_position_embeddings": text.max_position_embeddings, "vision rope_theta": vision.rope_theta}
+    sizes["rms_norm_eps"] = text.rms_norm_eps
     largest = {"num_hidden_layers": MAX_LAYERS, "depth": MAX_LAYERS, "rope_theta": math.inf}
+    largest |= {"vision rope_theta": math.inf, "max_position_embeddings": 2**31 - 1}
     wrong = [name for name, value in sizes.items() if not 0 < value <= largest.get(name, MAX_SIZE)]
     wrong += [name for name in ("num_experts", "moe_intermediate_size") if getattr(text, name) > MAX_SIZE]
     if wrong:
@@ -379,6 +395,7 @@ def check_config(config: ModelConfig) -> list[str]:
         vision.hidden_size % (4 * vision.num_heads) == 0,
         f"vision head size {vision.hidden_size}/{vision.num_heads} is not a multiple of 4",
     )
+    need(vision.in_channels == 3, f"in_channels {vision.in_channels}: pictures have 3")
     side = round(vision.num_position_embeddings**0.5)
     need(
         side * side == vision.num_position_embeddings,

@@ -91,10 +91,10 @@ def text_rotary(
     return cos_T1H.to(dtype), sin_T1H.to(dtype)
 
 
-def vision_rotary(row_col_T2: Tensor, *, head_dim: int) -> tuple[Tensor, Tensor]:
+def vision_rotary(row_col_T2: Tensor, *, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """cos and sin `[T, 1, H]` float32, from integer patch coordinates (row, col): first half rows, second half cols."""
     exponent = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=row_col_T2.device) / (head_dim // 2)
-    inv_freq = 1.0 / (10000.0**exponent)
+    inv_freq = 1.0 / (theta**exponent)
     angles_TJ = (row_col_T2.float()[:, :, None] * inv_freq).flatten(1)
     angles_T1H = torch.cat((angles_TJ, angles_TJ), dim=-1)[:, None, :]
     return angles_T1H.cos(), angles_T1H.sin()

@@ -197,7 +197,8 @@ class VisionTower(nn.Module):
         sizes = torch.tensor([g[1:] for g in grids], device=pixels.device)
         sizes = sizes.repeat_interleave(torch.tensor([t * h * w for t, h, w in grids], device=pixels.device), dim=0)
         cu_seqlens = torch.tensor([0, *(h * w for t, h, w in grids for _ in range(t))]).cumsum(0)
-        rotary = vision_rotary(coords, head_dim=self.config.hidden_size // self.config.num_heads)
+        head_dim = self.config.hidden_size // self.config.num_heads
+        rotary = vision_rotary(coords, head_dim=head_dim, theta=self.config.rope_theta)
 
         x_PD = self.patch_embed(pixels)
         x_PD = x_PD + self.pos_embed(coords, sizes).to(x_PD.dtype)

@@ -19,7 +19,7 @@ from qwen3vl_disagg.checkpoint.hub import hub_id, model_name, resolve_model_fold
 from qwen3vl_disagg.checkpoint.layouts import HEAD
 from qwen3vl_disagg.checkpoint.quantize import make_room
 from qwen3vl_disagg.core.command_options import ParallelOptions
-from qwen3vl_disagg.core.devices import DTYPES
+from qwen3vl_disagg.core.devices import resolve_dtype
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.settings import ModelOptions, Quantize
 from qwen3vl_disagg.model.config import ModelConfig
@@ -236,8 +236,7 @@ def _plan(
     checkpoint: Checkpoint | None,
     image_rows: int,
 ) -> DryRun:
-    name = config.dtype if options.dtype == "auto" else options.dtype
-    dtype, kind = DTYPES[name], options.quantize
+    dtype, kind = resolve_dtype(options.dtype, config.dtype), options.quantize
     has_own_head = checkpoint is not None and HEAD in checkpoint.tensors
     vision = _tensors(lambda c: Qwen3VLMoeForConditionalGeneration(c, language_model=False), config, dtype)
     decoder = _tensors(Qwen3MoeForCausalLMWithDeepStack, config, dtype, kind, has_own_head)
@@ -274,6 +273,7 @@ def _plan(
         whole = _tensors(Qwen3VLMoeForConditionalGeneration, config, dtype, kind, has_own_head)
         model_bytes, counted = sum(tensor.nbytes for tensor in whole.values()), "the whole model"
     ranks = tuple(part(rank) for rank in sorted({*encode_ranks, *language_ranks}))
+    name = str(dtype).removeprefix("torch.")
     made = DryRun(
         model,
         name,

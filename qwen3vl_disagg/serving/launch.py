@@ -64,7 +64,7 @@ def rank_child(context: RankContext) -> Child:
 def check_checkpoint(options: ServeOptions) -> None:
     """Everything wrong with the checkpoint, said once, before any rank starts."""
     folder = resolve_model_folder(options.model)
-    config, _ = check_folder(folder, lambda config: Processor.from_folder(folder, config))
+    config, _ = check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=options.dtype)
     MultimodalDataBuffers.check(config, options)
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from qwen3vl_disagg.core.devices import resolve_device
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.settings import EncodeOptions, resolve_device
+from qwen3vl_disagg.core.settings import EncodeOptions
 
 
 @pytest.mark.parametrize("name", ["embedding_cache_mib", "vision_batch_tokens"])

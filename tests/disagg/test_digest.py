@@ -145,3 +145,58 @@ def test_the_digest_is_of_the_rows_not_of_their_memory():
     assert rows_digest(wide[:, :8]) == rows_digest(x)
     assert rows_digest(x[:0]) == rows_digest(torch.zeros(6, 0)) == 0
     assert range_digests(row_sums(x), []) == []
+
+
+# ---- within a row ----
+
+
+@given(st.integers(1, 3), st.integers(2, 24), st.sampled_from(DTYPES), seeds, st.data())
+def test_words_that_move_within_a_row_show(rows, width, dtype, seed, data):
+    x = make_rows(rows, width, dtype, seed)
+    row, kind = data.draw(st.integers(0, rows - 1)), data.draw(st.sampled_from(["swap", "roll", "any"]))
+    order = list(range(width))
+    if kind == "swap":
+        i, j = data.draw(st.lists(st.integers(0, width - 1), min_size=2, max_size=2, unique=True))
+        order[i], order[j] = order[j], order[i]
+    else:
+        order = order[1:] + order[:1] if kind == "roll" else data.draw(st.permutations(order))
+    moved = x.clone()
+    moved[row] = x[row, order]
+    is_same = torch.equal(moved.view(torch.uint8), x.view(torch.uint8))
+    assert (rows_digest(moved) == rows_digest(x)) == is_same
+
+
+def test_levels_that_are_swapped_within_a_row_show():
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        levels = torch.randn(5, 3, 32, generator=generator).to(dtype)
+        digest = sums_digest(deepstack_sums(levels.flatten(1)))
+        for order in ([1, 0, 2], [0, 2, 1], [2, 1, 0], [1, 2, 0]):
+            for row in range(5):
+                swapped = levels.clone()
+                swapped[row] = levels[row, order]
+                assert sums_digest(deepstack_sums(swapped.flatten(1))) != digest
+
+
+def test_places_that_trade_one_bit_show():
+    """Whatever the bit and the distance, also the highest one of two words."""
+    for width in (2, 16, 300):
+        x = torch.zeros(1, width, dtype=torch.int64)
+        for bit in range(64):
+            seen = set()
+            for place in range(width):
+                one = x.clone()
+                one[0, place] = 1 << bit if bit < 63 else -(2**63)
+                seen.add(rows_digest(one))
+            assert len(seen) == width
+
+
+def test_rows_of_any_length():
+    """Longer ones than whole numbers of 32 bits hold the sum of; and every row by itself is as among others."""
+    largest = torch.full((2, 300_000), -128, dtype=torch.int8)
+    x = torch.randn(3, 70_001, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for rows in (largest, x):
+        assert torch.equal(row_sums(rows), torch.cat([row_sums(row[None]) for row in rows]))
+    changed = x.clone()
+    changed[1, 70_000] = changed[1, 2] + 1
+    assert row_sums(changed)[1] != row_sums(x)[1]

@@ -99,7 +99,7 @@ def rope_height_and_width_swapped(model, monkeypatch):
 
 def vision_rope_rows_and_columns_swapped(model, monkeypatch):
     original = vision.vision_rotary
-    monkeypatch.setattr(vision, "vision_rotary", lambda coords, head_dim: original(coords.flip(1), head_dim=head_dim))
+    monkeypatch.setattr(vision, "vision_rotary", lambda coords, **kwargs: original(coords.flip(1), **kwargs))
 
 
 def attention_across_images(model, monkeypatch):

@@ -264,7 +264,7 @@ for change, reason in (
     ({"architectures": ["LlamaForCausalLM"]}, f"architectures: 'LlamaForCausalLM' {known}"),
     ({"architectures": [["a"]]}, f"architectures: ['a'] {known}"),
     ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map: remote code is refused"),
-    ({"dtype": "float64"}, "dtype 'float64' is not one of float32, bfloat16"),
+    ({"dtype": "float64"}, "dtype 'float64' is not one of float32, bfloat16, float16"),
     ({"text_config__head_dim": ...}, "text_config.head_dim is missing"),
     ({"text_config__hidden_size": -1}, "text_config.hidden_size must be a non-negative int, got -1"),
     ({"text_config__hidden_size": 10**30}, "text_config.hidden_size must be a non-negative int, got 1000"),

@@ -59,11 +59,15 @@ ODD = replace(
 )
 """Two levels, dense and sparse layers in turn, another patch size, odd position table, other frequencies."""
 
+FLAT = replace(ODD, vision=replace(ODD.vision, deepstack_visual_indexes=(), rope_theta=500.0))
+"""No DeepStack level at all, other frequencies in the tower."""
+
 CONFIGS: dict[str, ModelConfig] = {
     "moe": _TINY,
     "dense": RANDOM_PRESETS["tiny-random-dense"],
     "mixed": RANDOM_PRESETS["tiny-random-mixed"],
     "odd": ODD,
+    "flat": FLAT,
 }
 
 
@@ -192,7 +196,8 @@ def run_oracle(oracle: Any, config: ModelConfig, prompts: Sequence[Prompt]) -> O
             kind = oracle.model.get_image_features if item.modality == "image" else oracle.model.get_video_features
             features = kind(part, torch.tensor([item.grid]), return_dict=True)
             main.append(torch.cat(features.pooler_output))
-            levels.append(torch.stack([torch.cat(level) for level in features.deepstack_features]))
+            if features.deepstack_features:
+                levels.append(torch.stack([torch.cat(level) for level in features.deepstack_features]))
         grids = {name: value for name, value in visual.items() if name.endswith("grid_thw")}
         index, _ = oracle.model.get_rope_index(prompt.ids[None], types, **grids)
         out = oracle(
@@ -234,7 +239,7 @@ def run_ours(model: Qwen3VLMoeForConditionalGeneration, prompts: Sequence[Prompt
     main, levels = torch.empty(0, config.text.hidden_size), []
     if grids:
         main, deepstack = separate_deepstack(model.get_image_feature(pixels, grids), config.text.hidden_size)
-        levels = list(deepstack.split(config.text.hidden_size, dim=1))
+        levels = list(deepstack.chunk(config.num_deepstack_levels, dim=1)) if config.num_deepstack_levels else []
     return Outputs(logits, positions, layers, main, levels)
 
 
