@@ -202,7 +202,7 @@ class LLM:
         on_text: TextCallback | None = None,
         on_reasoning: TextCallback | None = None,
     ) -> list[ChatResult]:
-        """Answer each conversation (messages in OpenAI form; local image paths allowed).
+        """Answer each conversation (messages in OpenAI form; images also as names, paths, bytes or PIL images).
 
         `sampling`: one for all, one for each, or None for the checkpoint's own. `tools`: what the model may call, in
         OpenAI form, in all conversations. `on_text(i, piece)` gets conversation i's text as it comes, `on_reasoning`

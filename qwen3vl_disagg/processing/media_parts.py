@@ -5,17 +5,16 @@ A part is an image, or a clip: a file, or a list of images that are its frames.
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
 from qwen3vl_disagg.processing.data_uri import is_base64, is_data_uri, read_base64, read_data_uri, split_data_uri
 from qwen3vl_disagg.processing.images import MAX_BYTES
+from qwen3vl_disagg.processing.local_media import local_bytes
 from qwen3vl_disagg.processing.media_options import NO_OPTIONS, MediaOptions
 from qwen3vl_disagg.processing.request_fields import FIELDS, Place, check_fields
 from qwen3vl_disagg.processing.video import MAX_LIST_FRAMES, pack_frames
@@ -30,7 +29,6 @@ _RAW = ("base64", "data")
 """Fields that hold bare base64."""
 _IMAGE_SOURCES = ("image_url", "image", "url", *_RAW)
 _VIDEO_SOURCES = ("video_url", "video", "url", *_RAW)
-_MAX_NAME = 40
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Media:
 
 
 def read_media(part: dict[str, Any], kind: str, where: str, allow_paths: bool) -> Media:
-    """The media of an image or video part. `allow_paths`: also a local file's name, its Path, or bytes.
+    """The media of an image or video part. `allow_paths`: also what `local_bytes` takes.
 
     InputError naming `where` if it cannot be had.
     """
@@ -107,29 +105,11 @@ def _frames(source: object, where: str, allow_paths: bool) -> bytes | None:
 
 
 def _bytes_of(source: object, where: str, allow_paths: bool, what: str, limit: int) -> bytes:
-    if allow_paths and isinstance(source, bytes):
-        return source
-    if allow_paths and isinstance(source, Path):
-        return _read_file(source, where, limit)
+    if isinstance(source, str) and is_data_uri(source):
+        return read_data_uri(source, where, what, limit)
+    found = local_bytes(source, where, what, limit) if allow_paths else None
+    if found is not None:
+        return found
     if not isinstance(source, str):
         raise InputError(f"the {what}'s url must be a string", param=where)
-    if is_data_uri(source):
-        return read_data_uri(source, where, what, limit)
-    if allow_paths and "://" not in source:
-        return _read_file(Path(source), where, limit)
     raise InputError("only data: URIs are supported for images and videos", param=where, code="unsupported_url")
-
-
-def _read_file(path: Path, where: str, limit: int) -> bytes:
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe or device might never end
-            raise InputError(f"{str(path)[-_MAX_NAME:]}: not a file", param=where)
-        if found.st_size > limit:
-            raise InputError(f"{path} is larger than the limit of {limit} bytes", param=where, status=413)
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = getattr(error, "strerror", None) or "bad name"
-        raise InputError(f"{str(path)[-_MAX_NAME:]}: {reason}", param=where) from None
