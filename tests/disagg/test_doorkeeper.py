@@ -237,7 +237,8 @@ async def test_another_token_is_told_and_nothing_else_is(listener, messages, hel
 
 @pytest.mark.parametrize(("listener", "messages", "hellos"), LISTENERS, ids=IDS)
 @in_loop
-async def test_a_first_frame_of_more_than_a_few_kib_is_not_waited_for(listener, messages, hellos):
+async def test_a_first_frame_of_more_than_a_few_kib_is_not_waited_for(monkeypatch, listener, messages, hellos):
+    monkeypatch.setattr(doorkeeper, "HELLO_S", 100 * WAIT_S)
     async with listener() as address:
         loop = asyncio.get_running_loop()
         for data in (

@@ -215,7 +215,7 @@ async def http_get(address: tuple[str, int], path: str) -> tuple[int, dict]:
 @pytest.mark.parametrize("is_finished", [True, False])
 @in_loop
 async def test_the_frontend_drains_on_sigterm(is_finished, monkeypatch, capsys):
-    monkeypatch.setattr(frontend, "DRAIN_S", 20.0 if is_finished else 0.5)
+    monkeypatch.setattr(frontend, "DRAINED_S", 20.0 if is_finished else 0.5)
     system = System(2, 1)
     http_socket = socket.create_server(("127.0.0.1", 0))
     http_socket.setblocking(False)
