@@ -186,8 +186,8 @@ def make_item(config: ModelConfig, job: Job) -> EncodedItem:
     """Random bits; fill_ids and positions as they have to be."""
     hidden, levels = config.text.hidden_size, config.num_deepstack_levels
     return EncodedItem(
-        main=torch.empty(job.rows, hidden, dtype=torch.int16).random_().view(torch.bfloat16),
-        deepstack=torch.empty(job.rows, levels * hidden, dtype=torch.int16).random_().view(torch.bfloat16),
+        main=torch.randn(job.rows, hidden, dtype=torch.bfloat16),
+        deepstack=torch.randn(job.rows, levels * hidden, dtype=torch.bfloat16),
         fill_ids=torch.full((job.rows,), config.image_token_id, dtype=torch.int32),
         positions=item_positions(job.grid, config.vision.spatial_merge_size).T.contiguous(),
         grid=job.grid,

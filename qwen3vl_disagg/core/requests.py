@@ -87,6 +87,8 @@ class VisualItem(msgspec.Struct, frozen=True, kw_only=True):
     """Of a video: which of its frames are looked at, from 0, in their order."""
     is_frame_list: bool = False
     """The bytes are a list of images, not a file."""
+    size: tuple[int, int] | None = None
+    """Of an image: (height, width) as its header says, from which `grid` follows."""
     salt: str = ""
     """Whose it is: what one has sent is in no cache for another."""
 

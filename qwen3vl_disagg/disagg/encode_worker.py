@@ -141,11 +141,16 @@ class EncodeWorker:
 
     def preprocess(self, data: bytes, visual: VisualItem, stop: Stop | None = None) -> Pixels:
         """Decode and cut up. InputError for damaged media, MediaTimeout for what takes too long, ServerError if the
-        grid is not the announced one, Stopped soon after `stop` is set."""
+        size or the grid is not the announced one, Stopped soon after `stop` is set."""
         started, notes = time.monotonic(), list[str]()
         if visual.modality == "image":
             decode = None if self.decoder is None else partial(self.decoder.image, stop=stop, notes=notes)
-            patches, grid = self.processor.pixels(data, decode=decode, grid=visual.grid)
+            levels_HWC = self.processor.levels(data, decode)
+            if visual.size is not None and levels_HWC.shape[:2] != visual.size:
+                height, width = levels_HWC.shape[:2]
+                message = f"the image is {height} x {width} pixels, the prompt was laid out for {visual.size}"
+                raise ServerError(message, code=ENCODE_ERROR)
+            patches, grid = self.processor.patches(levels_HWC, visual.grid)
         elif self.video is not None and self.decoder is not None:
             patches, grid = self.video.pixels(data, visual, self.decoder, stop, notes)
         else:

@@ -106,15 +106,19 @@ class ImageProcessor:
         new_height, new_width = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         return 1, new_height // self.config.patch_size, new_width // self.config.patch_size
 
+    def levels(self, data: bytes, decode: Callable[[bytes], np.ndarray] | None = None) -> np.ndarray:
+        """Decode -> `[H, W, 3]` uint8. InputError for a damaged image. `decode`: for example `MediaDecoder.image`;
+        without it, decoded in this process."""
+        return np.asarray(decode_rgb(data)) if decode is None else decode(data)
+
     def pixels(
         self, data: bytes, *, decode: Callable[[bytes], np.ndarray] | None = None, grid: Grid | None = None
     ) -> tuple[Tensor, Grid]:
         """Decode -> patches `[P, patch_dim]` float32 and the grid. InputError for a damaged image.
 
-        `decode` gives `[H, W, 3]` uint8, for example `MediaDecoder.image`; without it, decoded in this process.
         `grid`: the one that the prompt was laid out for, if the request had a word in it.
         """
-        return self.patches(np.asarray(decode_rgb(data)) if decode is None else decode(data), grid)
+        return self.patches(self.levels(data, decode), grid)
 
     def patches(self, levels_HWC: np.ndarray, grid: Grid | None = None) -> tuple[Tensor, Grid]:
         """`[H, W, 3]` uint8 -> patches `[P, patch_dim]` float32 and the grid."""

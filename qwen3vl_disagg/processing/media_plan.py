@@ -38,6 +38,8 @@ class Plan:
     grid: Grid
     frames: tuple[int, ...] = ()
     times: tuple[float, ...] = ()
+    size: tuple[int, int] | None = None
+    """Of an image: its height and width."""
     num_pixels: int = 0
     """What has to be decoded: of a file all frames up to the last one that is looked at."""
 
@@ -60,6 +62,7 @@ class Plan:
             run_offsets=tuple(runs) if self.media.modality == "video" else (),
             frames=self.frames,
             is_frame_list=self.media.is_frame_list,
+            size=self.size,
             salt=salt,
         )
 
@@ -126,7 +129,7 @@ class MediaPlanner:
         if entry.modality == "image":
             info = self._headers.image(entry.data)
             grid = self._image_grid(entry.options.over(self._of_images), info)
-            return Plan(entry, grid, num_pixels=info.width * info.height)
+            return Plan(entry, grid, size=(info.height, info.width), num_pixels=info.width * info.height)
         if self._video is None:
             raise InputError(f"this checkpoint takes no videos: it has no {VIDEO_FILE}")
         options, seconds = entry.options.over(self._of_clips), tuple[float, ...]()

@@ -229,7 +229,7 @@ def test_an_item_that_fails_leaves_nothing_behind(fault, monkeypatch):
     elif fault == "slow":
         monkeypatch.setattr(WORKER, "preprocess", Mock(side_effect=slow))
     elif fault == "not as announced":
-        visual = msgspec.structs.replace(visual, grid=(1, 4, 4))
+        visual = msgspec.structs.replace(visual, size=(64, 64))
     elif fault == "broken":
         monkeypatch.setattr(WORKER.model, "get_image_feature", Mock(side_effect=ZeroDivisionError))
         WORKER.encoded.pop((1, 2, 8), None)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import torch
 
-from qwen3vl_disagg.core.errors import InputError, TransferError
+from qwen3vl_disagg.core.errors import InputError, ServerError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker
@@ -177,7 +177,7 @@ def test_rows_that_are_not_finite_fail_one_item_of_a_batch(monkeypatch):
     assert list(rows) == [("a", 0)]
     [error] = errors
     assert error.request_id == "b"
-    assert isinstance(error.error, TransferError)
+    assert isinstance(error.error, ServerError)
     end(transfer, "a", "b")
     assert len(transfer.cache) == 1
 
