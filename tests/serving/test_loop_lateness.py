@@ -161,7 +161,7 @@ def test_hundreds_that_leave_at_once(how):
                 sock.close()
             wait_for(lambda: not running.server.num_connections, 10.0)
         print(f"late {max(late):.3f} s")
-    assert max(late) < 0.15
+    assert max(late) < 2 * MAX_LATE_S  # a transport is closed as soon as it is known to be broken
 
 
 def test_health_does_not_stand_behind_hundreds_of_requests():
