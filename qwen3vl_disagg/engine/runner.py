@@ -17,6 +17,7 @@ from qwen3vl_disagg.engine.compiled import CompiledDecoder
 from qwen3vl_disagg.engine.page_tables import PageTables
 from qwen3vl_disagg.engine.scheduler import Chunk
 from qwen3vl_disagg.engine.sequence import Sequence
+from qwen3vl_disagg.kernels.ops import HEAD_SIZES
 from qwen3vl_disagg.model import PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.attention import LayerCache
 from qwen3vl_disagg.model.flex import why_not_flex
@@ -47,6 +48,8 @@ def resolve_attention(
         raise ValueError(problem)
     if choice == "kernel" and device.type != "cpu":
         raise ValueError(f"the kernels run on CPU, the model is on {device.type}")
+    if choice == "kernel" and head_dim not in HEAD_SIZES:
+        raise ValueError(f"the attention kernels take heads of {HEAD_SIZES}, not {head_dim}")
     return choice
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen3vl_disagg.kernels.ops import _cpu, is_cpu_bf16
+from qwen3vl_disagg.kernels.ops import MAX_KERNEL_ROWS, _cpu, fit_experts, is_cpu_bf16, is_dense, need
 
 _library = torch.library.Library("q3vl", "FRAGMENT")
 _library.define("linear_int8(Tensor x, Tensor weight, Tensor scale) -> Tensor")
@@ -16,6 +16,11 @@ _library.define("linear_int8(Tensor x, Tensor weight, Tensor scale) -> Tensor")
 
 def _linear_int8(x_TD: Tensor, weight_ND: Tensor, scale_N: Tensor) -> Tensor:
     x_TD = x_TD.contiguous()
+    fits = x_TD.dim() == weight_ND.dim() == 2 and len(x_TD) <= MAX_KERNEL_ROWS and is_dense(torch.bfloat16, x_TD)
+    fits = fits and is_dense(torch.int8, weight_ND) and is_dense(torch.float32, scale_N)
+    fits = fits and scale_N.shape == (len(weight_ND),) and x_TD.shape[1] == weight_ND.shape[1]
+    fits = fits and weight_ND.shape[0] % 4 == 0 and weight_ND.shape[1] % 32 == 0
+    need(fits, "a few bfloat16 rows, int8 weights and float32 scales of whole pieces", x_TD, weight_ND, scale_N)
     (num_rows, depth), num_out = x_TD.shape, weight_ND.shape[0]
     threads = torch.get_num_threads()
     out, scratch = x_TD.new_empty(num_rows, num_out), x_TD.new_empty(threads, 4 * depth)
@@ -55,10 +60,21 @@ def _experts_int8(
     down_EDF: Tensor,
     down_scale_ED: Tensor,
 ) -> Tensor:
+    x_TD, weights_TK, ids_TK = x_TD.contiguous(), weights_TK.contiguous(), ids_TK.contiguous()
+    scales = (gate_up_scale_EG, down_scale_ED)
+    need(
+        is_dense(torch.bfloat16, x_TD, weights_TK)
+        and is_dense(torch.int8, gate_up_EGD, down_EDF)
+        and is_dense(torch.float32, *scales)
+        and fit_experts(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF)
+        and gate_up_scale_EG.shape == gate_up_EGD.shape[:2]
+        and down_scale_ED.shape == down_EDF.shape[:2],
+        "bfloat16 rows and weights, int8 experts and float32 scales of whole pieces",
+        *(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF, *scales),
+    )
     (num_tokens, hidden), num_choices = x_TD.shape, ids_TK.shape[1]
     num_experts, _, width = down_EDF.shape
     num_rows, threads = num_tokens * num_choices, torch.get_num_threads()
-    x_TD, weights_TK, ids_TK = x_TD.contiguous(), weights_TK.contiguous(), ids_TK.contiguous()
     index = torch.empty(num_experts + 1 + 2 * num_rows, dtype=torch.int32)
     scratch = x_TD.new_empty(threads, 4 * max(hidden, width))
     act, y, out = x_TD.new_empty(num_rows, width), x_TD.new_empty(num_rows, hidden), torch.empty_like(x_TD)

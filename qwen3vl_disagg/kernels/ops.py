@@ -31,6 +31,25 @@ def is_cpu_bf16(*tensors: Tensor) -> bool:
     return tensors[0].device.type == "cpu" and all(t.dtype == torch.bfloat16 for t in tensors) and load() is not None
 
 
+def need(holds: bool, what: str, *tensors: Tensor) -> None:
+    """ValueError unless `holds`. The kernels get plain addresses: what does not fit must not reach them."""
+    if not holds:
+        given = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device.type}" for t in tensors)
+        raise ValueError(f"the CPU kernels take {what}, got {given}")
+
+
+def is_dense(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether all of them are of this dtype, on the CPU, and in one piece."""
+    return all(t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+
+
+def is_on_cpu(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether all of them are of this dtype and on the CPU."""
+    return all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
+
+
+MAX_KERNEL_ROWS, MAX_KERNEL_WEIGHTS = 64, 4
+
 # ---- linear ----
 
 _library.define("linear(Tensor x, Tensor[] weights) -> Tensor")
@@ -38,8 +57,12 @@ _library.define("linear(Tensor x, Tensor[] weights) -> Tensor")
 
 def _linear(x_TD: Tensor, weights: list[Tensor]) -> Tensor:
     """`[T, N]`: the products with up to 4 weights side by side."""
-    x_TD = x_TD.contiguous()
-    (num_rows, depth), sizes = x_TD.shape, [weight.shape[0] for weight in weights]
+    x_TD, depth = x_TD.contiguous(), x_TD.shape[-1]
+    fits = x_TD.dim() == 2 and len(x_TD) <= MAX_KERNEL_ROWS and 0 < len(weights) <= MAX_KERNEL_WEIGHTS
+    fits = fits and depth % 32 == 0 and is_dense(torch.bfloat16, x_TD, *weights)
+    fits = fits and all(w.dim() == 2 and w.shape[1] == depth and w.shape[0] % 4 == 0 for w in weights)
+    need(fits, "a few bfloat16 rows and up to 4 weights of whole pieces", x_TD, *weights)
+    num_rows, sizes = len(x_TD), [weight.shape[0] for weight in weights]
     out = x_TD.new_empty(num_rows, sum(sizes))
     _cpu().q3_linear(
         x_TD.data_ptr(),
@@ -81,10 +104,16 @@ _library.define("experts(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, T
 
 
 def _experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    x_TD, weights_TK, ids_TK = x_TD.contiguous(), weights_TK.contiguous(), ids_TK.contiguous()
+    need(
+        is_dense(torch.bfloat16, x_TD, weights_TK, gate_up_EGD, down_EDF)
+        and fit_experts(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF),
+        "bfloat16 rows, weights and experts of whole pieces",
+        *(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF),
+    )
     (num_tokens, hidden), num_choices = x_TD.shape, ids_TK.shape[1]
     num_experts, _, width = down_EDF.shape
     num_rows = num_tokens * num_choices
-    x_TD, weights_TK, ids_TK = x_TD.contiguous(), weights_TK.contiguous(), ids_TK.contiguous()
     index = torch.empty(num_experts + 1 + 2 * num_rows, dtype=torch.int32)
     act, y, out = x_TD.new_empty(num_rows, width), x_TD.new_empty(num_rows, hidden), torch.empty_like(x_TD)
     _cpu().q3_experts(
@@ -105,6 +134,16 @@ def _experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tens
         torch.get_num_threads(),
     )
     return out
+
+
+def fit_experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> bool:
+    """Whether shapes fit together and sizes the kernel, and ids are int64."""
+    if x_TD.dim() != 2 or ids_TK.dim() != 2 or down_EDF.dim() != 3 or not is_dense(torch.int64, ids_TK):
+        return False
+    hidden, width = down_EDF.shape[1:]
+    sizes = x_TD.shape == (len(ids_TK), hidden) and weights_TK.shape == ids_TK.shape
+    sizes = sizes and gate_up_EGD.shape == (len(down_EDF), 2 * width, hidden)
+    return sizes and hidden % 32 == 0 and width % 32 == 0
 
 
 _library.impl("experts", _experts, "CPU")
@@ -142,8 +181,10 @@ def _with_whole_rows(x: Tensor) -> Tensor:
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dim, rounded where `RMSNorm` rounds -> the shape of `x`."""
-    x_TD = x_TD.contiguous()
-    out, size = torch.empty_like(x_TD), x_TD.shape[-1]
+    x_TD, size = x_TD.contiguous(), x_TD.shape[-1]
+    fits = is_dense(torch.bfloat16, x_TD, weight_D) and weight_D.shape == (size,) and size % 32 == 0
+    need(fits, "bfloat16 rows and weights of whole pieces", x_TD, weight_D)
+    out = torch.empty_like(x_TD)
     pointers = (x_TD.data_ptr(), weight_D.data_ptr(), eps, out.data_ptr())
     _cpu().q3_rms_norm(*pointers, x_TD.numel() // size, size, torch.get_num_threads())
     return out
@@ -153,6 +194,10 @@ def norm_rotary(x_TNH: Tensor, weight_H: Tensor, eps: float, cos_T1H: Tensor, si
     """RMSNorm of each head, then the rotary embedding -> `[T, N, H]`."""
     x_TNH, cos_T1H, sin_T1H = _with_whole_rows(x_TNH), cos_T1H.contiguous(), sin_T1H.contiguous()
     num_tokens, num_heads, size = x_TNH.shape
+    fits = is_on_cpu(torch.bfloat16, x_TNH) and is_dense(torch.bfloat16, weight_H, cos_T1H, sin_T1H)
+    fits = fits and weight_H.shape == (size,) and size % 32 == 0
+    fits = fits and cos_T1H.shape == sin_T1H.shape == (num_tokens, 1, size)
+    need(fits, "bfloat16 heads of whole pieces", x_TNH, weight_H, cos_T1H, sin_T1H)
     out = x_TNH.new_empty(num_tokens, num_heads, size)
     _cpu().q3_norm_rotary(
         x_TNH.data_ptr(),
@@ -173,26 +218,39 @@ def norm_rotary(x_TNH: Tensor, weight_H: Tensor, eps: float, cos_T1H: Tensor, si
 # ---- attention ----
 
 
+HEAD_SIZES, MAX_GROUP = (64, 128), 16
+
+
 def can_attend(q_TNH: Tensor, num_kv_heads: int) -> bool:
     """Plain bfloat16 queries, a head size and a group the kernels take."""
     num_heads, size = q_TNH.shape[1:]
-    return size in (64, 128) and num_heads <= 16 * num_kv_heads and is_cpu_bf16(q_TNH)
+    return size in HEAD_SIZES and num_heads <= MAX_GROUP * num_kv_heads and is_cpu_bf16(q_TNH)
 
 
 def can_attend_frames(head_dim: int, weight: Tensor) -> bool:
     """Heads of the vision tower that the kernel takes; `weight` for device and dtype."""
-    return head_dim in (64, 128) and is_cpu_bf16(weight)
+    return head_dim in HEAD_SIZES and is_cpu_bf16(weight)
 
 
 def _padded(length: int) -> int:
     return -(-length // 128) * 128
 
 
+def _need_attention(q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor, *places: Tensor) -> None:
+    fits = q_TNH.dim() == k_pool.dim() == 3 and k_pool.shape == v_pool.shape and q_TNH.shape[2] == k_pool.shape[2]
+    fits = fits and is_dense(torch.bfloat16, q_TNH) and is_dense(torch.float32, k_pool, v_pool)
+    fits = fits and is_dense(torch.int64, *places) and q_TNH.shape[1] % k_pool.shape[1] == 0
+    fits = fits and q_TNH.shape[2] in HEAD_SIZES and q_TNH.shape[1] <= MAX_GROUP * k_pool.shape[1]
+    need(fits, f"bfloat16 queries, heads of {HEAD_SIZES} and float32 pages", q_TNH, k_pool, v_pool, *places)
+
+
 def prefill_attention(q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor, slots_L: Tensor) -> Tensor:
     """New tokens at the end of one sequence's context -> `[T, N, H]`. Pools `[slots, G, H]` float32, contiguous."""
     q_TNH = q_TNH.contiguous()
+    _need_attention(q_TNH, k_pool, v_pool, slots_L)
     (num_new, num_heads, size), (_, num_kv_heads, _) = q_TNH.shape, k_pool.shape
     length = slots_L.shape[0]
+    need(0 < num_new <= length, "no more queries than the context has tokens", q_TNH, slots_L)
     packed = q_TNH.new_empty(2 * num_kv_heads * _padded(length) * size)
     out = torch.empty_like(q_TNH)
     _cpu().q3_prefill_attention(
@@ -228,7 +286,13 @@ def decode_attention(
     Pools `[slots, G, H]` float32; tables, contexts (with the new token) and slots int64.
     """
     q_BNH, k_BGH, v_BGH = q_BNH.contiguous(), _with_whole_rows(k_BGH), _with_whole_rows(v_BGH)
+    tables_BW, contexts_B, slots_B = tables_BW.contiguous(), contexts_B.contiguous(), slots_B.contiguous()
+    _need_attention(q_BNH, k_pool, v_pool, tables_BW, contexts_B, slots_B)
     (num_sequences, num_heads, size), (_, num_kv_heads, _) = q_BNH.shape, k_pool.shape
+    fits = is_on_cpu(torch.bfloat16, k_BGH, v_BGH)
+    fits = fits and k_BGH.shape == v_BGH.shape == (num_sequences, num_kv_heads, size)
+    fits = fits and len(tables_BW) == len(contexts_B) == len(slots_B) == num_sequences
+    need(fits, "a bfloat16 key and value for each query", q_BNH, k_BGH, v_BGH, tables_BW, contexts_B, slots_B)
     out = torch.empty_like(q_BNH)
     _cpu().q3_decode_attention(
         q_BNH.data_ptr(),
@@ -257,6 +321,9 @@ def full_attention(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, lengths: list[in
     """Frames of these lengths behind one another, each by itself -> `[P, N, H]`."""
     _, num_heads, size = q_PNH.shape
     q_PNH, k_PNH, v_PNH = q_PNH.contiguous(), k_PNH.contiguous(), v_PNH.contiguous()
+    fits = q_PNH.shape == k_PNH.shape == v_PNH.shape and size in HEAD_SIZES and sum(lengths) == len(q_PNH)
+    fits = fits and min(lengths) >= 0 and is_dense(torch.bfloat16, q_PNH, k_PNH, v_PNH)
+    need(fits, f"bfloat16 heads of {HEAD_SIZES} and frames of all rows", q_PNH, k_PNH, v_PNH)
     out = torch.empty_like(q_PNH)
     packed = q_PNH.new_empty(2 * num_heads * _padded(max(lengths)) * size)
     start = 0

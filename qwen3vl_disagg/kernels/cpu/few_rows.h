@@ -61,10 +61,10 @@ static void experts(const bf16* x, const int64_t* ids, const bf16* weights, cons
   int32_t *starts = index, *token_of = index + E + 1, *row_of = token_of + T * K;
   memset(starts, 0, (E + 1) * sizeof(int32_t));
   for (long i = 0; i < T * K; i++)
-    if (ids[i] < E) starts[ids[i] + 1]++;
+    if ((uint64_t)ids[i] < (uint64_t)E) starts[ids[i] + 1]++;
   for (long e = 0; e < E; e++) starts[e + 1] += starts[e];
   for (long i = 0; i < T * K; i++) {  // starts[e] runs on to the end of expert e, which is where e + 1 begins
-    row_of[i] = ids[i] < E ? starts[ids[i]]++ : -1;
+    row_of[i] = (uint64_t)ids[i] < (uint64_t)E ? starts[ids[i]]++ : -1;
     if (row_of[i] >= 0) token_of[row_of[i]] = (int32_t)(i / K);
   }
   for (long e = E; e > 0; e--) starts[e] = starts[e - 1];
