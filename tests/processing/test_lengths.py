@@ -58,6 +58,14 @@ def test_slices_change_nothing(text, size):
         module.SLICE_CHARS = before
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 11, 40])
+def test_words_stay_whole(monkeypatch, size):
+    text = "the red circle is above it, don't <think> so\n " * 8
+    monkeypatch.setattr(module, "SLICE_CHARS", size)
+    assert len(list(TOKENIZER._slices(text))) > 3
+    assert TOKENIZER.encode(text) == whole(text)
+
+
 def test_a_text_is_cut():
     assert TOKENIZER._has_qwen_words
     assert len(list(TOKENIZER._slices("red circle " * 30_000))) == 6
