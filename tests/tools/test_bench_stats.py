@@ -2,6 +2,7 @@
 
 import pytest
 
+from tools.bench_host import PARTS, SETTINGS, filled_engine, measure
 from tools.bench_stats import decode_rate, gaps, percentile, whole_rate
 
 
@@ -35,3 +36,13 @@ def test_no_time_in_which_all_decode():
 
 def test_gaps():
     assert gaps([[1.0, 1.5, 3.5], [7.0], [2.0, 2.25]]) == [0.5, 2.0, 0.25]
+
+
+def test_a_step_without_a_model_is_measured_part_by_part():
+    """Real engine, scheduler and sampler: all requests decode, one more waits for pages."""
+    found = measure(40, 3, 4, SETTINGS["all"])
+    assert set(found) == {"step", *PARTS}
+    assert all(value >= 0 for value in found.values())
+    assert found["step"] > found["sample"] > 0
+    engine = filled_engine(40, 3, 20, SETTINGS["repetition"])
+    assert (engine.scheduler.num_decoding, len(engine.scheduler.waiting)) == (3, 1)
