@@ -27,13 +27,18 @@ class PageTables:
     def __init__(self) -> None:
         self._table = torch.zeros(4, 16, dtype=torch.int64)
         self._array = self._table.numpy()  # the same memory: writing a few numbers costs a tenth
+        self._batch = torch.empty(0, dtype=torch.int64)
         self._entries: WeakKeyDictionary[Sequence, _Entry] = WeakKeyDictionary()
 
     def of(self, sequences: Seq[Sequence]) -> Tensor:
-        """`[B, W]`, contiguous: W pages of the longest."""
+        """`[B, W]`, contiguous: W pages of the longest. It stands until the next call."""
         rows = [self._bring_up(sequence) for sequence in sequences]
         width = max(len(sequence.pages) for sequence in sequences)
-        return self._table[:, :width].index_select(0, torch.tensor(rows))
+        size = len(rows) * width
+        if size > len(self._batch):
+            self._batch = torch.empty(size * 3 // 2, dtype=torch.int64)
+        out = self._batch[:size].view(len(rows), width)
+        return torch.index_select(self._table[:, :width], 0, torch.tensor(rows), out=out)
 
     def _bring_up(self, sequence: Sequence) -> int:
         entry = self._entries.get(sequence)

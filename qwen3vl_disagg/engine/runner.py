@@ -142,7 +142,13 @@ class ModelRunner:
         self, sequences: Seq[Sequence], seq_lens: list[int], context_lens: list[int], plan: DispatchPlan | None
     ) -> PagedBatch:
         batch = PagedBatch(
-            seq_lens, context_lens, self._tables.of(sequences), self.page_size, self.caches, impl=self.impl
+            seq_lens,
+            context_lens,
+            self._tables.of(sequences),
+            self.page_size,
+            self.caches,
+            impl=self.impl,
+            is_compiled=self.compiled is not None,
         )
         batch.dispatch_plan = plan
         return batch

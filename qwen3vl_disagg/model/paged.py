@@ -35,6 +35,7 @@ class PagedBatch(ForwardBatch):
         last_only: logits of each sequence's last token only.
         impl: how attention is computed; None for `flex` on CUDA where it can, else for the fastest that the model's
             dtype allows.
+        is_compiled: whether layers may be compiled, which get page tables packed into a copy; else none is made.
 
     Token i of sequence b lives in slot `page_tables[b, i // page_size] * page_size + i % page_size`. Example with
     page_size 4 and page table [7, 2]: token 5 lies in slot 2 * 4 + 1 = 9.
@@ -50,6 +51,7 @@ class PagedBatch(ForwardBatch):
         *,
         last_only: bool = True,
         impl: PagedImpl | None = None,
+        is_compiled: bool = True,
     ) -> None:
         self.seq_lens, self.context_lens = list(seq_lens), list(context_lens)
         if any(not 1 <= new <= total for new, total in zip(self.seq_lens, self.context_lens, strict=True)):
@@ -75,8 +77,8 @@ class PagedBatch(ForwardBatch):
             self.new_slots_T = self.new_slots_T.to(device, non_blocking=True)
             self.unwritten = unwritten_slots(contexts_B, tables, page_size, device)
         else:
-            self.places = _pack(new_B, contexts_B, tables, self.new_slots_T)
-            self._unpacked = _unpack(self.places)  # once for all layers
+            self._unpacked = (new_B, contexts_B, tables.long().contiguous(), self.new_slots_T)
+            self.places = _pack(*self._unpacked) if is_compiled else None
 
     def layer_cache(self, layer: int) -> LayerCache:
         return self.caches[layer]
