@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from qwen3vl_disagg.core.errors import OverloadedError, UnavailableError
+from qwen3vl_disagg.core.errors import InputError, OverloadedError, UnavailableError
+from qwen3vl_disagg.core.settings import HttpOptions
 from qwen3vl_disagg.disagg.messages import Submit, Tokens
 from qwen3vl_disagg.disagg.router_tables import RouterLimits
 from qwen3vl_disagg.serving.app import create_app
@@ -123,3 +124,20 @@ def test_a_hundred_questions_at_once_are_no_overload():
         for sock in socks:
             sock.close()
         wait_for(lambda: not len(running.server.places))
+
+
+@pytest.mark.parametrize(
+    ("values", "param"),
+    [
+        ({"max_waiting": 0}, "max-waiting"),
+        ({"max_waiting": -1}, "max-waiting"),
+        ({"request_timeout": 0.0}, "request-timeout"),
+        ({"request_timeout": float("nan")}, "request-timeout"),
+        ({"request_timeout": float("inf")}, "request-timeout"),
+    ],
+)
+def test_options_out_of_range(values, param):
+    HttpOptions().check()
+    with pytest.raises(InputError) as caught:
+        HttpOptions(**values).check()
+    assert caught.value.param == param
