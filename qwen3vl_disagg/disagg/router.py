@@ -361,11 +361,15 @@ class Router:
         item.wait_until = now + self.limits.encode_wait_s
 
     def _assign(self, request_id: str, index: int, now: float) -> None:
-        """Give a waiting item to an encode rank; without one it goes on waiting."""
+        """Give a waiting item to an encode rank; without one it goes on waiting. What was condemned while nobody wanted
+        it (its request was preempted) ends its request now."""
         request = self._requests.get(request_id)
         if request is None:
             return
         item = request.items[index]
+        if self._suspects.is_condemned(item.visual.digest, now):
+            self._end(request_id, harmful(item.visual))
+            return
         linked = {rank: state for rank, state in self._staying.items() if request.language_rank in state.links}
         fresh = {rank: s for rank, s in linked.items() if (rank, s.incarnation) not in item.failed_on}
         if not linked:

@@ -258,6 +258,23 @@ def test_a_condemned_image_ends_every_request_that_waits_for_it():
     assert script.router.num_requests == 1
 
 
+def test_an_image_that_was_condemned_while_its_request_was_preempted_is_not_tried_again():
+    script = Script(encode=1)
+    rank = script.start("a", "poison")
+    for attempt in range(1, MAX_DEATHS + 1):
+        script.encode_says(0, EncodingBegun(digest="poison"))
+        if attempt == MAX_DEATHS:  # it gives up what it has
+            script.language_says(rank, ItemReceived(request_id="a", item=0, attempt=attempt))
+        script.do(RankDown("encode", 0))
+        script.do(RankUp("encode", 0))
+        script.encode_says(0, LinksUp(language_ranks=script.languages))
+    assert script.router.num_requests == 1
+    script.language_says(rank, NeedItems(request_id="a", items=[0]))
+    [end] = script.ends()
+    assert (end.request_id, end.error.code, end.error.param) == ("a", "harmful_media", "messages[0].content[poison]")
+    assert not script.sent(EncodeItem)
+
+
 def test_what_is_remembered_is_bounded_in_number_and_in_time():
     suspects = Suspects(max_deaths=2, memory_s=10.0, max_remembered=3)
     assert suspects.died(["a"], 0.0) == []
