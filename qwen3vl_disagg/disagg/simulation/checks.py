@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_disagg.disagg.allocator import POOLS
-from qwen3vl_disagg.disagg.encode_sessions import ENCODING, PARKED
+from qwen3vl_disagg.disagg.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT
 from qwen3vl_disagg.disagg.messages import Ack, Frame, Grant, Resume
 from qwen3vl_disagg.disagg.session import DONE, HELD, IDLE, RECEIVING, WAITING, Session
 from qwen3vl_disagg.disagg.session_events import Attempt, EncodeEvent, FrameIn, Receive, RowsReady, Tick
@@ -21,30 +20,49 @@ if TYPE_CHECKING:
     from qwen3vl_disagg.disagg.simulation.payload import Payload
 
 
-def language_side(rank: SimLanguage) -> None:
-    """I1, I4, I12: pools add up and are disjoint; received <= granted <= total; nothing without a deadline."""
-    sessions = rank.sessions
-    allocator = sessions.allocator
-    rows = list(allocator.free_ids("rows"))
-    deepstack = list(allocator.free_ids("deepstack"))
-    slots = list(allocator.free_ids("slots"))
+_SENDING = (READY, HEADER, SENDING, SENT)
+
+
+def _pools(rank: SimLanguage) -> None:
+    """I1: pools add up and are disjoint. Looked at when something has been taken or given back."""
+    allocator = rank.sessions.allocator
+    free, totals = allocator._free, allocator.totals
+    counts = (len(free["rows"]), len(free["deepstack"]), len(free["slots"]), len(allocator.quarantined))
+    mark = (*counts, len(allocator.leases), allocator._generation)
+    if mark == rank.pools_mark:
+        return
+    rank.pools_mark = mark
+    rows, deepstack, slots = [*free["rows"]], [*free["deepstack"]], [*free["slots"]]
     for leases in (allocator.leases, allocator.quarantined):
         for lease in leases.values():
             rows += lease.rows
             deepstack += lease.deepstack
             slots += lease.slots
-    totals = allocator.totals
     for ids, total in ((rows, totals["rows"]), (deepstack, totals["deepstack"]), (slots, totals["slots"])):
         if len(ids) != total or len(set(ids)) != total:
             _no_quarantined_is_granted(allocator)
             raise Violation("I1", f"{sorted(ids)} should be each of {total} once")
-    num_held = 0
+
+
+def language_side(rank: SimLanguage) -> None:
+    """I1, I2, I4, I11, I12: pools add up; received <= granted <= total; nothing without a deadline."""
+    sessions = rank.sessions
+    allocator = sessions.allocator
+    _pools(rank)
+    bounds = rank.bounds
+    num_held, now = 0, rank.world.now
     for request in sessions.requests.values():
         for session in request.sessions:
             state = session.state
             num_held += (session.room is not None) + (session.hold is not None)
             if (state is WAITING or state is IDLE) and session.grant is not None:
                 raise Violation("I4", f"{session.key} is {state} and has a grant")
+            if (
+                session.apart is not None
+                and session.apart not in sessions.pending
+                and session.apart not in sessions.lent
+            ):
+                raise Violation("I2", f"{session.key} waits for blocks of {session.apart}, which are in use by nobody")
             if state is DONE and (session.room is not None or session.hold is not None):
                 raise Violation("I15", f"{session.key} is done and holds blocks")
             if state is IDLE or state is DONE:
@@ -54,10 +72,8 @@ def language_side(rank: SimLanguage) -> None:
                 low = session.received if state is not HELD else grant.row_start
                 if not low <= grant.row_stop <= session.visual.num_rows or session.received > grant.row_stop:
                     raise Violation("I4", f"{session.key} received {session.received} of {grant.row_stop}")
-            if state is not WAITING and state is not HELD and session.deadline == math.inf and state is not RECEIVING:
-                raise Violation("I11", f"{session.key} is {state} without a deadline")
-            if state is WAITING and session.deadline == math.inf and session.encode_rank not in sessions.links:
-                raise Violation("I11", f"{session.key} waits for a link without a deadline")
+            if state in bounds and session.deadline > now + bounds[state] and not _is_ending(rank, session):
+                raise Violation("I11", f"{session.key} is {state} until {session.deadline}, at {now}")
     _nobody_waits_in_vain(rank)
     if len(allocator.leases) != num_held:
         raise Violation("I2", f"{len(allocator.leases)} leases are owned, sessions hold {num_held}")
@@ -65,6 +81,15 @@ def language_side(rank: SimLanguage) -> None:
     num_apart += sum([len(leases) for leases in sessions.lent.values()])
     if len(allocator.quarantined) != num_apart:
         raise Violation("I2", f"{len(allocator.quarantined)} leases in quarantine, {num_apart} are accounted for")
+
+
+def _is_ending(rank: SimLanguage, session: Session) -> bool:
+    """What waits for room, not for its link, has only its request's deadline; and a receive whose link has been broken
+    for its sake returns by itself."""
+    link = rank.sessions.links.get(session.encode_rank)
+    if session.state is WAITING:
+        return link is not None
+    return session.state is RECEIVING and (link is None or link.epoch > rank.epochs[session.key])
 
 
 def _no_quarantined_is_granted(allocator: BlockAllocator) -> None:
@@ -92,7 +117,11 @@ def _nobody_waits_in_vain(rank: SimLanguage) -> None:
                 unbegun = unbegun or (session if session.hold is None else None)
             break
     first = begun or unbegun
-    if first is None or first.state is not WAITING or not allocator.num_free("rows"):
+    if first is None or first.state is not WAITING:
+        return
+    if not sessions.is_short_of_room:
+        raise Violation("I11", f"{first.key} waits for room, and nobody says so")
+    if not allocator.num_free("rows"):
         return
     num_rows = first.visual.num_rows - rank.asked[first.request_id, first.item]
     needed = -(-num_rows // sessions.block_size) if sessions.row_sizes.deepstack_embeddings else 0
@@ -105,20 +134,29 @@ def _nobody_waits_in_vain(rank: SimLanguage) -> None:
 def encode_side(rank: SimEncode) -> None:
     """I12, I11: memory is bounded; every state has a deadline."""
     sessions, limits = rank.sessions, rank.sessions.limits
-    most_parked = limits.max_parked * rank.cluster.sizes.num_language
-    most = limits.max_items * rank.cluster.sizes.num_language + most_parked
-    num_encoding = sum(1 for item in sessions.items.values() if item.state == ENCODING)
-    if num_encoding > limits.max_items:
-        raise Violation("I12", f"{num_encoding} items are encoded at a time")
-    if sessions.num_in_memory + sessions.num_parked > most or sessions.num_parked > most_parked:
-        raise Violation("I12", f"{sessions.num_in_memory} items in memory, {sessions.num_parked} parked")
-    if len(rank.encoded) > most:
-        raise Violation("I12", f"rows of {len(rank.encoded)} items in memory")
+    num_languages = rank.cluster.sizes.num_language
+    most_parked = limits.max_parked * num_languages
+    most = limits.max_items * num_languages + most_parked
     if len(sessions.ended) > limits.max_ended:
         raise Violation("I12", f"{len(sessions.ended)} ended attempts remembered")
-    for item in sessions.items.values():
-        if item.deadline == math.inf and item.state not in ("header", "sending", "sent"):
-            raise Violation("I11", f"{item.attempt} is {item.state} without a deadline")
+    if len(rank.encoded) > most:
+        raise Violation("I12", f"rows of {len(rank.encoded)} items in memory")
+    num_encoding = num_parked = num_sending = 0
+    now, bounds = rank.world.now, rank.bounds
+    for attempt, item in sessions.items.items():
+        state = item.state
+        if state is ENCODING:
+            num_encoding += 1
+        elif state is PARKED:
+            num_parked += 1
+        elif state in _SENDING:
+            num_sending += 1
+        if item.deadline > (now + bounds[state] if state in bounds else rank.request_ends[attempt]):
+            raise Violation("I11", f"{attempt} is {state} until {item.deadline}, at {now}")
+    if num_encoding > limits.max_items:
+        raise Violation("I12", f"{num_encoding} items are encoded at a time")
+    if num_encoding + num_sending + num_parked > most or num_parked > most_parked:
+        raise Violation("I12", f"{num_encoding + num_sending} items in memory, {num_parked} parked")
 
 
 def granted(rank: SimLanguage, grant: Grant) -> None:
@@ -198,6 +236,18 @@ def may_write(rank: SimLanguage, job: Receive) -> None:
             raise Violation("I3", f"a pending receive writes into freed blocks of {lease.owner}")
 
 
+def agrees(job: Receive) -> None:
+    """I8: receives are posted only for what was granted of this item, down to the number of runs."""
+    header, grant, visual = job.header, job.grant, job.visual
+    said = (header.request_id, header.item, header.attempt, tuple(header.grid), header.total_rows)
+    known = (grant.request_id, grant.item, grant.attempt, tuple(visual.grid), visual.num_rows)
+    ranges = (header.row_start, header.row_stop, header.deepstack_start, header.deepstack_stop)
+    granted = (grant.row_start, grant.row_stop, grant.deepstack_start, grant.deepstack_stop)
+    runs, granted_runs = (header.row_digests, header.deepstack_digests), (grant.row_runs, grant.deepstack_runs)
+    if said != known or ranges != granted or [*map(len, runs)] != [*map(len, granted_runs)]:
+        raise Violation("I8", f"receives are posted for {header}, granted was {grant} of {known}")
+
+
 def fits(payload: Payload, job: Receive) -> None:
     """I8: what is sent is what was agreed on; on a process group anything else aborts, or leaves stale bytes."""
     if payload.grant != job.grant:
@@ -274,8 +324,11 @@ def unchanged(rank: Any, before: Any, frame: Frame) -> None:
 
 
 def may_release(rank: SimEncode, event: EncodeEvent, attempt: Attempt) -> None:
-    """I13: rows live until the last acknowledgement or the end of the lease, within the bound on parked items."""
+    """I13: rows live until the last acknowledgement or the end of the lease, within the bound on parked items; or of
+    their request."""
     now, lease = rank.world.now, rank.lease_until.get(attempt)
+    if now >= rank.request_ends[attempt]:
+        lease = None
     has_room = rank.sessions.num_parked < rank.sessions.limits.max_parked  # of all ranks: less than one may keep
     if isinstance(event, Tick) and lease is not None and now < lease and has_room:
         item = rank.sessions.items.get(attempt)

@@ -1,4 +1,4 @@
-"""One cluster: hub, encode ranks, language ranks, clients. And what can go wrong with whole ranks."""
+"""One cluster: hub, encode ranks, language ranks, clients."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import Any
 
 import msgspec
 
-from qwen3vl_disagg.core.errors import DisaggError
+from qwen3vl_disagg.core.errors import UnavailableError
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.disagg.layout import RowSizes
-from qwen3vl_disagg.disagg.messages import Frame, LinkMessage, Message, Tokens
-from qwen3vl_disagg.disagg.router import Router, RouterLimits
-from qwen3vl_disagg.disagg.routing import Abandon, Admit, Deliver, End, Event, FromRank, RankDown, RankUp, Send, Tick
-from qwen3vl_disagg.disagg.session_events import SessionLimits
+from qwen3vl_disagg.disagg.messages import Frame, Leaving, LinkMessage, Message
+from qwen3vl_disagg.disagg.router import RouterLimits
+from qwen3vl_disagg.disagg.routing import Abandon, Admit, FromRank, RankDown, RankUp
+from qwen3vl_disagg.disagg.session import WAITING
+from qwen3vl_disagg.disagg.session_events import Attempt, SessionLimits
 from qwen3vl_disagg.disagg.simulation.encode import SimEncode
+from qwen3vl_disagg.disagg.simulation.hub import Client, SimHub
 from qwen3vl_disagg.disagg.simulation.language import SimLanguage
 from qwen3vl_disagg.disagg.simulation.payload import Names, Payload
-from qwen3vl_disagg.disagg.simulation.world import SILENCE_S, Channel, SimLink, Violation, World
+from qwen3vl_disagg.disagg.simulation.world import Channel, SimLink, Violation, World
 
 LIMITS = SessionLimits(
     beat_s=2.0,
@@ -27,7 +29,7 @@ LIMITS = SessionLimits(
     answer_s=5.0,
     early_s=5.0,
     lease_s=40.0,
-    max_ended=256,
+    max_ended=32,
 )
 
 
@@ -40,27 +42,8 @@ class Sizes:
     deepstack_blocks: int
     slots: int
     row_sizes: RowSizes
-
-
-@dataclass
-class Client:
-    """What one client has seen of its request."""
-
-    num_items: int
-    num_tokens: int
-    has_bad_image: bool
-    sent_at: float
-    deadline: float
-    tokens: int = 0
-    is_ended: bool = False
-    error: DisaggError | None = None
-    is_abandoned: bool = False
-
-
-class Hub:
-    """The frontend's process: never dies here, and it has no sessions."""
-
-    is_dead, frozen_until, slowness = False, 0.0, 1.0
+    router_limits: RouterLimits
+    are_language_ranks_required: bool = False
 
 
 @dataclass
@@ -73,12 +56,15 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self.names = Names()
-        self.hub = Hub()
-        self.router = Router({"image": 7, "video": 8}, RouterLimits(encode_wait_s=15.0))
         self.clients: dict[str, Client] = {}
+        self.hub = SimHub(self)
         self.epochs: dict[tuple[int, int], int] = {}
+        self.holes: dict[tuple[int, int], float] = {}
+        """(encode rank, language rank) -> until when payloads between them do not get through"""
         self.blocked: set[tuple[Any, Any]] = set()
         """(from, to) pairs of roles and ranks that a partition keeps apart."""
+        self.issued_at: dict[Attempt, float] = {}
+        """When the hub gave an attempt out."""
         self.num_payload_rows = 0
         self._num_frames = 0
         self._decoder = msgspec.msgpack.Decoder(LinkMessage)
@@ -86,14 +72,13 @@ class Cluster:
         self.languages = [SimLanguage(self, rank) for rank in range(self.sizes.num_language)]
         ranks: list[SimEncode | SimLanguage] = [*self.languages, *self.encodes]
         for rank in ranks:
-            self._start(rank)
-        self.world.at(1.0, None, self._tick)
+            self.start(rank)
 
     # ---- ranks coming up ----
 
-    def _start(self, rank: SimEncode | SimLanguage) -> None:
+    def start(self, rank: SimEncode | SimLanguage) -> None:
         rank.tick()
-        self._rejoin(rank)
+        self.rejoin(rank)
         if isinstance(rank, SimEncode):
             for language in range(self.sizes.num_language):
                 self.world.at(0.02 * self.world.random(), rank, self.connect, rank, language)
@@ -103,14 +88,37 @@ class Cluster:
 
     def join_hub(self, rank: SimEncode | SimLanguage) -> None:
         role: Any = "encode" if isinstance(rank, SimEncode) else "language"
-        if (role, rank.rank) in self.blocked or (rank.hub is not None and rank.hub.is_open):
+        hub = self.hub
+        if hub.is_dead or (role, rank.rank) in self.blocked or (rank.hub is not None and rank.hub.is_open):
             return
-        back = Channel(self.world, rank, self.hub, lambda message: self.take(FromRank(role, rank.rank, message)))
-        forth = Channel(self.world, self.hub, rank, rank.from_hub)
-        rank.hub, rank.from_hub_channel = back, forth  # type: ignore[union-attr]
-        self.take(RankUp(role, rank.rank))
+        back = Channel(self.world, rank, hub, lambda message: hub.take(FromRank(role, rank.rank, message)))
+        forth = Channel(self.world, hub, rank, rank.from_hub)
+        rank.hub, rank.from_hub_channel = back, forth
+        hub.take(RankUp(role, rank.rank))
         if isinstance(rank, SimEncode):
             rank.tell_links()
+            if rank.is_leaving:
+                rank.tell(Leaving())
+
+    def rejoin(self, rank: Any) -> None:
+        """Until the hub takes it."""
+        self.join_hub(rank)
+        if rank.hub is None or not rank.hub.is_open:
+            self.world.at(0.5, rank, self.rejoin, rank)
+
+    def hub_lost(self, rank: Any, role: Any) -> None:
+        """The hub's end of a rank's connection is gone."""
+        current = self.encodes[rank.rank] if role == "encode" else self.languages[rank.rank]
+        if rank.hub is not None and rank.hub.is_open and current is rank:
+            rank.close_hub()
+            self.hub.take(RankDown(role, rank.rank))
+
+    def restart(self, role: str, number: int) -> None:
+        """The slot has forked a dead rank again."""
+        ranks: Any = self.encodes if role == "encode" else self.languages
+        self.hub_lost(ranks[number], role)
+        ranks[number] = (SimEncode if role == "encode" else SimLanguage)(self, number)
+        self.start(ranks[number])
 
     def connect(self, encode: SimEncode, language_rank: int) -> None:
         """What the keeper of a link does: a new epoch, if the other end can be reached."""
@@ -125,42 +133,43 @@ class Cluster:
         pair = (encode.rank, language_rank)
         self.epochs[pair] = self.epochs.get(pair, 0) + 1
         link = SimLink(self.world, encode, language, self.epochs[pair])
+        link.hole_until = self.holes.get(pair, 0.0)
         link.to_encode.last = self.world.now + self.world.delay()
         self.world.at_time(link.to_encode.last, encode, encode.link_up, link)
         language.link_up(link)
 
-    # ---- the hub ----
+    def end_process(self, rank: Any, restart_s: float) -> None:
+        """The kernel closes its connections; the slot forks it again."""
+        world, role = self.world, "encode" if isinstance(rank, SimEncode) else "language"
+        rank.is_dead = True
+        for link in list(rank.links.values()):
+            other: Any = link.language if role == "encode" else link.encode
+            link.to_encode.is_open = link.to_encode.is_open and role != "encode"
+            link.to_language.is_open = link.to_language.is_open and role != "language"
+            world.at(0.02 * world.random(), other, link.close, other, "the peer died")
+            link.end_payloads()
+        world.at(0.02 * world.random(), None, self.hub_lost, rank, role)
+        world.at(restart_s, None, self.restart, role, rank.rank)
 
-    def take(self, event: Event) -> None:
-        for action in self.router.handle(event, self.world.now):
-            match action:
-                case Send():
-                    ranks: list[Any] = self.encodes if action.role == "encode" else self.languages
-                    rank = ranks[action.rank]
-                    if not rank.is_dead and rank.hub is not None and rank.hub.is_open:
-                        rank.from_hub_channel.send(action.message)
-                case Deliver():
-                    self._deliver(action.request_id, action.message)
-                case End():
-                    client = self.clients[action.request_id]
-                    if client.is_ended:
-                        raise Violation("I14", f"{action.request_id} ended twice")
-                    client.is_ended, client.error = True, action.error
-                    if action.error is None and not client.is_abandoned and client.tokens != client.num_tokens:
-                        raise Violation("I14", f"{action.request_id} ended well after {client.tokens} tokens")
+    # ---- what checks ask ----
 
-    def _deliver(self, request_id: str, message: Message) -> None:
-        client = self.clients[request_id]
-        if client.is_ended:
-            raise Violation("I14", f"{request_id} got {type(message).__name__} after its end")
-        if isinstance(message, Tokens):
-            if message.token_ids != list(range(client.tokens, client.tokens + len(message.token_ids))):
-                raise Violation("I14", f"{request_id} got tokens {message.token_ids} after {client.tokens}")
-            client.tokens += len(message.token_ids)
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no token yet."""
+        return sum(1 for client in self.clients.values() if not client.is_ended and not client.tokens)
 
-    def _tick(self) -> None:
-        self.take(Tick())
-        self.world.at(1.0, None, self._tick)
+    def is_awaited(self, attempt: Attempt) -> bool:
+        """The hub counts on it."""
+        request = self.hub.router._requests.get(attempt[0])
+        item = None if request is None else request.items[attempt[1]]
+        return item is not None and (item.state, item.attempt) == ("encoding", attempt[2])
+
+    def is_at_work(self, attempt: Attempt) -> bool:
+        """An encode rank has the attempt, or will be asked for it, or it needs nobody any more."""
+        if any(attempt in encode.sessions.items for encode in self.encodes):
+            return True
+        sessions = (language.sessions.find(*attempt) for language in self.languages)
+        return any(s is not None and (s.received == s.total or s.state is WAITING) for s in sessions)
 
     def check_wire(self, frame: Frame) -> None:
         """Only typed frames cross a border; some are put through the real encoding."""
@@ -175,11 +184,12 @@ class Cluster:
 
     # ---- clients ----
 
-    def submit(self, request_id: str, rows: list[int], num_tokens: int, timeout_s: float, *, bad: bool) -> None:
+    def submit(self, request_id: str, rows: list[int], num_tokens: int, timeout_s: float, wrong: str | None) -> None:
+        """`wrong`: the first image is `bad`, or `poison`."""
         items = [
             VisualItem(
                 modality="image",
-                digest="bad" if bad and index == 0 else f"{request_id}/{index}",
+                digest=wrong if wrong and index == 0 else f"{request_id}/{index}",
                 num_bytes=1,
                 grid=(1, 2, 2 * count),
                 num_rows=count,
@@ -189,110 +199,23 @@ class Cluster:
             for index, count in enumerate(rows)
         ]
         now = self.world.now
-        self.clients[request_id] = Client(len(items), num_tokens, bad and bool(rows), now, now + timeout_s)
+        client = Client(
+            len(items),
+            num_tokens,
+            bool(wrong and rows),
+            now,
+            now + timeout_s,
+            digests=tuple(item.digest for item in items),
+        )
+        self.clients[request_id] = client
         sampling = SamplingParams(max_new_tokens=num_tokens)
-        self.take(Admit(request_id, b"", sum(rows) + num_tokens, items, sampling, timeout_s))
+        if self.hub.is_dead:
+            client.end(UnavailableError("nobody listens"))
+        else:
+            self.hub.take(Admit(request_id, b"", sum(rows) + num_tokens, items, sampling, timeout_s))
 
     def abandon(self, request_id: str) -> None:
         client = self.clients[request_id]
         if not client.is_ended:
             client.is_abandoned = True
-            self.take(Abandon(request_id))
-
-    # ---- faults of whole ranks ----
-
-    def kill(self, role: str, number: int, restart_s: float) -> None:
-        """kill -9: the kernel closes its connections; the slot forks it again."""
-        rank: Any = self.encodes[number] if role == "encode" else self.languages[number]
-        if rank.is_dead:
-            return
-        rank.count_states(f"kill-{role}")
-        rank.is_dead = True
-        for link in list(rank.links.values()):
-            other = link.language if role == "encode" else link.encode
-            link.to_encode.is_open = link.to_encode.is_open and role != "encode"
-            link.to_language.is_open = link.to_language.is_open and role != "language"
-            self.world.at(0.02 * self.world.random(), other, link.close, other, "the peer died")
-            link._break()
-        self.world.at(0.02 * self.world.random(), None, self._hub_lost, rank, role)
-        self.world.at(restart_s, None, self._restart, role, number)
-
-    def _hub_lost(self, rank: Any, role: Any) -> None:
-        """The hub's end of a rank's connection is gone."""
-        current = self.encodes[rank.rank] if role == "encode" else self.languages[rank.rank]
-        if rank.hub is not None and rank.hub.is_open and current is rank:
-            rank.hub.is_open = rank.from_hub_channel.is_open = False
-            self.take(RankDown(role, rank.rank))
-
-    def _restart(self, role: str, number: int) -> None:
-        ranks: Any = self.encodes if role == "encode" else self.languages
-        self._hub_lost(ranks[number], role)
-        ranks[number] = (SimEncode if role == "encode" else SimLanguage)(self, number)
-        self._start(ranks[number])
-
-    def freeze(self, rank: Any, seconds: float) -> None:
-        """SIGSTOP; peers give up on it when it is silent for too long."""
-        rank.count_states("freeze")
-        rank.frozen_until = max(rank.frozen_until, self.world.now + seconds)
-        if seconds > SILENCE_S:
-            for link in list(rank.links.values()):
-                other = link.language if rank is link.encode else link.encode
-                self.world.at(SILENCE_S, other, link.close, other, "peer silent")
-            role = "encode" if isinstance(rank, SimEncode) else "language"
-            self.world.at(SILENCE_S, None, self._cut_hub, rank, role)
-
-    def _cut_hub(self, rank: Any, role: str) -> None:
-        """The hub gave the rank up; the rank finds out when it can, and joins again."""
-        if not rank.is_dead and rank.hub is not None and rank.hub.is_open:
-            self._hub_lost(rank, role)
-            self.world.at(0.05, rank, rank.lost_hub)
-            self.world.at(0.2, rank, self._rejoin, rank)
-
-    def _rejoin(self, rank: Any) -> None:
-        self.join_hub(rank)
-        if rank.hub is None or not rank.hub.is_open:
-            self.world.at(0.5, rank, self._rejoin, rank)
-
-    def slow(self, rank: Any, factor: float, seconds: float) -> None:
-        rank.count_states("slow")
-        rank.slowness = factor
-        self.world.at(seconds, rank, setattr, rank, "slowness", 1.0)
-
-    def partition(self, link: SimLink, one_way: bool, seconds: float) -> None:
-        """Nothing gets through, in one direction or both; an end that hears nothing for too long closes."""
-        link.count("one-way" if one_way else "partition")
-        pair = (("encode", link.encode.rank), ("language", link.language.rank))
-        ways: list[tuple[Any, Channel, SimEncode | SimLanguage]] = [(pair, link.to_language, link.language)]
-        if not one_way:
-            ways.append((pair[::-1], link.to_encode, link.encode))
-        elif self.world.random() < 0.5:
-            ways = [(pair[::-1], link.to_encode, link.encode)]
-        for way, channel, listener in ways:
-            self.blocked.add(way)
-            channel.hold()
-            if seconds > SILENCE_S:
-                self.world.at(SILENCE_S, listener, self._silent, channel, link, listener)
-            self.world.at(seconds, None, self._heal, way, channel)
-
-    def _silent(self, channel: Channel, link: SimLink, listener: Any) -> None:
-        if channel.held is not None:
-            link.close(listener, "peer silent")
-
-    def _heal(self, way: Any, channel: Channel) -> None:
-        self.blocked.discard(way)
-        channel.heal()
-
-    def cut_off(self, rank: Any, seconds: float) -> None:
-        """A rank's connection with the hub is gone for a while."""
-        role = "encode" if isinstance(rank, SimEncode) else "language"
-        rank.count_states("partition")
-        self.blocked.add((role, rank.rank))
-        self._cut_hub(rank, role)
-        self.world.at(seconds, None, self.blocked.discard, (role, rank.rank))
-
-    def break_link(self, link: SimLink) -> None:
-        """The connection ends, for no reason that anybody knows."""
-        link.count("break")
-        by = link.encode if self.world.random() < 0.5 else link.language
-        if not by.is_dead:
-            link.close(by, "broken")
+            self.hub.take(Abandon(request_id))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_disagg.core.errors import InputError, ServerError
@@ -13,12 +15,15 @@ from qwen3vl_disagg.disagg.messages import (
     Cancel,
     Decoded,
     EncodeItem,
+    EncodingBegun,
+    EncodingEnded,
     Frame,
     Header,
     ItemFailed,
     LinksUp,
     Message,
     Nack,
+    Stop,
 )
 from qwen3vl_disagg.disagg.session_events import (
     Attempt,
@@ -40,8 +45,10 @@ from qwen3vl_disagg.disagg.session_events import (
     TellFailed,
     Tick,
 )
-from qwen3vl_disagg.disagg.simulation import checks
-from qwen3vl_disagg.disagg.simulation.payload import Payload, make_payload, run_digests
+from qwen3vl_disagg.disagg.simulation import checks, progress_checks
+from qwen3vl_disagg.disagg.simulation.payload import Payload, make_payload, run_digests, wrong_header
+from qwen3vl_disagg.disagg.simulation.progress_checks import encode_bounds
+from qwen3vl_disagg.disagg.simulation.stays import Stays
 from qwen3vl_disagg.disagg.simulation.world import Channel, SimLink, Violation
 
 if TYPE_CHECKING:
@@ -57,10 +64,20 @@ class SimEncode:
         self.sessions = EncodeSessions(cluster.limits)
         self.links: dict[int, SimLink] = {}
         self.hub: Channel | None = None
+        self.from_hub_channel: Channel | None = None
         self.items: dict[Attempt, EncodeItem] = {}
         self.tasks: set[Attempt] = set()
+        """To be encoded, or being encoded; of these, `inside` has begun."""
+        self.inside: dict[Attempt, str] = {}
+        self._queue: deque[Attempt] = deque()
+        self._is_alone = False
         self.encoded: set[Attempt] = set()
         self.lease_until: dict[Attempt, float] = {}
+        self.request_ends: dict[Attempt, float] = {}
+        self.num_headers: dict[Attempt, int] = {}
+        self.stays, self.bounds = Stays(self.world), encode_bounds(cluster.limits)
+        self.is_leaving = False
+        self.on_stop: Callable[[], None] | None = None
         self._do = {
             SendFrame: self._send_frame,
             BreakLink: self._break_link,
@@ -93,13 +110,42 @@ class SimEncode:
 
     def _start(self, action: StartEncode) -> None:
         self.tasks.add(action.attempt)
-        self.world.at((0.02 + 0.3 * self.world.random()) * self.slowness, self, self._finish, action.attempt)
+        self._queue.append(action.attempt)
+        self._let_in()
+
+    def _let_in(self) -> None:
+        """Work begins in the order in which it came; what is to be alone waits for those before it, and is waited for.
+        As the pipeline's gate does it."""
+        while self._queue:
+            attempt = self._queue[0]
+            if attempt in self.tasks:
+                is_alone = self.items[attempt].is_alone
+                if self.inside and (is_alone or self._is_alone):
+                    return
+                digest = self.inside[attempt] = self.items[attempt].visual.digest
+                self._is_alone = is_alone
+                self.tell(EncodingBegun(digest=digest))
+                seconds = (0.02 + 0.3 * self.world.random()) * self.slowness
+                self.world.at(seconds, self, self._finish, attempt)
+            self._queue.popleft()
+
+    def _end_work(self, attempt: Attempt, *, is_well: bool = False) -> None:
+        self.tasks.discard(attempt)
+        digest = self.inside.pop(attempt, None)
+        if digest is not None:
+            self.tell(EncodingEnded(digest=digest, is_well=is_well))
+            self._let_in()
 
     def _finish(self, attempt: Attempt) -> None:
         if attempt not in self.tasks:
             return
-        self.tasks.discard(attempt)
-        if self.items[attempt].visual.digest == "bad":
+        digest = self.items[attempt].visual.digest
+        if digest == "poison":
+            self.count_states("poison")
+            self.cluster.end_process(self, 0.05)
+            return
+        self._end_work(attempt, is_well=digest != "bad")
+        if digest == "bad":
             self.handle(EncodeFailed(attempt, Failure.of(InputError("not an image"))))
         elif self.world.happens("allocation"):
             self.count_states("allocation")
@@ -126,6 +172,11 @@ class SimEncode:
             row_digests=run_digests(payload.rows, grant.row_runs, grant.row_start),
             deepstack_digests=run_digests(payload.deepstack, grant.deepstack_runs, grant.deepstack_start),
         )
+        self.num_headers[attempt] = self.num_headers.get(attempt, 0) + 1
+        link = self.links.get(action.peer)
+        if link is not None and self.world.happens("header", 4.0):
+            link.count("header")
+            header = wrong_header(self.world.rng, header, [other for other in self.items if other != attempt])
         self._send_frame(SendFrame(action.peer, Frame(epoch=action.epoch, seq=action.seq, body=header)))
 
     def _payload(self, action: SendHeader | SendPayload) -> Payload:
@@ -150,10 +201,10 @@ class SimEncode:
         self._drop(action.attempt)
 
     def _drop(self, attempt: Attempt) -> None:
-        self.tasks.discard(attempt)
+        self._end_work(attempt)
         self.encoded.discard(attempt)
-        self.items.pop(attempt, None)
-        self.lease_until.pop(attempt, None)
+        for table in (self.items, self.lease_until, self.num_headers, self.request_ends):
+            table.pop(attempt, None)
 
     def _tell_failed(self, action: TellFailed) -> None:
         request_id, item, number = action.attempt
@@ -166,6 +217,7 @@ class SimEncode:
         if not link.to_encode.is_open:
             return
         self.links[link.language.rank] = link
+        link.to_language.said_at = self.world.now  # the sessions hear of it now
         self.tell_links()
         self.handle(LinkUp(link.language.rank, link.epoch))
 
@@ -211,6 +263,12 @@ class SimEncode:
 
     # ---- hub ----
 
+    def close_hub(self) -> None:
+        """Both ways of the connection are over."""
+        for channel in (self.hub, self.from_hub_channel):
+            if channel is not None:
+                channel.is_open = False
+
     def tell(self, message: Message) -> None:
         if self.hub is not None:
             self.hub.send(message)
@@ -223,11 +281,15 @@ class SimEncode:
         if isinstance(message, EncodeItem):
             attempt = (message.request_id, message.item, message.attempt)
             self.items.setdefault(attempt, message)
+            self.request_ends.setdefault(attempt, self.world.now + message.timeout_s)
             self.handle(Encode(*attempt, message.language_rank, message.visual, message.timeout_s))
             if attempt not in self.sessions.items:
-                self.items.pop(attempt, None)
+                self._drop(attempt)
+            progress_checks.one_attempt_is_made(self, attempt)
         elif isinstance(message, Cancel):
             self._cancel(message.request_id)
+        elif isinstance(message, Stop) and self.on_stop is not None:
+            self.on_stop()
 
     def lost_hub(self) -> None:
         self._cancel(None)
@@ -239,4 +301,5 @@ class SimEncode:
 
     def tick(self) -> None:
         self.handle(Tick())
+        progress_checks.encode_on_time(self)
         self.world.at(1.0, self, self.tick)

@@ -52,6 +52,9 @@ class _Sequence:
     tokens: int = 0
     num_preempted: int = 0
     waits_until: float = 0.0
+    text_s: float = 0.0
+    """How long the prompt's text takes, behind its rows."""
+    decodes_at: float = 0.0
 
     @property
     def items(self) -> list[VisualItem]:
@@ -151,7 +154,8 @@ class SimEngine:
         self.world.at_time(self._said_at, self.rank, do, *args)
 
     def _add(self, message: Submit) -> None:
-        self.known[message.request_id] = _Sequence(message)
+        text_s = 10.0 * self.world.random() if self.world.random() < 0.3 else 0.0
+        self.known[message.request_id] = _Sequence(message, text_s=text_s)
 
     def _remove(self, request_id: str) -> None:
         self.known.pop(request_id, None)
@@ -194,7 +198,8 @@ class SimEngine:
         self._admit()
         work: list[tuple[_Sequence, Window | None]] = []
         for sequence in self.known.values():
-            if sequence.is_admitted and (sequence.window or sequence.cached == sequence.num_rows):
+            is_decoding = sequence.cached == sequence.num_rows and sequence.decodes_at <= self.world.now
+            if sequence.is_admitted and (sequence.window or is_decoding):
                 checks.one_attempt(sequence.attempts, sequence.window)
                 work.append((sequence, sequence.window))
         if work:
@@ -233,7 +238,7 @@ class SimEngine:
 
     def _find(self, sequence: _Sequence) -> int:
         """How much of the prompt is in the prefix cache: up to any row. A bad image was never encoded."""
-        if not sequence.items or sequence.items[0].digest == "bad" or self.world.random() < 0.5:
+        if not sequence.items or sequence.items[0].digest in ("bad", "poison") or self.world.random() < 0.5:
             return 0
         return sequence.num_rows if self.world.random() < 0.2 else self.world.rng.randint(0, sequence.num_rows)
 
@@ -250,6 +255,9 @@ class SimEngine:
     def _consume(self, sequence: _Sequence, window: Window) -> None:
         request_id, item, number = window.attempt
         sequence.cached, sequence.attempts[item] = sequence.offset(item) + window.stop, number
+        if sequence.cached == sequence.num_rows and sequence.text_s:
+            sequence.decodes_at = self.world.now + sequence.text_s
+            self.world.at(sequence.text_s, self.rank, self._wake)
         del sequence.windows[item]
         self._say(request_id, self._consumed, window.attempt, window.stop)
 

@@ -10,6 +10,7 @@ from qwen3vl_disagg.disagg import layout
 from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
 from qwen3vl_disagg.disagg.messages import (
+    Ack,
     Assign,
     Cancel,
     Frame,
@@ -39,9 +40,11 @@ from qwen3vl_disagg.disagg.session_events import (
     SendFrame,
     Tick,
 )
-from qwen3vl_disagg.disagg.simulation import checks
+from qwen3vl_disagg.disagg.simulation import checks, progress_checks
 from qwen3vl_disagg.disagg.simulation.engine import SimEngine, Window
 from qwen3vl_disagg.disagg.simulation.payload import Payload, run_digests
+from qwen3vl_disagg.disagg.simulation.progress_checks import language_bounds
+from qwen3vl_disagg.disagg.simulation.stays import Stays
 from qwen3vl_disagg.disagg.simulation.world import Channel, SimLink, Violation
 
 if TYPE_CHECKING:
@@ -64,6 +67,7 @@ class SimLanguage:
         self.aux: list[tuple[int, int] | None] = [None] * sizes.slots
         self.links: dict[int, SimLink] = {}
         self.hub: Channel | None = None
+        self.from_hub_channel: Channel | None = None
         self.engine = SimEngine(self)
         self.asked: dict[tuple[str, int], int] = {}
         """(request, item) -> the first row that the engine asked for last; none for an item that it does not lack"""
@@ -73,6 +77,13 @@ class SimLanguage:
         """(request, item) -> attempt whose rows came last since it was asked for"""
         self.begun: dict[tuple[str, int], int] = {}
         """(request, item) -> generation of the room it was granted last"""
+        self.num_broken: dict[Attempt, int] = {}
+        """Payloads of an attempt that broke since rows came last."""
+        self.stays, self.bounds = Stays(self.world), language_bounds(cluster.limits)
+        self.epochs: dict[Attempt, int] = {}
+        """Of the link over which an attempt's last payload comes."""
+        self._acked: set[Attempt] = set()
+        self.pools_mark: tuple[int, ...] = ()
         self._jobs: dict[Attempt, Receive] = {}
         self._do = {
             SendFrame: self._send_frame,
@@ -105,8 +116,11 @@ class SimLanguage:
 
     def _send_frame(self, action: SendFrame) -> None:
         self.cluster.check_wire(action.frame)
-        if isinstance(action.frame.body, Grant):
-            checks.granted(self, action.frame.body)
+        body = action.frame.body
+        if isinstance(body, Ack):
+            self._acked.add((body.request_id, body.item, body.attempt))
+        elif isinstance(body, Grant):
+            checks.granted(self, body)
         link = self.links.get(action.peer)
         if link is not None and link.epoch == action.frame.epoch:
             link.to_encode.send(action.frame)
@@ -117,6 +131,8 @@ class SimLanguage:
             self.world.at(0.0, self, link.close, self, action.reason)
 
     def _receive(self, job: Receive) -> None:
+        checks.agrees(job)
+        self.epochs[job.grant.request_id, job.grant.item, job.grant.attempt] = job.epoch
         link = self.links.get(job.encode_rank)
         if link is not None and link.epoch == job.epoch:
             link.post_receive(job)
@@ -125,9 +141,12 @@ class SimLanguage:
 
     def _end(self, job: Receive, error: str | None, is_broken: bool = False) -> None:
         grant = job.grant
-        self.handle(
-            PayloadEnd(job.encode_rank, job.epoch, grant.request_id, grant.item, grant.attempt, error, is_broken)
-        )
+        attempt = (grant.request_id, grant.item, grant.attempt)
+        if is_broken:
+            self.num_broken[attempt] = self.num_broken.get(attempt, 0) + 1
+        self.handle(PayloadEnd(job.encode_rank, job.epoch, *attempt, error, is_broken))
+        if is_broken:
+            progress_checks.gives_up(self, attempt)
 
     def payload_broke(self, link: SimLink, job: Receive) -> None:
         """The receive ran into its timeout; some of the rows may have been written before."""
@@ -187,6 +206,7 @@ class SimLanguage:
         if job is None:
             raise Violation("I7", f"rows {action.start}..{action.stop} of {attempt} are ready, but did not come well")
         checks.in_order(self, action)
+        self.num_broken.pop(attempt, None)
         window = Window(attempt, self.asked[attempt[:2]], action.start, action.stop, job.room, job.hold)
         self.world.at(0.0, self, self.engine.provide, window)
 
@@ -224,7 +244,9 @@ class SimLanguage:
         if old is not None:
             old.close(self, "a new link takes its place")
         self.links[link.encode.rank] = link
+        self._acked.clear()
         self.handle(LinkUp(link.encode.rank, link.epoch))
+        progress_checks.last_acks_come_again(self, link, self._acked)
 
     def lost_link(self, link: SimLink, reason: str) -> None:
         if self.links.get(link.encode.rank) is link:
@@ -261,6 +283,12 @@ class SimLanguage:
 
     # ---- hub ----
 
+    def close_hub(self) -> None:
+        """Both ways of the connection are over."""
+        for channel in (self.hub, self.from_hub_channel):
+            if channel is not None:
+                channel.is_open = False
+
     def tell(self, message: Message) -> None:
         if self.hub is not None:
             self.hub.send(message)
@@ -279,6 +307,7 @@ class SimLanguage:
 
     def tick(self) -> None:
         self.handle(Tick())
+        progress_checks.language_on_time(self)
         self.world.at(1.0, self, self.tick)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
+
+import msgspec
 
 from qwen3vl_disagg.disagg.layout import item_ranges
-from qwen3vl_disagg.disagg.messages import Grant, Resume
+from qwen3vl_disagg.disagg.messages import Grant, Header, Resume
 from qwen3vl_disagg.disagg.session_events import Attempt
 
 MAX_ROWS = 64
@@ -53,3 +56,31 @@ def make_payload(names: Names, attempt: Attempt, grant: Grant, total: int) -> Pa
     deepstack = [-names.row(attempt, row) for row in range(grant.deepstack_start, grant.deepstack_stop)]
     aux = None if isinstance(grant, Resume) else (total, attempt[2])
     return Payload(attempt, grant, aux, deepstack, rows, len(rows) + len(deepstack))
+
+
+def wrong_header(rng: Random, header: Header, others: Sequence[Attempt]) -> Header:
+    """One that says something else than what was granted, of the same item or of another of `others`."""
+    change = msgspec.structs.replace
+    kind = rng.choice(("grid", "total", "rows", "levels", "digests", "digests", "request", "attempt", "other"))
+    more = rng.choice((-1, 1))
+    if kind == "grid":
+        t, h, w = header.grid
+        return change(header, grid=rng.choice(((t, w, h), (t + 1, h, w), (t, h, w + 2))))
+    if kind == "total":
+        return change(header, total_rows=header.total_rows + more)
+    if kind == "rows":
+        return change(
+            header, **rng.choice(({"row_start": header.row_start + more}, {"row_stop": header.row_stop + more}))
+        )
+    if kind == "levels":
+        stop = header.deepstack_start if header.deepstack_stop > header.deepstack_start else header.row_stop
+        return change(header, deepstack_stop=stop)
+    if kind == "digests":
+        digests = rng.choice(("row_digests", "deepstack_digests"))
+        return change(header, **{digests: [*getattr(header, digests), 0]})
+    if kind == "other" and others:
+        request_id, item, attempt = rng.choice(others)
+        return change(header, request_id=request_id, item=item, attempt=attempt)
+    if kind == "attempt":
+        return change(header, attempt=header.attempt + more)
+    return change(header, request_id="nobody's")

@@ -9,10 +9,25 @@ from dataclasses import dataclass, field
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.disagg import encode_sessions, session
-from qwen3vl_disagg.disagg.simulation import mutants_of_invariants, mutants_of_others, mutants_of_partial_items
+from qwen3vl_disagg.disagg.simulation import (
+    mutants_of_deadlines,
+    mutants_of_invariants,
+    mutants_of_others,
+    mutants_of_partial_items,
+    mutants_of_routing,
+)
 from qwen3vl_disagg.disagg.simulation.mutants import MUTANTS, planted
 from qwen3vl_disagg.disagg.simulation.schedule import Outcome, run_schedule
 from qwen3vl_disagg.disagg.simulation.world import FAULTS
+
+MODULES = (
+    mutants_of_deadlines,
+    mutants_of_invariants,
+    mutants_of_others,
+    mutants_of_partial_items,
+    mutants_of_routing,
+)
+"""Each registers its bugs when it is imported."""
 
 _SPREAD = 1_000_003
 """Schedule i of seed s has the seed s * _SPREAD + i, so that runs of different seeds share nothing."""
@@ -56,9 +71,7 @@ class Result:
 
 def mutant_names() -> list[str]:
     """All planted bugs, in a fixed order."""
-    # The modules register theirs when they are imported.
-    modules = (mutants_of_invariants, mutants_of_others, mutants_of_partial_items)
-    return sorted(MUTANTS) if all(modules) else []
+    return sorted(MUTANTS)
 
 
 def simulate(
@@ -99,12 +112,18 @@ def simulate(
     return result
 
 
+def states_hit_by(fault: str) -> tuple[str, ...]:
+    """Of the sessions of the ranks that it strikes; what it does to the other end shows there as a break."""
+    if fault in ("kill-encode", "away", "leave", "poison"):
+        return ENCODE_STATES
+    return LANGUAGE_STATES if fault == "kill-language" else (*LANGUAGE_STATES, *ENCODE_STATES)
+
+
 def fault_table(result: Result) -> str:
     """How often each fault hit a session in each state: a Markdown table."""
     states = [*LANGUAGE_STATES, *ENCODE_STATES]
     lines = ["| fault | " + " | ".join(states) + " |", "|---" * (len(states) + 1) + "|"]
     for fault in FAULTS:
-        own = ENCODE_STATES if fault == "kill-encode" else LANGUAGE_STATES if fault == "kill-language" else states
-        cells = [str(result.table[fault, state]) if state in own else "-" for state in states]
+        cells = [str(result.table[fault, state]) if state in states_hit_by(fault) else "-" for state in states]
         lines.append(f"| {fault} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

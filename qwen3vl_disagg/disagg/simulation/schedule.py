@@ -7,16 +7,22 @@ from dataclasses import dataclass
 
 import msgspec
 
-from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.errors import InputError, OverloadedError
 from qwen3vl_disagg.disagg.layout import RowSizes
-from qwen3vl_disagg.disagg.simulation.cluster import LIMITS, Client, Cluster, Sizes
-from qwen3vl_disagg.disagg.simulation.encode import SimEncode
-from qwen3vl_disagg.disagg.simulation.language import SimLanguage
-from qwen3vl_disagg.disagg.simulation.world import FAULTS, SILENCE_S, Violation, World
+from qwen3vl_disagg.disagg.router import RouterLimits
+from qwen3vl_disagg.disagg.simulation import faults as fault
+from qwen3vl_disagg.disagg.simulation.cluster import LIMITS, Cluster, Sizes
+from qwen3vl_disagg.disagg.simulation.hub import Client
+from qwen3vl_disagg.disagg.simulation.world import FAULTS, RANK_FAULTS, SILENCE_S, Violation, World
 
 SETTLE_S = 30.0
 """After the last fault: long enough for every timeout and reconnection."""
+DRAIN_S = 15.0
+"""After the longest lease: nothing that has not ended by then would end before its request's time is over."""
 TIMEOUT_S = 80.0
+AWAY_S = 20.0
+"""Longer than an item waits for an encode rank."""
+_STRIKES = frozenset(RANK_FAULTS) - {"allocation", "poison"}
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,13 @@ def _prepare(seed: int) -> tuple[World, Cluster, _Plan]:
         deepstack_blocks=rng.choice((1, 2, 4, 12)) if levels else 0,
         slots=rng.randint(1, 4),
         row_sizes=RowSizes(4, 4, 12, 64, 4 * levels),
+        router_limits=RouterLimits(
+            max_waiting=rng.choice((2, 64, 64, 64)), encode_wait_s=15.0, max_deaths=rng.randint(1, 3)
+        ),
+        are_language_ranks_required=rng.random() < 0.25,
     )
     memory = rng.choice((1, 2, 8))
-    limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory)
+    limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory, max_ended=rng.choice((8, 64)))
     cluster = Cluster(world, sizes, limits, preemption=rng.choice((0.0, 0.05, 0.2)))
     plan = _Plan(has_faults, world.faults_until, 2)
     start = 0.3
@@ -96,8 +106,14 @@ def _prepare(seed: int) -> tuple[World, Cluster, _Plan]:
 def _submit(cluster: Cluster, request_id: str, may_fail: bool) -> None:
     rng = cluster.world.rng
     rows = [rng.randint(1, 9) for _ in range(rng.choice((0, 1, 1, 2, 3)))]
-    bad = may_fail and rng.random() < 0.06
-    cluster.submit(request_id, rows, rng.randint(1, 3), TIMEOUT_S, bad=bad)
+    wrong = None
+    if may_fail and rng.random() < 0.06:
+        wrong = "bad"
+    elif may_fail and cluster.world.happens("poison", 4.0):
+        wrong = "poison"
+    has_faults = may_fail and bool(cluster.world.faults)
+    timeout_s = rng.choice((TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, 2.5, 6.0)) if has_faults else TIMEOUT_S
+    cluster.submit(request_id, rows, rng.randint(1, 3), timeout_s, wrong)
     if may_fail and rng.random() < 0.12:
         cluster.world.at(2.0 * rng.random(), None, cluster.abandon, request_id)
 
@@ -105,31 +121,42 @@ def _submit(cluster: Cluster, request_id: str, may_fail: bool) -> None:
 def _strike(cluster: Cluster) -> None:
     """One fault of a rank or a connection, of a kind that this schedule has."""
     world = cluster.world
-    rng, faults = world.rng, world.faults
+    rng = world.rng
     if world.now > world.faults_until:
         return
-    everybody: list[SimEncode | SimLanguage] = [*cluster.encodes, *cluster.languages]
+    everybody: list[fault.SimRank] = [*cluster.encodes, *cluster.languages]
     ranks = [rank for rank in everybody if not rank.is_dead]
     links = [link for encode in cluster.encodes if not encode.is_dead for link in encode.links.values()]
-    kinds = sorted(faults & {"partition", "one-way", "kill-encode", "kill-language", "freeze", "slow", "break"})
+    kinds = sorted(world.faults & set(_STRIKES))
     if not kinds or not ranks:
         return
     kind = rng.choice(kinds)
     seconds = rng.choice((0.2, 1.0, SILENCE_S + 1.0, 2 * SILENCE_S))
+    encode = rng.choice(cluster.encodes)
     if kind == "kill-encode":
-        cluster.kill("encode", rng.randrange(cluster.sizes.num_encode), rng.choice((0.05, 0.05, 2.0)))
+        begin = fault.die_slowly if rng.random() < 0.3 else fault.kill
+        begin(cluster, encode, rng.choice((0.05, 0.05, 2.0)), kind)
+    elif kind == "away":
+        for other in cluster.encodes if rng.random() < 0.5 else [encode]:
+            fault.kill(cluster, other, AWAY_S, kind)
+    elif kind == "leave" and not encode.is_dead:
+        fault.leave(cluster, encode, rng.choice((0.05, 2.0)))
     elif kind == "kill-language":
-        cluster.kill("language", rng.randrange(cluster.sizes.num_language), rng.choice((0.05, 2.0)))
+        fault.kill(cluster, rng.choice(cluster.languages), rng.choice((0.05, 2.0, 4.0)), kind)
+    elif kind == "kill-hub":
+        fault.kill_hub(cluster, rng.choice((0.1, 0.6, 2.0)))
     elif kind == "freeze":
-        cluster.freeze(rng.choice(ranks), seconds)
+        fault.freeze(cluster, rng.choice(ranks), seconds)
     elif kind == "slow":
-        cluster.slow(rng.choice(ranks), rng.choice((5.0, 40.0)), seconds)
+        fault.slow(cluster, rng.choice(ranks), rng.choice((5.0, 40.0)), seconds)
     elif kind == "partition" and rng.random() < 0.3:
-        cluster.cut_off(rng.choice(ranks), seconds)
+        fault.cut_off(cluster, rng.choice(ranks), seconds)
     elif links and kind in ("partition", "one-way"):
-        cluster.partition(rng.choice(links), kind == "one-way", seconds)
-    elif links:
-        cluster.break_link(rng.choice(links))
+        fault.partition(cluster, rng.choice(links), kind == "one-way", seconds)
+    elif links and kind == "black-hole":
+        fault.black_hole(cluster, rng.choice(links), world.now + rng.choice((4.0, 10.0)))
+    elif links and kind == "break":
+        fault.break_link(cluster, rng.choice(links))
 
 
 def _run(world: World, cluster: Cluster, plan: _Plan) -> None:
@@ -142,6 +169,9 @@ def _run(world: World, cluster: Cluster, plan: _Plan) -> None:
     late = [f"late{number}" for number in range(plan.num_late)]
     for request_id in late:
         _submit(cluster, request_id, False)
+    if "poison" in world.faults:  # the others have nothing to fear from it
+        late.append("poisoned")
+        cluster.submit("poisoned", [1, 2], 1, TIMEOUT_S, "poison")
     clients = {name: cluster.clients[name] for name in late}
     _run_until_ended(world, cluster, clients, world.now + TIMEOUT_S)
     _check_all_answered(clients)
@@ -159,7 +189,7 @@ def _run_until_ended(world: World, cluster: Cluster, clients: dict[str, Client],
 def _check_all_answered(clients: dict[str, Client]) -> None:
     """I11 without an excuse: nothing was wrong, so every answer has to come; a bad image is the client's fault."""
     for name, client in clients.items():
-        if client.is_abandoned:
+        if client.is_abandoned or isinstance(client.error, OverloadedError):  # which the hub's checks have looked at
             continue
         if client.has_bad_image != isinstance(client.error, InputError) or (client.error and not client.has_bad_image):
             raise Violation("I11", f"{name} ended with {client.error!r} though nothing was wrong")
@@ -167,9 +197,9 @@ def _check_all_answered(clients: dict[str, Client]) -> None:
 
 def _check_drained(world: World, cluster: Cluster) -> None:
     """I15: after a drain all pools are full and all tables empty."""
-    limit = world.now + cluster.limits.lease_s + SETTLE_S
+    limit = world.now + cluster.limits.lease_s + DRAIN_S
     while True:
-        ranks: list[SimEncode | SimLanguage] = [*cluster.encodes, *cluster.languages]
+        ranks: list[fault.SimRank] = [*cluster.encodes, *cluster.languages]
         busy = [rank for rank in ranks if not rank.sessions.is_idle]
         if not busy and not any(encode.encoded or encode.tasks for encode in cluster.encodes):
             break
@@ -180,5 +210,5 @@ def _check_drained(world: World, cluster: Cluster) -> None:
     for language in cluster.languages:
         if language.engine.known or language.engine.requests:
             raise Violation("I15", f"requests {[*language.engine.known, *language.engine.requests]} are still known")
-    if cluster.router.num_requests:
-        raise Violation("I15", f"the router still has {cluster.router.num_requests} requests")
+    if cluster.hub.router.num_requests:
+        raise Violation("I15", f"the router still has {cluster.hub.router.num_requests} requests")

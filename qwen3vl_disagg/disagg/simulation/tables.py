@@ -18,10 +18,10 @@ SEEDS = range(10)
 MOST_SCHEDULES = 1000
 _END = "<!-- end -->"
 _HEADS = {
-    "bugs": ("bug", "invariant", "stands for", "what it does", "schedules until it is found, seeds 0 to 9"),
-    "bugs of the simulator": ("bug", "invariant", "what it does", "schedules until it is found, seeds 0 to 9"),
+    "bugs": ("bug", "invariant", "stands for", "what it does"),
+    "bugs of the simulator": ("bug", "invariant", "what it does"),
 }
-"""Name of a table -> its columns; the last one is measured."""
+"""Name of a table -> its columns; behind them stands what is measured."""
 
 
 def static_rows(table: str) -> list[tuple[str, ...]]:
@@ -36,12 +36,13 @@ def _row(bug: Mutant) -> tuple[str, ...]:
     return bug.name, bug.fires, bug.stands_for, bug.about
 
 
-def write_tables(text: str, found: Mapping[str, Sequence[int | None]]) -> str:
-    """The document with both tables anew; `found[bug]`: schedules until it was found on each seed, None if it was
-    not. ValueError without their marks."""
+def write_tables(text: str, found: Mapping[str, Sequence[int | None]], seeds: Sequence[int] = SEEDS) -> str:
+    """The document with both tables anew; `found[bug]`: schedules until it was found on each of the seeds, None if it
+    was not. ValueError without their marks."""
+    measured = f"schedules until it is found, seeds {', '.join(map(str, seeds))}"
     for table, heads in _HEADS.items():
         rows = [(*row, ", ".join(str(count or "not") for count in found[row[0]])) for row in static_rows(table)]
-        lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        lines = ["| " + " | ".join((*heads, measured)) + " |", "|---" * (len(heads) + 1) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
         before, start, rest = text.partition(_start(table))
         _, end, after = rest.partition(_END)

@@ -14,13 +14,33 @@ if TYPE_CHECKING:
     from qwen3vl_disagg.disagg.simulation.encode import SimEncode
     from qwen3vl_disagg.disagg.simulation.language import SimLanguage
 
-FRAME_FAULTS = ("drop", "duplicate", "reorder", "delay", "corrupt", "truncate")
-"""What can happen to one frame or payload of a link."""
-RANK_FAULTS = ("partition", "one-way", "kill-encode", "kill-language", "freeze", "slow", "break", "allocation")
-"""What can happen to a rank, or to a connection."""
+FRAME_FAULTS = ("drop", "duplicate", "reorder", "delay", "corrupt", "truncate", "header", "endless")
+"""What can happen to one frame or payload of a link. header: it says something else than what was granted; endless: a
+payload that does not come to its end."""
+RANK_FAULTS = (
+    "partition",
+    "one-way",
+    "black-hole",
+    "kill-encode",
+    "kill-language",
+    "kill-hub",
+    "away",
+    "leave",
+    "poison",
+    "freeze",
+    "slow",
+    "break",
+    "allocation",
+)
+"""What can happen to a rank, or to a connection. black-hole: frames pass, payloads do not; away: encode ranks are dead
+for long; leave: one asks to be let go; poison: an item ends each process that encodes it."""
 FAULTS = FRAME_FAULTS + RANK_FAULTS
 
 SILENCE_S = 4.0
+RETURN_S = 3.0
+"""After its link has broken, a send or receive returns within this time."""
+STUCK_S = 12.0
+"""One that is stuck returns after this time even so."""
 
 
 class Violation(Exception):
@@ -82,9 +102,9 @@ class World:
     def is_quiet(self) -> bool:
         return not self._heap
 
-    def happens(self, fault: str) -> bool:
-        """Whether this kind of fault strikes now."""
-        return fault in self.faults and self.now < self.faults_until and self.random() < self.rate
+    def happens(self, fault: str, times: float = 1.0) -> bool:
+        """Whether this kind of fault strikes now; `times` as often as usual."""
+        return fault in self.faults and self.now < self.faults_until and self.random() < times * self.rate
 
     def delay(self, slowness: float = 1.0) -> float:
         return (0.001 + 0.02 * self.random()) * slowness
@@ -93,7 +113,7 @@ class World:
 class Channel:
     """One direction of a TCP connection: in order, nothing lost, until somebody hurts it."""
 
-    __slots__ = ("deliver", "held", "is_link", "is_open", "last", "link", "owner", "sender", "world")
+    __slots__ = ("deliver", "held", "is_open", "last", "link", "owner", "said_at", "sender", "world")
 
     def __init__(
         self,
@@ -105,6 +125,7 @@ class Channel:
     ) -> None:
         self.world, self.sender, self.owner, self.deliver, self.link = world, sender, owner, deliver, link
         self.last = 0.0
+        self.said_at = world.now
         self.is_open = True
         self.held: deque[Any] | None = None
         """While a partition lasts: what is not through yet."""
@@ -112,6 +133,7 @@ class Channel:
     def send(self, message: Any) -> None:
         if not self.is_open:
             return
+        self.said_at = self.world.now
         if self.held is not None:
             self.held.append(message)
             return
@@ -188,9 +210,21 @@ class SimLink:
         self.world, self.encode, self.language, self.epoch = world, encode, language, epoch
         self.to_language = Channel(world, encode, language, self._to_language, self)
         self.to_encode = Channel(world, language, encode, self._to_encode, self)
+        self.began_at = world.now
         self.is_broken = False
+        self.hole_until = 0.0
+        """Until then payloads do not get through."""
         self._sends: deque[Any] = deque()
         self._receives: deque[Any] = deque()
+        self._endless_sends: list[Any] = []
+        self._endless_receives: list[Any] = []
+        """Of payloads that do not come to their end."""
+
+    @property
+    def is_sound(self) -> bool:
+        """Both ends take it for open, and nothing is held back."""
+        ways = (self.to_language, self.to_encode)
+        return self.language.links.get(self.encode.rank) is self and all(w.is_open and w.held is None for w in ways)
 
     def rank_at(self, process: Process) -> Any:
         return self.encode if process is self.encode else self.language
@@ -217,9 +251,9 @@ class SimLink:
         # A partition holds the news back, until the other end finds the silence too long.
         patience = SILENCE_S if theirs.held is not None else 0.03
         self.world.at(patience * self.world.random(), other, self.close, other, "the peer closed")
-        self._break()
+        self.end_payloads()
 
-    def _break(self) -> None:
+    def end_payloads(self) -> None:
         """Posted sends and receives end with an error, some of them only after their own timeout."""
         if self.is_broken:
             return
@@ -227,12 +261,19 @@ class SimLink:
         for job in self._receives:
             self._fail_receive(job)
         for payload in self._sends:
-            self.world.at(3.0 * self.world.random(), self.encode, self.encode.sent, self, payload, "broken")
-        self._receives.clear()
-        self._sends.clear()
+            self._fail_send(payload)
+        for payload in self._endless_sends:
+            self._fail_send(payload)
+        for job in self._endless_receives:
+            self._fail_receive(job)
+        for waiting in (self._receives, self._sends, self._endless_receives, self._endless_sends):
+            waiting.clear()
 
-    def _fail_receive(self, job: Any) -> None:
-        self.world.at(3.0 * self.world.random(), self.language, self.language.payload_broke, self, job)
+    def _fail_send(self, payload: Any, seconds: float = RETURN_S) -> None:
+        self.world.at(seconds * self.world.random(), self.encode, self.encode.sent, self, payload, "broken")
+
+    def _fail_receive(self, job: Any, seconds: float = RETURN_S) -> None:
+        self.world.at(seconds * self.world.random(), self.language, self.language.payload_broke, self, job)
 
     def post_send(self, payload: Any) -> None:
         if self.is_broken:
@@ -251,14 +292,42 @@ class SimLink:
     def _match(self) -> None:
         while self._sends and self._receives:
             payload, job = self._sends.popleft(), self._receives.popleft()
+            is_in_hole = self.hole_until > self.world.now
+            if is_in_hole and self.world.random() < 0.8:
+                self._fail_send(payload, 0.3)
+                self._fail_receive(job, 0.3)
+                continue
+            if is_in_hole or self.world.happens("endless"):
+                if not is_in_hole:
+                    self.count("endless")
+                self._never_end(payload, job)
+                continue
             slowness = max(self.encode.slowness, self.language.slowness)
             done = self.world.delay(2.0 * slowness)
             self.world.at(done, None, self._complete, payload, job)
 
+    def _never_end(self, payload: Any, job: Any) -> None:
+        """Each end gives up after its own time; or is stuck, and does so when the link breaks, or much later."""
+        self._endless_sends.append(payload)
+        self._endless_receives.append(job)
+        limit = self.encode.sessions.limits.payload_s
+        for time_out in (self._send_times_out, self._receive_times_out):
+            self.world.at(limit if self.world.random() < 0.7 else STUCK_S, None, time_out, payload, job)
+
+    def _send_times_out(self, payload: Any, _: Any) -> None:
+        if any(payload is other for other in self._endless_sends):
+            self._endless_sends = [other for other in self._endless_sends if other is not payload]
+            self.world.at(0.0, self.encode, self.encode.sent, self, payload, "timed out")
+
+    def _receive_times_out(self, _: Any, job: Any) -> None:
+        if any(job is other for other in self._endless_receives):
+            self._endless_receives = [other for other in self._endless_receives if other is not job]
+            self.world.at(0.0, self.language, self.language.payload_broke, self, job)
+
     def _complete(self, payload: Any, job: Any) -> None:
         if self.is_broken and self.world.random() < 0.5:
             self._fail_receive(job)
-            self.world.at(3.0 * self.world.random(), self.encode, self.encode.sent, self, payload, "broken")
+            self._fail_send(payload)
             return
         self.world.at(self.world.delay(), self.encode, self.encode.sent, self, payload, None)
         self.world.at(self.world.delay(), self.language, self.language.payload_came, self, payload, job)
