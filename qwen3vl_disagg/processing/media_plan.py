@@ -147,7 +147,7 @@ class MediaPlanner:
         times = timestamps(frames, fps, self._config.temporal_patch_size, seconds)
         grid = _clip_grid(options, self._video, len(frames), width, height)
         num_pixels = (frames[-1] + 1) * width * height
-        return Plan(entry, grid, tuple(frames), tuple(times), num_pixels)
+        return Plan(entry, grid, tuple(frames), tuple(times), num_pixels=num_pixels)
 
     def _image_grid(self, options: MediaOptions, info: ImageInfo) -> Grid:
         image, patch = self._image, self._config.patch_size
