@@ -12,7 +12,10 @@ import time
 import pytest
 
 from qwen3vl_disagg.core.descriptors import ENOUGH, descriptor_limit, raise_descriptor_limit
-from qwen3vl_disagg.disagg.listener import Listener, listen_for_streams
+from qwen3vl_disagg.disagg.control import MAX_HUB_FRAME, Connection
+from qwen3vl_disagg.disagg.doorkeeper import Doorkeeper
+from qwen3vl_disagg.disagg.listener import Listener
+from qwen3vl_disagg.disagg.messages import HubMessage, Message
 from qwen3vl_disagg.disagg.slots import run_worker
 from tests.support.fake_ranks import in_loop
 
@@ -31,11 +34,14 @@ class Hello(asyncio.Protocol):
         transport.write(b"hello")
 
 
-async def hello(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        writer.write(b"hello")
-        await reader.read()
-    writer.close()
+async def serve(first: Message, connection: Connection) -> None:
+    """Nobody gets so far."""
+
+
+def listen(kind: str, sock: socket.socket) -> Listener:
+    if kind == "http":
+        return Listener(sock, Hello, name=kind)
+    return Doorkeeper(sock, serve, token="t", messages=HubMessage, max_frame=MAX_HUB_FRAME, name=kind)
 
 
 @pytest.mark.parametrize("kind", ["hub", "http"])
@@ -44,7 +50,7 @@ async def test_no_descriptor_left(limits, capfd, kind):
     loop = asyncio.get_running_loop()
     sock = socket.create_server(("127.0.0.1", 0))
     address = sock.getsockname()
-    listener = listen_for_streams(sock, hello, name=kind) if kind == "hub" else Listener(sock, Hello, name=kind)
+    listener = listen(kind, sock)
     highest = max(map(int, os.listdir("/proc/self/fd")))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 12, HARD))
     clients = []
@@ -59,7 +65,8 @@ async def test_no_descriptor_left(limits, capfd, kind):
     for client in clients[:-2]:
         client.close()
     async with asyncio.timeout(5):
-        assert await loop.sock_recv(clients[-2], 5) == b"hello"
+        await loop.sock_sendall(clients[-2], b"\xff" * 4)  # to the hub: a frame that is too large
+        assert await loop.sock_recv(clients[-2], 5) == (b"hello" if kind == "http" else b"")
     listener.close()
     await listener.wait_closed()
     for client in clients:

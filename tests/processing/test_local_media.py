@@ -110,7 +110,7 @@ def test_what_is_too_large_for_a_png_goes_without_loss_some_other_way(llm):
         (Image.new("1", (9000, 9000)), "pixels, the limit"),
         (Image.open(io.BytesIO(encode(picture((200, 200)), "PNG")[:300])), "damaged"),
     ],
-    ids=str,
+    ids=["https", "s3", "other host", "no such URL", "no such path", "device", "number", "thin", "large", "damaged"],
 )
 def test_what_cannot_be_had(llm, source, message):
     with pytest.raises(InputError, match=message) as caught:
