@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import torch
@@ -9,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.disagg.digest import (
+    _byte_weights,
     add_digests,
     deepstack_sums,
     range_digests,
@@ -200,3 +204,31 @@ def test_rows_of_any_length():
     changed = x.clone()
     changed[1, 70_000] = changed[1, 2] + 1
     assert row_sums(changed)[1] != row_sums(x)[1]
+
+
+_ON_ANOTHER_CPU = """
+import torch
+from qwen3vl_disagg.disagg.digest import row_sums
+rows = [torch.randint(-128, 128, (9, 515), generator=torch.Generator().manual_seed(0), dtype=torch.int8)]
+rows += [torch.full((3, 66), level, dtype=torch.int8) for level in (-128, 127)]
+print([row_sums(part).tolist() for part in rows])
+"""
+
+
+def test_every_cpu_finds_the_same():
+    """Those without instructions for whole products add pairs of them up in 16 bits, which must not be full."""
+    places = _byte_weights(0, 2**18)
+    assert places.abs().max() <= (2**15 - 1) // (2 * 255)
+    assert len(places.unique(dim=0)) == 2**18
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", _ON_ANOTHER_CPU],
+            env={**os.environ, "ONEDNN_MAX_CPU_ISA": name},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        for name in ("ALL", "AVX2")
+    }
+    assert len(found) == 1
