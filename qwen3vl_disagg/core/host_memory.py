@@ -1,30 +1,38 @@
-"""Memory that this host, or the control group that this process is in, has left."""
+"""Memory that this host, or the control groups that this process is in, have left."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def available_bytes(root: Path = Path("/")) -> int:
     """What can be had without pushing anything out. 0 where the system does not tell."""
     found = []
-    meminfo = _text(root / "proc/meminfo")
-    for line in meminfo.splitlines():
+    for line in _text(root / "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             found.append(int(line.split()[1]) * 1024)
-    group = next((line[3:] for line in _text(root / "proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
-    folders = [root / "sys/fs/cgroup" / group.strip("/"), root / "sys/fs/cgroup"]
-    for folder in folders:
-        limit, used = _text(folder / "memory.max").strip(), _text(folder / "memory.current").strip()
-        if limit.isdecimal() and used.isdecimal():
-            caches = dict(line.split() for line in _text(folder / "memory.stat").splitlines() if line.count(" ") == 1)
-            found.append(max(0, int(limit) - int(used) + int(caches.get("inactive_file", 0))))
-            break
-    old = root / "sys/fs/cgroup/memory"
-    limit, used = (_text(old / f"memory.{name}_in_bytes").strip() for name in ("limit", "usage"))
-    if limit.isdecimal() and used.isdecimal():
-        found.append(max(0, int(limit) - int(used)))
+    groups = _text(root / "proc/self/cgroup").splitlines()
+    top = root / "sys/fs/cgroup"
+    names = [line.split(":", 2) for line in groups if line.count(":") >= 2]
+    group = next((path for number, kinds, path in names if (number, kinds) == ("0", "")), "/")
+    old_group = next((path for _, kinds, path in names if "memory" in kinds.split(",")), "/")
+    found += _left(top, group, "memory.max", "memory.current", "inactive_file")
+    found += _left(top / "memory", old_group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     return min(found, default=0)
+
+
+def _left(top: Path, group: str, limit_name: str, used_name: str, cache_name: str) -> Iterator[int]:
+    """Bytes that a group and each one above it leave, of those with a limit: all of them hold. In a container a group
+    may have no folder of its name, but be the top itself."""
+    folder = top / group.strip("/")
+    for place in (folder, *folder.parents):
+        limit, used = _text(place / limit_name).strip(), _text(place / used_name).strip()
+        if limit.isdecimal() and used.isdecimal():
+            counts = dict(line.split() for line in _text(place / "memory.stat").splitlines() if line.count(" ") == 1)
+            yield max(0, int(limit) - int(used) + int(counts.get(cache_name, 0)))
+        if place == top:
+            return
 
 
 def _text(path: Path) -> str:

@@ -205,6 +205,40 @@ def test_memory_of_the_host_and_of_a_control_group(tmp_path):
     assert available_bytes(tmp_path / "nothing") == 0
 
 
+def test_the_tightest_group_counts(tmp_path):
+    """Batch systems limit a job and leave the groups of its tasks without a limit of their own."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemAvailable:    1000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/slurm/job/step/task\n")
+    top = tmp_path / "sys/fs/cgroup"
+    (top / "slurm/job/step/task").mkdir(parents=True)
+    for group, limit, used, cache in (
+        ("slurm", "900000", "100000", 0),
+        ("slurm/job", "50000", "30000", 1000),
+        ("slurm/job/step", "80000", "30000", 1000),
+        ("slurm/job/step/task", "max", "20000", 1000),
+    ):
+        (top / group / "memory.max").write_text(limit)
+        (top / group / "memory.current").write_text(used)
+        (top / group / "memory.stat").write_text(f"anon 3\ninactive_file {cache}\n")
+    assert available_bytes(tmp_path) == 50000 - 30000 + 1000
+
+
+@pytest.mark.parametrize("mounted", ["", "docker/abc"])
+def test_groups_of_the_first_version(tmp_path, mounted):
+    """Within a container the group's own folder is where all of them are mounted."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemAvailable:    1000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("11:cpu,cpuacct:/x\n7:memory:/docker/abc\n")
+    for group, limit, used, cache in (("", 2**63 - 4096, 70000, 0), (mounted, 60000, 40000, 500)):
+        folder = tmp_path / "sys/fs/cgroup/memory" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"inactive_file 9\ntotal_inactive_file {cache}\n")
+    assert available_bytes(tmp_path) == 60000 - 40000 + 500
+
+
 def test_room_that_nobody_writes_costs_nothing():
     before = torch.empty(0).element_size() and _resident()
     llm = LLM(max_running=512)
