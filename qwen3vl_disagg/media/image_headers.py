@@ -44,10 +44,7 @@ class ImageHeader:
 
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _FOREIGN: tuple[tuple[str, Callable[[bytes], bool]], ...] = (
-    (
-        "HEIC",
-        lambda data: bool(brands(data) & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}),
-    ),
+    ("HEIC", lambda data: bool(brands(data) & _HEIC_BRANDS)),
     ("JPEG 2000", lambda data: data.startswith((b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"))),
     ("JPEG XL", lambda data: data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL "))),
     ("PDF", lambda data: data.startswith(b"%PDF-")),

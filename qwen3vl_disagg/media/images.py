@@ -63,7 +63,7 @@ def probe_image(data: bytes) -> ImageInfo:
 
 def decode_rgb(data: bytes, notes: list[str] | None = None) -> Image.Image:
     """The image as shown, mode RGB, of the size that `probe_image` tells. InputError for one that is damaged, or of
-    which less than half is there; what is missing of another, or was skipped, is appended to `notes`."""
+    which too little is there; what is missing of another, or was skipped, is appended to `notes`."""
     header = _checked_header(data)
     try:
         loaded = _load(header, data)

@@ -20,8 +20,9 @@ from PIL import Image, ImageFile
 
 MIN_SHARE = 0.75
 """Of the pixels (WebP: of the bytes, which are declared): a picture of which less is there is refused."""
-_MIN_SHARES = {"GIF": 0.5}
-"""Flat rows take next to no bytes in a GIF: one that lacks a tenth of its bytes may lack nearly half of its rows."""
+_MIN_SHARES = {"GIF": 0.5, "WEBP": 0.5}
+"""Of the pixels. Flat rows take next to no bytes in a GIF: one that lacks a tenth of its bytes may lack nearly half of
+its rows."""
 _GREY = 128
 _MAX_PNG_CHUNKS = 100_000
 _PNG_START = 8
@@ -235,7 +236,7 @@ def _load_webp(data: bytes, opener: Opener) -> Loaded:
         return Loaded(images[0], WITHOUT_END)
     first, other = images
     rows = _equal(first, other).all(axis=1).cumprod().astype(bool)
-    return _judged(first, np.repeat(rows[:, None], first.width, axis=1), min_share=0)
+    return _judged(first, np.repeat(rows[:, None], first.width, axis=1), _MIN_SHARES["WEBP"])
 
 
 def _webp_picture(data: bytes) -> tuple[bytes, bytes, bytes, int]:

@@ -81,6 +81,16 @@ def test_what_lacks_most_of_its_picture_is_refused(name):
             decode_rgb(data[: round(len(data) * (1 - share))])
 
 
+@pytest.mark.parametrize("options", [{}, {"lossless": True}])
+def test_what_takes_most_bytes_is_not_most_of_a_picture(options):
+    """All detail is in the upper tenth: what is there of the bytes says little of the rows."""
+    levels = np.full((120, 160, 3), 200, dtype=np.uint8)
+    levels[:12] = np.random.default_rng(0).integers(0, 256, (12, 160, 3))
+    data = encode(Image.fromarray(levels), "WEBP", **options)
+    with pytest.raises(InputError, match="damaged"):
+        decode_rgb(data[: round(len(data) * 0.8)])
+
+
 ENDS: dict[str, tuple[str, int, str]] = {
     "jpeg": ("jpeg", 2, "lacks its end"),
     "jpeg, half an end mark": ("jpeg", 1, "lacks its end"),
