@@ -34,8 +34,8 @@ def check_number(name: str, value: Any, *, param: str | None = None) -> Any:
     kinds = (int,) if whole else (int, float)
     good = isinstance(value, kinds) and not isinstance(value, bool)
     if not good or not low <= value <= high:
-        kind = "a whole number" if whole else "a number"
-        raise InputError(f"{param or name} must be {kind} from {low:g} to {high:g}", param=param or name)
+        bounds = f"a whole number from {int(low)} to {int(high)}" if whole else f"a number from {low:g} to {high:g}"
+        raise InputError(f"{param or name} must be {bounds}", param=param or name)
     return value
 
 

@@ -27,7 +27,7 @@ def read_data_uri(uri: str, where: str, what: str, limit: int) -> bytes:
         return read_base64(body, where, what, limit)
     if len(body) > 3 * limit:  # each byte may take three characters
         raise _too_large(what, limit, where)
-    data = unquote_to_bytes(body.translate(_NO_BREAKS))
+    data = unquote_to_bytes(body.translate(_NO_BREAKS).encode("utf-8", "replace"))
     if len(data) > limit:
         raise _too_large(what, limit, where)
     return data
@@ -55,7 +55,8 @@ def read_base64(body: str, where: str, what: str, limit: int) -> bytes:
     """Forgiving base64 in a URL: percent-encoded, with blanks, with or without padding. InputError if it is none."""
     if len(body) > 8 * limit:  # a third more, three characters for each, and blanks
         raise _too_large(what, limit, where)
-    data = (unquote_to_bytes(body) if "%" in body else body.encode("utf-8")).translate(None, _BLANKS)
+    data = body.encode("utf-8", "replace")  # a lone surrogate is no base64 either
+    data = (unquote_to_bytes(data) if "%" in body else data).translate(None, _BLANKS)
     if len(data) > limit * 4 // 3 + 4:
         raise _too_large(what, limit, where)
     if len(data) % 4 == 0:

@@ -52,12 +52,13 @@ def read_media(part: dict[str, Any], kind: str, where: str, allow_paths: bool) -
     place: Place = "image part" if kind in IMAGE_KINDS else "clip part"
     check_fields(part, place, where=where, besides=(kind,))
     names = _IMAGE_SOURCES if kind in IMAGE_KINDS else _VIDEO_SOURCES
-    name = next((name for name in (kind, *names) if part.get(name) is not None), kind)
+    name = _source_of(part, (kind, *names), where)
     source = part.get(name)
     if isinstance(source, dict):
         check_fields(source, place, where=f"{where}.{name}")
-        part = {**{key: value for key, value in source.items() if key in FIELDS[place]}, **part}
-        name = next((key for key in ("url", *_RAW) if source.get(key) is not None), "url")
+        said = {key: value for key, value in part.items() if value is not None}
+        part = {**{key: value for key, value in source.items() if key in FIELDS[place]}, **said}
+        name = _source_of(source, ("url", *_RAW), f"{where}.{name}")
         source = source.get(name)
     options = MediaOptions.of_part(part, place, where)
     is_raw = name in _RAW and isinstance(source, str) and not is_data_uri(source)
@@ -72,6 +73,15 @@ def read_media(part: dict[str, Any], kind: str, where: str, allow_paths: bool) -
     if options.fps is not None and options.num_frames is not None:
         raise InputError("fps and num_frames exclude one another", param=where)
     return Media(read(source, where=where, what="video", limit=MAX_VIDEO_BYTES), where, "video", options=options)
+
+
+def _source_of(part: dict[str, Any], names: Sequence[str], where: str) -> str:
+    """The field that holds the media; the first if none does. InputError for two with different things in them."""
+    given = [name for name in dict.fromkeys(names) if part.get(name) is not None]
+    for name in given[1:]:
+        if part[name] != part[given[0]]:
+            raise InputError(f"{given[0]} and {name} are two sources of one image or clip", param=f"{where}.{name}")
+    return given[0] if given else names[0]
 
 
 def _frames(source: object, where: str, allow_paths: bool) -> bytes | None:

@@ -53,7 +53,7 @@ def _message(raw: object, where: str, media: list[Media], allow_paths: bool) -> 
     check_fields(raw, "message", where=where)
     message = {"role": role, **_extras(raw, role, where)}
     content = raw.get("content")
-    if role == "assistant" and content in (None, []):
+    if role in ("assistant", "tool") and content in (None, []):
         content = ""
     if isinstance(content, str):
         return {**message, "content": check_text(content, f"{where}.content")}

@@ -87,7 +87,8 @@ def _salt(value: object) -> str:
 
 
 def _thinking(raw: Mapping[str, Any], variables: dict[str, Any]) -> Thinking | None:
-    """The first that is said in any spelling; those in `variables` are taken out of it."""
+    """What is said in any spelling, of each kind the first: flags say whether, an effort how much, and whether where no
+    flag does. Those in `variables` are taken out of it."""
     kwargs = {f"chat_template_kwargs.{name}": variables.pop(name, None) for name in ("enable_thinking", "thinking")}
     effort_in_kwargs = variables.pop("reasoning_effort", None)
     reasoning = check_object(raw.get("reasoning"), "reasoning")
@@ -113,6 +114,10 @@ def _thinking(raw: Mapping[str, Any], variables: dict[str, Any]) -> Thinking | N
             raise InputError(f"{param} must be one of {', '.join(_EFFORTS)}", param=param)
     effort = next(((param, value) for param, value in efforts.items() if value is not None), None)
     said = next(((param, value) for param, value in flags.items() if value is not None), None)
-    if effort is not None:
-        return Thinking(is_wanted=effort[1] != "none", param=effort[0], effort=effort[1])
-    return None if said is None else Thinking(is_wanted=said[1], param=said[0])
+    if said is None:
+        return effort and Thinking(is_wanted=effort[1] != "none", param=effort[0], effort=effort[1])
+    if effort is None or not said[1]:
+        return Thinking(is_wanted=said[1], param=said[0])
+    if effort[1] == "none":
+        raise InputError(f"{said[0]} is true, and {effort[0]} none", param=effort[0])
+    return Thinking(is_wanted=True, param=effort[0], effort=effort[1])

@@ -16,7 +16,6 @@ from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
 
 Place = Literal[
     "request",
-    "batch line",
     "message",
     "text part",
     "image part",
@@ -57,6 +56,8 @@ _HARMLESS_IN_PARTS = _ignored(
     "alt annotations cache_control citations content_hash filename format id media_type"
     " mime_type name source_type title uuid"
 )
+_SHOWN_ELSEWHERE = _refused("images image_urls videos audio input_audio file files attachments", [], "")
+"""What the model would have to see, where no media stand."""
 _IMAGE_SIZE = _built("min_pixels max_pixels resized_height resized_width")
 _CLIP_SAMPLING = _built("fps num_frames min_frames max_frames do_sample_frames")
 _AS_IT_IS = _refused("do_resize do_rescale do_normalize do_convert_rgb", True) | _ignored("return_tensors use_fast")
@@ -88,7 +89,7 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         **_refused("function_call", "none", "auto"),
         **_refused("functions documents", []),
         **_refused("verbosity", "medium"),
-        **_refused("prediction web_search_options audio"),
+        **_refused("prediction web_search_options"),
         **_refused("modalities", ["text"]),
         # Which tokens may come.
         **_refused("stop_token_ids allowed_token_ids bad_words bad_words_ids", []),
@@ -102,16 +103,23 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         **_refused("penalize_nl", True),
         **_refused("repetition_detection max_length t_max_predict_ms"),
         **_refused("watermark watermarking", False),
+        **_refused("stop_sequences stop_strings stop_words banned_tokens suppress_tokens", []),
+        **_refused("random_seed sampling_seed eos_token_id max_output_tokens"),
         # What the model is shown.
-        **_refused("chat_template template system prompt suffix input input_ids prompt_embeds images image_data"),
-        **_refused("video_data audio_data context session_params task truncate"),
+        **_SHOWN_ELSEWHERE,
+        **_refused("image image_url image_data video video_url video_data audio_data file_ids", [], ""),
+        **_refused("chat_template template system prompt suffix input input_ids prompt_embeds"),
+        **_refused("system_prompt system_instruction instructions previous_response_id conversation"),
+        **_refused("context session_params task truncate"),
+        **_refused("vl_high_resolution_images safe_prompt enable_search", False),
         **_refused("truncate_prompt_tokens", -1),
         **_refused("add_special_tokens raw use_audio_in_video echo return_full_text", False),
         **_refused("max_dynamic_patch min_dynamic_patch"),
-        **_refused("images_config options", {}),
+        **_refused("images_config options extra_body parameters sampling_params generation_config", {}),
         **_refused("lora lora_path lora_request adapter_id", [], ""),
         # How it thinks, and what is told of it.
         **_refused("thinking reasoning_budget reasoning_budget_tokens thinking_budget thinking_token_budget", -1),
+        **_refused("max_thinking_tokens", -1),
         **_refused("include_reasoning separate_reasoning stream_reasoning", True),
         **_refused("reasoning_format", "auto", "deepseek"),
         **_refused("thinking_forced_open reasoning_in_content", False),
@@ -132,18 +140,26 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         **_ignored("dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers xtc_threshold"),
         **_ignored("mirostat_tau mirostat_eta adaptive_decay backend_sampling details decoder_input_details"),
     },
-    "batch line": _built("messages images videos prompt system"),
     "message": {
         **_built("role content tool_calls tool_call_id reasoning_content reasoning"),
-        **_refused("audio function_call"),
+        **_SHOWN_ELSEWHERE,
+        **_refused("image image_url video video_url", [], ""),
+        **_refused("function_call"),
         **_refused("tools documents", []),
         **_refused("prefix partial", False),
         **_ignored("name refusal annotations cache_control id reasoning_details"),
     },
-    "text part": {**_built("type text"), **_HARMLESS_IN_PARTS},
+    "text part": {
+        **_built("type text"),
+        **_SHOWN_ELSEWHERE,
+        **_refused("image image_url video video_url", [], ""),
+        **_HARMLESS_IN_PARTS,
+    },
     "image part": {
         **_built("type image_url image url base64 data detail"),
         **_IMAGE_SIZE,
+        **_SHOWN_ELSEWHERE,
+        **_refused("video video_url text", ""),
         **_refused("file_id source max_dynamic_patch min_dynamic_patch image_embeds"),
         **_refused("modalities", "image"),
         **_HARMLESS_IN_PARTS,
@@ -153,6 +169,8 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         **_IMAGE_SIZE,
         **_CLIP_SAMPLING,
         **_built("nframes total_pixels video_start video_end sample_fps raw_fps"),
+        **_SHOWN_ELSEWHERE,
+        **_refused("image image_url text", ""),
         **_refused("file_id source max_dynamic_patch min_dynamic_patch"),
         **_refused("modalities", "video"),
         **_HARMLESS_IN_PARTS,
@@ -169,7 +187,6 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
 }
 
 CLOSED: tuple[Place, ...] = (
-    "batch line",
     "mm_processor_kwargs",
     "images_kwargs",
     "videos_kwargs",

@@ -137,8 +137,12 @@ def _numbers(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
             value = raw.get(name)
             if value is None or is_one_of(value, not_set):
                 continue
+            if LIMITS[row][2] and isinstance(value, float) and value.is_integer():
+                value = int(value)  # as languages without whole numbers write them
             if row == "top_k" and is_one_of(value, (-1,)):
                 value = 0  # off, in either spelling
+            if row == "top_p" and is_one_of(value, (0,)):
+                value = LIMITS[row][0]  # the most likely token alone
             if row == "seed" and isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 0:
                 value += 2**63  # as good a seed as any
             value = check_number(row, value, param=name)

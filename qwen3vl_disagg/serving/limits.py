@@ -35,6 +35,6 @@ class Limits:
     hide_cache_hits: bool = False
     """Nothing in an answer says what was in a cache."""
     ping_s: float = 15.0
-    """A stream silent for this long gets a comment line, so that nothing between us and the client gives up."""
+    """A stream silent for this long gets an empty chunk, so that nothing between us and the client gives up."""
     send_timeout_s: float = 30.0
     """A client that reads nothing for this long is gone."""

@@ -56,7 +56,20 @@ def test_a_body_that_is_not_base64_is_its_bytes():
 
 
 @pytest.mark.parametrize(
-    "body", ["QUJDR", "QUJ!", "QU=JD", "QUJD=", "====", "QUJDRA===", "QUJD-_8=", "Q\u00e9JD", "Q%00JD"]
+    "body",
+    [
+        "QUJDR",
+        "QUJ!",
+        "QU=JD",
+        "QUJD=",
+        "====",
+        "QUJDRA===",
+        "QUJD-_8=",
+        "Q\u00e9JD",
+        "Q%00JD",
+        "QU\ud800D",
+        "QU%4A\ud800",
+    ],
 )
 def test_what_is_no_base64(body):
     with pytest.raises(InputError, match="not valid base64") as caught:

@@ -111,6 +111,30 @@ async def lateness() -> AsyncIterator[list[float]]:
         task.cancel()
 
 
+@pytest.mark.parametrize("word", [b"", b"video"])
+def test_the_loop_turns_while_a_large_body_is_looked_through(word):
+    """A body in which every fifth byte begins the word that is looked for."""
+    size = 8 * 2**20
+    body = bytearray((b"vide" * size)[: size - 2] + word)
+    turns = 0
+
+    async def look() -> bool:
+        async def turn() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        other = asyncio.create_task(turn())
+        try:
+            return await preparation._speaks_of_clips(body)
+        finally:
+            other.cancel()
+
+    assert asyncio.run(look()) == bool(word), "also where the word lies across two stretches"
+    assert turns >= 7
+
+
 WORDS = "the red circle is above it " * 4000
 MIXED = [
     {"type": "text", "text": WORDS},

@@ -188,6 +188,60 @@ def test_ignored_and_unknown_fields_have_no_effect():
     assert said(**{key: {"a": [1]} for key in [*names, "nobody_knows_this"]}) == said()
 
 
+@pytest.mark.parametrize(("name", "row"), rows("message", Refused))
+def test_a_refused_field_of_a_message_is_named(name, row):
+    turn = ASK["messages"][0]
+    refused(f"messages[0].{name}", messages=[{**turn, name: {"a": [1]}}])
+    for value in (None, *row.neutral):
+        assert said(messages=[{**turn, name: value}]) == said()
+
+
+@pytest.mark.parametrize("name", ["image", "images", "image_url", "video", "videos", "video_url", "attachments"])
+@pytest.mark.parametrize("place", ["request", "message", "text part", "part without a type"])
+def test_no_picture_is_left_out_in_silence(name, place):
+    value = [uri(LARGE)] if name.endswith("s") else uri(LARGE)
+    part = {"text": "?"} if place == "part without a type" else {"type": "text", "text": "?"}
+    turn = {"role": "user", "content": [{**part, name: value} if "part" in place else part]}
+    if place == "message":
+        turn[name] = value
+    beside = {name: value} if place == "request" else {}
+    param = {"request": name, "message": f"messages[0].{name}"}.get(place, f"messages[0].content[0].{name}")
+    refused(param, messages=[turn], **beside)
+
+
+def test_a_part_is_one_picture_and_nothing_else():
+    part = PART["image part"]
+    for name, value in {"text": "describe it", "image": uri(png()), "url": uri(png())}.items():
+        with pytest.raises(InputError) as caught:
+            seen({**part, name: value})
+        assert caught.value.param == f"messages[0].content[0].{name}"
+    with pytest.raises(InputError) as caught:
+        seen({"type": "image_url", "image_url": {"url": uri(LARGE), "data": "aGk="}})
+    assert caught.value.param == "messages[0].content[0].image_url.data"
+    assert seen({**part, "image": part["image_url"], "url": None, "text": None}) == seen(part)
+
+
+def test_null_beside_the_url_does_not_undo_what_stands_within():
+    low = {"type": "image_url", "image_url": {"url": uri(LARGE), "detail": "low"}}
+    assert seen({**low, "detail": None}) == seen(low) != seen(PART["image part"])
+
+
+def test_a_flag_says_whether_and_an_effort_how_much():
+    def change(source: str) -> str:
+        return source + "{% if enable_thinking %}{{ '<think>\n' }}{{ reasoning_effort }}{% endif %}"
+
+    processor = with_template(change)
+    for flag in ({"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        assert said(processor, **flag, reasoning_effort="medium") == said(processor)
+    low = said(processor, reasoning_effort="low")
+    assert said(processor, think=True, reasoning_effort="low") == low != said(processor, think=True)
+    reply = serve(FakeBackend(), processor=processor).post(
+        PATH, json={**ASK, "think": True, "reasoning_effort": "none"}
+    )
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "reasoning_effort")
+    assert said(enable_thinking=False, reasoning_effort="high") == said()
+
+
 # ---- parts ----
 
 PART: dict[Place, dict[str, Any]] = {
@@ -302,7 +356,7 @@ def test_size_is_of_an_image_or_of_all_frames_together():
     assert video.num_rows < seen(PART["clip part"]).items[0].num_rows
 
 
-@pytest.mark.parametrize("place", [place for place in CLOSED if place != "batch line"])
+@pytest.mark.parametrize("place", CLOSED)
 def test_closed_places_name_what_they_do_not_know(place):
     inner: dict[str, Any] = {"max_dynamic_tiles": 3}
     where = {

@@ -71,6 +71,13 @@ THEN = {"role": "user", "content": "and?"}
           {"role": "tool", "tool_call_id": "", "content": "1"}],
          [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call()]},
           {"role": "tool", "content": "1"}]),
+        *(
+            ([{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call()]},
+              {"role": "tool", **nothing}],
+             [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call()]},
+              {"role": "tool", "content": ""}])
+            for nothing in ({"content": None}, {}, {"content": []})
+        ),
         ([{"role": "user", "content": "?", "name": "me", "id": "m1"}], [{"role": "user", "content": "?"}]),
     ],
 )  # fmt: skip
@@ -90,6 +97,9 @@ def test_messages_in_other_spellings(messages, plain):
         ({"max_tokens": -1}, {"is_open_ended": True}),
         ({"max_completion_tokens": None, "max_tokens": 5}, {"max_new_tokens": 5}),
         ({"max_new_tokens": 5}, {"max_new_tokens": 5}),
+        ({"max_tokens": 5.0, "top_k": 40.0, "seed": 3.0}, {"max_new_tokens": 5, "top_k": 40, "seed": 3}),
+        ({"top_k": -1.0, "seed": -1.0, "max_tokens": -1.0}, {"top_k": 0, "seed": None, "is_open_ended": True}),
+        ({"top_p": 0}, {"top_p": 1e-6}),
         ({"n_predict": 5}, {"max_new_tokens": 5}),
         ({"stop": None}, {"stop": []}),
         ({"stop": []}, {"stop": []}),
