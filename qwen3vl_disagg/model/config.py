@@ -305,14 +305,14 @@ class _Reader:
             self.problems.append(f"{where}rope type {kind} is not supported (only 'default' and 'axial')")
         if (theta := rope_theta(raw)) is not None:
             optional["rope_theta"] = self.number({"rope_theta": theta}, where, "rope_theta", kind=float)
-        head_dim = raw.get("head_dim")
-        if head_dim is not None and head_dim != (raw.get("hidden_size") or 0) / (raw.get("num_heads") or 1):
+        hidden_size, num_heads, head_dim = number("hidden_size"), number("num_heads"), raw.get("head_dim")
+        if head_dim is not None and head_dim != hidden_size / (num_heads or 1):
             self.problems.append(f"{where}head_dim {shown(head_dim)} is not hidden_size / num_heads")
         return VisionConfig(
             **optional,
             depth=number("depth"),
-            hidden_size=number("hidden_size"),
-            num_heads=number("num_heads"),
+            hidden_size=hidden_size,
+            num_heads=num_heads,
             intermediate_size=number("intermediate_size"),
             out_hidden_size=number("out_hidden_size"),
             num_position_embeddings=number("num_position_embeddings"),

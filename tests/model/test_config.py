@@ -214,3 +214,12 @@ def test_any_value_anywhere_is_read_or_refused(data):
         place[key] = data.draw(ANY_JSON)
     with contextlib.suppress(ConfigError):
         assert isinstance(ModelConfig.from_dict(raw), ModelConfig)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_heads", "head_dim"])
+@pytest.mark.parametrize("value", ["64", [1], {}, 1.5, 0])
+def test_sizes_of_vision_heads_are_read_or_refused(key, value):
+    """Also where the file says a size that follows from the others."""
+    vision = {"head_dim": CONFIGS["mixed"].vision.hidden_size // CONFIGS["mixed"].vision.num_heads}
+    raw = edited(**{f"vision_config__{name}": size for name, size in (vision | {key: value}).items()})
+    assert any(key in problem for problem in problems(raw))
