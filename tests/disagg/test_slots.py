@@ -334,8 +334,11 @@ def test_a_split_without_one_of_the_roles_is_refused(world, num):
 def test_world_of_torchrun_and_of_none():
     env = {"TORCHELASTIC_RUN_ID": "a", "RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}
     env |= {"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"}
-    assert World.from_env(env) == World(6, 8, local_rank=2, num_local_ranks=4, node=1, num_nodes=2, has_agent=True)
-    assert World.from_env({"RANK": "3", "WORLD_SIZE": "8"}) == World(0, 1)
+    world, alone = World.from_env(env), World.from_env({"RANK": "3", "WORLD_SIZE": "8"})
+    assert min(world.free_bytes, alone.free_bytes) > 0
+    expected = World(6, 8, local_rank=2, num_local_ranks=4, node=1, num_nodes=2, has_agent=True)
+    assert replace(world, free_bytes=0) == expected
+    assert replace(alone, free_bytes=0) == World(0, 1)
 
 
 # ---- rendezvous ----

@@ -59,8 +59,8 @@ def test_text_alone_runs_no_graph_with_a_level(pair):
     config, _, _, _, _ = pair
     torch._dynamo.reset()
     model = random_language_model(config, seed=0)
-    compiled = CompiledDecoder(model)
     engine = make_engine(model)
+    compiled = engine.runner.compiled = CompiledDecoder(model)
     text = {name: request for name, request in make_requests(model, 9).items() if not request[1]}
     run(engine, text, GREEDY)
     assert compiled.counts.graphs <= sum(not kind.has_level for kind in graph_kinds(config, has_kernels=False))

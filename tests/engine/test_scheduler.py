@@ -57,7 +57,7 @@ def test_prefill_and_decode_take_turns_and_chunks_are_short_while_others_are_dec
 
 def test_a_request_larger_than_the_pool_is_refused():
     scheduler = make_scheduler(PagePool(2, 4))
-    with pytest.raises(InputError, match="needs 9 tokens of cache; there are 8"):
+    with pytest.raises(InputError, match="needs 9 tokens of keys and values; there is room for 8"):
         scheduler.add(make_sequence("a", 9, 1))
 
 

@@ -38,7 +38,7 @@ def _pictures() -> bytes:
 
 
 WORST: dict[str, Payloads] = {
-    "13 MB of text": lambda: [_chat("a b" * 4_300_000)] * 4,
+    "13 MB of text": lambda: [_chat("a b" * 4_300_000)] * 40,
     "13 MB of one letter": lambda: [_chat("a" * 13_000_000)] * 4,
     "13 MB in many turns": lambda: (
         [_post(json.dumps({"messages": [{"role": "user", "content": "word " * 50}] * 45_000}).encode())] * 4
