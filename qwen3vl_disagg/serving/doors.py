@@ -48,9 +48,10 @@ class Doors:
             own = socket.gethostname().lower()
             names |= {own, own.partition(".")[0]}
         for name in allowed:
-            if name != ANY and _address(name) is None and not _HOST.fullmatch(name.lower()):
+            found = name.lower() if name == ANY or _address(name) else _name_of(name)
+            if found is None:
                 raise InputError(f"--allow-host {name}: must be a host name, an address or {ANY}", param="allow-host")
-            names.add(name.lower().strip("[]"))
+            names.add(found.strip("[]"))
         return cls(frozenset(names), any_address=not is_loopback(host))
 
     def check(self, method: str, headers: Headers) -> None:
@@ -66,14 +67,19 @@ class Doors:
     def _is_served(self, host: str) -> bool:
         if ANY in self.names:
             return True
-        found = _HOST.fullmatch(host.lower())
-        if found is None:
+        name = _name_of(host)
+        if name is None:
             return False
-        name = found[1].strip("[]").removesuffix(".")
         if name in self.names or name.endswith(".localhost"):  # RFC 6761, 6.3
             return True
         address = _address(name)
         return address is not None and (self.any_address or address.is_loopback)
+
+
+def _name_of(host: str) -> str | None:
+    """Without port, brackets and the dot of the root, in lower case; None for what can be no host."""
+    found = _HOST.fullmatch(host.lower())
+    return None if found is None else found[1].strip("[]").removesuffix(".")
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

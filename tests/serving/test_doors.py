@@ -63,6 +63,10 @@ def test_hosts_that_were_allowed():
     for host in ("api.example", "API.EXAMPLE:443", "10.1.2.3:8000", "[::1]:1"):
         assert ask(doors, host=host) == (200, None)
     assert ask(doors, host="b.api.example") == (403, "host_not_allowed")
+    for spelled in ("Api.example:8000", "api.example."):
+        for host in ("api.example", "api.example:8000", "api.example."):
+            assert ask(Doors.of("127.0.0.1", [spelled]), host=host) == (200, None)
+    assert ask(Doors.of("127.0.0.1", ["[fe80::1]:80"]), host="[fe80::1]:8000") == (200, None)
     assert ask(Doors.of("0.0.0.0", ["*"]), host="what.ever") == (200, None)
     for bad in ("http://a", "a/b", "", "a b"):
         with pytest.raises(InputError) as caught:
