@@ -16,6 +16,8 @@ ARCHITECTURES = ("Qwen3VLMoeForConditionalGeneration", "Qwen3VLForConditionalGen
 MAX_LAYERS = 1024
 MAX_SIZE = 2**24
 """Bounds on counts and sizes, so that a wrong config is refused instead of built."""
+SMALLEST_EPS = 2.0**-126
+"""The smallest normal number of float32, in which norms are taken: below it a row of zeros could become 0 / 0."""
 
 
 def rope_entries(text: Mapping[str, Any]) -> Any:
@@ -347,11 +349,14 @@ def check_config(config: ModelConfig) -> list[str]:
     sizes["rms_norm_eps"] = text.rms_norm_eps
     largest = {"num_hidden_layers": MAX_LAYERS, "depth": MAX_LAYERS, "rope_theta": math.inf}
     largest |= {"vision rope_theta": math.inf, "max_position_embeddings": 2**31 - 1}
-    wrong = [name for name, value in sizes.items() if not 0 < value <= largest.get(name, MAX_SIZE)]
-    wrong += [name for name in ("num_experts", "moe_intermediate_size") if getattr(text, name) > MAX_SIZE]
-    if wrong:
-        sizes |= {"num_experts": text.num_experts, "moe_intermediate_size": text.moe_intermediate_size}
-        return [f"{name} must be in 1..{largest.get(name, MAX_SIZE)}, got {sizes[name]}" for name in wrong]
+    # A theta below 1 makes frequencies that rise, beyond float32 where it is small enough.
+    bounds = {name: (1, largest.get(name, MAX_SIZE)) for name in sizes} | {"rms_norm_eps": (SMALLEST_EPS, MAX_SIZE)}
+    for name in ("num_experts", "moe_intermediate_size"):
+        sizes[name], bounds[name] = getattr(text, name), (0, MAX_SIZE)
+    for name, (low, high) in bounds.items():
+        need(low <= sizes[name] <= high, f"{name} must be in {low}..{high}, got {sizes[name]}")
+    if problems:
+        return problems
     need(
         text.num_attention_heads % text.num_key_value_heads == 0,
         f"num_attention_heads {text.num_attention_heads} is not a multiple of num_key_value_heads "
@@ -371,6 +376,10 @@ def check_config(config: ModelConfig) -> list[str]:
         need(yarn.factor >= 1, f"yarn factor {yarn.factor} is less than 1")
         need(yarn.original_max_position_embeddings > 0, "yarn original_max_position_embeddings must be positive")
         need(yarn.attention_factor > 0, f"yarn attention_factor {yarn.attention_factor} is not positive")
+        need(
+            yarn.attention_factor <= MAX_SIZE,
+            f"yarn attention_factor {yarn.attention_factor} is larger than {MAX_SIZE}: scores grow with its square",
+        )
         need(
             yarn.beta_fast >= yarn.beta_slow,
             f"yarn beta_fast {yarn.beta_fast} is less than beta_slow {yarn.beta_slow}",
