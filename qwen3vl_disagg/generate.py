@@ -235,6 +235,8 @@ def _entry(line: bytes, where: str, folder: Path) -> Any:
         name = ENTRY_KEYS.get(key)
         if name is None:
             raise InputError(f"{where}: `{key[:64]}` is not known; there are {', '.join(ENTRY_KEYS)}")
+        if value is None:  # tables write a column so that a row does not have
+            continue
         if name in values:
             raise InputError(f"{where}: `{key}` is given twice, as `{name}` too")
         values[name] = value

@@ -294,3 +294,20 @@ def test_what_a_terminal_cannot_show_ends_nothing(tmp_path):
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == b"error: no-\\u4e2d.json: No such file or directory\n"
+
+
+def test_null_in_a_line_of_a_batch_is_nothing(tmp_path):
+    """As tables write columns that a row does not have."""
+    batch = tmp_path / "batch.jsonl"
+    turns = [{"role": "user", "content": "?"}]
+    lines = [
+        {"prompt": "?", "image": None, "images": ["a.png"], "messages": None, "system": None},
+        {"prompt": None, "images": None, "messages": turns},
+    ]
+    batch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, second = generate.conversations(GenerateOptions(batch=batch))
+    assert [part["type"] for part in first[0]["content"]] == ["image_url", "text"]
+    assert second == turns
+    batch.write_text(json.dumps({"prompt": None, "messages": None}))
+    with pytest.raises(InputError, match="line 1: needs"):
+        list(generate.conversations(GenerateOptions(batch=batch)))

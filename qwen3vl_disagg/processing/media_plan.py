@@ -139,6 +139,9 @@ class MediaPlanner:
             if len(sizes) > 1:
                 raise InputError(f"the frames of a clip must have one size, these have {len(sizes)}")
             frames, fps = list(range(len(infos))), options.fps or UNKNOWN_FPS
+            least, most = entry.options.min_frames or 0, entry.options.max_frames or len(frames)
+            if not least <= len(frames) <= most:
+                raise InputError(f"a list is looked at as it is: it has {len(frames)} frames, not {least} to {most}")
             width, height = sizes.pop()
         else:
             clip = self._headers.clip(entry.data)

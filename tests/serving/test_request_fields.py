@@ -320,6 +320,15 @@ def test_rates_of_lists_of_frames(name):
     assert seen({**part, name: 2}) == seen({**part, "fps": 2}) != seen(part)
 
 
+@pytest.mark.parametrize(("name", "kept", "broken"), [("max_frames", 4, 3), ("min_frames", 4, 5)])
+def test_bounds_of_frames_hold_for_lists_or_are_a_400(name, kept, broken):
+    part = {"type": "video", "video": [uri(png())] * 4}
+    assert seen({**part, name: kept}) == seen(part)
+    with pytest.raises(InputError, match="it has 4 frames") as caught:
+        seen({**part, name: broken})
+    assert caught.value.param == "messages[0].content[0]"
+
+
 @pytest.mark.parametrize(
     ("fields", "equal"),
     [
