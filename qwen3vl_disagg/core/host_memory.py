@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
+
+_M_MMAP_THRESHOLD = -3
+_LARGE_BYTES = 1 << 20
 
 
 def available_bytes(root: Path = Path("/")) -> int:
@@ -20,6 +24,14 @@ def available_bytes(root: Path = Path("/")) -> int:
     found += _left(top, group, "memory.max", "memory.current", "inactive_file")
     found += _left(top / "memory", old_group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     return min(found, default=0)
+
+
+def give_large_blocks_back() -> None:
+    """From now on, memory of a megabyte and more goes back to the system as soon as it is freed. By itself glibc stops
+    doing that for sizes that have been freed before (mallopt(3), M_MMAP_THRESHOLD). Elsewhere nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def _left(top: Path, group: str, limit_name: str, used_name: str, cache_name: str) -> Iterator[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.hub import model_name, resolve_model_folder
+from qwen3vl_disagg.core.host_memory import give_large_blocks_back
 from qwen3vl_disagg.core.settings import HttpOptions
 from qwen3vl_disagg.disagg.rendezvous import RankContext
 from qwen3vl_disagg.disagg.router_tables import RouterLimits
@@ -38,6 +39,7 @@ def run_frontend(
     debug: bool = False,
 ) -> int:
     """The body of the frontend's process; returns its exit status. `memory` outlives it."""
+    give_large_blocks_back()
     folder = resolve_model_folder(context.model.model)
     config = read_config(folder)
     processor = Processor.from_folder(folder, config, video_outer_wrapper=context.model.video_outer_wrapper)

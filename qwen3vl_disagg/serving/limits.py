@@ -16,7 +16,7 @@ class Limits:
     """Bounds of the HTTP surface; sizes in bytes, times in seconds."""
 
     max_body_bytes: int = MAX_BODY_BYTES
-    max_body_memory: int = 3 * MAX_BODY_BYTES
+    max_body_memory: int = 160 * MIB
     """Bodies of all requests that have not been read into a prompt yet."""
     body_timeout_s: float = 30.0
     max_requests: int = 1024

@@ -147,8 +147,9 @@ def test_one_client_does_its_worst():
             attacker = start_attack(server.port, "13 MB of text", 30)
             time.sleep(2)
         print("\n".join(others.errors[:20]))
-        told = [line for line in server.output().splitlines() if "hub" in line or "lost" in line or "Traceback" in line]
-        print("\n".join(told))
+        lines = server.output().splitlines()
+        told = [n for n, line in enumerate(lines) if "hub" in line or "lost" in line or "Traceback" in line]
+        print("\n".join(line for n in told for line in lines[n : n + 30]))
         assert ranks == {(entry["role"], entry.get("rank")): entry["pid"] for entry in server.processes()}
         asked_to_end = time.monotonic()
         server.process.terminate()
