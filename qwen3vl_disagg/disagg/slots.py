@@ -14,6 +14,7 @@ import asyncio
 import atexit
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -257,7 +258,12 @@ _runners: list[asyncio.Runner] = []
 def run_loop(main: Coroutine[Any, Any, int]) -> int:
     """`asyncio.run` for the body of a child: threads that still work, and tasks, are left where they are, because the
     process ends right after, by `os._exit`. A tokenizer or a tower in a thread would hold it up as long as it takes.
+
+    What is there before is not looked at again for garbage: of modules alone that are 300,000 objects, and 0.15 s in
+    which nothing else happens.
     """
+    gc.collect()
+    gc.freeze()
     runner = asyncio.Runner()
     _runners.append(runner)
     return runner.run(main)

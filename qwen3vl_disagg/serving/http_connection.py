@@ -224,7 +224,10 @@ class HttpConnection(H11Protocol):
             self.cycle.message_event.set()
         self._socket.hold(False)
         self._socket.resume_reading()
-        self._socket.transport.write_eof()
+        try:
+            self._socket.transport.write_eof()
+        except OSError:  # the client has reset the connection, and the loop has not heard of it yet
+            self._socket.transport.abort()
 
     def drop(self) -> None:
         """End at once, for another client's sake."""

@@ -135,13 +135,15 @@ class Turns:
         """One slice."""
         self._is_due = False
         end = time.perf_counter() + SLICE_S
-        for queue in (self._long, self._hungry):
-            if queue:
-                self._turn(queue)
-        while (left := self._short or self._long or self._hungry) and time.perf_counter() < end:
-            end -= WAKE_S * self._turn(left)
-        if self._short or self._long or self._hungry:
-            self._wake(REST_S)
+        try:
+            for queue in (self._long, self._hungry):
+                if queue:
+                    self._turn(queue)
+            while (left := self._short or self._long or self._hungry) and time.perf_counter() < end:
+                end -= WAKE_S * self._turn(left)
+        finally:  # a connection that fails is the loop's to report, and none of the others'
+            if self._short or self._long or self._hungry:
+                self._wake(REST_S)
 
     def _turn(self, queue: deque[HasTurns]) -> int:
         """How many handlers were set going."""

@@ -18,9 +18,10 @@ from qwen3vl_disagg.disagg.control import Connection
 from qwen3vl_disagg.disagg.messages import RankHello, Welcome
 from qwen3vl_disagg.disagg.rendezvous import host_id
 from qwen3vl_disagg.serving.app import create_app
+from qwen3vl_disagg.serving.http_turns import Turns
 from tests.support import http_attacks as attacks
 from tests.support.fake_backend import FakeBackend, tiny_processor
-from tests.support.fake_ranks import FINGERPRINT, TOKEN, System
+from tests.support.fake_ranks import FINGERPRINT, TOKEN, System, in_loop
 from tests.support.http import request
 from tests.support.running import RunningApp, wait_for
 
@@ -177,3 +178,31 @@ def test_health_does_not_stand_behind_hundreds_of_requests():
         for sock in socks:
             sock.close()
     assert took < 0.5
+
+
+class _Turn:
+    """Takes `num_turns` turns; fails in the last one if it is `broken`."""
+
+    is_urgent, num_wakes, num_pending = False, 0, 1
+
+    def __init__(self, num_turns: int, *, broken: bool = False) -> None:
+        self.num_turns, self.broken = num_turns, broken
+
+    def take_turn(self) -> bool:
+        self.num_turns -= 1
+        if self.broken and not self.num_turns:
+            raise OSError
+        return self.num_turns > 0
+
+
+@in_loop
+async def test_a_connection_that_fails_holds_nobody_up():
+    told = list[dict]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    turns, connections = Turns(), [_Turn(3), _Turn(1, broken=True), _Turn(5), _Turn(2, broken=True), _Turn(1)]
+    for connection in connections:
+        turns.add(connection)
+    async with asyncio.timeout(5):
+        while any(connection.num_turns for connection in connections):
+            await asyncio.sleep(0.001)
+    assert len(told) == 2
