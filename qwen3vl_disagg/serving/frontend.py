@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.hub import model_name, resolve_model_folder
-from qwen3vl_disagg.core.host_memory import give_large_blocks_back
+from qwen3vl_disagg.core.host_memory import give_large_blocks_back, trim_heap
 from qwen3vl_disagg.core.settings import HttpOptions
 from qwen3vl_disagg.disagg.rendezvous import RankContext
 from qwen3vl_disagg.disagg.router_tables import RouterLimits
@@ -25,6 +25,7 @@ from qwen3vl_disagg.serving.limits import Limits
 
 DRAINED_S, CLOSED_S, LEFT_S = 20.0, 22.0, 26.0
 """Running requests have ended, HTTP connections are closed, the ranks have left: by then, after the signal."""
+TRIM_S = 1.0
 SETTLE_S = 15.0
 """How long to wait for the last encode rank before the ready line is printed without it."""
 
@@ -83,12 +84,14 @@ async def serve(
     host, port = http_socket.getsockname()[:2]
     ticking = await hub.serve(hub_socket)
     serving = asyncio.ensure_future(http.serve(http_socket))
+    trimming = asyncio.ensure_future(_trim())
     announcing = asyncio.ensure_future(_announce(hub, f"http://{host}:{port}", memory))
     ends: list[asyncio.Future[Any]] = [asyncio.ensure_future(stopping.wait()), ticking, serving]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     if not stopping.is_set():
         raise RuntimeError("a server of the frontend ended") from next(end for end in ends if end.done()).exception()
     announcing.cancel()
+    trimming.cancel()
     # The slot hears a signal at once; this loop may have been busy, on a busy host for seconds.
     stopped_at = memory.stopped_at or time.monotonic()
     await hub.drain(time_left(stopped_at, DRAINED_S))
@@ -119,3 +122,9 @@ async def _announce(hub: Hub, url: str, memory: JobMemory) -> None:
                 memory.announce()
                 print(f"ready: {url}", flush=True)
         await asyncio.sleep(0.05)
+
+
+async def _trim() -> None:
+    while True:
+        await asyncio.sleep(TRIM_S)
+        await asyncio.to_thread(trim_heap)
