@@ -12,11 +12,10 @@ if TYPE_CHECKING:
     from qwen3vl_disagg.disagg.session_events import Attempt, SessionLimits
     from qwen3vl_disagg.disagg.simulation.encode import SimEncode
     from qwen3vl_disagg.disagg.simulation.language import SimLanguage
+    from qwen3vl_disagg.disagg.simulation.stays import Stays
     from qwen3vl_disagg.disagg.simulation.world import Channel, SimLink
 
 TICK_S = 1.0
-UNHEARD_S = 4.5
-"""How long an acknowledgement may be under way on a link that is up."""
 MAX_BROKEN = 3
 """Payloads of one grant that may break before its attempt is over."""
 
@@ -66,7 +65,7 @@ def language_on_time(rank: SimLanguage) -> None:
 
 
 def encode_on_time(rank: SimEncode) -> None:
-    """As on the language side. I15: what the language rank has given up is not kept once it could have said so."""
+    """As on the language side. I15: what nobody wants is not kept once that has been heard here."""
     sessions, now = rank.sessions, rank.world.now
     stays = rank.stays.look(now)
     if now - rank.frozen_until > 2 * TICK_S:
@@ -78,12 +77,21 @@ def encode_on_time(rank: SimEncode) -> None:
         bound = rank.bounds.get(item.state)
         if bound is not None and stays.stay((attempt, item.state, rank.num_headers.get(attempt, 0))) > bound:
             raise Violation("I11", f"{attempt} is {item.state} for longer than {bound} s")
-        link = rank.links.get(item.language_rank) if item.state is ASSIGNED else None
-        if link is not None and link.is_sound and link.began_at < rank.cluster.issued_at.get(attempt, 0.0):
-            is_wanted = link.language.sessions.find(*attempt) is not None or rank.cluster.is_awaited(attempt)
-            if not is_wanted and stays.stay((attempt, link.epoch)) > UNHEARD_S:
-                raise Violation("I15", f"{attempt} is kept for nobody")
+        if item.state is ASSIGNED and _is_kept_for_nobody(rank, attempt, item.language_rank, stays):
+            raise Violation("I15", f"{attempt} is kept for nobody")
     stays.done()
+
+
+def _is_kept_for_nobody(rank: SimEncode, attempt: Attempt, language_rank: int, stays: Stays) -> bool:
+    """Neither its language rank nor the hub wants the attempt, and what they said of that is not under way: this side
+    has heard what that rank said later, over the link that was there when the attempt was given out."""
+    cluster, link, from_hub = rank.cluster, rank.links.get(language_rank), rank.from_hub_channel
+    if link is None or not link.is_sound or link.began_at >= cluster.issued_at.get(attempt, 0.0):
+        return False
+    if link.language.sessions.find(*attempt) is not None or cluster.is_awaited(attempt):
+        return False
+    unwanted_since = rank.world.now - stays.stay((attempt, link.epoch))
+    return from_hub is not None and from_hub.is_through and link.to_encode.heard_at > unwanted_since
 
 
 def _is_heard(way: Channel, now: float, limits: SessionLimits) -> None:

@@ -113,7 +113,7 @@ class World:
 class Channel:
     """One direction of a TCP connection: in order, nothing lost, until somebody hurts it."""
 
-    __slots__ = ("deliver", "held", "is_open", "last", "link", "owner", "said_at", "sender", "world")
+    __slots__ = ("deliver", "heard_at", "held", "is_open", "last", "link", "owner", "said_at", "sender", "world")
 
     def __init__(
         self,
@@ -125,10 +125,16 @@ class Channel:
     ) -> None:
         self.world, self.sender, self.owner, self.deliver, self.link = world, sender, owner, deliver, link
         self.last = 0.0
-        self.said_at = world.now
+        self.said_at = self.heard_at = world.now
+        """When something was said last; when that was said which has arrived last."""
         self.is_open = True
         self.held: deque[Any] | None = None
         """While a partition lasts: what is not through yet."""
+
+    @property
+    def is_through(self) -> bool:
+        """Nothing that was said is still under way."""
+        return self.is_open and self.held is None and self.last < self.world.now
 
     def send(self, message: Any) -> None:
         if not self.is_open:
@@ -146,7 +152,7 @@ class Channel:
             if arrival < 0:
                 return
         self.last = max(self.last, arrival)
-        world.at_time(arrival, self.owner, self._arrive, message)
+        world.at_time(arrival, self.owner, self._arrive, message, world.now)
 
     def _hurt(self, message: Any, arrival: float) -> float:
         """When the frame arrives; negative: never."""
@@ -169,22 +175,20 @@ class Channel:
             later = 0.05 if world.random() < 0.7 else 6.0
             seen: list[bool] = []
             world.at_time(arrival + later * world.random(), self.owner, self._arrive_again, message, seen)
-            world.at_time(arrival, self.owner, self._arrive_first, message, seen)
+            world.at_time(arrival, self.owner, self._arrive, message, world.now, seen)
             self.last = max(self.last, arrival)
             return -1.0
         if world.happens("reorder"):
             link.count("reorder")
-            world.at_time(arrival + 0.05, self.owner, self._arrive, message)
+            world.at_time(arrival + 0.05, self.owner, self._arrive, message, world.now)
             return -1.0
         return arrival
 
-    def _arrive(self, message: Any) -> None:
+    def _arrive(self, message: Any, said_at: float, seen: list[bool] | None = None) -> None:
         if self.is_open:
-            self.deliver(message)
-
-    def _arrive_first(self, message: Any, seen: list[bool]) -> None:
-        if self.is_open:
-            seen.append(True)
+            if seen is not None:
+                seen.append(True)
+            self.heard_at = max(self.heard_at, said_at)
             self.deliver(message)
 
     def _arrive_again(self, message: Any, seen: list[bool]) -> None:
