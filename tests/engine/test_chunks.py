@@ -147,7 +147,7 @@ def gib_of(pages: int, page_size: int) -> float:
     return (pages + 0.5) * page_size * token_bytes / 2**30
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.data())
 def test_pieces_in_any_order_with_preemptions_and_found_pages_give_the_same_answer(data):
     """Chunks from 1 token up, pages of any size, few pages or many, twice the same prompts with or without a cache."""
