@@ -246,7 +246,7 @@ def leave_process(status: int) -> NoReturn:
     Python's own way takes every module down, a second of CPU where torch is one of them; on a busy host, with eight
     slots on two cores, that alone is longer than torchrun waits.
     """
-    with contextlib.suppress(BaseException):
+    with contextlib.suppress(BaseException):  # each that fails has been printed, with its traceback
         atexit._run_exitfuncs()
     _leave(status)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, count, repeat
@@ -309,8 +308,3 @@ class LLM:
         eos_ids, is_given = self.engine.eos_ids, bool(tools)
         parts = AnswerParts(self.processor.tokenizer, eos_ids, params, prompt.token_ids, with_tools=is_given)
         return self._requests.begin(prompt, parts, params, emit=emit, done=done)
-
-
-def tokens_per_second(results: Sequence[ChatResult], started: float) -> float:
-    """New tokens of all results per second of wall time since `started` (`time.monotonic`)."""
-    return sum(len(result.token_ids) for result in results) / max(time.monotonic() - started, 1e-9)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-from typing import Any
 
 from qwen3vl_disagg.core.errors import InputError
 
 MAX_DEPTH = 64
-MAX_CHARS = 2**20
-"""Of JSON within a text: values take many times the room of their text."""
 MAX_INT = 2**64
 
 
@@ -44,23 +40,3 @@ def check_json(value: object, where: str, depth: int = 1) -> None:
             raise InputError("a number is too large", param=where)
     elif value is not None:
         raise InputError("must be JSON", param=where)
-
-
-def is_json_object(text: str) -> bool:
-    return isinstance(read_json(text), dict)
-
-
-def read_json(text: str) -> Any:
-    """The value that a text holds in JSON. None also if it holds none, is too long, or `check_json` refuses it."""
-    if len(text) > MAX_CHARS:
-        return None
-    try:
-        value = json.loads(text, parse_constant=_no_constant)
-        check_json(value, "")
-    except (ValueError, RecursionError):
-        return None
-    return value
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

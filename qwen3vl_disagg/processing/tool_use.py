@@ -11,7 +11,6 @@ from qwen3vl_disagg.processing.json_values import check_json, check_text
 MAX_TOOLS = 128
 MAX_CALLS = 1024
 """Of one earlier turn."""
-MAX_NAME_CHARS = 256
 _TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
@@ -73,10 +72,6 @@ def _tool_call(raw: object, where: str) -> dict[str, Any]:
     check_json(arguments, f"{place}.arguments")
     call: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return call if raw.get("id") in (None, "") else {"id": check_id(raw["id"], f"{where}.id"), **call}
-
-
-def is_call_name(name: str) -> bool:
-    return 0 < len(name) <= MAX_NAME_CHARS
 
 
 def check_id(value: object, where: str) -> str:

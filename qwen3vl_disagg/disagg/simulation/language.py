@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from qwen3vl_disagg.core.errors import late
 from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.disagg import layout
-from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease
+from qwen3vl_disagg.disagg.allocator import BlockAllocator
 from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
 from qwen3vl_disagg.disagg.messages import (
     Ack,
@@ -320,9 +320,3 @@ def _place(buffer: list[int], runs: list[tuple[int, int]], cells: list[int]) -> 
 
 def _gather(buffer: list[int], runs: list[tuple[int, int]]) -> list[int]:
     return [cell for start, stop in runs for cell in buffer[start:stop]]
-
-
-def is_live(sessions: LanguageSessions, lease: Lease) -> bool:
-    """Whether nobody else can have got these blocks."""
-    allocator = sessions.allocator
-    return (allocator.leases.get(lease.generation) or allocator.quarantined.get(lease.generation)) == lease

@@ -98,10 +98,6 @@ class World:
             do(*args)
         self.now = max(self.now, until)
 
-    @property
-    def is_quiet(self) -> bool:
-        return not self._heap
-
     def happens(self, fault: str, times: float = 1.0) -> bool:
         """Whether this kind of fault strikes now; `times` as often as usual."""
         return fault in self.faults and self.now < self.faults_until and self.random() < times * self.rate
