@@ -227,8 +227,11 @@ def _end_children() -> None:
     """Those that decode media or make prompts. They end by themselves when their pipes close, but one that is just
     starting, at low priority on a busy host, takes seconds to see that. The job is over when nothing of it is left."""
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
-            for pid in (task / "children").read_text().split():
+        pids: list[str] = []
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            pids = (task / "children").read_text().split()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
 
 
