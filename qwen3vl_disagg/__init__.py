@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen3vl_disagg.engine.llm import LLM
+    from qwen3vl_disagg.llm.llm import LLM
 
 __all__ = ["LLM"]
 
@@ -13,7 +13,7 @@ __all__ = ["LLM"]
 def __getattr__(name: str) -> Any:
     # Imported on first use, so that a light command does not pay for the engine.
     if name == "LLM":
-        from qwen3vl_disagg.engine.llm import LLM
+        from qwen3vl_disagg.llm.llm import LLM
 
         return LLM
     raise AttributeError(name)

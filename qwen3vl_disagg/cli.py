@@ -1,4 +1,4 @@
-"""`qwen3vl-disagg`: one-off generation, sizing, simulation. `python -m qwen3vl_disagg` is the same.
+"""`qwen3vl-disagg`: one-off generation, sizing, conversion. `python -m qwen3vl_disagg` is the same.
 
 Nothing heavy is imported before the arguments are known to be right, and nothing at all before Ctrl-C is quiet.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from qwen3vl_disagg.core.interrupt import EXIT_INTERRUPTED, leaving_at_once
 
 if TYPE_CHECKING:
-    from qwen3vl_disagg.core.command_options import GenerateOptions, SimulateOptions
+    from qwen3vl_disagg.options import GenerateOptions
 
 
 def main() -> NoReturn:
@@ -40,7 +40,7 @@ def _parse() -> Any:
     """The options of the command that was given. SystemExit for --help and for what does not parse."""
     import tyro
 
-    from qwen3vl_disagg.core.command_options import OPTIONS_OF
+    from qwen3vl_disagg.options import OPTIONS_OF
 
     commands = OPTIONS_OF | {"faults": _faults, "version": _version}
     return tyro.extras.subcommand_cli_from_dict(commands, prog="qwen3vl-disagg", config=(tyro.conf.OmitArgPrefixes,))
@@ -48,21 +48,19 @@ def _parse() -> Any:
 
 def _run(options: Any) -> int:
     """Run the command; returns the exit status."""
-    from qwen3vl_disagg.core.command_options import ConvertOptions, GenerateOptions, PlanOptions, SimulateOptions
+    from qwen3vl_disagg.options import ConvertOptions, GenerateOptions, PlanOptions
 
     match options:
         case GenerateOptions():
             return _generate(options)
         case PlanOptions():
             with leaving_at_once():
-                from qwen3vl_disagg.parallel.plan_command import run_plan
+                from qwen3vl_disagg.plan.command import run_plan
             return run_plan(options)
         case ConvertOptions():
             with leaving_at_once():
                 from qwen3vl_disagg.checkpoint.convert import run_convert
             return run_convert(options)
-        case SimulateOptions():
-            return _simulate(options)
     return 0
 
 
@@ -72,47 +70,6 @@ def _generate(options: GenerateOptions) -> int:
 
         generation = Generation(options)
     return generation.run()
-
-
-def _simulate(options: SimulateOptions) -> int:
-    """0 when clean, 1 at the first violation."""
-    import msgspec
-    from tqdm import tqdm
-
-    from qwen3vl_disagg.core.errors import InputError
-
-    if options.schedules < 1 or options.first < 0:
-        raise InputError("--schedules must be at least 1 and --first at least 0", param="schedules")
-    from qwen3vl_disagg.disagg.simulation.runner import fault_table, mutant_names, simulate
-
-    if options.mutant == "list":
-        print("\n".join(mutant_names()))
-        return 0
-    with tqdm(total=options.schedules, unit="schedule", disable=not sys.stderr.isatty()) as bar:
-        result = simulate(options.schedules, options.seed, options.mutant, first=options.first, on_progress=bar.update)
-    rate = result.events / max(result.seconds, 1e-9)
-    figures: dict[str, Any] = {
-        "schedules": result.schedules,
-        "events": result.events,
-        "violations": 0 if result.violation is None else 1,
-        "events_per_second": round(rate),
-    }
-    if result.others:
-        passed_over = ", ".join(f"{name} {count} times" for name, count in sorted(result.others.items()))
-        print(f"passed over, as this bug does not name them: {passed_over}", file=sys.stderr)
-    if result.violation is not None:
-        print(f"violation: {result.violation.violation}\nreplay: {result.replay}", file=sys.stderr)
-        figures |= {"violation": result.violation.violation, "replay": result.replay}
-    if options.table:
-        print(fault_table(result))
-    if options.json:
-        print(msgspec.json.encode(figures).decode())
-    else:
-        print(
-            f"{result.schedules} schedules, {result.events} events, {figures['violations']} violations, "
-            f"{rate:,.0f} events/s; {result.answered} requests answered, {result.failed} ended with a typed error"
-        )
-    return 0 if result.violation is None else 1
 
 
 def _faults() -> None:

@@ -15,9 +15,9 @@ from typing import Any
 
 import msgspec
 
-from qwen3vl_disagg.core.command_options import GenerateOptions
 from qwen3vl_disagg.core.errors import DisaggError, InputError, report
 from qwen3vl_disagg.core.json_text import json_line
+from qwen3vl_disagg.options import GenerateOptions
 
 _MAX_LINE = 1 << 28
 _BOM = b"\xef\xbb\xbf"
@@ -51,7 +51,7 @@ class Generation:
             decoder.warm_up()  # while the engine is imported and the weights are read
         from qwen3vl_disagg.checkpoint.hub import model_name
         from qwen3vl_disagg.engine.kv_memory import warn_of_images
-        from qwen3vl_disagg.engine.llm import LLM
+        from qwen3vl_disagg.llm.llm import LLM
 
         self._llm = LLM(
             options.model,

@@ -12,17 +12,17 @@ import functools
 
 import tyro
 
-from qwen3vl_disagg.core.command_options import ServeOptions
+from qwen3vl_disagg.cluster.rendezvous import World
+from qwen3vl_disagg.cluster.slots import leave_process, run_worker
 from qwen3vl_disagg.core.interrupt import leaving_at_once
-from qwen3vl_disagg.disagg.rendezvous import World
-from qwen3vl_disagg.disagg.slots import leave_process, run_worker
+from qwen3vl_disagg.options import ServeOptions
 
 
 def run(world: World) -> int:
     """Parse the arguments, then be a slot. SystemExit for --help and for what does not parse: before torch is there."""
     with leaving_at_once():
         options = tyro.cli(ServeOptions, prog="serve.py", console_outputs=world.local_rank == 0)
-        from qwen3vl_disagg.serving.launch import run_slot
+        from qwen3vl_disagg.launch.serve import run_slot
 
         return run_slot(options, world)
 

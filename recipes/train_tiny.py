@@ -26,11 +26,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from qwen3vl_disagg.assets import tiny_folder
-from qwen3vl_disagg.assets.evaluate import Report, evaluate
-from qwen3vl_disagg.assets.folder import load_model, load_weights, read_config, save_weights, write_settings
-from qwen3vl_disagg.assets.lessons import FINISHING, SEARCHING, SEEING, Lesson, Lessons, Mix, lesson_loss
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.moe import Experts
+from tools.training.evaluate import Report, evaluate
+from tools.training.folder import load_model, load_weights, read_config, save_weights, write_settings
+from tools.training.lessons import FINISHING, SEARCHING, SEEING, Lesson, Lessons, Mix, lesson_loss
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 from tests.support.torchvision_ops import declare_operators  # noqa: E402 - the path is set above
 
 declare_operators()
+
+
+# Whoever starts this in the background of a shell has SIGINT ignored, and so would all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of whole systems first: they take longest, and what is short fills the last gap."""
+    items.sort(key=lambda item: "system" not in item.path.parts)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -173,8 +173,6 @@ def test_the_samplers_options(monkeypatch, capsys, scenes):
         (["generate", "--prompt", "a", "--quantize", "float4"], "float4"),
         (["generate", "--prompt", "a", "--device", "cuda"], "no CUDA device"),
         (["generate", "--messages", "/no/such.json"], "No such file"),
-        (["simulate", "--schedules", "0"], "schedules"),
-        (["simulate", "--mutant", "none-such"], "mutant"),
         (["plan", "--gpus", "1"], "1 ranks: must be 2"),
         (["dance"], "dance"),
         ([], ""),

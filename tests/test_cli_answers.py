@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from qwen3vl_disagg import LLM, assets, cli
-from qwen3vl_disagg.assets.make_tokenizer import write_template
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.processing.answer_parts import FunctionCall, ToolCall
+from tools.training.make_tokenizer import write_template
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 ASK = [{"role": "user", "content": "what is it?"}]

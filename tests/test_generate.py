@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from qwen3vl_disagg import cli, generate
-from qwen3vl_disagg.core.command_options import GenerateOptions
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.engine.llm import LLM
+from qwen3vl_disagg.llm.llm import LLM
+from qwen3vl_disagg.options import GenerateOptions
 
 
 def run(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
@@ -93,7 +93,7 @@ def test_help_does_not_wait_for_torch():
     code = """
 import sys
 from qwen3vl_disagg import cli
-for command in ("", "generate", "plan", "convert", "simulate", "faults", "version"):
+for command in ("", "generate", "plan", "convert", "faults", "version"):
     sys.argv = ["qwen3vl-disagg", *filter(None, [command]), "--help"]
     try:
         cli.main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,16 +13,24 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "qwen3vl_disagg"
 ROOMS = [
     "core",
+    "options",
     "media",
     "kernels",
     "model",
     "processing",
     "checkpoint",
+    "protocol",
+    "transport",
     "parallel",
-    "disagg",
+    "cluster",
     "engine",
+    "encode",
+    "language",
+    "plan",
+    "llm",
     "serving",
     "assets",
+    "launch",
     "generate",
     "cli",
 ]
@@ -76,6 +85,42 @@ def upward_imports(root: Path) -> list[str]:
     return found
 
 
+def imports_of_files(root: Path) -> dict[str, set[str]]:
+    """Module -> modules whose files it imports, anywhere in it. `from a import b` is `a.b` if that is a file."""
+    names = {}
+    for path in python_files(root, *SOURCES):
+        parts = path.relative_to(root).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found: dict[str, set[str]] = {}
+    for module, path in names.items():
+        found[module] = set()
+        for _, name in imported_modules(ast.parse(path.read_text())):
+            while name and name not in names:
+                name = name.rpartition(".")[0]
+            found[module] |= {name} - {"", module}
+    return found
+
+
+def circles(root: Path) -> list[set[str]]:
+    """Files that import one another, directly or by way of others."""
+    imports = imports_of_files(root)
+    reached = {module: set(targets) for module, targets in imports.items()}
+    for middle in imports:
+        for targets in reached.values():
+            if middle in targets:
+                targets |= reached[middle]
+    found = [
+        {module} | {other for other in targets if module in reached[other]}
+        for module, targets in reached.items()
+        if module in targets
+    ]
+    return [circle for index, circle in enumerate(found) if circle not in found[:index]]
+
+
+def num_lines(root: Path, *folders: str) -> int:
+    return sum(len(path.read_text().splitlines()) for path in python_files(root, *folders))
+
+
 def dotted(node: ast.AST) -> str:
     """`a.b.c` of an attribute chain on a name, else an empty string."""
     if isinstance(node, ast.Name):
@@ -126,6 +171,13 @@ def long_files(root: Path) -> list[str]:
     return [f"{path.relative_to(root)}: {count} lines" for path, count in lines.items() if count > MAX_LINES]
 
 
+def test_the_wheel_has_neither_simulator_nor_planted_bugs_nor_training():
+    names = {path.stem for path in python_files(ROOT, PACKAGE)}
+    assert not names & {"simulation", "simulate", "mutants", "lessons", "evaluate", "make_tokenizer"}
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    assert found == {"include": [f"{PACKAGE}*"]}
+
+
 def test_every_folder_of_the_package_is_a_room():
     folders = {path.name for path in (ROOT / PACKAGE).iterdir() if (path / "__init__.py").exists()}
     assert folders <= set(ROOMS)
@@ -134,6 +186,12 @@ def test_every_folder_of_the_package_is_a_room():
 
 def test_imports_go_down():
     assert upward_imports(ROOT) == []
+
+
+def test_no_files_import_one_another():
+    assert [
+        circle for circle in circles(ROOT) if not all(name.startswith("tools.simulation.") for name in circle)
+    ] == []
 
 
 def test_nothing_is_pickled():
@@ -160,7 +218,7 @@ def test_files_fit_one_head():
         ("qwen3vl_disagg/core/a.py", "def f():\n    import qwen3vl_disagg.cli"),
         ("qwen3vl_disagg/core/a.py", "from qwen3vl_disagg import model"),
         ("qwen3vl_disagg/core/a.py", "from qwen3vl_disagg import LLM"),
-        ("qwen3vl_disagg/disagg/a.py", "from qwen3vl_disagg.engine.pages import Pages"),
+        ("qwen3vl_disagg/protocol/a.py", "from qwen3vl_disagg.engine.pages import Pages"),
         ("qwen3vl_disagg/engine/a.py", "from ..serving import app"),
         ("qwen3vl_disagg/serving/a.py", "import tools.make_checkpoint"),
         ("qwen3vl_disagg/assets/a.py", "from qwen3vl_disagg.cli import main"),
@@ -171,6 +229,16 @@ def test_an_upward_import_is_noticed(tmp_path, file, line):
     (tmp_path / file).write_text(line)
     (found,) = upward_imports(tmp_path)
     assert found.startswith(file)
+
+
+@pytest.mark.parametrize("guard", ["", "if TYPE_CHECKING:\n    ", "def f():\n    "])
+def test_a_circle_of_files_is_noticed(tmp_path, guard):
+    room = tmp_path / PACKAGE / "core"
+    room.mkdir(parents=True)
+    for name, target in (("a", "b"), ("b", "c"), ("c", "a"), ("d", "a")):
+        line = f"{guard if name == 'c' else ''}from {PACKAGE}.core.{target} import X"
+        (room / f"{name}.py").write_text(line)
+    assert circles(tmp_path) == [{f"{PACKAGE}.core.{name}" for name in "abc"}]
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3vl_disagg.assets.make_tokenizer import SPECIAL_TOKENS
 from qwen3vl_disagg.model.config import ModelConfig
 from tools.bench_ceilings import Rates, Work, decode_step, image, prefill
 from tools.bench_contestants.client import Answer, Process, ask_alone
 from tools.bench_stats import decode_rate, whole_rate
+from tools.training.make_tokenizer import SPECIAL_TOKENS
 
 ANSWER_S = 900.0
 MACHINE = "machine"

@@ -22,19 +22,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.disagg.allocator import Lease
-from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
-from qwen3vl_disagg.disagg.control import MAX_LINK_FRAME, encode_frame
-from qwen3vl_disagg.disagg.encode_worker import EncodedItem
-from qwen3vl_disagg.disagg.layout import blocks_for, row_runs
-from qwen3vl_disagg.disagg.links import InProcessLink, ProcessGroupLink
-from qwen3vl_disagg.disagg.messages import Ack, Frame, Grant, Header, HeaderOk
-from qwen3vl_disagg.disagg.process_group import build_pair
-from qwen3vl_disagg.disagg.receiver import Receiver
-from qwen3vl_disagg.disagg.session_events import Receive
-from qwen3vl_disagg.disagg.store import Address, join_store
+from qwen3vl_disagg.encode.worker import EncodedItem
+from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.model import ModelConfig, TextConfig, VisionConfig
 from qwen3vl_disagg.processing import item_positions
+from qwen3vl_disagg.protocol.allocator import Lease
+from qwen3vl_disagg.protocol.layout import blocks_for, row_runs
+from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, Header, HeaderOk
+from qwen3vl_disagg.protocol.session_events import Receive
+from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
+from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, encode_frame
+from qwen3vl_disagg.transport.links import InProcessLink, ProcessGroupLink
+from qwen3vl_disagg.transport.process_group import build_pair
+from qwen3vl_disagg.transport.store import Address, join_store
 
 HOST, DEADLINE_S = "127.0.0.1", 60.0
 BLOCK_SIZE, ATTEMPT = 128, ("bench", 0, 1)

@@ -26,7 +26,7 @@ from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.model.moe import SparseMoe, route
-from qwen3vl_disagg.parallel.placement import shard_rows
+from qwen3vl_disagg.parallel.expert_placement import shard_rows
 from tools.bench_machine import machine_facts, table
 from tools.bench_parallel_rank import Scenario
 

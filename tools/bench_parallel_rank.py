@@ -19,14 +19,14 @@ from torch import Tensor
 
 from qwen3vl_disagg.checkpoint import load_language_model
 from qwen3vl_disagg.core.tensors import lazy_zeros
-from qwen3vl_disagg.disagg.lockstep import Lockstep, Outlook, PaceLimits, PeerHello, StepPlan, bucket
-from qwen3vl_disagg.disagg.lockstep_link import LockstepClient, LockstepServer, knock
 from qwen3vl_disagg.model import PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.moe import DispatchPlan, Experts
 from qwen3vl_disagg.parallel.collectives import GroupCollectives
 from qwen3vl_disagg.parallel.dispatch import ExpertDispatcher
 from qwen3vl_disagg.parallel.expert_parallel import ExpertShards, mesh_collectives
-from qwen3vl_disagg.parallel.gloo import expert_mesh
+from qwen3vl_disagg.parallel.lockstep import Lockstep, Outlook, PaceLimits, PeerHello, StepPlan, bucket
+from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, LockstepServer, knock
+from qwen3vl_disagg.transport.gloo import expert_mesh
 
 KINDS = ("gather", "all_to_all")
 CONTEXT = 256

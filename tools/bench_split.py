@@ -25,7 +25,7 @@ import tyro
 from qwen3vl_disagg.checkpoint import config_to_dict, read_config
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.core.errors import DisaggError
-from qwen3vl_disagg.parallel.sizing_fit import (
+from qwen3vl_disagg.plan.fit import (
     Compared,
     MeasuredDecode,
     MeasuredFirstToken,

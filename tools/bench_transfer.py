@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from qwen3vl_disagg.disagg.process_group import build_pair
-from qwen3vl_disagg.disagg.store import host_store
+from qwen3vl_disagg.transport.process_group import build_pair
+from qwen3vl_disagg.transport.store import host_store
 from tools.bench_machine import busy_seconds, machine_facts, spread, table
 from tools.bench_pair import BYTE_ROWS, DEADLINE_S, HOST, ROW_BYTES, WAYS, EncodeEnd, Peer, Plan, run_language
 

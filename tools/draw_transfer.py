@@ -13,12 +13,12 @@ from typing import Any
 import tyro
 
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.disagg.allocator import BlockAllocator
-from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
-from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
-from qwen3vl_disagg.disagg.layout import RowSizes
-from qwen3vl_disagg.disagg.messages import Ack, Frame, Grant, Header, HeaderOk, Resume
-from qwen3vl_disagg.disagg.session_events import (
+from qwen3vl_disagg.protocol.allocator import BlockAllocator
+from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
+from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
+from qwen3vl_disagg.protocol.layout import RowSizes
+from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, Header, HeaderOk, Resume
+from qwen3vl_disagg.protocol.session_events import (
     Assigned,
     Consumed,
     Encode,

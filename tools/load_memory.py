@@ -42,7 +42,7 @@ from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.parallel.expert_parallel import ExpertShards
-from qwen3vl_disagg.parallel.gloo import expert_mesh
+from qwen3vl_disagg.transport.gloo import expert_mesh
 
 SAMPLE_S = 0.002
 MEET_S = 120.0

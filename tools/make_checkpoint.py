@@ -14,14 +14,14 @@ from typing import Literal
 
 import tyro
 
-from qwen3vl_disagg.assets.make_tokenizer import (
+from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, write_random_checkpoint
+from qwen3vl_disagg.model.config import ModelConfig, check_config
+from tools.training.make_tokenizer import (
     SPECIAL_TOKENS,
     build_syllable_tokenizer,
     build_tokenizer,
     write_template,
 )
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, write_random_checkpoint
-from qwen3vl_disagg.model.config import ModelConfig, check_config
 
 ON_DEVICE = ("30b-a3b",)
 LARGE_VOCAB = 1024

@@ -34,10 +34,10 @@ from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.checkpoint.layouts import HEAD, ExpertLayout, Recipe, Shape
 from qwen3vl_disagg.checkpoint.load import whole_model
 from qwen3vl_disagg.checkpoint.write import in_layout, respelled, write_json, write_weights
-from qwen3vl_disagg.core.command_options import ConvertOptions, Written
 from qwen3vl_disagg.core.devices import DTYPES, resolve_dtype
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from qwen3vl_disagg.model.config import ModelConfig
+from qwen3vl_disagg.options import ConvertOptions, Written
 
 EMBEDDING = "model.language_model.embed_tokens.weight"
 _QUANTIZED = re.compile(

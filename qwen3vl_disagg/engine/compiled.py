@@ -19,7 +19,6 @@ import torch
 from tqdm import tqdm
 
 from qwen3vl_disagg.core.environment import GRAPHS, variable
-from qwen3vl_disagg.disagg.lockstep import bucket
 from qwen3vl_disagg.kernels.ops import MAX_LINEAR_ROWS
 from qwen3vl_disagg.model import ModelConfig, PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.attention import LayerCache
@@ -28,6 +27,7 @@ from qwen3vl_disagg.model.flex import FlexKind, flex_kinds
 from qwen3vl_disagg.model.layers import Linear
 from qwen3vl_disagg.model.moe import Dispatcher, DispatchPlan, Experts
 from qwen3vl_disagg.model.paged import PagedImpl
+from qwen3vl_disagg.parallel.lockstep import bucket
 
 
 @dataclass(frozen=True)

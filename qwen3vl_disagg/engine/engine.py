@@ -20,9 +20,6 @@ from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.core.spans import span
-from qwen3vl_disagg.disagg.lockstep import Outlook, PaceLimits, StepPlan
-from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
-from qwen3vl_disagg.disagg.rows import VisualRows
 from qwen3vl_disagg.engine.kv_memory import measured_room
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.runner import AttentionChoice, BadRows, ModelRunner
@@ -32,7 +29,10 @@ from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.moe import DispatchPlan
 from qwen3vl_disagg.parallel.kv_room import KvRoom
+from qwen3vl_disagg.parallel.lockstep import Outlook, PaceLimits, StepPlan
 from qwen3vl_disagg.processing import mrope_positions
+from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed, Tokens
+from qwen3vl_disagg.transport.rows import VisualRows
 
 MAX_NOTES = 4096
 

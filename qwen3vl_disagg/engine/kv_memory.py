@@ -10,7 +10,7 @@ from qwen3vl_disagg.core.host_memory import available_bytes
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.parallel.kv_room import KvRoom, kv_room
-from qwen3vl_disagg.parallel.sizing_work import SizedModel
+from qwen3vl_disagg.parallel.sizes import SizedModel
 from qwen3vl_disagg.processing import ImageProcessor
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.requests import FinishReason, ItemTimings, RequestTimings, SamplingParams, VisualItem
-from qwen3vl_disagg.disagg.rows import VisualRows
 from qwen3vl_disagg.engine.pages import ROOT, PageContent, Prefix
 from qwen3vl_disagg.engine.sampling import SamplingRow
+from qwen3vl_disagg.transport.rows import VisualRows
 
 
 @dataclass(eq=False)

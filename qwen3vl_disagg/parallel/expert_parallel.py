@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from qwen3vl_disagg.model.moe import Experts
 from qwen3vl_disagg.parallel.collectives import Collectives, GroupCollectives
 from qwen3vl_disagg.parallel.dispatch import ExpertDispatcher
-from qwen3vl_disagg.parallel.placement import LANGUAGE_PLAN, placements, shard_rows
+from qwen3vl_disagg.parallel.expert_placement import LANGUAGE_PLAN, placements, shard_rows
 
 
 class ExpertParallel(ParallelStyle):

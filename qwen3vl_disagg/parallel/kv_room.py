@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.model.config import TextConfig
-from qwen3vl_disagg.parallel.sizing_work import SizedModel
+from qwen3vl_disagg.parallel.sizes import SizedModel
 
 CARD_RESERVE, HOST_SHARE = 0.1, 0.5
 TEXT_TOKENS = 64

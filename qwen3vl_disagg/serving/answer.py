@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+from qwen3vl_disagg.cluster.backend import FinishedEvent, TokenEvent
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob
 from qwen3vl_disagg.processing import AnswerParts, Parts, Tokenizer
-from qwen3vl_disagg.serving.backend import FinishedEvent, TokenEvent
 from qwen3vl_disagg.serving.types import (
     CompletionTokensDetails,
     LogprobEntry,

@@ -16,9 +16,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qwen3vl_disagg.cluster.backend import Backend
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.processing import Processor
-from qwen3vl_disagg.serving.backend import Backend
 from qwen3vl_disagg.serving.body import ClientGone
 from qwen3vl_disagg.serving.chat import ChatCompletions
 from qwen3vl_disagg.serving.doors import Doors

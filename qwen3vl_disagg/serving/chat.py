@@ -11,11 +11,11 @@ from functools import partial
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from qwen3vl_disagg.cluster.backend import Backend, FinishedEvent, RequestHandle
 from qwen3vl_disagg.core.errors import DeadlineError, InputError, OverloadedError
 from qwen3vl_disagg.core.requests import RequestTimings
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.answer import Answer, TokenNames, with_frontend
-from qwen3vl_disagg.serving.backend import Backend, FinishedEvent, RequestHandle
 from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, check_headers, read_body
 from qwen3vl_disagg.serving.chat_request import ChatRequest
 from qwen3vl_disagg.serving.errors import JSONResponse

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import h11
 import msgspec
@@ -16,9 +16,6 @@ from uvicorn.server import ServerState
 from qwen3vl_disagg.serving.errors import envelope
 from qwen3vl_disagg.serving.http_turns import PARSE_BYTES, Cut, TurnParser, Turns
 from qwen3vl_disagg.serving.limits import MAX_HEADER_BYTES
-
-if TYPE_CHECKING:
-    from qwen3vl_disagg.serving.http_places import Places
 
 READ_BYTES = 64 * 2**10
 """Read from a socket at a time, and kept of it before it is parsed."""
@@ -95,12 +92,20 @@ class _Socket(asyncio.Transport):
             self.transport.resume_reading()
 
 
+class HoldsPlaces(Protocol):
+    """Who counts connections (`Places`)."""
+
+    def take(self, connection: HttpConnection) -> None: ...
+
+    def give_back(self, connection: HttpConnection) -> None: ...
+
+
 class HttpConnection(H11Protocol):
     """See above. Errors of the protocol are answered in the envelope."""
 
     conn: TurnParser
 
-    def __init__(self, config: Config, server_state: ServerState, turns: Turns, places: Places) -> None:
+    def __init__(self, config: Config, server_state: ServerState, turns: Turns, places: HoldsPlaces) -> None:
         super().__init__(config, server_state, {})
         self.conn = TurnParser(MAX_HEADER_BYTES)
         self.is_lingering = False

@@ -12,10 +12,10 @@ from typing import Any, cast
 import uvicorn
 from starlette.types import ASGIApp
 
-from qwen3vl_disagg.disagg.listener import Listener
 from qwen3vl_disagg.serving.http_connection import HttpConnection
 from qwen3vl_disagg.serving.http_places import PlaceLimits, Places
 from qwen3vl_disagg.serving.http_turns import Turns
+from qwen3vl_disagg.transport.listener import Listener
 
 LOOK_TICKS = 3
 """uvicorn ticks every 0.1 s."""

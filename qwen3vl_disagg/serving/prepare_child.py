@@ -15,9 +15,9 @@ import msgspec
 import numpy as np
 
 from qwen3vl_disagg.checkpoint import read_config
+from qwen3vl_disagg.cluster.slots import die_with_parent
 from qwen3vl_disagg.core.errors import DisaggError, PreparationFailed
 from qwen3vl_disagg.core.failure import Failure
-from qwen3vl_disagg.disagg.slots import die_with_parent
 from qwen3vl_disagg.media import sandbox
 from qwen3vl_disagg.media.child import is_wanted, write_all
 from qwen3vl_disagg.media.decoder import MediaDecoder

@@ -11,12 +11,12 @@ from contextlib import aclosing
 import msgspec
 from starlette.types import Message, Send
 
+from qwen3vl_disagg.cluster.backend import Event, FinishedEvent, RequestHandle, TokenEvent
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError
 from qwen3vl_disagg.core.json_text import json_line
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings
 from qwen3vl_disagg.processing import Parts
 from qwen3vl_disagg.serving.answer import Answer
-from qwen3vl_disagg.serving.backend import Event, FinishedEvent, RequestHandle, TokenEvent
 from qwen3vl_disagg.serving.body import ClientGone
 from qwen3vl_disagg.serving.chat_request import ChatRequest
 from qwen3vl_disagg.serving.errors import describe

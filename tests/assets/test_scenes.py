@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen3vl_disagg.assets import scenes
-from qwen3vl_disagg.assets.lessons import side_args
 from qwen3vl_disagg.assets.scenes import (
     COLOURS,
     KINDS,
@@ -25,6 +24,7 @@ from qwen3vl_disagg.assets.scenes import (
     random_scene,
     write,
 )
+from tools.training.lessons import side_args
 
 ROWS = {"top": 0, "middle": 1, "bottom": 2}
 COLUMNS = {"left": 0, "middle": 1, "right": 2}

@@ -9,10 +9,10 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from qwen3vl_disagg.assets import tiny_folder
-from qwen3vl_disagg.assets.evaluate import evaluate
-from qwen3vl_disagg.assets.folder import load_model, load_weights, read_config, save_weights, write_settings
 from qwen3vl_disagg.assets.scenes import all_words, questions
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
+from tools.training.evaluate import evaluate
+from tools.training.folder import load_model, load_weights, read_config, save_weights, write_settings
 
 FILES = {
     *("config.json", "generation_config.json", "model.safetensors"),

@@ -27,7 +27,7 @@ from qwen3vl_disagg.checkpoint.fp8 import (
 )
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.core.settings import ModelOptions
-from qwen3vl_disagg.parallel.dry_run import dry_run
+from qwen3vl_disagg.plan.dry_run import dry_run
 from tests.support.float8 import make_float8
 from tests.support.weights import SMALLEST, edit_json, edit_tensors, write_smallest
 

@@ -28,8 +28,8 @@ from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.compiled import graph_kinds
 from qwen3vl_disagg.engine.engine import EngineOptions
-from qwen3vl_disagg.engine.llm import LLM
 from qwen3vl_disagg.kernels import build
+from qwen3vl_disagg.llm.llm import LLM
 from qwen3vl_disagg.model.moe import route, run_experts_grouped
 from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear, dequantize
 from tests.support.scenes import ask_scenes

@@ -11,7 +11,7 @@ from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.engine import EngineOptions
-from qwen3vl_disagg.engine.llm import ChatResult
+from qwen3vl_disagg.llm.llm import ChatResult
 from tests.support.scenes import ask_scenes
 
 SAMPLING = SamplingParams(max_new_tokens=6, logprobs=1)

@@ -13,7 +13,7 @@ from qwen3vl_disagg import LLM
 from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, write_random_checkpoint
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.core.settings import BufferOptions
-from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
+from qwen3vl_disagg.encode.worker import EncodeWorker
 from qwen3vl_disagg.engine.engine import EngineOptions
 from tools.make_checkpoint import write_small_tokenizer
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams
-from qwen3vl_disagg.disagg.messages import Finished, NeedItems, Tokens
-from qwen3vl_disagg.disagg.rows import VisualRows
 from qwen3vl_disagg.engine.engine import Engine, Preempted, RowsUsed
 from qwen3vl_disagg.engine.scheduler import Chunk
+from qwen3vl_disagg.protocol.messages import Finished, NeedItems, Tokens
+from qwen3vl_disagg.transport.rows import VisualRows
 from tests.support.engine import make_engine, make_requests, run, token_ids
 from tests.support.random_model import random_language_model, small_config
 

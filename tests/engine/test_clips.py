@@ -93,7 +93,10 @@ def test_greedy_answers_are_the_references(folder, expected):
             assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-5)
 
 
-@pytest.mark.parametrize(("blocks", "chunk"), [(1, 3), (2, 1), (3, 7), (100, 7)])
+@pytest.mark.parametrize(
+    ("blocks", "chunk"),
+    [(1, 3), (100, 7), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(3, 7, marks=pytest.mark.slow)],
+)
 def test_however_it_is_cut(folder, expected, blocks, chunk):
     options = EngineOptions(page_size=4, max_prefill_tokens=chunk, chunk_tokens=chunk, min_overlap_tokens=2)
     buffers = BufferOptions(block_size=2, blocks=blocks, deepstack_rows=200)

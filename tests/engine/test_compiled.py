@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.disagg.messages import Tokens
 from qwen3vl_disagg.engine.compiled import CompiledDecoder, graph_kinds
+from qwen3vl_disagg.protocol.messages import Tokens
 from tests.support.engine import make_engine, make_requests, run, token_ids
 from tests.support.random_model import random_language_model, small_config
 

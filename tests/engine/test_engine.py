@@ -7,10 +7,10 @@ import torch
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams
-from qwen3vl_disagg.disagg.messages import Finished, NeedItems, RequestFailed, Tokens
 from qwen3vl_disagg.engine.engine import Engine
 from qwen3vl_disagg.model import ForwardBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.processing import mrope_positions
+from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed, Tokens
 from tests.support.engine import make_engine, make_item, make_requests, run, token_ids, without_deepstack
 from tests.support.random_model import IMAGE_TOKEN, random_language_model, small_config
 

@@ -10,13 +10,13 @@ import pytest
 from qwen3vl_disagg import LLM, cli
 from qwen3vl_disagg.core.errors import InputError, MediaTimeout, ServerError
 from qwen3vl_disagg.core.settings import EncodeOptions
-from qwen3vl_disagg.disagg.encode_worker import EncodeWorker
-from qwen3vl_disagg.disagg.link_server import LinkServer
-from qwen3vl_disagg.disagg.messages import RankHello
+from qwen3vl_disagg.encode.worker import EncodeWorker
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
-from qwen3vl_disagg.engine.language_rank import LanguageRank
 from qwen3vl_disagg.engine.runner import ModelRunner
+from qwen3vl_disagg.language.link_server import LinkServer
+from qwen3vl_disagg.language.rank import LanguageRank
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
+from qwen3vl_disagg.protocol.messages import RankHello
 from tests.support.engine import make_engine
 from tests.support.fake_ranks import FINGERPRINT, TOKEN, System, collect, in_loop
 from tests.support.media_images import jpeg

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams
-from qwen3vl_disagg.disagg.lockstep import Lockstep, Outlook, PaceLimits, StepPlan
-from qwen3vl_disagg.disagg.messages import NeedItems, RequestFailed
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions, StepFailed
-from qwen3vl_disagg.engine.engine_thread import EngineThread
+from qwen3vl_disagg.language.engine_thread import EngineThread
 from qwen3vl_disagg.model.moe import Experts
 from qwen3vl_disagg.parallel.dispatch import ExpertDispatcher
-from qwen3vl_disagg.parallel.placement import shard_rows
+from qwen3vl_disagg.parallel.expert_placement import shard_rows
+from qwen3vl_disagg.parallel.lockstep import Lockstep, Outlook, PaceLimits, StepPlan
+from qwen3vl_disagg.protocol.messages import NeedItems, RequestFailed
 from tests.support.engine import make_engine, make_requests, run, token_ids
 from tests.support.random_model import random_language_model, small_config
 from tests.support.thread_ranks import WAIT_S, ThreadCollectives, on_ranks

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams
-from qwen3vl_disagg.disagg.messages import Finished, RequestFailed
 from qwen3vl_disagg.engine.engine import Engine
 from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model.kernels import use_kernels
 from qwen3vl_disagg.model.moe import SparseMoe
+from qwen3vl_disagg.protocol.messages import Finished, RequestFailed
 from tests.support.engine import make_engine, make_requests, run, token_ids
 from tests.support.random_model import random_language_model, small_config
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
-from qwen3vl_disagg.disagg.rows import VisualRows
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.scheduler import Scheduler, SchedulerLimits
 from qwen3vl_disagg.engine.sequence import Sequence
+from qwen3vl_disagg.transport.rows import VisualRows
 
 
 def make_sequence(name: str, prompt: int, new: int) -> Sequence:

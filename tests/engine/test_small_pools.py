@@ -52,7 +52,7 @@ def expected(folder):
 
 
 @pytest.mark.parametrize("deepstack", ["larger", "smaller"])
-@pytest.mark.parametrize("blocks", [1, 2, 3, 8])
+@pytest.mark.parametrize("blocks", [1, 2, pytest.param(3, marks=pytest.mark.slow), 8])
 def test_every_item_passes_and_gives_the_same_tokens(folder, expected, blocks, deepstack):
     rows = BLOCK * MAX_BLOCKS if deepstack == "larger" else 2 * BLOCK
     options = BufferOptions(block_size=BLOCK, blocks=blocks, deepstack_rows=rows)

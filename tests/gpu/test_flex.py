@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.disagg.messages import Tokens
 from qwen3vl_disagg.model import PagedBatch, flex
+from qwen3vl_disagg.protocol.messages import Tokens
 from tests.support.engine import make_engine, make_requests, run, token_ids
 from tests.support.flex import random_step, reference
 from tests.support.random_model import random_language_model, small_config

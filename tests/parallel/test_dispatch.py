@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.model.moe import DispatchPlan, run_experts_grouped, run_experts_loop
 from qwen3vl_disagg.parallel.dispatch import ExpertDispatcher, choose_kind, pack, unpack
-from qwen3vl_disagg.parallel.placement import shard_rows
+from qwen3vl_disagg.parallel.expert_placement import shard_rows
 from tests.support.thread_ranks import ThreadCollectives, on_ranks
 
 D, F = 8, 4

@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from qwen3vl_disagg import LLM
-from qwen3vl_disagg.core.command_options import PlanOptions
+from qwen3vl_disagg.cluster.rank_setup import RankSetup
+from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.host_memory import available_bytes
 from qwen3vl_disagg.core.settings import EngineSettings, ModelOptions
-from qwen3vl_disagg.disagg.rank_setup import RankSetup
-from qwen3vl_disagg.disagg.rendezvous import Layout, RankContext
-from qwen3vl_disagg.engine.rank_bodies import engine_options, rank_room
+from qwen3vl_disagg.launch.bodies import engine_options, rank_room
 from qwen3vl_disagg.model.presets import IMAGE_ROWS, PRESETS
+from qwen3vl_disagg.options import PlanOptions
 from qwen3vl_disagg.parallel.kv_room import KvRoom, kv_room, weights_on_host
-from qwen3vl_disagg.parallel.plan_command import make_report
-from qwen3vl_disagg.parallel.sizing_hardware import BUILT_IN
-from qwen3vl_disagg.parallel.sizing_work import SizedModel
+from qwen3vl_disagg.parallel.sizes import SizedModel
+from qwen3vl_disagg.plan.command import make_report
+from qwen3vl_disagg.plan.hardware import BUILT_IN
 from recipes import serve
 
 GIB = 2**30

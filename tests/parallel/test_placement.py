@@ -13,8 +13,8 @@ from torch.distributed.tensor import Replicate, Shard
 from qwen3vl_disagg.checkpoint import RANDOM_PRESETS
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack, Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.presets import PRESETS
-from qwen3vl_disagg.parallel import placement
-from qwen3vl_disagg.parallel.placement import (
+from qwen3vl_disagg.parallel import expert_placement as placement
+from qwen3vl_disagg.parallel.expert_placement import (
     LANGUAGE_PLAN,
     VISION_PLAN,
     placements,

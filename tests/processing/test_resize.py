@@ -15,11 +15,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 from qwen3vl_disagg import LLM
+from qwen3vl_disagg.cluster.fingerprint import check_fingerprint
+from qwen3vl_disagg.cluster.rank_setup import RankSetup
+from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext
 from qwen3vl_disagg.core.errors import HandshakeError, InputError
 from qwen3vl_disagg.core.settings import ModelOptions
-from qwen3vl_disagg.disagg.fingerprint import check_fingerprint
-from qwen3vl_disagg.disagg.rank_setup import RankSetup
-from qwen3vl_disagg.disagg.rendezvous import Layout, RankContext
+from qwen3vl_disagg.encode.rank import load_worker
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.processing import ImageProcessor
 from qwen3vl_disagg.processing.pixel_settings import PixelSettings
@@ -110,7 +111,7 @@ def setup_of(how: str) -> RankSetup:
 def test_an_encode_rank_resizes_as_told(answers):
     [levels_HWC] = noise_frames(1, 70, 90)
     for how in ("torch", "pillow"):
-        worker = setup_of(how).encode_worker()
+        worker = load_worker(setup_of(how))
         assert torch.equal(worker.processor.patches(levels_HWC)[0], answers[how][0])
         assert worker.video.resize == how
         worker.decoder.close()

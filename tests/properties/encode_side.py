@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from qwen3vl_disagg.disagg.encode_sessions import (
+from qwen3vl_disagg.protocol.encode_sessions import (
     ASSIGNED,
     EARLY,
     ENCODING,
@@ -16,8 +16,8 @@ from qwen3vl_disagg.disagg.encode_sessions import (
     SENT,
     EncodeSessions,
 )
-from qwen3vl_disagg.disagg.messages import Ack, Beat, Frame, Grant, HeaderOk, Resume
-from qwen3vl_disagg.disagg.session_events import (
+from qwen3vl_disagg.protocol.messages import Ack, Beat, Frame, Grant, HeaderOk, Resume
+from qwen3vl_disagg.protocol.session_events import (
     Encode,
     Encoded,
     FrameIn,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
-from qwen3vl_disagg.disagg.allocator import BlockAllocator
-from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
-from qwen3vl_disagg.disagg.layout import RowSizes
-from qwen3vl_disagg.disagg.messages import Beat, Frame, Grant
-from qwen3vl_disagg.disagg.session import DONE, HELD, IDLE, RECEIVING
-from qwen3vl_disagg.disagg.session_events import (
+from qwen3vl_disagg.protocol.allocator import BlockAllocator
+from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
+from qwen3vl_disagg.protocol.layout import RowSizes
+from qwen3vl_disagg.protocol.messages import Beat, Frame, Grant
+from qwen3vl_disagg.protocol.session import DONE, HELD, IDLE, RECEIVING
+from qwen3vl_disagg.protocol.session_events import (
     Assigned,
     Consumed,
     Expect,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from qwen3vl_disagg.disagg import room as room_module
-from qwen3vl_disagg.disagg.allocator import POOLS
-from qwen3vl_disagg.disagg.encode_sessions import HEADER, PARKED, SENDING, SENT
-from qwen3vl_disagg.disagg.messages import Abort, Ack, Frame, Grant, Nack, Resume
-from qwen3vl_disagg.disagg.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING
-from qwen3vl_disagg.disagg.session_events import Attempt, CancelItems, Encode, FrameIn, Receive, Tick
+from qwen3vl_disagg.protocol import room as room_module
+from qwen3vl_disagg.protocol.allocator import POOLS
+from qwen3vl_disagg.protocol.encode_sessions import HEADER, PARKED, SENDING, SENT
+from qwen3vl_disagg.protocol.messages import Abort, Ack, Frame, Grant, Nack, Resume
+from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING
+from qwen3vl_disagg.protocol.session_events import Attempt, CancelItems, Encode, FrameIn, Receive, Tick
 from tests.properties.session_parts import LIMITS, attempt_of
 
 if TYPE_CHECKING:

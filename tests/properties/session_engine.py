@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen3vl_disagg.disagg import session_events as ev
+from qwen3vl_disagg.protocol import session_events as ev
 from tests.properties.session_parts import ModelSequence, make_visual
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.disagg.allocator import Lease
-from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
-from qwen3vl_disagg.disagg.messages import Frame, Grant, Header, Resume
-from qwen3vl_disagg.disagg.session_events import Attempt, Receive, SessionLimits
+from qwen3vl_disagg.protocol.allocator import Lease
+from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
+from qwen3vl_disagg.protocol.messages import Frame, Grant, Header, Resume
+from qwen3vl_disagg.protocol.session_events import Attempt, Receive, SessionLimits
 
 READY = "ready"
 """The first thing on a new link towards the encode rank: the language side has it too."""

@@ -11,13 +11,13 @@ from typing import Any
 
 from qwen3vl_disagg.core.errors import InputError, ServerError
 from qwen3vl_disagg.core.failure import Failure
-from qwen3vl_disagg.disagg import session_events as ev
-from qwen3vl_disagg.disagg.allocator import BlockAllocator
-from qwen3vl_disagg.disagg.encode_sessions import EncodeSessions
-from qwen3vl_disagg.disagg.language_sessions import LanguageSessions
-from qwen3vl_disagg.disagg.layout import RowSizes
-from qwen3vl_disagg.disagg.messages import Frame, Stale
-from qwen3vl_disagg.disagg.session_events import Attempt
+from qwen3vl_disagg.protocol import session_events as ev
+from qwen3vl_disagg.protocol.allocator import BlockAllocator
+from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
+from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
+from qwen3vl_disagg.protocol.layout import RowSizes
+from qwen3vl_disagg.protocol.messages import Frame, Stale
+from qwen3vl_disagg.protocol.session_events import Attempt
 from tests.properties.session_checks import Checks
 from tests.properties.session_engine import EngineMoves
 from tests.properties.session_parts import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen3vl_disagg.disagg.encode_sessions import (
+from qwen3vl_disagg.protocol.encode_sessions import (
     ASSIGNED,
     EARLY,
     ENCODING,
@@ -15,8 +15,8 @@ from qwen3vl_disagg.disagg.encode_sessions import (
     SENDING,
     SENT,
 )
-from qwen3vl_disagg.disagg.messages import Abort, Ack, Beat, Frame, HeaderOk, Nack, Stale
-from qwen3vl_disagg.disagg.session_events import (
+from qwen3vl_disagg.protocol.messages import Abort, Ack, Beat, Frame, HeaderOk, Nack, Stale
+from qwen3vl_disagg.protocol.session_events import (
     BreakLink,
     Encoded,
     FrameIn,

@@ -6,7 +6,7 @@ import pytest
 
 from qwen3vl_disagg.core.errors import InputError, ServerError
 from qwen3vl_disagg.core.failure import Failure
-from qwen3vl_disagg.disagg.encode_sessions import (
+from qwen3vl_disagg.protocol.encode_sessions import (
     ASSIGNED,
     EARLY,
     ENCODING,
@@ -17,8 +17,8 @@ from qwen3vl_disagg.disagg.encode_sessions import (
     SENDING,
     SENT,
 )
-from qwen3vl_disagg.disagg.messages import Abort, Beat, Frame, Nack
-from qwen3vl_disagg.disagg.session_events import (
+from qwen3vl_disagg.protocol.messages import Abort, Beat, Frame, Nack
+from qwen3vl_disagg.protocol.session_events import (
     BreakLink,
     CancelItems,
     Encoded,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from qwen3vl_disagg.disagg.messages import Abort, Ack, Beat, Frame, Nack, Stale
-from qwen3vl_disagg.disagg.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING
-from qwen3vl_disagg.disagg.session_events import (
+from qwen3vl_disagg.protocol.messages import Abort, Ack, Beat, Frame, Nack, Stale
+from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING
+from qwen3vl_disagg.protocol.session_events import (
     Arrived,
     Assigned,
     BreakLink,

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from qwen3vl_disagg.disagg.messages import Abort, Ack, Beat, Frame, Grant, HeaderOk, Resume
-from qwen3vl_disagg.disagg.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING
-from qwen3vl_disagg.disagg.session_events import (
+from qwen3vl_disagg.protocol.messages import Abort, Ack, Beat, Frame, Grant, HeaderOk, Resume
+from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING
+from qwen3vl_disagg.protocol.session_events import (
     Arrived,
     BreakLink,
     Consumed,

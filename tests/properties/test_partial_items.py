@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from qwen3vl_disagg.disagg.allocator import BlockAllocator
-from qwen3vl_disagg.disagg.encode_sessions import PARKED
-from qwen3vl_disagg.disagg.messages import Abort, Grant, Nack, Resume
-from qwen3vl_disagg.disagg.room import fits_whole
-from qwen3vl_disagg.disagg.session import DONE, GRANTED, HELD, IDLE, RECEIVING, Session
-from qwen3vl_disagg.disagg.session_events import (
+from qwen3vl_disagg.protocol.allocator import BlockAllocator
+from qwen3vl_disagg.protocol.encode_sessions import PARKED
+from qwen3vl_disagg.protocol.messages import Abort, Grant, Nack, Resume
+from qwen3vl_disagg.protocol.room import fits_whole
+from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, Session
+from qwen3vl_disagg.protocol.session_events import (
     Arrived,
     Assigned,
     Encoded,

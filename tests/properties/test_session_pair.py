@@ -12,8 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from qwen3vl_disagg.disagg import room as room_module
-from qwen3vl_disagg.disagg.layout import RUN_BYTES, RowSizes
+from qwen3vl_disagg.protocol import room as room_module
+from qwen3vl_disagg.protocol.layout import RUN_BYTES, RowSizes
 from tests.properties.session_parts import LIMITS
 from tests.properties.session_world import RANKS, World
 

@@ -9,7 +9,7 @@ from random import Random
 
 from hypothesis import settings
 
-from qwen3vl_disagg.disagg import room
+from qwen3vl_disagg.protocol import room
 from tests.properties.test_session_pair import MAX_RUNS, SessionPair
 
 NUM_WALKS = 10 * settings().max_examples

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from qwen3vl_disagg.cluster.backend import FinishedEvent
 from qwen3vl_disagg.processing import GenerationDefaults
-from qwen3vl_disagg.serving.backend import FinishedEvent
 from qwen3vl_disagg.serving.limits import Limits
 from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_of, answer_steps, serve, tiny_processor
 from tests.support.images import png, uri

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
+from qwen3vl_disagg.cluster.backend import Decoded, TokenEvent
 from qwen3vl_disagg.serving.app import create_app
-from qwen3vl_disagg.serving.backend import Decoded, TokenEvent
 from qwen3vl_disagg.serving.limits import Limits
 from tests.support.asgi import Exchange
 from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, tiny_processor

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from qwen3vl_disagg.disagg import slots
-from qwen3vl_disagg.serving import frontend
-from qwen3vl_disagg.serving.frontend import CLOSED_S, DRAINED_S, LEFT_S, serve, time_left
-from qwen3vl_disagg.serving.job_memory import JobMemory
+from qwen3vl_disagg.cluster import slots
+from qwen3vl_disagg.cluster.job_memory import JobMemory
+from qwen3vl_disagg.launch import frontend
+from qwen3vl_disagg.launch.frontend import CLOSED_S, DRAINED_S, LEFT_S, serve, time_left
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_the_stages_get_what_is_left(monkeypatch, heard_s):
             if heard_s is not None:
                 with monkeypatch.context() as patch:
                     past = time.monotonic() - heard_s
-                    patch.setattr("qwen3vl_disagg.serving.job_memory.time.monotonic", lambda: past)
+                    patch.setattr("qwen3vl_disagg.cluster.job_memory.time.monotonic", lambda: past)
                     memory.stop()
                 asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), signal.SIGTERM)
             else:

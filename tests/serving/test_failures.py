@@ -26,8 +26,7 @@ from qwen3vl_disagg.core.errors import (
     late,
 )
 from qwen3vl_disagg.core.failure import Failure
-from qwen3vl_disagg.disagg.control import ConnectionLost
-from qwen3vl_disagg.disagg.messages import (
+from qwen3vl_disagg.protocol.messages import (
     Assign,
     Decoded,
     EncodeItem,
@@ -40,6 +39,7 @@ from qwen3vl_disagg.disagg.messages import (
     Tokens,
 )
 from qwen3vl_disagg.serving.app import create_app
+from qwen3vl_disagg.transport.control import ConnectionLost
 from tests.support.asgi import Exchange
 from tests.support.fake_backend import PATH, tiny_processor
 from tests.support.fake_ranks import FakeRank, System, in_loop

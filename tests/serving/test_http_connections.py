@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from qwen3vl_disagg.cluster.backend import Decoded, TokenEvent
 from qwen3vl_disagg.serving import http_connection, http_places, http_server
-from qwen3vl_disagg.serving.backend import Decoded, TokenEvent
 from qwen3vl_disagg.serving.http_connection import PHASES, Patience
 from qwen3vl_disagg.serving.http_places import PlaceLimits
 from tests.support import http_attacks as attacks

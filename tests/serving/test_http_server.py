@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from qwen3vl_disagg.cluster.backend import Decoded, TokenEvent
 from qwen3vl_disagg.serving.app import create_app
-from qwen3vl_disagg.serving.backend import Decoded, TokenEvent
 from qwen3vl_disagg.serving.http_server import HttpServer
 from qwen3vl_disagg.serving.limits import MIB
 from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, tiny_processor

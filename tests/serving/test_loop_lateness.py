@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from qwen3vl_disagg.disagg.control import Connection
-from qwen3vl_disagg.disagg.messages import RankHello, Welcome
-from qwen3vl_disagg.disagg.rendezvous import host_id
+from qwen3vl_disagg.cluster.rendezvous import host_id
+from qwen3vl_disagg.protocol.messages import RankHello, Welcome
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.http_turns import SLICE_S, WAKE_S, Turns
+from qwen3vl_disagg.transport.control import Connection
 from tests.support import http_attacks as attacks
 from tests.support.fake_backend import FakeBackend, tiny_processor
 from tests.support.fake_ranks import FINGERPRINT, TOKEN, System, in_loop

@@ -9,12 +9,12 @@ import time
 
 import pytest
 
+from qwen3vl_disagg.cluster.backend import Readiness
 from qwen3vl_disagg.core.errors import InputError, OverloadedError, UnavailableError
 from qwen3vl_disagg.core.settings import HttpOptions
-from qwen3vl_disagg.disagg.messages import Submit, Tokens
-from qwen3vl_disagg.disagg.router_tables import RouterLimits
+from qwen3vl_disagg.protocol.messages import Submit, Tokens
+from qwen3vl_disagg.protocol.router_tables import RouterLimits
 from qwen3vl_disagg.serving.app import create_app
-from qwen3vl_disagg.serving.backend import Readiness
 from qwen3vl_disagg.serving.limits import MIB
 from tests.support.asgi import Exchange
 from tests.support.fake_backend import ASK, PATH, FakeBackend, tiny_processor

@@ -8,9 +8,9 @@ import re
 
 import pytest
 
+from qwen3vl_disagg.cluster.backend import Readiness
 from qwen3vl_disagg.core.errors import DeadlineError, HandshakeError, ServerError
 from qwen3vl_disagg.serving.app import create_app
-from qwen3vl_disagg.serving.backend import Readiness
 from qwen3vl_disagg.serving.limits import Limits
 from tests.support.asgi import Exchange
 from tests.support.fake_backend import ASK, PATH, FakeBackend, serve, tiny_processor

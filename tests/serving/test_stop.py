@@ -7,8 +7,8 @@ import json
 
 import pytest
 
+from qwen3vl_disagg.cluster.backend import Decoded, TokenEvent
 from qwen3vl_disagg.serving.app import create_app
-from qwen3vl_disagg.serving.backend import Decoded, TokenEvent
 from tests.support.asgi import Exchange
 from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_of, answer_steps, serve, timings, tiny_processor
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.disagg.encode_sessions import ASSIGNED
-from qwen3vl_disagg.disagg.layout import RowSizes
-from qwen3vl_disagg.disagg.messages import Abort, Cancel, EncodeItem
-from qwen3vl_disagg.disagg.router import RouterLimits
-from qwen3vl_disagg.disagg.simulation.cluster import Cluster, Sizes
-from qwen3vl_disagg.disagg.simulation.world import Violation, World
+from qwen3vl_disagg.protocol.encode_sessions import ASSIGNED
+from qwen3vl_disagg.protocol.layout import RowSizes
+from qwen3vl_disagg.protocol.messages import Abort, Cancel, EncodeItem
+from qwen3vl_disagg.protocol.router import RouterLimits
+from tools.simulation.cluster import Cluster, Sizes
+from tools.simulation.world import Violation, World
 
 ATTEMPT = ("r0", 0, 1)
 NEWS_TAKE_S = 9.0

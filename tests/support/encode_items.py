@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from qwen3vl_disagg.disagg.encode_worker import EncodedItem
-from qwen3vl_disagg.disagg.messages import Decoded, Header
+from qwen3vl_disagg.encode.worker import EncodedItem
+from qwen3vl_disagg.protocol.messages import Decoded, Header
 from tests.support.link_peers import EncodeSide, Peer, make_grant
 from tests.support.link_scenarios import CONFIG
 from tests.support.transfer import make_encoded

@@ -21,7 +21,7 @@ from qwen3vl_disagg.checkpoint import load_language_model
 from qwen3vl_disagg.model import PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.moe import DispatchPlan, SparseMoe
 from qwen3vl_disagg.parallel.expert_parallel import ExpertShards
-from qwen3vl_disagg.parallel.gloo import expert_mesh
+from qwen3vl_disagg.transport.gloo import expert_mesh
 
 PAGE = 4
 KINDS = ("gather", "all_to_all")

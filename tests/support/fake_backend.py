@@ -12,11 +12,11 @@ from starlette.testclient import TestClient
 
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.cluster.backend import Decoded, Event, FinishedEvent, Readiness, TokenEvent
 from qwen3vl_disagg.core.errors import DisaggError, UnavailableError
 from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, SamplingParams, TokenLogprob
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.serving.app import create_app
-from qwen3vl_disagg.serving.backend import Decoded, Event, FinishedEvent, Readiness, TokenEvent
 
 PATH = "/v1/chat/completions"
 ASK = {"messages": [{"role": "user", "content": "what is it?"}]}

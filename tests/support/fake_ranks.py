@@ -12,10 +12,14 @@ from typing import Any
 
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.cluster.hub import Hub
+from qwen3vl_disagg.cluster.job_memory import JobMemory
+from qwen3vl_disagg.cluster.media_store import MediaStore
+from qwen3vl_disagg.cluster.rendezvous import Layout, host_id
 from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, VisualItem
-from qwen3vl_disagg.disagg.control import Connection, ConnectionLost, connect_hub
-from qwen3vl_disagg.disagg.messages import (
+from qwen3vl_disagg.processing import Prompt
+from qwen3vl_disagg.protocol.messages import (
     Assign,
     Blob,
     EncodeItem,
@@ -30,12 +34,8 @@ from qwen3vl_disagg.disagg.messages import (
     Tokens,
     Welcome,
 )
-from qwen3vl_disagg.disagg.rendezvous import Layout, host_id
-from qwen3vl_disagg.disagg.router_tables import RouterLimits
-from qwen3vl_disagg.processing import Prompt
-from qwen3vl_disagg.serving.hub import Hub
-from qwen3vl_disagg.serving.job_memory import JobMemory
-from qwen3vl_disagg.serving.media_store import MediaStore
+from qwen3vl_disagg.protocol.router_tables import RouterLimits
+from qwen3vl_disagg.transport.control import Connection, ConnectionLost, connect_hub
 
 TOKEN = "the token"
 CONFIG = read_config(resolve_model_folder(None))

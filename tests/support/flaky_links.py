@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from qwen3vl_disagg.disagg.encode_worker import EncodedItem, EncodeWorker, Pixels
-from qwen3vl_disagg.disagg.links import Link, LinkBroken, LinkFactory
+from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker, Pixels
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.processing import ImageProcessor
+from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory
 
 
 class CountingWorker(EncodeWorker):

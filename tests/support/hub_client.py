@@ -56,8 +56,8 @@ class HubClient:
 
 def _answer(model: str, weights: bool, num_ranks: int, env: Mapping[str, str], rank: int) -> dict[str, Any]:
     from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
-    from qwen3vl_disagg.disagg.model_folder import shared_model_folder
-    from qwen3vl_disagg.disagg.rendezvous import World
+    from qwen3vl_disagg.cluster.model_folder import shared_model_folder
+    from qwen3vl_disagg.cluster.rendezvous import World
 
     os.environ |= env
     with tempfile.TemporaryFile("w+") as log:
@@ -79,7 +79,7 @@ def _answer(model: str, weights: bool, num_ranks: int, env: Mapping[str, str], r
 
 
 def main() -> None:
-    for name in ("httpx", "httpx2", "yaml", "qwen3vl_disagg.disagg.model_folder"):
+    for name in ("httpx", "httpx2", "yaml", "qwen3vl_disagg.cluster.model_folder"):
         with contextlib.suppress(ModuleNotFoundError):  # which of the two depends on the client's version
             importlib.import_module(name)
     for line in sys.stdin:

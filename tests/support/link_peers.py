@@ -16,13 +16,11 @@ import torch
 
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
-from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
-from qwen3vl_disagg.disagg.control import Connection, ConnectionLost, connect_link
-from qwen3vl_disagg.disagg.encode_server import EncodeServer
-from qwen3vl_disagg.disagg.encode_worker import EncodedItem
-from qwen3vl_disagg.disagg.link_server import LinkServer
-from qwen3vl_disagg.disagg.links import InProcessLink, Link, in_process_links
-from qwen3vl_disagg.disagg.messages import (
+from qwen3vl_disagg.encode.server import EncodeServer
+from qwen3vl_disagg.encode.worker import EncodedItem
+from qwen3vl_disagg.language.link_server import LinkServer
+from qwen3vl_disagg.language.receiver import Receiver
+from qwen3vl_disagg.protocol.messages import (
     Ack,
     Beat,
     EncodeItem,
@@ -35,9 +33,11 @@ from qwen3vl_disagg.disagg.messages import (
     Message,
     Refused,
 )
-from qwen3vl_disagg.disagg.receiver import Receiver
-from qwen3vl_disagg.disagg.session_events import Assigned, Expect, Forget, SessionLimits
-from qwen3vl_disagg.disagg.store import host_store
+from qwen3vl_disagg.protocol.session_events import Assigned, Expect, Forget, SessionLimits
+from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
+from qwen3vl_disagg.transport.control import Connection, ConnectionLost, connect_link
+from qwen3vl_disagg.transport.links import InProcessLink, Link, in_process_links
+from qwen3vl_disagg.transport.store import host_store
 from tests.support.link_scenarios import BLOCK, CONFIG, LANGUAGE_RANK, LIMITS, TOKEN, Engine, FakeHub, System, until
 from tests.support.transfer import make_encoded, make_visual
 

@@ -18,18 +18,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qwen3vl_disagg.cluster.fingerprint import link_fingerprint
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
-from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
-from qwen3vl_disagg.disagg.control import Connection
-from qwen3vl_disagg.disagg.encode_rank import EncodeRank
-from qwen3vl_disagg.disagg.fingerprint import link_fingerprint
-from qwen3vl_disagg.disagg.link_server import LinkServer
-from qwen3vl_disagg.disagg.links import LinkFactory, in_process_links, process_group_links
-from qwen3vl_disagg.disagg.messages import Blob, Cancel, EncodeItem, LinksUp, Message, Peers, Pull, RankHello, Welcome
-from qwen3vl_disagg.disagg.receiver import Receiver
-from qwen3vl_disagg.disagg.rows import Delivery
-from qwen3vl_disagg.disagg.session_events import (
+from qwen3vl_disagg.encode.rank import EncodeRank
+from qwen3vl_disagg.language.link_server import LinkServer
+from qwen3vl_disagg.language.receiver import Receiver
+from qwen3vl_disagg.processing import ImageProcessor
+from qwen3vl_disagg.protocol.messages import Blob, Cancel, EncodeItem, LinksUp, Message, Peers, Pull, RankHello, Welcome
+from qwen3vl_disagg.protocol.session_events import (
     Arrived,
     Assigned,
     Attempt,
@@ -42,8 +39,11 @@ from qwen3vl_disagg.disagg.session_events import (
     Returned,
     SessionLimits,
 )
-from qwen3vl_disagg.disagg.store import host_store
-from qwen3vl_disagg.processing import ImageProcessor
+from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
+from qwen3vl_disagg.transport.control import Connection
+from qwen3vl_disagg.transport.links import LinkFactory, in_process_links, process_group_links
+from qwen3vl_disagg.transport.rows import Delivery
+from qwen3vl_disagg.transport.store import host_store
 from tests.support.flaky_links import CountingWorker, FlakyLinks
 from tests.support.random_model import IMAGE_TOKEN, random_vision_model, small_config
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3vl_disagg.assets.make_tokenizer import build_syllable_tokenizer, write_template
 from qwen3vl_disagg.checkpoint import module_tensors, write_checkpoint
 from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration
+from tools.training.make_tokenizer import build_syllable_tokenizer, write_template
 
 NAMES = {
     "2b": "Qwen/Qwen3-VL-2B",

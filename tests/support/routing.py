@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, VisualItem
-from qwen3vl_disagg.disagg.messages import (
+from qwen3vl_disagg.protocol.messages import (
     Finished,
     LinksUp,
     NeedItems,
     Submit,
 )
-from qwen3vl_disagg.disagg.router import Router, RouterLimits
-from qwen3vl_disagg.disagg.routing import (
+from qwen3vl_disagg.protocol.router import Router, RouterLimits
+from qwen3vl_disagg.protocol.routing import (
     Action,
     Admit,
     End,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qwen3vl_disagg.parallel.placement import shard_rows
+from qwen3vl_disagg.parallel.expert_placement import shard_rows
 
 
 class PlainShards:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from qwen3vl_disagg.cluster.slots import Child, Slot, die_with_parent
 from qwen3vl_disagg.core.errors import Dismissed, HandshakeError, HubGone, InputError
-from qwen3vl_disagg.disagg.slots import Child, Slot, die_with_parent
 
 LOG = Path()
 

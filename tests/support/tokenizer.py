@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qwen3vl_disagg.assets.make_tokenizer import build_tokenizer
+from tools.training.make_tokenizer import build_tokenizer
 
 _TEXTS = [
     "What colour is the red circle on the left? It's a square, they're 12 of them.\n\nfoo  bar\tbaz",

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.disagg.allocator import BlockAllocator, Lease
-from qwen3vl_disagg.disagg.buffers import MultimodalDataBuffers
-from qwen3vl_disagg.disagg.encode_worker import EncodedItem
-from qwen3vl_disagg.disagg.links import InProcessLink
-from qwen3vl_disagg.disagg.messages import Grant, Header, Resume
-from qwen3vl_disagg.disagg.receiver import Receiver
-from qwen3vl_disagg.disagg.room import take_room
-from qwen3vl_disagg.disagg.rows import VisualRows
-from qwen3vl_disagg.disagg.session import Session
-from qwen3vl_disagg.disagg.session_events import Receive
+from qwen3vl_disagg.encode.worker import EncodedItem
+from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.processing import Grid, item_positions
+from qwen3vl_disagg.protocol.allocator import BlockAllocator, Lease
+from qwen3vl_disagg.protocol.messages import Grant, Header, Resume
+from qwen3vl_disagg.protocol.room import take_room
+from qwen3vl_disagg.protocol.session import Session
+from qwen3vl_disagg.protocol.session_events import Receive
+from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
+from qwen3vl_disagg.transport.links import InProcessLink
+from qwen3vl_disagg.transport.rows import VisualRows
 
 
 def make_visual(config: ModelConfig, grid: Grid = (1, 4, 6)) -> VisualItem:

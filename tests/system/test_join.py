@@ -16,8 +16,8 @@ from typing import Any, Self
 import pytest
 
 from qwen3vl_disagg import LLM
+from qwen3vl_disagg.cluster.slots import EXIT_REFUSED
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.disagg.slots import EXIT_REFUSED
 from tests.support.scenes import Asked, ask_scenes
 from tests.support.server import REPO, Job, Server
 

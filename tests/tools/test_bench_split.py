@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg.parallel.sizing_fit import read_measurements
+from qwen3vl_disagg.plan.fit import read_measurements
 from tools import bench_split
 from tools.bench_split import Contents, Load, Records, Seen, parse_split, splits
 

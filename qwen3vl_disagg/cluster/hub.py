@@ -1,0 +1,401 @@
+"""The hub: the frontend's end of every rank's control connection, the router in the middle, requests on top.
+
+One event loop. What ranks and clients do becomes router events; what the router answers is carried out here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qwen3vl_disagg.cluster.backend import Decoded, FinishedEvent, Readiness, TokenEvent
+from qwen3vl_disagg.cluster.backend import Event as ClientEvent
+from qwen3vl_disagg.cluster.job_memory import JobMemory
+from qwen3vl_disagg.cluster.media_store import MediaStore
+from qwen3vl_disagg.cluster.registry import RankKey, Registry
+from qwen3vl_disagg.cluster.rendezvous import Layout
+from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError, UnavailableError
+from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.model import ModelConfig
+from qwen3vl_disagg.processing import Prompt
+from qwen3vl_disagg.protocol.messages import (
+    Blob,
+    EndJob,
+    FindStore,
+    Finished,
+    HubMessage,
+    ItemFailed,
+    ItemLost,
+    Message,
+    Peers,
+    Pull,
+    RankHello,
+    Refused,
+    Stop,
+    StoreAt,
+    Tokens,
+    Welcome,
+)
+from qwen3vl_disagg.protocol.messages import Decoded as ItemDecoded
+from qwen3vl_disagg.protocol.router import Router
+from qwen3vl_disagg.protocol.router_tables import RouterLimits
+from qwen3vl_disagg.protocol.routing import (
+    Abandon,
+    Action,
+    Admit,
+    Deliver,
+    Drain,
+    End,
+    EndAll,
+    Event,
+    FromRank,
+    RankDown,
+    RankUp,
+    Send,
+    Tick,
+)
+from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection
+from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
+
+EXPECTED_TOKENS = 1024
+PULL_S = 30.0
+MAX_PULLS = 64
+"""Answered at a time; each has at most a slice of its bytes on the way."""
+CLOSE_S = 2.0
+TICK_S = 0.25
+
+
+@dataclass
+class _Handle:
+    """A request as its HTTP handler sees it."""
+
+    hub: Hub
+    request_id: str
+    digests: list[str]
+    events: asyncio.Queue[ClientEvent | DisaggError] = field(default_factory=asyncio.Queue)
+    undecoded: set[int] = field(default_factory=set)
+
+    async def __aiter__(self) -> AsyncIterator[ClientEvent]:
+        while True:
+            event = await self.events.get()
+            if isinstance(event, DisaggError):
+                raise event
+            yield event
+            if isinstance(event, FinishedEvent):
+                return
+
+    def cancel(self) -> None:
+        self.hub.take(Abandon(self.request_id))
+
+    def deliver(self, message: ItemDecoded | Tokens | Finished) -> None:
+        match message:
+            case ItemDecoded():
+                self._decoded({message.item})
+            case Tokens():
+                # Another connection than the one that brings the news of decoded items: it may be faster.
+                self._decoded(set(self.undecoded))
+                for i, token_id in enumerate(message.token_ids):
+                    entry = message.logprobs[i] if message.logprobs else None
+                    self.events.put_nowait(TokenEvent(token_id, entry, None if i else message.timings))
+            case Finished():
+                self._decoded(set(self.undecoded))
+                self.events.put_nowait(FinishedEvent(message.finish_reason, message.timings))
+
+    def _decoded(self, items: set[int]) -> None:
+        if self.undecoded and items:
+            self.undecoded -= items
+            if not self.undecoded:
+                self.events.put_nowait(Decoded())
+
+
+def _log_failure(key: RankKey, message: Message) -> None:
+    """One line for each attempt that failed: clients do not hear of it when another one succeeds."""
+    if isinstance(message, ItemLost) or (isinstance(message, ItemFailed) and not message.failure.is_final):
+        reason = message.reason if isinstance(message, ItemLost) else message.failure.message
+        name = f"request {message.request_id}, item {message.item}, attempt {message.attempt}"
+        print(f"{key[0]} rank {key[1]}: {name}: {reason}", file=sys.stderr, flush=True)
+
+
+def _num_expected(sampling: SamplingParams) -> int:
+    """Tokens of an answer that a rank is counted to have: one of which nobody said how long it may be is none of the
+    context's whole rest."""
+    return min(sampling.max_new_tokens, EXPECTED_TOKENS) if sampling.is_open_ended else sampling.max_new_tokens
+
+
+class Hub:
+    """The `Backend` of the HTTP app, and the server that ranks connect to."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: Layout,
+        token: str,
+        *,
+        media: MediaStore | None = None,
+        memory: JobMemory | None = None,
+        limits: RouterLimits | None = None,
+    ) -> None:
+        self._token = token
+        self._layout, self._memory = layout, memory or JobMemory()
+        self._registry = Registry(layout, token, self._memory)
+        visual_token_ids = {"image": config.image_token_id, "video": config.video_token_id}
+        together = layout.language_ranks if config.text.num_experts else ()
+        self._router = Router(visual_token_ids, limits, required=together)
+        self._media = MediaStore() if media is None else media
+        self._ranks: dict[RankKey, Connection] = {}
+        self._handles: dict[str, _Handle] = {}
+        self._store_is_known = asyncio.Event()
+        if self._memory.store_address is not None:
+            self._store_is_known.set()
+        self._prefix = secrets.token_hex(4)
+        self._num_requests = 0
+        self._was_ready = False
+        self._closing = asyncio.Event()
+        self.end_job = asyncio.Event()
+        """Set when a node is asked to end: whoever runs the hub should end the job."""
+        self._absent: set[RankKey] = set()
+        self._pulls = asyncio.Semaphore(MAX_PULLS)
+        self._server: Doorkeeper | None = None
+        self._ticker: asyncio.Future[None] | None = None
+
+    # ---- for the HTTP app ----
+
+    def submit(self, prompt: Prompt, sampling: SamplingParams, timeout_s: float) -> _Handle:
+        self._num_requests += 1
+        request_id = f"{self._prefix}-{self._num_requests}"
+        digests = [item.digest for item in prompt.items]
+        self._media.hold(list(zip(digests, prompt.media, strict=True)))
+        handle = _Handle(self, request_id, digests, undecoded=set(range(len(prompt.items))))
+        self._handles[request_id] = handle
+        self.take(
+            Admit(
+                request_id,
+                np.asarray(prompt.token_ids, dtype="<i4").tobytes(),
+                len(prompt.token_ids) + _num_expected(sampling),
+                prompt.items,
+                sampling,
+                timeout_s,
+            )
+        )
+        if request_id not in self._handles:
+            refusal = handle.events.get_nowait()
+            if isinstance(refusal, DisaggError):
+                raise refusal
+        if not prompt.items:
+            handle.events.put_nowait(Decoded())
+        return handle
+
+    def refusal(self, num_coming: int = 0) -> DisaggError | None:
+        readiness = self.readiness()
+        if not readiness.ready:
+            return UnavailableError("the server is not ready: " + "; ".join(readiness.reasons))
+        return self._router.refusal(time.monotonic(), num_coming=num_coming)
+
+    def readiness(self) -> Readiness:
+        """Ready once every language rank is there with a link from some encode rank; after that, and where others
+        are linked, a missing encode rank only degrades."""
+        router = self._router
+        if router.is_draining:
+            return Readiness(ready=False, reasons=["the server is shutting down"])
+        language = set(self._layout.language_ranks)
+        reasons = [f"language rank {rank} is missing" for rank in sorted(language - router.language_ranks)]
+        if reasons:
+            return Readiness(ready=False, reasons=reasons)
+        missing = sorted(set(self._layout.encode_ranks) - router.encode_ranks)
+        reasons = [f"encode rank {rank} is missing" for rank in missing]
+        unlinked = sorted(language - router.linked_language_ranks)
+        reasons += [f"language rank {rank} has no link to an encode rank" for rank in unlinked]
+        self._was_ready = self._was_ready or not unlinked
+        return Readiness(ready=self._was_ready, degraded=bool(reasons), reasons=reasons)
+
+    def debug_processes(self) -> list[dict[str, Any]]:
+        ranks = [
+            {"role": role, "rank": rank, "pid": hello.pid, "address": c.peer[0], "weight_bytes": hello.weight_bytes}
+            for (role, rank), c in self._ranks.items()
+            for hello in [self._registry.hellos[role, rank]]
+        ]
+        return [{"role": "frontend", "pid": os.getpid()}, *ranks]
+
+    # ---- lifetime ----
+
+    async def serve(self, sock: socket.socket) -> asyncio.Future[None]:
+        """Take connections on a bound socket, until `close`. What it returns ends only if the hub fails before."""
+        self._server = Doorkeeper(
+            sock, self._greet, token=self._token, messages=HubMessage, max_frame=MAX_HUB_FRAME, name="hub"
+        )
+        self._ticker = asyncio.create_task(self._tick())
+        return self._ticker
+
+    async def drain(self, limit_s: float) -> None:
+        """Admit nothing more and wait until nothing runs; after `limit_s` end what is left with an error."""
+        self.take(Drain())
+        end = time.monotonic() + limit_s
+        while self._router.num_requests and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        self.take(EndAll(UnavailableError("the server is shutting down")))
+
+    async def close(self, limit_s: float) -> None:
+        """Send every rank home, also those still to come; returns when all have left, or after `limit_s`."""
+        self._closing.set()
+        self._absent = self._all_ranks() - self._ranks.keys()
+        for connection in self._ranks.values():
+            self._post(connection, Stop())
+        end = time.monotonic() + limit_s
+        while (self._ranks or self._absent) and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        if self._ticker is not None:
+            self._ticker.cancel()
+        if self._server is not None:
+            self._server.close()
+            # Handlers still closing their connections.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._server.wait_closed(), CLOSE_S)
+
+    def _all_ranks(self) -> set[RankKey]:
+        encode, language = self._layout.encode_ranks, self._layout.language_ranks
+        return {("encode", rank) for rank in encode} | {("language", rank) for rank in language}
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.take(Tick())
+
+    # ---- router ----
+
+    def take(self, event: Event) -> None:
+        """Let the router decide, and do what it says."""
+        for action in self._router.handle(event, time.monotonic()):
+            self._perform(action)
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Send():
+                connection = self._ranks.get((action.role, action.rank))
+                if connection is not None:
+                    self._post(connection, action.message)
+            case Deliver():
+                handle = self._handles.get(action.request_id)
+                if handle is not None:
+                    handle.deliver(action.message)
+            case End():
+                handle = self._handles.pop(action.request_id, None)
+                if handle is not None:
+                    self._media.release(handle.digests)
+                    if action.error is not None:
+                        handle.events.put_nowait(action.error)
+
+    @staticmethod
+    def _post(connection: Connection, message: Message) -> None:
+        try:
+            connection.post(message)
+        except TransferError:
+            return  # the connection is gone; its reader finds out
+
+    # ---- ranks ----
+
+    async def _greet(self, first: Message, connection: Connection) -> None:
+        """What a connection is for is said by its first message, which has shown the token."""
+        try:
+            match first:
+                case Pull():
+                    await self._give(connection, first)
+                case StoreAt():
+                    self._learn_store(first.address)
+                    await connection.send(Welcome())
+                case FindStore():
+                    await self._tell_store(connection, first.token)
+                case EndJob():
+                    self.end_job.set()
+                case RankHello():
+                    await self._welcome(connection, first)
+        except HandshakeError as error:
+            await connection.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))
+
+    async def _give(self, connection: Connection, pull: Pull) -> None:
+        """Media bytes for an encode rank."""
+        async with self._pulls:
+            data = self._media.get(pull.digest)
+            await connection.send(Blob(num_bytes=-1 if data is None else len(data)))
+            if data is not None:
+                await connection.send_bytes(data, PULL_S)
+
+    def _learn_store(self, address: tuple[str, int]) -> None:
+        try:
+            self._memory.store_address = address
+        except ValueError as error:
+            raise HandshakeError("store_address", "an address", str(error)) from None
+        self._store_is_known.set()
+
+    async def _tell_store(self, connection: Connection, token: str) -> None:
+        await self._wait_for(self._store_is_known, connection)
+        address = self._memory.store_address
+        await connection.send(Stop() if address is None else StoreAt(token=token, address=address))
+
+    async def _wait_for(self, event: asyncio.Event, connection: Connection) -> None:
+        """Until it is set, or the hub closes. TransferError if the peer leaves before."""
+        peer = asyncio.ensure_future(connection.receive())
+        waits = [asyncio.create_task(e.wait()) for e in (event, self._closing)]
+        try:
+            await asyncio.wait([peer, *waits], return_when=asyncio.FIRST_COMPLETED)
+            if peer.done():
+                raise TransferError(f"{type(peer.result()).__name__} before the answer to what was asked first")
+        finally:
+            for task in (peer, *waits):
+                task.cancel()
+            await asyncio.gather(peer, *waits, return_exceptions=True)
+
+    async def _welcome(self, connection: Connection, hello: RankHello) -> None:
+        """Serve one rank until its connection ends."""
+        registry = self._registry
+        if not registry.has_measure.is_set() and not registry.is_of_a_slot(hello.role, hello.rank):
+            await self._wait_for(registry.has_measure, connection)
+            if self._closing.is_set():
+                await connection.send(Stop())
+                return
+        rank = registry.take(hello)
+        key: RankKey = (hello.role, rank)
+        if key in self._ranks:  # an earlier incarnation, whose end has not been noticed yet
+            self._ranks[key].abort()
+        self._ranks[key] = connection
+        try:
+            await connection.send(Welcome(rank=rank, job=self._memory.job))
+            connection.keep_alive()
+            self.take(RankUp(hello.role, rank, hello.kv_tokens))
+            if hello.store_address is not None:
+                self._learn_store(hello.store_address)
+            self._introduce()
+            if self._closing.is_set():
+                self._absent.discard(key)
+                self._post(connection, Stop())
+            while True:
+                message = await connection.receive()
+                if self._ranks.get(key) is not connection:
+                    return
+                _log_failure(key, message)
+                self.take(FromRank(hello.role, rank, message))
+        except TransferError:
+            return
+        finally:
+            if self._ranks.get(key) is connection:
+                del self._ranks[key], registry.hellos[key]
+                self.take(RankDown(hello.role, rank))
+
+    def _introduce(self) -> None:
+        """Tell all ranks where the store is and who the language ranks are."""
+        store_address = self._memory.store_address
+        if store_address is None:
+            return
+        hellos = self._registry.hellos.items()
+        links = sorted((rank, *h.link_address) for (_, rank), h in hellos if h.link_address is not None)
+        for connection in self._ranks.values():
+            self._post(connection, Peers(store_address=store_address, language_ranks=links))

@@ -1,0 +1,89 @@
+"""A rank's way into the hub, and the questions it asks there on connections of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from typing import Any
+
+from qwen3vl_disagg.core.errors import DeadlineError, Dismissed, HandshakeError, HubGone, TransferError
+from qwen3vl_disagg.protocol.messages import EndJob, FindStore, Message, RankHello, Refused, Stop, StoreAt, Welcome
+from qwen3vl_disagg.transport.control import (
+    MAX_HUB_FRAME,
+    Address,
+    Connection,
+    ConnectionLost,
+    connect_hub,
+    encode_frame,
+)
+
+_PAUSE_S = 0.1
+_END_S = 2.0
+
+
+async def enter_hub(address: Address, hello: RankHello, *, deadline_s: float) -> tuple[Connection, Welcome]:
+    """Connect and say hello until the hub welcomes this rank; a frontend that dies meanwhile is started again.
+
+    The welcome says of which job this is, and to a rank that joins its number. HandshakeError if the hub refuses,
+    HubGone if it is not there within `deadline_s`, Dismissed if the job goes down.
+    """
+    hub, answer = await _ask(address, hello, Welcome, deadline_s)
+    return hub.keep_alive(), answer
+
+
+async def tell_store(hub_address: Address, token: str, address: Address, *, deadline_s: float) -> None:
+    """Say where the store is in which ranks meet. HandshakeError for a wrong token, HubGone as `enter_hub`."""
+    hub, _ = await _ask(hub_address, StoreAt(token=token, address=address), Welcome, deadline_s)
+    await hub.close()
+
+
+async def find_store(hub_address: Address, token: str, *, deadline_s: float) -> Address:
+    """Where ranks meet; waits until somebody has said so.
+
+    HandshakeError for a wrong token, HubGone after `deadline_s`, Dismissed when the job goes down meanwhile.
+    """
+    hub, answer = await _ask(hub_address, FindStore(token=token), StoreAt, deadline_s)
+    await hub.close()
+    return answer.address
+
+
+def ask_to_end(hub_address: Address, token: str) -> None:
+    """Let the job end as by SIGTERM to the frontend. For a process without an event loop; waits seconds at most.
+
+    A hub that cannot be reached is reported on stderr and no more: then the job is over, or the caller's limit ends it.
+    """
+    try:
+        with socket.create_connection(hub_address, timeout=_END_S) as hub:
+            hub.sendall(encode_frame(EndJob(token=token), MAX_HUB_FRAME))
+    except OSError as error:
+        print(f"the hub was not told that this node ends: {error.strerror or error}", file=sys.stderr, flush=True)
+
+
+async def _ask(address: Address, first: Message, expected: type[Message], deadline_s: float) -> tuple[Connection, Any]:
+    """The connection, and its answer to the first message. A frontend that dies before it answers is asked again."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + deadline_s
+    while True:
+        left = max(0.01, end - loop.time())
+        try:
+            hub = await connect_hub(address, deadline_s=left)
+        except ConnectionLost as error:
+            raise HubGone(f"{error} within {deadline_s:g} s") from None
+        try:
+            await hub.send(first)
+            answer = await hub.receive(timeout=left)
+        except (ConnectionLost, DeadlineError) as error:
+            await hub.close()
+            if loop.time() + _PAUSE_S >= end:
+                raise HubGone(f"the hub did not answer within {deadline_s:g} s") from error
+            await asyncio.sleep(_PAUSE_S)
+            continue
+        if isinstance(answer, expected):
+            return hub, answer
+        await hub.close()
+        if isinstance(answer, Refused):
+            raise HandshakeError(answer.field, answer.expected, answer.got)
+        if isinstance(answer, Stop):
+            raise Dismissed("the job is going down")
+        raise TransferError(f"the hub answered {type(answer).__name__}")

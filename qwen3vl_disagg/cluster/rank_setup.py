@@ -1,0 +1,85 @@
+"""What every rank works out from its context before it loads anything: folder, config, device, dtype, fingerprint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from qwen3vl_disagg.checkpoint import fingerprint, read_config
+from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.cluster.fingerprint import Fingerprint, link_fingerprint
+from qwen3vl_disagg.cluster.rendezvous import RankContext, host_id
+from qwen3vl_disagg.core.devices import resolve_device, resolve_dtype
+from qwen3vl_disagg.core.spans import write_spans
+from qwen3vl_disagg.model import ModelConfig
+from qwen3vl_disagg.parallel.expert_placement import held_bytes
+from qwen3vl_disagg.processing import ImageProcessor
+from qwen3vl_disagg.protocol.messages import RankHello
+
+
+@dataclass(frozen=True)
+class RankSetup:
+    """A rank's model, before its weights are loaded."""
+
+    context: RankContext
+    folder: Path
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    processor: ImageProcessor
+    fingerprint: Fingerprint
+
+    @classmethod
+    def of(cls, context: RankContext) -> RankSetup:
+        """Read the small files. CheckpointError or InputError if they cannot be used."""
+        folder = resolve_model_folder(context.model.model)
+        config = read_config(folder)
+        local = {"local_rank": context.local_rank, "num_local_ranks": context.num_local_ranks}
+        device = resolve_device(context.model.device, **local)
+        dtype = resolve_dtype(context.model.dtype, config.dtype)
+        processor = ImageProcessor.from_folder(folder, config.vision, resize=context.model.image_resize)
+        fields = link_fingerprint(
+            config,
+            fingerprint(folder),
+            dtype=dtype,
+            block_size=context.buffers.block_size,
+            processor=processor,
+        )
+        return cls(context, folder, config, device, dtype, processor, fields)
+
+    def hello(
+        self,
+        role: Literal["encode", "language"],
+        model: nn.Module,
+        *,
+        link_address: tuple[str, int] | None = None,
+        store_address: tuple[str, int] | None = None,
+        kv_tokens: int = 0,
+    ) -> RankHello:
+        return RankHello(
+            token=self.context.token,
+            role=role,
+            rank=None if self.context.is_joining else self.context.rank,
+            pid=os.getpid(),
+            host=host_id(),
+            fingerprint=self.fingerprint,
+            link_address=link_address,
+            store_address=store_address,
+            weight_bytes=held_bytes(model),
+            kv_tokens=kv_tokens,
+        )
+
+
+def run_threaded(body: Callable[[RankContext], int], context: RankContext) -> int:
+    """A rank's body with its share of this host's cores; writes spans where the context says so."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // context.num_local_ranks))
+    if context.spans is not None:
+        write_spans(context.spans, context.rank)
+    return body(context)

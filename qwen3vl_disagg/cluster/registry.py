@@ -1,0 +1,80 @@
+"""Who may come in at the hub, and under which number."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from dataclasses import dataclass, field
+
+from qwen3vl_disagg.cluster.fingerprint import Fingerprint, check_fingerprint
+from qwen3vl_disagg.cluster.job_memory import JobMemory
+from qwen3vl_disagg.cluster.rendezvous import Layout, host_id, parent_of
+from qwen3vl_disagg.core.errors import HandshakeError
+from qwen3vl_disagg.protocol.messages import RankHello
+
+RankKey = tuple[str, int]  # role, rank
+
+
+@dataclass
+class Registry:
+    """Checks hellos. `hellos` are those of the ranks that are in.
+
+    Numbers of ranks that join start at the world's size. Slot ranks set the measure: what joins is compared with them
+    and never they with it, so that a stranger who comes first turns nobody away.
+    """
+
+    layout: Layout
+    token: str
+    memory: JobMemory
+    hellos: dict[RankKey, RankHello] = field(default_factory=dict)
+    has_measure: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once a rank of a slot has been in: before that, what joins has to wait."""
+    _measure: Fingerprint = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.token:
+            raise ValueError("an empty token would let anybody in")
+
+    def check_token(self, token: str) -> None:
+        if not hmac.compare_digest(token.encode(), self.token.encode()):
+            raise HandshakeError("token", "the job's token", "another")
+
+    def is_of_a_slot(self, role: str, rank: int | None) -> bool:
+        ranks = self.layout.encode_ranks if role == "encode" else self.layout.language_ranks
+        return rank in ranks
+
+    def take(self, hello: RankHello) -> int:
+        """Let a rank in; its number. HandshakeError names what does not fit. Not what joins, before `has_measure`."""
+        self.check_token(hello.token)
+        rank = self._check_rank(hello, self.is_of_a_slot(hello.role, hello.rank))
+        if not self.has_measure.is_set():
+            self._measure = hello.fingerprint
+            self.has_measure.set()
+        check_fingerprint(self._measure, hello.fingerprint)
+        if rank is None:
+            rank = self.layout.world_size + self.memory.count_joined()
+        self.hellos[hello.role, rank] = hello
+        return rank
+
+    def _check_rank(self, hello: RankHello, is_of_a_slot: bool) -> int | None:
+        """The number that it states, if it may; None for one that has none yet."""
+        if hello.job and hello.job != self.memory.job:
+            raise HandshakeError("job", "a rank of this job", "one of another")
+        if hello.rank is None and hello.role == "encode":
+            return None
+        first = self.layout.world_size
+        has_joined = hello.role == "encode" and hello.job and hello.rank in range(first, first + self.memory.num_joined)
+        if hello.rank is None or not (is_of_a_slot or has_joined):
+            ranks = self.layout.encode_ranks if hello.role == "encode" else self.layout.language_ranks
+            raise HandshakeError("rank", f"{hello.role} ranks {ranks.start} to {ranks.stop - 1}", hello.rank)
+        before = self.hellos.get((hello.role, hello.rank))
+        if before is not None and _lives_beside(before, hello):
+            raise HandshakeError("rank", f"no other {hello.role} rank {hello.rank}", f"pid {hello.pid}")
+        return hello.rank
+
+
+def _lives_beside(before: RankHello, hello: RankHello) -> bool:
+    """Whether the process that had the number still runs, as far as can be seen from here: of another host's nothing
+    is known, and the new one takes its place."""
+    is_another = (before.host, before.pid) != (hello.host, hello.pid)
+    return is_another and before.host == host_id() and parent_of(before.pid) is not None

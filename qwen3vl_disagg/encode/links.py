@@ -1,0 +1,149 @@
+"""The encode side's connections: one link to each language rank, and again when it is lost. What travels over them is
+decided by the sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError
+from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.protocol.messages import Frame, Goodbye, LinkAccept, LinkHello, LinkReady, Refused
+from qwen3vl_disagg.transport.control import Address, Connection, ConnectionLost, connect_link
+from qwen3vl_disagg.transport.links import Link, LinkFactory
+
+CONNECT_S = 20.0
+
+
+@dataclass
+class EncodeLink:
+    """One live link; `thread` sends its payloads one after another."""
+
+    language_rank: int
+    epoch: int
+    control: Connection
+    payload: Link
+    thread: ThreadPoolExecutor
+
+    def post(self, frame: Frame) -> None:
+        """Queue a frame; when the connection is gone its reader finds out."""
+        try:
+            self.control.post(frame)
+        except ConnectionLost:
+            return
+        except Exception as error:  # a frame that does not go out leaves a gap: this link is over, and no other
+            traceback.print_exception(error)
+            self.control.abort()
+
+
+class EncodeLinks:
+    """Keeps one link to each language rank alive.
+
+    `on_up` and `on_down` are called when a link comes and goes, `on_frame` with what the other end says, `on_refused`
+    when a language rank says that this rank does not fit: there is no use in trying again then.
+    """
+
+    def __init__(
+        self,
+        hello: LinkHello,
+        *,
+        on_up: Callable[[EncodeLink], None],
+        on_down: Callable[[EncodeLink, str], None],
+        on_frame: Callable[[EncodeLink, Frame], None],
+        on_refused: Callable[[HandshakeError], None],
+    ) -> None:
+        self.hello = hello
+        self._on_up, self._on_down, self._on_frame, self._on_refused = on_up, on_down, on_frame, on_refused
+        self._links: dict[int, EncodeLink] = {}
+        self._keepers: dict[tuple[int, Address], asyncio.Task[None]] = {}
+
+    def get(self, language_rank: int, epoch: int) -> EncodeLink | None:
+        link = self._links.get(language_rank)
+        return link if link is not None and link.epoch == epoch else None
+
+    @property
+    def linked(self) -> list[tuple[int, int]]:
+        """Live links: (language rank, epoch)."""
+        return sorted((rank, link.epoch) for rank, link in self._links.items())
+
+    def connect(self, peers: list[tuple[int, str, int]], make_link: LinkFactory) -> None:
+        """Link to these language ranks (rank, host, port); those already known are left alone."""
+        for language_rank, host, port in peers:
+            key = (language_rank, (host, port))
+            if key not in self._keepers:
+                self._keepers[key] = asyncio.create_task(self._keep(language_rank, (host, port), make_link))
+
+    async def _keep(self, language_rank: int, address: Address, make_link: LinkFactory) -> None:
+        pause = 0.05
+        while True:
+            try:
+                link = await self._open(language_rank, address, make_link)
+            except HandshakeError as error:
+                self._on_refused(error)
+                return
+            except Exception as error:  # whatever is in the way now may be gone the next time
+                if not isinstance(error, DisaggError):
+                    traceback.print_exception(error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 2.0)
+                continue
+            pause = 0.05
+            self._links[language_rank] = link
+            self._on_up(link)
+            reason = "the language rank left"
+            try:
+                while not isinstance(message := await link.control.receive(), Goodbye):
+                    if isinstance(message, Frame):
+                        self._on_frame(link, message)
+            except TransferError as error:
+                reason = str(error)
+            except Exception as error:  # one link's failure is not the rank's
+                traceback.print_exception(error)
+                reason = type(error).__name__
+            finally:
+                self._lose(link, reason)
+            await link.control.close()
+
+    async def _open(self, language_rank: int, address: Address, make_link: LinkFactory) -> EncodeLink:
+        control = await connect_link(address, deadline_s=CONNECT_S)
+        try:
+            await control.send(self.hello)
+            answer = await control.receive(timeout=CONNECT_S)
+            if isinstance(answer, Refused):
+                raise HandshakeError(answer.field, answer.expected, answer.got)
+            if not isinstance(answer, LinkAccept) or answer.language_rank != language_rank:
+                raise TransferError(f"language rank {language_rank} answered {type(answer).__name__}")
+            fault_point("in-handshake")
+            payload = await asyncio.to_thread(make_link, "encode", self.hello.encode_rank, language_rank, answer.epoch)
+            if not isinstance(await control.receive(timeout=CONNECT_S), LinkReady):
+                raise TransferError(f"language rank {language_rank} did not get ready")
+        except BaseException:
+            await control.close()
+            raise
+        control.keep_alive()
+        thread = ThreadPoolExecutor(1, thread_name_prefix=f"link-{language_rank}")
+        return EncodeLink(language_rank, answer.epoch, control, payload, thread)
+
+    def _lose(self, link: EncodeLink, reason: str) -> None:
+        if self._links.get(link.language_rank) is link:
+            del self._links[link.language_rank]
+        link.payload.close()
+        link.thread.shutdown(wait=False)
+        self._on_down(link, reason)
+
+    async def close(self) -> None:
+        """Say goodbye on every link and stop connecting."""
+        fault_point("in-drain")
+        links = list(self._links.values())
+        for link in links:
+            try:
+                link.control.post(Goodbye())
+            except ConnectionLost:
+                continue
+        for keeper in self._keepers.values():
+            keeper.cancel()
+        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+        await asyncio.gather(*[link.control.close() for link in links])

@@ -1,0 +1,274 @@
+"""Images and clips on their way to rows, on one event loop: each content once at a time, decoding ahead, batches.
+
+    cache -> pull -> decode (threads, a bounded number of bytes ahead) -> wait -> tower (one thread, batch after batch)
+
+Images and clips have lanes of their own up to the tower, which takes from them in turn: no image waits for clips to be
+decoded, and for one batch of them at most in the tower.
+
+Whoever wants what is on its way already waits for it. An encoding belongs to none of those that wait: it goes on while
+one of them is left, and to its end once it is in the tower.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.core.settings import EncodeOptions
+from qwen3vl_disagg.core.spans import span
+from qwen3vl_disagg.encode.batches import plan_batch, tower_cost
+from qwen3vl_disagg.encode.embedding_cache import ContentKey, EmbeddingCache, content_key
+from qwen3vl_disagg.encode.gate import Budget, Gate
+from qwen3vl_disagg.encode.held_item import HeldItem, hold, keep
+from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker, Pixels
+from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.protocol.messages import EncodeItem, EncodingBegun, EncodingEnded, Message
+
+DECODE_THREADS = 2
+BATCHES_AHEAD = 2
+"""Decoded patches that may wait for the tower, in batches, of each lane."""
+MAX_PULLED_BYTES = 64 * 2**20
+"""Bytes of images, and of clips, that were asked for and are not decoded yet."""
+Pull = Callable[[str, int], Awaitable[bytes]]
+"""(SHA-256 in hex, number of bytes) -> the bytes"""
+
+
+@dataclass(eq=False)
+class _Encoding:
+    """One content on its way. `waiters`: what to call, for each of those who wait, when the bytes turn out good."""
+
+    key: ContentKey
+    visual: VisualItem
+    is_alone: bool
+    waiters: dict[object, Callable[[], None]] = field(default_factory=dict)
+    stop: Stop = field(default_factory=Stop)
+    """Set when nobody wants it before it is in the tower."""
+    is_decoded: bool = False
+    is_well: bool = False
+    """It went through the tower, and there are rows."""
+    pixels: Pixels | None = None
+    room: int = 0
+    """Bytes of patches that it takes of what may be decoded ahead."""
+    num_pulled: int = 0
+    """Bytes that it takes of what may be pulled."""
+    batch: int = 0
+    """Number of the tower's run that it is in; 0 before."""
+    is_kept: bool = False
+    """In the cache, and pinned for those who wait."""
+    task: asyncio.Task[EncodedItem] = field(init=False)
+    rows: asyncio.Future[EncodedItem] = field(init=False)
+    """What comes out of the tower."""
+
+
+class _Lane:
+    """What images, or clips, share up to the tower."""
+
+    def __init__(self, name: str, max_ahead: int) -> None:
+        self.decoder = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix=f"decode-{name}")
+        self.pulled, self.ahead = Budget(MAX_PULLED_BYTES), Budget(max_ahead)
+        self.waiting: deque[_Encoding] = deque()
+        """Decoded, for the tower."""
+
+
+class EncodePipeline:
+    """From the content of an item to its rows. `cache` and the counts are there to be read."""
+
+    def __init__(
+        self, worker: EncodeWorker, pull: Pull, options: EncodeOptions, tell: Callable[[Message], None] = lambda _: None
+    ) -> None:
+        """`tell` gets what the router should know of contents that begin and end."""
+        self.cache = EmbeddingCache[EncodedItem](options.cache_bytes)
+        self.num_encodings = self.num_batches = 0
+        """What went into the tower."""
+        self._worker, self._pull, self._tell = worker, pull, tell
+        self._gate = Gate()
+        self._vision = worker.config.vision
+        self._budget = options.vision_batch_tokens
+        self._patch_bytes = 4 * self._vision.patch_dim
+        max_ahead = BATCHES_AHEAD * self._budget * self._vision.merge_unit * self._patch_bytes
+        self.lanes = {"image": _Lane("images", max_ahead), "video": _Lane("clips", max_ahead)}
+        """In the order in which the tower looks for its next batch."""
+        self._encodings: dict[ContentKey, _Encoding] = {}
+        self._is_running = False
+        self._tower = ThreadPoolExecutor(1, thread_name_prefix="tower")
+
+    def close(self) -> None:
+        for lane in self.lanes.values():
+            lane.waiting.clear()
+        for encoding in self._encodings.values():
+            encoding.stop.set()
+            encoding.task.cancel()
+        for executor in (*(lane.decoder for lane in self.lanes.values()), self._tower):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    async def rows(self, message: EncodeItem, on_decoded: Callable[[], None]) -> HeldItem:
+        """The item's rows, until `release`. `on_decoded` is called as soon as its bytes are known to be good.
+
+        Raises whatever its encoding fails with.
+        """
+        key = content_key(message.visual, message.visual_token_id)
+        item = self.cache.get(key)
+        if item is not None:
+            on_decoded()
+            return HeldItem(item, key, is_cached=True)
+        encoding = self._encodings.get(key) or self._start(key, message)
+        waiter = object()
+        encoding.waiters[waiter] = on_decoded
+        try:
+            if encoding.is_decoded:
+                on_decoded()
+            await asyncio.wait([encoding.task])  # and not the task itself, which must not end with this waiter
+            return hold(self.cache, key, encoding.task.result(), batch=encoding.batch)
+        finally:
+            del encoding.waiters[waiter]
+            if not encoding.waiters:
+                self._leave(encoding)
+
+    def release(self, held: HeldItem) -> None:
+        if held.key is not None:
+            self.cache.unpin(held.key)
+
+    # -- one encoding
+
+    def _start(self, key: ContentKey, message: EncodeItem) -> _Encoding:
+        encoding = self._encodings[key] = _Encoding(key, message.visual, message.is_alone)
+        encoding.rows = asyncio.get_running_loop().create_future()
+        encoding.task = asyncio.create_task(self._encode(encoding))
+        encoding.task.add_done_callback(_look_at)
+        return encoding
+
+    def _leave(self, encoding: _Encoding) -> None:
+        """The last of those who waited is gone."""
+        if encoding.is_kept:
+            self.cache.unpin(encoding.key)
+        elif not encoding.batch and not encoding.task.done():
+            encoding.stop.set()
+            encoding.task.cancel()
+            self._forget(encoding)  # now: the next who wants it has to start anew
+
+    def _forget(self, encoding: _Encoding) -> None:
+        if self._encodings.get(encoding.key) is encoding:
+            del self._encodings[encoding.key]
+
+    async def _encode(self, encoding: _Encoding) -> EncodedItem:
+        """Ends with the rows in the cache, if they are to be kept and fit."""
+        visual, lane, decoding = encoding.visual, self.lanes[encoding.visual.modality], None
+        try:
+            await self._gate.enter(alone=encoding.is_alone)
+        except asyncio.CancelledError:
+            self._forget(encoding)
+            raise
+        self._tell(EncodingBegun(digest=visual.digest))
+        try:
+            fault_point("before-encode", visual.digest)
+            await lane.pulled.take(visual.num_bytes)
+            encoding.num_pulled = visual.num_bytes
+            data = await self._pull(visual.digest, visual.num_bytes)
+            room = math.prod(visual.grid) * self._patch_bytes
+            await lane.ahead.take(room)
+            encoding.room = room
+            decoding = lane.decoder.submit(self._decode, data, encoding)
+            del data
+            encoding.pixels = await asyncio.wrap_future(decoding)
+            self._give_pulled(encoding)
+            encoding.is_decoded = True
+            for on_decoded in list(encoding.waiters.values()):
+                on_decoded()
+            lane.waiting.append(encoding)
+            self._feed_tower()
+            item = await encoding.rows
+            encoding.is_well = True
+        finally:
+            self._forget(encoding)
+            self._end_when_done(encoding, decoding)
+            self._give_pulled(encoding)
+            self._give_room(encoding)
+            with contextlib.suppress(ValueError):  # it is not waiting
+                lane.waiting.remove(encoding)
+        if keep(self.cache, encoding.key, item):
+            encoding.is_kept = bool(encoding.waiters)
+            if not encoding.waiters:
+                self.cache.unpin(encoding.key)
+        return item
+
+    def _end_when_done(self, encoding: _Encoding, decoding: Future[Pixels] | None) -> None:
+        """What is cancelled may keep its thread for a moment, and could still bring this process down."""
+        if decoding is None or decoding.done():
+            self._ended(encoding)
+        else:
+            loop = asyncio.get_running_loop()
+            decoding.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended, encoding))
+
+    def _ended(self, encoding: _Encoding) -> None:
+        self._tell(EncodingEnded(digest=encoding.visual.digest, is_well=encoding.is_well))
+        self._gate.leave()
+
+    def _decode(self, data: bytes, encoding: _Encoding) -> Pixels:
+        with span("preprocess"):
+            return self._worker.preprocess(data, encoding.visual, encoding.stop)
+
+    def _give_pulled(self, encoding: _Encoding) -> None:
+        self.lanes[encoding.visual.modality].pulled.give(encoding.num_pulled)
+        encoding.num_pulled = 0
+
+    def _give_room(self, encoding: _Encoding) -> None:
+        self.lanes[encoding.visual.modality].ahead.give(encoding.room)
+        encoding.room = 0
+
+    # -- the tower
+
+    def _feed_tower(self) -> None:
+        """The next batch, unless one is running, of the lane whose turn it is."""
+        name = next((name for name, lane in self.lanes.items() if lane.waiting), None)
+        if self._is_running or name is None:
+            return
+        self.lanes[name] = lane = self.lanes.pop(name)  # the last one next time
+        count = plan_batch((tower_cost(entry.visual.grid, self._vision) for entry in lane.waiting), self._budget)
+        batch = [lane.waiting.popleft() for _ in range(count)]
+        pixels = [entry.pixels for entry in batch if entry.pixels is not None]
+        self._is_running = True
+        self.num_batches += 1
+        self.num_encodings += count
+        for entry in batch:
+            entry.batch, entry.pixels = self.num_batches, None
+            self._give_room(entry)
+        running = asyncio.get_running_loop().run_in_executor(self._tower, self._run_tower, pixels, batch)
+        running.add_done_callback(partial(self._come_out, batch))
+
+    def _run_tower(self, pixels: list[Pixels], batch: list[_Encoding]) -> list[EncodedItem | Exception]:
+        fault_point("in-tower", *(entry.visual.digest for entry in batch))
+        with span("encode", items=len(pixels)):
+            results = self._worker.encode(pixels, [entry.key.visual_token_id for entry in batch])
+            for result in results:
+                if isinstance(result, EncodedItem):
+                    _ = result.digest  # computed here, so that no event loop has to
+        return results
+
+    def _come_out(self, batch: list[_Encoding], running: asyncio.Future[list[EncodedItem | Exception]]) -> None:
+        self._is_running = False
+        if running.cancelled():
+            return
+        error = running.exception()
+        results = running.result() if error is None else [error] * len(batch)
+        for encoding, result in zip(batch, results, strict=True):
+            if encoding.rows.done():  # given up, with everything else
+                continue
+            if isinstance(result, BaseException):
+                encoding.rows.set_exception(result)
+            else:
+                encoding.rows.set_result(result)
+        self._feed_tower()
+
+
+def _look_at(task: asyncio.Task[EncodedItem]) -> None:
+    """Nobody may be left to hear of its failure: that is not worth a warning."""
+    if not task.cancelled():
+        task.exception()

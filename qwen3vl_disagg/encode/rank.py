@@ -1,0 +1,243 @@
+"""The body of an encode rank: items from the hub, bytes from the media store, rows to language ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import signal
+from typing import Any
+
+import msgspec
+
+from qwen3vl_disagg.checkpoint import load_vision_model
+from qwen3vl_disagg.cluster.hub_client import enter_hub
+from qwen3vl_disagg.cluster.rank_setup import RankSetup
+from qwen3vl_disagg.cluster.rendezvous import RankContext
+from qwen3vl_disagg.cluster.slots import EXIT_REFUSED, run_loop
+from qwen3vl_disagg.core.devices import resolve_compile
+from qwen3vl_disagg.core.errors import DeadlineError, HandshakeError, TransferError
+from qwen3vl_disagg.core.settings import EncodeOptions
+from qwen3vl_disagg.encode.server import EncodeServer
+from qwen3vl_disagg.encode.worker import EncodeWorker
+from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
+from qwen3vl_disagg.processing import VideoProcessor
+from qwen3vl_disagg.protocol.messages import (
+    Blob,
+    Cancel,
+    EncodeItem,
+    Leaving,
+    LinkHello,
+    Message,
+    Peers,
+    Pull,
+    RankHello,
+    Stop,
+    Welcome,
+)
+from qwen3vl_disagg.protocol.session_events import SessionLimits
+from qwen3vl_disagg.transport.control import Address, Connection, ConnectionLost, connect_hub
+from qwen3vl_disagg.transport.links import LinkFactory, process_group_links
+from qwen3vl_disagg.transport.store import join_store
+
+PULL_S = 30.0
+JOIN_S = 120.0
+"""How long one that joins waits for the hub to be there, and to know what it must fit."""
+DRAIN_S = 20.0
+"""How long one that leaves waits for what it has under way."""
+SETTLE_S = 2.0
+
+
+class EncodeRank:
+    """One encode rank on one event loop. `run` returns the exit status.
+
+    `make_link` is given where payloads do not cross processes; otherwise links are process groups over the job's store.
+    """
+
+    def __init__(
+        self,
+        worker: EncodeWorker,
+        hello: RankHello,
+        hub_address: Address,
+        *,
+        make_link: LinkFactory | None = None,
+        host: str = "127.0.0.1",
+        limits: SessionLimits | None = None,
+        options: EncodeOptions | None = None,
+        join_s: float | None = None,
+        reconnect_s: float = 30.0,
+    ) -> None:
+        self._hello, self._hub_address = hello, hub_address
+        self._make_link, self._host = make_link, host
+        self._join_s, self._reconnect_s = join_s or reconnect_s, reconnect_s
+        self._hub: Connection | None = None
+        self._loop = asyncio.get_running_loop()
+        self._refused: asyncio.Future[HandshakeError] = self._loop.create_future()
+        self._left: asyncio.Future[None] = self._loop.create_future()
+        self._is_leaving = False
+        number = -1 if hello.rank is None else hello.rank
+        link_hello = LinkHello(token=hello.token, encode_rank=number, pid=hello.pid, fingerprint=hello.fingerprint)
+        self.server = EncodeServer(
+            worker,
+            link_hello,
+            tell=self._tell,
+            pull=self._pull,
+            on_refused=self._on_refused,
+            limits=limits,
+            options=options,
+        )
+
+    async def run(self) -> int:
+        """Serve until the hub says Stop (0), this rank has left (0) or a peer refuses it (EXIT_REFUSED).
+
+        HubGone without a hub, HandshakeError if that refuses.
+        """
+        serving = asyncio.create_task(self._serve())
+        ends: list[asyncio.Future[Any]] = [serving, self._refused, self._left]
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if self._refused.done():
+                self._say(str(self._refused.result()))
+                return EXIT_REFUSED
+            return await serving if serving.done() else 0
+        finally:
+            serving.cancel()
+            try:
+                await self.server.close()
+            finally:
+                if self._hub is not None:
+                    await self._hub.close()
+
+    def leave(self) -> None:
+        """Take nothing new and go when what is under way has ended, at the latest after DRAIN_S. Safe to call twice."""
+        if self._is_leaving:
+            return
+        self._is_leaving = True
+        # Without a hub nothing is under way.
+        self._loop.call_later(0.0 if self._hub is None else DRAIN_S, self._go)
+        self._tell(Leaving())
+
+    def _go(self) -> None:
+        if not self._left.done():
+            self._left.set_result(None)
+
+    def _say(self, line: str) -> None:
+        name = "that joins" if self._hello.rank is None else str(self._hello.rank)
+        print(f"encode rank {name}: {line}", flush=True)
+
+    def _on_refused(self, error: HandshakeError) -> None:
+        if not self._refused.done():
+            self._refused.set_result(error)
+
+    async def _serve(self) -> int:
+        patience_s = self._join_s
+        while True:
+            hub, welcome = await enter_hub(self._hub_address, self._hello, deadline_s=patience_s)
+            self._hub, patience_s = hub, self._reconnect_s
+            self._take_number(welcome)
+            self.server.tell_links()
+            if self._is_leaving:
+                self._tell(Leaving())
+            try:
+                while True:
+                    message = await hub.receive()
+                    if isinstance(message, Stop):
+                        await self._settle()
+                        return 0
+                    await self._handle(message)
+            except TransferError:
+                self._hub = None
+                self.server.cancel(None)  # the frontend died, and with it every request; links stay
+
+    def _take_number(self, welcome: Welcome) -> None:
+        """It says from now on who it is and of which job: the next frontend knows it again, another job's turns it
+        away."""
+        has_joined = self._hello.rank is None and welcome.rank is not None
+        rank = welcome.rank if has_joined else self._hello.rank
+        self._hello = msgspec.structs.replace(self._hello, rank=rank, job=welcome.job)
+        if has_joined and rank is not None:
+            self.server.use_number(rank)
+            self._say("joined")
+
+    async def _settle(self) -> None:
+        """Nobody wants anything any more; the last acknowledgements may still be on their way."""
+        end = self._loop.time() + SETTLE_S
+        while (left := self.server.left_over()) and self._loop.time() < end:
+            await asyncio.sleep(0.02)
+        if left:
+            self._say(f"left over: {left}")
+
+    async def _handle(self, message: Message) -> None:
+        match message:
+            case Peers():
+                if self._make_link is None:
+                    store = await asyncio.to_thread(join_store, message.store_address)
+                    self._make_link = process_group_links(store, host=self._host)
+                self.server.connect(message.language_ranks, self._make_link)
+            case EncodeItem():
+                self.server.encode(message)
+            case Cancel():
+                self.server.cancel(message.request_id)
+
+    async def _pull(self, digest: str, num_bytes: int) -> bytes:
+        """The bytes under `digest` from the media store, checked."""
+        source = await connect_hub(self._hub_address, deadline_s=PULL_S)
+        try:
+            await source.send(Pull(token=self._hello.token, digest=digest))
+            answer = await _answer(source)
+            if not isinstance(answer, Blob) or answer.num_bytes != num_bytes or num_bytes > MAX_VIDEO_BYTES:
+                raise TransferError("the media store does not have the item")
+            data = await source.receive_bytes(num_bytes, PULL_S)
+        finally:
+            await source.close()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise TransferError("the item's bytes do not have its digest")
+        return data
+
+    def _tell(self, message: Message) -> None:
+        """Queue a message to the hub; when it is gone, the loop that reads from it finds out."""
+        if self._hub is not None:
+            with contextlib.suppress(ConnectionLost):
+                self._hub.post(message)
+
+
+async def _answer(source: Connection) -> Message:
+    """A store that does not answer is a failed transfer; how long the request may take, others know."""
+    try:
+        return await source.receive(timeout=PULL_S)
+    except DeadlineError as error:
+        raise TransferError(str(error)) from None
+
+
+def load_worker(setup: RankSetup) -> EncodeWorker:
+    """Load the vision tower, and nothing else of the weights."""
+    decoder = MediaDecoder()
+    decoder.warm_up()
+    model = load_vision_model(setup.folder, dtype=setup.dtype, device=setup.device)
+    return EncodeWorker(
+        model,
+        setup.processor,
+        setup.config,
+        video=VideoProcessor.from_folder(setup.folder, setup.config.vision, resize=setup.processor.resize),
+        decoder=decoder,
+        compile=resolve_compile(setup.context.model.compile, setup.device),
+    )
+
+
+def run_encode_rank(context: RankContext) -> int:
+    """The body of an encode rank's process; returns its exit status. One that joins leaves on SIGTERM and SIGINT."""
+    setup = RankSetup.of(context)
+    worker = load_worker(setup)
+
+    async def serve() -> int:
+        hello = setup.hello("encode", worker.model)
+        join_s = JOIN_S if context.is_joining else None
+        rank = EncodeRank(worker, hello, context.hub_address, host=context.host, options=context.encode, join_s=join_s)
+        if context.is_joining:  # the others leave when the hub says so
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, rank.leave)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+        return await rank.run()
+
+    return run_loop(serve())

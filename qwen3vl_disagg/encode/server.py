@@ -1,0 +1,265 @@
+"""The encode side of all transfers on one event loop: carries out what the sessions decide.
+
+The pipeline makes the rows; they are sent on one thread for each link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+
+from qwen3vl_disagg.core.errors import HandshakeError, late
+from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.core.settings import EncodeOptions
+from qwen3vl_disagg.encode.held_item import HeldItem
+from qwen3vl_disagg.encode.links import EncodeLink, EncodeLinks
+from qwen3vl_disagg.encode.pipeline import EncodePipeline, Pull
+from qwen3vl_disagg.encode.worker import EncodeWorker, encode_error
+from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
+from qwen3vl_disagg.protocol.messages import (
+    Abort,
+    Decoded,
+    EncodeItem,
+    Frame,
+    ItemFailed,
+    LinkHello,
+    LinksUp,
+    Message,
+    Resume,
+)
+from qwen3vl_disagg.protocol.session_events import (
+    Attempt,
+    BreakLink,
+    CancelItems,
+    Encode,
+    EncodeAction,
+    Encoded,
+    EncodeEvent,
+    EncodeFailed,
+    FrameIn,
+    LinkDown,
+    LinkUp,
+    PayloadSent,
+    Release,
+    SendFrame,
+    SendHeader,
+    SendPayload,
+    SessionLimits,
+    StartEncode,
+    TellFailed,
+    Tick,
+)
+from qwen3vl_disagg.transport.links import LinkFactory
+
+TICK_S = 0.25
+
+
+class EncodeServer:
+    """`tell` gets what the router should know; `pull` fetches an item's bytes."""
+
+    def __init__(
+        self,
+        worker: EncodeWorker,
+        hello: LinkHello,
+        *,
+        tell: Callable[[Message], None],
+        pull: Pull,
+        on_refused: Callable[[HandshakeError], None],
+        limits: SessionLimits | None = None,
+        options: EncodeOptions | None = None,
+    ) -> None:
+        self.limits = limits or SessionLimits()
+        self.sessions = EncodeSessions(self.limits)
+        self.pipeline = EncodePipeline(worker, pull, options or EncodeOptions(), tell)
+        self._tell = tell
+        self._links = EncodeLinks(
+            hello, on_up=self._on_up, on_down=self._on_down, on_frame=self._on_frame, on_refused=on_refused
+        )
+        self._events: deque[EncodeEvent] = deque()
+        self._is_handling = False
+        self._items: dict[Attempt, EncodeItem] = {}
+        self._tasks: dict[Attempt, asyncio.Task[None]] = {}
+        self._encoded: dict[Attempt, HeldItem] = {}
+        self._ticker: asyncio.Task[None] | None = None
+
+    def connect(self, peers: list[tuple[int, str, int]], make_link: LinkFactory) -> None:
+        """Link to these language ranks (rank, host, port); those already known are left alone."""
+        if self._ticker is None:
+            self._ticker = asyncio.create_task(self._tick())
+        self._links.connect(peers, make_link)
+
+    def use_number(self, encode_rank: int) -> None:
+        """What this rank is called from now on; before the first link."""
+        self._links.hello = msgspec.structs.replace(self._links.hello, encode_rank=encode_rank)
+
+    def encode(self, message: EncodeItem) -> None:
+        attempt = (message.request_id, message.item, message.attempt)
+        self._items.setdefault(attempt, message)
+        self.handle(Encode(*attempt, message.language_rank, message.visual, message.timeout_s))
+        if attempt not in self.sessions.items:
+            self._items.pop(attempt, None)
+
+    def cancel(self, request_id: str | None) -> None:
+        """Give up a request's items; None: everybody's."""
+        self.handle(CancelItems(request_id))
+
+    def left_over(self) -> str:
+        """What is still held when nobody wants anything any more; "" for nothing."""
+        items = [(*item.attempt, item.state) for item in self.sessions.items.values()]
+        return f"items {items}, rows of {list(self._encoded)}" if items or self._encoded else ""
+
+    def tell_links(self) -> None:
+        links = self._links.linked
+        self._tell(LinksUp(language_ranks=[rank for rank, _ in links], epochs=[epoch for _, epoch in links]))
+
+    async def close(self) -> None:
+        """Stop everything; says goodbye to the language ranks."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        for task in self._tasks.values():
+            task.cancel()
+        try:
+            await self._links.close()
+        finally:
+            self.pipeline.close()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                self.handle(Tick())
+            except Exception as error:  # without ticks there would be no deadlines
+                traceback.print_exception(error)
+            # An attempt that ended before its encoding began has nothing to release.
+            for attempt in self._items.keys() - self.sessions.items.keys():
+                del self._items[attempt]
+
+    # -- sessions
+
+    def handle(self, event: EncodeEvent) -> None:
+        """Let the sessions decide, and do what they say. What comes up meanwhile waits its turn."""
+        self._events.append(event)
+        if self._is_handling:
+            return
+        self._is_handling = True
+        try:
+            while self._events:
+                for action in self.sessions.handle(self._events.popleft(), time.monotonic()):
+                    self._perform(action)
+        finally:
+            self._is_handling = False
+
+    def _perform(self, action: EncodeAction) -> None:
+        match action:
+            case SendFrame():
+                link = self._links.get(action.peer, action.frame.epoch)
+                if link is not None:
+                    link.post(action.frame)
+            case SendHeader():
+                self._send_header(action)
+            case SendPayload():
+                self._send_payload(action)
+            case StartEncode():
+                self._tasks[action.attempt] = asyncio.create_task(self._produce(action.attempt))
+            case Release():
+                self._release(action.attempt)
+            case TellFailed():
+                self._tell_failed(action)
+                self._release(action.attempt)
+            case BreakLink():
+                link = self._links.get(action.peer, action.epoch)
+                if link is not None:
+                    link.control.abort()  # its reader drops the link
+
+    def _tell_failed(self, action: TellFailed) -> None:
+        request_id, item, number = action.attempt
+        self._tell(ItemFailed(request_id=request_id, item=item, attempt=number, failure=action.failure))
+
+    def _release(self, attempt: Attempt) -> None:
+        task = self._tasks.pop(attempt, None)
+        if task is not None:
+            task.cancel()
+        held = self._encoded.pop(attempt, None)
+        if held is not None:
+            self.pipeline.release(held)
+        self._items.pop(attempt, None)
+
+    def _send_header(self, action: SendHeader) -> None:
+        link = self._links.get(action.peer, action.epoch)
+        if link is None:
+            return
+        grant = action.grant
+        attempt = (grant.request_id, grant.item, grant.attempt)
+        try:
+            link.post(Frame(epoch=action.epoch, seq=action.seq, body=self._encoded[attempt].header(grant)))
+            fault_point("header-sent")
+        except Exception as error:  # a grant that cannot be; the count of frames has a gap now
+            traceback.print_exception(error)
+            link.control.abort()
+
+    def _send_payload(self, action: SendPayload) -> None:
+        grant = action.grant
+        attempt = (grant.request_id, grant.item, grant.attempt)
+        link = self._links.get(action.language_rank, action.epoch)
+        if link is None:
+            return
+        payload = self._encoded[attempt].item.payload(grant)
+
+        def send() -> None:
+            link.payload.send(payload, self.limits.payload_s)
+            fault_point("payload-sent")
+
+        def sent(done: asyncio.Future) -> None:
+            error = asyncio.CancelledError() if done.cancelled() else done.exception()
+            reason = None if error is None else str(error) or type(error).__name__
+            self.handle(PayloadSent(action.language_rank, action.epoch, attempt, reason))
+
+        asyncio.get_running_loop().run_in_executor(link.thread, send).add_done_callback(sent)
+
+    # -- encoding
+
+    async def _produce(self, attempt: Attempt) -> None:
+        """From the bytes to the rows; whatever goes wrong is this item's failure alone."""
+        message, held = self._items[attempt], None
+        request_id, item, number = attempt
+        on_decoded = partial(self._tell, Decoded(request_id=request_id, item=item, attempt=number))
+        try:
+            async with asyncio.timeout(message.timeout_s) as limit:
+                held = await self.pipeline.rows(message, on_decoded)
+            fault_point("encoded")
+        except Exception as error:  # one item's failure is not the rank's
+            self._failed(EncodeFailed(attempt, Failure.of(late() if limit.expired() else encode_error(error))))
+        else:
+            if self._tasks.get(attempt) is asyncio.current_task():
+                self._encoded[attempt], held = held, None
+                self.handle(Encoded(attempt))
+        if held is not None:
+            self.pipeline.release(held)
+
+    def _failed(self, event: EncodeFailed) -> None:
+        if self._tasks.get(event.attempt) is asyncio.current_task():
+            self.handle(event)
+
+    # -- links
+
+    def _on_up(self, link: EncodeLink) -> None:
+        self.tell_links()
+        self.handle(LinkUp(link.language_rank, link.epoch))
+
+    def _on_down(self, link: EncodeLink, reason: str) -> None:
+        self.tell_links()
+        self.handle(LinkDown(link.language_rank, link.epoch, reason))
+
+    def _on_frame(self, link: EncodeLink, frame: Frame) -> None:
+        if isinstance(frame.body, Abort):
+            fault_point("in-abort")
+        if isinstance(frame.body, Resume):
+            fault_point("resume-received")
+        self.handle(FrameIn(link.language_rank, frame))

@@ -1,0 +1,226 @@
+"""What an encode rank computes: bytes -> patches -> rows."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from qwen3vl_disagg.core.errors import DisaggError, InputError, ServerError, TransferError, UnavailableError
+from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.core.tensors import all_finite
+from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration, separate_deepstack
+from qwen3vl_disagg.model.compiled import compile_tower
+from qwen3vl_disagg.processing import Grid, ImageProcessor, VideoProcessor, item_positions
+from qwen3vl_disagg.protocol.layout import item_ranges
+from qwen3vl_disagg.protocol.messages import Grant, Header, Resume
+from qwen3vl_disagg.transport.digest import add_digests, deepstack_sums, range_digests, run_sums, sums_digest
+
+ENCODE_ERROR = "encode_error"
+MAX_NOTE = 500
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """One image or clip ready for the tower: patches `[P, patch_dim]` float32."""
+
+    patches: Tensor
+    grid: Grid
+    preprocess_ms: float
+    note: str = ""
+    """What of the file is missing."""
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """One item's rows: main `[R, h]`, deepstack `[R, n * h]`, fill_ids `[R]` int32, positions `[R, 3]` int32.
+
+    `sums` and `deepstack_sums` `[R]`: of each row's bytes, for the digests of whatever runs are asked for.
+    """
+
+    main: Tensor
+    deepstack: Tensor
+    fill_ids: Tensor
+    positions: Tensor
+    grid: Grid
+    preprocess_ms: float
+    encode_ms: float
+    note: str = ""
+
+    @cached_property
+    def sums(self) -> Tensor:
+        return run_sums(self.main, self.fill_ids, self.positions)
+
+    @cached_property
+    def deepstack_sums(self) -> Tensor:
+        return deepstack_sums(self.deepstack)
+
+    @cached_property
+    def digest(self) -> int:
+        """Of the whole item: what the digests of all its runs add up to."""
+        return add_digests(sums_digest(self.sums), sums_digest(self.deepstack_sums))
+
+    def header(self, grant: Grant) -> Header:
+        """What is about to be sent for `grant`. TransferError if this item cannot fill it."""
+        total = len(self.main)
+        rows, deepstack = self._ranges(grant)
+        for name, ranges, start, stop in (
+            ("rows", rows, grant.row_start, grant.row_stop),
+            ("DeepStack rows", deepstack, grant.deepstack_start, grant.deepstack_stop),
+        ):
+            end = ranges[-1][1] if ranges else start
+            if not 0 <= start <= end == stop <= total or min(b - a for a, b in [*ranges, (0, 1)]) < 1:
+                raise TransferError(f"{name} {start}..{stop} in runs {ranges} of an item of {total}")
+        if not rows:
+            raise TransferError(f"a grant of no rows of an item of {total}")
+        return Header(
+            request_id=grant.request_id,
+            item=grant.item,
+            attempt=grant.attempt,
+            total_rows=total,
+            row_start=grant.row_start,
+            row_stop=grant.row_stop,
+            deepstack_start=grant.deepstack_start,
+            deepstack_stop=grant.deepstack_stop,
+            grid=self.grid,
+            row_digests=range_digests(self.sums, rows),
+            deepstack_digests=range_digests(self.deepstack_sums, deepstack),
+            preprocess_ms=self.preprocess_ms,
+            encode_ms=self.encode_ms,
+            note=self.note,
+        )
+
+    def payload(self, grant: Grant) -> list[Tensor]:
+        """Contiguous views in payload order, cut as the grant says; no copies."""
+        rows, deepstack = self._ranges(grant)
+        pieces = [] if isinstance(grant, Resume) else [self._aux(grant.attempt)]
+        pieces += [self.deepstack[start:stop] for start, stop in deepstack]
+        for start, stop in rows:
+            pieces += [self.main[start:stop], self.fill_ids[start:stop], self.positions[start:stop]]
+        return pieces
+
+    @staticmethod
+    def _ranges(grant: Grant) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        rows = list(item_ranges(grant.row_runs, grant.row_start))
+        return rows, list(item_ranges(grant.deepstack_runs, grant.deepstack_start))
+
+    def _aux(self, attempt: int) -> Tensor:
+        """`[len(AUX_FIELDS)]` int64"""
+        levels = self.deepstack.shape[1] // self.main.shape[1]
+        return torch.tensor([len(self.main), *self.grid, levels, self.main.shape[1], self.digest, attempt])
+
+
+class EncodeWorker:
+    """The vision tower and what feeds it. Stateless; `encode` on one thread at a time, holding `turns`."""
+
+    def __init__(
+        self,
+        vision_model: Qwen3VLMoeForConditionalGeneration,
+        processor: ImageProcessor,
+        config: ModelConfig,
+        *,
+        video: VideoProcessor | None = None,
+        decoder: MediaDecoder | None = None,
+        compile: bool = False,
+    ) -> None:
+        """`decoder`: where bytes are decoded; without it images are in this process, and there are no videos."""
+        self.turns: AbstractContextManager[None] = nullcontext()
+        self.model, self.processor, self.config = vision_model, processor, config
+        self.video, self.decoder = video, decoder
+        self.device = next(vision_model.parameters()).device
+        if compile:
+            compile_tower(vision_model.visual)
+
+    def preprocess(self, data: bytes, visual: VisualItem, stop: Stop | None = None) -> Pixels:
+        """Decode and cut up. InputError for damaged media, MediaTimeout for what takes too long, ServerError if the
+        size or the grid is not the announced one, Stopped soon after `stop` is set."""
+        started, notes = time.monotonic(), list[str]()
+        if visual.modality == "image":
+            decode = None if self.decoder is None else partial(self.decoder.image, stop=stop, notes=notes)
+            levels_HWC = self.processor.levels(data, decode)
+            if visual.size is not None and levels_HWC.shape[:2] != visual.size:
+                height, width = levels_HWC.shape[:2]
+                message = f"the image is {height} x {width} pixels, the prompt was laid out for {visual.size}"
+                raise ServerError(message, code=ENCODE_ERROR)
+            patches, grid = self.processor.patches(levels_HWC, visual.grid)
+        elif self.video is not None and self.decoder is not None:
+            patches, grid = self.video.pixels(data, visual, self.decoder, stop, notes)
+        else:
+            raise UnavailableError("this encode rank takes no videos")
+        if grid != tuple(visual.grid):
+            message = f"the item has grid {grid}, the prompt was laid out for {tuple(visual.grid)}"
+            raise ServerError(message, code=ENCODE_ERROR)
+        note = "; ".join(dict.fromkeys(notes))[:MAX_NOTE]
+        return Pixels(patches, grid, (time.monotonic() - started) * 1e3, note)
+
+    def encode(self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]) -> list[EncodedItem | Exception]:
+        """Run the tower over several images and clips at once; rows on the tower's device, contiguous, each item's in
+        memory of its own. `encode_ms` is the time of the whole batch.
+
+        What goes wrong with an item stands in its place: ServerError for rows that are not finite. When the tower
+        fails over several (they may not fit in memory together), each goes through it alone.
+        """
+        if not batch:
+            return []
+        try:
+            with self.turns:
+                return self._encode_together(batch, visual_token_ids)
+        except Exception as error:
+            if len(batch) == 1:
+                return [error]
+        return [
+            result
+            for entry, token_id in zip(batch, visual_token_ids, strict=True)
+            for result in EncodeWorker.encode(self, [entry], [token_id])
+        ]
+
+    @torch.inference_mode()
+    def _encode_together(
+        self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]
+    ) -> list[EncodedItem | Exception]:
+        started = time.monotonic()
+        pixels = torch.cat([entry.patches for entry in batch]).to(self.device)
+        features = self.model.get_image_feature(pixels, [entry.grid for entry in batch])
+        merge_unit = self.config.vision.merge_unit
+        num_rows = [t * h * w // merge_unit for t, h, w in (entry.grid for entry in batch)]
+        parts = [separate_deepstack(rows, self.config.text.hidden_size) for rows in features.split(num_rows)]
+        is_good = [all_finite(main) and all_finite(deepstack) for main, deepstack in parts]
+        elapsed_ms = (time.monotonic() - started) * 1e3
+        results: list[EncodedItem | Exception] = []
+        for entry, token_id, (main, deepstack), ok in zip(batch, visual_token_ids, parts, is_good, strict=True):
+            if not ok:
+                results.append(ServerError("the vision tower's rows hold NaN or infinity", code=ENCODE_ERROR))
+                continue
+            positions = item_positions(entry.grid, self.config.vision.spatial_merge_size).T.contiguous()
+            fill_ids = torch.full((len(main),), token_id, dtype=torch.int32)
+            main, deepstack = _own(main), _own(deepstack)
+            results.append(
+                EncodedItem(
+                    main, deepstack, fill_ids, positions, entry.grid, entry.preprocess_ms, elapsed_ms, entry.note
+                )
+            )
+        return results
+
+
+def encode_error(error: Exception) -> DisaggError:
+    """What an item's failure is to others. The cause of one that was not raised on purpose goes to the log."""
+    if isinstance(error, InputError) and error.code == "not_installed":
+        # What this rank lacks is not the client's fault, and another rank may have it.
+        return UnavailableError(error.message)
+    if isinstance(error, DisaggError):
+        return error
+    traceback.print_exception(error)
+    return ServerError("an image or clip could not be encoded", code=ENCODE_ERROR)
+
+
+def _own(rows: Tensor) -> Tensor:
+    """Not a piece of a whole batch's memory, which would live as long as the piece: one row is, or all columns."""
+    return rows if rows.untyped_storage().nbytes() == rows.nbytes else rows.clone()

@@ -1,0 +1,1 @@
+"""Language ranks: rows into buffers, the engine beside the event loop."""

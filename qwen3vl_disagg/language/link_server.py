@@ -1,0 +1,366 @@
+"""The language side of all links: lets encode ranks in, and carries out what the sessions decide.
+
+One event loop for the control connections and the sessions; for each link one thread that receives payloads in the
+order of their headers. A link is gone when its control connection ends or a payload fails; its sessions go on when the
+same rank is back under a new epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from qwen3vl_disagg.cluster.fingerprint import Fingerprint, check_fingerprint
+from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError
+from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.core.spans import span
+from qwen3vl_disagg.language.receiver import Receiver
+from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
+from qwen3vl_disagg.protocol.messages import (
+    Abort,
+    Ack,
+    Frame,
+    Goodbye,
+    LinkAccept,
+    LinkHello,
+    LinkMessage,
+    LinkReady,
+    Message,
+    Refused,
+    Resume,
+)
+from qwen3vl_disagg.protocol.session_events import (
+    Arrived,
+    Attempt,
+    BreakLink,
+    Expired,
+    Forget,
+    FrameIn,
+    LanguageAction,
+    LanguageEvent,
+    LinkDown,
+    LinkUp,
+    Lost,
+    PayloadEnd,
+    Recall,
+    Receive,
+    RowsReady,
+    SendFrame,
+    SessionLimits,
+    Tick,
+)
+from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Address, Connection, ConnectionLost
+from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
+from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory, process_group_links
+from qwen3vl_disagg.transport.rows import Delivery, VisualRows
+
+MEET_S = 20.0
+"""How long encode ranks wait at the door until the store is known."""
+TICK_S = 0.25
+
+
+@dataclass
+class _PeerLink:
+    """One encode rank's link."""
+
+    encode_rank: int
+    epoch: int
+    control: Connection
+    payload: Link
+    thread: ThreadPoolExecutor
+
+
+class LinkServer:
+    """Set the sinks before the first request; all are called on the event loop."""
+
+    on_rows: Callable[[Delivery], None]
+    on_recall: Callable[[Recall], None]
+    """The engine must drop the attempt's rows and go back behind them; `handle(Returned(..))` when it has."""
+    on_arrived: Callable[[Arrived], None]
+    on_lost: Callable[[Lost], None]
+    on_expired: Callable[[Expired], None]
+    on_short_of_room: Callable[[bool], None]
+    """Whether items wait for blocks, whenever that changes."""
+
+    def __init__(
+        self,
+        receiver: Receiver,
+        *,
+        fingerprint: Fingerprint,
+        token: str,
+        language_rank: int,
+        host: str = "127.0.0.1",
+        make_link: LinkFactory | None = None,
+        limits: SessionLimits | None = None,
+    ) -> None:
+        self.limits = limits or SessionLimits()
+        buffers = receiver.buffers
+        self.sessions = LanguageSessions(buffers.allocator, buffers.block_size, buffers.row_sizes, self.limits)
+        self._receiver, self._fingerprint, self._token = receiver, fingerprint, token
+        self._language_rank = language_rank
+        self._links: dict[tuple[int, int], _PeerLink] = {}
+        self._events: deque[LanguageEvent] = deque()
+        self._is_handling = self._was_short_of_room = False
+        self._arrived: dict[Attempt, VisualRows] = {}
+        self._transfer_ms: dict[Attempt, float] = {}
+        self._headers: dict[Attempt, Receive] = {}
+        self._store: dist.TCPStore | None = None
+        self._host, self._make_link = host, make_link
+        self._can_meet = asyncio.Event()
+        self._server: Doorkeeper | None = None
+        self._ticker: asyncio.Task[None] | None = None
+
+    async def serve(self) -> Address:
+        """Listen for encode ranks on a free port."""
+        sock = socket.create_server((self._host, 0))
+        self._server = Doorkeeper(
+            sock, self._accept, token=self._token, messages=LinkMessage, max_frame=MAX_LINK_FRAME, name="links"
+        )
+        self._ticker = asyncio.create_task(self._tick())
+        return sock.getsockname()[:2]
+
+    def use_store(self, store: dist.TCPStore) -> None:
+        """Where epochs are counted and groups meet; encode ranks wait at the door until it is known."""
+        self._store = store
+        if self._make_link is None:
+            self._make_link = process_group_links(store, host=self._host)
+        self._can_meet.set()
+
+    @property
+    def has_store(self) -> bool:
+        return self._store is not None
+
+    @property
+    def is_idle(self) -> bool:
+        """No session, all pools full."""
+        return self.sessions.is_idle
+
+    async def left_over(self, patience_s: float) -> str:
+        """What is still held when nobody wants anything any more, after waiting a little for it to come back; "" for
+        nothing."""
+        end = time.monotonic() + patience_s
+        while not self.is_idle and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        if self.is_idle:
+            return ""
+        sessions = self.sessions
+        counts = {pool: sessions.allocator.counts(pool) for pool in ("rows", "deepstack", "slots")}
+        apart = [*sessions.pending, *sessions.lent]
+        return f"requests {list(sessions.requests)}, in quarantine {apart}, {counts}"
+
+    async def close(self) -> None:
+        """Say goodbye and let go of everything."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        if self._server is not None:
+            self._server.close()
+        fault_point("in-drain")
+        for link in list(self._links.values()):
+            if not link.control.is_closed:
+                link.control.post(Goodbye())
+            self._drop(link, "the language rank leaves")
+            await link.control.close()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                self.handle(Tick())
+            except Exception as error:  # without ticks there would be no deadlines
+                traceback.print_exception(error)
+
+    # -- sessions
+
+    def handle(self, event: LanguageEvent) -> None:
+        """Let the sessions decide, and do what they say. What comes up meanwhile waits its turn."""
+        self._events.append(event)
+        if self._is_handling:
+            return
+        self._is_handling = True
+        try:
+            while self._events:
+                event = self._events.popleft()
+                if isinstance(event, Forget):
+                    self._forget(event.request_id)
+                for action in self.sessions.handle(event, time.monotonic()):
+                    self._perform(action)
+        finally:
+            self._is_handling = False
+        if self._was_short_of_room != self.sessions.is_short_of_room:
+            self._was_short_of_room = self.sessions.is_short_of_room
+            self.on_short_of_room(self._was_short_of_room)
+
+    def _perform(self, action: LanguageAction) -> None:
+        match action:
+            case SendFrame():
+                self._post(action)
+            case Receive():
+                self._start_receiving(action)
+            case RowsReady():
+                self._deliver((action.request_id, action.item, action.attempt))
+            case BreakLink():
+                link = self._links.get((action.peer, action.epoch))
+                if link is not None:
+                    link.control.abort()  # its reader drops the link
+            case Recall():
+                self.on_recall(action)
+            case Arrived():
+                self.on_arrived(action)
+            case Lost():
+                self._receiver.forget(action.request_id, action.item)
+                self.on_lost(action)
+            case Expired():
+                self._forget(action.request_id)
+                self.on_expired(action)
+
+    def _post(self, action: SendFrame) -> None:
+        link = self._links.get((action.peer, action.frame.epoch))
+        if link is None:
+            return
+        try:
+            if isinstance(action.frame.body, Resume):
+                fault_point("blocks-full")
+            link.control.post(action.frame)
+            if isinstance(action.frame.body, Ack):
+                fault_point("ack-sent")
+        except ConnectionLost:
+            return  # its reader finds out and drops the link
+        except Exception as error:  # a frame that does not go out leaves a gap: this link is over, and no other
+            traceback.print_exception(error)
+            link.control.abort()
+
+    def _forget(self, request_id: str) -> None:
+        self._receiver.forget(request_id)
+        for table in (self._transfer_ms, self._headers, self._arrived):
+            for attempt in [attempt for attempt in table if attempt[0] == request_id]:
+                del table[attempt]
+
+    # -- payloads
+
+    def _start_receiving(self, job: Receive) -> None:
+        grant = job.grant
+        link = self._links.get((job.encode_rank, job.epoch))
+        ends = PayloadEnd(job.encode_rank, job.epoch, grant.request_id, grant.item, grant.attempt)
+        if link is None:
+            self.handle(PayloadEnd(*_ids(ends), "the link is gone", True))
+            return
+        attempt = (grant.request_id, grant.item, grant.attempt)
+        self._headers.setdefault(attempt, job)
+        work = asyncio.get_running_loop().run_in_executor(link.thread, self._receive, link.payload, job)
+        work.add_done_callback(lambda done: self._received(ends, done))
+
+    def _receive(self, payload: Link, job: Receive) -> tuple[VisualRows, float]:
+        started = time.monotonic()
+        with span("receive", rows=job.grant.row_stop - job.grant.row_start, item=job.grant.item):
+            rows = self._receiver.receive(payload, job, self.limits.payload_s)
+        fault_point("payload-received")
+        if rows.stop == job.visual.num_rows:
+            fault_point("last-row")
+        return rows, (time.monotonic() - started) * 1e3
+
+    def _received(self, ends: PayloadEnd, done: asyncio.Future) -> None:
+        self._end_receive(ends, done)
+        attempt = (ends.request_id, ends.item, ends.attempt)
+        if self.sessions.find(*attempt) is None:  # given up meanwhile, and forgotten before this was remembered
+            self._receiver.forget_attempt(attempt)
+
+    def _end_receive(self, ends: PayloadEnd, done: asyncio.Future) -> None:
+        error = asyncio.CancelledError() if done.cancelled() else done.exception()
+        if error is not None:
+            # Whatever is not about the rows themselves leaves the stream of payloads in an unknown place.
+            is_broken = not isinstance(error, TransferError) or isinstance(error, LinkBroken)
+            self.handle(PayloadEnd(*_ids(ends), str(error) or type(error).__name__, is_broken))
+            return
+        rows, transfer_ms = done.result()
+        attempt = (ends.request_id, ends.item, ends.attempt)
+        if self.sessions.find(*attempt) is not None:
+            self._arrived[attempt] = rows
+            self._transfer_ms[attempt] = self._transfer_ms.get(attempt, 0.0) + transfer_ms
+        self.handle(ends)
+
+    def _deliver(self, attempt: Attempt) -> None:
+        rows, job = self._arrived.pop(attempt), self._headers[attempt]
+        num_bytes, num_transfers = self._receiver.totals(attempt)
+        self.on_rows(
+            Delivery(
+                *attempt,
+                rows=rows,
+                encode_rank=job.encode_rank,
+                preprocess_ms=job.header.preprocess_ms,
+                encode_ms=job.header.encode_ms,
+                transfer_ms=self._transfer_ms[attempt],
+                transfer_bytes=num_bytes,
+                resumes=num_transfers - 1,
+                cached=job.header.cached,
+                batch=job.header.batch,
+                note=job.header.note,
+            )
+        )
+
+    # -- links coming and going
+
+    async def _accept(self, hello: Message, control: Connection) -> None:
+        try:
+            link = await self._handshake(hello, control)
+        except (DisaggError, OSError, RuntimeError):
+            return
+        control.keep_alive()
+        self._links[link.encode_rank, link.epoch] = link
+        reason = "the encode rank left"
+        try:
+            control.post(LinkReady())
+            self.handle(LinkUp(link.encode_rank, link.epoch))
+            while not isinstance(message := await control.receive(), Goodbye):
+                self._take(link, message)
+        except TransferError as error:
+            reason = str(error)
+        except Exception as error:  # one link's failure is not the rank's
+            reason = f"{type(error).__name__}: {error}"
+        self._drop(link, reason)
+
+    def _take(self, link: _PeerLink, message: Message) -> None:
+        if isinstance(message, Frame):
+            if isinstance(message.body, Abort):
+                fault_point("in-abort")
+            self.handle(FrameIn(link.encode_rank, message))
+
+    async def _handshake(self, hello: Message, control: Connection) -> _PeerLink:
+        if not isinstance(hello, LinkHello):
+            raise TransferError(f"{type(hello).__name__} in place of a hello")
+        try:
+            check_fingerprint(self._fingerprint, hello.fingerprint)
+        except HandshakeError as error:
+            await control.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))
+            raise
+        fault_point("in-handshake")
+        await asyncio.wait_for(self._can_meet.wait(), MEET_S)
+        store, make_link = self._store, self._make_link
+        if store is None or make_link is None:
+            raise TransferError("the store is not known")
+        encode_rank, language_rank = hello.encode_rank, self._language_rank
+        for old in [link for link in self._links.values() if link.encode_rank == encode_rank]:
+            old.control.abort()  # an earlier incarnation of that rank, or of this link
+            self._drop(old, "the encode rank made a new link")
+        epoch = await asyncio.to_thread(store.add, f"epoch/{encode_rank}-{language_rank}", 1)
+        await control.send(LinkAccept(epoch=epoch, language_rank=language_rank))
+        payload = await asyncio.to_thread(make_link, "language", encode_rank, language_rank, epoch)
+        thread = ThreadPoolExecutor(1, thread_name_prefix=f"link-{encode_rank}")
+        return _PeerLink(encode_rank, epoch, control, payload, thread)
+
+    def _drop(self, link: _PeerLink, reason: str) -> None:
+        if self._links.pop((link.encode_rank, link.epoch), None) is not None:
+            link.payload.close()
+            link.thread.shutdown(wait=False)
+            self.handle(LinkDown(link.encode_rank, link.epoch, reason))
+
+
+def _ids(ends: PayloadEnd) -> tuple[int, int, str, int, int]:
+    return ends.encode_rank, ends.epoch, ends.request_id, ends.item, ends.attempt

@@ -1,0 +1,294 @@
+"""The body of a language rank: requests from the hub, rows from encode ranks over links, tokens back to the hub.
+
+Three things run beside one another: the event loop (hub connection, link control connections), the engine on its own
+thread, and one receiving thread for each link (inside the link server). The loop never computes, the engine never
+waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from qwen3vl_disagg.cluster.hub_client import enter_hub
+from qwen3vl_disagg.core.errors import DisaggError, TransferError, late
+from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.engine.engine import Engine, EngineEvent, Preempted, RowsUsed
+from qwen3vl_disagg.language.engine_thread import EngineThread
+from qwen3vl_disagg.language.link_server import LinkServer
+from qwen3vl_disagg.parallel.lockstep_link import LockstepClient
+from qwen3vl_disagg.protocol.messages import (
+    Assign,
+    Cancel,
+    Finished,
+    ItemLost,
+    ItemReceived,
+    Message,
+    NeedItems,
+    Peers,
+    RankHello,
+    RequestFailed,
+    Stop,
+    Submit,
+)
+from qwen3vl_disagg.protocol.session_events import (
+    Arrived,
+    Assigned,
+    Consumed,
+    Expect,
+    Expired,
+    Forget,
+    Lost,
+    Recall,
+    Returned,
+)
+from qwen3vl_disagg.transport.control import Connection, ConnectionLost
+from qwen3vl_disagg.transport.rows import Delivery
+from qwen3vl_disagg.transport.store import join_store
+
+LEFT_S, LEAVE_S = 1.0, 2.0
+"""How long to wait for what is lent, and then for the others: they may all have waited for the first."""
+ENGINE_STOP_S = 5.0
+LOST_S = 1.0
+
+
+@dataclass
+class _Request:
+    """What the loop remembers of a running request. `deadline` is on the monotonic clock."""
+
+    items: list[VisualItem]
+    deadline: float
+
+
+class LanguageRank:
+    """One language rank on one event loop. `run` returns the exit status.
+
+    `hello` is what the rank says to the hub, each time it connects. `turns`: see `EngineThread`. `lockstep`: where
+    experts are spread, the way to those with whom steps are taken together.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        links: LinkServer,
+        hello: RankHello,
+        hub_address: tuple[str, int],
+        *,
+        reconnect_s: float = 30.0,
+        turns: AbstractContextManager[None] | None = None,
+        lockstep: LockstepClient | None = None,
+    ) -> None:
+        self._lockstep, self._is_leaving = lockstep, False
+        self._links, self._hello, self._hub_address = links, hello, hub_address
+        self._reconnect_s = reconnect_s
+        self._hub: Connection | None = None
+        self._requests: dict[str, _Request] = {}
+        self._loop = asyncio.get_running_loop()
+        self._crash: asyncio.Future[BaseException] = self._loop.create_future()
+        sinks = (self._from_engine(self._on_events), self._from_engine(self._on_crash))
+        self._engine = EngineThread(engine, *sinks, turns, lockstep.report if lockstep is not None else None)
+        if lockstep is not None:
+            lockstep.on_plan = self._engine.take_plan
+        links.on_rows, links.on_recall = self._on_rows, self._on_recall
+        links.on_arrived, links.on_lost, links.on_expired = self._on_arrived, self._on_lost, self._on_expired
+        links.on_short_of_room = self._on_short_of_room
+
+    async def run(self) -> int:
+        """Serve until the hub says Stop (0). Raises if the engine crashes, or the hub stays away or refuses; PeerLost
+        if a rank is gone that holds a part of the experts."""
+        stepping = None if self._lockstep is None else asyncio.create_task(self._lockstep.run())
+        self._engine.start()
+        serving = asyncio.create_task(self._serve())
+        patience_s = 0.0
+        try:
+            ends: list[asyncio.Future[Any]] = [serving, self._crash]
+            if stepping is not None:
+                ends.append(stepping)
+            while not serving.done():
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                if stepping is not None and self._crash.done():
+                    # A rank that is gone makes the model fail here, too; the connection says so in a moment.
+                    await asyncio.wait([stepping], timeout=LOST_S)
+                if stepping in ends and stepping.done():
+                    if not self._is_leaving:
+                        stepping.result()
+                    ends.remove(stepping)
+                if self._crash.done():
+                    raise RuntimeError("the engine crashed") from self._crash.result()
+            patience_s = ENGINE_STOP_S
+            return serving.result()
+        finally:
+            # Where others take part in a step, it may never end: then the process ends without waiting for it.
+            serving.cancel()
+            if stepping is not None:
+                stepping.cancel()
+            self._engine.stop(timeout=patience_s)
+            await self._links.close()
+            if self._hub is not None:
+                await self._hub.close()
+
+    async def _serve(self) -> int:
+        while True:
+            self._hub, welcome = await enter_hub(self._hub_address, self._hello, deadline_s=self._reconnect_s)
+            self._hello = msgspec.structs.replace(self._hello, job=welcome.job)
+            try:
+                while True:
+                    message = await self._hub.receive()
+                    if isinstance(message, Stop):
+                        return await self._leave()
+                    await self._handle(message)
+            except TransferError:
+                # The frontend died; with it went everybody who waits for these requests.
+                for request_id in list(self._requests):
+                    self._forget(request_id)
+
+    async def _leave(self) -> int:
+        """Nobody wants anything any more: everything should come back."""
+        self._is_leaving = True
+        for request_id in list(self._requests):
+            self._forget(request_id)
+        left = await self._links.left_over(LEFT_S)
+        if left:
+            print(f"language rank {self._hello.rank}: left over: {left}", flush=True)
+        # Steps that others still take need this rank.
+        if self._lockstep is not None and not await self._lockstep.leave(LEAVE_S):
+            print(f"language rank {self._hello.rank}: not all others wanted to leave", flush=True)
+        return 0
+
+    async def _handle(self, message: Message) -> None:
+        match message:
+            case Submit():
+                try:
+                    self._submit(message)
+                except Exception as error:  # one request's failure is not the rank's
+                    self._fail(message.request_id, error)
+            case Assign():
+                self._links.handle(Assigned(message.request_id, message.item, message.attempt, message.encode_rank))
+            case Peers():
+                if not self._links.has_store:
+                    self._links.use_store(await asyncio.to_thread(join_store, message.store_address))
+            case Cancel():
+                self._forget(message.request_id)
+
+    def _submit(self, message: Submit) -> None:
+        token_ids = np.frombuffer(message.token_ids, dtype="<i4").tolist()
+        self._requests[message.request_id] = _Request(message.items, time.monotonic() + message.timeout_s)
+        fault_point("admitted")
+
+        def add(engine: Engine) -> list[EngineEvent]:
+            try:
+                engine.add(message.request_id, token_ids, message.items, message.sampling)
+            except Exception as error:  # one request's failure is not the rank's
+                if not isinstance(error, DisaggError):
+                    traceback.print_exception(error)
+                return [RequestFailed(request_id=message.request_id, failure=Failure.of(error))]
+            return []
+
+        self._engine.post(add)
+
+    def _on_short_of_room(self, is_short: bool) -> None:
+        """Rows wait for the blocks of those that are here: the engine should use these up."""
+
+        def tell(engine: Engine) -> None:
+            engine.scheduler.is_short_of_room = is_short
+
+        self._engine.post(tell)
+
+    def _forget(self, request_id: str) -> None:
+        """Drop a request everywhere; safe for one that is not known."""
+        self._requests.pop(request_id, None)
+        self._engine.post(lambda engine: engine.cancel(request_id))
+        self._links.handle(Forget(request_id))
+
+    def _from_engine(self, handler: Callable[[Any], None]) -> Callable[[Any], None]:
+        def call(value: Any) -> None:
+            self._loop.call_soon_threadsafe(handler, value)
+
+        return call
+
+    def _on_crash(self, error: BaseException) -> None:
+        if not self._crash.done():
+            self._crash.set_result(error)
+
+    def _on_events(self, events: list[EngineEvent]) -> None:
+        for event in events:
+            request = self._requests.get(event.request_id)
+            if request is None:
+                continue  # cancelled while the step ran
+            try:
+                self._on_event(event, request)
+            except Exception as error:  # one request's failure is not the rank's
+                self._fail(event.request_id, error)
+
+    def _on_event(self, event: EngineEvent, request: _Request) -> None:
+        if isinstance(event, RowsUsed):
+            fault_point("before-free")
+            self._links.handle(Consumed(event.request_id, event.item, event.attempt, event.rows))
+            return
+        if isinstance(event, Preempted):
+            self._links.handle(Expect(event.request_id, request.items, [], request.deadline))
+            return
+        if isinstance(event, NeedItems):
+            needed = event.items, request.deadline, event.first_rows
+            self._links.handle(Expect(event.request_id, request.items, *needed))
+        if isinstance(event, (Finished, RequestFailed)):
+            del self._requests[event.request_id]
+            self._links.handle(Forget(event.request_id))
+        self._tell(event)
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        """Give a request up. The cause goes to the log; clients get no internals."""
+        traceback.print_exception(error)
+        self._forget(request_id)
+        self._tell(RequestFailed(request_id=request_id, failure=Failure.of(error)))
+
+    def _on_rows(self, delivery: Delivery) -> None:
+        request_id, item, timings = delivery.request_id, delivery.item, delivery.timings()
+        self._engine.post(lambda engine: engine.provide_rows(request_id, item, delivery.rows, timings))
+
+    def _on_recall(self, recall: Recall) -> None:
+        """The rows may be read at this moment: only the engine's thread can say when that is over."""
+        returned = self._from_engine(self._links.handle)
+
+        def restart(engine: Engine) -> None:
+            engine.restart_item(recall.request_id, recall.item)
+            returned(Returned(recall.request_id, recall.item, recall.attempt))
+
+        self._engine.post(restart)
+
+    def _on_arrived(self, arrived: Arrived) -> None:
+        self._tell(ItemReceived(request_id=arrived.request_id, item=arrived.item, attempt=arrived.attempt))
+
+    def _on_lost(self, lost: Lost) -> None:
+        if lost.request_id in self._requests:
+            self._tell(
+                ItemLost(
+                    request_id=lost.request_id,
+                    item=lost.item,
+                    attempt=lost.attempt,
+                    reason=lost.reason,
+                    dead_epoch=lost.dead_epoch,
+                )
+            )
+
+    def _on_expired(self, expired: Expired) -> None:
+        if self._requests.pop(expired.request_id, None) is not None:
+            self._engine.post(lambda engine: engine.cancel(expired.request_id))
+            self._tell(RequestFailed(request_id=expired.request_id, failure=Failure.of(late())))
+
+    def _tell(self, message: Message) -> None:
+        """Queue a message to the hub; when it is gone, the loop that reads from it finds out and cleans up."""
+        if self._hub is not None:
+            with contextlib.suppress(ConnectionLost):
+                self._hub.post(message)

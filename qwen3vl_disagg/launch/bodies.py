@@ -1,0 +1,175 @@
+"""Process bodies of the ranks that generate."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from qwen3vl_disagg.checkpoint import load_language_model
+from qwen3vl_disagg.cluster.rank_setup import RankSetup
+from qwen3vl_disagg.cluster.rendezvous import RankContext
+from qwen3vl_disagg.cluster.slots import run_loop
+from qwen3vl_disagg.core.devices import resolve_compile
+from qwen3vl_disagg.core.settings import default_chunk_tokens
+from qwen3vl_disagg.core.turns import Turns
+from qwen3vl_disagg.encode.rank import EncodeRank, load_worker
+from qwen3vl_disagg.engine.engine import Engine, EngineOptions
+from qwen3vl_disagg.engine.kv_memory import measured_room, warn_of_images
+from qwen3vl_disagg.language.expert_group import ExpertGroup, meet, shares_experts
+from qwen3vl_disagg.language.link_server import LinkServer
+from qwen3vl_disagg.language.rank import LanguageRank
+from qwen3vl_disagg.language.receiver import Receiver
+from qwen3vl_disagg.parallel.kv_room import KvRoom, kv_room, weights_on_host
+from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, PeerLost
+from qwen3vl_disagg.parallel.sizes import SizedModel
+from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
+from qwen3vl_disagg.transport.links import LinkFactory, in_process_links
+from qwen3vl_disagg.transport.store import host_store
+
+
+def run_language_rank(context: RankContext) -> int:
+    """The body of a language rank's process; returns its exit status."""
+    setup = RankSetup.of(context)
+    group = asyncio.run(meet(setup, engine_options(setup).pace)) if shares_experts(setup) else None
+    engine = load_engine(setup, group)
+
+    async def serve() -> int:
+        if group is None:
+            return await (await start_language_rank(setup, engine)).run()
+        lockstep, server = await group.start_lockstep(setup, engine.options.pace)
+        try:
+            return await (await start_language_rank(setup, engine, group=group, lockstep=lockstep)).run()
+        finally:
+            await lockstep.close()
+            if server is not None:
+                await server.close()
+
+    try:
+        return run_loop(serve())
+    except PeerLost as error:  # its own slot says which one it was
+        print(f"language rank {context.rank}: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def run_combined_rank(context: RankContext) -> int:
+    """Both roles in one process, joined by an in-process link: what a world of one runs.
+
+    They have the same cores (or device), so they take turns: a batch of images, a step of the engine.
+    """
+    setup = RankSetup.of(context)
+    engine, worker, turns = load_engine(setup), load_worker(setup), Turns()
+    worker.turns = turns
+
+    async def serve() -> int:
+        links = in_process_links()
+        language = await start_language_rank(setup, engine, links, turns)
+        encode = EncodeRank(
+            worker,
+            setup.hello("encode", worker.model),
+            context.hub_address,
+            make_link=links,
+            host=context.host,
+            options=context.encode,
+        )
+        return max(await asyncio.gather(language.run(), encode.run()))
+
+    return run_loop(serve())
+
+
+def engine_options(setup: RankSetup) -> EngineOptions:
+    context, settings = setup.context, setup.context.model
+    chunk_tokens = context.chunk_tokens or default_chunk_tokens(is_cuda=setup.device.type == "cuda")
+    return EngineOptions.of(
+        settings,
+        overlap=context.overlap,
+        prefix_cache=context.prefix_cache,
+        chunk_tokens=min(chunk_tokens, settings.max_prefill_tokens),
+        compile=resolve_compile(context.model.compile, setup.device),
+    )
+
+
+def rank_room(setup: RankSetup, *, image_rows: int) -> KvRoom:
+    """Of a language rank, once its weights are loaded. On a GPU from what is free; on a CPU from what was free when the
+    job started, because at this moment other ranks may have loaded their weights or not."""
+    context, layout = setup.context, setup.context.layout
+    num_language = len(layout.language_ranks)
+    if setup.device.type == "cuda" or not context.free_bytes:
+        args = setup.config, context.model, setup.device, setup.dtype
+        return measured_room(*args, num_language=num_language, image_rows=image_rows)
+    model = SizedModel(setup.config, setup.dtype.itemsize, context.model.quantize != "none", is_cuda=False)
+    host = range(context.rank - context.local_rank, context.rank - context.local_rank + context.num_local_ranks)
+    weights = weights_on_host(model, layout.language_ranks, layout.encode_ranks, host)
+    return kv_room(
+        model,
+        context.model,
+        free_bytes=context.free_bytes - weights,
+        num_language=num_language,
+        num_sharers=sum(rank in layout.language_ranks for rank in host),
+        image_rows=image_rows,
+    )
+
+
+def say_room(setup: RankSetup, room: KvRoom) -> None:
+    """One line for each language rank, and a warning where the largest image could not be served."""
+    rank = setup.context.rank
+    print(f"language rank {rank}: {room}", file=sys.stderr, flush=True)
+    warn_of_images(setup.processor, room)
+
+
+def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
+    """Load the decoder, or with a group this rank's part of it, and nothing else of the weights."""
+    context = setup.context
+    model = load_language_model(
+        setup.folder,
+        dtype=setup.dtype,
+        device=setup.device,
+        quantize=context.model.quantize,
+        progress=context.is_first_language_rank and sys.stderr.isatty(),
+        shards=None if group is None else group.shards,
+    )
+    processor = Processor.from_folder(setup.folder, setup.config)
+    eos_ids = processor.generation.eos_token_ids
+    is_combined = context.layout.world_size == 1
+    room = rank_room(setup, image_rows=setup.processor.max_rows if is_combined else 0)
+    say_room(setup, room)
+    return Engine(model, eos_ids=eos_ids, options=engine_options(setup), room=room, language_rank=context.rank)
+
+
+async def start_language_rank(
+    setup: RankSetup,
+    engine: Engine,
+    make_link: LinkFactory | None = None,
+    turns: Turns | None = None,
+    *,
+    group: ExpertGroup | None = None,
+    lockstep: LockstepClient | None = None,
+) -> LanguageRank:
+    """Listen for encode ranks; the first language rank also hosts the store in which links meet."""
+    context = setup.context
+    buffers = MultimodalDataBuffers.from_options(setup.config, context.buffers, dtype=setup.dtype, device=setup.device)
+    links = LinkServer(
+        Receiver(buffers, setup.config),
+        fingerprint=setup.fingerprint,
+        token=context.token,
+        language_rank=context.rank,
+        host=context.host,
+        make_link=make_link,
+    )
+    store_address = None
+    if group is not None:
+        links.use_store(group.store)
+        store_address = group.store_address if context.is_first_language_rank else None
+    elif context.is_first_language_rank:
+        store, store_address = host_store(context.host)
+        links.use_store(store)
+    link_address = await links.serve()
+    pool = engine.scheduler.pool
+    hello = setup.hello(
+        "language",
+        engine.runner.model,
+        link_address=link_address,
+        store_address=store_address,
+        kv_tokens=pool.num_pages * pool.page_size,
+    )
+    return LanguageRank(engine, links, hello, context.hub_address, turns=turns, lockstep=lockstep)

@@ -1,0 +1,130 @@
+"""The frontend process: HTTP, router and media store on one event loop, over two inherited sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import time
+from typing import Any
+
+from qwen3vl_disagg.checkpoint import read_config
+from qwen3vl_disagg.checkpoint.hub import model_name, resolve_model_folder
+from qwen3vl_disagg.cluster.hub import Hub
+from qwen3vl_disagg.cluster.job_memory import JobMemory
+from qwen3vl_disagg.cluster.rendezvous import RankContext
+from qwen3vl_disagg.cluster.slots import run_loop
+from qwen3vl_disagg.core.host_memory import give_large_blocks_back, trim_heap
+from qwen3vl_disagg.core.settings import HttpOptions
+from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.protocol.router_tables import RouterLimits
+from qwen3vl_disagg.serving.app import create_app
+from qwen3vl_disagg.serving.doors import Doors
+from qwen3vl_disagg.serving.http_server import HttpServer
+from qwen3vl_disagg.serving.limits import Limits
+
+DRAINED_S, CLOSED_S, LEFT_S = 20.0, 22.0, 26.0
+"""Running requests have ended, HTTP connections are closed, the ranks have left: by then, after the signal."""
+TRIM_S = 1.0
+SETTLE_S = 15.0
+"""How long to wait for the last encode rank before the ready line is printed without it."""
+
+
+def run_frontend(
+    context: RankContext,
+    http_socket: socket.socket,
+    hub_socket: socket.socket,
+    memory: JobMemory,
+    options: HttpOptions,
+    *,
+    debug: bool = False,
+) -> int:
+    """The body of the frontend's process; returns its exit status. `memory` outlives it."""
+    give_large_blocks_back()
+    folder = resolve_model_folder(context.model.model)
+    config = read_config(folder)
+    processor = Processor.from_folder(folder, config, video_outer_wrapper=context.model.video_outer_wrapper)
+    hub = Hub(
+        config, context.layout, context.token, memory=memory, limits=RouterLimits(max_waiting=options.max_waiting)
+    )
+    app = create_app(
+        hub,
+        processor,
+        model_name=model_name_of(context),
+        limits=Limits(
+            request_timeout_s=options.request_timeout,
+            max_answer_tokens=options.max_answer_tokens,
+            hide_cache_hits=options.hide_cache_hits == "on",
+        ),
+        doors=Doors.of(options.host, options.allow_host),
+        debug=debug,
+        warm_up=True,
+    )
+    return run_loop(serve(hub, HttpServer(app), http_socket, hub_socket, memory))
+
+
+async def serve(
+    hub: Hub,
+    http: HttpServer,
+    http_socket: socket.socket,
+    hub_socket: socket.socket,
+    memory: JobMemory,
+) -> int:
+    """Until SIGTERM or SIGINT, here or on another node: then drain, send the ranks home, and return 0.
+
+    Raises if a server ends by itself.
+    """
+    stopping = hub.end_job
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Once or more often makes no difference: torchrun and the slot both pass the signal on.
+        loop.add_signal_handler(number, stopping.set)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+
+    host, port = http_socket.getsockname()[:2]
+    ticking = await hub.serve(hub_socket)
+    serving = asyncio.ensure_future(http.serve(http_socket))
+    trimming = asyncio.ensure_future(_trim())
+    announcing = asyncio.ensure_future(_announce(hub, f"http://{host}:{port}", memory))
+    ends: list[asyncio.Future[Any]] = [asyncio.ensure_future(stopping.wait()), ticking, serving]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.is_set():
+        raise RuntimeError("a server of the frontend ended") from next(end for end in ends if end.done()).exception()
+    announcing.cancel()
+    trimming.cancel()
+    # The slot hears a signal at once; this loop may have been busy, on a busy host for seconds.
+    stopped_at = memory.stopped_at or time.monotonic()
+    await hub.drain(time_left(stopped_at, DRAINED_S))
+    http.shutdown()
+    await asyncio.wait([serving], timeout=time_left(stopped_at, CLOSED_S))
+    await hub.close(time_left(stopped_at, LEFT_S))
+    return 0
+
+
+def time_left(stopped_at: float, by_s: float, now: float | None = None) -> float:
+    """Seconds until `by_s` after the signal; none of a stage's time is made up for by a later one."""
+    return max(0.0, stopped_at + by_s - (time.monotonic() if now is None else now))
+
+
+def model_name_of(context: RankContext) -> str:
+    """The model's name towards clients: ORG/NAME if it is of the hub, else the folder's."""
+    return model_name(resolve_model_folder(context.model.model))
+
+
+async def _announce(hub: Hub, url: str, memory: JobMemory) -> None:
+    """Print the ready line, once in the life of the job."""
+    usable_since = None
+    while not memory.is_announced:
+        state = hub.readiness()
+        if state.ready:
+            usable_since = usable_since or time.monotonic()
+            if not state.degraded or time.monotonic() - usable_since > SETTLE_S:
+                memory.announce()
+                print(f"ready: {url}", flush=True)
+        await asyncio.sleep(0.05)
+
+
+async def _trim() -> None:
+    while True:
+        await asyncio.sleep(TRIM_S)
+        await asyncio.to_thread(trim_heap)

@@ -1,0 +1,74 @@
+"""What a worker of torchrun becomes where encode ranks join a server: a slot with one of them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from dataclasses import fields, replace
+
+from qwen3vl_disagg.checkpoint.check import check_folder
+from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.cluster.model_folder import shared_model_folder
+from qwen3vl_disagg.cluster.rank_setup import run_threaded
+from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext, World
+from qwen3vl_disagg.cluster.slots import EXIT_INPUT, Child, Slot, die_with_parent
+from qwen3vl_disagg.core.environment import check_environment
+from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
+from qwen3vl_disagg.core.faults import plan_faults
+from qwen3vl_disagg.core.settings import (
+    BufferOptions,
+    CheckpointOptions,
+    EncodeOptions,
+    ModelOptions,
+)
+from qwen3vl_disagg.encode.rank import run_encode_rank
+from qwen3vl_disagg.options import JoinOptions
+from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.transport.addresses import TOKEN_VARIABLE, given_token, own_address, parse_address
+
+
+def rank_context(options: JoinOptions, world: World) -> RankContext:
+    """What a rank's body is told. InputError for what cannot be."""
+    token = given_token(options.token, os.environ)
+    if token is None:
+        raise InputError(f"--token or {TOKEN_VARIABLE}: the server's token is needed", param="token")
+    hub_address = parse_address(options.join, "join")
+    return RankContext(
+        -1,
+        Layout.of(1),
+        hub_address,
+        token,
+        ModelOptions(**{field.name: getattr(options, field.name) for field in fields(CheckpointOptions)}),
+        host=own_address(options.address, hub_address),
+        local_rank=world.local_rank,
+        num_local_ranks=world.num_local_ranks,
+        is_joining=True,
+        buffers=BufferOptions(block_size=options.block_size),
+        encode=options,
+    )
+
+
+def run_slot(options: JoinOptions, world: World) -> int:
+    """Check the arguments, then supervise until the rank has left; returns the exit status."""
+    try:
+        if world.has_agent:
+            die_with_parent(os.getppid())
+        EncodeOptions.check(options)
+        context = rank_context(options, world)
+        options = replace(options, model=shared_model_folder(options.model, world))
+        context = replace(context, model=replace(context.model, model=options.model))
+        folder = resolve_model_folder(options.model)
+        # Said once, and not by every rank.
+        check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=options.dtype)
+        check_environment()
+        plan_faults()
+    except (InputError, CheckpointError) as error:
+        if world.local_rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except DisaggError as error:
+        print(f"error: slot {world.rank}: {error}", file=sys.stderr)
+        return 1
+    body = functools.partial(run_threaded, run_encode_rank, context)
+    return Slot([Child("encode rank", body, is_vital=False, takes_signals=True)]).run()

@@ -1,0 +1,242 @@
+"""What a worker of torchrun becomes: a slot with its rank, slot 0 with the frontend beside it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import signal
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from qwen3vl_disagg.checkpoint.check import check_folder
+from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.cluster.hub_client import ask_to_end
+from qwen3vl_disagg.cluster.job_memory import JobMemory
+from qwen3vl_disagg.cluster.model_folder import shared_model_folder
+from qwen3vl_disagg.cluster.rank_setup import run_threaded
+from qwen3vl_disagg.cluster.rendezvous import Layout, Meeting, RankContext, World, find, meeting_path, publish
+from qwen3vl_disagg.cluster.slots import EXIT_INPUT, Child, Slot, die_with_parent
+from qwen3vl_disagg.core.environment import check_environment
+from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
+from qwen3vl_disagg.core.faults import plan_faults
+from qwen3vl_disagg.core.settings import (
+    EncodeOptions,
+    HttpOptions,
+    check_supported,
+)
+from qwen3vl_disagg.encode.rank import run_encode_rank
+from qwen3vl_disagg.launch.bodies import run_combined_rank, run_language_rank
+from qwen3vl_disagg.launch.frontend import run_frontend
+from qwen3vl_disagg.options import ServeOptions
+from qwen3vl_disagg.plan.dry_run import DEFAULT_WORLD, check_parallel, dry_run
+from qwen3vl_disagg.plan.hardware import load_hardware
+from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.serving.doors import ANY, Doors, is_loopback
+from qwen3vl_disagg.transport.addresses import LOOPBACK, TOKEN_VARIABLE, given_token, own_address, parse_address
+from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
+
+MEET_S = 60.0
+
+
+def bind(host: str, port: int, param: str) -> socket.socket:
+    """A listening socket. InputError if the address cannot be had."""
+    try:
+        sock = socket.create_server((host, port), backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}", param=param) from None
+    sock.setblocking(False)
+    return sock
+
+
+def rank_child(context: RankContext) -> Child:
+    """The rank that this slot supervises. Encode ranks may die alone."""
+    rank = context.rank
+    if context.layout.world_size == 1:
+        return Child("rank 0", functools.partial(run_threaded, run_combined_rank, context), is_vital=True)
+    if rank in context.layout.encode_ranks:
+        return Child(f"encode rank {rank}", functools.partial(run_threaded, run_encode_rank, context), is_vital=False)
+    return Child(f"language rank {rank}", functools.partial(run_threaded, run_language_rank, context), is_vital=True)
+
+
+def check_checkpoint(options: ServeOptions) -> None:
+    """Everything wrong with the checkpoint, said once, before any rank starts."""
+    folder = resolve_model_folder(options.model)
+    config, _ = check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=options.dtype)
+    MultimodalDataBuffers.check(config, options)
+
+
+def make_folder(folder: Path | None) -> None:
+    """Where spans go. InputError if it cannot be made."""
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--spans {folder}: {error.strerror}", param="spans") from None
+
+
+def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: Meeting) -> RankContext:
+    """What a rank's body is told."""
+    return RankContext(
+        world.rank,
+        layout,
+        meeting.hub_address,
+        meeting.token,
+        options,
+        host=own_address(options.address, meeting.hub_address),
+        local_rank=world.local_rank,
+        num_local_ranks=world.num_local_ranks,
+        buffers=options,
+        encode=options,
+        overlap=options.overlap == "on",
+        prefix_cache=options.prefix_cache == "on",
+        chunk_tokens=options.chunk_tokens,
+        free_bytes=world.free_bytes,
+        spans=options.spans,
+    )
+
+
+def stated_meeting(options: ServeOptions, world: World) -> Meeting | None:
+    """Hub and token as the command line says; None for a job on one host, whose slots tell each other.
+
+    InputError where somebody could not find the way in.
+    """
+    token = given_token(options.token, os.environ)
+    if options.hub is None:
+        if world.num_nodes > 1:
+            reason = f"{world.num_nodes} nodes need --hub HOST:PORT, an address of node 0, and a token"
+            raise InputError(reason, param="hub")
+        return None if token is None else Meeting(hub_address=(LOOPBACK, 0), token=token, pid=0)
+    hub_address = parse_address(options.hub, "hub")
+    if token is None:
+        raise InputError(f"--hub without --token or {TOKEN_VARIABLE}: nobody could join", param="token")
+    if world.num_nodes > 1 and hub_address[1] == 0:
+        raise InputError(f"--hub {options.hub}: other nodes cannot know the port", param="hub")
+    return Meeting(hub_address=hub_address, token=token, pid=0)
+
+
+def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) -> Slot:
+    """Slot 0: binds both sockets, tells the others where the hub is, forks the frontend beside its rank."""
+    warn_of_open_door(options)
+    stated = stated_meeting(options, world) or Meeting(hub_address=(LOOPBACK, 0), token=secrets.token_hex(16), pid=0)
+    http_socket, hub_socket = bind(options.host, options.port, "port"), bind(*stated.hub_address, "hub")
+    meeting = Meeting(hub_address=hub_socket.getsockname()[:2], token=stated.token, pid=os.getpid())
+    context = rank_context(options, world, layout, meeting)
+    if options.hub is not None:
+        print(f"hub: {meeting.hub_address[0]}:{meeting.hub_address[1]}", flush=True)
+    publish(path, meeting)
+    memory = JobMemory()
+    frontend = Child(
+        "frontend",
+        functools.partial(run_frontend, context, http_socket, hub_socket, memory, options, debug=options.debug),
+        is_vital=False,
+        sockets=(http_socket, hub_socket),
+        takes_signals=True,
+    )
+
+    def on_left(name: str) -> None:
+        if name == "frontend":
+            path.unlink(missing_ok=True)
+            for sock in (http_socket, hub_socket):  # whoever still knocks hears at once that nobody is there
+                sock.close()
+
+    def on_told() -> None:
+        # Another node was asked to end, and with it the job. This node's agent would wait for that one's for minutes.
+        if world.num_nodes > 1:
+            os.kill(os.getppid(), signal.SIGTERM)
+
+    return Slot(
+        [frontend, rank_child(context)],
+        sockets=(http_socket, hub_socket),
+        is_hub_gone=lambda: not path.exists(),
+        on_left=on_left,
+        on_stop=memory.stop,
+        on_told=on_told,
+    )
+
+
+def warn_of_open_door(options: HttpOptions) -> None:
+    """Whoever reaches the address may use the server: said once."""
+    if is_loopback(options.host):
+        return
+    doors = Doors.of(options.host, options.allow_host)
+    hosts = "any Host" if ANY in doors.names else f"any IP address and {', '.join(sorted(doors.names))} as Host"
+    print(
+        f"warning: --host {options.host}: whoever reaches this address can use the server, there is no authentication; "
+        f"it answers to {hosts}",
+        file=sys.stderr,
+    )
+
+
+def other_slot(options: ServeOptions, world: World, layout: Layout, path: Path) -> Slot:
+    """Any other slot on slot 0's host: finds it, forks its rank."""
+    context = rank_context(options, world, layout, find(path, MEET_S))
+    return Slot([rank_child(context)], is_hub_gone=lambda: not path.exists())
+
+
+def far_slot(options: ServeOptions, world: World, layout: Layout) -> Slot:
+    """A slot on another host than slot 0's. That the job is over there is noticed by its rank, which ends then; when
+    this host is asked to end, the job is."""
+    meeting = stated_meeting(options, world)
+    if meeting is None:
+        raise ValueError(f"node {world.node} was not told where the hub is")
+    return Slot(
+        [rank_child(rank_context(options, world, layout, meeting))],
+        on_stop=functools.partial(ask_to_end, meeting.hub_address, meeting.token),
+    )
+
+
+def show_dry_run(options: ServeOptions, world: World) -> int:
+    """Say which rank would hold what. Needs no torchrun; under it, slot 0 works and speaks."""
+    if world.rank != 0:
+        return 0
+    check_supported(options)
+    size = options.world or (world.size if world.has_agent else DEFAULT_WORLD)
+    layout = Layout.of(size, options.encode_ranks)
+    hardware = None if options.hardware is None else load_hardware(options.hardware)
+    shown = dry_run(options, options.preset, layout.encode_ranks, layout.language_ranks, hardware)
+    print(shown.to_json() if options.json else shown.to_text())
+    return 0
+
+
+def run_slot(options: ServeOptions, world: World) -> int:
+    """Check the arguments, then supervise until everything has left; returns the exit status."""
+    path = None
+    try:
+        if world.has_agent:
+            die_with_parent(os.getppid())
+        check_parallel(options, options.model)
+        if options.dry_run:
+            return show_dry_run(options, world)
+        layout = Layout.of(world.size, options.encode_ranks)
+        check_supported(options)
+        EncodeOptions.check(options)
+        HttpOptions.check(options)
+        Doors.of(options.host, options.allow_host)
+        if options.chunk_tokens is not None and options.chunk_tokens < 1:
+            raise InputError(f"--chunk-tokens {options.chunk_tokens}: must be at least 1", param="chunk_tokens")
+        stated_meeting(options, world)
+        check_environment()
+        plan_faults()
+        make_folder(options.spans)
+        options = replace(options, model=shared_model_folder(options.model, world))
+        if world.local_rank == 0:
+            check_checkpoint(options)
+        if world.node != 0:
+            return far_slot(options, world, layout).run()
+        path = meeting_path()
+        if world.rank == 0:
+            return first_slot(options, world, layout, path).run()
+        return other_slot(options, world, layout, path).run()
+    except (InputError, CheckpointError) as error:
+        if world.local_rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except DisaggError as error:
+        print(f"error: slot {world.rank}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if world.rank == 0 and path is not None:
+            path.unlink(missing_ok=True)

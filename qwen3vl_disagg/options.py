@@ -1,0 +1,224 @@
+"""Options of the commands. Nothing heavy is imported here: whoever asks for help does not wait for torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from qwen3vl_disagg.core.settings import (
+    BufferOptions,
+    CheckpointOptions,
+    Dispatch,
+    EncodeOptions,
+    EngineSettings,
+    ExpertLayout,
+    HttpOptions,
+    ModelOptions,
+)
+
+Written = Literal["none", "fp8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(EncodeOptions, ModelOptions):
+    """Answer one question, or a file of them, in one process.
+
+    The user turn is the images in order, then the videos, then the prompt. Sampling values that are not given come
+    from the checkpoint.
+    """
+
+    image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = ()
+    """Image file; repeat for several."""
+    video: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = ()
+    """Video file; repeat for several. Needs the extra `video`."""
+    prompt: str | None = None
+    """The question."""
+    messages: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """A conversation in OpenAI chat form, in place of --image, --video and --prompt."""
+    batch: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    """One JSON object a line (`messages`, or `prompt` with `images`, `videos` and `system`): one JSON result a line, as
+    soon as it and those before it are done."""
+    system: str | None = None
+    """System turn before the question."""
+    tools: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """Functions that the model may call: a list in OpenAI form."""
+    max_new_tokens: int = 128
+    min_tokens: int = 0
+    """No end token and no stop string before that many tokens."""
+    temperature: float | None = None
+    """0 is greedy."""
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    """Leave out tokens less likely than this share of the most likely one's probability."""
+    presence_penalty: float = 0.0
+    """From -2 to 2, as OpenAI's; likewise --frequency-penalty."""
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    """Over prompt and answer, as in transformers; 1 is none."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
+    """The answer ends before this text; repeat for several."""
+    seed: int | None = None
+    """The same seed gives the same answer."""
+    ignore_eos: bool = False
+    """Ban the end tokens, so that exactly --max-new-tokens come."""
+    logprobs: int | None = None
+    """Give each token's log probability and this many alternatives (with --json or --batch)."""
+    json: bool = False
+    """Print one JSON object in place of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(EngineSettings):
+    """From a model, a machine and a workload to encode : language splits: memory, times, limits, and the formulas.
+
+    docs/sizing.md says what is computed and what is left out.
+    """
+
+    model: Annotated[str | None, tyro.conf.arg(metavar="DIR_OR_HUB_ID")] = None
+    """Checkpoint folder, or ORG/NAME[@REVISION] of the hub, of which only the settings are read. Without it, the small
+    one inside the package."""
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """A published size in place of a checkpoint: 30b-a3b, 235b-a22b, 2b, 4b, 8b, 32b."""
+    hardware: Annotated[str | None, tyro.conf.arg(metavar="NAME_OR_FILE.json")] = None
+    """h200, h100, cpu, or a file with the fields of `Hardware`. Default: h200, with --fit the machine measured."""
+    gpus: Annotated[int, tyro.conf.arg(aliases=["--ranks"])] = 8
+    """Ranks, on a GPU each; on a CPU they share the cores."""
+    replicas: int = 1
+    """Independent systems that these are divided into, and the requests with them."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: the checkpoint's own."""
+    quantize: Literal["none", "int8"] = "none"
+    """Weights of the decoder."""
+    dispatch: Dispatch = "gather"
+    """How tokens get to their experts: all to all ranks, or only where they have to."""
+    images: int = 1
+    """Images in a request."""
+    image_size: Annotated[str, tyro.conf.arg(metavar="WxH")] = "1024x1024"
+    """Pixels of an image, before the checkpoint's own resizing."""
+    visual_tokens: int | None = None
+    """Of an image, in place of its size."""
+    text_tokens: int = 64
+    """Of a prompt, beside the visual ones."""
+    output_tokens: int = 256
+    concurrency: int | None = None
+    """Requests that run at once. Default: 32, unless --requests-s is given."""
+    requests_s: float | None = None
+    """Requests that arrive in a second, in place of --concurrency."""
+    split: Annotated[str | None, tyro.conf.arg(metavar="E+L")] = None
+    """Show the formulas of this split, in place of the best one."""
+    fit: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """Measurements of `recipes/bench.py splits --out FILE.json`: take model and machine from them."""
+    fit_on: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="E+L")] = ()
+    """Fit on these splits of the file alone, and compare the others with what is predicted; repeat for several."""
+    json: bool = False
+    """Print one JSON object in place of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Write a checkpoint again: in another layout, another dtype, as float8 or from it, in files of another size."""
+
+    model: Annotated[str | None, tyro.conf.arg(metavar="DIR_OR_HUB_ID")] = None
+    """Checkpoint to read. Without it, the small one inside the package."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder to write: new, or empty."""
+    layout: ExpertLayout = "hub"
+    """How experts are stored and the config is spelled: as published, as transformers 5 does, or a tensor for each
+    expert."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of what is not float8. `auto`: the checkpoint's own."""
+    quantize: Written = "none"
+    """`fp8`: the decoder's matrices as float8 in blocks of 128 x 128. `none` also makes plain weights of float8."""
+    max_shard_bytes: int = 5_000_000_000
+    """Most bytes of a file; a larger tensor gets a file of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """How the model is spread over ranks."""
+
+    dry_run: bool = False
+    """Print what each rank would hold, and leave: nothing is loaded, and torchrun is not needed."""
+    world: Annotated[int | None, tyro.conf.arg(metavar="W")] = None
+    """With --dry-run: number of ranks. Default: 8, or torchrun's."""
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """With --dry-run: a published size in place of a checkpoint."""
+    hardware: Annotated[str | None, tyro.conf.arg(metavar="NAME_OR_FILE.json")] = None
+    """With --dry-run: whose memory keys and values are fitted into, as of `plan`: h200, h100, cpu or a file. Default:
+    this machine's."""
+    json: bool = False
+    """With --dry-run: one JSON object."""
+    tensor_parallel: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Not offered; 1 is what there is."""
+    pipeline_parallel: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Not offered; 1 is what there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(HttpOptions, ParallelOptions, EncodeOptions, BufferOptions, ModelOptions):
+    """Serve a checkpoint over HTTP."""
+
+    encode_ranks: int | None = None
+    """Ranks 0 .. E-1 encode, the others generate. Default: a quarter, at least one."""
+    overlap: Literal["on", "off"] = "on"
+    """Prefill what is there while later images of the same request are still encoded or sent."""
+    prefix_cache: Literal["on", "off"] = "on"
+    """Keep what full pages hold, for prompts that begin the same way."""
+    chunk_tokens: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Tokens of prompts in a step while other requests are being answered: fewer disturb those less, and take longer
+    themselves. Default: 64 on CPU, 512 on a GPU."""
+    spans: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Write what each rank does when as JSON lines into this folder."""
+    debug: bool = False
+    """Open GET /debug/processes."""
+    hub: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """An address of node 0, where ranks of other nodes, and encode ranks that join, meet the job. Needs a token.
+    Default: loopback, and any port."""
+    token: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """What ranks show to be let in. Other users of this host can see it in the command line: the environment variable
+    Q3VL_TOKEN does the same. Default without --hub: random."""
+    address: Annotated[str | None, tyro.conf.arg(metavar="HOST")] = None
+    """This node's own address, on which its ranks listen for one another. Default: the one that faces the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinOptions(EncodeOptions, CheckpointOptions):
+    """Join a running server with encode ranks."""
+
+    join: Annotated[str, tyro.conf.arg(metavar="HOST:PORT")]
+    """The server's hub, as it says in its line `hub: ..`."""
+    token: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """The server's token. Other users of this host can see it in the command line: the environment variable Q3VL_TOKEN
+    does the same."""
+    address: Annotated[str | None, tyro.conf.arg(metavar="HOST")] = None
+    """This host's own address, over which rows leave. Default: the one that faces the hub."""
+    block_size: int = BufferOptions.block_size
+    """Rows per block, as the server has it."""
+
+
+def _generate(options: GenerateOptions) -> GenerateOptions:
+    """Answer one question, or a file of them, in one process."""
+    return options
+
+
+def _plan(options: PlanOptions) -> PlanOptions:
+    """Size a deployment: memory, times and limits of each encode : language split, with the formulas."""
+    return options
+
+
+def _convert(options: ConvertOptions) -> ConvertOptions:
+    """Write a checkpoint again: in another layout, another dtype, as float8 or from it, in files of another size."""
+    return options
+
+
+OPTIONS_OF: dict[str, Callable[..., Any]] = {
+    "generate": _generate,
+    "plan": _plan,
+    "convert": _convert,
+}
+"""Command -> what makes its options."""

@@ -1,0 +1,307 @@
+"""`--dry-run`: which rank would hold what, in bytes, from shapes alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard
+
+from qwen3vl_disagg.checkpoint import Checkpoint, check_weights, open_checkpoint, read_config
+from qwen3vl_disagg.checkpoint.fp8 import SCALE_SUFFIX
+from qwen3vl_disagg.checkpoint.hub import hub_id, model_name, resolve_model_folder
+from qwen3vl_disagg.checkpoint.layouts import HEAD
+from qwen3vl_disagg.checkpoint.quantize import make_room
+from qwen3vl_disagg.core.devices import resolve_dtype
+from qwen3vl_disagg.core.errors import DisaggError, InputError
+from qwen3vl_disagg.core.settings import ModelOptions, Quantize
+from qwen3vl_disagg.model.config import ModelConfig
+from qwen3vl_disagg.model.decoder import Qwen3MoeForCausalLM
+from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
+from qwen3vl_disagg.model.presets import IMAGE_ROWS, PRESETS
+from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration
+from qwen3vl_disagg.options import ParallelOptions
+from qwen3vl_disagg.parallel.expert_placement import LANGUAGE_PLAN, VISION_PLAN, placements, shard_rows
+from qwen3vl_disagg.parallel.kv_room import KvRoom
+from qwen3vl_disagg.plan.hardware import Hardware
+from qwen3vl_disagg.plan.kv_where import Where
+from qwen3vl_disagg.processing import ImageProcessor
+
+DEFAULT_WORLD = 8
+MAX_WORLD = 65536
+
+
+def check_parallel(options: ParallelOptions, model: str | None) -> None:
+    """InputError for what is not offered and for what does not go together. `model` is that of `ModelOptions`."""
+    refused = {
+        "tensor-parallel": "attention is data-parallel, its KV heads are too few to divide; experts are what is spread",
+        "pipeline-parallel": "every language rank runs all layers; experts are what is spread",
+    }
+    for name, reason in refused.items():
+        num_parts = getattr(options, name.replace("-", "_"))
+        if num_parts != 1:
+            raise InputError(f"--{name} {num_parts}: not offered: {reason}", param=name)
+    for name in ("world", "preset", "hardware", "json"):
+        if not options.dry_run and getattr(options, name):
+            raise InputError(f"--{name} goes with --dry-run only", param=name)
+    if options.world is not None and not 1 <= options.world <= MAX_WORLD:
+        raise InputError(f"--world {options.world}: must be 1 to {MAX_WORLD}", param="world")
+    if options.preset is not None:
+        if options.preset not in PRESETS:
+            raise InputError(f"--preset {options.preset}: must be one of {', '.join(PRESETS)}", param="preset")
+        if model is not None:
+            raise InputError("--preset and --model: one of both", param="preset")
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """What one rank holds. `experts`: None where there are none to spread; a rank may also hold an empty range."""
+
+    rank: int
+    role: str
+    experts: range | None
+    expert_bytes: int
+    decoder_bytes: int
+    """The rest of the decoder, which every language rank has."""
+    vision_bytes: int
+    room: KvRoom | None = None
+    """For keys and values, on a language rank."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.expert_bytes + self.decoder_bytes + self.vision_bytes
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What all ranks hold. `model_bytes` was counted without regard to ranks."""
+
+    model: str
+    dtype: str
+    quantize: Quantize
+    num_experts: int
+    ranks: tuple[RankPart, ...]
+    model_bytes: int
+    counted: str
+    """Where `model_bytes` comes from."""
+    memory: str
+    """Whose memory keys and values are fitted into."""
+    image_rows: int
+    """Of the largest image that the processor makes."""
+
+    @property
+    def sums(self) -> dict[str, int]:
+        """Parts that make up one model: what is spread from all ranks, what is on several of them once."""
+        return {
+            "experts, over all ranks": sum(part.expert_bytes for part in self.ranks),
+            "rest of the decoder, once": max(part.decoder_bytes for part in self.ranks),
+            "vision tower, once": max(part.vision_bytes for part in self.ranks),
+        }
+
+    def check(self) -> None:
+        """DisaggError unless the ranks hold the model, and nothing twice that is meant to be spread."""
+        total = sum(self.sums.values())
+        if total != self.model_bytes:
+            raise DisaggError(f"the ranks' parts add up to {total} bytes, {self.counted} to {self.model_bytes}")
+
+    def to_json(self) -> str:
+        """One object on one line."""
+
+        def shards(part: RankPart) -> dict[str, Any]:
+            held: dict[str, Any] = {}
+            if part.experts is not None:
+                first, count = part.experts.start, len(part.experts)
+                held["experts"] = {
+                    "first": first,
+                    "count": count,
+                    "of": self.num_experts,
+                    "bytes": part.expert_bytes,
+                }
+            if part.decoder_bytes:
+                held["decoder"] = {"bytes": part.decoder_bytes}
+            if part.vision_bytes:
+                held["vision"] = {"bytes": part.vision_bytes}
+            return held
+
+        def cache(part: RankPart) -> dict[str, Any]:
+            if part.room is None:
+                return {}
+            room = part.room
+            sizes = {"tokens": room.num_tokens, "pages": room.num_pages, "page_size": room.page_size}
+            return {"kv_cache": {**sizes, "bytes": room.num_bytes}}
+
+        return json.dumps(
+            {
+                "model": self.model,
+                "dtype": self.dtype,
+                "quantize": self.quantize,
+                "world": len(self.ranks),
+                "encode_ranks": sum(part.vision_bytes > 0 for part in self.ranks),
+                "language_ranks": sum(part.decoder_bytes > 0 for part in self.ranks),
+                "model_bytes": self.model_bytes,
+                "sum_bytes": sum(self.sums.values()),
+                "ranks": [
+                    {"rank": part.rank, "role": part.role, "shards": shards(part), "bytes": part.num_bytes}
+                    | cache(part)
+                    for part in self.ranks
+                ],
+                "memory": self.memory,
+                "image_rows": self.image_rows,
+                "image_problem": self.image_problem,
+            }
+        )
+
+    def to_text(self) -> str:
+        """A table for people, and the sum."""
+        dtype = self.dtype if self.quantize == "none" else f"{self.dtype}, {self.quantize} decoder"
+        lines = [
+            f"{self.model} ({dtype}), world of {len(self.ranks)}. Weights only: KV pages, buffers and activations "
+            "come on top.",
+            f"KV tokens: what `serve` would have with the memory of {self.memory}.",
+            "",
+            f"{'rank':>5}  {'role':<8}  {'experts':<16}  {'expert bytes':>17}  {'replicated bytes':>17}"
+            f"  {'total bytes':>17}  {'':>10}  {'KV tokens':>12}",
+        ]
+        for part in self.ranks:
+            lines.append(
+                f"{part.rank:>5}  {part.role:<8}  {self._experts(part):<16}  {part.expert_bytes:>17,}"
+                f"  {part.decoder_bytes + part.vision_bytes:>17,}  {part.num_bytes:>17,}"
+                f"  {_short(part.num_bytes):>10}  {'-' if part.room is None else f'{part.room.num_tokens:,}':>12}"
+            )
+        fits = "fits" if self.image_problem is None else f"does not fit: {self.image_problem}"
+        lines += ["", f"The largest image of the processor, {self.image_rows:,} visual tokens, {fits}.", ""]
+        lines += [f"{sign} {name:<26} {size:>17,}" for sign, (name, size) in zip(" ++", self.sums.items(), strict=True)]
+        lines.append(f"= {self.counted:<26} {self.model_bytes:>17,}  {_short(self.model_bytes):>10}")
+        return "\n".join(lines)
+
+    @property
+    def image_problem(self) -> str | None:
+        """Why the largest image could not be served; None if it can."""
+        rooms = [part.room for part in self.ranks if part.room is not None]
+        return min(rooms, key=lambda room: room.num_tokens).why_not(self.image_rows)
+
+    def _experts(self, part: RankPart) -> str:
+        if part.experts is None:
+            return "-"
+        if not part.experts:
+            return f"none of {self.num_experts}"
+        return f"{part.experts[0]}-{part.experts[-1]} of {self.num_experts}"
+
+
+def _short(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def dry_run(
+    options: ModelOptions,
+    preset: str | None,
+    encode_ranks: range,
+    language_ranks: range,
+    hardware: Hardware | None = None,
+) -> DryRun:
+    """What each rank would hold; a rank in both ranges has both roles. Of a hub's repository the settings are enough.
+    `hardware`: what keys and values have their room on, in place of this machine.
+
+    Raises CheckpointError for a folder that could not be loaded, DisaggError if the parts are not the whole.
+    """
+    where = Where(encode_ranks, language_ranks, hardware)
+    if preset is not None:
+        return _plan(preset, PRESETS[preset], options, where, None, IMAGE_ROWS)
+    is_hub = hub_id(options.model) is not None
+    folder = resolve_model_folder(options.model, weights=False)
+    if is_hub:
+        config = read_config(folder)
+        return _plan(model_name(folder), config, options, where, None, _image_rows(folder, config))
+    with open_checkpoint(folder) as checkpoint:
+        check_weights(checkpoint)
+        rows = _image_rows(folder, checkpoint.config)
+        return _plan(str(folder), checkpoint.config, options, where, checkpoint, rows)
+
+
+def _image_rows(folder: Path, config: ModelConfig) -> int:
+    return ImageProcessor.from_folder(folder, config.vision).max_rows
+
+
+def _plan(
+    model: str,
+    config: ModelConfig,
+    options: ModelOptions,
+    where: Where,
+    checkpoint: Checkpoint | None,
+    image_rows: int,
+) -> DryRun:
+    dtype, kind = resolve_dtype(options.dtype, config.dtype), options.quantize
+    has_own_head = checkpoint is not None and HEAD in checkpoint.tensors
+    vision = _tensors(lambda c: Qwen3VLMoeForConditionalGeneration(c, language_model=False), config, dtype)
+    decoder = _tensors(Qwen3MoeForCausalLMWithDeepStack, config, dtype, kind, has_own_head)
+    placements(vision, VISION_PLAN)  # all are replicated: what must not be is one that the plan does not know
+    placed = placements((name.removesuffix("_scale") for name in decoder), LANGUAGE_PLAN)
+    spread = [tensor for name, tensor in decoder.items() if placed[name.removesuffix("_scale")] == Shard(0)]
+    one_expert = sum(tensor.nbytes // tensor.shape[0] for tensor in spread)
+    replicated = sum(tensor.nbytes for tensor in decoder.values()) - sum(tensor.nbytes for tensor in spread)
+    tower = sum(tensor.nbytes for tensor in vision.values())
+
+    encode_ranks, language_ranks = where.encode, where.language
+    rooms = where.rooms(config, options, dtype, image_rows)
+
+    def part(rank: int) -> RankPart:
+        is_encode, is_language = rank in encode_ranks, rank in language_ranks
+        experts = None
+        if is_language and spread:
+            experts = shard_rows(config.text.num_experts, len(language_ranks), language_ranks.index(rank))
+        return RankPart(
+            rank,
+            "both" if is_encode and is_language else "encode" if is_encode else "language",
+            experts,
+            one_expert * len(experts or ()),
+            replicated if is_language else 0,
+            tower if is_encode else 0,
+            rooms.get(rank),
+        )
+
+    if checkpoint is not None and kind == "none":
+        shapes = [info.shape for name, info in checkpoint.tensors.items() if not name.endswith(SCALE_SUFFIX)]
+        model_bytes = sum(map(math.prod, shapes)) * dtype.itemsize
+        counted = "the checkpoint's tensors"
+    else:
+        whole = _tensors(Qwen3VLMoeForConditionalGeneration, config, dtype, kind, has_own_head)
+        model_bytes, counted = sum(tensor.nbytes for tensor in whole.values()), "the whole model"
+    ranks = tuple(part(rank) for rank in sorted({*encode_ranks, *language_ranks}))
+    name = str(dtype).removeprefix("torch.")
+    made = DryRun(
+        model,
+        name,
+        options.quantize,
+        config.text.num_experts,
+        ranks,
+        model_bytes,
+        counted,
+        where.memory(options).name,
+        image_rows,
+    )
+    made.check()
+    return made
+
+
+def _tensors(
+    build: Callable[[ModelConfig], nn.Module],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    kind: Quantize = "none",
+    has_own_head: bool = False,
+) -> dict[str, Tensor]:
+    """Parameters and scales as loading leaves them, on the meta device; a tied head once."""
+    with torch.device("meta"):
+        module = build(config).to(dtype)
+    if kind != "none":
+        make_room(module, dtype, kind)
+    for part in module.modules():
+        if has_own_head and isinstance(part, Qwen3MoeForCausalLM):
+            part.lm_head.weight = nn.Parameter(torch.empty_like(part.lm_head.weight), requires_grad=False)
+    return dict(module.named_parameters()) | dict(module.named_buffers())

@@ -1,0 +1,1 @@
+"""What is decided about items, pure: messages, the machines of both sides, router, blocks, layout."""

@@ -1,0 +1,418 @@
+"""The encode side of all transfers: which item is encoded when, what is sent, how long rows are kept. Pure.
+
+`handle(event, now)` changes the tables and returns actions. Each attempt at an item goes through:
+
+    EARLY     granted, but the router has not named it yet
+    ASSIGNED  named by the router, no room granted yet (or the link that granted it is gone)
+    QUEUED    granted; waits for a place in memory
+    ENCODING  bytes are fetched, decoded, and run through the tower
+    READY     encoded and granted; waits for its link's turn
+    HEADER    the header is out
+    SENDING   the receives are posted: the payload has to follow
+    SENT      the payload is on its way; the acknowledgement is awaited
+    PARKED    encoded, no grant: rows wait for a resume, under a lease
+
+Nothing is encoded without a grant. At most `max_items` are encoded at a time, `max_clips` of them clips, and no item is
+begun for a language rank that has its share in memory; besides, `max_parked` wait for each: that is how far this side
+can run ahead of receivers that are full or silent. What has no place is passed by those behind it that have one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3vl_disagg.core.errors import late
+from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.protocol.link_state import LinkState
+from qwen3vl_disagg.protocol.messages import Abort, Ack, Grant, HeaderOk, Nack, Resume, Stale
+from qwen3vl_disagg.protocol.session_events import (
+    Attempt,
+    BreakLink,
+    CancelItems,
+    Encode,
+    EncodeAction,
+    Encoded,
+    EncodeEvent,
+    EncodeFailed,
+    FrameIn,
+    LinkDown,
+    LinkUp,
+    PayloadSent,
+    Release,
+    SendHeader,
+    SendPayload,
+    SessionLimits,
+    StartEncode,
+    TellFailed,
+    Tick,
+)
+
+EARLY, ASSIGNED, QUEUED, ENCODING, READY = "early", "assigned", "queued", "encoding", "ready"
+HEADER, SENDING, SENT, PARKED = "header", "sending", "sent", "parked"
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """One attempt at one item. `grant` is void once the link of `epoch` is gone."""
+
+    attempt: Attempt
+    language_rank: int
+    state: str
+    deadline: float
+    item_deadline: float = math.inf
+    total: int = -1
+    grant: Grant | None = None
+    is_clip: bool = False
+    is_encoded: bool = False
+    is_dropped: bool = False
+    """Given up while its header was out: if that is answered with yes, the payload still has to follow."""
+
+
+@dataclass(slots=True)
+class _Outlet:
+    """A link, and whose turn it is: payloads follow one another in the order of their headers."""
+
+    state: LinkState
+    turn: Attempt | None = None
+    ready: deque[Attempt] = field(default_factory=deque)
+
+
+@dataclass
+class EncodeSessions:
+    """All attempts on one encode rank."""
+
+    limits: SessionLimits = field(default_factory=SessionLimits)
+
+    def __post_init__(self) -> None:
+        self.items: dict[Attempt, Outgoing] = {}
+        self.outlets: dict[int, _Outlet] = {}
+        self.queue: deque[Attempt] = deque()
+        self.ended: OrderedDict[Attempt, None] = OrderedDict()
+        """The last attempts that ended: a frame for one of them comes too late."""
+        self._last_epochs: dict[int, int] = {}
+        self._actions: list[EncodeAction] = []
+        self._handlers: dict[type, Callable[[Any, float], None]] = {
+            FrameIn: self._frame_in,
+            Tick: self._tick,
+            Encode: self._encode,
+            CancelItems: self._cancel,
+            Encoded: self._encoded,
+            EncodeFailed: self._encode_failed,
+            LinkUp: self._link_up,
+            LinkDown: self._link_down,
+            PayloadSent: self._payload_sent,
+        }
+        self._frames: dict[type, Callable[[_Outlet, Any, float], None]] = {
+            Grant: self._granted,
+            Resume: self._granted,
+            HeaderOk: self._header_ok,
+            Ack: self._acknowledged,
+            Nack: self._given_up,
+            Abort: self._given_up,
+            Stale: self._stale,
+        }
+
+    def handle(self, event: EncodeEvent, now: float) -> list[EncodeAction]:
+        """Take one event in; `now` is in seconds on any clock that does not go back."""
+        self._handlers[type(event)](event, now)
+        actions, self._actions = self._actions, []
+        return actions
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.items and not self.queue and all(not o.ready and o.turn is None for o in self.outlets.values())
+
+    @property
+    def num_in_memory(self) -> int:
+        """Items with bytes or rows in memory that are on their way (parked ones not counted)."""
+        return sum(self._count_in_memory().values())
+
+    @property
+    def num_parked(self) -> int:
+        return sum(1 for item in self.items.values() if item.state == PARKED)
+
+    # ---- what the router says ----
+
+    def _encode(self, event: Encode, now: float) -> None:
+        attempt = (event.request_id, event.item, event.attempt)
+        for other in [key for key in self.items if key[:2] == attempt[:2] and key[2] < attempt[2]]:
+            self._end(other)  # also when this one is over as well
+        item = self.items.get(attempt)
+        is_late = attempt in self.ended or any(key[:2] == attempt[:2] and key[2] > attempt[2] for key in self.items)
+        if not is_late and (item is None or item.state == EARLY):
+            if item is None:
+                item = self.items[attempt] = Outgoing(attempt, event.language_rank, ASSIGNED, math.inf)
+            item.total, item.is_clip = event.visual.num_rows, event.visual.modality == "video"
+            item.deadline = item.item_deadline = now + event.timeout_s
+            if item.grant is not None:
+                self._enqueue(item)
+        self._fill_places()
+
+    def _cancel(self, event: CancelItems, now: float) -> None:
+        for attempt in [key for key in self.items if event.request_id in (None, key[0])]:
+            self._end(attempt)
+        self._fill_places()
+
+    def _end(self, attempt: Attempt) -> None:
+        """Forget an attempt, also the rows; a payload that has begun goes on to its end by itself."""
+        item = self.items.get(attempt)
+        if item is None:
+            return
+        outlet = self.outlets.get(item.language_rank)
+        if item.state == HEADER and outlet is not None and outlet.turn == attempt:
+            item.is_dropped = True
+            return
+        del self.items[attempt]
+        self._remember(attempt)
+        if item.state == QUEUED:
+            self.queue.remove(attempt)
+        elif item.state == READY and outlet is not None:
+            outlet.ready.remove(attempt)
+        if item.state not in (EARLY, ASSIGNED, QUEUED):
+            self._actions.append(Release(attempt))
+
+    def _remember(self, attempt: Attempt) -> None:
+        self.ended[attempt] = None
+        while len(self.ended) > self.limits.max_ended:
+            self.ended.popitem(last=False)
+
+    def _fail(self, failed: TellFailed) -> None:
+        """Give an attempt up. The router is told, and it alone tells the language rank: were both told, the news of a
+        lost attempt could overtake that of a bad image."""
+        self._end(failed.attempt)
+        self._actions.append(failed)
+        self._fill_places()
+
+    # ---- encoding ----
+
+    def _enqueue(self, item: Outgoing) -> None:
+        item.state, item.deadline = QUEUED, item.item_deadline
+        self.queue.append(item.attempt)
+
+    def _fill_places(self) -> None:
+        if not self.queue:
+            return
+        limits, in_memory = self.limits, self._count_in_memory()
+        encoding = [item for item in self.items.values() if item.state == ENCODING]
+        num_encoding, num_clips = len(encoding), sum(item.is_clip for item in encoding)
+        share = limits.max_items if len(self.outlets) < 2 else -(-limits.max_items // 2)
+        for attempt in list(self.queue):
+            item = self.items[attempt]
+            if num_encoding >= limits.max_items:
+                return
+            if in_memory[item.language_rank] >= share or (item.is_clip and num_clips >= limits.max_clips):
+                continue
+            self.queue.remove(attempt)
+            item.state = ENCODING
+            in_memory[item.language_rank] += 1
+            num_encoding, num_clips = num_encoding + 1, num_clips + item.is_clip
+            self._actions.append(StartEncode(attempt))
+
+    def _count_in_memory(self) -> Counter[int]:
+        """Items with bytes or rows in memory that are on their way, by language rank."""
+        states = (ENCODING, READY, HEADER, SENDING, SENT)
+        return Counter(item.language_rank for item in self.items.values() if item.state in states)
+
+    def _encoded(self, event: Encoded, now: float) -> None:
+        item = self.items.get(event.attempt)
+        if item is None or item.state != ENCODING:
+            return
+        item.is_encoded = True
+        if item.grant is None:
+            self._park(item, now)
+        else:
+            self._make_ready(item, now)
+            self._fill_places()
+
+    def _encode_failed(self, event: EncodeFailed, now: float) -> None:
+        item = self.items.get(event.attempt)
+        if item is not None and item.state == ENCODING:
+            self._fail(TellFailed(event.attempt, event.failure))
+
+    def _park(self, item: Outgoing, now: float) -> None:
+        """Keep the rows for a while, within bounds."""
+        if item.is_dropped:
+            self._end(item.attempt)
+            return
+        item.state, item.grant, item.deadline = PARKED, None, now + self.limits.lease_s
+        rank = item.language_rank
+        parked = [other for other in self.items.values() if other.state == PARKED and other.language_rank == rank]
+        if len(parked) > self.limits.max_parked:
+            self._end(min(parked, key=lambda other: other.deadline).attempt)
+        self._fill_places()
+
+    # ---- sending ----
+
+    def _make_ready(self, item: Outgoing, now: float) -> None:
+        item.state, item.deadline = READY, item.item_deadline
+        outlet = self.outlets[item.language_rank]
+        outlet.ready.append(item.attempt)
+        self._take_turn(outlet, now)
+
+    def _take_turn(self, outlet: _Outlet, now: float) -> None:
+        if outlet.turn is None and outlet.ready:
+            item = self.items[outlet.ready.popleft()]
+            if item.grant is None:
+                raise RuntimeError(f"{item.attempt} is ready without a grant")
+            outlet.turn = item.attempt
+            item.state, item.deadline = HEADER, now + self.limits.answer_s
+            link = outlet.state
+            self._actions.append(SendHeader(link.peer, link.epoch, link.next_seq(now), item.grant))
+
+    def _next_turn(self, outlet: _Outlet, attempt: Attempt, now: float) -> None:
+        if outlet.turn == attempt:
+            outlet.turn = None
+            self._take_turn(outlet, now)
+
+    def _granted(self, outlet: _Outlet, grant: Grant, now: float) -> None:
+        attempt = (grant.request_id, grant.item, grant.attempt)
+        item = self.items.get(attempt)
+        if item is None:
+            if isinstance(grant, Resume) or attempt in self.ended:
+                self._refuse(outlet, attempt, "gone", now)
+                return
+            item = self.items[attempt] = Outgoing(attempt, outlet.state.peer, EARLY, now + self.limits.early_s)
+            item.grant = grant
+            return
+        if item.language_rank != outlet.state.peer or item.state not in (ASSIGNED, ENCODING, PARKED):
+            return
+        item.grant = grant
+        if item.state == ASSIGNED:
+            self._enqueue(item)
+            self._fill_places()
+        elif item.state == PARKED:
+            self._make_ready(item, now)
+
+    def _refuse(self, outlet: _Outlet, attempt: Attempt, reason: str, now: float) -> None:
+        nack = Nack(request_id=attempt[0], item=attempt[1], attempt=attempt[2], reason=reason)
+        self._actions.append(outlet.state.send(nack, now))
+
+    def _header_ok(self, outlet: _Outlet, message: HeaderOk, now: float) -> None:
+        attempt = (message.request_id, message.item, message.attempt)
+        if outlet.turn != attempt:
+            return
+        item = self.items.get(attempt)
+        if item is None or item.state != HEADER or item.grant is None or item.grant.row_start != message.row_start:
+            # The other end waits for a payload that nobody will send.
+            self._break(outlet, "a payload was awaited that had been given up", now)
+            return
+        item.state, item.deadline = SENDING, now + 2 * self.limits.payload_s
+        self._actions.append(SendPayload(outlet.state.peer, outlet.state.epoch, item.grant))
+        if item.is_dropped:
+            self._end(attempt)
+
+    def _payload_sent(self, event: PayloadSent, now: float) -> None:
+        outlet = self.outlets.get(event.language_rank)
+        if outlet is None or outlet.state.epoch != event.epoch:
+            return
+        if event.error is not None:
+            self._break(outlet, event.error, now)
+            return
+        item = self.items.get(event.attempt)
+        if item is not None and item.state == SENDING:
+            item.state, item.deadline = SENT, now + self.limits.answer_s
+        self._next_turn(outlet, event.attempt, now)
+
+    def _acknowledged(self, outlet: _Outlet, message: Ack, now: float) -> None:
+        attempt = (message.request_id, message.item, message.attempt)
+        item = self.items.get(attempt)
+        if item is None or item.language_rank != outlet.state.peer or not item.is_encoded:
+            return
+        if message.received == item.total:
+            self._end(attempt)
+            self._next_turn(outlet, attempt, now)
+            self._fill_places()
+        elif item.state in (SENDING, SENT) and item.grant is not None and message.received == item.grant.row_stop:
+            self._park(item, now)
+
+    def _given_up(self, outlet: _Outlet, message: Nack | Abort, now: float) -> None:
+        attempt = (message.request_id, message.item, message.attempt)
+        item = self.items.get(attempt)
+        if item is None:
+            if type(message) is Abort:
+                self._remember(attempt)  # the item may still be on its way here
+        elif item.language_rank == outlet.state.peer:
+            if type(message) is Nack and item.state == HEADER and outlet.turn == attempt:
+                outlet.turn = None  # the header was refused: no payload
+            self._end(attempt)
+            self._take_turn(outlet, now)
+            self._fill_places()
+
+    # ---- links and time ----
+
+    def _link_up(self, event: LinkUp, now: float) -> None:
+        old = self.outlets.get(event.peer)
+        if event.epoch <= self._last_epochs.get(event.peer, 0):
+            return
+        if old is not None:
+            self._cut(old, now)
+        self._last_epochs[event.peer] = event.epoch
+        self.outlets[event.peer] = _Outlet(LinkState(event.peer, event.epoch, now))
+
+    def _link_down(self, event: LinkDown, now: float) -> None:
+        outlet = self.outlets.get(event.peer)
+        if outlet is not None and outlet.state.epoch == event.epoch:
+            self._cut(outlet, now)
+
+    def _break(self, outlet: _Outlet, reason: str, now: float) -> None:
+        self._actions.append(BreakLink(outlet.state.peer, outlet.state.epoch, reason))
+        self._cut(outlet, now)
+
+    def _cut(self, outlet: _Outlet, now: float) -> None:
+        """Grants over this link are void; what is encoded waits for the next one."""
+        del self.outlets[outlet.state.peer]
+        for item in [item for item in self.items.values() if item.language_rank == outlet.state.peer]:
+            item.grant = None
+            if item.state == EARLY:
+                self.items.pop(item.attempt)
+            elif item.state == QUEUED:
+                self.queue.remove(item.attempt)
+                item.state = ASSIGNED
+            elif item.state in (READY, HEADER, SENDING, SENT):
+                self._park(item, now)
+        self._fill_places()
+
+    def _stale(self, outlet: _Outlet, message: Stale, now: float) -> None:
+        if message.epoch > outlet.state.epoch:
+            self._break(outlet, f"the other end is at epoch {message.epoch}", now)
+
+    def _frame_in(self, event: FrameIn, now: float) -> None:
+        outlet, frame = self.outlets.get(event.peer), event.frame
+        if outlet is None:
+            return
+        if frame.epoch != outlet.state.epoch:
+            if frame.epoch < outlet.state.epoch and type(frame.body) is not Stale:
+                self._actions.append(outlet.state.send(Stale(epoch=outlet.state.epoch), now))
+            return
+        verdict = outlet.state.take(frame)
+        if verdict is None:
+            self._break(outlet, f"frames before {frame.seq} were lost", now)
+        elif verdict and (handler := self._frames.get(type(frame.body))) is not None:
+            handler(outlet, frame.body, now)
+
+    def _tick(self, _: Tick, now: float) -> None:
+        for item in list(self.items.values()):
+            if now >= item.deadline and item.attempt in self.items:
+                self._out_of_time(item, now)
+        for outlet in self.outlets.values():
+            if now - outlet.state.sent_at >= self.limits.beat_s:
+                self._actions.append(outlet.state.beat(now))
+
+    def _out_of_time(self, item: Outgoing, now: float) -> None:
+        outlet = self.outlets.get(item.language_rank)
+        if item.state in (HEADER, SENDING, SENT):
+            item.deadline = math.inf
+            if outlet is not None:
+                self._break(outlet, f"no answer for an item in state {item.state}", now)
+        elif item.state == PARKED:
+            self._end(item.attempt)
+        elif item.state == EARLY:
+            if outlet is not None:
+                self._refuse(outlet, item.attempt, "the item never came", now)
+            self._end(item.attempt)
+        else:
+            self._fail(TellFailed(item.attempt, Failure.of(late())))

@@ -1,0 +1,300 @@
+"""What the sessions of both sides take in and what they give back: plain values, no behaviour.
+
+A session is one item of one request; (`request_id`, `item`, `attempt`) names one try at it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.protocol.allocator import Lease
+from qwen3vl_disagg.protocol.messages import Frame, Grant, Header
+
+Attempt = tuple[str, int, int]
+"""request id, item, attempt"""
+
+
+class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds, and how much an encode rank keeps."""
+
+    beat_s: float = 1.0
+    suspend_s: float = 5.0
+    """How long an item waits for a lost link to come back before it is given up."""
+    grant_s: float = 3600.0
+    """From a grant to its header. Queueing and encoding are in it, so this only backs up the request's own deadline."""
+    payload_s: float = 10.0
+    """One payload on its link."""
+    answer_s: float = 15.0
+    """From a header or a payload to its answer."""
+    early_s: float = 30.0
+    """How long a grant may be ahead of the item it is for."""
+    lease_s: float = 180.0
+    """How long encoded rows are kept while nobody asks for them: longer than any grant."""
+    max_items: int = 8
+    """Items that an encode rank encodes at a time. Where it has several language ranks, one may have half as many in
+    memory on their way from bytes to acknowledged rows, so that a silent one does not take the places of others."""
+    max_clips: int = 4
+    """Clips among those being encoded: the other places are for images."""
+    max_parked: int = 4
+    """Items that besides wait there for a resume, for each language rank; the one that has waited longest goes first.
+    A language rank has one at a time, more only after failures."""
+    max_ended: int = 4096
+    """Attempts remembered as ended."""
+
+
+class _Value(msgspec.Struct, frozen=True):
+    pass
+
+
+# ---- events of both sides ----
+
+
+class LinkUp(_Value, frozen=True):
+    peer: int
+    epoch: int
+
+
+class LinkDown(_Value, frozen=True):
+    peer: int
+    epoch: int
+    reason: str
+
+
+class FrameIn(_Value, frozen=True):
+    peer: int
+    frame: Frame
+
+
+class Tick(_Value, frozen=True):
+    """Time has passed: look at the deadlines."""
+
+
+# ---- events of the language side ----
+
+
+class Expect(_Value, frozen=True):
+    """A request takes its place in the order of grants; these of its items are lacking. `items`: all of them.
+
+    Rows below `first_rows[k]` of item `lacking[k]` are not needed; an empty list: all rows of all of them are. A second
+    one for the same request: what it had it has no more, and this is what it needs now.
+    """
+
+    request_id: str
+    items: list[VisualItem]
+    lacking: list[int]
+    deadline: float
+    first_rows: list[int] = []
+
+
+class Assigned(_Value, frozen=True):
+    """The router: this encode rank makes the item, as attempt number `attempt`."""
+
+    request_id: str
+    item: int
+    attempt: int
+    encode_rank: int
+
+
+class Forget(_Value, frozen=True):
+    """The request is over, or no longer wanted."""
+
+    request_id: str
+
+
+class PayloadEnd(_Value, frozen=True):
+    """A `Receive` has returned. `error` None: all runs are there and right. `is_broken`: the link is of no more use."""
+
+    encode_rank: int
+    epoch: int
+    request_id: str
+    item: int
+    attempt: int
+    error: str | None = None
+    is_broken: bool = False
+
+
+class Consumed(_Value, frozen=True):
+    """The rows below `rows` are in the key-value cache and will not be read again."""
+
+    request_id: str
+    item: int
+    attempt: int
+    rows: int
+
+
+class Returned(_Value, frozen=True):
+    """Answer to `Recall`: nobody reads rows of this attempt any more."""
+
+    request_id: str
+    item: int
+    attempt: int
+
+
+LanguageEvent = LinkUp | LinkDown | FrameIn | Tick | Expect | Assigned | Forget | PayloadEnd | Consumed | Returned
+
+
+# ---- events of the encode side ----
+
+
+class Encode(_Value, frozen=True):
+    """The router: make this item and send it to `language_rank`. `visual` says how many rows it has."""
+
+    request_id: str
+    item: int
+    attempt: int
+    language_rank: int
+    visual: VisualItem
+    timeout_s: float
+
+
+class CancelItems(_Value, frozen=True):
+    """All items of a request, or of all (None), are no longer wanted."""
+
+    request_id: str | None
+
+
+class Encoded(_Value, frozen=True):
+    """The rows are in memory."""
+
+    attempt: Attempt
+
+
+class EncodeFailed(_Value, frozen=True):
+    attempt: Attempt
+    failure: Failure
+
+
+class PayloadSent(_Value, frozen=True):
+    """A `SendPayload` has returned; `error` None: everything is on its way."""
+
+    language_rank: int
+    epoch: int
+    attempt: Attempt
+    error: str | None = None
+
+
+EncodeEvent = LinkUp | LinkDown | FrameIn | Tick | Encode | CancelItems | Encoded | EncodeFailed | PayloadSent
+
+
+# ---- actions of both sides ----
+
+
+class SendFrame(_Value, frozen=True):
+    peer: int
+    frame: Frame
+
+
+class BreakLink(_Value, frozen=True):
+    """Close the link's connection; for the sessions it is down already."""
+
+    peer: int
+    epoch: int
+    reason: str
+
+
+# ---- actions of the language side ----
+
+
+class Receive(_Value, frozen=True):
+    """Post the receives of a payload; answer with one `PayloadEnd`, whatever happens.
+
+    `room` holds the blocks of the granted rows (with their DeepStack when that is ranged), `hold` what the item has
+    for its whole life: its aux slot and, unless ranged, its DeepStack blocks.
+    """
+
+    encode_rank: int
+    epoch: int
+    header: Header
+    grant: Grant
+    visual: VisualItem
+    room: Lease
+    hold: Lease
+
+
+class RowsReady(_Value, frozen=True):
+    """The engine may read rows [start, stop) until it says `Consumed` or `Returned`."""
+
+    request_id: str
+    item: int
+    attempt: int
+    start: int
+    stop: int
+
+
+class Recall(_Value, frozen=True):
+    """The engine has to forget what it took from this attempt, then `Returned`."""
+
+    request_id: str
+    item: int
+    attempt: int
+
+
+class Arrived(_Value, frozen=True):
+    """Nothing more is needed of an attempt: all rows are here, or the request gave up what it had of it."""
+
+    request_id: str
+    item: int
+    attempt: int
+
+
+class Lost(_Value, frozen=True):
+    """An attempt is over without its rows. `dead_epoch`: the link of that epoch is gone; 0 when it is sound."""
+
+    request_id: str
+    item: int
+    attempt: int
+    reason: str
+    dead_epoch: int = 0
+
+
+class Expired(_Value, frozen=True):
+    """A request's own deadline has passed; the sessions have forgotten it."""
+
+    request_id: str
+
+
+LanguageAction = SendFrame | BreakLink | Receive | RowsReady | Recall | Arrived | Lost | Expired
+
+
+# ---- actions of the encode side ----
+
+
+class StartEncode(_Value, frozen=True):
+    """Fetch, decode and encode; answer with `Encoded` or `EncodeFailed`."""
+
+    attempt: Attempt
+
+
+class SendHeader(_Value, frozen=True):
+    """Send the header of what `grant` asks for, as frame `seq` of `epoch`."""
+
+    peer: int
+    epoch: int
+    seq: int
+    grant: Grant
+
+
+class SendPayload(_Value, frozen=True):
+    """Send what `grant` asks for; answer with one `PayloadSent`, whatever happens."""
+
+    language_rank: int
+    epoch: int
+    grant: Grant
+
+
+class Release(_Value, frozen=True):
+    """Stop working on the attempt, if that is still going on, and forget its rows."""
+
+    attempt: Attempt
+
+
+class TellFailed(_Value, frozen=True):
+    """Tell the router that the attempt is over without rows."""
+
+    attempt: Attempt
+    failure: Failure
+
+
+EncodeAction = SendFrame | BreakLink | StartEncode | SendHeader | SendPayload | Release | TellFailed

@@ -1,0 +1,253 @@
+"""Control connections: small typed messages over TCP, one frame each.
+
+A frame is a 4-byte big-endian length and a msgpack body. Whatever does not decode as one of the connection's message
+types, or is longer than its limit, ends the connection with a `FrameError`: there is no resynchronising with a peer
+that does not speak the protocol. The end of the stream is the fastest sign of a dead peer (15 ms where the data path
+says nothing for minutes), so liveness is decided here and never by the payload.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+
+from qwen3vl_disagg.core.errors import DeadlineError, TransferError
+from qwen3vl_disagg.protocol.messages import Heartbeat, HubMessage, LinkMessage, Message
+
+Address = tuple[str, int]
+
+MAX_LINK_FRAME = 64 * 1024
+MAX_HUB_FRAME = 8 * 1024 * 1024
+HEARTBEAT_S = 1.0
+SILENCE_S = 10.0
+"""Generous: ranks that share two cores can stall for seconds."""
+_MAX_UNSENT_BYTES = 64 * 1024 * 1024
+_SLICE_BYTES = 256 * 1024
+FRAME_HEADER_BYTES = 4
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+class ConnectionLost(TransferError):
+    """The peer closed, died, or was silent for too long."""
+
+    code = "connection_lost"
+
+
+class FrameError(TransferError):
+    """The peer sent (or was about to be sent) something that is no frame of this connection."""
+
+    code = "bad_frame"
+
+
+def encode_frame(message: Message, max_frame: int) -> bytes:
+    """Length and body. Raises FrameError if the body is longer than `max_frame` bytes."""
+    body = _encoder.encode(message)
+    if len(body) > max_frame:
+        raise FrameError(f"{type(message).__name__} takes {len(body)} bytes, the limit is {max_frame}")
+    return len(body).to_bytes(FRAME_HEADER_BYTES, "big") + body
+
+
+class Connection:
+    """One end of a control connection. Lives on one asyncio loop.
+
+    `keep_alive` starts the heartbeats and the watch over the peer's silence; until then nothing is sent on its own, so
+    raw bytes can follow a message (`send_bytes`, `receive_bytes`).
+    """
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        messages: Any,
+        max_frame: int,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        self._reader, self._writer = reader, writer
+        self._decoder = msgspec.msgpack.Decoder(messages)
+        self._max_frame = max_frame
+        self._silence_s = silence_s
+        self._watch: asyncio.Task[None] | None = None
+        self._body_bytes: int | None = None  # of the frame under way: a cancelled receive can be taken up again
+        self._waiting = False
+        self._silent_ticks = 0
+        self._failure: TransferError | None = None
+
+    @classmethod
+    def hub(cls, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, **options: Any) -> Connection:
+        """A rank's connection with the frontend process, either end."""
+        return cls(reader, writer, messages=HubMessage, max_frame=MAX_HUB_FRAME, **options)
+
+    @classmethod
+    def link(cls, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, **options: Any) -> Connection:
+        """The control connection of one encode rank and one language rank, either end."""
+        return cls(reader, writer, messages=LinkMessage, max_frame=MAX_LINK_FRAME, **options)
+
+    @property
+    def peer(self) -> Address:
+        return tuple(self._writer.get_extra_info("peername") or ("?", 0))[:2]
+
+    @property
+    def is_closed(self) -> bool:
+        return self._failure is not None or self._writer.is_closing()
+
+    def keep_alive(self, heartbeat_s: float = HEARTBEAT_S) -> Connection:
+        """Send a heartbeat every `heartbeat_s` and end the connection when the peer has been silent for too long."""
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._keep_alive(heartbeat_s))
+        return self
+
+    async def _keep_alive(self, heartbeat_s: float) -> None:
+        # Silence is counted in ticks of this task, so a stall of this process does not make the peer look dead.
+        while not self.is_closed:
+            await asyncio.sleep(heartbeat_s)
+            self._silent_ticks += 1 if self._waiting else 0
+            if self._silent_ticks * heartbeat_s >= self._silence_s:
+                self._fail(ConnectionLost(f"peer silent for {self._silence_s:g} s"))
+            elif not self.is_closed and not self._writer.transport.get_write_buffer_size():
+                self._writer.write(encode_frame(Heartbeat(), self._max_frame))
+
+    def post(self, message: Message) -> None:
+        """Queue a message without waiting. Raises ConnectionLost, also when the peer has stopped reading."""
+        frame = encode_frame(message, self._max_frame)
+        if self.is_closed:
+            raise self._failure or ConnectionLost("connection is closed")
+        if self._writer.transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
+            raise self._fail(ConnectionLost("peer does not read"))
+        self._writer.write(frame)
+
+    async def send(self, message: Message) -> None:
+        """Write a message and wait until the socket's buffer has room again. Raises ConnectionLost, FrameError."""
+        self.post(message)
+        await self._drain(self._silence_s)
+
+    async def receive(self, timeout: float | None = None) -> Any:
+        """The next message that is no heartbeat. Raises ConnectionLost, FrameError, DeadlineError after `timeout`."""
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    message = await self._receive_one()
+                    if not isinstance(message, Heartbeat):
+                        return message
+        except TimeoutError as error:
+            if isinstance(error, DeadlineError):
+                raise
+            raise DeadlineError(f"no message within {timeout:g} s") from None
+
+    async def _receive_one(self) -> Any:
+        if self._body_bytes is None:
+            length = int.from_bytes(await self._read(FRAME_HEADER_BYTES), "big")
+            if not 0 < length <= self._max_frame:
+                raise self._fail(FrameError(f"frame of {length} bytes, the limit is {self._max_frame}"))
+            self._body_bytes = length
+        body = await self._read(self._body_bytes)
+        self._body_bytes = None
+        try:
+            return self._decoder.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise self._fail(FrameError(f"frame of {len(body)} bytes does not decode: {error}")) from None
+
+    async def _read(self, num_bytes: int) -> bytes:
+        if self._failure is not None:
+            raise self._failure
+        self._waiting = True
+        try:
+            data = await self._reader.readexactly(num_bytes)
+        except asyncio.IncompleteReadError as error:
+            cut = f" in the middle of a frame ({len(error.partial)} of {num_bytes} bytes)" if error.partial else ""
+            raise self._fail(ConnectionLost(f"peer closed the connection{cut}")) from None
+        except OSError as error:
+            raise self._fail(ConnectionLost(f"connection broke: {type(error).__name__}")) from None
+        finally:
+            self._waiting = False
+        self._silent_ticks = 0
+        return data
+
+    async def send_bytes(self, data: bytes | memoryview, timeout: float) -> None:
+        """Raw bytes after a message that announced them, a slice at a time: no more of them wait here than the peer may
+        be behind. Not with `keep_alive`."""
+        end = asyncio.get_running_loop().time() + timeout
+        view = memoryview(data)
+        for start in range(0, len(view), _SLICE_BYTES):
+            if self.is_closed:
+                raise self._failure or ConnectionLost("connection is closed")
+            self._writer.write(view[start : start + _SLICE_BYTES])
+            await self._drain(end - asyncio.get_running_loop().time())
+
+    async def receive_bytes(self, num_bytes: int, timeout: float) -> bytes:
+        """Exactly `num_bytes` raw bytes. Not with `keep_alive`."""
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._read(num_bytes)
+        except TimeoutError:
+            raise self._fail(ConnectionLost(f"{num_bytes} bytes did not arrive within {timeout:g} s")) from None
+
+    async def _drain(self, timeout: float) -> None:
+        try:
+            async with asyncio.timeout(timeout):
+                await self._writer.drain()
+        except TimeoutError:
+            raise self._fail(ConnectionLost(f"peer did not read for {timeout:g} s")) from None
+        except OSError as error:
+            raise self._fail(ConnectionLost(f"connection broke: {type(error).__name__}")) from None
+
+    def _fail(self, failure: TransferError) -> TransferError:
+        """Remember the first failure and drop the connection at once; whoever waits on it wakes."""
+        if self._failure is None:
+            self._failure = failure
+            self._stop()
+            self._writer.transport.abort()
+        return self._failure
+
+    def _stop(self) -> None:
+        if self._watch is not None and self._watch is not asyncio.current_task():
+            self._watch.cancel()
+
+    def abort(self) -> None:
+        """Drop the connection at once, without sending what is queued."""
+        self._fail(ConnectionLost("dropped on purpose"))
+
+    async def close(self, timeout: float = 1.0) -> None:
+        """Send what is queued, then close. Safe to call twice."""
+        self._stop()
+        try:
+            async with asyncio.timeout(timeout):
+                self._writer.close()
+                await self._writer.wait_closed()
+        except (OSError, TimeoutError):
+            self._writer.transport.abort()
+
+
+async def connect(
+    address: Address, *, deadline_s: float, messages: Any, max_frame: int, silence_s: float = SILENCE_S
+) -> Connection:
+    """Connect, trying again until `deadline_s` seconds have passed. Raises ConnectionLost then."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + deadline_s
+    pause = 0.05
+    while True:
+        try:
+            async with asyncio.timeout_at(end):
+                reader, writer = await asyncio.open_connection(*address)
+            return Connection(reader, writer, messages=messages, max_frame=max_frame, silence_s=silence_s)
+        except OSError as error:  # TimeoutError is one of these
+            if loop.time() + pause >= end:
+                reason = type(error).__name__
+                raise ConnectionLost(f"no connection to {address[0]}:{address[1]}: {reason}") from None
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, 1.0)
+
+
+async def connect_hub(address: Address, *, deadline_s: float, silence_s: float = SILENCE_S) -> Connection:
+    return await connect(
+        address, deadline_s=deadline_s, messages=HubMessage, max_frame=MAX_HUB_FRAME, silence_s=silence_s
+    )
+
+
+async def connect_link(address: Address, *, deadline_s: float, silence_s: float = SILENCE_S) -> Connection:
+    return await connect(
+        address, deadline_s=deadline_s, messages=LinkMessage, max_frame=MAX_LINK_FRAME, silence_s=silence_s
+    )

@@ -1,0 +1,168 @@
+"""Payload transport of one encode rank -> language rank pair. Blocking; one thread at each end uses it.
+
+What is sent and into what it is received has been agreed on the control connection before: a message longer than the
+posted buffer would take the receiving process down, a shorter one would leave stale bytes in its tail.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from datetime import timedelta
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qwen3vl_disagg.core.errors import TransferError
+from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.transport.process_group import build_pair
+
+Side = Literal["encode", "language"]
+_RANK_IN_PAIR = {"encode": 0, "language": 1}
+
+
+class LinkBroken(TransferError):
+    """The peer is gone or did not keep up; the link is of no more use."""
+
+    code = "link_broken"
+
+
+class Link(Protocol):
+    """`send` on one end and `receive` on the other, with tensors of equal shapes and dtypes in equal order.
+
+    All tensors of a payload are in flight at once. Both raise LinkBroken when the peer is gone or `timeout` seconds
+    have passed; nothing is written into any of the tensors after that.
+    """
+
+    def send(self, tensors: Sequence[Tensor], timeout: float) -> None: ...
+
+    def receive(self, tensors: Sequence[Tensor], timeout: float) -> Generator[Tensor, None, None]:
+        """Yield the tensors in order, each as soon as it is there: the one given, filled, or the sender's own.
+
+        Has to be run to its end, or closed.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+LinkFactory = Callable[[Side, int, int, int], Link]
+"""(side, encode rank, language rank, epoch) -> this side's end; blocks until the other side is there too."""
+
+
+class ProcessGroupLink:
+    """Over a 2-rank Gloo group. Tensors that are not on the CPU are staged through it."""
+
+    def __init__(self, group: dist.ProcessGroup, side: Side) -> None:
+        self._group: dist.ProcessGroup | None = group
+        self._peer = 1 - _RANK_IN_PAIR[side]
+
+    def send(self, tensors: Sequence[Tensor], timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        group = self._open_group()
+        works = []
+        for number, tensor in enumerate(tensors):
+            works.append(group.send([tensor.cpu()], self._peer, 0))
+            if number == len(tensors) // 2:
+                fault_point("mid-payload-sent")
+        for _ in self._wait(works, deadline):
+            continue
+
+    def receive(self, tensors: Sequence[Tensor], timeout: float) -> Generator[Tensor, None, None]:
+        deadline = time.monotonic() + timeout
+        staged = [t if t.device.type == "cpu" else torch.empty(t.shape, dtype=t.dtype) for t in tensors]
+        group = self._open_group()
+        works = [group.recv([tensor], self._peer, 0) for tensor in staged]
+        waiting = self._wait(works, deadline)
+        try:
+            for tensor, stage, _ in zip(tensors, staged, waiting, strict=True):
+                if stage is not tensor:
+                    tensor.copy_(stage)
+                yield tensor
+        finally:
+            for _ in waiting:
+                continue
+
+    def _open_group(self) -> dist.ProcessGroup:
+        if self._group is None:
+            raise LinkBroken("the link is closed")
+        return self._group
+
+    @staticmethod
+    def _wait(works: Sequence[dist.Work], deadline: float) -> Iterator[None]:
+        """Every one is waited for, also after a failure: until then a buffer may still be written."""
+        failure = None
+        for work in works:
+            try:
+                work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
+            except RuntimeError as error:
+                failure = error
+            if failure is None:
+                yield
+        if failure is not None:
+            raise LinkBroken(f"the payload did not get through: {type(failure).__name__}") from failure
+
+    def close(self) -> None:
+        """The group's sockets close when its last reference goes."""
+        self._group = None
+
+
+def process_group_links(store: dist.TCPStore, *, host: str, timeout_s: float = 20.0) -> LinkFactory:
+    """Links over Gloo groups that meet in `store`, on the interface of `host`."""
+
+    def make(side: Side, encode_rank: int, language_rank: int, epoch: int) -> Link:
+        prefix = f"link/{encode_rank}-{language_rank}/{epoch}"
+        # A clone of the client: a thread that waits in the store would block every other call on it.
+        client = store.clone()  # type: ignore[attr-defined]
+        try:
+            group = build_pair(client, prefix, rank_in_pair=_RANK_IN_PAIR[side], host=host, timeout_s=timeout_s)
+        except RuntimeError as error:
+            raise LinkBroken(f"no group with the other end of {prefix}") from error
+        return ProcessGroupLink(group, side)
+
+    return make
+
+
+class InProcessLink:
+    """Both ends in one process, possibly on one thread: `send` leaves the tensors here and returns at once, `receive`
+    hands out the very same ones: nothing is copied."""
+
+    def __init__(self) -> None:
+        self._sent: queue.Queue[list[Tensor]] = queue.Queue()
+
+    def send(self, tensors: Sequence[Tensor], timeout: float) -> None:
+        self._sent.put(list(tensors), timeout=timeout)
+
+    def receive(self, tensors: Sequence[Tensor], timeout: float) -> Generator[Tensor, None, None]:
+        try:
+            sent = self._sent.get(timeout=timeout)
+        except queue.Empty:
+            raise LinkBroken(f"nothing was sent within {timeout:g} s") from None
+        if len(sent) != len(tensors):
+            raise LinkBroken(f"{len(sent)} tensors were sent, {len(tensors)} expected")
+        for target, source in zip(tensors, sent, strict=True):
+            if target.shape != source.shape or target.dtype != source.dtype:
+                raise LinkBroken(
+                    f"sent {tuple(source.shape)} {source.dtype}, expected {tuple(target.shape)} {target.dtype}"
+                )
+            yield source
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def in_process_links() -> LinkFactory:
+    """Links between roles that live in one process."""
+    made: dict[tuple[int, int, int], InProcessLink] = {}
+    lock = threading.Lock()
+
+    def make(side: Side, encode_rank: int, language_rank: int, epoch: int) -> Link:
+        with lock:
+            key = (encode_rank, language_rank, epoch)
+            return made.pop(key) if key in made else made.setdefault(key, InProcessLink())
+
+    return make

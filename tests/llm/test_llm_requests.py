@@ -1,0 +1,202 @@
+"""`LLM` over many conversations: in order, a window ahead, nothing left behind by what goes wrong on the way."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+
+import pytest
+
+from qwen3vl_disagg import LLM
+from qwen3vl_disagg.core.errors import DisaggError, InputError
+from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.core.settings import EncodeOptions
+from qwen3vl_disagg.engine.engine import EngineOptions
+from qwen3vl_disagg.llm import llm as llm_module
+from tests.support.scenes import ask_scenes
+
+SHORT = SamplingParams(max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(engine_options=EngineOptions(max_running=4), encode_options=EncodeOptions(embedding_cache_mib=0))
+
+
+@pytest.fixture(scope="module")
+def question(tmp_path_factory) -> list:
+    folder = tmp_path_factory.mktemp("scenes")
+    return ask_scenes(folder, seed=5, count=1)[0].messages()
+
+
+@pytest.fixture(scope="module")
+def expected(llm, question) -> list:
+    return [llm.chat([entry], SHORT)[0].token_ids for entry in (TEXT, question)]
+
+
+TEXT = [{"role": "user", "content": "What is it?"}]
+NO_SUCH = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/no/such/picture.png"}}]}]
+
+
+class Odd(Exception):
+    """What no code expects."""
+
+
+def check_whole(llm: LLM, question: list, expected: list) -> None:
+    """Nothing is held, and the next ones are answered as ever."""
+    pool = llm.engine.scheduler.pool
+    assert llm.engine.is_empty
+    assert pool.num_free == pool.num_pages
+    assert llm.transfer.is_idle
+    assert llm.transfer.receiver.buffers.allocator.is_idle
+    assert [r.token_ids for r in llm.chat([TEXT, question], SHORT)] == expected
+
+
+def raise_odd(*_, **__):
+    raise Odd
+
+
+def interrupt(*_, **__):
+    signal.raise_signal(signal.SIGINT)
+
+
+def fail_at(monkeypatch, target, name: str, nth: int, fault) -> None:
+    """The nth call of a method does what `fault` does."""
+    calls, real = itertools.count(1), getattr(target, name)
+    monkeypatch.setattr(target, name, lambda *a, **k: fault() if next(calls) == nth else real(*a, **k))
+
+
+@pytest.mark.parametrize("fault", [raise_odd, interrupt])
+@pytest.mark.parametrize(
+    ("where", "name", "nth"),
+    [
+        ("processor", "prepare", 3),
+        ("module", "AnswerParts", 3),
+        ("engine", "add", 3),
+        ("engine", "step", 2),
+        ("scheduler", "_chunks", 1),
+        ("pool", "allocate", 2),
+        ("runner", "decode", 1),
+        ("worker", "preprocess", 1),
+        ("worker", "encode", 1),
+        ("receiver", "receive", 1),
+    ],
+)
+def test_whatever_is_raised_on_the_way_leaves_nothing_behind(
+    llm, question, expected, monkeypatch, fault, where, name, nth
+):
+    llm.engine.reset()  # no prefix is known
+    targets = {
+        "processor": llm.processor,
+        "module": llm_module,
+        "engine": llm.engine,
+        "scheduler": llm.engine.scheduler,
+        "pool": llm.engine.scheduler.pool,
+        "runner": llm.engine.runner,
+        "worker": llm.transfer.worker,
+        "receiver": llm.transfer.receiver,
+    }
+    fail_at(monkeypatch, targets[where], name, nth, fault)
+    with pytest.raises((Odd, KeyboardInterrupt, DisaggError)):
+        llm.chat([TEXT, question, TEXT, question], SHORT)
+    monkeypatch.undo()
+    check_whole(llm, question, expected)
+
+
+def test_many_calls_that_fail_and_then_a_good_one(llm, question, expected):
+    for _ in range(llm.engine.options.max_running + 2):
+        with pytest.raises(InputError, match="no/such"):
+            llm.chat([TEXT, question, NO_SUCH], SHORT)
+        with pytest.raises(InputError, match="SamplingParams"):
+            llm.chat([TEXT, question], [SHORT, None])
+        with pytest.raises(Odd):
+            list(llm.chat_iter((TEXT if i < 2 else raise_odd() for i in range(3)), SHORT))
+        with pytest.raises(Odd):
+            llm.chat([TEXT, question], SHORT, on_text=raise_odd)
+        next(llm.chat_iter([TEXT, question, TEXT], SHORT))  # and not looked at any more
+    check_whole(llm, question, expected)
+
+
+def test_results_come_in_order_and_conversations_are_taken_a_window_ahead(llm, question, expected):
+    lengths, num_taken, num_given, most = [9, 1, 3, 2, 1, 1, 6, 1], 0, 0, 0
+
+    def conversations():
+        nonlocal num_taken, most
+        for number in range(len(lengths)):
+            num_taken += 1
+            most = max(most, num_taken - num_given)
+            yield question if number % 2 else TEXT
+
+    sampling = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in lengths]
+    iterator = llm.chat_iter(conversations(), sampling, ahead=3)
+    assert num_taken == 0
+    for number, result in enumerate(iterator):
+        assert len(result.token_ids) == lengths[number]
+        assert result.token_ids[:1] == expected[number % 2][:1]
+        num_given += 1
+        assert num_taken <= num_given + 2
+    assert (num_given, most) == (len(lengths), 3)
+    check_whole(llm, question, expected)
+
+
+def test_conversations_with_many_bytes_wait_for_those_before(llm, question, expected, monkeypatch):
+    size = len(llm.processor.prepare(question, allow_paths=True).media[0])
+    monkeypatch.setattr(llm_module, "MAX_AHEAD_BYTES", 2 * size)
+    held, real = [], llm.processor.prepare
+
+    def prepare(*args, **kwargs):
+        held.append(llm._requests.media_bytes // size)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(llm.processor, "prepare", prepare)
+    assert [r.token_ids for r in llm.chat([question] * 5, SHORT)] == [expected[1]] * 5
+    assert max(held) == 1
+
+
+def test_errors_stay_in_their_places(llm, question, expected):
+    given = [NO_SUCH, TEXT, InputError("line 3: not JSON"), question, 7]
+    first, text, third, image, last = llm.chat_iter(given, SHORT)
+    assert [text.token_ids, image.token_ids] == expected
+    assert third is given[2]
+    assert isinstance(first, InputError)
+    assert "at least one message" in str(last)
+
+
+def test_iterators_that_are_read_in_turns_and_one_that_is_closed(llm, question, expected):
+    first, second, third = (llm.chat_iter([TEXT, question, TEXT], SHORT) for _ in range(3))
+    found = [[next(iterator).token_ids] for iterator in (first, second, third)]
+    third.close()
+    for _ in range(2):
+        found[0].append(next(first).token_ids)
+        found[1].append(next(second).token_ids)
+    text, image = expected
+    assert found == [[text, image, text]] * 2 + [[text]]
+    assert list(first) == list(second) == list(third) == []
+    check_whole(llm, question, expected)
+
+
+def test_a_step_that_breaks_ends_the_other_iterators_with_an_error(llm, question, expected, monkeypatch):
+    first, second = (llm.chat_iter([TEXT, question], SHORT, ahead=2) for _ in range(2))
+    next(first)
+    monkeypatch.setattr(llm.engine, "step", raise_odd)
+    with pytest.raises(Odd):
+        next(second)
+    monkeypatch.undo()
+    [rest] = first
+    assert isinstance(rest, DisaggError)
+    assert "Odd" in str(rest)
+    check_whole(llm, question, expected)
+
+
+@pytest.mark.parametrize("ahead", [0, -1])
+def test_a_window_is_at_least_one(llm, ahead):
+    with pytest.raises(InputError, match="at least 1"):
+        llm.chat_iter([TEXT], ahead=ahead)
+
+
+@pytest.mark.parametrize("token_id", [10**8, 10**6])
+def test_token_ids_outside_of_the_vocabulary(llm, question, expected, token_id):
+    with pytest.raises(InputError, match="logit_bias takes token ids from 0 to") as caught:
+        llm.chat([TEXT], SamplingParams(logit_bias={token_id: 1.0}))
+    assert caught.value.param == "logit_bias"
+    check_whole(llm, question, expected)

@@ -1,0 +1,98 @@
+"""Addresses and tokens of the command lines: what is taken, and what is refused by name."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import pytest
+
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.launch import join
+from qwen3vl_disagg.launch import serve as launch
+from qwen3vl_disagg.transport.addresses import given_token, own_address, parse_address
+from recipes import encode, serve
+
+JOIN = ["--join", "127.0.0.1:9"]
+TWO_NODES = {"TORCHELASTIC_RUN_ID": "a", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+TWO_NODES |= {"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "2", "Q3VL_TOKEN": "t"}
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1", ":80", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:-1", "127.0.0.1:65536"])
+def test_what_is_no_address(text):
+    with pytest.raises(InputError, match="must be HOST:PORT") as caught:
+        parse_address(text, "hub")
+    assert caught.value.param == "hub"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "0", "no-such-host.invalid", "::1", "h" * 300])
+def test_what_is_not_one_address(host):
+    with pytest.raises(InputError, match="--hub"):
+        parse_address(f"{host}:80", "hub")
+
+
+def test_names_become_addresses():
+    assert parse_address("localhost:80", "hub") == ("127.0.0.1", 80)
+    assert parse_address("127.0.0.2:0", "hub") == ("127.0.0.2", 0)
+
+
+def test_the_own_address_is_the_one_that_faces_the_hub():
+    assert own_address(None, ("127.0.0.1", 9)) == "127.0.0.1"
+    assert own_address("127.0.0.3", ("127.0.0.1", 9)) == "127.0.0.3"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            with pytest.raises(InputError, match="no way to"):
+                own_address(None, ("192.0.2.1", 9))
+        else:
+            assert own_address(None, ("192.0.2.1", 9)) == probe.getsockname()[0]
+
+
+def test_an_address_of_another_host_is_refused():
+    with pytest.raises(InputError, match="not one of this host"):
+        own_address("192.0.2.1", ("127.0.0.1", 9))
+
+
+def test_the_token_s_sources():
+    assert given_token("a", {"Q3VL_TOKEN": "b"}) == "a"
+    assert given_token(None, {"Q3VL_TOKEN": "b"}) == "b"
+    assert given_token(None, {}) is None
+    for value in ("a" * 257, "a\n", "\udc80", "\u00e9"):
+        with pytest.raises(InputError, match="Q3VL_TOKEN: must be up to 256 printable"):
+            given_token(None, {"Q3VL_TOKEN": value})
+        with pytest.raises(InputError, match="--token: must be up to 256 printable"):
+            given_token(value, {})
+    for option, env in [("", {}), (None, {"Q3VL_TOKEN": ""})]:
+        with pytest.raises(InputError, match="must not be empty"):
+            given_token(option, env)
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "env", "words"),
+    [
+        (encode, JOIN, {}, "--token or Q3VL_TOKEN: the server's token is needed"),
+        (encode, ["--join", "127.0.0.1", "--token", "t"], {}, "--join 127.0.0.1: must be HOST:PORT"),
+        (encode, ["--join", "0.0.0.0:9", "--token", "t"], {}, "not every interface"),
+        (encode, [*JOIN, "--token", "t", "--address", "192.0.2.1"], {}, "not one of this host's"),
+        (encode, [*JOIN, "--token", "t", "--model", "/no/such"], {}, "--model /no/such: no such folder"),
+        (encode, [*JOIN, "--token", "t", "--embedding-cache-mib", "-1"], {}, "--embedding-cache-mib -1"),
+        (serve, ["--hub", "127.0.0.1:0"], {}, "--hub without --token or Q3VL_TOKEN: nobody could join"),
+        (serve, ["--hub", "0.0.0.0:0", "--token", "t"], {}, "not every interface"),
+        (serve, ["--hub", "192.0.2.1:0", "--token", "t", "--port", "0"], {}, "cannot listen on 192.0.2.1:0"),
+        (serve, ["--token", ""], {}, "--token: must not be empty"),
+        (serve, [], TWO_NODES, "2 nodes need --hub HOST:PORT, an address of node 0"),
+        (serve, ["--hub", "127.0.0.1:0"], TWO_NODES, "--hub 127.0.0.1:0: other nodes cannot know the port"),
+    ],
+)
+def test_bad_arguments_end_with_2_and_one_line(script, args, env, words, monkeypatch, capsys):
+    monkeypatch.delenv("Q3VL_TOKEN", raising=False)
+    for module in (join, launch):
+        monkeypatch.setattr(module, "die_with_parent", lambda parent: None)
+    monkeypatch.setattr(sys, "argv", ["script", *args])
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert script.main() == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert (said.out, said.err.count("\n")) == ("", 1)

@@ -1,0 +1,300 @@
+"""One contract for every payload transport, and what is special about the process-group one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from qwen3vl_disagg.transport.links import InProcessLink, LinkBroken, in_process_links, process_group_links
+from qwen3vl_disagg.transport.store import host_store, join_store
+
+KINDS = ["process_group", "in_process"]
+
+
+def open_pair(kind: str, *, encode_rank: int = 0, epoch: int = 1, store=None):
+    """(encode end, language end); each end of the process-group one has a store client of its own."""
+    if kind == "in_process":
+        make = in_process_links()
+        return make("encode", encode_rank, 1, epoch), make("language", encode_rank, 1, epoch)
+    store, address = store or host_store("127.0.0.1")
+    make_here, make_there = (
+        process_group_links(s, host="127.0.0.1", timeout_s=10) for s in (store, join_store(address))
+    )
+    with ThreadPoolExecutor(2) as threads:
+        ends = [
+            threads.submit(make_there, "encode", encode_rank, 1, epoch),
+            threads.submit(make_here, "language", encode_rank, 1, epoch),
+        ]
+        return tuple(end.result(20) for end in ends)
+
+
+@pytest.fixture(params=KINDS)
+def pair(request):
+    return open_pair(request.param)
+
+
+def payload(seed: int, rows: int = 5) -> list[torch.Tensor]:
+    """Every dtype that travels, any bits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def bits(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        *outer, last = shape
+        raw = torch.randint(0, 256, (*outer, last * dtype.itemsize), generator=generator, dtype=torch.uint8)
+        return raw.view(dtype)
+
+    return [
+        bits(rows, 16, dtype=torch.float32),
+        bits(rows, 8, dtype=torch.bfloat16),
+        bits(rows, dtype=torch.int32),
+        bits(8, dtype=torch.int64),
+        bits(1, 3, dtype=torch.int32),
+    ]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def transfer(pair, sent, *, timeout: float = 10) -> list[torch.Tensor]:
+    got = [torch.zeros_like(tensor) for tensor in sent]
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(pair[0].send, sent, timeout)
+        here = list(pair[1].receive(got, timeout))
+        sending.result(timeout)
+    assert len(here) == len(sent)
+    return here
+
+
+def test_transfers_arrive_bit_for_bit_and_in_order(pair):
+    for seed in range(4):
+        sent = payload(seed, rows=1 + seed)
+        assert all(same_bits(a, b) for a, b in zip(transfer(pair, sent), sent, strict=True))
+
+
+def test_several_transfers_may_be_sent_before_the_first_is_received(pair):
+    batches = [payload(seed) for seed in range(3)]
+    got = [[torch.zeros_like(tensor) for tensor in batch] for batch in batches]
+    with ThreadPoolExecutor(1) as thread:
+        sending = [thread.submit(pair[0].send, batch, 10) for batch in batches]
+        time.sleep(0.1)
+        here = [list(pair[1].receive(batch, 10)) for batch in got]
+        for future in sending:
+            future.result(10)
+    for mine, theirs in zip(here, batches, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_each_tensor_is_handed_out_in_its_turn_before_the_next_is_there(pair):
+    """What is here can be checked while the rest is on its way."""
+    seen = []
+    with ThreadPoolExecutor(1) as thread:
+        sent = payload(1)
+        sending = thread.submit(pair[0].send, sent, 10)
+        receiving = pair[1].receive([torch.zeros_like(tensor) for tensor in sent], 10)
+        for tensor in receiving:
+            assert same_bits(tensor, sent[len(seen)])
+            seen.append(tensor)
+        sending.result(10)
+    assert len(seen) == len(sent)
+    with pytest.raises(StopIteration):
+        next(receiving)
+
+
+def test_a_receive_that_is_closed_early_still_takes_the_whole_payload(pair):
+    """Whoever finds the first tensor wrong goes away; the next payload must not meet the rest of this one."""
+    first, second = payload(1), payload(2)
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(lambda: [pair[0].send(batch, 10) for batch in (first, second)])
+        receiving = pair[1].receive([torch.zeros_like(tensor) for tensor in first], 10)
+        assert same_bits(next(receiving), first[0])
+        receiving.close()
+        here = list(pair[1].receive([torch.zeros_like(tensor) for tensor in second], 10))
+        sending.result(10)
+    assert all(same_bits(a, b) for a, b in zip(here, second, strict=True))
+
+
+def test_a_closed_receive_returns_only_when_nothing_will_be_written_any_more():
+    """Blocks go back to the pool after that."""
+    ends = open_pair("process_group")
+    sent = [torch.full((4,), 1.0), torch.full((2**20,), 2.0)]
+    got = [torch.zeros_like(tensor) for tensor in sent]
+
+    def send_slowly():
+        ends[0].send(sent[:1], 10)
+        time.sleep(0.3)
+        ends[0].send(sent[1:], 10)
+
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(send_slowly)
+        receiving = ends[1].receive(got, 10)
+        next(receiving)
+        receiving.close()
+        assert (got[1] == 2).all()
+        sending.result(10)
+
+
+def test_a_closed_receive_that_is_never_filled_ends_at_its_timeout():
+    ends = open_pair("process_group")
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(ends[0].send, [torch.ones(4)], 10)
+        started = time.monotonic()
+        receiving = ends[1].receive([torch.zeros(4), torch.zeros(4)], 0.5)
+        next(receiving)
+        with pytest.raises(LinkBroken):
+            receiving.close()
+        assert 0.3 < time.monotonic() - started < 20
+        sending.result(10)
+
+
+def test_in_process_the_very_same_tensors_are_handed_out():
+    pair, sent = open_pair("in_process"), payload(3)
+    pool = [torch.zeros_like(tensor) for tensor in sent]
+    pair[0].send(sent, 1)
+    here = list(pair[1].receive(pool, 1))
+    assert [tensor.data_ptr() for tensor in here] == [tensor.data_ptr() for tensor in sent]
+    assert not any(tensor.view(torch.uint8).any() for tensor in pool), "something was copied"
+
+
+def test_over_a_process_group_the_given_tensors_are_handed_out():
+    pair, sent = open_pair("process_group"), payload(3)
+    pool = [torch.zeros_like(tensor) for tensor in sent]
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(pair[0].send, sent, 10)
+        here = list(pair[1].receive(pool, 10))
+        sending.result(10)
+    assert [tensor.data_ptr() for tensor in here] == [tensor.data_ptr() for tensor in pool]
+
+
+def test_a_payload_of_nothing_passes(pair):
+    assert transfer(pair, []) == []
+
+
+def test_large_pieces_land_in_slices_and_nowhere_else():
+    ends = open_pair("process_group")
+    sent = torch.randn(3, 2**20, generator=torch.Generator().manual_seed(0))  # 4 MiB a row
+    pool = torch.zeros(5, 2**20)
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(ends[0].send, [sent[:1], sent[1:]], 10)
+        list(ends[1].receive([pool[3:4], pool[0:2]], 10))
+        sending.result(10)
+    assert torch.equal(pool[[3, 0, 1]], sent)
+    assert not pool[[2, 4]].any()
+
+
+def test_a_receive_ends_at_its_timeout_when_nothing_is_sent(pair):
+    started = time.monotonic()
+    with pytest.raises(LinkBroken):
+        list(pair[1].receive(payload(0), 0.3))
+    assert 0.2 < time.monotonic() - started < 20
+
+
+def test_a_send_ends_at_its_timeout_when_nobody_receives():
+    ends = open_pair("process_group")
+    started = time.monotonic()
+    with pytest.raises(LinkBroken):
+        ends[0].send([torch.zeros(2**22)], 0.3)
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("kind", ["process_group", "in_process"])
+def test_closing_twice_is_harmless(kind):
+    ends = open_pair(kind)
+    for end in (*ends, *ends):
+        end.close()
+
+
+def test_a_closed_link_is_broken():
+    ends = open_pair("process_group")
+    ends[1].close()
+    with pytest.raises(LinkBroken, match="closed"):
+        list(ends[1].receive(payload(0), 1))
+    ends[0].close()
+    with pytest.raises(LinkBroken, match="closed"):
+        ends[0].send(payload(0), 1)
+
+
+def test_what_was_not_agreed_on_is_refused_in_process():
+    """A process group cannot notice; that is why sizes are agreed before."""
+    for wrong in ([torch.zeros(3)], [torch.zeros(4, dtype=torch.int32)]):
+        link = InProcessLink()
+        link.send([torch.ones(4)], 1)
+        with pytest.raises(LinkBroken):
+            list(link.receive(wrong, 1))
+
+
+def test_a_wrong_number_of_tensors_breaks_the_link_in_process():
+    link = InProcessLink()
+    link.send([torch.ones(4)], 1)
+    with pytest.raises(LinkBroken):
+        list(link.receive([torch.zeros(4), torch.zeros(4)], 1))
+
+
+def test_one_broken_link_leaves_the_others_alone():
+    store = host_store("127.0.0.1")
+    first, second = (open_pair("process_group", encode_rank=rank, store=store) for rank in (0, 1))
+    with pytest.raises(LinkBroken):
+        list(first[1].receive(payload(0), 0.1))
+    sent = payload(1)
+    assert all(same_bits(a, b) for a, b in zip(transfer(second, sent), sent, strict=True))
+    again = open_pair("process_group", encode_rank=0, epoch=2, store=store)
+    assert all(same_bits(a, b) for a, b in zip(transfer(again, sent), sent, strict=True))
+
+
+def test_no_group_without_the_other_end():
+    store, _ = host_store("127.0.0.1")
+    started = time.monotonic()
+    with pytest.raises(LinkBroken, match="link/0-1/1"):
+        process_group_links(store, host="127.0.0.1", timeout_s=0.5)("encode", 0, 1, 1)
+    assert time.monotonic() - started < 10
+
+
+def test_a_thread_that_waits_for_its_peer_does_not_block_the_store():
+    store, _ = host_store("127.0.0.1")
+    make = process_group_links(store, host="127.0.0.1", timeout_s=6)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(make, "encode", 0, 1, 1)
+        time.sleep(0.2)
+        started = time.monotonic()
+        store.add("epoch/0-1", 1)
+        assert time.monotonic() - started < 4
+        with pytest.raises(LinkBroken):
+            waiting.result(30)
+
+
+def test_a_link_leaves_no_keys_behind():
+    store = host_store("127.0.0.1")
+    before = store[0].num_keys()
+    ends = [open_pair("process_group", epoch=epoch, store=store) for epoch in (1, 2, 3)]
+    assert store[0].num_keys() == before, f"{store[0].num_keys() - before} keys of {len(ends)} links"
+
+
+_DIES_IN_MID_PAYLOAD = """
+import os, sys, torch
+from qwen3vl_disagg.transport.links import process_group_links
+from qwen3vl_disagg.transport.store import join_store
+link = process_group_links(join_store(("127.0.0.1", int(sys.argv[1]))), host="127.0.0.1")("encode", 0, 1, 1)
+link.send([torch.full((2**20,), 7.0)], 10)
+print("sent", flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_sender_killed_in_mid_payload_costs_the_receiver_its_timeout_and_no_more():
+    store, (_, port) = host_store("127.0.0.1")
+    sender = subprocess.Popen([sys.executable, "-c", _DIES_IN_MID_PAYLOAD, str(port)], stdout=subprocess.PIPE)
+    try:
+        link = process_group_links(store, host="127.0.0.1", timeout_s=60)("language", 0, 1, 1)
+        first, second = torch.zeros(2**20), torch.zeros(2**20)
+        started = time.monotonic()
+        with pytest.raises(LinkBroken):
+            list(link.receive([first, second], 2))
+        assert time.monotonic() - started < 30
+        assert (first == 7).all()
+        assert sender.wait(10) == -9
+    finally:
+        sender.kill()

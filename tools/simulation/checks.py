@@ -1,0 +1,341 @@
+"""The invariants I1 to I16 of the transfer protocol, checked after every event that could break them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qwen3vl_disagg.protocol.allocator import POOLS
+from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT
+from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, Resume
+from qwen3vl_disagg.protocol.session import DONE, HELD, IDLE, RECEIVING, WAITING, Session
+from qwen3vl_disagg.protocol.session_events import Attempt, EncodeEvent, FrameIn, Receive, RowsReady, Tick
+from tools.simulation.world import Violation
+
+if TYPE_CHECKING:
+    from qwen3vl_disagg.protocol.allocator import BlockAllocator
+    from qwen3vl_disagg.protocol.link_state import LinkState
+    from tools.simulation.encode import SimEncode
+    from tools.simulation.engine import Window
+    from tools.simulation.language import SimLanguage
+    from tools.simulation.payload import Payload
+
+
+_SENDING = (READY, HEADER, SENDING, SENT)
+
+
+def _pools(rank: SimLanguage) -> None:
+    """I1: pools add up and are disjoint. Looked at when something has been taken or given back."""
+    allocator = rank.sessions.allocator
+    free, totals = allocator._free, allocator.totals
+    counts = (len(free["rows"]), len(free["deepstack"]), len(free["slots"]), len(allocator.quarantined))
+    mark = (*counts, len(allocator.leases), allocator._generation)
+    if mark == rank.pools_mark:
+        return
+    rank.pools_mark = mark
+    rows, deepstack, slots = [*free["rows"]], [*free["deepstack"]], [*free["slots"]]
+    for leases in (allocator.leases, allocator.quarantined):
+        for lease in leases.values():
+            rows += lease.rows
+            deepstack += lease.deepstack
+            slots += lease.slots
+    for ids, total in ((rows, totals["rows"]), (deepstack, totals["deepstack"]), (slots, totals["slots"])):
+        if len(ids) != total or len(set(ids)) != total:
+            _no_quarantined_is_granted(allocator)
+            raise Violation("I1", f"{sorted(ids)} should be each of {total} once")
+
+
+def language_side(rank: SimLanguage) -> None:
+    """I1, I2, I4, I11, I12: pools add up; received <= granted <= total; nothing without a deadline."""
+    sessions = rank.sessions
+    allocator = sessions.allocator
+    _pools(rank)
+    bounds = rank.bounds
+    num_held, now = 0, rank.world.now
+    for request in sessions.requests.values():
+        for session in request.sessions:
+            state = session.state
+            num_held += (session.room is not None) + (session.hold is not None)
+            if (state is WAITING or state is IDLE) and session.grant is not None:
+                raise Violation("I4", f"{session.key} is {state} and has a grant")
+            if (
+                session.apart is not None
+                and session.apart not in sessions.pending
+                and session.apart not in sessions.lent
+            ):
+                raise Violation("I2", f"{session.key} waits for blocks of {session.apart}, which are in use by nobody")
+            if state is DONE and (session.room is not None or session.hold is not None):
+                raise Violation("I15", f"{session.key} is done and holds blocks")
+            if state is IDLE or state is DONE:
+                continue
+            grant = session.grant
+            if grant is not None:
+                low = session.received if state is not HELD else grant.row_start
+                if not low <= grant.row_stop <= session.visual.num_rows or session.received > grant.row_stop:
+                    raise Violation("I4", f"{session.key} received {session.received} of {grant.row_stop}")
+            if state in bounds and session.deadline > now + bounds[state] and not _is_ending(rank, session):
+                raise Violation("I11", f"{session.key} is {state} until {session.deadline}, at {now}")
+    _nobody_waits_in_vain(rank)
+    if len(allocator.leases) != num_held:
+        raise Violation("I2", f"{len(allocator.leases)} leases are owned, sessions hold {num_held}")
+    num_apart = sum([len(leases) for leases in sessions.pending.values()])
+    num_apart += sum([len(leases) for leases in sessions.lent.values()])
+    if len(allocator.quarantined) != num_apart:
+        raise Violation("I2", f"{len(allocator.quarantined)} leases in quarantine, {num_apart} are accounted for")
+
+
+def _is_ending(rank: SimLanguage, session: Session) -> bool:
+    """What waits for room, not for its link, has only its request's deadline; and a receive whose link has been broken
+    for its sake returns by itself."""
+    link = rank.sessions.links.get(session.encode_rank)
+    if session.state is WAITING:
+        return link is not None
+    return session.state is RECEIVING and (link is None or link.epoch > rank.epochs[session.key])
+
+
+def _no_quarantined_is_granted(allocator: BlockAllocator) -> None:
+    """I3: blocks in quarantine are neither free nor owned."""
+    for pool in POOLS:
+        apart = {block for lease in allocator.quarantined.values() for block in getattr(lease, pool)}
+        owned = {block for lease in allocator.leases.values() for block in getattr(lease, pool)}
+        if apart & (owned | set(allocator.free_ids(pool))):
+            raise Violation("I3", f"{pool} {sorted(apart)} are in quarantine, and free or granted")
+
+
+def _nobody_waits_in_vain(rank: SimLanguage) -> None:
+    """I11: whoever is first in line gets room as soon as there is some."""
+    sessions = rank.sessions
+    allocator = sessions.allocator
+    begun = unbegun = None
+    for request in sessions.requests.values():
+        for session in request.sessions:
+            if session.is_fully_granted or (session.request_id, session.item) not in rank.asked:
+                continue
+            if session.encode_rank in sessions.links and session.state is not IDLE and session.apart is None:
+                if session.state is WAITING and session.room is not None:
+                    raise Violation("I11", f"{session.key} has kept its room and is not granted")
+                begun = begun or (session if session.hold is not None else None)
+                unbegun = unbegun or (session if session.hold is None else None)
+            break
+    first = begun or unbegun
+    if first is None or first.state is not WAITING:
+        return
+    if not sessions.is_short_of_room:
+        raise Violation("I11", f"{first.key} waits for room, and nobody says so")
+    if not allocator.num_free("rows"):
+        return
+    num_rows = first.visual.num_rows - rank.asked[first.request_id, first.item]
+    needed = -(-num_rows // sessions.block_size) if sessions.row_sizes.deepstack_embeddings else 0
+    is_ranged = needed > allocator.totals["deepstack"]
+    deepstack = min(needed, 1) if is_ranged else needed if first.hold is None else 0
+    if allocator.num_free("deepstack") >= deepstack and (first.hold is not None or allocator.num_free("slots")):
+        raise Violation("I11", f"{first.key} waits though there is room")
+
+
+def encode_side(rank: SimEncode) -> None:
+    """I12, I11: memory is bounded; every state has a deadline."""
+    sessions, limits = rank.sessions, rank.sessions.limits
+    num_languages = rank.cluster.sizes.num_language
+    most_parked = limits.max_parked * num_languages
+    most = limits.max_items * num_languages + most_parked
+    if len(sessions.ended) > limits.max_ended:
+        raise Violation("I12", f"{len(sessions.ended)} ended attempts remembered")
+    if len(rank.encoded) > most:
+        raise Violation("I12", f"rows of {len(rank.encoded)} items in memory")
+    num_encoding = num_parked = num_sending = 0
+    now, bounds = rank.world.now, rank.bounds
+    for attempt, item in sessions.items.items():
+        state = item.state
+        if state is ENCODING:
+            num_encoding += 1
+        elif state is PARKED:
+            num_parked += 1
+        elif state in _SENDING:
+            num_sending += 1
+        if item.deadline > (now + bounds[state] if state in bounds else rank.request_ends[attempt]):
+            raise Violation("I11", f"{attempt} is {state} until {item.deadline}, at {now}")
+    if num_encoding > limits.max_items:
+        raise Violation("I12", f"{num_encoding} items are encoded at a time")
+    if num_encoding + num_sending + num_parked > most or num_parked > most_parked:
+        raise Violation("I12", f"{num_encoding + num_sending} items in memory, {num_parked} parked")
+
+
+def granted(rank: SimLanguage, grant: Grant) -> None:
+    """I16, I5, I12: room, DeepStack and slot came together, in the one order; DeepStack goes once. I4: nothing is asked
+    for that the engine does not need."""
+    sessions = rank.sessions
+    session = sessions.find(grant.request_id, grant.item, grant.attempt)
+    if session is None or session.grant is not grant:
+        return  # given and taken back within one event
+    if session.room is None or session.hold is None or len(session.hold.slots) != 1:
+        raise Violation("I16", f"{grant.request_id}/{grant.item} was granted without blocks and slot")
+    size, total = sessions.block_size, session.visual.num_rows
+    num_rows = grant.row_stop - grant.row_start
+    if not 0 < num_rows <= len(session.room.rows) * size or sum(grant.row_runs) != num_rows:
+        raise Violation("I12", f"{num_rows} rows in runs {grant.row_runs} on {len(session.room.rows)} blocks")
+    first = rank.asked.get((grant.request_id, grant.item))
+    if first is None:
+        raise Violation("I4", f"room for item {grant.item} of {grant.request_id}, which is not needed")
+    attempt, delivered = rank.progress.get((grant.request_id, grant.item), (grant.attempt, first))
+    if grant.row_start != (delivered if attempt == grant.attempt else first):
+        is_mixed = rank.last_attempts.get((grant.request_id, grant.item), grant.attempt) != grant.attempt
+        raise Violation("I10" if is_mixed else "I4", f"attempt {grant.attempt} is granted from row {grant.row_start}")
+    if grant.row_start != session.received:
+        raise Violation("I4", f"a grant from row {grant.row_start}, received are {session.received}")
+    if isinstance(grant, Resume) != (grant.row_start > first):
+        raise Violation("I6", f"aux goes with rows from {first} on, and only then; not so from {grant.row_start}")
+    wanted = (grant.deepstack_start, grant.deepstack_stop)
+    if not sessions.row_sizes.deepstack_embeddings:
+        expected = (grant.row_start, grant.row_start)
+    elif -(-(total - first) // size) > sessions.allocator.totals["deepstack"]:
+        expected = (grant.row_start, grant.row_stop)
+    else:
+        expected = (first, total) if grant.row_start == first else (grant.row_start, grant.row_start)
+    num_blocks = len(session.room.deepstack + session.hold.deepstack)
+    if expected[1] - expected[0] > num_blocks * size:
+        raise Violation("I16", f"rows were granted without blocks for DeepStack rows {expected}")
+    if wanted != expected or sum(grant.deepstack_runs) != wanted[1] - wanted[0]:
+        raise Violation("I5", f"DeepStack rows {wanted} granted, should be {expected}")
+    if num_blocks > -(-(total - first) // size):
+        raise Violation("I12", f"{num_blocks} DeepStack blocks for rows {first} to {total}")
+    key, room = (grant.request_id, grant.item), session.room.generation
+    had_begun, is_kept = key in rank.begun, rank.begun.get(key) == room
+    rank.begun[key] = room
+    if not is_kept:
+        _nobody_passed_over(rank, session, had_begun)
+
+
+def _nobody_passed_over(rank: SimLanguage, session: Session, had_begun: bool) -> None:
+    """I16: by arrival of the request, then by item; those that have begun before those that have not."""
+    sessions = rank.sessions
+    is_behind = False
+    for request in sessions.requests.values():
+        for other in request.sessions:
+            if other is session:
+                is_behind = True
+                break
+            if other.is_fully_granted:
+                continue
+            can_use_room = other.state is not IDLE and other.encode_rank in sessions.links and other.apart is None
+            if other.state is WAITING and other.hold is not None and not sessions.allocator.num_free("deepstack"):
+                is_ranged = sessions.row_sizes.deepstack_embeddings and not other.hold.deepstack
+                can_use_room = can_use_room and not (is_ranged and had_begun)
+            if other.request_id == session.request_id:
+                raise Violation("I16", f"{session.key} was granted before item {other.item} had its room")
+            has_begun = (other.request_id, other.item) in rank.begun
+            if can_use_room and (has_begun > had_begun or (has_begun == had_begun and not is_behind)):
+                raise Violation("I16", f"{session.key} was granted before {other.key}")
+            break
+
+
+def may_write(rank: SimLanguage, job: Receive) -> None:
+    """I3, I8: what a receive writes into has not been given to anybody else."""
+    allocator = rank.sessions.allocator
+    for lease in (job.room, job.hold):
+        live = allocator.leases.get(lease.generation) or allocator.quarantined.get(lease.generation)
+        if live != lease:
+            raise Violation("I3", f"a pending receive writes into freed blocks of {lease.owner}")
+
+
+def agrees(job: Receive) -> None:
+    """I8: receives are posted only for what was granted of this item, down to the number of runs."""
+    header, grant, visual = job.header, job.grant, job.visual
+    said = (header.request_id, header.item, header.attempt, tuple(header.grid), header.total_rows)
+    known = (grant.request_id, grant.item, grant.attempt, tuple(visual.grid), visual.num_rows)
+    ranges = (header.row_start, header.row_stop, header.deepstack_start, header.deepstack_stop)
+    granted = (grant.row_start, grant.row_stop, grant.deepstack_start, grant.deepstack_stop)
+    runs, granted_runs = (header.row_digests, header.deepstack_digests), (grant.row_runs, grant.deepstack_runs)
+    if said != known or ranges != granted or [*map(len, runs)] != [*map(len, granted_runs)]:
+        raise Violation("I8", f"receives are posted for {header}, granted was {grant} of {known}")
+
+
+def fits(payload: Payload, job: Receive) -> None:
+    """I8: what is sent is what was agreed on; on a process group anything else aborts, or leaves stale bytes."""
+    if payload.grant != job.grant:
+        raise Violation("I8", f"sent {payload.grant}, posted {job.grant}")
+
+
+def aux_once(rank: SimLanguage, attempt: Attempt, grant: Grant) -> None:
+    """I6: no aux once rows of the attempt are in use."""
+    number, stop = rank.progress.get(attempt[:2], (0, 0))
+    if number == attempt[2] and stop > rank.asked.get(attempt[:2], 0):
+        raise Violation("I6", f"aux of {attempt} came again after {stop} rows")
+
+
+def in_order(rank: SimLanguage, action: RowsReady) -> None:
+    """I4: each row once and in order per attempt, from the first that was asked for; and aux before them (I6)."""
+    key = (action.request_id, action.item)
+    first = rank.asked.get(key)
+    if first is None:
+        raise Violation("I4", f"rows {action.start}..{action.stop} of {key}, which nobody asked for")
+    number, stop = rank.progress.get(key, (action.attempt, first))
+    if number != action.attempt:
+        stop = first
+    rank.last_attempts[key] = action.attempt
+    if action.start != stop or action.stop <= action.start:
+        raise Violation("I4", f"rows {action.start}..{action.stop} of {key} delivered, the next is {stop}")
+    session = rank.sessions.find(*key, action.attempt)
+    if session is None or session.hold is None or session.room is None:
+        raise Violation("I2", f"rows of {key} are ready in blocks that nobody holds")
+    if rank.aux[session.hold.slots[0]] != (session.visual.num_rows, action.attempt):
+        raise Violation("I6", f"rows of {key} before its aux")
+    rank.progress[key] = (action.attempt, action.stop)
+
+
+def read(rank: SimLanguage, window: Window, start: int, stop: int) -> None:
+    """I5, I7, I8, I10: every row that is read is the one that was encoded, with its DeepStack, of this attempt."""
+    sessions, names = rank.sessions, rank.cluster.names
+    size, allocator = sessions.block_size, sessions.allocator
+    for lease in (window.room, window.hold):
+        live = allocator.leases.get(lease.generation) or allocator.quarantined.get(lease.generation)
+        if live != lease:
+            raise Violation("I8", f"rows of {window.attempt} are read from blocks that were given back")
+    if not window.start <= start < stop <= window.stop:
+        raise Violation("I4", f"rows {start}..{stop} of {window.attempt} are to be read, here are those of {window}")
+    has_deepstack = bool(sessions.row_sizes.deepstack_embeddings)
+    for row in range(start, stop):
+        at = row - window.start
+        expected = names.row(window.attempt, row)
+        cell = rank.rows[window.room.rows[at // size] * size + at % size]
+        if cell != expected:
+            raise Violation("I7", f"row {row} of {window.attempt} reads {cell}, encoded was {expected}")
+        if has_deepstack:
+            is_ranged = bool(window.room.deepstack)
+            table, place = (window.room.deepstack, at) if is_ranged else (window.hold.deepstack, row - window.first)
+            cell = rank.deepstack[table[place // size] * size + place % size] if place // size < len(table) else 0
+            if cell != -expected:
+                raise Violation("I5", f"DeepStack row {row} of {window.attempt} reads {cell}")
+
+
+def one_attempt(attempts: dict[int, int], window: Window | None) -> None:
+    """I10: rows of two attempts never meet in one item of a prompt."""
+    if window is not None and attempts.get(window.attempt[1], window.attempt[2]) != window.attempt[2]:
+        raise Violation("I10", f"after rows of attempt {attempts[window.attempt[1]]} come those of {window.attempt}")
+
+
+def gap_ends_link(link: LinkState | None, expected: int, frame: Frame) -> None:
+    """A frame was lost: the link must be over."""
+    if link is not None and frame.epoch == link.epoch and frame.seq > expected:
+        raise Violation("I9", f"frame {frame.seq} came after {expected - 1}, and the link goes on")
+
+
+def unchanged(rank: Any, before: Any, frame: Frame) -> None:
+    if rank.snapshot() != before:
+        raise Violation("I9", f"a copy of frame {frame.seq} ({type(frame.body).__name__}) changed something")
+
+
+def may_release(rank: SimEncode, event: EncodeEvent, attempt: Attempt) -> None:
+    """I13: rows live until the last acknowledgement or the end of the lease, within the bound on parked items; or of
+    their request."""
+    now, lease = rank.world.now, rank.lease_until.get(attempt)
+    if now >= rank.request_ends[attempt]:
+        lease = None
+    has_room = rank.sessions.num_parked < rank.sessions.limits.max_parked  # of all ranks: less than one may keep
+    if isinstance(event, Tick) and lease is not None and now < lease and has_room:
+        item = rank.sessions.items.get(attempt)
+        if item is None or item.state is PARKED:
+            raise Violation("I13", f"rows of {attempt} dropped {lease - now:.1f} s before their lease ends")
+    if isinstance(event, FrameIn) and isinstance(event.frame.body, Ack):
+        body, message = event.frame.body, rank.items.get(attempt)
+        is_same = (body.request_id, body.item, body.attempt) == attempt
+        if is_same and message is not None and body.received < message.visual.num_rows:
+            raise Violation("I13", f"rows of {attempt} dropped after {body.received} were acknowledged")

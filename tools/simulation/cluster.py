@@ -1,0 +1,221 @@
+"""One cluster: hub, encode ranks, language ranks, clients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from qwen3vl_disagg.core.errors import UnavailableError
+from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
+from qwen3vl_disagg.protocol.layout import RowSizes
+from qwen3vl_disagg.protocol.messages import Frame, Leaving, LinkMessage, Message
+from qwen3vl_disagg.protocol.router import RouterLimits
+from qwen3vl_disagg.protocol.routing import Abandon, Admit, FromRank, RankDown, RankUp
+from qwen3vl_disagg.protocol.session import WAITING
+from qwen3vl_disagg.protocol.session_events import Attempt, SessionLimits
+from tools.simulation.encode import SimEncode
+from tools.simulation.hub import Client, SimHub
+from tools.simulation.language import SimLanguage
+from tools.simulation.payload import Names, Payload
+from tools.simulation.world import Channel, SimLink, Violation, World
+
+LIMITS = SessionLimits(
+    beat_s=2.0,
+    suspend_s=2.0,
+    grant_s=20.0,
+    payload_s=3.0,
+    answer_s=5.0,
+    early_s=5.0,
+    lease_s=40.0,
+    max_ended=32,
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    num_encode: int
+    num_language: int
+    block_size: int
+    blocks: int
+    deepstack_blocks: int
+    slots: int
+    row_sizes: RowSizes
+    router_limits: RouterLimits
+    are_language_ranks_required: bool = False
+
+
+@dataclass
+class Cluster:
+    world: World
+    sizes: Sizes
+    limits: SessionLimits = LIMITS
+    preemption: float = 0.0
+    """How likely it is that a request gives its pages up at a step."""
+
+    def __post_init__(self) -> None:
+        self.names = Names()
+        self.clients: dict[str, Client] = {}
+        self.hub = SimHub(self)
+        self.epochs: dict[tuple[int, int], int] = {}
+        self.holes: dict[tuple[int, int], float] = {}
+        """(encode rank, language rank) -> until when payloads between them do not get through"""
+        self.blocked: set[tuple[Any, Any]] = set()
+        """(from, to) pairs of roles and ranks that a partition keeps apart."""
+        self.issued_at: dict[Attempt, float] = {}
+        """When the hub gave an attempt out."""
+        self.num_payload_rows = 0
+        self._num_frames = 0
+        self._decoder = msgspec.msgpack.Decoder(LinkMessage)
+        self.encodes = [SimEncode(self, rank) for rank in range(self.sizes.num_encode)]
+        self.languages = [SimLanguage(self, rank) for rank in range(self.sizes.num_language)]
+        ranks: list[SimEncode | SimLanguage] = [*self.languages, *self.encodes]
+        for rank in ranks:
+            self.start(rank)
+
+    # ---- ranks coming up ----
+
+    def start(self, rank: SimEncode | SimLanguage) -> None:
+        rank.tick()
+        self.rejoin(rank)
+        if isinstance(rank, SimEncode):
+            for language in range(self.sizes.num_language):
+                self.world.at(0.02 * self.world.random(), rank, self.connect, rank, language)
+        else:
+            for encode in self.encodes:
+                self.world.at(0.1 * self.world.random(), encode, self.connect, encode, rank.rank)
+
+    def join_hub(self, rank: SimEncode | SimLanguage) -> None:
+        role: Any = "encode" if isinstance(rank, SimEncode) else "language"
+        hub = self.hub
+        if hub.is_dead or (role, rank.rank) in self.blocked or (rank.hub is not None and rank.hub.is_open):
+            return
+        back = Channel(self.world, rank, hub, lambda message: hub.take(FromRank(role, rank.rank, message)))
+        forth = Channel(self.world, hub, rank, rank.from_hub)
+        rank.hub, rank.from_hub_channel = back, forth
+        hub.take(RankUp(role, rank.rank))
+        if isinstance(rank, SimEncode):
+            rank.tell_links()
+            if rank.is_leaving:
+                rank.tell(Leaving())
+
+    def rejoin(self, rank: Any) -> None:
+        """Until the hub takes it."""
+        self.join_hub(rank)
+        if rank.hub is None or not rank.hub.is_open:
+            self.world.at(0.5, rank, self.rejoin, rank)
+
+    def hub_lost(self, rank: Any, role: Any) -> None:
+        """The hub's end of a rank's connection is gone."""
+        current = self.encodes[rank.rank] if role == "encode" else self.languages[rank.rank]
+        if rank.hub is not None and rank.hub.is_open and current is rank:
+            rank.close_hub()
+            self.hub.take(RankDown(role, rank.rank))
+
+    def restart(self, role: str, number: int) -> None:
+        """The slot has forked a dead rank again."""
+        ranks: Any = self.encodes if role == "encode" else self.languages
+        self.hub_lost(ranks[number], role)
+        ranks[number] = (SimEncode if role == "encode" else SimLanguage)(self, number)
+        self.start(ranks[number])
+
+    def connect(self, encode: SimEncode, language_rank: int) -> None:
+        """What the keeper of a link does: a new epoch, if the other end can be reached."""
+        language = self.languages[language_rank]
+        if encode.is_dead or language_rank in encode.links:
+            return
+        blocked = {(("encode", encode.rank), ("language", language_rank))}
+        blocked |= {(b, a) for a, b in blocked}
+        if language.is_dead or blocked & self.blocked or language.frozen_until > self.world.now:
+            self.world.at(0.3, encode, self.connect, encode, language_rank)
+            return
+        pair = (encode.rank, language_rank)
+        self.epochs[pair] = self.epochs.get(pair, 0) + 1
+        link = SimLink(self.world, encode, language, self.epochs[pair])
+        link.hole_until = self.holes.get(pair, 0.0)
+        link.to_encode.last = self.world.now + self.world.delay()
+        self.world.at_time(link.to_encode.last, encode, encode.link_up, link)
+        language.link_up(link)
+
+    def end_process(self, rank: Any, restart_s: float) -> None:
+        """The kernel closes its connections; the slot forks it again."""
+        world, role = self.world, "encode" if isinstance(rank, SimEncode) else "language"
+        rank.is_dead = True
+        for link in list(rank.links.values()):
+            other: Any = link.language if role == "encode" else link.encode
+            link.to_encode.is_open = link.to_encode.is_open and role != "encode"
+            link.to_language.is_open = link.to_language.is_open and role != "language"
+            world.at(0.02 * world.random(), other, link.close, other, "the peer died")
+            link.end_payloads()
+        world.at(0.02 * world.random(), None, self.hub_lost, rank, role)
+        world.at(restart_s, None, self.restart, role, rank.rank)
+
+    # ---- what checks ask ----
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no token yet."""
+        return sum(1 for client in self.clients.values() if not client.is_ended and not client.tokens)
+
+    def is_awaited(self, attempt: Attempt) -> bool:
+        """The hub counts on it."""
+        request = self.hub.router._requests.get(attempt[0])
+        item = None if request is None else request.items[attempt[1]]
+        return item is not None and (item.state, item.attempt) == ("encoding", attempt[2])
+
+    def is_at_work(self, attempt: Attempt) -> bool:
+        """An encode rank has the attempt, or will be asked for it, or it needs nobody any more."""
+        if any(attempt in encode.sessions.items for encode in self.encodes):
+            return True
+        sessions = (language.sessions.find(*attempt) for language in self.languages)
+        return any(s is not None and (s.received == s.total or s.state is WAITING) for s in sessions)
+
+    def check_wire(self, frame: Frame) -> None:
+        """Only typed frames cross a border; some are put through the real encoding."""
+        if type(frame) is not Frame or not isinstance(frame.body, Message):
+            raise Violation("wire", f"{type(frame).__name__} of {type(frame.body).__name__} is no frame")
+        self._num_frames += 1
+        if self._num_frames % 64 == 0 and self._decoder.decode(msgspec.msgpack.encode(frame)) != frame:
+            raise Violation("wire", f"{frame} does not survive its encoding")
+
+    def count_payload(self, payload: Payload) -> None:
+        self.num_payload_rows += len(payload.rows)
+
+    # ---- clients ----
+
+    def submit(self, request_id: str, rows: list[int], num_tokens: int, timeout_s: float, wrong: str | None) -> None:
+        """`wrong`: the first image is `bad`, or `poison`."""
+        items = [
+            VisualItem(
+                modality="image",
+                digest=wrong if wrong and index == 0 else f"{request_id}/{index}",
+                num_bytes=1,
+                grid=(1, 2, 2 * count),
+                num_rows=count,
+                offset=0,
+                param="",
+            )
+            for index, count in enumerate(rows)
+        ]
+        now = self.world.now
+        client = Client(
+            len(items),
+            num_tokens,
+            bool(wrong and rows),
+            now,
+            now + timeout_s,
+            digests=tuple(item.digest for item in items),
+        )
+        self.clients[request_id] = client
+        sampling = SamplingParams(max_new_tokens=num_tokens)
+        if self.hub.is_dead:
+            client.end(UnavailableError("nobody listens"))
+        else:
+            self.hub.take(Admit(request_id, b"", sum(rows) + num_tokens, items, sampling, timeout_s))
+
+    def abandon(self, request_id: str) -> None:
+        client = self.clients[request_id]
+        if not client.is_ended:
+            client.is_abandoned = True
+            self.hub.take(Abandon(request_id))

@@ -1,0 +1,305 @@
+"""An encode rank: the production sessions, and a tower that takes virtual time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from qwen3vl_disagg.core.errors import InputError, ServerError
+from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.protocol.encode_sessions import PARKED, EncodeSessions
+from qwen3vl_disagg.protocol.messages import (
+    Abort,
+    Ack,
+    Cancel,
+    Decoded,
+    EncodeItem,
+    EncodingBegun,
+    EncodingEnded,
+    Frame,
+    Header,
+    ItemFailed,
+    LinksUp,
+    Message,
+    Nack,
+    Stop,
+)
+from qwen3vl_disagg.protocol.session_events import (
+    Attempt,
+    BreakLink,
+    CancelItems,
+    Encode,
+    Encoded,
+    EncodeEvent,
+    EncodeFailed,
+    FrameIn,
+    LinkDown,
+    LinkUp,
+    PayloadSent,
+    Release,
+    SendFrame,
+    SendHeader,
+    SendPayload,
+    StartEncode,
+    TellFailed,
+    Tick,
+)
+from tools.simulation import checks, progress_checks
+from tools.simulation.payload import Payload, make_payload, run_digests, wrong_header
+from tools.simulation.progress_checks import encode_bounds
+from tools.simulation.stays import Stays
+from tools.simulation.world import Channel, SimLink, Violation
+
+if TYPE_CHECKING:
+    from tools.simulation.cluster import Cluster
+
+
+class SimEncode:
+    """One incarnation of an encode rank."""
+
+    def __init__(self, cluster: Cluster, rank: int) -> None:
+        self.cluster, self.world, self.rank = cluster, cluster.world, rank
+        self.is_dead, self.frozen_until, self.slowness = False, 0.0, 1.0
+        self.sessions = EncodeSessions(cluster.limits)
+        self.links: dict[int, SimLink] = {}
+        self.hub: Channel | None = None
+        self.from_hub_channel: Channel | None = None
+        self.items: dict[Attempt, EncodeItem] = {}
+        self.tasks: set[Attempt] = set()
+        """To be encoded, or being encoded; of these, `inside` has begun."""
+        self.inside: dict[Attempt, str] = {}
+        self._queue: deque[Attempt] = deque()
+        self._is_alone = False
+        self.encoded: set[Attempt] = set()
+        self.lease_until: dict[Attempt, float] = {}
+        self.request_ends: dict[Attempt, float] = {}
+        self.num_headers: dict[Attempt, int] = {}
+        self.stays, self.bounds = Stays(self.world), encode_bounds(cluster.limits)
+        self.is_leaving = False
+        self.on_stop: Callable[[], None] | None = None
+        self._do = {
+            SendFrame: self._send_frame,
+            BreakLink: self._break_link,
+            StartEncode: self._start,
+            SendHeader: self._send_header,
+            SendPayload: self._send_payload,
+            Release: self._release,
+            TellFailed: self._tell_failed,
+        }
+        self._event: EncodeEvent = Tick()
+
+    # ---- sessions ----
+
+    def handle(self, event: EncodeEvent) -> None:
+        self._event = event
+        for action in self.sessions.handle(event, self.world.now):
+            self._do[type(action)](action)  # type: ignore[operator]
+        checks.encode_side(self)
+
+    def _send_frame(self, action: SendFrame) -> None:
+        self.cluster.check_wire(action.frame)
+        link = self.links.get(action.peer)
+        if link is not None and link.epoch == action.frame.epoch:
+            link.to_language.send(action.frame)
+
+    def _break_link(self, action: BreakLink) -> None:
+        link = self.links.get(action.peer)
+        if link is not None and link.epoch == action.epoch:
+            self.world.at(0.0, self, link.close, self, action.reason)
+
+    def _start(self, action: StartEncode) -> None:
+        self.tasks.add(action.attempt)
+        self._queue.append(action.attempt)
+        self._let_in()
+
+    def _let_in(self) -> None:
+        """Work begins in the order in which it came; what is to be alone waits for those before it, and is waited for.
+        As the pipeline's gate does it."""
+        while self._queue:
+            attempt = self._queue[0]
+            if attempt in self.tasks:
+                is_alone = self.items[attempt].is_alone
+                if self.inside and (is_alone or self._is_alone):
+                    return
+                digest = self.inside[attempt] = self.items[attempt].visual.digest
+                self._is_alone = is_alone
+                self.tell(EncodingBegun(digest=digest))
+                seconds = (0.02 + 0.3 * self.world.random()) * self.slowness
+                self.world.at(seconds, self, self._finish, attempt)
+            self._queue.popleft()
+
+    def _end_work(self, attempt: Attempt, *, is_well: bool = False) -> None:
+        self.tasks.discard(attempt)
+        digest = self.inside.pop(attempt, None)
+        if digest is not None:
+            self.tell(EncodingEnded(digest=digest, is_well=is_well))
+            self._let_in()
+
+    def _finish(self, attempt: Attempt) -> None:
+        if attempt not in self.tasks:
+            return
+        digest = self.items[attempt].visual.digest
+        if digest == "poison":
+            self.count_states("poison")
+            self.cluster.end_process(self, 0.05)
+            return
+        self._end_work(attempt, is_well=digest != "bad")
+        if digest == "bad":
+            self.handle(EncodeFailed(attempt, Failure.of(InputError("not an image"))))
+        elif self.world.happens("allocation"):
+            self.count_states("allocation")
+            self.handle(EncodeFailed(attempt, Failure.of(ServerError("out of memory"))))
+        else:
+            self.tell(Decoded(request_id=attempt[0], item=attempt[1], attempt=attempt[2]))
+            self.encoded.add(attempt)
+            self.handle(Encoded(attempt))
+
+    def _send_header(self, action: SendHeader) -> None:
+        grant = action.grant
+        attempt = (grant.request_id, grant.item, grant.attempt)
+        payload = self._payload(action)
+        header = Header(
+            request_id=grant.request_id,
+            item=grant.item,
+            attempt=grant.attempt,
+            total_rows=self.items[attempt].visual.num_rows,
+            row_start=grant.row_start,
+            row_stop=grant.row_stop,
+            deepstack_start=grant.deepstack_start,
+            deepstack_stop=grant.deepstack_stop,
+            grid=self.items[attempt].visual.grid,
+            row_digests=run_digests(payload.rows, grant.row_runs, grant.row_start),
+            deepstack_digests=run_digests(payload.deepstack, grant.deepstack_runs, grant.deepstack_start),
+        )
+        self.num_headers[attempt] = self.num_headers.get(attempt, 0) + 1
+        link = self.links.get(action.peer)
+        if link is not None and self.world.happens("header", 4.0):
+            link.count("header")
+            header = wrong_header(self.world.rng, header, [other for other in self.items if other != attempt])
+        self._send_frame(SendFrame(action.peer, Frame(epoch=action.epoch, seq=action.seq, body=header)))
+
+    def _payload(self, action: SendHeader | SendPayload) -> Payload:
+        grant = action.grant
+        attempt = (grant.request_id, grant.item, grant.attempt)
+        if attempt not in self.encoded:
+            raise Violation("I13", f"rows of {attempt} are gone, but were to be sent")
+        return make_payload(self.cluster.names, attempt, grant, self.items[attempt].visual.num_rows)
+
+    def _send_payload(self, action: SendPayload) -> None:
+        link = self.links.get(action.language_rank)
+        if link is not None and link.epoch == action.epoch:
+            payload = self._payload(action)
+            self.cluster.count_payload(payload)
+            link.post_send(payload)
+
+    def sent(self, link: SimLink, payload: Payload, error: str | None) -> None:
+        self.handle(PayloadSent(link.language.rank, link.epoch, payload.attempt, error))
+
+    def _release(self, action: Release) -> None:
+        checks.may_release(self, self._event, action.attempt)
+        self._drop(action.attempt)
+
+    def _drop(self, attempt: Attempt) -> None:
+        self._end_work(attempt)
+        self.encoded.discard(attempt)
+        for table in (self.items, self.lease_until, self.num_headers, self.request_ends):
+            table.pop(attempt, None)
+
+    def _tell_failed(self, action: TellFailed) -> None:
+        request_id, item, number = action.attempt
+        self.tell(ItemFailed(request_id=request_id, item=item, attempt=number, failure=action.failure))
+        self._drop(action.attempt)
+
+    # ---- links ----
+
+    def link_up(self, link: SimLink) -> None:
+        if not link.to_encode.is_open:
+            return
+        self.links[link.language.rank] = link
+        link.to_language.said_at = self.world.now  # the sessions hear of it now
+        self.tell_links()
+        self.handle(LinkUp(link.language.rank, link.epoch))
+
+    def lost_link(self, link: SimLink, reason: str) -> None:
+        if self.links.get(link.language.rank) is link:
+            del self.links[link.language.rank]
+            self.tell_links()
+        self.handle(LinkDown(link.language.rank, link.epoch, reason))
+        self.world.at(0.05 + 0.3 * self.world.random(), self, self.cluster.connect, self, link.language.rank)
+
+    def take(self, link: SimLink, frame: Frame) -> None:
+        body, peer = frame.body, link.language.rank
+        outlet = self.sessions.outlets.get(peer)
+        expected = 0 if outlet is None else outlet.state.num_received + 1
+        if type(body) is not Ack:
+            if isinstance(body, Abort | Nack):
+                self.lease_until.pop((body.request_id, body.item, body.attempt), None)
+            self.handle(FrameIn(peer, frame))
+            if outlet is not None and frame.seq > expected and peer in self.sessions.outlets:
+                checks.gap_ends_link(self.sessions.outlets[peer].state, expected, frame)
+            return
+        item = self.sessions.items.get((body.request_id, body.item, body.attempt))
+        was_parked = item is not None and item.state == PARKED
+        self.handle(FrameIn(link.language.rank, frame))
+        if item is not None and item.state == PARKED and not was_parked:
+            self.lease_until[item.attempt] = self.world.now + self.sessions.limits.lease_s
+
+    def take_copy(self, link: SimLink, frame: Frame) -> None:
+        """A frame that was here before, or comes too late: nothing may change."""
+        before = self.snapshot()
+        self.handle(FrameIn(link.language.rank, frame))
+        checks.unchanged(self, before, frame)
+
+    def snapshot(self) -> Any:
+        items = [(i.attempt, i.state, i.grant, i.is_dropped) for i in self.sessions.items.values()]
+        links = [(o.state.epoch, o.state.num_received, o.turn, list(o.ready)) for o in self.sessions.outlets.values()]
+        return items, links, list(self.sessions.queue), set(self.encoded)
+
+    def count_states(self, fault: str, peer: int | None = None) -> None:
+        for item in self.sessions.items.values():
+            if peer is None or item.language_rank == peer:
+                self.world.table[fault, item.state] += 1
+
+    # ---- hub ----
+
+    def close_hub(self) -> None:
+        """Both ways of the connection are over."""
+        for channel in (self.hub, self.from_hub_channel):
+            if channel is not None:
+                channel.is_open = False
+
+    def tell(self, message: Message) -> None:
+        if self.hub is not None:
+            self.hub.send(message)
+
+    def tell_links(self) -> None:
+        links = sorted((rank, link.epoch) for rank, link in self.links.items())
+        self.tell(LinksUp(language_ranks=[rank for rank, _ in links], epochs=[epoch for _, epoch in links]))
+
+    def from_hub(self, message: Message) -> None:
+        if isinstance(message, EncodeItem):
+            attempt = (message.request_id, message.item, message.attempt)
+            self.items.setdefault(attempt, message)
+            self.request_ends.setdefault(attempt, self.world.now + message.timeout_s)
+            self.handle(Encode(*attempt, message.language_rank, message.visual, message.timeout_s))
+            if attempt not in self.sessions.items:
+                self._drop(attempt)
+            progress_checks.one_attempt_is_made(self, attempt)
+        elif isinstance(message, Cancel):
+            self._cancel(message.request_id)
+        elif isinstance(message, Stop) and self.on_stop is not None:
+            self.on_stop()
+
+    def lost_hub(self) -> None:
+        self._cancel(None)
+
+    def _cancel(self, request_id: str | None) -> None:
+        for attempt in [attempt for attempt in self.lease_until if request_id in (None, attempt[0])]:
+            del self.lease_until[attempt]
+        self.handle(CancelItems(request_id))
+
+    def tick(self) -> None:
+        self.handle(Tick())
+        progress_checks.encode_on_time(self)
+        self.world.at(1.0, self, self.tick)

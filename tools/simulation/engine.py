@@ -1,0 +1,270 @@
+"""A model of the engine and of the loop beside it: admits, finds part of a prompt in its cache, reads rows in order,
+gives tokens, is preempted. What it reads it compares with what was encoded.
+
+As with the real ones, what the loop has to say to the engine waits for the end of a step, and what the engine has to
+say waits for the loop; both keep their order. So rows may come to a request that has been preempted and admitted again
+since they were sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qwen3vl_disagg.core.requests import RequestTimings, VisualItem
+from qwen3vl_disagg.protocol.allocator import Lease
+from qwen3vl_disagg.protocol.messages import Finished, NeedItems, Submit, Tokens
+from qwen3vl_disagg.protocol.session_events import Attempt, Consumed, Expect, Forget, Recall, Returned
+from tools.simulation import checks
+
+if TYPE_CHECKING:
+    from tools.simulation.language import SimLanguage
+
+MAX_RUNNING = 3
+MAX_PREEMPTED = 2
+"""Of one request."""
+
+
+@dataclass(slots=True)
+class Window:
+    """Rows [start, stop) of an attempt, and the leases they lie in; `first` is the first row that was asked for."""
+
+    attempt: Attempt
+    first: int
+    start: int
+    stop: int
+    room: Lease
+    hold: Lease
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """A prompt of nothing but visual rows. `cached` of them are in the cache; of these, `found` were at admission."""
+
+    submit: Submit
+    is_admitted: bool = False
+    found: int = 0
+    cached: int = 0
+    attempts: dict[int, int] = field(default_factory=dict)
+    """Item -> whose rows of it were read since the last admission or restart."""
+    windows: dict[int, Window] = field(default_factory=dict)
+    tokens: int = 0
+    num_preempted: int = 0
+    waits_until: float = 0.0
+    text_s: float = 0.0
+    """How long the prompt's text takes, behind its rows."""
+    decodes_at: float = 0.0
+
+    @property
+    def items(self) -> list[VisualItem]:
+        return self.submit.items
+
+    @property
+    def num_rows(self) -> int:
+        return sum([item.num_rows for item in self.items])
+
+    def offset(self, item: int) -> int:
+        return sum([item.num_rows for item in self.items[:item]])
+
+    def first_row(self, item: int) -> int:
+        """The first row that is needed; `num_rows` when none is."""
+        return min(max(0, self.found - self.offset(item)), self.items[item].num_rows)
+
+    def next_row(self, item: int) -> int:
+        return max(0, self.cached - self.offset(item))
+
+    @property
+    def window(self) -> Window | None:
+        """What can be read now."""
+        for item, visual in enumerate(self.items):
+            if self.cached < self.offset(item) + visual.num_rows:
+                return self.windows.get(item)
+        return None
+
+
+class SimEngine:
+    """Steps take time. `requests`: what the loop knows of, with their deadlines; `known`: what the engine does."""
+
+    def __init__(self, rank: SimLanguage) -> None:
+        self.rank, self.world = rank, rank.world
+        self.requests: dict[str, tuple[list[VisualItem], float]] = {}
+        self.known: dict[str, _Sequence] = {}
+        self._commands: list[tuple[Callable[..., None], Any]] = []
+        self._is_stepping = False
+        self._said_at = 0.0
+
+    # ---- the loop ----
+
+    def submit(self, message: Submit) -> None:
+        self.requests[message.request_id] = (message.items, self.world.now + message.timeout_s)
+        self._command(self._add, message)
+
+    def cancel(self, request_id: str) -> None:
+        self.requests.pop(request_id, None)
+        self._command(self._remove, request_id)
+
+    def forget(self, request_id: str) -> None:
+        self.cancel(request_id)
+        self.rank.handle(Forget(request_id))
+
+    def provide(self, window: Window) -> None:
+        self._command(self._take_rows, window)
+
+    def recall(self, recall: Recall) -> None:
+        self._command(self._restart, recall)
+
+    def _command(self, do: Callable[..., None], value: Any) -> None:
+        self._commands.append((do, value))
+        self._wake()
+
+    def _hear(self, request_id: str, do: Callable[..., None], *args: Any) -> None:
+        """Something of the engine, unless the request was cancelled meanwhile."""
+        if request_id in self.requests:
+            do(request_id, *args)
+
+    def _preempted(self, request_id: str) -> None:
+        self.rank.expect(Expect(request_id, self.requests[request_id][0], [], self.requests[request_id][1]))
+
+    def _needed(self, request_id: str, lacking: list[int], firsts: list[int]) -> None:
+        items, deadline = self.requests[request_id]
+        self.rank.expect(Expect(request_id, items, lacking, deadline, firsts))
+        self.rank.tell(NeedItems(request_id=request_id, items=lacking, first_rows=firsts))
+
+    def _consumed(self, request_id: str, attempt: Attempt, rows: int) -> None:
+        self.rank.handle(Consumed(*attempt, rows))
+
+    def _token(self, request_id: str, index: int) -> None:
+        self.rank.tell(Tokens(request_id=request_id, index=index, token_ids=[index]))
+
+    def _finished(self, request_id: str) -> None:
+        self.rank.tell(Finished(request_id=request_id, finish_reason="length", timings=RequestTimings()))
+        del self.requests[request_id]
+        self.rank.handle(Forget(request_id))
+
+    # ---- the engine: what it is told ----
+
+    def _say(self, request_id: str, do: Callable[..., None], *args: Any) -> None:
+        self._post(self._hear, request_id, do, *args)
+
+    def _post(self, do: Callable[..., None], *args: Any) -> None:
+        """The loop hears of it soon, but now and then it has other things to do first."""
+        delay = (0.1 if self.world.random() < 0.25 else 0.004) * self.world.random() * self.rank.slowness
+        self._said_at = max(self._said_at, self.world.now + delay)
+        self.world.at_time(self._said_at, self.rank, do, *args)
+
+    def _add(self, message: Submit) -> None:
+        text_s = 10.0 * self.world.random() if self.world.random() < 0.3 else 0.0
+        self.known[message.request_id] = _Sequence(message, text_s=text_s)
+
+    def _remove(self, request_id: str) -> None:
+        self.known.pop(request_id, None)
+
+    def _take_rows(self, window: Window) -> None:
+        """Rows that are all in the cache are used at once; those that do not follow on what is there can only be of an
+        attempt before, and their recall is on its way."""
+        request_id, item, _ = window.attempt
+        sequence = self.known.get(request_id)
+        if sequence is None or not sequence.is_admitted:
+            return
+        if window.stop <= sequence.next_row(item):
+            self._say(request_id, self._consumed, window.attempt, window.stop)
+        elif window.start <= sequence.next_row(item):
+            sequence.windows[item] = window
+
+    def _restart(self, recall: Recall) -> None:
+        """Back to the item's first needed row, unless all of it is in the cache."""
+        sequence, item = self.known.get(recall.request_id), recall.item
+        if sequence is not None and sequence.is_admitted:
+            sequence.windows.pop(item, None)
+            if sequence.next_row(item) < sequence.items[item].num_rows:
+                sequence.cached = min(sequence.cached, sequence.offset(item) + sequence.first_row(item))
+                sequence.attempts.pop(item, None)
+        self._post(self.rank.handle, Returned(recall.request_id, item, recall.attempt))
+
+    # ---- the engine: what it does ----
+
+    def _wake(self) -> None:
+        if not self._is_stepping:
+            self._is_stepping = True
+            self.world.at(0.001 + 0.02 * self.world.random() * self.rank.slowness, self.rank, self._step)
+
+    def _step(self) -> None:
+        """Commands first, then one batch: which rows it reads is fixed now, it has read them at its end."""
+        commands, self._commands = self._commands, []
+        for do, value in commands:
+            do(value)
+        self._preempt()
+        self._admit()
+        work: list[tuple[_Sequence, Window | None]] = []
+        for sequence in self.known.values():
+            is_decoding = sequence.cached == sequence.num_rows and sequence.decodes_at <= self.world.now
+            if sequence.is_admitted and (sequence.window or is_decoding):
+                checks.one_attempt(sequence.attempts, sequence.window)
+                work.append((sequence, sequence.window))
+        if work:
+            self.world.at((0.002 + 0.03 * self.world.random()) * self.rank.slowness, self.rank, self._end, work)
+        else:
+            self._is_stepping = False
+            if self._commands:
+                self._wake()
+
+    def _preempt(self) -> None:
+        """Now and then somebody gives all up, and waits to be admitted again."""
+        for request_id, sequence in self.known.items():
+            may = sequence.is_admitted and sequence.num_preempted < MAX_PREEMPTED
+            if may and self.world.random() < self.rank.cluster.preemption:
+                sequence.is_admitted = False
+                sequence.found = sequence.cached = 0
+                sequence.windows.clear()
+                sequence.attempts.clear()
+                sequence.num_preempted += 1
+                patience = self.world.random() * self.world.random() if self.world.random() < 0.3 else 0.0
+                sequence.waits_until = self.world.now + patience
+                self._say(request_id, self._preempted)
+                self.world.at(patience, self.rank, self._wake)
+
+    def _admit(self) -> None:
+        running = sum(1 for s in self.known.values() if s.is_admitted)
+        for request_id, sequence in self.known.items():
+            if not sequence.is_admitted and sequence.waits_until <= self.world.now and running < MAX_RUNNING:
+                running += 1
+                sequence.is_admitted = True
+                sequence.found = sequence.cached = self._find(sequence)
+                firsts = [sequence.first_row(item) for item in range(len(sequence.items))]
+                lacking = [item for item, first in enumerate(firsts) if first < sequence.items[item].num_rows]
+                if lacking:
+                    self._say(request_id, self._needed, lacking, [firsts[item] for item in lacking])
+
+    def _find(self, sequence: _Sequence) -> int:
+        """How much of the prompt is in the prefix cache: up to any row. A bad image was never encoded."""
+        if not sequence.items or sequence.items[0].digest in ("bad", "poison") or self.world.random() < 0.5:
+            return 0
+        return sequence.num_rows if self.world.random() < 0.2 else self.world.rng.randint(0, sequence.num_rows)
+
+    def _end(self, work: list[tuple[_Sequence, Window | None]]) -> None:
+        for sequence, window in work:
+            if window is None:
+                self._give_token(sequence)
+            else:
+                checks.read(self.rank, window, sequence.next_row(window.attempt[1]), window.stop)
+                self._consume(sequence, window)
+        self._is_stepping = False
+        self._wake()
+
+    def _consume(self, sequence: _Sequence, window: Window) -> None:
+        request_id, item, number = window.attempt
+        sequence.cached, sequence.attempts[item] = sequence.offset(item) + window.stop, number
+        if sequence.cached == sequence.num_rows and sequence.text_s:
+            sequence.decodes_at = self.world.now + sequence.text_s
+            self.world.at(sequence.text_s, self.rank, self._wake)
+        del sequence.windows[item]
+        self._say(request_id, self._consumed, window.attempt, window.stop)
+
+    def _give_token(self, sequence: _Sequence) -> None:
+        request_id, index = sequence.submit.request_id, sequence.tokens
+        sequence.tokens += 1
+        self._say(request_id, self._token, index)
+        if sequence.tokens == sequence.submit.sampling.max_new_tokens:
+            self._remove(request_id)
+            self._say(request_id, self._finished)

@@ -1,0 +1,96 @@
+"""The frontend's process: the production router between clients and ranks, and what clients have seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qwen3vl_disagg.core.errors import DisaggError, OverloadedError
+from qwen3vl_disagg.protocol.messages import Decoded, Message, Tokens
+from qwen3vl_disagg.protocol.router import Router
+from qwen3vl_disagg.protocol.routing import Deliver, End, Event, Send, Tick
+from tools.simulation.hub_checks import HubChecks
+from tools.simulation.world import Violation
+
+if TYPE_CHECKING:
+    from tools.simulation.cluster import Cluster
+
+
+@dataclass
+class Client:
+    """What one client has seen of its request."""
+
+    num_items: int
+    num_tokens: int
+    has_bad_image: bool
+    """Or one that ends the process that encodes it."""
+    sent_at: float
+    deadline: float
+    digests: tuple[str, ...] = ()
+    tokens: int = 0
+    decoded: set[int] = field(default_factory=set)
+    """Items that were said to be good images."""
+    is_ended: bool = False
+    error: DisaggError | None = None
+    is_abandoned: bool = False
+
+    def end(self, error: DisaggError | None) -> None:
+        self.is_ended, self.error = True, error
+
+
+class SimHub:
+    """One incarnation of the frontend."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.world = cluster, cluster.world
+        self.is_dead, self.frozen_until, self.slowness = False, 0.0, 1.0
+        sizes = cluster.sizes
+        required = range(sizes.num_language) if sizes.are_language_ranks_required else ()
+        self.router = Router({"image": 7, "video": 8}, sizes.router_limits, required=required)
+        self.checks = HubChecks(self)
+        self.world.at(1.0, self, self._tick)
+
+    def take(self, event: Event) -> None:
+        self.checks.heard(event)
+        for action in self.router.handle(event, self.world.now):
+            match action:
+                case Send():
+                    self.checks.sent(action)
+                    ranks: list[Any] = self.cluster.encodes if action.role == "encode" else self.cluster.languages
+                    rank = ranks[action.rank]
+                    if not rank.is_dead and rank.hub is not None and rank.hub.is_open:
+                        rank.from_hub_channel.send(action.message)
+                case Deliver():
+                    self._deliver(action.request_id, action.message)
+                case End():
+                    self._end(action.request_id, action.error)
+        self.checks.after(event)
+
+    def _deliver(self, request_id: str, message: Message) -> None:
+        client = self.cluster.clients[request_id]
+        if client.is_ended:
+            raise Violation("I14", f"{request_id} got {type(message).__name__} after its end")
+        if isinstance(message, Tokens):
+            if message.token_ids != list(range(client.tokens, client.tokens + len(message.token_ids))):
+                raise Violation("I14", f"{request_id} got tokens {message.token_ids} after {client.tokens}")
+            client.tokens += len(message.token_ids)
+        elif isinstance(message, Decoded):
+            if message.item in client.decoded:
+                raise Violation("I14", f"{request_id} heard twice that item {message.item} is good")
+            client.decoded.add(message.item)
+
+    def _end(self, request_id: str, error: DisaggError | None) -> None:
+        client = self.cluster.clients[request_id]
+        if client.is_ended:
+            raise Violation("I14", f"{request_id} ended twice")
+        client.end(error)
+        if error is None and not client.is_abandoned and client.tokens != client.num_tokens:
+            raise Violation("I14", f"{request_id} ended well after {client.tokens} tokens")
+        if isinstance(error, OverloadedError) and not self.cluster.num_waiting:
+            raise Violation("I11", f"{request_id} was refused for overload, and nobody waits")
+        self.checks.ended(request_id, error)
+
+    def _tick(self) -> None:
+        self.take(Tick())
+        self.checks.on_time()
+        self.world.at(1.0, self, self._tick)

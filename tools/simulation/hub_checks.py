@@ -1,0 +1,169 @@
+"""What must hold of the router, from what it hears and says: a ledger of its own, and clocks beside the router's."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING, Any
+
+from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, InputError, OverloadedError, UnavailableError
+from qwen3vl_disagg.protocol.messages import (
+    EncodeItem,
+    EncodingBegun,
+    EncodingEnded,
+    ItemFailed,
+    ItemLost,
+    Leaving,
+    Stop,
+)
+from qwen3vl_disagg.protocol.routing import Event, FromRank, RankDown, RankUp, Send
+from tools.simulation.stays import Stays
+from tools.simulation.world import Violation
+
+if TYPE_CHECKING:
+    from tools.simulation.hub import SimHub
+
+_NO_FAILURE_OF_AN_ITEM = (InputError, DeadlineError, UnavailableError, OverloadedError)
+
+Key = tuple[str, int]
+"""(request id, item)"""
+Worker = tuple[int, int]
+"""(encode rank, its incarnation)"""
+
+UNHEARD_S = 9.0
+"""How long the news that an attempt is over may be under way, delays included."""
+
+
+class HubChecks:
+    """Of one incarnation of the hub."""
+
+    def __init__(self, hub: SimHub) -> None:
+        self.hub, self.world = hub, hub.world
+        self._incarnations: dict[int, int] = {}
+        self._attempts: dict[Key, tuple[int, Worker]] = {}
+        """The attempt that was given out last, and to whom."""
+        self._causes: dict[Key, set[Any]] = defaultdict(set)
+        """Why attempts at an item failed: numbers of attempts, and workers that lost their links and have not died."""
+        self._under_way_at: dict[int, Counter[str]] = {}
+        """Contents that each encode rank says it works on."""
+        self._suspects: dict[str, int] = {}
+        """Contents that were under way at deaths -> deaths at which nothing else was."""
+        self._leaving: set[Worker] = set()
+        self._told_to_go: set[Worker] = set()
+        self._language: set[int] = set()
+        self._waiting, self._unattended, self._staying = (Stays(self.world) for _ in range(3))
+
+    # ---- the ledger ----
+
+    def heard(self, event: Event) -> None:
+        match event:
+            case RankUp(role="encode"):
+                self._down(event.rank)
+                self._incarnations[event.rank] = self._incarnations.get(event.rank, 0) + 1
+                self._under_way_at[event.rank] = Counter()
+            case RankDown(role="encode"):
+                self._down(event.rank)
+            case FromRank(message=EncodingBegun() as message):
+                self._under_way_at[event.rank][message.digest] += 1
+            case FromRank(message=EncodingEnded() as message):
+                self._under_way_at[event.rank][message.digest] -= 1
+                if message.is_well:
+                    self._suspects.pop(message.digest, None)
+            case RankUp(role="language"):
+                self._language.add(event.rank)
+            case RankDown(role="language"):
+                self._language.discard(event.rank)
+            case FromRank(message=ItemFailed() | ItemLost() as message):
+                key = (message.request_id, message.item)
+                attempt, worker = self._attempts.get(key, (0, (-1, 0)))
+                if attempt == message.attempt:
+                    is_death = isinstance(message, ItemLost) and message.dead_epoch > 0
+                    self._causes[key].add(worker if is_death else attempt)
+            case FromRank(role="encode", message=Leaving()):
+                self._leaving.add(self._worker(event.rank))
+
+    def _down(self, rank: int) -> None:
+        """A death is nobody's failure, also when the news of a lost link came before. What was under way is suspected;
+        one that leaves was killed by nothing."""
+        under_way = +self._under_way_at.pop(rank, Counter())
+        for digest in under_way if self._worker(rank) not in self._leaving else ():
+            self._suspects[digest] = self._suspects.get(digest, 0) + (len(under_way) == 1)
+        self._leaving.discard(self._worker(rank))
+        for causes in self._causes.values():
+            causes.discard(self._worker(rank))
+
+    def _worker(self, rank: int) -> Worker:
+        return rank, self._incarnations.get(rank, 0)
+
+    def sent(self, action: Send) -> None:
+        message = action.message
+        if isinstance(message, EncodeItem):
+            key, worker = (message.request_id, message.item), self._worker(action.rank)
+            number, _ = self._attempts.get(key, (0, worker))
+            if message.attempt <= number:
+                raise Violation("I10", f"attempt {message.attempt} at {key} follows attempt {number}")
+            if worker in self._leaving:
+                raise Violation("I15", f"{key} is given to encode rank {action.rank}, which wants to leave")
+            if message.is_alone != (message.visual.digest in self._suspects):
+                raise Violation("I11", f"{key} is tried alone: {message.is_alone}; suspected are {self._suspects}")
+            self._attempts[key] = (message.attempt, worker)
+            self.hub.cluster.issued_at[(*key, message.attempt)] = self.world.now
+        elif isinstance(message, Stop):
+            under_way = self._under_way(action.rank)
+            self._told_to_go.add(self._worker(action.rank))
+            if self._worker(action.rank) not in self._leaving or under_way:
+                raise Violation("I13", f"encode rank {action.rank} may go, and {under_way} are still to come from it")
+
+    def after(self, event: Event) -> None:
+        """I11: without a rank that has a part of the experts nothing runs."""
+        missing = self.hub.router.required - self._language
+        if missing and self.hub.router.num_requests:
+            raise Violation("I11", f"{self.hub.router.num_requests} requests run without language ranks {missing}")
+
+    def _under_way(self, rank: int) -> list[Key]:
+        requests = self.hub.router._requests
+        keys = [key for key, (_, worker) in self._attempts.items() if worker == self._worker(rank)]
+        return [key for key in keys if key[0] in requests and requests[key[0]].items[key[1]].state == "encoding"]
+
+    def ended(self, request_id: str, error: DisaggError | None) -> None:
+        """I11: a request is given up only for as many failures as there were."""
+        causes = [len(self._causes[key]) for key in self._attempts if key[0] == request_id]
+        if isinstance(error, InputError) and error.code == "harmful_media":
+            deaths = max(self._suspects.get(digest, 0) for digest in self.hub.cluster.clients[request_id].digests)
+            if deaths < self.hub.router.limits.max_deaths:
+                raise Violation("I11", f"{request_id} is refused after {deaths} deaths that it was alone with")
+        is_given_up = error is not None and not isinstance(error, _NO_FAILURE_OF_AN_ITEM)
+        if is_given_up and max(causes, default=0) < self.hub.router.limits.max_attempts:
+            raise Violation("I11", f"{request_id} ended with {error!r} after {causes} failures of its items")
+        for key in [key for key in self._attempts if key[0] == request_id]:
+            del self._attempts[key]
+            self._causes.pop(key, None)
+
+    # ---- the clocks ----
+
+    def on_time(self) -> None:
+        """I11, after each tick: requests end by their deadlines; no item waits too long for an encode rank, or for
+        one that is not at it."""
+        now, hub = self.world.now, self.hub
+        for request_id, client in hub.cluster.clients.items():
+            if not client.is_ended and now >= client.deadline:
+                raise Violation("I11", f"{request_id} goes on after its deadline")
+        limits = hub.router.limits
+        if hub.cluster.num_waiting > limits.max_waiting:
+            raise Violation("I12", f"{hub.cluster.num_waiting} requests wait, {limits.max_waiting} may")
+        waiting, unattended = self._waiting.look(now), self._unattended.look(now)
+        for request_id, request in hub.router._requests.items():
+            for index, item in enumerate(request.items):
+                key = (request_id, index, item.attempt)
+                if item.state == "waiting" and waiting.stay(key) > limits.encode_wait_s:
+                    raise Violation("I11", f"{key} waits for an encode rank without end")
+                if item.failures > len(self._causes.get(key[:2], ())):
+                    raise Violation("I11", f"{item.failures} failures of {key}, there were {self._causes[key[:2]]}")
+                if item.state == "encoding" and not hub.cluster.is_at_work(key) and unattended.stay(key) > UNHEARD_S:
+                    raise Violation("I11", f"{key} is awaited from encode rank {item.encode_rank}, which is not at it")
+        staying = self._staying.look(now)
+        for worker in self._leaving - self._told_to_go:
+            if not self._under_way(worker[0]) and staying.stay(worker) > 0:
+                raise Violation("I15", f"encode rank {worker[0]} wants to leave, and is not told that it may")
+        staying.done()
+        waiting.done()
+        unattended.done()

@@ -1,0 +1,322 @@
+"""A language rank: the production sessions over buffers of numbers, and an engine that reads them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qwen3vl_disagg.core.errors import late
+from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.protocol import layout
+from qwen3vl_disagg.protocol.allocator import BlockAllocator
+from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
+from qwen3vl_disagg.protocol.messages import (
+    Ack,
+    Assign,
+    Cancel,
+    Frame,
+    Grant,
+    ItemLost,
+    ItemReceived,
+    Message,
+    RequestFailed,
+    Submit,
+)
+from qwen3vl_disagg.protocol.session_events import (
+    Arrived,
+    Assigned,
+    Attempt,
+    BreakLink,
+    Expect,
+    Expired,
+    FrameIn,
+    LanguageEvent,
+    LinkDown,
+    LinkUp,
+    Lost,
+    PayloadEnd,
+    Recall,
+    Receive,
+    RowsReady,
+    SendFrame,
+    Tick,
+)
+from tools.simulation import checks, progress_checks
+from tools.simulation.engine import SimEngine, Window
+from tools.simulation.payload import Payload, run_digests
+from tools.simulation.progress_checks import language_bounds
+from tools.simulation.stays import Stays
+from tools.simulation.world import Channel, SimLink, Violation
+
+if TYPE_CHECKING:
+    from tools.simulation.cluster import Cluster
+
+
+class SimLanguage:
+    """One incarnation of a language rank."""
+
+    def __init__(self, cluster: Cluster, rank: int) -> None:
+        self.cluster, self.world, self.rank = cluster, cluster.world, rank
+        self.is_dead, self.frozen_until, self.slowness = False, 0.0, 1.0
+        sizes = cluster.sizes
+        allocator = BlockAllocator(
+            num_blocks=sizes.blocks, num_deepstack_blocks=sizes.deepstack_blocks, num_slots=sizes.slots
+        )
+        self.sessions = LanguageSessions(allocator, sizes.block_size, sizes.row_sizes, cluster.limits)
+        self.rows = [0] * (sizes.blocks * sizes.block_size)
+        self.deepstack = [0] * (sizes.deepstack_blocks * sizes.block_size)
+        self.aux: list[tuple[int, int] | None] = [None] * sizes.slots
+        self.links: dict[int, SimLink] = {}
+        self.hub: Channel | None = None
+        self.from_hub_channel: Channel | None = None
+        self.engine = SimEngine(self)
+        self.asked: dict[tuple[str, int], int] = {}
+        """(request, item) -> the first row that the engine asked for last; none for an item that it does not lack"""
+        self.progress: dict[tuple[str, int], tuple[int, int]] = {}
+        """(request, item) -> (attempt, rows delivered in order, with those that were not asked for)"""
+        self.last_attempts: dict[tuple[str, int], int] = {}
+        """(request, item) -> attempt whose rows came last since it was asked for"""
+        self.begun: dict[tuple[str, int], int] = {}
+        """(request, item) -> generation of the room it was granted last"""
+        self.num_broken: dict[Attempt, int] = {}
+        """Payloads of an attempt that broke since rows came last."""
+        self.stays, self.bounds = Stays(self.world), language_bounds(cluster.limits)
+        self.epochs: dict[Attempt, int] = {}
+        """Of the link over which an attempt's last payload comes."""
+        self._acked: set[Attempt] = set()
+        self.pools_mark: tuple[int, ...] = ()
+        self._jobs: dict[Attempt, Receive] = {}
+        self._do = {
+            SendFrame: self._send_frame,
+            BreakLink: self._break_link,
+            Receive: self._receive,
+            RowsReady: self._rows_ready,
+            Recall: self._recall,
+            Arrived: self._arrived,
+            Lost: self._lost,
+            Expired: self._expired,
+        }
+
+    # ---- sessions ----
+
+    def handle(self, event: LanguageEvent) -> None:
+        for action in self.sessions.handle(event, self.world.now):
+            self._do[type(action)](action)  # type: ignore[operator]
+        checks.language_side(self)
+
+    def expect(self, event: Expect) -> None:
+        """What the engine needs from now on; what was before is over."""
+        firsts = dict(zip(event.lacking, event.first_rows, strict=True))
+        for item in range(len(event.items)):
+            key = (event.request_id, item)
+            for table in (self.asked, self.progress, self.begun, self.last_attempts):
+                table.pop(key, None)
+            if item in firsts:
+                self.asked[key] = firsts[item]
+        self.handle(event)
+
+    def _send_frame(self, action: SendFrame) -> None:
+        self.cluster.check_wire(action.frame)
+        body = action.frame.body
+        if isinstance(body, Ack):
+            self._acked.add((body.request_id, body.item, body.attempt))
+        elif isinstance(body, Grant):
+            checks.granted(self, body)
+        link = self.links.get(action.peer)
+        if link is not None and link.epoch == action.frame.epoch:
+            link.to_encode.send(action.frame)
+
+    def _break_link(self, action: BreakLink) -> None:
+        link = self.links.get(action.peer)
+        if link is not None and link.epoch == action.epoch:
+            self.world.at(0.0, self, link.close, self, action.reason)
+
+    def _receive(self, job: Receive) -> None:
+        checks.agrees(job)
+        self.epochs[job.grant.request_id, job.grant.item, job.grant.attempt] = job.epoch
+        link = self.links.get(job.encode_rank)
+        if link is not None and link.epoch == job.epoch:
+            link.post_receive(job)
+        else:
+            self.world.at(0.0, self, self._end, job, "the link is gone", True)
+
+    def _end(self, job: Receive, error: str | None, is_broken: bool = False) -> None:
+        grant = job.grant
+        attempt = (grant.request_id, grant.item, grant.attempt)
+        if is_broken:
+            self.num_broken[attempt] = self.num_broken.get(attempt, 0) + 1
+        self.handle(PayloadEnd(job.encode_rank, job.epoch, *attempt, error, is_broken))
+        if is_broken:
+            progress_checks.gives_up(self, attempt)
+
+    def payload_broke(self, link: SimLink, job: Receive) -> None:
+        """The receive ran into its timeout; some of the rows may have been written before."""
+        checks.may_write(self, job)
+        for start, _ in self._runs(job.room.rows, job.grant.row_runs)[:1]:
+            self.rows[start] = -999_999
+        self._end(job, "the payload did not get through", True)
+
+    def payload_came(self, link: SimLink, payload: Payload, job: Receive) -> None:
+        """Place the rows, then check what lies there against what the header promised."""
+        checks.may_write(self, job)
+        checks.fits(payload, job)
+        rows, deepstack = list(payload.rows), list(payload.deepstack)
+        world = self.world
+        if world.happens("corrupt"):
+            link.count("corrupt")
+            rows[world.rng.randrange(len(rows))] += 1
+        if world.happens("truncate"):
+            link.count("truncate")
+            rows[-1] = self.rows[self._runs(job.room.rows, job.grant.row_runs)[-1][1] - 1]
+        if world.happens("allocation"):
+            self.count_states("allocation")
+            self._end(job, "out of memory", True)
+            return
+        grant = job.grant
+        table = job.room.deepstack or job.hold.deepstack
+        _place(self.deepstack, self._runs(table, grant.deepstack_runs), deepstack)
+        _place(self.rows, self._runs(job.room.rows, grant.row_runs), rows)
+        if payload.aux is not None:
+            checks.aux_once(self, payload.attempt, grant)
+            self.aux[job.hold.slots[0]] = payload.aux
+        error = self._problem(job)
+        if error is None:
+            self._jobs[payload.attempt] = job
+        self._end(job, error)
+
+    def _runs(self, blocks: tuple[int, ...], lengths: list[int]) -> list[tuple[int, int]]:
+        sizes = self.cluster.sizes
+        return layout.row_runs(blocks, sizes.block_size, sum(lengths), sizes.row_sizes.max_run_rows)
+
+    def _problem(self, job: Receive) -> str | None:
+        """What a receiver checks: aux, and the digest of each run."""
+        grant, header = job.grant, job.header
+        if self.aux[job.hold.slots[0]] != (job.visual.num_rows, grant.attempt):
+            return f"aux says {self.aux[job.hold.slots[0]]}"
+        rows = _gather(self.rows, self._runs(job.room.rows, grant.row_runs))
+        deepstack = _gather(self.deepstack, self._runs(job.room.deepstack or job.hold.deepstack, grant.deepstack_runs))
+        if run_digests(rows, grant.row_runs, grant.row_start) != header.row_digests:
+            return "digest of rows"
+        if run_digests(deepstack, grant.deepstack_runs, grant.deepstack_start) != header.deepstack_digests:
+            return "digest of DeepStack rows"
+        return None
+
+    def _rows_ready(self, action: RowsReady) -> None:
+        attempt = (action.request_id, action.item, action.attempt)
+        job = self._jobs.pop(attempt, None)
+        if job is None:
+            raise Violation("I7", f"rows {action.start}..{action.stop} of {attempt} are ready, but did not come well")
+        checks.in_order(self, action)
+        self.num_broken.pop(attempt, None)
+        window = Window(attempt, self.asked[attempt[:2]], action.start, action.stop, job.room, job.hold)
+        self.world.at(0.0, self, self.engine.provide, window)
+
+    def _recall(self, action: Recall) -> None:
+        self.progress.pop((action.request_id, action.item), None)
+        self.world.at(0.0, self, self.engine.recall, action)
+
+    def _arrived(self, action: Arrived) -> None:
+        self.tell(ItemReceived(request_id=action.request_id, item=action.item, attempt=action.attempt))
+
+    def _lost(self, action: Lost) -> None:
+        self._jobs.pop((action.request_id, action.item, action.attempt), None)
+        self.progress.pop((action.request_id, action.item), None)
+        if action.request_id in self.engine.requests:
+            self.tell(
+                ItemLost(
+                    request_id=action.request_id,
+                    item=action.item,
+                    attempt=action.attempt,
+                    reason=action.reason,
+                    dead_epoch=action.dead_epoch,
+                )
+            )
+
+    def _expired(self, action: Expired) -> None:
+        self.engine.cancel(action.request_id)
+        self.tell(RequestFailed(request_id=action.request_id, failure=Failure.of(late())))
+
+    # ---- links ----
+
+    def link_up(self, link: SimLink) -> None:
+        if not link.to_language.is_open:
+            return
+        old = self.links.get(link.encode.rank)
+        if old is not None:
+            old.close(self, "a new link takes its place")
+        self.links[link.encode.rank] = link
+        self._acked.clear()
+        self.handle(LinkUp(link.encode.rank, link.epoch))
+        progress_checks.last_acks_come_again(self, link, self._acked)
+
+    def lost_link(self, link: SimLink, reason: str) -> None:
+        if self.links.get(link.encode.rank) is link:
+            del self.links[link.encode.rank]
+        self.handle(LinkDown(link.encode.rank, link.epoch, reason))
+
+    def take(self, link: SimLink, frame: Frame) -> None:
+        state = self.sessions.links.get(link.encode.rank)
+        expected = 0 if state is None else state.num_received + 1
+        self.handle(FrameIn(link.encode.rank, frame))
+        if state is not None and frame.seq > expected:
+            checks.gap_ends_link(self.sessions.links.get(link.encode.rank), expected, frame)
+
+    def take_copy(self, link: SimLink, frame: Frame) -> None:
+        """A frame that was here before, or comes too late: nothing may change."""
+        before = self.snapshot()
+        self.handle(FrameIn(link.encode.rank, frame))
+        checks.unchanged(self, before, frame)
+
+    def snapshot(self) -> Any:
+        sessions = [
+            (s.state, s.attempt, s.received, s.room, s.hold)
+            for request in self.sessions.requests.values()
+            for s in request.sessions
+        ]
+        links = [(link.epoch, link.num_received) for link in self.sessions.links.values()]
+        return sessions, links, dict(self.sessions.pending), dict(self.sessions.lent)
+
+    def count_states(self, fault: str, peer: int | None = None) -> None:
+        for request in self.sessions.requests.values():
+            for session in request.sessions:
+                if peer is None or session.encode_rank == peer or session.encode_rank < 0:
+                    self.world.table[fault, session.state] += 1
+
+    # ---- hub ----
+
+    def close_hub(self) -> None:
+        """Both ways of the connection are over."""
+        for channel in (self.hub, self.from_hub_channel):
+            if channel is not None:
+                channel.is_open = False
+
+    def tell(self, message: Message) -> None:
+        if self.hub is not None:
+            self.hub.send(message)
+
+    def from_hub(self, message: Message) -> None:
+        if isinstance(message, Submit):
+            self.engine.submit(message)
+        elif isinstance(message, Assign):
+            self.handle(Assigned(message.request_id, message.item, message.attempt, message.encode_rank))
+        elif isinstance(message, Cancel):
+            self.engine.forget(message.request_id)
+
+    def lost_hub(self) -> None:
+        for request_id in list(self.engine.requests):
+            self.engine.forget(request_id)
+
+    def tick(self) -> None:
+        self.handle(Tick())
+        progress_checks.language_on_time(self)
+        self.world.at(1.0, self, self.tick)
+
+
+def _place(buffer: list[int], runs: list[tuple[int, int]], cells: list[int]) -> None:
+    at = 0
+    for start, stop in runs:
+        buffer[start:stop] = cells[at : at + stop - start]
+        at += stop - start
+
+
+def _gather(buffer: list[int], runs: list[tuple[int, int]]) -> list[int]:
+    return [cell for start, stop in runs for cell in buffer[start:stop]]

@@ -1,0 +1,123 @@
+"""I11 of the sessions while time passes: a state that ought to end does, whatever its own deadline says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qwen3vl_disagg.protocol.encode_sessions import ASSIGNED, EARLY, HEADER, PARKED, SENDING, SENT
+from qwen3vl_disagg.protocol.session import GRANTED, IDLE, RECEIVING, WAITING
+from tools.simulation.world import RETURN_S, Violation
+
+if TYPE_CHECKING:
+    from qwen3vl_disagg.protocol.session_events import Attempt, SessionLimits
+    from tools.simulation.encode import SimEncode
+    from tools.simulation.language import SimLanguage
+    from tools.simulation.stays import Stays
+    from tools.simulation.world import Channel, SimLink
+
+TICK_S = 1.0
+MAX_BROKEN = 3
+"""Payloads of one grant that may break before its attempt is over."""
+
+
+def encode_bounds(limits: SessionLimits) -> dict[str, float]:
+    """Seconds that an attempt may be in a state; in the others as long as its request."""
+    return {
+        EARLY: limits.early_s,
+        HEADER: limits.answer_s,
+        SENDING: 2 * limits.payload_s,
+        SENT: limits.answer_s,
+        PARKED: limits.lease_s,
+    }
+
+
+def language_bounds(limits: SessionLimits) -> dict[str, float]:
+    """A payload that does not come ends its link, and then the receive returns."""
+    return {
+        GRANTED: limits.grant_s,
+        RECEIVING: 2 * limits.payload_s + RETURN_S,
+        WAITING: limits.suspend_s,
+    }
+
+
+def language_on_time(rank: SimLanguage) -> None:
+    """After a tick nothing is past its deadline, and nothing has stayed where it was for too long."""
+    sessions, now = rank.sessions, rank.world.now
+    stays = rank.stays.look(now)
+    if now - rank.frozen_until > 2 * TICK_S:
+        for link in rank.links.values():
+            _is_heard(link.to_encode, now, sessions.limits)
+    for request_id, request in sessions.requests.items():
+        if rank.engine.requests[request_id][1] <= now:
+            raise Violation("I11", f"{request_id} is past its deadline")
+        for session in request.sessions:
+            state = session.state
+            if session.deadline <= now:
+                raise Violation("I11", f"{session.key} is {state} past its deadline")
+            bound = rank.bounds.get(state)
+            if bound is None or (state is WAITING and session.encode_rank in sessions.links):
+                continue
+            epoch = sessions._last_epochs.get(session.encode_rank, 0)
+            mark = (session.key, state, epoch, session.received, rank.num_broken.get(session.key, 0))
+            if stays.stay(mark) > bound:
+                raise Violation("I11", f"{session.key} is {state} for longer than {bound} s")
+    stays.done()
+
+
+def encode_on_time(rank: SimEncode) -> None:
+    """As on the language side. I15: what nobody wants is not kept once that has been heard here."""
+    sessions, now = rank.sessions, rank.world.now
+    stays = rank.stays.look(now)
+    if now - rank.frozen_until > 2 * TICK_S:
+        for outgoing in rank.links.values():
+            _is_heard(outgoing.to_language, now, sessions.limits)
+    for attempt, item in sessions.items.items():
+        if item.deadline <= now:
+            raise Violation("I11", f"{attempt} is {item.state} past its deadline")
+        bound = rank.bounds.get(item.state)
+        if bound is not None and stays.stay((attempt, item.state, rank.num_headers.get(attempt, 0))) > bound:
+            raise Violation("I11", f"{attempt} is {item.state} for longer than {bound} s")
+        if item.state is ASSIGNED and _is_kept_for_nobody(rank, attempt, item.language_rank, stays):
+            raise Violation("I15", f"{attempt} is kept for nobody")
+    stays.done()
+
+
+def _is_kept_for_nobody(rank: SimEncode, attempt: Attempt, language_rank: int, stays: Stays) -> bool:
+    """Neither its language rank nor the hub wants the attempt, and what they said of that is not under way: this side
+    has heard what that rank said later, over the link that was there when the attempt was given out."""
+    cluster, link, from_hub = rank.cluster, rank.links.get(language_rank), rank.from_hub_channel
+    if link is None or not link.is_sound or link.began_at >= cluster.issued_at.get(attempt, 0.0):
+        return False
+    if link.language.sessions.find(*attempt) is not None or cluster.is_awaited(attempt):
+        return False
+    unwanted_since = rank.world.now - stays.stay((attempt, link.epoch))
+    return from_hub is not None and from_hub.is_through and link.to_encode.heard_at > unwanted_since
+
+
+def _is_heard(way: Channel, now: float, limits: SessionLimits) -> None:
+    """A link on which nothing happens has its beats: they show that the last frame was lost."""
+    if way.is_open and now - way.said_at >= limits.beat_s + TICK_S:
+        raise Violation("I11", f"nothing was said on a link for {now - way.said_at:.1f} s")
+
+
+def gives_up(rank: SimLanguage, attempt: Attempt) -> None:
+    """I11: an attempt whose payloads break again and again is over."""
+    session = rank.sessions.find(*attempt)
+    if rank.num_broken[attempt] >= MAX_BROKEN and session is not None and session.is_under_way:
+        raise Violation("I11", f"{rank.num_broken[attempt]} payloads of {attempt} broke, and it goes on")
+
+
+def last_acks_come_again(rank: SimLanguage, link: SimLink, acked: set[Attempt]) -> None:
+    """I13: the last acknowledgement of what the other end still keeps may have been lost with the link before."""
+    for request in rank.sessions.requests.values():
+        for session in request.sessions:
+            is_here = session.state is not IDLE and session.received == session.total
+            if is_here and session.key in link.encode.sessions.items and session.key not in acked:
+                raise Violation("I13", f"rows of {session.key} are kept though all are here, and nobody says so")
+
+
+def one_attempt_is_made(rank: SimEncode, attempt: Attempt) -> None:
+    """I10: a newer attempt at an item ends those before it."""
+    for other, item in rank.sessions.items.items():
+        if other[:2] == attempt[:2] and other[2] < attempt[2] and not item.is_dropped:
+            raise Violation("I10", f"attempt {other[2]} at {other[:2]} goes on beside attempt {attempt[2]}")

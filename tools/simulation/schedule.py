@@ -1,0 +1,214 @@
+"""One schedule: a cluster, requests and faults, all from one seed; and what must hold at its end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import msgspec
+
+from qwen3vl_disagg.core.errors import InputError, OverloadedError
+from qwen3vl_disagg.protocol.layout import RowSizes
+from qwen3vl_disagg.protocol.router import RouterLimits
+from tools.simulation import faults as fault
+from tools.simulation.cluster import LIMITS, Cluster, Sizes
+from tools.simulation.hub import Client
+from tools.simulation.world import FAULTS, RANK_FAULTS, SILENCE_S, Violation, World
+
+SETTLE_S = 30.0
+"""After the last fault: long enough for every timeout and reconnection."""
+DRAIN_S = 15.0
+"""After the longest lease: nothing that has not ended by then would end before its request's time is over."""
+TIMEOUT_S = 80.0
+AWAY_S = 20.0
+"""Longer than an item waits for an encode rank."""
+_STRIKES = frozenset(RANK_FAULTS) - {"allocation", "poison"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    seed: int
+    events: int
+    table: Counter[tuple[str, str]]
+    num_answered: int
+    num_failed: int
+    violation: str | None = None
+    invariant: str | None = None
+    """The one that does not hold; `raised` when a machine raised."""
+
+
+def run_schedule(seed: int) -> Outcome:
+    """Everything that happens under this seed, up to the first violation."""
+    world, cluster, plan = _prepare(seed)
+    violation: str | None = None
+    invariant: str | None = None
+    try:
+        _run(world, cluster, plan)
+    except Violation as error:
+        violation, invariant = str(error), error.invariant
+    except Exception as error:  # a machine that raises has lost its way
+        violation, invariant = f"raised {type(error).__name__}: {error}", "raised"
+    answered = sum(1 for client in cluster.clients.values() if client.is_ended and client.error is None)
+    failed = sum(1 for client in cluster.clients.values() if client.error is not None)
+    return Outcome(seed, world.num_events, world.table, answered, failed, violation, invariant)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    has_faults: bool
+    until: float
+    """When faults stop."""
+    num_late: int
+
+
+def _prepare(seed: int) -> tuple[World, Cluster, _Plan]:
+    world = World(seed, frozenset(), 0.0, 0.0)
+    rng = world.rng
+    has_faults = rng.random() < 0.8
+    if has_faults:
+        count = rng.choice((1, 1, 2, 3, len(FAULTS)))
+        world.faults = frozenset(rng.sample(FAULTS, count))
+        world.faults_until = rng.choice((2.0, 4.0, 8.0))
+        world.rate = rng.choice((0.02, 0.05, 0.15))
+    # Some clusters live on resumes and lose encode ranks in the middle of them.
+    is_tight = has_faults and rng.random() < 0.25
+    if is_tight:
+        world.faults |= {"kill-encode", "break"}
+    block_size = rng.randint(1, 3)
+    blocks = 1 if is_tight else rng.choice((1, 1, 2, 3, 4, 8))
+    levels = rng.choice((0, 1, 1, 1))
+    sizes = Sizes(
+        num_encode=rng.randint(1 + is_tight, 3),
+        num_language=rng.randint(1, 2),
+        block_size=block_size,
+        blocks=blocks,
+        deepstack_blocks=rng.choice((1, 2, 4, 12)) if levels else 0,
+        slots=rng.randint(1, 4),
+        row_sizes=RowSizes(4, 4, 12, 64, 4 * levels),
+        router_limits=RouterLimits(
+            max_waiting=rng.choice((2, 64, 64, 64)), encode_wait_s=15.0, max_deaths=rng.randint(1, 3)
+        ),
+        are_language_ranks_required=rng.random() < 0.25,
+    )
+    memory = rng.choice((1, 2, 8))
+    limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory, max_ended=rng.choice((8, 64)))
+    cluster = Cluster(world, sizes, limits, preemption=rng.choice((0.0, 0.05, 0.2)))
+    plan = _Plan(has_faults, world.faults_until, 2)
+    start = 0.3
+    for number in range(rng.randint(2, 7)):
+        world.at(start + 4.0 * rng.random() * rng.random(), None, _submit, cluster, f"r{number}", True)
+    if has_faults:
+        for _ in range(rng.randint(1, 6) + 4 * is_tight):
+            world.at(start + plan.until * rng.random(), None, _strike, cluster)
+    return world, cluster, plan
+
+
+def _submit(cluster: Cluster, request_id: str, may_fail: bool) -> None:
+    rng = cluster.world.rng
+    rows = [rng.randint(1, 9) for _ in range(rng.choice((0, 1, 1, 2, 3)))]
+    wrong = None
+    if may_fail and rng.random() < 0.06:
+        wrong = "bad"
+    elif may_fail and cluster.world.happens("poison", 4.0):
+        wrong = "poison"
+    has_faults = may_fail and bool(cluster.world.faults)
+    timeout_s = rng.choice((TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, 2.5, 6.0)) if has_faults else TIMEOUT_S
+    cluster.submit(request_id, rows, rng.randint(1, 3), timeout_s, wrong)
+    if may_fail and rng.random() < 0.12:
+        cluster.world.at(2.0 * rng.random(), None, cluster.abandon, request_id)
+
+
+def _strike(cluster: Cluster) -> None:
+    """One fault of a rank or a connection, of a kind that this schedule has."""
+    world = cluster.world
+    rng = world.rng
+    if world.now > world.faults_until:
+        return
+    everybody: list[fault.SimRank] = [*cluster.encodes, *cluster.languages]
+    ranks = [rank for rank in everybody if not rank.is_dead]
+    links = [link for encode in cluster.encodes if not encode.is_dead for link in encode.links.values()]
+    kinds = sorted(world.faults & set(_STRIKES))
+    if not kinds or not ranks:
+        return
+    kind = rng.choice(kinds)
+    seconds = rng.choice((0.2, 1.0, SILENCE_S + 1.0, 2 * SILENCE_S))
+    encode = rng.choice(cluster.encodes)
+    if kind == "kill-encode":
+        begin = fault.die_slowly if rng.random() < 0.3 else fault.kill
+        begin(cluster, encode, rng.choice((0.05, 0.05, 2.0)), kind)
+    elif kind == "away":
+        for other in cluster.encodes if rng.random() < 0.5 else [encode]:
+            fault.kill(cluster, other, AWAY_S, kind)
+    elif kind == "leave" and not encode.is_dead:
+        fault.leave(cluster, encode, rng.choice((0.05, 2.0)))
+    elif kind == "kill-language":
+        fault.kill(cluster, rng.choice(cluster.languages), rng.choice((0.05, 2.0, 4.0)), kind)
+    elif kind == "kill-hub":
+        fault.kill_hub(cluster, rng.choice((0.1, 0.6, 2.0)))
+    elif kind == "freeze":
+        fault.freeze(cluster, rng.choice(ranks), seconds)
+    elif kind == "slow":
+        fault.slow(cluster, rng.choice(ranks), rng.choice((5.0, 40.0)), seconds)
+    elif kind == "partition" and rng.random() < 0.3:
+        fault.cut_off(cluster, rng.choice(ranks), seconds)
+    elif links and kind in ("partition", "one-way"):
+        fault.partition(cluster, rng.choice(links), kind == "one-way", seconds)
+    elif links and kind == "black-hole":
+        fault.black_hole(cluster, rng.choice(links), world.now + rng.choice((4.0, 10.0)))
+    elif links and kind == "break":
+        fault.break_link(cluster, rng.choice(links))
+
+
+def _run(world: World, cluster: Cluster, plan: _Plan) -> None:
+    """Requests under faults; then all must end; then, on the healed cluster, every new one must be answered."""
+    world.run(6.0)
+    _run_until_ended(world, cluster, cluster.clients, world.now + TIMEOUT_S + SETTLE_S)
+    if not plan.has_faults:
+        _check_all_answered(cluster.clients)
+    world.run(max(world.now, plan.until + SETTLE_S if plan.has_faults else 0.0))
+    late = [f"late{number}" for number in range(plan.num_late)]
+    for request_id in late:
+        _submit(cluster, request_id, False)
+    if "poison" in world.faults:  # the others have nothing to fear from it
+        late.append("poisoned")
+        cluster.submit("poisoned", [1, 2], 1, TIMEOUT_S, "poison")
+    clients = {name: cluster.clients[name] for name in late}
+    _run_until_ended(world, cluster, clients, world.now + TIMEOUT_S)
+    _check_all_answered(clients)
+    _check_drained(world, cluster)
+
+
+def _run_until_ended(world: World, cluster: Cluster, clients: dict[str, Client], limit: float) -> None:
+    while not all(client.is_ended for client in clients.values()):
+        if world.now > limit:
+            waiting = [name for name, client in clients.items() if not client.is_ended]
+            raise Violation("I11", f"{waiting} never ended")
+        world.run(world.now + 1.0)
+
+
+def _check_all_answered(clients: dict[str, Client]) -> None:
+    """I11 without an excuse: nothing was wrong, so every answer has to come; a bad image is the client's fault."""
+    for name, client in clients.items():
+        if client.is_abandoned or isinstance(client.error, OverloadedError):  # which the hub's checks have looked at
+            continue
+        if client.has_bad_image != isinstance(client.error, InputError) or (client.error and not client.has_bad_image):
+            raise Violation("I11", f"{name} ended with {client.error!r} though nothing was wrong")
+
+
+def _check_drained(world: World, cluster: Cluster) -> None:
+    """I15: after a drain all pools are full and all tables empty."""
+    limit = world.now + cluster.limits.lease_s + DRAIN_S
+    while True:
+        ranks: list[fault.SimRank] = [*cluster.encodes, *cluster.languages]
+        busy = [rank for rank in ranks if not rank.sessions.is_idle]
+        if not busy and not any(encode.encoded or encode.tasks for encode in cluster.encodes):
+            break
+        if world.now > limit:
+            states = [str(item.state) for rank in cluster.encodes for item in rank.sessions.items.values()]
+            raise Violation("I15", f"{len(busy)} ranks are not idle after the drain; encode items {states}")
+        world.run(world.now + 1.0)
+    for language in cluster.languages:
+        if language.engine.known or language.engine.requests:
+            raise Violation("I15", f"requests {[*language.engine.known, *language.engine.requests]} are still known")
+    if cluster.hub.router.num_requests:
+        raise Violation("I15", f"the router still has {cluster.hub.router.num_requests} requests")
