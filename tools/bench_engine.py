@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, read_config, write_checkpoint, write_random_checkpoint
+from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.presets import PRESETS
@@ -23,6 +23,7 @@ from tools.bench_contestants.worker import Setup
 from tools.bench_engine_plan import MACHINE, Plan, Record, run
 from tools.bench_engine_report import draw, report
 from tools.bench_machine import machine_facts
+from tools.checkpoints import RANDOM_PRESETS, write_checkpoint, write_random_checkpoint
 from tools.make_checkpoint import write_small_tokenizer
 
 LOAD_S = 1200.0

@@ -22,7 +22,7 @@ import msgspec
 import torch
 import tyro
 
-from qwen3vl_disagg.checkpoint import config_to_dict, read_config
+from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.plan.fit import (
@@ -39,6 +39,7 @@ from tools.bench_machine import busy_seconds, machine_facts, table
 from tools.bench_process import cpu_seconds, family
 from tools.bench_served import Served
 from tools.bench_stats import decode_rate, gaps
+from tools.checkpoints import config_to_dict
 
 TIMEOUT_S = 600.0
 REPEATS = 3

@@ -28,14 +28,7 @@ import tyro
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qwen3vl_disagg.checkpoint import (
-    Checkpoint,
-    ExpertLayout,
-    load,
-    load_language_model,
-    open_checkpoint,
-    write_checkpoint,
-)
+from qwen3vl_disagg.checkpoint import Checkpoint, ExpertLayout, load, load_language_model, open_checkpoint
 from qwen3vl_disagg.checkpoint.layouts import checkpoint_name
 from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
@@ -43,6 +36,7 @@ from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.parallel.expert_parallel import ExpertShards
 from qwen3vl_disagg.transport.gloo import expert_mesh
+from tools.checkpoints import write_checkpoint
 
 SAMPLE_S = 0.002
 MEET_S = 120.0

@@ -14,8 +14,8 @@ from typing import Literal
 
 import tyro
 
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, write_random_checkpoint
 from qwen3vl_disagg.model.config import ModelConfig, check_config
+from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
 from tools.training.make_tokenizer import (
     SPECIAL_TOKENS,
     build_syllable_tokenizer,

@@ -10,27 +10,20 @@ from qwen3vl_disagg.checkpoint.load import (
     load_text_model,
     load_vision_model,
 )
-from qwen3vl_disagg.checkpoint.random import RANDOM_PRESETS, write_random_checkpoint
 from qwen3vl_disagg.checkpoint.shards import Shards
-from qwen3vl_disagg.checkpoint.write import config_to_dict, module_tensors, write_checkpoint
 
 __all__ = [
-    "RANDOM_PRESETS",
     "Checkpoint",
     "ExpertLayout",
     "Shards",
     "check_weights",
-    "config_to_dict",
     "decoder_digest",
     "fingerprint",
     "load_language_model",
     "load_model",
     "load_text_model",
     "load_vision_model",
-    "module_tensors",
     "open_checkpoint",
     "read_config",
     "vision_digest",
-    "write_checkpoint",
-    "write_random_checkpoint",
 ]

@@ -14,11 +14,9 @@ from safetensors.torch import load_file
 
 from qwen3vl_disagg import cli
 from qwen3vl_disagg.checkpoint import (
-    RANDOM_PRESETS,
     convert,
     load_model,
     load_vision_model,
-    module_tensors,
     open_checkpoint,
     read_config,
     vision_digest,
@@ -29,6 +27,7 @@ from qwen3vl_disagg.checkpoint.fp8 import quantize_matrix
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from tests.support.float8 import make_float8
 from tests.support.weights import SMALLEST, edit_json, edit_tensors, write_smallest
+from tools.checkpoints import RANDOM_PRESETS, module_tensors
 
 INDEX = "model.safetensors.index.json"
 LAYOUTS = ["hub", "v5", "per_expert"]

@@ -9,15 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3vl_disagg.checkpoint import (
-    RANDOM_PRESETS,
-    check_weights,
-    load_language_model,
-    load_model,
-    module_tensors,
-    open_checkpoint,
-    read_config,
-)
+from qwen3vl_disagg.checkpoint import check_weights, load_language_model, load_model, open_checkpoint, read_config
 from qwen3vl_disagg.checkpoint.fp8 import (
     dequantize,
     dequantize_into,
@@ -30,6 +22,7 @@ from qwen3vl_disagg.core.settings import ModelOptions
 from qwen3vl_disagg.plan.dry_run import dry_run
 from tests.support.float8 import make_float8
 from tests.support.weights import SMALLEST, edit_json, edit_tensors, write_smallest
+from tools.checkpoints import RANDOM_PRESETS, module_tensors
 
 FILE = "model.safetensors"
 LAYER = "model.language_model.layers.1"

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg.checkpoint import hub, open_checkpoint, write_random_checkpoint
+from qwen3vl_disagg.checkpoint import hub, open_checkpoint
 from qwen3vl_disagg.checkpoint.hub import HubId, hub_id, model_name, resolve_model_folder
 from qwen3vl_disagg.core.errors import InputError
 from tests.support.hub_client import HubClient
 from tests.support.hub_server import TOKEN, Asked, HubServer, Repository
 from tests.support.random_model import small_config
+from tools.checkpoints import write_random_checkpoint
 
 TINY = Path(resolve_model_folder(None))
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

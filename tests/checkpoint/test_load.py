@@ -13,15 +13,14 @@ from qwen3vl_disagg.checkpoint import (
     load_model,
     load_text_model,
     load_vision_model,
-    module_tensors,
     open_checkpoint,
     vision_digest,
-    write_checkpoint,
 )
 from qwen3vl_disagg.checkpoint.folder import Checkpoint
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.model import Qwen3MoeForCausalLM, Qwen3MoeForCausalLMWithDeepStack
 from tests.support.weights import SMALLEST, edit_tensors, write_smallest
+from tools.checkpoints import module_tensors, write_checkpoint
 
 FILE = "model.safetensors"
 EXPERTS = "model.language_model.layers.1.mlp.experts"

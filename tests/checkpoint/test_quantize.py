@@ -14,16 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.assets import tiny_folder
-from qwen3vl_disagg.checkpoint import (
-    RANDOM_PRESETS,
-    load,
-    load_language_model,
-    load_model,
-    module_tensors,
-    quantize,
-)
+from qwen3vl_disagg.checkpoint import load, load_language_model, load_model, quantize
 from qwen3vl_disagg.checkpoint.quantize import quantize_, quantize_into, quantize_tensor
-from qwen3vl_disagg.checkpoint.random import random_language_model
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.compiled import graph_kinds
@@ -34,6 +26,7 @@ from qwen3vl_disagg.model.moe import route, run_experts_grouped
 from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear, dequantize
 from tests.support.scenes import ask_scenes
 from tests.support.weights import SMALLEST, write_smallest
+from tools.checkpoints import RANDOM_PRESETS, module_tensors, random_language_model
 
 GREEDY = SamplingParams(max_new_tokens=40, temperature=0.0)
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg.checkpoint import write_random_checkpoint
 from qwen3vl_disagg.cluster.model_folder import shared_model_folder
 from qwen3vl_disagg.cluster.rendezvous import World
 from tests.support.hub_client import HubClient
 from tests.support.hub_server import HubServer, Repository
 from tests.support.random_model import small_config
+from tools.checkpoints import write_random_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from qwen3vl_disagg import LLM
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, write_random_checkpoint
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.core.settings import BufferOptions
 from qwen3vl_disagg.encode.worker import EncodeWorker
 from qwen3vl_disagg.engine.engine import EngineOptions
+from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
 from tools.make_checkpoint import write_small_tokenizer
 
 SAMPLING = SamplingParams(max_new_tokens=6, logprobs=2, ignore_eos=True)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from qwen3vl_disagg import LLM
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, write_random_checkpoint
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.core.settings import BufferOptions
 from qwen3vl_disagg.engine.engine import EngineOptions
@@ -18,6 +17,7 @@ from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.processing.video import unpack_frames
 from tests.support.clips import encode_clip, noise_frames, png_frames
 from tests.support.oracle import load_oracle
+from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
 from tools.make_checkpoint import write_small_tokenizer
 
 SAMPLING = SamplingParams(max_new_tokens=5, logprobs=2, ignore_eos=True)

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from qwen3vl_disagg import LLM
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, write_random_checkpoint
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.core.settings import BufferOptions
+from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
 from tools.make_checkpoint import write_small_tokenizer
 
 BLOCK, MAX_BLOCKS = 2, 40

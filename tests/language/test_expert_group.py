@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, decoder_digest, write_random_checkpoint
+from qwen3vl_disagg.checkpoint import decoder_digest
 from qwen3vl_disagg.cluster.fingerprint import check_fingerprint
 from qwen3vl_disagg.cluster.rank_setup import RankSetup
 from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext
@@ -14,6 +14,7 @@ from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.core.settings import ModelOptions
 from qwen3vl_disagg.language.expert_group import shared_facts, shares_experts
 from qwen3vl_disagg.parallel.lockstep import PaceLimits
+from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
 
 LIMITS = PaceLimits(64, 4096)
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3vl_disagg.checkpoint import config_to_dict
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.model.config import ConfigError, YarnScaling
 from tests.support.oracle import CONFIGS
+from tools.checkpoints import config_to_dict
 
 RAW = {spelling: config_to_dict(CONFIGS["mixed"], spelling=spelling) for spelling in ("hub", "v5")}
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qwen3vl_disagg.checkpoint import config_to_dict
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.presets import PRESETS
+from tools.checkpoints import config_to_dict
 
 COUNTS = {
     "30b-a3b": 31_070_754_032,

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, assume, given, settings
 
-from qwen3vl_disagg.checkpoint import load_model, write_random_checkpoint
+from qwen3vl_disagg.checkpoint import load_model
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.model.config import ConfigError
 from tests.support.any_config import raw_configs
 from tests.support.oracle import load_oracle, make_prompt, relative_error, run_oracle, run_ours
+from tools.checkpoints import write_random_checkpoint
 
 
 def runnable(raw) -> ModelConfig:

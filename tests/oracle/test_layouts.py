@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from qwen3vl_disagg.checkpoint import load_model, read_config, write_random_checkpoint
+from qwen3vl_disagg.checkpoint import load_model, read_config
 from qwen3vl_disagg.checkpoint.convert import convert
 from qwen3vl_disagg.checkpoint.fp8 import dequantize
 from tests.support.float8 import make_float8, split
 from tests.support.oracle import CONFIGS, load_oracle, make_case, relative_error, run_oracle, run_ours
+from tools.checkpoints import write_random_checkpoint
 
 FORMS = list(itertools.product(["hub", "v5", "per_expert"], ["hub", "v5"]))
 PROMPTS = make_case(CONFIGS["mixed"], "two images")

@@ -14,13 +14,13 @@ from transformers.image_utils import SizeDict
 from transformers.video_utils import VideoMetadata
 
 from qwen3vl_disagg import LLM
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, write_random_checkpoint
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.processing.pixel_settings import read_section
 from tests.processing.test_resize import GOLDEN as IMAGES
 from tests.processing.test_video import GOLDEN
 from tests.support.clips import encode_clip, noise_frames, png_frames, published_video_processor
 from tests.support.oracle import image_processor, load_oracle
+from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
 from tools.make_checkpoint import write_small_tokenizer
 
 pytestmark = pytest.mark.skipif(

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack, Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.parallel import expert_placement as placement
@@ -20,6 +19,7 @@ from qwen3vl_disagg.parallel.expert_placement import (
     placements,
     shard_rows,
 )
+from tools.checkpoints import RANDOM_PRESETS
 
 CONFIGS = {**PRESETS, **RANDOM_PRESETS}
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, load_language_model, load_vision_model, open_checkpoint
+from qwen3vl_disagg.checkpoint import load_language_model, load_vision_model, open_checkpoint
 from qwen3vl_disagg.cluster.rendezvous import World
 from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError
@@ -24,6 +24,7 @@ from qwen3vl_disagg.plan.dry_run import dry_run
 from recipes import serve
 from tests.support.shards import PlainShards
 from tests.support.weights import SMALLEST, edit_json, edit_tensors, write_smallest
+from tools.checkpoints import RANDOM_PRESETS
 
 TIED = replace(SMALLEST, tie_word_embeddings=True)
 MIXED = RANDOM_PRESETS["tiny-random-mixed"]

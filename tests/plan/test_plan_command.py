@@ -9,12 +9,12 @@ from dataclasses import asdict
 
 import msgspec
 import pytest
-from tests.parallel.test_sizing_fit import TRUE, made_up
 
 from qwen3vl_disagg import cli
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.plan.hardware import BUILT_IN
 from qwen3vl_disagg.plan.sizing import Workload, best, plan
+from tests.plan.test_sizing_fit import TRUE, made_up
 
 
 def run(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:

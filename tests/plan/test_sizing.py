@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.settings import EngineSettings, ModelOptions
 from qwen3vl_disagg.encode.pipeline import DECODE_THREADS
@@ -40,6 +39,7 @@ from qwen3vl_disagg.plan.times import (
 )
 from qwen3vl_disagg.protocol.layout import RowSizes
 from tests.support.random_model import random_vision_model, small_config
+from tools.checkpoints import RANDOM_PRESETS
 
 B30 = PRESETS["30b-a3b"]
 H200, CPU = BUILT_IN["h200"], BUILT_IN["cpu"]

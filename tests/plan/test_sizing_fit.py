@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, config_to_dict
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.plan.fit import (
     FITTED,
@@ -28,6 +27,7 @@ from qwen3vl_disagg.plan.fit import (
 )
 from qwen3vl_disagg.plan.hardware import BUILT_IN, Hardware
 from qwen3vl_disagg.plan.times import decode_terms, first_token_terms, total_seconds
+from tools.checkpoints import RANDOM_PRESETS, config_to_dict
 
 MID = RANDOM_PRESETS["mid"]
 TRUE = replace(

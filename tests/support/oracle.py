@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, load_model, write_random_checkpoint
+from qwen3vl_disagg.checkpoint import load_model
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.model import ForwardBatch, ModelConfig, Qwen3VLMoeForConditionalGeneration, separate_deepstack
 from qwen3vl_disagg.processing.positions import mrope_positions
+from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

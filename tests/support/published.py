@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3vl_disagg.checkpoint import module_tensors, write_checkpoint
 from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration
+from tools.checkpoints import module_tensors, write_checkpoint
 from tools.training.make_tokenizer import build_syllable_tokenizer, write_template
 
 NAMES = {

@@ -12,8 +12,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, write_random_checkpoint
 from qwen3vl_disagg.model import ModelConfig
+from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
 
 _TINY = RANDOM_PRESETS["tiny-random"]
 SMALLEST = replace(

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from qwen3vl_disagg import LLM
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, load_language_model, write_random_checkpoint
+from qwen3vl_disagg.checkpoint import load_language_model
 from qwen3vl_disagg.core.requests import SamplingParams
 from tests.support.expert_rank import KINDS, no_plans, run_prompt, send_all_to_the_same_experts
 from tests.support.oracle import load_oracle, relative_error
 from tests.support.scenes import ask_scenes
 from tests.support.server import REPO, Server, free_port
+from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
 
 COUNTS = (7, 8, 12, 16)
 NUM_DECODE = 3

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS
 from tools.bench_ceilings import Rates
 from tools.bench_contestants.client import Answer, ContestantError, Process
 from tools.bench_contestants.worker import Setup
@@ -18,6 +17,7 @@ from tools.bench_engine import check, environment, make_folder, weight_bytes
 from tools.bench_engine_plan import Plan, Record, take
 from tools.bench_engine_report import draw, report
 from tools.bench_process import cpu_seconds, family, memory
+from tools.checkpoints import RANDOM_PRESETS
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = RANDOM_PRESETS["tiny-random"]

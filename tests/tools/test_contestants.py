@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, write_checkpoint, write_random_checkpoint
 from tools.bench_contestants.hf_transformers import Transformers
 from tools.bench_contestants.this_project import ThisProject
 from tools.bench_contestants.worker import Setup
 from tools.bench_stats import decode_rate
+from tools.checkpoints import RANDOM_PRESETS, write_checkpoint, write_random_checkpoint
 from tools.make_checkpoint import write_small_tokenizer
 
 CONFIG = RANDOM_PRESETS["tiny-random"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from qwen3vl_disagg.checkpoint import load_model, open_checkpoint, write_checkpoint
+from qwen3vl_disagg.checkpoint import load_model, open_checkpoint
 from qwen3vl_disagg.model.config import check_config
 from tests.support.weights import SMALLEST, write_smallest
 from tools import load_memory
+from tools.checkpoints import write_checkpoint
 
 
 def test_ranks_read_their_slices_and_hold_them(tmp_path, capsys):

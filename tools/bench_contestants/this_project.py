@@ -10,7 +10,6 @@ import torch
 
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.checkpoint import read_config
-from qwen3vl_disagg.checkpoint.random import random_language_model, random_vision_model
 from qwen3vl_disagg.core.devices import DTYPES, resolve_compile
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.encode.worker import EncodeWorker, Pixels
@@ -18,6 +17,7 @@ from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.protocol.messages import RequestFailed, Tokens
 from tools.bench_contestants.worker import Setup, serve
+from tools.checkpoints import random_language_model, random_vision_model
 
 
 class ThisProject:

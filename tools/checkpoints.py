@@ -1,15 +1,21 @@
-"""Random weights: checkpoint folders for tests and benchmarks, and models made on a device without any folder."""
+"""Checkpoint folders made from a config: of tensors that are given, or of random ones; and random models without a
+folder. For tests and benchmarks.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qwen3vl_disagg.checkpoint.folder import CONFIG_FILE
 from qwen3vl_disagg.checkpoint.layouts import ExpertLayout, checkpoint_name
-from qwen3vl_disagg.checkpoint.write import Spelling, write_checkpoint
+from qwen3vl_disagg.checkpoint.write import Spelling, in_layout, respelled, write_json, write_weights
 from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.model.config import ModelConfig, TextConfig, VisionConfig
 from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
@@ -98,6 +104,127 @@ RANDOM_PRESETS: dict[str, ModelConfig] = {
     "tiny-random-mixed": replace(_TINY, text=replace(_TINY.text, mlp_only_layers=(3,))),
     "mid": _MID,
 }
+
+
+def config_to_dict(config: ModelConfig, *, spelling: Spelling = "hub") -> dict[str, Any]:
+    """The parsed `config.json` of a config, as the published files or as transformers 5 spell it."""
+    text, vision, is_moe = config.text, config.vision, config.text.num_experts > 0
+    family = "qwen3_vl_moe" if is_moe else "qwen3_vl"
+    rope = {"rope_type": "default"} if text.yarn is None else {"rope_type": "yarn", **asdict(text.yarn)}
+    mrope = {**rope, "mrope_interleaved": True, "mrope_section": list(text.mrope_section)}
+    text_dict: dict[str, Any] = {
+        "model_type": f"{family}_text",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "head_dim": text.head_dim,
+        "intermediate_size": text.intermediate_size,
+        "rms_norm_eps": text.rms_norm_eps,
+        "max_position_embeddings": text.max_position_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "dtype": config.dtype,
+    }
+    text_dict |= {"rope_theta": text.rope_theta, "rope_scaling": mrope}
+    if is_moe:
+        text_dict |= {
+            "num_experts": text.num_experts,
+            "num_experts_per_tok": text.num_experts_per_tok,
+            "moe_intermediate_size": text.moe_intermediate_size,
+            "mlp_only_layers": list(text.mlp_only_layers),
+            "decoder_sparse_step": text.decoder_sparse_step,
+            "norm_topk_prob": True,
+        }
+    vision_dict: dict[str, Any] = {
+        "model_type": family,
+        "depth": vision.depth,
+        "hidden_size": vision.hidden_size,
+        "num_heads": vision.num_heads,
+        "intermediate_size": vision.intermediate_size,
+        "out_hidden_size": vision.out_hidden_size,
+        "num_position_embeddings": vision.num_position_embeddings,
+        "deepstack_visual_indexes": list(vision.deepstack_visual_indexes),
+        "in_channels": vision.in_channels,
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "spatial_merge_size": vision.spatial_merge_size,
+        "hidden_act": "gelu_pytorch_tanh",
+        "rope_theta": vision.rope_theta,
+    }
+    raw = {
+        "architectures": [config.architecture],
+        "model_type": family,
+        "image_token_id": config.image_token_id,
+        "video_token_id": config.video_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+        "vision_end_token_id": config.vision_end_token_id,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "dtype": config.dtype,
+        "text_config": text_dict,
+        "vision_config": vision_dict,
+    }
+    return respelled(raw, spelling)
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters under their published names (experts as in the module), a tied head once."""
+    return {checkpoint_name(name): parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def write_checkpoint(
+    folder: Path | str,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    layout: ExpertLayout = "hub",
+    spelling: Spelling = "hub",
+    num_shards: int = 1,
+    min_pixels: int = 65536,
+    max_pixels: int = 16777216,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config, weights, settings of the image and the video processor and `generation_config.json`; no tokenizer.
+
+    Args:
+        tensors: published names, experts as the modules hold them; cast to the config's dtype. Each is looked up once,
+            when its file's turn has come: a mapping may make it then.
+        min_pixels, max_pixels: bounds of a resized image's area; those of a whole clip follow from them.
+        generation: entries of `generation_config.json` besides the end and padding tokens; greedy if absent.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG_FILE, config_to_dict(config, spelling=spelling))
+    names, dtype = list(tensors), DTYPES[config.dtype]
+
+    def file(i: int) -> dict[str, Tensor]:
+        mine = names[i * len(names) // num_shards : (i + 1) * len(names) // num_shards]
+        parts = (part for name in mine for part in in_layout(name, tensors[name], layout).items())
+        return {name: part.to(dtype) for name, part in parts}
+
+    write_weights(folder, [functools.partial(file, i) for i in range(num_shards)])
+    vision = config.vision
+    preprocessor = {
+        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+    }
+    write_json(folder / "preprocessor_config.json", preprocessor)
+    # The published bounds of a whole clip are to those of an image as 1/16 and 3/2.
+    clip = {"shortest_edge": -(-min_pixels // 16), "longest_edge": max_pixels * 3 // 2}
+    video = {**preprocessor, "size": clip, "video_processor_type": "Qwen3VLVideoProcessor"}
+    del video["image_processor_type"]
+    write_json(folder / "video_preprocessor_config.json", video)
+    # In every tokenizer of this family <|endoftext|> and <|im_end|> stand 9 and 7 before <|vision_start|>.
+    end_of_text, end_of_turn = config.vision_start_token_id - 9, config.vision_start_token_id - 7
+    generation_config = {"eos_token_id": [end_of_turn, end_of_text], "pad_token_id": end_of_text}
+    write_json(folder / "generation_config.json", {**generation_config, **(generation or {"do_sample": False})})
 
 
 def _mean(name: str, parameter: Tensor) -> float:

@@ -6,10 +6,11 @@ import sys
 import pytest
 from tokenizers import Tokenizer
 
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, layouts, load_model, read_config
+from qwen3vl_disagg.checkpoint import layouts, load_model, read_config
 from qwen3vl_disagg.model.config import check_config
 from qwen3vl_disagg.processing import Processor
 from tools import make_checkpoint
+from tools.checkpoints import RANDOM_PRESETS
 from tools.training.make_tokenizer import ADDED_TOKENS, SPECIAL_TOKENS, build_syllable_tokenizer
 
 

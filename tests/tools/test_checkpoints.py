@@ -1,11 +1,17 @@
-"""Models whose weights are made on the device."""
+"""Models whose weights are made on the device; random tensors."""
 
 import pytest
 import torch
 
-from qwen3vl_disagg.checkpoint import RANDOM_PRESETS, load_language_model, write_random_checkpoint
-from qwen3vl_disagg.checkpoint.random import random_language_model, random_tensors, random_vision_model
+from qwen3vl_disagg.checkpoint import load_language_model
 from qwen3vl_disagg.model import ForwardBatch
+from tools.checkpoints import (
+    RANDOM_PRESETS,
+    random_language_model,
+    random_tensors,
+    random_vision_model,
+    write_random_checkpoint,
+)
 
 CONFIG = RANDOM_PRESETS["tiny-random"]
 
