@@ -10,7 +10,7 @@
     python recipes/bench.py parallel [--model DIR] [--ranks 1 2 3 6]
     python recipes/bench.py splits [--model DIR] [--splits 1+1 1+3 2+4] [--out FILE.json]
 
-docs/transfer_bench.md (the first two), docs/engine_bench.md, docs/parallel.md (parallel) and docs/sizing.md (splits)
+docs/benchmarks.md
 have figures and say how to read them.
 """
 

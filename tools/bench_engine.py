@@ -125,7 +125,7 @@ def engine(
     picture: Path | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Decode, prefill and vision speed beside the ceilings, contestants in turns; docs/engine_bench.md.
+    """Decode, prefill and vision speed beside the ceilings, contestants in turns; docs/benchmarks.md.
 
     Args:
         rounds: Rounds that count; one more before them warms up.

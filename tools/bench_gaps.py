@@ -181,7 +181,7 @@ def gaps_under_load(
     picture: Path | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Gaps between tokens of running text requests while requests with images arrive; docs/engine_bench.md.
+    """Gaps between tokens of running text requests while requests with images arrive; docs/benchmarks.md.
 
     `split` is one encode and one language rank, `colocated` two processes with both roles and half of the requests
     each; every rank computes with one thread.

@@ -155,7 +155,7 @@ def host(
     settings: tuple[str, ...] = tuple(SETTINGS),
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Milliseconds of CPU time of a decode step without the model, by length of the context; docs/engine_bench.md.
+    """Milliseconds of CPU time of a decode step without the model, by length of the context; docs/benchmarks.md.
 
     Args:
         contexts: Tokens of each prompt, random ones of the published vocabulary of 151,936.

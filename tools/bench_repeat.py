@@ -88,7 +88,7 @@ def repeat(
     image_side: int = 448,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Time to the first token when an image was seen before; docs/engine_bench.md.
+    """Time to the first token when an image was seen before; docs/benchmarks.md.
 
     Args:
         rounds: Rounds that count, each with images of its own; one more before them warms up.

@@ -36,7 +36,7 @@ def start(
     model: Path | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Seconds until a server is ready: not compiling, compiling for the first time, and again; docs/engine_bench.md.
+    """Seconds until a server is ready: not compiling, compiling for the first time, and again; docs/benchmarks.md.
 
     The compiler's artifacts are in a new folder in each round.
 

@@ -43,7 +43,7 @@ def unpack(packed: Tensor, num_choices: int) -> tuple[Tensor, Tensor, Tensor]:
 
 SAVING = 50_000
 """Bytes that an all-to-all has to save for each pair of ranks to be worth its third exchange and the wait for counts:
-from docs/parallel.md, over Gloo."""
+from docs/benchmarks.md, over Gloo."""
 
 
 def choose_kind(rows: Sequence[int], num_rows: int, *, num_choices: int, row_bytes: int) -> DispatchKind:

@@ -11,11 +11,11 @@ assumptions, marked as such in `source`.
 * NCCL: 6.6 us for a collective, 0.6 us for a hop over NVLink, 2.7 us over a network: the constants of NCCL's own cost
   model for rings and its protocol LL (`src/graph/tuning.cc`).
 * 72 % of the memory's bandwidth in decode: gpt-fast's README, Llama-2-7B on an A100. Half of the FLOP/s: assumed.
-* Rows from encode to language ranks at 2.8 GB/s: docs/transfer_bench.md, link+handshake at 16 MB, on 2 CPU cores. Rows
+* Rows from encode to language ranks at 2.8 GB/s: docs/benchmarks.md, link+handshake at 16 MB, on 2 CPU cores. Rows
   travel over Gloo on GPUs too.
 * CPU: 29 GB/s read by one core and 37 by two, 187 GFLOP/s float32 and 918 GFLOP/s bfloat16 on two, measured by this
   project on an AMD EPYC with AVX-512 BF16; 0.6 of the bandwidth in decode and half of the FLOP/s: `mid` beside its
-  ceilings, docs/engine_bench.md; 50 us of decoding for a visual token: the least of 7 runs on a JPEG of 1024 x 1024 on
+  ceilings, docs/benchmarks.md; 50 us of decoding for a visual token: the least of 7 runs on a JPEG of 1024 x 1024 on
   one of these cores; 0.6 ms for an exchange over Gloo, 0.2 ms for a hop, 1.3 GB/s: a fit (`bench.py splits`) to the
   small checkpoint served as 1+1, 1+2, 1+3, 2+4 and 2+6 on them.
 """

@@ -1,4 +1,4 @@
-"""The HTTP application: routes, request ids, errors. Fields and shapes are OpenAI's, see docs/http.md."""
+"""The HTTP application: routes, request ids, errors. Fields and shapes are OpenAI's, see docs/serving.md."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_nothing_is_kept_between_steps(kind):
     ],
 )
 def test_rows_of_one_rank_go_where_they_must_and_rows_of_all_to_all(rows, num_rows, hidden, kind):
-    """As measured: docs/parallel.md."""
+    """As measured: docs/benchmarks.md."""
     assert choose_kind(rows, num_rows, num_choices=4, row_bytes=2 * hidden) == kind
 
 

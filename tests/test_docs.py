@@ -1,0 +1,89 @@
+"""What documents say of the tree holds: links, files, commands. Dated figures stand in one place, prose is wrapped."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "qwen3vl_disagg"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+WIDTH = 120
+DATE = re.compile(r"\b20\d\d-[01]\d-[0-3]\d\b")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+CODE_FILE = re.compile(r"(?<![\w/.{*~<-])((?:[\w.-]+/)*\w[\w.-]*\.(?:py|jinja))\b(?!\.)")
+PAGE_NAME = re.compile(r"\bdocs/[\w/-]+\.(?:md|png)\b")
+WITH_DATES = {"benchmarks.md", "CHANGELOG.md"}
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    found = []
+    for target in LINK.findall(page.read_text()):
+        name, _, anchor = target.partition("#")
+        if "://" in name:
+            continue
+        file = page.parent / name if name else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            found.append(target)
+    return found
+
+
+def is_there(name: str, names: set[str]) -> bool:
+    """A path from the root, the package or the folders of tools; a bare name may be any file's."""
+    if "/" not in name:
+        return name in names
+    return any((base / name).exists() for base in (ROOT, PACKAGE, ROOT / "tools"))
+
+
+def missing_files(page: Path) -> list[str]:
+    names = {
+        path.name
+        for folder in (PACKAGE, *(ROOT / name for name in ("recipes", "tools", "tests")))
+        for path in folder.rglob("*")
+        if path.suffix in (".py", ".jinja")
+    }
+    return sorted({name for name in CODE_FILE.findall(page.read_text()) if not is_there(name, names)})
+
+
+def too_wide(page: Path) -> list[str]:
+    """Lines of prose beyond the width: not of tables, code, pictures."""
+    found, fenced = [], False
+    for line in page.read_text().splitlines():
+        fenced ^= line.startswith("```")
+        if len(line) > WIDTH and not fenced and not line.startswith(("|", "    ", "![")):
+            found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_is_right_about_the_tree(page):
+    assert broken_links(page) == []
+    assert missing_files(page) == [] or page.name == "CHANGELOG.md"
+    assert too_wide(page) == [] or page.name == "CHANGELOG.md"
+    assert page.name in WITH_DATES or DATE.findall(page.read_text()) == []
+
+
+def test_pages_that_code_names_exist():
+    files = [path for name in ("qwen3vl_disagg", "recipes", "tools", "tests") for path in (ROOT / name).rglob("*.py")]
+    named = {(path, name) for path in files for name in PAGE_NAME.findall(path.read_text())}
+    assert len(named) > 10
+    assert [f"{path.relative_to(ROOT)}: {name}" for path, name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_what_is_wrong_is_noticed(tmp_path):
+    page = tmp_path / "a.md"
+    page.write_text(
+        "# A b\n[x](gone.md) [y](#a-b) [z](#c) `no_such_file.py`, `engine/no_such.py`, `tools/*.py`\n" + "w" * 121
+    )
+    assert broken_links(page) == ["gone.md", "#c"]
+    assert missing_files(page) == ["engine/no_such.py", "no_such_file.py"]
+    assert len(too_wide(page)) == 1
+    assert DATE.findall("on 2026-11-21, v2.2026-1") == ["2026-11-21"]
