@@ -12,17 +12,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qwen3vl_disagg import assets
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.processing import ChatTemplate, Tokenizer
 from qwen3vl_disagg.processing.messages import parse_messages
 from tests.support.conversations import conversations, structure, tool_lists
 from tests.support.tokenizer import write_tokenizer
+from tools import training
 
-ASSETS = Path(assets.__file__).parent
+TEMPLATES = Path(training.__file__).parent
 SOURCES = {
-    "instruct": (ASSETS / "chat_template.jinja").read_text(),
-    "thinking": (ASSETS / "chat_template_thinking.jinja").read_text(),
+    "instruct": (TEMPLATES / "chat_template.jinja").read_text(),
+    "thinking": (TEMPLATES / "chat_template_thinking.jinja").read_text(),
 }
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg import assets
 from qwen3vl_disagg.processing import ChatTemplate
 from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, serve, tiny_processor
+from tools import training
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "<é>"}}\n</tool_call>'
@@ -51,7 +51,7 @@ def joined(chunks: list[dict]) -> dict:
 @pytest.fixture
 def thinking(monkeypatch) -> None:
     """The checkpoint's template opens the model's reasoning."""
-    source = (Path(assets.__file__).parent / "chat_template_thinking.jinja").read_text()
+    source = (Path(training.__file__).parent / "chat_template_thinking.jinja").read_text()
     specials = list(tiny_processor().tokenizer.special_ids)
     monkeypatch.setattr(tiny_processor(), "template", ChatTemplate(source, specials))
 
