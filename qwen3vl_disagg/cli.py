@@ -24,6 +24,9 @@ def main() -> NoReturn:
         options = _parse()
         from qwen3vl_disagg.core.environment import check_environment
         from qwen3vl_disagg.core.errors import DisaggError, report
+        from qwen3vl_disagg.core.logs import start_logging
+
+        start_logging()
     try:
         check_environment()
         sys.exit(_run(options))

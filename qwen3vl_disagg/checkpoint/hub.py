@@ -26,6 +26,7 @@ from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.json_text import parse_json, shown
 from qwen3vl_disagg.model.config import ARCHITECTURES
 
+logger = logging.getLogger(__name__)
 SMALL_FILES = (
     *("generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.json", "chat_template.jinja", INDEX_FILE),
@@ -95,14 +96,14 @@ def model_name(folder: Path) -> str:
 def _fetch(model: str, hub: HubId, weights: bool) -> Path:
     """The snapshot of a repository. The first answer fixes the commit: everything later comes from the same."""
     if (complete := _complete_snapshot(model, hub, weights)) is not None:
-        _say(hub.repo, complete)
+        logger.info("model %s at %s", hub.repo, complete.name)
         return complete
     download = _Download(model, hub.repo, _why_unreachable(model, hub))
     snapshot = download.take(hub.revision, [CONFIG_FILE])
     download.require(snapshot, [CONFIG_FILE], "the repository has no {}")
     _check_architecture(model, snapshot)
     read_config(snapshot)
-    _say(hub.repo, snapshot)
+    logger.info("model %s at %s", hub.repo, snapshot.name)
     download.take(snapshot.name, SMALL_FILES)
     if weights:
         names = _weight_names(snapshot)
@@ -111,10 +112,6 @@ def _fetch(model: str, hub: HubId, weights: bool) -> Path:
         reason = "pickled weights and code are not fetched" if names == [SINGLE_FILE] else f"{INDEX_FILE} names it"
         download.require(snapshot, names, f"there is no {{}} ({reason})")
     return snapshot
-
-
-def _say(repo: str, snapshot: Path) -> None:
-    print(f"model {repo} at {snapshot.name}", file=sys.stderr, flush=True)
 
 
 def _complete_snapshot(model: str, hub: HubId, weights: bool) -> Path | None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -67,6 +67,7 @@ from qwen3vl_disagg.protocol.routing import (
 from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
 
+logger = logging.getLogger(__name__)
 EXPECTED_TOKENS = 1024
 PULL_S = 30.0
 MAX_PULLS = 64
@@ -123,7 +124,7 @@ def _log_failure(key: RankKey, message: Message) -> None:
     if isinstance(message, ItemLost) or (isinstance(message, ItemFailed) and not message.failure.is_final):
         reason = message.reason if isinstance(message, ItemLost) else message.failure.message
         name = f"request {message.request_id}, item {message.item}, attempt {message.attempt}"
-        print(f"{key[0]} rank {key[1]}: {name}: {reason}", file=sys.stderr, flush=True)
+        logger.warning("%s rank %d: %s: %s", *key, name, reason)
 
 
 def _num_expected(sampling: SamplingParams) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
-import sys
 from typing import Any
 
 from qwen3vl_disagg.core.errors import DeadlineError, Dismissed, HandshakeError, HubGone, TransferError
@@ -18,6 +18,7 @@ from qwen3vl_disagg.transport.control import (
     encode_frame,
 )
 
+logger = logging.getLogger(__name__)
 _PAUSE_S = 0.1
 _END_S = 2.0
 
@@ -51,13 +52,13 @@ async def find_store(hub_address: Address, token: str, *, deadline_s: float) -> 
 def ask_to_end(hub_address: Address, token: str) -> None:
     """Let the job end as by SIGTERM to the frontend. For a process without an event loop; waits seconds at most.
 
-    A hub that cannot be reached is reported on stderr and no more: then the job is over, or the caller's limit ends it.
+    A hub that cannot be reached is logged and no more: then the job is over, or the caller's limit ends it.
     """
     try:
         with socket.create_connection(hub_address, timeout=_END_S) as hub:
             hub.sendall(encode_frame(EndJob(token=token), MAX_HUB_FRAME))
     except OSError as error:
-        print(f"the hub was not told that this node ends: {error.strerror or error}", file=sys.stderr, flush=True)
+        logger.warning("the hub was not told that this node ends: %s", error.strerror or error)
 
 
 async def _ask(address: Address, first: Message, expected: type[Message], deadline_s: float) -> tuple[Connection, Any]:

@@ -4,10 +4,10 @@ processes are told the folder, and never ask the hub."""
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import time
-import traceback
 from typing import NoReturn
 
 import msgspec
@@ -17,6 +17,7 @@ from qwen3vl_disagg.cluster.rendezvous import World, meeting_path, parent_of, pu
 from qwen3vl_disagg.cluster.slots import die_with_parent
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
 
+logger = logging.getLogger(__name__)
 _POLL_S = 0.1
 
 
@@ -94,7 +95,6 @@ def _resolve_and_tell(model: str, writing: int, parent: int) -> NoReturn:
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(msgspec.json.encode(outcome))
     except BaseException:
-        traceback.print_exc()
+        logger.exception("fetching %s failed", model)
     finally:
-        sys.stderr.flush()
         os._exit(0)

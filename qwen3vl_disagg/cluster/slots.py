@@ -15,12 +15,12 @@ import atexit
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,9 @@ from typing import Any, NoReturn
 
 from qwen3vl_disagg.core.descriptors import raise_descriptor_limit
 from qwen3vl_disagg.core.errors import CheckpointError, Dismissed, HandshakeError, HubGone, InputError
+from qwen3vl_disagg.core.logs import start_logging
 
+logger = logging.getLogger(__name__)
 EXIT_INPUT = 2
 EXIT_REFUSED = 78
 """A rank that does not fit the others. Like bad input, starting it again would not help."""
@@ -157,9 +159,9 @@ class Slot:
             # The first deaths are answered at once; what keeps dying is given time.
             pause = min(0.25 * 2.0 ** (deaths - 3), _MAX_BACKOFF_S) if deaths >= 3 else 0.0
             self._again[child.name] = (time.monotonic() + pause, deaths)
-            _say(f"{child.name}: {how}; starting it again" + (f" in {pause:g} s" if pause else ""))
+            logger.warning("%s: %s; starting it again%s", child.name, how, f" in {pause:g} s" if pause else "")
             return
-        _say(f"{child.name}: {how}" + ("; the job ends" if self._stop_by is None else ""))
+        logger.error("%s: %s%s", child.name, how, "; the job ends" if self._stop_by is None else "")
         self._status = self._status or (status if status > 0 else 1)
         self.on_left(child.name)
         self._stop()
@@ -182,7 +184,7 @@ class Slot:
             self._orphan_by = now + self.orphan_s
         if now >= min(self._stop_by, self._orphan_by or self._stop_by):
             for name, running in self._running.items():
-                _say(f"{name}: did not leave in time")
+                logger.error("%s: did not leave in time", name)
                 os.kill(running.pid, signal.SIGKILL)
 
     def _fork(self, child: Child, num_quick_deaths: int) -> None:
@@ -197,6 +199,7 @@ class Slot:
 
 def _run_child(child: Child, sockets: Sequence[socket.socket], parent: int) -> None:
     """In the child, to its end: `os._exit`, so that no hanging thread and nothing of the slot's can hold it up."""
+    start_logging(child.name)
     status = 1
     try:
         die_with_parent(parent)
@@ -208,16 +211,16 @@ def _run_child(child: Child, sockets: Sequence[socket.socket], parent: int) -> N
     except Dismissed:
         status = 0
     except (InputError, CheckpointError) as error:
-        _say(f"{child.name}: error: {error}")
+        logger.error("error: %s", error)
         status = EXIT_INPUT
     except HandshakeError as error:
-        _say(f"{child.name}: {error}")
+        logger.error("%s", error)
         status = EXIT_REFUSED
     except HubGone as error:
-        _say(f"{child.name}: {error}")
+        logger.error("%s", error)
         status = EXIT_GONE
     except BaseException:
-        traceback.print_exc()
+        logger.exception("failed")
     finally:
         _end_children()
         _leave(status)
@@ -276,6 +279,7 @@ def run_worker(run: Callable[[], int], *, is_first: bool) -> int:
     """A worker's exit status, as `run` returns it or ends with. When the arguments are wrong, a host's first worker
     speaks for all: the others end after it, because torchrun ends everybody when one leaves."""
     raise_descriptor_limit()
+    start_logging()
     try:
         status = run()
     except SystemExit as end:
@@ -292,7 +296,3 @@ def die_with_parent(parent: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # it died before the call
         os._exit(1)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 
 import torch
 
 from qwen3vl_disagg.core.errors import InputError
 
+logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What a model is run in."""
 STORED_DTYPES = (*DTYPES, "float16")
@@ -25,13 +26,13 @@ def resolve_dtype(name: str, stored: str) -> torch.dtype:
 
 def resolve_device(name: str, *, local_rank: int = 0, num_local_ranks: int = 1) -> torch.device:
     """`auto` -> the local rank's GPU if every local rank can have one of its own, else the CPU; that it is for a lack
-    of GPUs, the first rank says on stderr."""
+    of GPUs, the first rank logs."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if num_gpus >= num_local_ranks else "cpu"
         if name == "cpu" and num_gpus and local_rank == 0:
             few = f"{num_gpus} GPUs here, and {num_local_ranks} ranks, which need one each"
-            print(f"--device auto takes the CPU: {few}", file=sys.stderr)
+            logger.warning("--device auto takes the CPU: %s", few)
     if name == "cpu":
         return torch.device("cpu")
     if num_gpus == 0:

@@ -5,6 +5,7 @@ monotonic clock, the same for all processes of a host) and what else it is about
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import IO, Any
 
 import msgspec
 
+logger = logging.getLogger(__name__)
 _file: IO[bytes] | None = None
 _rank = -1
 _lock = threading.Lock()
@@ -49,5 +51,5 @@ def _put(line: bytes) -> None:
         _file.write(line)
         _file.flush()
     except OSError as error:
-        print(f"rank {_rank}: no more spans: {error.strerror}", flush=True)
+        logger.warning("no more spans: %s", error.strerror)
         _file = None

@@ -4,7 +4,7 @@ decided by the sessions."""
 from __future__ import annotations
 
 import asyncio
-import traceback
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from qwen3vl_disagg.protocol.messages import Frame, Goodbye, LinkAccept, LinkHel
 from qwen3vl_disagg.transport.control import Address, Connection, ConnectionLost, connect_link
 from qwen3vl_disagg.transport.links import Link, LinkFactory
 
+logger = logging.getLogger(__name__)
 CONNECT_S = 20.0
 
 
@@ -35,7 +36,7 @@ class EncodeLink:
         except ConnectionLost:
             return
         except Exception as error:  # a frame that does not go out leaves a gap: this link is over, and no other
-            traceback.print_exception(error)
+            logger.error("a frame to language rank %d did not go out", self.language_rank, exc_info=error)
             self.control.abort()
 
 
@@ -86,7 +87,7 @@ class EncodeLinks:
                 return
             except Exception as error:  # whatever is in the way now may be gone the next time
                 if not isinstance(error, DisaggError):
-                    traceback.print_exception(error)
+                    logger.error("no link to language rank %d", language_rank, exc_info=error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 2.0)
                 continue
@@ -101,7 +102,7 @@ class EncodeLinks:
             except TransferError as error:
                 reason = str(error)
             except Exception as error:  # one link's failure is not the rank's
-                traceback.print_exception(error)
+                logger.error("the link to language rank %d failed", language_rank, exc_info=error)
                 reason = type(error).__name__
             finally:
                 self._lose(link, reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import signal
 from typing import Any
 
@@ -17,6 +18,7 @@ from qwen3vl_disagg.cluster.rendezvous import RankContext
 from qwen3vl_disagg.cluster.slots import EXIT_REFUSED, run_loop
 from qwen3vl_disagg.core.devices import resolve_compile
 from qwen3vl_disagg.core.errors import DeadlineError, HandshakeError, TransferError
+from qwen3vl_disagg.core.logs import start_logging
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.server import EncodeServer
 from qwen3vl_disagg.encode.worker import EncodeWorker
@@ -41,6 +43,7 @@ from qwen3vl_disagg.transport.control import Address, Connection, ConnectionLost
 from qwen3vl_disagg.transport.links import LinkFactory, process_group_links
 from qwen3vl_disagg.transport.store import join_store
 
+logger = logging.getLogger(__name__)
 PULL_S = 30.0
 JOIN_S = 120.0
 """How long one that joins waits for the hub to be there, and to know what it must fit."""
@@ -98,7 +101,7 @@ class EncodeRank:
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self._refused.done():
-                self._say(str(self._refused.result()))
+                logger.error("%s", self._refused.result())
                 return EXIT_REFUSED
             return await serving if serving.done() else 0
         finally:
@@ -121,10 +124,6 @@ class EncodeRank:
     def _go(self) -> None:
         if not self._left.done():
             self._left.set_result(None)
-
-    def _say(self, line: str) -> None:
-        name = "that joins" if self._hello.rank is None else str(self._hello.rank)
-        print(f"encode rank {name}: {line}", flush=True)
 
     def _on_refused(self, error: HandshakeError) -> None:
         if not self._refused.done():
@@ -158,7 +157,8 @@ class EncodeRank:
         self._hello = msgspec.structs.replace(self._hello, rank=rank, job=welcome.job)
         if has_joined and rank is not None:
             self.server.use_number(rank)
-            self._say("joined")
+            start_logging(f"encode rank {rank}")
+            logger.info("joined")
 
     async def _settle(self) -> None:
         """Nobody wants anything any more; the last acknowledgements may still be on their way."""
@@ -166,7 +166,7 @@ class EncodeRank:
         while (left := self.server.left_over()) and self._loop.time() < end:
             await asyncio.sleep(0.02)
         if left:
-            self._say(f"left over: {left}")
+            logger.warning("left over: %s", left)
 
     async def _handle(self, message: Message) -> None:
         match message:

@@ -6,8 +6,8 @@ The pipeline makes the rows; they are sent on one thread for each link.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -58,6 +58,7 @@ from qwen3vl_disagg.protocol.session_events import (
 )
 from qwen3vl_disagg.transport.links import LinkFactory
 
+logger = logging.getLogger(__name__)
 TICK_S = 0.25
 
 
@@ -136,7 +137,7 @@ class EncodeServer:
             try:
                 self.handle(Tick())
             except Exception as error:  # without ticks there would be no deadlines
-                traceback.print_exception(error)
+                logger.error("a tick failed", exc_info=error)
             # An attempt that ended before its encoding began has nothing to release.
             for attempt in self._items.keys() - self.sessions.items.keys():
                 del self._items[attempt]
@@ -201,7 +202,7 @@ class EncodeServer:
             link.post(Frame(epoch=action.epoch, seq=action.seq, body=self._encoded[attempt].header(grant)))
             fault_point("header-sent")
         except Exception as error:  # a grant that cannot be; the count of frames has a gap now
-            traceback.print_exception(error)
+            logger.error("a header did not go out", exc_info=error)
             link.control.abort()
 
     def _send_payload(self, action: SendPayload) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from qwen3vl_disagg.protocol.layout import item_ranges
 from qwen3vl_disagg.protocol.messages import Grant, Header, Resume
 from qwen3vl_disagg.transport.digest import add_digests, deepstack_sums, range_digests, run_sums, sums_digest
 
+logger = logging.getLogger(__name__)
 ENCODE_ERROR = "encode_error"
 MAX_NOTE = 500
 
@@ -217,7 +218,7 @@ def encode_error(error: Exception) -> DisaggError:
         return UnavailableError(error.message)
     if isinstance(error, DisaggError):
         return error
-    traceback.print_exception(error)
+    logger.error("an image or clip could not be encoded", exc_info=error)
     return ServerError("an image or clip could not be encoded", code=ENCODE_ERROR)
 
 

@@ -9,6 +9,7 @@ known, all are made at the start, and a recompilation afterwards is an error whe
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from contextlib import nullcontext
@@ -28,6 +29,8 @@ from qwen3vl_disagg.model.layers import Linear
 from qwen3vl_disagg.model.moe import Dispatcher, DispatchPlan, Experts
 from qwen3vl_disagg.model.paged import PagedImpl
 from qwen3vl_disagg.parallel.lockstep import bucket
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class CompiledDecoder:
             for seq_lens, has_level in bar:
                 self._run(seq_lens, has_level, caches, page_size, impl)
         if variable(GRAPHS) is not None:
-            print(f"graphs: {self.counts.graphs} of {len(self.kinds)}, breaks: {self.counts.breaks}", file=sys.stderr)
+            counts = self.counts
+            logger.warning("graphs: %d of %d, breaks: %d", counts.graphs, len(self.kinds), counts.breaks)
         if variable(GRAPHS) == "fail":
             torch.compiler.set_stance("fail_on_recompile")
         return time.monotonic() - started

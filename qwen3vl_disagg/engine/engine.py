@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
-import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from qwen3vl_disagg.processing import mrope_positions
 from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed, Tokens
 from qwen3vl_disagg.transport.rows import VisualRows
 
+logger = logging.getLogger(__name__)
 MAX_NOTES = 4096
 
 
@@ -400,9 +400,9 @@ class Engine:
             return []
         if isinstance(error, NotFinite):
             names = ", ".join(sequence.request_id for sequence in batch)
-            print(f"language rank {self.language_rank}: numbers that are not finite: {names}", file=sys.stderr)
+            logger.error("numbers that are not finite: %s", names)
         elif not isinstance(error, InputError):
-            traceback.print_exception(error)
+            logger.error("a step failed", exc_info=error)
         if not isinstance(error, DisaggError):
             error = ServerError("the language model failed on this request", code="engine_error")
         pool = self.scheduler.pool

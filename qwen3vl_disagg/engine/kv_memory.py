@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 
 import torch
 
@@ -12,6 +12,8 @@ from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.parallel.kv_room import KvRoom, kv_room
 from qwen3vl_disagg.parallel.sizes import SizedModel
 from qwen3vl_disagg.processing import ImageProcessor
+
+logger = logging.getLogger(__name__)
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:
@@ -42,9 +44,5 @@ def warn_of_images(processor: ImageProcessor, room: KvRoom) -> None:
     """Say so where a request with the largest image that the processor makes would be refused."""
     problem = room.why_not(processor.max_rows)
     if problem is not None:
-        print(
-            f"warning: images of up to {processor.max_rows:,} visual tokens are made, and the largest do not fit: "
-            f"{problem}",
-            file=sys.stderr,
-            flush=True,
-        )
+        made = f"images of up to {processor.max_rows:,} visual tokens are made"
+        logger.warning("warning: %s, and the largest do not fit: %s", made, problem)

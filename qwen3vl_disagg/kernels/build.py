@@ -11,12 +11,12 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -25,6 +25,7 @@ import torch
 from qwen3vl_disagg.core.environment import KERNELS, variable
 from qwen3vl_disagg.kernels.library_cache import LibraryCache, cache_folder, open_library
 
+logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "cpu"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-fno-exceptions", "-w")
 NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_bf16")
@@ -101,7 +102,7 @@ def bind(content: bytes) -> ctypes.CDLL:
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The kernels, or None where they cannot run. One line on stderr says why, or why they are not kept, unless they
+    """The kernels, or None where they cannot run. One line of the log says why, or why they are not kept, unless they
     were switched off or are not made for this processor."""
     if variable(KERNELS) == "off" or not set(NEEDED) <= cpu_flags() or not torch.backends.openmp.is_available():
         return None
@@ -109,10 +110,10 @@ def load() -> ctypes.CDLL | None:
         compiler = compiler_command()
         library, trouble = _library(library_name(compiler), compiler)
     except (OSError, subprocess.SubprocessError, ValueError, AttributeError) as error:
-        print(f"kernels not built, running without them: {_words(error)}", file=sys.stderr)
+        logger.warning("kernels not built, running without them: %s", _words(error))
         return None
     if trouble is not None:
-        print(f"kernels built for this process alone, there is no cache: {_words(trouble)}", file=sys.stderr)
+        logger.warning("kernels built for this process alone, there is no cache: %s", _words(trouble))
     return library
 
 

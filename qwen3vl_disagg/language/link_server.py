@@ -8,9 +8,9 @@ same rank is back under a new epoch.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +62,7 @@ from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
 from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory, process_group_links
 from qwen3vl_disagg.transport.rows import Delivery, VisualRows
 
+logger = logging.getLogger(__name__)
 MEET_S = 20.0
 """How long encode ranks wait at the door until the store is known."""
 TICK_S = 0.25
@@ -175,7 +176,7 @@ class LinkServer:
             try:
                 self.handle(Tick())
             except Exception as error:  # without ticks there would be no deadlines
-                traceback.print_exception(error)
+                logger.error("a tick failed", exc_info=error)
 
     # -- sessions
 
@@ -234,7 +235,7 @@ class LinkServer:
         except ConnectionLost:
             return  # its reader finds out and drops the link
         except Exception as error:  # a frame that does not go out leaves a gap: this link is over, and no other
-            traceback.print_exception(error)
+            logger.error("a frame did not go out", exc_info=error)
             link.control.abort()
 
     def _forget(self, request_id: str) -> None:

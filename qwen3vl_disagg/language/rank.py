@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -57,6 +57,7 @@ from qwen3vl_disagg.transport.control import Connection, ConnectionLost
 from qwen3vl_disagg.transport.rows import Delivery
 from qwen3vl_disagg.transport.store import join_store
 
+logger = logging.getLogger(__name__)
 LEFT_S, LEAVE_S = 1.0, 2.0
 """How long to wait for what is lent, and then for the others: they may all have waited for the first."""
 ENGINE_STOP_S = 5.0
@@ -160,10 +161,10 @@ class LanguageRank:
             self._forget(request_id)
         left = await self._links.left_over(LEFT_S)
         if left:
-            print(f"language rank {self._hello.rank}: left over: {left}", flush=True)
+            logger.warning("left over: %s", left)
         # Steps that others still take need this rank.
         if self._lockstep is not None and not await self._lockstep.leave(LEAVE_S):
-            print(f"language rank {self._hello.rank}: not all others wanted to leave", flush=True)
+            logger.warning("not all others wanted to leave")
         return 0
 
     async def _handle(self, message: Message) -> None:
@@ -191,7 +192,7 @@ class LanguageRank:
                 engine.add(message.request_id, token_ids, message.items, message.sampling)
             except Exception as error:  # one request's failure is not the rank's
                 if not isinstance(error, DisaggError):
-                    traceback.print_exception(error)
+                    logger.error("request %s failed", message.request_id, exc_info=error)
                 return [RequestFailed(request_id=message.request_id, failure=Failure.of(error))]
             return []
 
@@ -249,7 +250,7 @@ class LanguageRank:
 
     def _fail(self, request_id: str, error: Exception) -> None:
         """Give a request up. The cause goes to the log; clients get no internals."""
-        traceback.print_exception(error)
+        logger.error("request %s failed", request_id, exc_info=error)
         self._forget(request_id)
         self._tell(RequestFailed(request_id=request_id, failure=Failure.of(error)))
 

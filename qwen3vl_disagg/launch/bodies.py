@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 
 from qwen3vl_disagg.checkpoint import load_language_model
@@ -27,6 +28,8 @@ from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.transport.links import LinkFactory, in_process_links
 from qwen3vl_disagg.transport.store import host_store
 
+logger = logging.getLogger(__name__)
+
 
 def run_language_rank(context: RankContext) -> int:
     """The body of a language rank's process; returns its exit status."""
@@ -48,7 +51,7 @@ def run_language_rank(context: RankContext) -> int:
     try:
         return run_loop(serve())
     except PeerLost as error:  # its own slot says which one it was
-        print(f"language rank {context.rank}: {error}", file=sys.stderr, flush=True)
+        logger.error("%s", error)
         return 1
 
 
@@ -110,13 +113,6 @@ def rank_room(setup: RankSetup, *, image_rows: int) -> KvRoom:
     )
 
 
-def say_room(setup: RankSetup, room: KvRoom) -> None:
-    """One line for each language rank, and a warning where the largest image could not be served."""
-    rank = setup.context.rank
-    print(f"language rank {rank}: {room}", file=sys.stderr, flush=True)
-    warn_of_images(setup.processor, room)
-
-
 def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
     """Load the decoder, or with a group this rank's part of it, and nothing else of the weights."""
     context = setup.context
@@ -132,7 +128,8 @@ def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
     eos_ids = processor.generation.eos_token_ids
     is_combined = context.layout.world_size == 1
     room = rank_room(setup, image_rows=setup.processor.max_rows if is_combined else 0)
-    say_room(setup, room)
+    logger.info("%s", room)
+    warn_of_images(setup.processor, room)
     return Engine(model, eos_ids=eos_ids, options=engine_options(setup), room=room, language_rank=context.rank)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import secrets
 import signal
@@ -38,6 +39,7 @@ from qwen3vl_disagg.serving.doors import ANY, Doors, is_loopback
 from qwen3vl_disagg.transport.addresses import LOOPBACK, TOKEN_VARIABLE, given_token, own_address, parse_address
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 
+logger = logging.getLogger(__name__)
 MEET_S = 60.0
 
 
@@ -163,10 +165,11 @@ def warn_of_open_door(options: HttpOptions) -> None:
         return
     doors = Doors.of(options.host, options.allow_host)
     hosts = "any Host" if ANY in doors.names else f"any IP address and {', '.join(sorted(doors.names))} as Host"
-    print(
-        f"warning: --host {options.host}: whoever reaches this address can use the server, there is no authentication; "
-        f"it answers to {hosts}",
-        file=sys.stderr,
+    logger.warning(
+        "warning: --host %s: whoever reaches this address can use the server, there is no authentication; "
+        "it answers to %s",
+        options.host,
+        hosts,
     )
 
 

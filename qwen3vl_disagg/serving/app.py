@@ -65,7 +65,7 @@ class RequestGuard:
                 return
             await self._app(scope, receive, send_named)
         except ClientGone:
-            logger.info("request %s: the client left", request_id)
+            logger.debug("request %s: the client left", request_id)
         except Exception as failure:
             if started:
                 raise

@@ -6,9 +6,9 @@ works through megabytes of text. It is killed when its request has ended, and wi
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-import traceback
 from pathlib import Path
 
 import msgspec
@@ -18,6 +18,7 @@ from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.cluster.slots import die_with_parent
 from qwen3vl_disagg.core.errors import DisaggError, PreparationFailed
 from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.logs import start_logging
 from qwen3vl_disagg.media import sandbox
 from qwen3vl_disagg.media.child import is_wanted, write_all
 from qwen3vl_disagg.media.decoder import MediaDecoder
@@ -39,6 +40,7 @@ from qwen3vl_disagg.serving.prepared import (
     read_request,
 )
 
+logger = logging.getLogger(__name__)
 NICENESS = 10
 """Ranks that decode on the same cores go first."""
 MAX_MEMORY = 3 * 2**29
@@ -92,11 +94,12 @@ def answer(body: bytearray, processor: Processor, setup: ChildSetup) -> list[byt
     except (EOFError, BrokenPipeError):
         raise
     except Exception:
-        traceback.print_exc()
+        logger.exception("a request could not be prepared")
         return [pack(NotMade(Failure.of(PreparationFailed())))]
 
 
 def main() -> None:
+    start_logging("prompts")
     parent = os.getppid()
     die_with_parent(parent)
     out = os.dup(1)

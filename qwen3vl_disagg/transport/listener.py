@@ -7,12 +7,13 @@ it (https://github.com/python/cpython/issues/116372). Here a failed accept ends 
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
-import sys
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+logger = logging.getLogger(__name__)
 ACCEPTS_PER_TURN = 16
 REST_S = 0.5
 _BACKLOG = 1024
@@ -73,4 +74,4 @@ class Listener:
         self._rest = self._loop.call_later(REST_S, self._resume)
         if time.monotonic() - self._said_at >= _SAY_AGAIN_S:
             self._said_at = time.monotonic()
-            print(f"{self._name}: cannot accept connections: {error.strerror}", file=sys.stderr, flush=True)
+            logger.warning("%s: cannot accept connections: %s", self._name, error.strerror)

@@ -99,8 +99,8 @@ async def test_a_node_that_is_asked_to_end_asks_the_job_to():
             await system.hub.end_job.wait()
 
 
-def test_a_hub_that_is_not_there_is_said_and_no_more(capsys):
+def test_a_hub_that_is_not_there_is_said_and_no_more(caplog):
     with socket.create_server(("127.0.0.1", 0)) as sock:
         address = sock.getsockname()[:2]
     ask_to_end(address, TOKEN)
-    assert "was not told" in capsys.readouterr().err
+    assert "was not told" in caplog.text

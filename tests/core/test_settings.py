@@ -29,10 +29,9 @@ def test_the_caches_bytes():
         (8, 8, 3, "cuda", ""),
     ],
 )
-def test_auto_says_why_it_takes_the_cpu(monkeypatch, capsys, num_gpus, num_ranks, local_rank, kind, said):
+def test_auto_says_why_it_takes_the_cpu(monkeypatch, caplog, num_gpus, num_ranks, local_rank, kind, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     assert resolve_device("auto", local_rank=local_rank, num_local_ranks=num_ranks).type == kind
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == bool(said)
-    assert all(said in line for line in lines)
+    assert len(caplog.messages) == bool(said)
+    assert all(said in line for line in caplog.messages)

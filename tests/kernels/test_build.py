@@ -68,7 +68,7 @@ def plant(path: Path, mark: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_it_is_made_once_and_again_for_other_sources(place, monkeypatch, capsys):
+def test_it_is_made_once_and_again_for_other_sources(place, monkeypatch, caplog):
     assert load() == 42
     first = kept(place)
     assert place.stat().st_mode & 0o777 == 0o700
@@ -80,7 +80,7 @@ def test_it_is_made_once_and_again_for_other_sources(place, monkeypatch, capsys)
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
     assert load() == 42
     assert len(list(place.glob("*.so"))) == 2
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 def cut(path: Path, mark: Path) -> None:
@@ -139,7 +139,7 @@ DAMAGES = [cut, empty, noise, exchange, lose_digest, write_for_others, link, pip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_damaged_or_planted_is_made_again_and_never_run(place, tmp_path, capsys, damage, monkeypatch):
+def test_what_is_damaged_or_planted_is_made_again_and_never_run(place, tmp_path, caplog, damage, monkeypatch):
     assert load() == 42
     mark = tmp_path / "it-ran"
     damage(kept(place), mark)
@@ -147,7 +147,7 @@ def test_what_is_damaged_or_planted_is_made_again_and_never_run(place, tmp_path,
     assert not mark.exists()
     no_compiler(monkeypatch)
     assert load() == 42  # what was made is kept
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 def test_a_library_that_is_cut_while_it_is_loaded_goes_on(place):
@@ -182,7 +182,7 @@ def a_file(place: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [world_writable, group_writable, foreign, linked, a_file])
-def test_a_folder_that_is_not_the_user_s_own_is_not_used(place, tmp_path, capsys, change):
+def test_a_folder_that_is_not_the_user_s_own_is_not_used(place, tmp_path, caplog, change):
     if change is foreign and os.geteuid() != 0:
         pytest.skip("only root can give a folder away")
     assert load() == 42
@@ -194,7 +194,7 @@ def test_a_folder_that_is_not_the_user_s_own_is_not_used(place, tmp_path, capsys
     assert load() == 42
     assert not mark.exists()
     assert before is None or sorted(os.listdir(place)) == before
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = caplog.messages
     assert "no cache" in line
 
 
@@ -220,17 +220,17 @@ def test_where_the_cache_is(monkeypatch, variables, folder):
         cache_folder()
 
 
-def test_without_a_home_the_library_is_made_for_this_process(place, monkeypatch, capsys):
+def test_without_a_home_the_library_is_made_for_this_process(place, monkeypatch, caplog):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("qwen3vl_disagg.kernels.library_cache.os.getuid", lambda: 54321)
     assert load() == 42
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = caplog.messages
     assert "no home directory" in line
 
 
 @pytest.mark.parametrize("when", ["open", "write"])
-def test_a_cache_that_cannot_be_written_is_told_in_one_line(place, monkeypatch, capsys, when):
+def test_a_cache_that_cannot_be_written_is_told_in_one_line(place, monkeypatch, caplog, when):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -239,7 +239,7 @@ def test_a_cache_that_cannot_be_written_is_told_in_one_line(place, monkeypatch, 
     else:
         monkeypatch.setattr(LibraryCache, "write", full)
     assert load() == 42
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = caplog.messages
     assert "No space left" in line
 
 
@@ -265,10 +265,10 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
         ("true", "No such file"),  # it says nothing, and makes nothing
     ],
 )
-def test_a_compiler_that_fails_is_one_line(place, monkeypatch, capsys, compiler, words):
+def test_a_compiler_that_fails_is_one_line(place, monkeypatch, caplog, compiler, words):
     monkeypatch.setenv("CXX", compiler)
     assert load() is None
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = caplog.messages
     assert line.startswith("kernels not built, running without them: ")
     assert words in line.replace("No closing", "No closing ")
 

@@ -135,7 +135,7 @@ def test_a_dead_encode_rank_loses_what_it_did_not_send_and_comes_back_under_a_ne
 
 
 @pytest.mark.parametrize("field", sorted(FINGERPRINT))
-def test_a_rank_that_does_not_fit_is_refused_by_name_and_others_go_on(field, capsys):
+def test_a_rank_that_does_not_fit_is_refused_by_name_and_others_go_on(field, caplog):
     async def scenario():
         async with running(kind="in-process") as system:
             await system.start_encode_rank()
@@ -147,7 +147,7 @@ def test_a_rank_that_does_not_fit_is_refused_by_name_and_others_go_on(field, cap
             assert system.link_of()[0] == 1
 
     run(scenario)
-    out = capsys.readouterr().out
+    out = caplog.text
     assert f"handshake refused: {field}: expected" in out
     assert FINGERPRINT[field] in out
     assert "'other'" in out

@@ -58,7 +58,9 @@ def _answer(model: str, weights: bool, num_ranks: int, env: Mapping[str, str], r
     from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
     from qwen3vl_disagg.cluster.model_folder import shared_model_folder
     from qwen3vl_disagg.cluster.rendezvous import World
+    from qwen3vl_disagg.core.logs import start_logging
 
+    start_logging()
     os.environ |= env
     with tempfile.TemporaryFile("w+") as log:
         os.dup2(log.fileno(), 2)

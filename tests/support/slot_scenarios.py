@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qwen3vl_disagg.cluster.slots import Child, Slot, die_with_parent
 from qwen3vl_disagg.core.errors import Dismissed, HandshakeError, HubGone, InputError
+from qwen3vl_disagg.core.logs import start_logging
 
 LOG = Path()
 
@@ -107,5 +108,6 @@ def run_scenario(name: str, log: Path, errors: Path, has_agent: bool) -> None:
             time.sleep(60)
             sys.exit(0)
         die_with_parent(agent)
+    start_logging()
     note("slot", "up")
     sys.exit(slots()[name].run())

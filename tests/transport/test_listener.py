@@ -46,7 +46,7 @@ def listen(kind: str, sock: socket.socket) -> Listener:
 
 @pytest.mark.parametrize("kind", ["hub", "http"])
 @in_loop
-async def test_no_descriptor_left(limits, capfd, kind):
+async def test_no_descriptor_left(limits, caplog, kind):
     loop = asyncio.get_running_loop()
     sock = socket.create_server(("127.0.0.1", 0))
     address = sock.getsockname()
@@ -72,7 +72,7 @@ async def test_no_descriptor_left(limits, capfd, kind):
     for client in clients:
         client.close()
     await asyncio.sleep(0.1)
-    assert capfd.readouterr().err == f"{kind}: cannot accept connections: Too many open files\n"
+    assert caplog.messages == [f"{kind}: cannot accept connections: Too many open files"]
 
 
 @pytest.mark.parametrize("soft", [SOFT // 2, SOFT // 2 + 1])
