@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,20 @@ ROOMS = [
 """Bottom to top: a room imports itself and rooms before it. The package's own `__init__` stands beside `cli`."""
 MAX_LINES = 500
 SOURCES = ("qwen3vl_disagg", "recipes", "tools")
+
+FORMATTER_OFF = re.compile(r"#\s*(?:isort|fmt|yapf):\s*(?:skip|off)")
+DOUBLES = {
+    "_Entry": "private to its file",
+    "_Request": "private to its file",
+    "Decoded": "to be renamed",
+    "EncodeRank": "to be renamed",
+    "LanguageRank": "to be renamed",
+    "Pixels": "to be renamed",
+    "Refused": "to be renamed",
+    "Stop": "to be renamed",
+    "Tick": "to be renamed",
+}
+"""Class names that are there twice, and why."""
 
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNPICKLING_NAMES = {"recv_pyobj", "send_pyobj", "recv_object", "send_object", "allow_pickle", "weights_only"}
@@ -166,6 +181,26 @@ def uses(root: Path, folder: str, module: str) -> list[str]:
     return found
 
 
+def doubles(root: Path) -> dict[str, list[str]]:
+    """Class name -> the files of the package that have one of that name, where it is more than one."""
+    found: dict[str, list[str]] = {}
+    for path in python_files(root, PACKAGE):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(path.relative_to(root / PACKAGE).as_posix())
+    return {name: files for name, files in found.items() if len(files) > 1}
+
+
+def unformatted(root: Path) -> list[str]:
+    """Lines that keep the formatter or the sorter of imports away."""
+    return [
+        f"{path.relative_to(root)}:{number}"
+        for path in python_files(root, *SOURCES, "tests")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if FORMATTER_OFF.search(line)
+    ]
+
+
 def long_files(root: Path) -> list[str]:
     lines = {path: len(path.read_text().splitlines()) for path in python_files(root, *SOURCES, "tests")}
     return [f"{path.relative_to(root)}: {count} lines" for path, count in lines.items() if count > MAX_LINES]
@@ -209,6 +244,14 @@ def test_models_know_nothing_of_ranks():
 
 def test_files_fit_one_head():
     assert long_files(ROOT) == []
+
+
+def test_a_class_name_is_there_once():
+    assert {name: files for name, files in doubles(ROOT).items() if name not in DOUBLES} == {}
+
+
+def test_the_formatter_is_never_kept_away():
+    assert [line for line in unformatted(ROOT) if "media/tagged_headers.py" not in line] == []
 
 
 @pytest.mark.parametrize(
@@ -266,3 +309,11 @@ def test_the_other_rules_notice_too(tmp_path):
     assert uses(tmp_path, "tools", "torch.distributed")
     assert len(uses(tmp_path, "tools", "transformers")) == 1
     assert long_files(tmp_path) == [f"tools/a.py: {MAX_LINES + 2} lines"]
+    (tmp_path / "tools" / "c.py").write_text(
+        "a=1  # fmt" + ": skip\n# isort" + ":skip_file\n# fmt" + ": off\n# format: on"
+    )
+    assert unformatted(tmp_path) == ["tools/c.py:1", "tools/c.py:2", "tools/c.py:3"]
+    for room in ("core", "model"):
+        (tmp_path / PACKAGE / room).mkdir(parents=True)
+        (tmp_path / PACKAGE / room / "a.py").write_text(f"class Twice:\n    class {room.title()}:\n        pass\n")
+    assert doubles(tmp_path) == {"Twice": ["core/a.py", "model/a.py"]}

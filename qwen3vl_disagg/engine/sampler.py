@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.requests import TokenLogprob
 from qwen3vl_disagg.engine.penalties import Penalties, upload
-from qwen3vl_disagg.engine.sampling import Plan, SamplingRow, SortedRows
+from qwen3vl_disagg.engine.sampling import SamplingPlan, SamplingRow, SortedRows
 
 ONE = 2**40
 """Weight of the most likely token. 2**22 of these fit into 62 bits."""
@@ -52,13 +52,13 @@ class Sampler:
         distribution."""
         if len(rows) != len(logits_BV):
             raise ValueError(f"{len(logits_BV)} rows of logits for {len(rows)} requests")
-        plan = Plan.of(rows, vocab_size=logits_BV.shape[1], eos_ids=self.eos_ids)
+        plan = SamplingPlan.of(rows, vocab_size=logits_BV.shape[1], eos_ids=self.eos_ids)
         # The step's only wait for the device, after all of its work is queued: the next step's input and the answer
         # both need the ids on the host.
         return unpack(self.run(logits_BV, plan).tolist(), plan)
 
     @torch.inference_mode()
-    def run(self, logits_BV: Tensor, plan: Plan) -> Tensor:
+    def run(self, logits_BV: Tensor, plan: SamplingPlan) -> Tensor:
         """All of the work on the device, none of it waited for: everything the host wants in one float64 vector (token
         ids are exact in it), as `unpack` reads it. The logits are left as they are."""
         logits_BV = logits_BV.float()
@@ -76,7 +76,7 @@ class Sampler:
             parts += logprobs(logits_BV, ids_B, upload([plan.told], logits_BV.device)[0].long(), max(plan.num_top))
         return torch.cat([part.double() for part in parts])
 
-    def _masked(self, logits_BV: Tensor, plan: Plan) -> Tensor:
+    def _masked(self, logits_BV: Tensor, plan: SamplingPlan) -> Tensor:
         """Steps 2 and 3, in a copy."""
         if self._banned.device != logits_BV.device:
             self._banned = self._banned.to(logits_BV.device)  # once
@@ -91,7 +91,7 @@ class Sampler:
         return masked_BV.index_fill_(1, self._banned, float("-inf"))
 
 
-def weigh(logits_SV: Tensor, settings: Sequence[Tensor], plan: Plan) -> Tensor:
+def weigh(logits_SV: Tensor, settings: Sequence[Tensor], plan: SamplingPlan) -> Tensor:
     """What each token weighs (int64, `ONE` the most likely one) after temperature, top-k, top-p and min-p.
 
     `settings` are the plan's, float64 `[S]` each. Top-k keeps all that are as large as the k-th, as transformers does.
@@ -183,7 +183,7 @@ def logprobs(logits_BV: Tensor, ids_B: Tensor, rows_R: Tensor, num_top: int) -> 
     return [own_R1.flatten(), top_RK.flatten(), logprobs_RV.gather(1, top_RK).flatten()]
 
 
-def unpack(values: list[float], plan: Plan) -> tuple[list[int | None], list[TokenLogprob | None]]:
+def unpack(values: list[float], plan: SamplingPlan) -> tuple[list[int | None], list[TokenLogprob | None]]:
     """The result of `Sampler.run`, on the host."""
     num_rows = plan.num_rows
     ids = [int(value) for value in values[num_rows : 2 * num_rows]]

@@ -69,14 +69,14 @@ class SortedRows:
     """Rows of those that are sampled, whose top-k and top-p need about as many of the largest logits in order."""
 
     rows: list[int]
-    """Among `Plan.picked`."""
+    """Among `SamplingPlan.picked`."""
     count: int
     """How many; the vocabulary's size for all of them."""
     has_top_p: bool
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """What to do with logits `[B, V]`. Its size depends on the number of rows alone."""
 
     num_rows: int
@@ -96,7 +96,7 @@ class Plan:
     num_top: list[int]
 
     @classmethod
-    def of(cls, rows: Sequence[SamplingRow], *, vocab_size: int, eos_ids: Sequence[int]) -> Plan:
+    def of(cls, rows: Sequence[SamplingRow], *, vocab_size: int, eos_ids: Sequence[int]) -> SamplingPlan:
         settings: tuple[list[float], ...] = ([], [], [], [], [])
         penalized, bans, picked, told, num_top = (list[int]() for _ in range(5))
         by_size: dict[int, list[tuple[int, int, bool]]] = {}

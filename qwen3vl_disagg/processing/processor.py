@@ -18,7 +18,7 @@ from qwen3vl_disagg.processing.images import ImageProcessor
 from qwen3vl_disagg.processing.media_plan import MediaPlanner, Plan
 from qwen3vl_disagg.processing.messages import parse_messages
 from qwen3vl_disagg.processing.prompt_options import PromptOptions
-from qwen3vl_disagg.processing.template import ChatTemplate, Piece, strings_of
+from qwen3vl_disagg.processing.template import ChatTemplate, PromptPiece, strings_of
 from qwen3vl_disagg.processing.tokenizer import (
     IM_END,
     IMAGE_PAD,
@@ -179,26 +179,26 @@ class Processor:
         if num_chars > SMALL_CHARS and num_chars > context * self.tokenizer.max_token_bytes:
             raise _too_long(f"the text has at least {num_chars} bytes, more than fit", context)
 
-    def _expand(self, pieces: list[Piece], plans: list[Plan]) -> Iterator[Piece | _Run]:
+    def _expand(self, pieces: list[PromptPiece], plans: list[Plan]) -> Iterator[PromptPiece | _Run]:
         """Placeholders become runs. Each frame of a clip gets its time before it and its own start and end; the
         template's pair around the whole clip stays only with `video_outer_wrapper`."""
-        start, end = Piece(VISION_START, True), Piece(VISION_END, True)
+        start, end = PromptPiece(VISION_START, True), PromptPiece(VISION_END, True)
         numbers = iter(range(len(plans)))
         for place, piece in enumerate(pieces):
-            if piece == Piece(IMAGE_PAD, True):
+            if piece == PromptPiece(IMAGE_PAD, True):
                 yield _Run(next(numbers))
-            elif piece == Piece(VIDEO_PAD, True):
+            elif piece == PromptPiece(VIDEO_PAD, True):
                 number = next(numbers)
                 for time in plans[number].times:
-                    yield from (Piece(f"<{time:.1f} seconds>", False), start, _Run(number), end)
+                    yield from (PromptPiece(f"<{time:.1f} seconds>", False), start, _Run(number), end)
             elif self.video_outer_wrapper or not _is_beside_clip(pieces, place):
                 yield piece
 
-    def _lay_out(self, parts: list[Piece | _Run], plans: list[Plan], context: int, salt: str) -> Prompt:
+    def _lay_out(self, parts: list[PromptPiece | _Run], plans: list[Plan], context: int, salt: str) -> Prompt:
         """Tokenize; neighbouring text is one string. InputError for more than the context, as soon as that is certain:
         what is there from lengths alone is counted before the first text is tokenized."""
         vision, tokenizer = self.config.vision, self.tokenizer
-        texts = [part.text for part in parts if isinstance(part, Piece) and not part.is_special]
+        texts = [part.text for part in parts if isinstance(part, PromptPiece) and not part.is_special]
         num_fixed = sum(plans[part.number].run_rows(vision) if isinstance(part, _Run) else 1 for part in parts)
         num_fixed -= len(texts)
         if sum(map(len, texts)) > SMALL_CHARS:
@@ -209,7 +209,7 @@ class Processor:
         runs: list[list[int]] = [[] for _ in plans]
         text = ""
         for part in [*parts, None]:
-            if isinstance(part, Piece) and not part.is_special:
+            if isinstance(part, PromptPiece) and not part.is_special:
                 text += part.text
                 continue
             try:
@@ -217,7 +217,7 @@ class Processor:
             except TooManyTokens as error:
                 raise _too_long(f"the prompt has more than {len(token_ids) + error.count} tokens", context) from None
             text = ""
-            if isinstance(part, Piece):
+            if isinstance(part, PromptPiece):
                 token_ids.append(self.tokenizer.token_id(part.text))
             elif part is not None:
                 plan = plans[part.number]
@@ -227,12 +227,12 @@ class Processor:
         return Prompt(token_ids, items, [plan.media.data for plan in plans])
 
 
-def _is_beside_clip(pieces: list[Piece], place: int) -> bool:
+def _is_beside_clip(pieces: list[PromptPiece], place: int) -> bool:
     """Whether this is the start or end that the template wrote around a clip's placeholder."""
-    clip = Piece(VIDEO_PAD, True)
-    if pieces[place] == Piece(VISION_START, True):
+    clip = PromptPiece(VIDEO_PAD, True)
+    if pieces[place] == PromptPiece(VISION_START, True):
         return pieces[place + 1 : place + 2] == [clip]
-    return pieces[place] == Piece(VISION_END, True) and place > 0 and pieces[place - 1] == clip
+    return pieces[place] == PromptPiece(VISION_END, True) and place > 0 and pieces[place - 1] == clip
 
 
 def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:

@@ -29,7 +29,7 @@ Place = Literal[
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedField:
     """A 400 that names the field, but for null and these values."""
 
     neutral: tuple[Any, ...] = ()
@@ -37,7 +37,7 @@ class Refused:
 
 BUILT: Literal["built"] = "built"
 IGNORED: Literal["ignored"] = "ignored"
-Treatment = Refused | Literal["built", "ignored"]
+Treatment = RefusedField | Literal["built", "ignored"]
 
 
 def _built(names: str) -> dict[str, Treatment]:
@@ -49,7 +49,7 @@ def _ignored(names: str) -> dict[str, Treatment]:
 
 
 def _refused(names: str, *neutral: Any) -> dict[str, Treatment]:
-    return dict.fromkeys(names.split(), Refused(neutral))
+    return dict.fromkeys(names.split(), RefusedField(neutral))
 
 
 _HARMLESS_IN_PARTS = _ignored(
@@ -212,7 +212,7 @@ def check_fields(given: Mapping[str, Any], place: Place, *, where: str = "", bes
         treatment = table.get(name)
         if name in besides or treatment in (BUILT, IGNORED) or value is None:
             continue
-        if isinstance(treatment, Refused) and is_one_of(value, treatment.neutral):
+        if isinstance(treatment, RefusedField) and is_one_of(value, treatment.neutral):
             continue
         is_strange = place in CLOSED or (place in _MEDIA_PARTS and _ABOUT_MEDIA.search(name.lower()) is not None)
         if treatment is not None or is_strange:

@@ -83,7 +83,7 @@ def _rest_or_end(rest: str) -> str:
     return f"(?:{re.escape(rest[0])}{_rest_or_end(rest[1:])}|\\Z)" if rest else ""
 
 
-class Piece(NamedTuple):
+class PromptPiece(NamedTuple):
     """A stretch of the rendered prompt: plain text, or one special token that the template wrote."""
 
     text: str
@@ -160,7 +160,7 @@ class ChatTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
         thinking: Thinking | None = None,
-    ) -> list[Piece]:
+    ) -> list[PromptPiece]:
         """The prompt as pieces: special tokens (each a piece of its own) and the texts between them, in order.
 
         `continue_final_message`: it ends where the last message's text does. `variables`: more for the template.
@@ -203,7 +203,7 @@ class ChatTemplate:
             self._check_thinking(text, thinking)
         # Splitting by a pattern with one group puts what it matched at odd indexes.
         pieces = enumerate(self._split.split(text))
-        return [Piece(text if i % 2 else disguise.take_off(text), i % 2 == 1) for i, text in pieces if text]
+        return [PromptPiece(text if i % 2 else disguise.take_off(text), i % 2 == 1) for i, text in pieces if text]
 
     def _check_thinking(self, text: str, thinking: Thinking) -> None:
         """InputError if the template goes its own way and that is not the wanted one."""

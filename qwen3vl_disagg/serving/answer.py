@@ -11,12 +11,12 @@ from qwen3vl_disagg.cluster.backend import FinishedEvent, TokenEvent
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob
 from qwen3vl_disagg.processing import AnswerParts, Parts, Tokenizer
 from qwen3vl_disagg.serving.types import (
+    AnswerMessage,
+    ChatUsage,
     CompletionTokensDetails,
     LogprobEntry,
-    Message,
     PromptTokensDetails,
     TopLogprob,
-    Usage,
 )
 
 # OpenAI's stand-in for a probability of zero: JSON has no -Infinity.
@@ -88,16 +88,16 @@ class Answer:
     def token_ids(self) -> list[int]:
         return self.parts.token_ids
 
-    def message(self) -> Message:
+    def message(self) -> AnswerMessage:
         parts = self.parts
-        return Message(
+        return AnswerMessage(
             content=None if parts.calls and not parts.content else parts.content,
             reasoning_content=parts.reasoning or msgspec.UNSET,
             tool_calls=parts.calls or msgspec.UNSET,
         )
 
-    def usage(self, cached_tokens: int = 0) -> Usage:
-        usage = Usage(
+    def usage(self, cached_tokens: int = 0) -> ChatUsage:
+        usage = ChatUsage(
             prompt_tokens=self.num_prompt,
             completion_tokens=len(self.token_ids),
             total_tokens=self.num_prompt + len(self.token_ids),

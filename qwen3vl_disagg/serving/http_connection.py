@@ -14,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from qwen3vl_disagg.serving.errors import envelope
-from qwen3vl_disagg.serving.http_turns import PARSE_BYTES, Cut, TurnParser, Turns
+from qwen3vl_disagg.serving.http_turns import PARSE_BYTES, Cut, ParseTurns, TurnParser
 from qwen3vl_disagg.serving.limits import MAX_HEADER_BYTES
 
 READ_BYTES = 64 * 2**10
@@ -105,7 +105,7 @@ class HttpConnection(H11Protocol):
 
     conn: TurnParser
 
-    def __init__(self, config: Config, server_state: ServerState, turns: Turns, places: HoldsPlaces) -> None:
+    def __init__(self, config: Config, server_state: ServerState, turns: ParseTurns, places: HoldsPlaces) -> None:
         super().__init__(config, server_state, {})
         self.conn = TurnParser(MAX_HEADER_BYTES)
         self.is_lingering = False

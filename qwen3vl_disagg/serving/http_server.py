@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from qwen3vl_disagg.serving.http_connection import HttpConnection
 from qwen3vl_disagg.serving.http_places import PlaceLimits, Places
-from qwen3vl_disagg.serving.http_turns import Turns
+from qwen3vl_disagg.serving.http_turns import ParseTurns
 from qwen3vl_disagg.transport.listener import Listener
 
 LOOK_TICKS = 3
@@ -24,7 +24,7 @@ LOOK_TICKS = 3
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, places: Places) -> None:
         super().__init__(config)
-        self._places, self._turns = places, Turns()
+        self._places, self._turns = places, ParseTurns()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -102,7 +102,7 @@ class HasTurns(Protocol):
         """Parse a little; whether there is more."""
 
 
-class Turns:
+class ParseTurns:
     """The queue of connections that have something to parse."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ class CompletionTokensDetails(msgspec.Struct, kw_only=True):
     reasoning_tokens: int
 
 
-class Usage(msgspec.Struct, kw_only=True):
+class ChatUsage(msgspec.Struct, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -42,7 +42,7 @@ class Logprobs(msgspec.Struct, kw_only=True):
     content: list[LogprobEntry]
 
 
-class Message(msgspec.Struct, kw_only=True):
+class AnswerMessage(msgspec.Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
     content: str | None
     """None beside tool calls if nothing else was said."""
@@ -52,7 +52,7 @@ class Message(msgspec.Struct, kw_only=True):
 
 class Choice(msgspec.Struct, kw_only=True):
     index: int = 0
-    message: Message
+    message: AnswerMessage
     logprobs: Logprobs | None = None
     finish_reason: AnswerReason
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
@@ -64,7 +64,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     created: int
     model: str
     choices: list[Choice]
-    usage: Usage
+    usage: ChatUsage
     timings: RequestTimings
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
@@ -96,7 +96,7 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     created: int
     model: str
     choices: list[ChunkChoice]
-    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    usage: ChatUsage | msgspec.UnsetType | None = msgspec.UNSET
     timings: RequestTimings | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 

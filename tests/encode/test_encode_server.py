@@ -10,10 +10,19 @@ import pytest
 
 from qwen3vl_disagg.core.errors import InputError, MediaTimeout, ServerError
 from qwen3vl_disagg.core.failure import Failure
-from qwen3vl_disagg.protocol.messages import Abort, Decoded, Frame, Goodbye, Header, HeaderOk, ItemFailed, LinksUp
+from qwen3vl_disagg.protocol.messages import (
+    Abort,
+    Decoded,
+    Frame,
+    Goodbye,
+    Header,
+    HeaderOk,
+    ItemFailed,
+    LinksUp,
+    Nack,
+    Resume,
+)
 from qwen3vl_disagg.transport.links import LinkBroken
-
-from qwen3vl_disagg.protocol.messages import Nack, Resume  # isort: skip
 from tests.support.link_peers import encode_side, make_grant
 from tests.support.link_scenarios import CONFIG, LIMITS, run, until
 from tests.support.transfer import make_encoded

@@ -13,7 +13,7 @@ from qwen3vl_disagg.engine import penalties
 from qwen3vl_disagg.engine import sampler as sampler_module
 from qwen3vl_disagg.engine.penalties import Penalties
 from qwen3vl_disagg.engine.sampler import ONE, Sampler, pick, unpack
-from qwen3vl_disagg.engine.sampling import Plan, SamplingRow, splitmix64, uniform
+from qwen3vl_disagg.engine.sampling import SamplingPlan, SamplingRow, splitmix64, uniform
 from tests.support.sampling import kept, shares, weights_of_rows
 
 PLAIN = Sampler(banned_ids=[], eos_ids=[])
@@ -173,14 +173,14 @@ def test_penalties_by_hand():
         [0, 0, 2],
         [1, 1, 4],
     )
-    plan = Plan.of([row], vocab_size=5, eos_ids=[])
+    plan = SamplingPlan.of([row], vocab_size=5, eos_ids=[])
     # 4 / 2; (3 + 1) / 2 - 0.25 - 2 * 0.5; -1 * 2; 2 - 100; 0 - 0.25 - 0.5
     assert PLAIN._masked(logits, plan).tolist() == [[2.0, 0.75, -2.0, -98.0, -0.75]]
 
 
 def test_penalties_that_are_off_touch_nothing():
     row = SamplingRow(SamplingParams(temperature=1.0), 0, [0, 1], [1])
-    plan = Plan.of([row], vocab_size=5, eos_ids=[2])
+    plan = SamplingPlan.of([row], vocab_size=5, eos_ids=[2])
     assert (plan.penalized, plan.bans, plan.sorted, plan.has_min_p) == ([], [], [], False)
 
 
@@ -243,7 +243,7 @@ def test_a_plan_does_not_grow_with_what_was_said(num_prompt):
         temperature=1.0, repetition_penalty=1.1, presence_penalty=0.1, logit_bias=dict.fromkeys(range(300), 1.0)
     )
     row = SamplingRow(params, 0, list(range(num_prompt)), list(range(num_prompt // 2)))
-    plan = Plan.of([row] * 3, vocab_size=20_000, eos_ids=[2])
+    plan = SamplingPlan.of([row] * 3, vocab_size=20_000, eos_ids=[2])
     assert sum(len(values) for values in vars(plan).values() if isinstance(values, list)) < 20
     table = Penalties()
     logits = torch.zeros(3, 20_000)
@@ -331,7 +331,7 @@ EVERYTHING = SamplingParams(
 def test_the_host_waits_for_nothing_but_the_result(params):
     """Fake tensors have no values: whatever asks for one on the way (`.item()`, a mask as an index, ..) raises."""
     rows = [SamplingRow(p, 1, [3, 4], [5]) for p in params]
-    plan = Plan.of(rows, vocab_size=40, eos_ids=[2])
+    plan = SamplingPlan.of(rows, vocab_size=40, eos_ids=[2])
     with FakeTensorMode():
         sampler = Sampler(banned_ids=[7], eos_ids=[2])
         packed = sampler.run(torch.empty(len(rows), 40), plan)
@@ -348,7 +348,7 @@ def test_one_wait_on_a_gpu():
     rows = [SamplingRow(p, 1, [3, 4], [5]) for p in (SamplingParams(), EVERYTHING)]
     sampler = Sampler(banned_ids=[7], eos_ids=[2])
     logits = torch.randn(2, 1000)
-    plan = Plan.of(rows, vocab_size=1000, eos_ids=[2])
+    plan = SamplingPlan.of(rows, vocab_size=1000, eos_ids=[2])
     sampler.run(logits.cuda(), plan)  # the banned ids go there once
     on_device = logits.cuda()
     torch.cuda.set_sync_debug_mode("error")

@@ -184,7 +184,7 @@ TURNS = [
         "{% generation %}{% for m in messages %}{{ m.role }}{% endfor %}{% endgeneration %}{{ strftime_now('%Y') }}",
         "{%- if documents is defined -%} {{ add_generation_prompt }} {%- endif %}{{ messages | length }}",
     ],
-)  # fmt: skip
+)
 def test_what_templates_use_works_as_in_the_reference(source):
     expected = reference().apply_chat_template(
         TURNS, tools=[ADD], chat_template=source, add_generation_prompt=True, tokenize=False

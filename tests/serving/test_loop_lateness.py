@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from qwen3vl_disagg.cluster.rendezvous import host_id
 from qwen3vl_disagg.protocol.messages import RankHello, Welcome
 from qwen3vl_disagg.serving.app import create_app
-from qwen3vl_disagg.serving.http_turns import SLICE_S, WAKE_S, Turns
+from qwen3vl_disagg.serving.http_turns import SLICE_S, WAKE_S, ParseTurns
 from qwen3vl_disagg.transport.control import Connection
 from tests.support import http_attacks as attacks
 from tests.support.fake_backend import FakeBackend, tiny_processor
@@ -214,7 +214,7 @@ class _Turn:
 async def test_a_connection_that_fails_holds_nobody_up():
     told = list[dict]()
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
-    turns, connections = Turns(), [_Turn(3), _Turn(1, broken=True), _Turn(5), _Turn(2, broken=True), _Turn(1)]
+    turns, connections = ParseTurns(), [_Turn(3), _Turn(1, broken=True), _Turn(5), _Turn(2, broken=True), _Turn(1)]
     for connection in connections:
         turns.add(connection)
     async with asyncio.timeout(5):

@@ -14,7 +14,7 @@ from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import ChatTemplate, Processor, Prompt
 from qwen3vl_disagg.processing.prompt_options import PromptOptions
-from qwen3vl_disagg.processing.request_fields import BUILT, CLOSED, FIELDS, IGNORED, Place, Refused
+from qwen3vl_disagg.processing.request_fields import BUILT, CLOSED, FIELDS, IGNORED, Place, RefusedField
 from tests.support.fake_backend import ASK, PATH, FakeBackend, serve, tiny_processor
 from tests.support.images import png, uri
 
@@ -174,7 +174,7 @@ def rows(place: Place, kind: type) -> list[Any]:
     return [(name, row) for name, row in FIELDS[place].items() if isinstance(row, kind)]
 
 
-@pytest.mark.parametrize(("name", "row"), rows("request", Refused))
+@pytest.mark.parametrize(("name", "row"), rows("request", RefusedField))
 def test_a_refused_field_is_named_and_its_neutral_values_are_not(name, row):
     refused(name, **{name: next(v for v in NOT_NULL if v not in row.neutral)})
     client = serve(FakeBackend(), processor=PROCESSOR)
@@ -188,7 +188,7 @@ def test_ignored_and_unknown_fields_have_no_effect():
     assert said(**{key: {"a": [1]} for key in [*names, "nobody_knows_this"]}) == said()
 
 
-@pytest.mark.parametrize(("name", "row"), rows("message", Refused))
+@pytest.mark.parametrize(("name", "row"), rows("message", RefusedField))
 def test_a_refused_field_of_a_message_is_named(name, row):
     turn = ASK["messages"][0]
     refused(f"messages[0].{name}", messages=[{**turn, name: {"a": [1]}}])
@@ -286,7 +286,7 @@ def test_a_parts_rows_hold(place):
     for name, row in FIELDS[place].items():
         if row == IGNORED:
             assert seen({**part, name: {"a": 1}}) == plain
-        elif isinstance(row, Refused):
+        elif isinstance(row, RefusedField):
             for value in (None, *row.neutral):
                 assert seen({**part, name: value}) == plain
             with pytest.raises(InputError) as caught:
@@ -380,7 +380,7 @@ def test_closed_places_name_what_they_do_not_know(place):
         modality = place.rpartition(".")[2]
         refused(f"media_io_kwargs.{modality}.max_dynamic_tiles", media_io_kwargs={modality: inner})
     for name, row in FIELDS[place].items():
-        if isinstance(row, Refused) and place == "mm_processor_kwargs":
+        if isinstance(row, RefusedField) and place == "mm_processor_kwargs":
             refused(f"{place}.{name}", mm_processor_kwargs={name: "other"})
             assert said(mm_processor_kwargs=dict.fromkeys([name], row.neutral[0])) == said()
 

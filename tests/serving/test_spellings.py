@@ -38,20 +38,28 @@ THEN = {"role": "user", "content": "and?"}
     [
         ([{"role": "developer", "content": "be short"}, THEN], [{"role": "system", "content": "be short"}, THEN]),
         *(
-            ([{"role": "user", "content": "?"}, {"role": "assistant", **nothing}, THEN],
-             [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}, THEN])
+            (
+                [{"role": "user", "content": "?"}, {"role": "assistant", **nothing}, THEN],
+                [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}, THEN],
+            )
             for nothing in ({"content": None}, {}, {"content": []}, {"content": None, "tool_calls": None})
         ),
-        ([{"role": "assistant", "content": None, "tool_calls": []}, THEN],
-         [{"role": "assistant", "content": ""}, THEN]),
+        (
+            [{"role": "assistant", "content": None, "tool_calls": []}, THEN],
+            [{"role": "assistant", "content": ""}, THEN],
+        ),
         (user("what is it?"), user(TEXT)),
         (user("what is it?", PICTURE), user(TEXT, PICTURE)),
         (user({"type": "input_text", "text": "what is it?"}), user(TEXT)),
         (user({"text": "what is it?"}), user(TEXT)),
-        ([{"role": "assistant", "content": [{"type": "output_text", "text": "it"}]}, THEN],
-         [{"role": "assistant", "content": "it"}, THEN]),
-        ([{"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}], "refusal": "no"}, THEN],
-         [{"role": "assistant", "content": "no"}, THEN]),
+        (
+            [{"role": "assistant", "content": [{"type": "output_text", "text": "it"}]}, THEN],
+            [{"role": "assistant", "content": "it"}, THEN],
+        ),
+        (
+            [{"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}], "refusal": "no"}, THEN],
+            [{"role": "assistant", "content": "no"}, THEN],
+        ),
         *(
             (user(part, TEXT), user(PICTURE, TEXT))
             for part in (
@@ -67,20 +75,36 @@ THEN = {"role": "user", "content": "and?"}
                 {"image_url": {"url": IMAGE}},
             )
         ),
-        ([{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call(id="")]},
-          {"role": "tool", "tool_call_id": "", "content": "1"}],
-         [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call()]},
-          {"role": "tool", "content": "1"}]),
+        (
+            [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "tool_calls": [call(id="")]},
+                {"role": "tool", "tool_call_id": "", "content": "1"},
+            ],
+            [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "content": "", "tool_calls": [call()]},
+                {"role": "tool", "content": "1"},
+            ],
+        ),
         *(
-            ([{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call()]},
-              {"role": "tool", **nothing}],
-             [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call()]},
-              {"role": "tool", "content": ""}])
+            (
+                [
+                    {"role": "user", "content": "?"},
+                    {"role": "assistant", "tool_calls": [call()]},
+                    {"role": "tool", **nothing},
+                ],
+                [
+                    {"role": "user", "content": "?"},
+                    {"role": "assistant", "tool_calls": [call()]},
+                    {"role": "tool", "content": ""},
+                ],
+            )
             for nothing in ({"content": None}, {}, {"content": []})
         ),
         ([{"role": "user", "content": "?", "name": "me", "id": "m1"}], [{"role": "user", "content": "?"}]),
     ],
-)  # fmt: skip
+)
 def test_messages_in_other_spellings(messages, plain):
     assert ids(messages) == ids(plain)
 
@@ -146,10 +170,15 @@ def test_one_bad_call_does_not_end_a_conversation():
     """A model wrote JSON that is none: the client answers with the error, and the model may try again."""
     history = [
         {"role": "user", "content": "?"},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": {
-            "name": "no such tool!", "arguments": '{"a": '}}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "c", "type": "function", "function": {"name": "no such tool!", "arguments": '{"a": '}}
+            ],
+        },
         {"role": "tool", "tool_call_id": "c", "content": "not valid JSON"},
-    ]  # fmt: skip
+    ]
     text = tiny_processor().tokenizer.decode(ids(history, tools=[FUNCTION]))
     assert '{"name": "no such tool!", "arguments": {"a": }' in text
 

@@ -6,12 +6,12 @@ import torch
 
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.sampler import weigh
-from qwen3vl_disagg.engine.sampling import Plan, SamplingRow
+from qwen3vl_disagg.engine.sampling import SamplingPlan, SamplingRow
 
 
 def weights_of_rows(logits_BV: torch.Tensor, *rows: SamplingParams) -> torch.Tensor:
     """What each token weighs after temperature, top-k, top-p and min-p."""
-    plan = Plan.of([SamplingRow(row, 0) for row in rows], vocab_size=logits_BV.shape[1], eos_ids=[])
+    plan = SamplingPlan.of([SamplingRow(row, 0) for row in rows], vocab_size=logits_BV.shape[1], eos_ids=[])
     return weigh(logits_BV.float(), [torch.tensor(c, dtype=torch.float64) for c in plan.settings], plan)
 
 
