@@ -5,27 +5,19 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Iterator, Sequence
+from importlib import import_module
+from itertools import chain
 
 import msgspec
-from PIL import (
-    AvifImagePlugin,
-    BmpImagePlugin,
-    GifImagePlugin,
-    JpegImagePlugin,
-    MpoImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import AvifImagePlugin
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media import sandbox
-from qwen3vl_disagg.media.clip_ends import end_note
-from qwen3vl_disagg.media.images import MAX_BYTES, decode_rgb, probe_image
-from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES, probe_video, sniff_container, video_frames
+from qwen3vl_disagg.media.image_headers import FORMATS
+from qwen3vl_disagg.media.images import MAX_BYTES, decode_rgb
+from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES, end_note, probe_video, sniff_container, video_frames
 from qwen3vl_disagg.media.wire import (
     LENGTH_BYTES,
-    Clip,
     Done,
     Job,
     Pixels,
@@ -36,18 +28,6 @@ from qwen3vl_disagg.media.wire import (
     pack,
     read_exactly,
 )
-
-PLUGINS = (
-    AvifImagePlugin,
-    BmpImagePlugin,
-    GifImagePlugin,
-    JpegImagePlugin,
-    MpoImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
-"""Imported before the limits, because the library would import all that it has for a format it does not know yet."""
 
 _PARENT_CHECK_S = 5.0
 # CPU time that a job may take: 2.5 times or more what the most costly honest files took (a flat PNG of 64 megapixels,
@@ -64,21 +44,20 @@ def run(job: Job, data: bytes) -> Iterator[tuple[Reply, memoryview | bytes]]:
 
     The CPU budget is set by what the media declare, and lifted before the last answer: the child that gave it lives on.
     """
-    if job.kind == "image":
-        header = probe_image(data)
-        sandbox.allow_cpu(_BASE_S + _S_PER_BYTE * len(data) + _S_PER_PIXEL * header.width * header.height)
+    if job.image is not None:
+        sandbox.allow_cpu(_BASE_S + _S_PER_BYTE * len(data) + _S_PER_PIXEL * job.image.width * job.image.height)
         notes: list[str] = []
-        image = decode_rgb(data, notes)
+        image = decode_rgb(data, notes, job.image)
         levels = image.tobytes()
         sandbox.allow_cpu(0)
         yield Pixels(image.height, image.width, "; ".join(notes)), levels
         return
     budget = _BASE_S + _S_PER_VIDEO_BYTE * len(data)
     sandbox.allow_cpu(budget)
-    if job.kind == "probe":
+    if not job.indices:
         info = probe_video(data)
         sandbox.allow_cpu(0)
-        yield Clip(**vars(info)), b""
+        yield info, b""
         return
     for frame_HWC in video_frames(
         data, job.indices, lambda pixels: sandbox.allow_cpu(budget + _S_PER_VIDEO_PIXEL * pixels)
@@ -124,6 +103,9 @@ def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # what a library prints must not come between the answers
     os.set_blocking(out, False)
+    # Before the limits, because the library would import all that it has for a format it does not know yet.
+    for plugin in chain.from_iterable(form.plugins for form in FORMATS.values()):
+        import_module(f"PIL.{plugin}ImagePlugin")
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # no thread may be started
     sandbox.enter()
     write_all(out, pack(Ready()), parent)

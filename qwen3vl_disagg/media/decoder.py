@@ -15,7 +15,7 @@ from qwen3vl_disagg.media.child_process import ChildFailed, ChildProcess
 from qwen3vl_disagg.media.images import probe_image
 from qwen3vl_disagg.media.stop import Slots, Stop
 from qwen3vl_disagg.media.video import CONTAINERS, MAX_FRAME_PIXELS, MAX_FRAMES, VideoInfo, check_clip_bytes
-from qwen3vl_disagg.media.wire import Clip, Done, Job, Pixels, Refused, Reply
+from qwen3vl_disagg.media.wire import Done, Job, Pixels, Refused, Reply
 
 IMAGE_PATIENCE_S = 10.0
 PATIENCE_S_PER_PIXEL = 0.3e-6
@@ -64,7 +64,7 @@ class MediaDecoder:
         """
         info = probe_image(data)
         patience_s = self._image_patience_s + PATIENCE_S_PER_PIXEL * info.width * info.height
-        with self._running("image", Job("image", len(data)), data, patience_s, stop) as (child, reply):
+        with self._running("image", Job(len(data), info), data, patience_s, stop) as (child, reply):
             if not isinstance(reply, Refused):
                 pixels = _pixels(child, reply, (info.height, info.width, 3))
                 _take_note(reply, notes)
@@ -74,9 +74,9 @@ class MediaDecoder:
     def probe_video(self, data: bytes, *, stop: Stop | None = None) -> VideoInfo:
         """What the clip holds. InputError for a damaged or forbidden one."""
         check_clip_bytes(data)
-        with self._running("clip", Job("probe", len(data)), data, self._video_patience_s, stop) as (_, reply):
+        with self._running("clip", Job(len(data)), data, self._video_patience_s, stop) as (_, reply):
             if not isinstance(reply, Refused):
-                return _info(reply)
+                return _checked(reply)
         raise _refusal(reply)
 
     def video_frames(
@@ -100,7 +100,7 @@ class MediaDecoder:
         if not indices:
             return
         shape: tuple[int, ...] | None = None
-        job = Job("frames", len(data), indices)
+        job = Job(len(data), indices=indices)
         with self._running("clip", job, data, self._video_patience_s, stop) as (child, reply):
             for _ in indices:
                 if isinstance(reply, Refused):
@@ -233,18 +233,19 @@ def _failure(what: str, error: ChildFailed) -> DisaggError:
     return InputError(f"the {what} is damaged and cannot be decoded")
 
 
-def _info(reply: Reply) -> VideoInfo:
-    if not isinstance(reply, Clip):
+def _checked(info: Reply) -> VideoInfo:
+    """ChildFailed for what no clip holds."""
+    if not isinstance(info, VideoInfo):
         raise ChildFailed("nonsense")
-    sizes_fit = reply.width > 0 < reply.height and reply.width * reply.height <= MAX_FRAME_PIXELS
-    counts_fit = 0 < reply.num_frames <= MAX_FRAMES and 0 < reply.fps < float("inf")
-    times = reply.times
+    sizes_fit = info.width > 0 < info.height and info.width * info.height <= MAX_FRAME_PIXELS
+    counts_fit = 0 < info.num_frames <= MAX_FRAMES and 0 < info.fps < float("inf")
+    times = info.times
     times_fit = not times or (
-        len(times) == reply.num_frames
+        len(times) == info.num_frames
         and times[0] == 0
         and all(now <= after for now, after in pairwise(times))
         and times[-1] < float("inf")
     )
-    if not (sizes_fit and counts_fit and times_fit and reply.format in CONTAINERS):
+    if not (sizes_fit and counts_fit and times_fit and info.format in CONTAINERS):
         raise ChildFailed("nonsense")
-    return VideoInfo(reply.format, reply.width, reply.height, reply.num_frames, reply.fps, tuple(reply.times))
+    return info

@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
-from qwen3vl_disagg.media.tagged_headers import brands, is_avif, is_tiff, read_avif, read_tiff
-
 MAX_STEPS = 10_000
-"""Segments, chunks or blocks that are walked over before the size must be known."""
+"""Segments, chunks, blocks, tags or boxes that are walked over before the size must be known."""
 MAX_PROFILE_BYTES = 2**20
 """As much of a text is looked at, compressed or not."""
 MAX_HEX_BYTES = 150_000
@@ -23,7 +22,9 @@ MAX_HEX_BYTES = 150_000
 MAX_RUBBISH = 256
 """Bytes between two JPEG segments that belong to neither."""
 
-_ORIENTATION_TAG = 0x0112
+_WIDTH, _HEIGHT, _ORIENTATION = 256, 257, 274
+_TIFF_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
+_TAG_FORMS = {1: "B", 3: "H", 4: "I"}
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\xff])", re.DOTALL)
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -32,19 +33,37 @@ _JPEG_SCAN, _JPEG_END, _JPEG_APP1 = 0xDA, 0xD9, 0xE1
 _EXIF, _JPEG_XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 
 
+_TURNED: dict[int | None, tuple[int, ...]] = {None: (1, 8, 3, 6), 0: (4, 5, 2, 7), 1: (2, 7, 4, 5)}
+"""Axis of the mirror that follows (0 top to bottom, 1 left to right), quarter turns against the clock -> EXIF's."""
+
+
 @dataclass(frozen=True)
-class ImageHeader:
-    """Width and height in pixels as stored, that is before the EXIF orientation (1 .. 8) is applied."""
+class ImageInfo:
+    """What the header says. Width and height in pixels as shown, that is after the orientation (EXIF's, 1 .. 8)."""
 
     format: str
     width: int
     height: int
     orientation: int = 1
 
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """(width, height) before the orientation is applied."""
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
+
+
+def _brands(data: bytes) -> set[bytes]:
+    """Major and compatible brands of a file of boxes; none for another one."""
+    if data[4:8] != b"ftyp":
+        return set()
+    (size,) = struct.unpack_from(">I", data, 0)
+    body = data[8 : min(size, 8 + 4 * 64)]
+    return {body[at : at + 4] for at in range(0, len(body) - 3, 4) if at != 4}
+
 
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _FOREIGN: tuple[tuple[str, Callable[[bytes], bool]], ...] = (
-    ("HEIC", lambda data: bool(brands(data) & _HEIC_BRANDS)),
+    ("HEIC", lambda data: bool(_brands(data) & _HEIC_BRANDS)),
     ("JPEG 2000", lambda data: data.startswith((b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"))),
     ("JPEG XL", lambda data: data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL "))),
     ("PDF", lambda data: data.startswith(b"%PDF-")),
@@ -62,37 +81,39 @@ class BadHeader(ValueError):
     """Not an image of a known format, or one whose header ends early or goes on too long."""
 
 
-def read_header(data: bytes) -> ImageHeader:
+def read_header(data: bytes) -> ImageInfo:
     """The header of an image whose format its content tells. BadHeader if there is none."""
-    for name, (is_one, read) in _READERS.items():
-        if is_one(data):
+    for name, form in FORMATS.items():
+        if form.is_one(data):
             try:
-                width, height, orientation = read(data)
+                width, height, orientation = form.read(data)
             except BadHeader:
                 raise
             except (struct.error, IndexError, KeyError, ValueError) as error:
                 raise BadHeader(f"the {name} header is cut off or says nonsense") from error
-            return ImageHeader(name, width, height, orientation)
+            if orientation >= 5:
+                width, height = height, width
+            return ImageInfo(name, width, height, orientation)
     raise BadHeader("no known format")
+
+
+def _tags(tiff: bytes) -> Iterator[tuple[int, int, int | None]]:
+    """(tag, how many values, the first one) of the first directory; None for what is no whole number."""
+    order = _TIFF_ORDERS[tiff[:4]]
+    (at,) = struct.unpack_from(order + "I", tiff, 4)
+    (count,) = struct.unpack_from(order + "H", tiff, at)
+    for entry in range(at + 2, at + 2 + 12 * min(count, MAX_STEPS), 12):
+        tag, kind, number = struct.unpack_from(order + "HHI", tiff, entry)
+        form = _TAG_FORMS.get(kind)
+        yield tag, number, struct.unpack_from(order + form, tiff, entry + 8)[0] if form else None
 
 
 def exif_orientation(exif: bytes) -> int | None:
     """The orientation in the first directory of an EXIF block; None if none is told, 1 for one that does not exist."""
-    tiff = exif.removeprefix(_EXIF)
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None:
-        return None
-    try:
-        (at,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, at)
-        for entry in range(at + 2, at + 2 + 12 * min(count, MAX_STEPS), 12):
-            tag, kind = struct.unpack_from(order + "HH", tiff, entry)
-            if tag == _ORIENTATION_TAG:
-                form = {1: "B", 3: "H", 4: "I"}.get(kind)
-                value = struct.unpack_from(order + form, tiff, entry + 8)[0] if form else 1
-                return value if 1 <= value <= 8 else 1
-    except struct.error:  # damaged metadata does not make the picture unusable
-        return None
+    with suppress(struct.error, KeyError):  # damaged metadata does not make the picture unusable
+        for tag, _, value in _tags(exif.removeprefix(_EXIF)):
+            if tag == _ORIENTATION:
+                return value if value is not None and 1 <= value <= 8 else 1
     return None
 
 
@@ -237,12 +258,101 @@ def _read_bmp(data: bytes) -> tuple[int, int, int]:
     return width, abs(height), 1
 
 
-_READERS: dict[str, tuple[Callable[[bytes], bool], Callable[[bytes], tuple[int, int, int]]]] = {
-    "JPEG": (lambda data: data.startswith(b"\xff\xd8\xff"), _read_jpeg),
-    "PNG": (lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), _read_png),
-    "WEBP": (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _read_webp),
-    "GIF": (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _read_gif),
-    "BMP": (lambda data: data.startswith(b"BM"), _read_bmp),
-    "AVIF": (is_avif, read_avif),
-    "TIFF": (is_tiff, read_tiff),
+def _read_tiff(data: bytes) -> tuple[int, int, int]:
+    """The first page. Its size is that after the orientation, which the library applies itself."""
+    found: dict[int, int] = {}
+    for tag, number, value in _tags(data):
+        if tag in (_WIDTH, _HEIGHT, _ORIENTATION) and tag not in found and number == 1:
+            if value is None:
+                raise ValueError("no whole number")
+            found[tag] = value
+    width, height = found[_WIDTH], found[_HEIGHT]
+    return (height, width, 1) if 5 <= found.get(_ORIENTATION, 1) <= 8 else (width, height, 1)
+
+
+def _read_avif(data: bytes) -> tuple[int, int, int]:
+    """The primary picture: its properties are those that its association names, counted from 1."""
+    meta = _inside(data, 0, len(data), b"meta")
+    start, end = meta[0] + 4, meta[1]
+    at, _ = _inside(data, start, end, b"pitm")
+    (primary,) = struct.unpack_from(">I" if data[at] else ">H", data, at + 4)
+    iprp = _inside(data, start, end, b"iprp")
+    properties = list(_boxes(data, *_inside(data, *iprp, b"ipco")))
+    size, turns, mirror = None, 0, None
+    for index in _associated(data, *_inside(data, *iprp, b"ipma"), primary):
+        name, at, _ = properties[index - 1] if index else (b"", 0, 0)
+        if name == b"ispe":
+            size = struct.unpack_from(">II", data, at + 4)
+        elif name == b"irot":
+            turns = data[at] & 3
+        elif name == b"imir":
+            mirror = data[at] & 1
+    if size is None:
+        raise ValueError("no size")
+    return *size, _TURNED[mirror][turns]
+
+
+def _associated(data: bytes, at: int, end: int, item: int) -> list[int]:
+    """Numbers of an item's properties."""
+    version, is_wide = data[at], data[at + 3] & 1
+    (count,) = struct.unpack_from(">I", data, at + 4)
+    at += 8
+    for _ in range(min(count, MAX_STEPS)):
+        (owner,) = struct.unpack_from(">I" if version else ">H", data, at)
+        at += 4 if version else 2
+        number, width = data[at], 2 if is_wide else 1
+        at += 1
+        if owner == item:
+            mask = 0x7FFF if is_wide else 0x7F
+            return [int.from_bytes(data[at + i * width : at + (i + 1) * width], "big") & mask for i in range(number)]
+        at += number * width
+        if at > end:
+            break
+    return []
+
+
+def _inside(data: bytes, start: int, end: int, wanted: bytes) -> tuple[int, int]:
+    """Where the body of the first box of that name begins and ends."""
+    for name, body, stop in _boxes(data, start, end):
+        if name == wanted:
+            return body, stop
+    raise ValueError(f"no box {wanted!r}")
+
+
+def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """(name, where its body begins, where it ends) of boxes behind one another."""
+    for _ in range(MAX_STEPS):
+        if start + 8 > end:
+            return
+        size, name = struct.unpack_from(">I4s", data, start)
+        body = start + 8
+        if size == 1:
+            (size,) = struct.unpack_from(">Q", data, body)
+            body += 8
+        stop = end if size == 0 else start + size
+        if stop < body:
+            raise ValueError("a box that is smaller than its head")
+        yield name, body, min(stop, end)
+        start = stop
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """`is_one`: whether the content is of it. `read`: (width, height, orientation) as the header says. `plugins`: the
+    modules of Pillow that decode it."""
+
+    is_one: Callable[[bytes], bool]
+    read: Callable[[bytes], tuple[int, int, int]]
+    plugins: tuple[str, ...]
+
+
+FORMATS = {
+    "JPEG": ImageFormat(lambda data: data.startswith(b"\xff\xd8\xff"), _read_jpeg, ("Jpeg", "Mpo")),
+    "PNG": ImageFormat(lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), _read_png, ("Png",)),
+    "WEBP": ImageFormat(lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _read_webp, ("WebP",)),
+    "GIF": ImageFormat(lambda data: data.startswith((b"GIF87a", b"GIF89a")), _read_gif, ("Gif",)),
+    "BMP": ImageFormat(lambda data: data.startswith(b"BM"), _read_bmp, ("Bmp",)),
+    "AVIF": ImageFormat(lambda data: bool(_brands(data) & {b"avif", b"avis"}), _read_avif, ("Avif",)),
+    "TIFF": ImageFormat(lambda data: data[:4] in _TIFF_ORDERS, _read_tiff, ("Tiff",)),
 }
+"""The formats that are taken: what is sniffed, named in messages and decoded."""

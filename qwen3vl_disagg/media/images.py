@@ -8,16 +8,15 @@ the reference does; then RGB.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageFile
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.media.image_headers import BadHeader, ImageHeader, foreign_format, read_header
+from qwen3vl_disagg.media.image_headers import FORMATS, BadHeader, ImageInfo, foreign_format, read_header
 from qwen3vl_disagg.media.partial import Loaded, load_partial, note_of
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF")
 MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 20 * 2**20
 MAX_ASPECT = 200
@@ -34,15 +33,6 @@ _TRANSPOSE = {
 }
 
 
-@dataclass(frozen=True)
-class ImageInfo:
-    """What the header says; width and height as shown, that is after the EXIF orientation."""
-
-    format: str
-    width: int
-    height: int
-
-
 def check_aspect(height: int, width: int) -> None:
     """InputError if one side is more than MAX_ASPECT times the other."""
     if max(height, width) > MAX_ASPECT * min(height, width):
@@ -54,57 +44,70 @@ def probe_image(data: bytes) -> ImageInfo:
 
     InputError for what is not an allowed image or is larger than allowed. Damage behind the header is not seen.
     """
-    header = _checked_header(data)
-    width, height = header.width, header.height
-    if header.orientation >= 5:
-        width, height = height, width
-    return ImageInfo(header.format, width, height)
-
-
-def decode_rgb(data: bytes, notes: list[str] | None = None) -> Image.Image:
-    """The image as shown, mode RGB, of the size that `probe_image` tells. InputError for one that is damaged, or of
-    which too little is there; what is missing of another, or was skipped, is appended to `notes`."""
-    header = _checked_header(data)
+    if not data:
+        raise InputError("the image is empty (0 bytes)")
+    if len(data) > MAX_BYTES:
+        raise InputError(f"the image has {len(data)} bytes, the limit is {MAX_BYTES}", status=413)
     try:
-        loaded = _load(header, data)
-        if header.format == "PNG":
+        info = read_header(data)
+    except BadHeader as error:
+        name = foreign_format(data)
+        found = f": this is {name}" if name else ""
+        raise InputError(f"not an image of an allowed format ({', '.join(FORMATS)}){found}") from error
+    width, height = info.stored_size
+    if width < 1 or height < 1:
+        raise InputError(f"the image has no pixels ({width} x {height})")
+    if width * height > MAX_PIXELS:
+        raise InputError(f"the image has {width * height} pixels, the limit is {MAX_PIXELS}")
+    check_aspect(height, width)
+    return info
+
+
+def decode_rgb(data: bytes, notes: list[str] | None = None, info: ImageInfo | None = None) -> Image.Image:
+    """The image as shown, mode RGB, of the size that `probe_image` tells. InputError for one that is damaged, or of
+    which too little is there; what is missing of another, or was skipped, is appended to `notes`.
+
+    `info`: what `probe_image` has told already.
+    """
+    info = info or probe_image(data)
+    try:
+        loaded = _load(info, data)
+        if info.format == "PNG":
             _scale_transparency(loaded.image, depth=data[24])
         image = loaded.cover(_outside_white(loaded, _to_rgb(loaded.image)))
         if loaded.note and notes is not None:
             notes.append(loaded.note)
-        if header.orientation in _TRANSPOSE:
-            image = image.transpose(_TRANSPOSE[header.orientation])
-        return image
+        return image.transpose(_TRANSPOSE[info.orientation]) if info.orientation in _TRANSPOSE else image
     except MemoryError:
         raise InputError("the image needs more memory than decoding it may take") from None
     except Exception as error:  # whatever the decoder raises, the bytes are the cause; its text stays inside
         raise InputError("the image is damaged or cut off and cannot be decoded") from error
 
 
-def _load(header: ImageHeader, data: bytes) -> Loaded:
+def _load(info: ImageInfo, data: bytes) -> Loaded:
     """In the file's own mode. Raises whatever the library does."""
     region: tuple[int, int, int, int] | None = None
 
     def opened(content: bytes) -> ImageFile.ImageFile:
         nonlocal region
-        image = Image.open(io.BytesIO(content), formats=(header.format,))
-        if image.size != (header.width, header.height):
+        image = Image.open(io.BytesIO(content), formats=(info.format,))
+        if image.size != info.stored_size:
             raise ValueError("two sizes")
-        if header.format == "GIF" and image.tile:
+        if info.format == "GIF" and image.tile:
             region = image.tile[0].extents
         return image
 
     try:
         image = opened(data)
-        if header.format == "TIFF":
+        if info.format == "TIFF":
             return Loaded(_load_tiff(image))
         image.load()
     except MemoryError:
         raise
     except Exception:
-        loaded = load_partial(header.format, data, opened)
+        loaded = load_partial(info.format, data, opened)
     else:
-        loaded = Loaded(image, note_of(header.format, data))
+        loaded = Loaded(image, note_of(info.format, data))
     return replace(loaded, region=region)
 
 
@@ -117,26 +120,6 @@ def _load_tiff(image: ImageFile.ImageFile) -> Image.Image:
     if image.size != size:
         raise ValueError("turned by what is not in the first directory")
     return Image.fromarray(~np.asarray(image)) if is_inverted else image  # the library inverts the other depths
-
-
-def _checked_header(data: bytes) -> ImageHeader:
-    if not data:
-        raise InputError("the image is empty (0 bytes)")
-    if len(data) > MAX_BYTES:
-        raise InputError(f"the image has {len(data)} bytes, the limit is {MAX_BYTES}", status=413)
-    try:
-        header = read_header(data)
-    except BadHeader as error:
-        name = foreign_format(data)
-        found = f": this is {name}" if name else ""
-        raise InputError(f"not an image of an allowed format ({', '.join(FORMATS)}){found}") from error
-    width, height = header.width, header.height
-    if width < 1 or height < 1:
-        raise InputError(f"the image has no pixels ({width} x {height})")
-    if width * height > MAX_PIXELS:
-        raise InputError(f"the image has {width * height} pixels, the limit is {MAX_PIXELS}")
-    check_aspect(height, width)
-    return header
 
 
 def _scale_transparency(image: Image.Image, depth: int) -> None:

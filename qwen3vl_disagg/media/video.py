@@ -13,16 +13,16 @@ colours become RGB as swscale does by default, which is what the reference's PyA
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.media.clip_ends import end_note
-from qwen3vl_disagg.media.clip_times import frame_times
 
 MAX_VIDEO_BYTES = 48 * 2**20
 MAX_FRAME_PIXELS = 16 * 2**20
@@ -30,15 +30,20 @@ MAX_FRAMES = 20_000
 MAX_CLIP_PIXELS = 2**33
 """Pixels of all frames together: 20,000 frames of 640 x 480 fit, and two minutes of 1920 x 1080 at 30 a second."""
 
+UNKNOWN_FPS = 24.0
+"""Frames a second of a clip that does not say."""
+MAX_FPS = 1000.0
+
 CONTAINERS = ("mp4", "mov", "webm", "mkv", "avi", "gif")
 _WITH_TABLES = ("mp4", "mov")
 """Their tables list each frame: with less than half of these a file that ends early is refused."""
 CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "gif"})
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+_MAX_BOXES = 10_000
+_EBML, _SEGMENT = b"\x1aE\xdf\xa3", b"\x18S\x80g"
 
 
-@dataclass(frozen=True)
-class VideoInfo:
+class VideoInfo(msgspec.Struct, frozen=True, tag="clip"):
     """What a clip holds, counted and not only declared.
 
     `format` is the container ("mp4", "mov", "webm", "mkv", "avi", "gif"). Width and height are pixels as shown, after
@@ -67,7 +72,7 @@ def sniff_container(data: bytes) -> str | None:
     """The container that the content tells, or None if it is none of ours."""
     if data[4:8] in _MP4_BOXES:
         return "mov" if data[4:8] != b"ftyp" or data[8:12] == b"qt  " else "mp4"
-    if data.startswith(b"\x1aE\xdf\xa3"):
+    if data.startswith(_EBML):
         return "webm" if b"webm" in data[:64] else "mkv"
     if data.startswith(b"RIFF") and data[8:12] == b"AVI ":
         return "avi"
@@ -213,3 +218,94 @@ def _shown_size(frame: Any) -> tuple[int, int]:
 def _check_size(height: int, width: int) -> None:
     if height * width > MAX_FRAME_PIXELS:
         raise InputError(f"the clip's frames have {height * width} pixels, the limit is {MAX_FRAME_PIXELS}")
+
+
+# -- when frames are shown
+
+
+def sane_fps(rate: Fraction | None) -> float:
+    """Frames a second as a file tells; UNKNOWN_FPS if it does not, or not within 1 / 1000 .. 1000."""
+    fps = float(rate or 0)
+    return fps if 1 / MAX_FPS <= fps <= MAX_FPS else UNKNOWN_FPS
+
+
+def frame_times(
+    ticks: Sequence[int | None], tick: Fraction | None, declared: Fraction | None
+) -> tuple[float, tuple[float, ...]]:
+    """(frames a second, seconds of each frame from the first one on).
+
+    `ticks`: times of the frames in display order, in units of `tick` seconds. The declared rate counts where no frame
+    is off by more than half of one; else the mean rate, if that is true of it; else the times themselves are given,
+    with the mean rate. They are empty for clips of an even rate. Where packets have no times, the declared rate counts.
+    """
+    known = [at for at in ticks if at is not None]
+    if not tick or len(known) < max(len(ticks), 2) or known[-1] <= known[0]:
+        return sane_fps(declared), ()
+    seconds = [float((at - known[0]) * tick) for at in known]
+    mean = min(max((len(known) - 1) / seconds[-1], 1 / MAX_FPS), MAX_FPS)
+    for rate in (float(declared or 0), mean):
+        if 1 / MAX_FPS <= rate <= MAX_FPS and _is_even(seconds, rate, float(tick)):
+            return rate, ()
+    return mean, tuple(seconds)
+
+
+def _is_even(seconds: Sequence[float], rate: float, tick: float) -> bool:
+    slack = 0.5 / rate + tick
+    return all(abs(at - number / rate) <= slack for number, at in enumerate(seconds))
+
+
+# -- whether a file ends before its container says
+
+
+def end_note(data: bytes, container: str) -> str:
+    """What to say of a file that lacks its end; empty for a whole one, and for one that does not tell its size."""
+    try:
+        match container:
+            case "mp4" | "mov":
+                declared = _end_of_boxes(data)
+            case "mkv" | "webm":
+                declared = _end_of_segment(data)
+            case "avi":
+                declared = 8 + struct.unpack_from("<I", data, 4)[0]
+            case _:  # a GIF has no size, but a last byte
+                declared = len(data) + (not data.rstrip(b"\0").endswith(b";"))
+    except (struct.error, IndexError):
+        return ""
+    if declared <= len(data):
+        return ""
+    missing = max(1, round(100 * (1 - len(data) / declared)))
+    return f"the clip's file ends early, {missing} % of its bytes are missing: frames behind its end were not looked at"
+
+
+def _end_of_boxes(data: bytes) -> int:
+    """Where the last box ends by its own account. One of size 0 goes on to the end of the file."""
+    at = 0
+    for _ in range(_MAX_BOXES):
+        if at + 8 > len(data):
+            break
+        (size,) = struct.unpack_from(">I", data, at)
+        if size == 1:
+            (size,) = struct.unpack_from(">Q", data, at + 8)
+        if size < 8:
+            break
+        at += size
+    return at
+
+
+def _end_of_segment(data: bytes) -> int:
+    """Where the segment behind the head ends by its own account; 0 where it does not say."""
+    if not data.startswith(_EBML):
+        return 0
+    size, at = _ebml_size(data, 4)
+    at += size or 0
+    if not data.startswith(_SEGMENT, at):
+        return 0
+    size, at = _ebml_size(data, at + 4)
+    return 0 if size is None else at + size
+
+
+def _ebml_size(data: bytes, at: int) -> tuple[int | None, int]:
+    """(size, None for an unknown one; where what it is about begins)."""
+    length = 9 - data[at].bit_length()
+    value = int.from_bytes(data[at : at + length], "big") - (1 << 7 * length)
+    return None if value == (1 << 7 * length) - 1 else value, at + length

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Literal
 
 import msgspec
 
+from qwen3vl_disagg.media.image_headers import ImageInfo
 from qwen3vl_disagg.media.images import MAX_PIXELS
+from qwen3vl_disagg.media.video import VideoInfo
 
 MAX_HEADER_BYTES = 2**20
 LENGTH_BYTES = 4
 
 
 class Job(msgspec.Struct, frozen=True):
-    """Followed by `num_bytes` of media."""
+    """Followed by `num_bytes` of an image, whose header has been read, or of a clip.
 
-    kind: Literal["image", "probe", "frames"]
+    Of a clip, the frames of `indices` are decoded; without any, it is told what the clip holds.
+    """
+
     num_bytes: int
+    image: ImageInfo | None = None
     indices: Sequence[int] = ()
 
 
@@ -50,24 +54,13 @@ class Pixels(msgspec.Struct, frozen=True, tag="pixels"):
             raise ValueError(f"{self.width} x {self.height} pixels")
 
 
-class Clip(msgspec.Struct, frozen=True, tag="clip"):
-    """The fields of a VideoInfo."""
-
-    format: str
-    width: int
-    height: int
-    num_frames: int
-    fps: float
-    times: Sequence[float] = ()
-
-
 class Done(msgspec.Struct, frozen=True, tag="done"):
     """The last of the frames has been said. `note`: as of `Pixels`."""
 
     note: str = ""
 
 
-Reply = Ready | Refused | Pixels | Clip | Done
+Reply = Ready | Refused | Pixels | VideoInfo | Done
 
 
 def pack(message: msgspec.Struct) -> bytes:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.core.settings import ImageResize
-from qwen3vl_disagg.media.images import MAX_ASPECT, MAX_BYTES, ImageInfo, check_aspect, decode_rgb, probe_image
+from qwen3vl_disagg.media.image_headers import ImageInfo
+from qwen3vl_disagg.media.images import MAX_ASPECT, MAX_BYTES, check_aspect, decode_rgb, probe_image
 from qwen3vl_disagg.model.config import VisionConfig
 from qwen3vl_disagg.processing.pixel_settings import PixelSettings, read_section
 from qwen3vl_disagg.processing.positions import Grid

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.media.clip_times import UNKNOWN_FPS
 from qwen3vl_disagg.media.decoder import MediaDecoder
-from qwen3vl_disagg.media.images import ImageInfo, check_aspect
+from qwen3vl_disagg.media.image_headers import ImageInfo
+from qwen3vl_disagg.media.images import check_aspect
 from qwen3vl_disagg.media.stop import Stop
-from qwen3vl_disagg.media.video import VideoInfo
+from qwen3vl_disagg.media.video import UNKNOWN_FPS, VideoInfo
 from qwen3vl_disagg.model.config import VisionConfig
 from qwen3vl_disagg.processing.images import ImageProcessor, smart_resize
 from qwen3vl_disagg.processing.media_options import NO_OPTIONS, MediaOptions

@@ -20,7 +20,6 @@ from torch import Tensor
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import ImageResize
-from qwen3vl_disagg.media.clip_times import nearest_frames
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.model.config import VisionConfig
@@ -62,6 +61,20 @@ def timestamps(frames: Sequence[int], fps: float, temporal: int, times: Sequence
     if times:
         return [(times[first] + times[last]) / 2 for first, last in zip(firsts, lasts, strict=True)]
     return [(first / fps + last / fps) / 2 for first, last in zip(firsts, lasts, strict=True)]
+
+
+def nearest_frames(times: Sequence[float], count: int) -> list[int]:
+    """`count` strictly rising frames, nearest to times spread evenly from the first to the last one's."""
+    last, found, at = len(times) - 1, list[int](), 0
+    for number in range(count):
+        wanted = times[-1] * number / max(count - 1, 1)
+        while at < last and times[at + 1] <= wanted:
+            at += 1
+        is_next_nearer = at < last and times[at + 1] - wanted < wanted - times[at]
+        # No frame twice, and as many left as are still wanted.
+        low, high = (found[-1] + 1 if found else 0), last - (count - 1 - number)
+        found.append(min(max(at + is_next_nearer, low), high))
+    return found
 
 
 class VideoProcessor:

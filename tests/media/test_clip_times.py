@@ -16,10 +16,18 @@ from hypothesis import strategies as st
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.media.clip_ends import end_note
-from qwen3vl_disagg.media.clip_times import frame_times, nearest_frames, sane_fps
-from qwen3vl_disagg.media.decoder import MediaDecoder
-from qwen3vl_disagg.media.video import probe_video, sniff_container, video_frames
+from qwen3vl_disagg.media.child_process import ChildFailed
+from qwen3vl_disagg.media.decoder import MediaDecoder, _checked
+from qwen3vl_disagg.media.video import (
+    VideoInfo,
+    end_note,
+    frame_times,
+    probe_video,
+    sane_fps,
+    sniff_container,
+    video_frames,
+)
+from qwen3vl_disagg.processing.video import nearest_frames
 from tests.processing.test_video import SAMPLER, reference
 from tests.support.clips import published_video_processor
 from tests.support.media_bytes import clip
@@ -278,12 +286,8 @@ def test_any_bytes_have_an_end(data, container, with_head):
 
 @pytest.mark.parametrize("times", [[1.0, 2.0], [0.0, -1.0], [0.0, float("nan")], [0.0, float("inf")], [0.0], [0.0] * 3])
 def test_times_that_a_child_makes_up_are_not_believed(times):
-    from qwen3vl_disagg.media.child_process import ChildFailed
-    from qwen3vl_disagg.media.decoder import _info
-    from qwen3vl_disagg.media.wire import Clip
-
     with pytest.raises(ChildFailed):
-        _info(Clip("mp4", 96, 64, 2, 10.0, times))
+        _checked(VideoInfo("mp4", 96, 64, 2, 10.0, tuple(times)))
 
 
 def test_a_child_tells_times():

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.media.image_headers import MAX_STEPS, BadHeader, ImageHeader, exif_orientation, read_header
+from qwen3vl_disagg.media.image_headers import MAX_STEPS, BadHeader, ImageInfo, exif_orientation, read_header
 from qwen3vl_disagg.media.images import decode_rgb, probe_image
 from tests.support.media_bytes import after_start, encode, exif, picture, png, segment
 from tests.support.media_hostile import HOSTILE_IMAGES
@@ -57,7 +57,7 @@ def test_the_parts_of_all_notes_count_together():
         read_header(many)
     assert MAX_STEPS <= many.count < MAX_STEPS + 100
     few = head + (b"!\xfe" + b"\1x" * 999 + b"\0") * 9 + end
-    assert read_header(few) == ImageHeader("GIF", 64, 64)
+    assert read_header(few) == ImageInfo("GIF", 64, 64)
 
 
 @pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt"])
@@ -119,7 +119,7 @@ def test_a_header_that_is_cut_is_none(cut):
 
 def test_the_first_exif_and_then_xmp_tell_the_orientation():
     xmp = segment(0xE1, b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="8"/>')
-    assert read_header(after_start(jpeg(), xmp)) == ImageHeader("JPEG", 96, 64, 8)
+    assert read_header(after_start(jpeg(), xmp)) == ImageInfo("JPEG", 64, 96, 8)
     assert read_header(after_start(jpeg(), xmp, segment(0xE1, exif(3)))).orientation == 3
     both = after_start(jpeg(), segment(0xE1, exif(3)), segment(0xE1, exif(6)))
     assert read_header(both).orientation == 3
