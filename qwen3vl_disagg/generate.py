@@ -50,7 +50,6 @@ class Generation:
         if options.image or options.video or options.prompt is None:
             decoder.warm_up()  # while the engine is imported and the weights are read
         from qwen3vl_disagg.checkpoint.hub import model_name
-        from qwen3vl_disagg.engine.kv_memory import warn_of_images
         from qwen3vl_disagg.llm.llm import LLM
 
         self._llm = LLM(
@@ -71,7 +70,7 @@ class Generation:
         )
         room = self._llm.engine.room
         print(f"model {model_name(self._llm.folder)} on {self._llm.device}, {room}", file=sys.stderr)
-        warn_of_images(self._llm.processor.image, room)
+        room.warn_of_images(self._llm.processor.image.max_rows)
 
     def _sampling(self, defaults: Any) -> Any:
         """SamplingParams. InputError for a value out of bounds."""

@@ -153,10 +153,6 @@ class ParallelOptions:
     this machine's."""
     json: bool = False
     """With --dry-run: one JSON object."""
-    tensor_parallel: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """Not offered; 1 is what there is."""
-    pipeline_parallel: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """Not offered; 1 is what there is."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.core.spans import span
-from qwen3vl_disagg.engine.kv_memory import measured_room
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.runner import AttentionChoice, BadRows, ModelRunner
 from qwen3vl_disagg.engine.sampler import Sampler
@@ -27,7 +26,7 @@ from qwen3vl_disagg.engine.scheduler import Allowance, Chunk, Scheduler, Schedul
 from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.moe import DispatchPlan
-from qwen3vl_disagg.parallel.kv_room import KvRoom
+from qwen3vl_disagg.parallel.kv_room import KvRoom, measured_room
 from qwen3vl_disagg.parallel.lockstep import Outlook, PaceLimits, StepPlan
 from qwen3vl_disagg.processing import mrope_positions
 from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed, Tokens

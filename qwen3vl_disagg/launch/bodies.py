@@ -15,12 +15,11 @@ from qwen3vl_disagg.core.settings import default_chunk_tokens
 from qwen3vl_disagg.core.turns import Turns
 from qwen3vl_disagg.encode.rank import EncodeRank, load_worker
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
-from qwen3vl_disagg.engine.kv_memory import measured_room, warn_of_images
 from qwen3vl_disagg.language.expert_group import ExpertGroup, meet, shares_experts
 from qwen3vl_disagg.language.link_server import LinkServer
 from qwen3vl_disagg.language.rank import LanguageRank
 from qwen3vl_disagg.language.receiver import Receiver
-from qwen3vl_disagg.parallel.kv_room import KvRoom, kv_room, weights_on_host
+from qwen3vl_disagg.parallel.kv_room import KvRoom, measured_room, planned_room
 from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, PeerLost
 from qwen3vl_disagg.parallel.sizes import SizedModel
 from qwen3vl_disagg.processing import Processor
@@ -92,24 +91,30 @@ def engine_options(setup: RankSetup) -> EngineOptions:
     )
 
 
-def rank_room(setup: RankSetup, *, image_rows: int) -> KvRoom:
+def rank_room(setup: RankSetup) -> KvRoom:
     """Of a language rank, once its weights are loaded. On a GPU from what is free; on a CPU from what was free when the
     job started, because at this moment other ranks may have loaded their weights or not."""
     context, layout = setup.context, setup.context.layout
-    num_language = len(layout.language_ranks)
+    rows = setup.processor.max_rows
     if setup.device.type == "cuda" or not context.free_bytes:
-        args = setup.config, context.model, setup.device, setup.dtype
-        return measured_room(*args, num_language=num_language, image_rows=image_rows)
-    model = SizedModel(setup.config, setup.dtype.itemsize, context.model.quantize != "none", is_cuda=False)
-    host = range(context.rank - context.local_rank, context.rank - context.local_rank + context.num_local_ranks)
-    weights = weights_on_host(model, layout.language_ranks, layout.encode_ranks, host)
-    return kv_room(
-        model,
+        return measured_room(
+            setup.config,
+            context.model,
+            setup.device,
+            setup.dtype,
+            num_language=len(layout.language_ranks),
+            image_rows=rows if context.rank in layout.encode_ranks else 0,
+        )
+    first = context.rank - context.local_rank
+    return planned_room(
+        SizedModel(setup.config, setup.dtype.itemsize, context.model.quantize != "none", is_cuda=False),
         context.model,
-        free_bytes=context.free_bytes - weights,
-        num_language=num_language,
-        num_sharers=sum(rank in layout.language_ranks for rank in host),
-        image_rows=image_rows,
+        context.rank,
+        free_bytes=context.free_bytes,
+        encode=layout.encode_ranks,
+        language=layout.language_ranks,
+        beside=range(first, first + context.num_local_ranks),
+        image_rows=rows,
     )
 
 
@@ -126,10 +131,9 @@ def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
     )
     processor = Processor.from_folder(setup.folder, setup.config)
     eos_ids = processor.generation.eos_token_ids
-    is_combined = context.layout.world_size == 1
-    room = rank_room(setup, image_rows=setup.processor.max_rows if is_combined else 0)
+    room = rank_room(setup)
     logger.info("%s", room)
-    warn_of_images(setup.processor, room)
+    room.warn_of_images(setup.processor.max_rows)
     return Engine(model, eos_ids=eos_ids, options=engine_options(setup), room=room, language_rank=context.rank)
 
 

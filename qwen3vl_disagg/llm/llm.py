@@ -19,12 +19,12 @@ from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLo
 from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, EngineSettings, ModelOptions, check_supported
 from qwen3vl_disagg.encode.worker import EncodeWorker
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
-from qwen3vl_disagg.engine.kv_memory import measured_room
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.llm.local import LocalTransfer
 from qwen3vl_disagg.llm.requests import Ended, LocalRequests
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.model.config import ModelConfig
+from qwen3vl_disagg.parallel.kv_room import measured_room
 from qwen3vl_disagg.processing import AnswerParts, AnswerReason, Parts, Processor, ToolCall, parse_tools
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 

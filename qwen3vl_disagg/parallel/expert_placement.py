@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 Plan = Sequence[tuple[str, Placement]]
-"""Patterns of parameter names, each with the placement of what it matches over the ranks of one role."""
+"""Patterns of parameter names, each with the placement of what it matches over the language ranks."""
 
 LANGUAGE_PLAN: Plan = (
     (r"model\.embed_tokens\.weight", Replicate()),
@@ -26,15 +26,6 @@ LANGUAGE_PLAN: Plan = (
     (r"model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.weight", Replicate()),
     (r"model\.norm\.weight", Replicate()),
     (r"lm_head\.weight", Replicate()),
-)
-VISION_PLAN: Plan = (
-    (r"visual\.patch_embed\.proj\.(weight|bias)", Replicate()),
-    (r"visual\.pos_embed\.weight", Replicate()),
-    (r"visual\.blocks\.\d+\.norm[12]\.(weight|bias)", Replicate()),
-    (r"visual\.blocks\.\d+\.attn\.(qkv|proj)\.(weight|bias)", Replicate()),
-    (r"visual\.blocks\.\d+\.mlp\.linear_fc[12]\.(weight|bias)", Replicate()),
-    (r"visual\.(merger|deepstack_merger_list\.\d+)\.norm\.(weight|bias)", Replicate()),
-    (r"visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]\.(weight|bias)", Replicate()),
 )
 
 

@@ -10,11 +10,17 @@ Free: with the weights in place. Step: activations of the longest prefill, and r
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
+import torch
+
+from qwen3vl_disagg.core.host_memory import available_bytes
 from qwen3vl_disagg.core.settings import EngineSettings
-from qwen3vl_disagg.model.config import TextConfig
+from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.parallel.sizes import SizedModel
+
+logger = logging.getLogger(__name__)
 
 CARD_RESERVE, HOST_SHARE = 0.1, 0.5
 TEXT_TOKENS = 64
@@ -58,13 +64,12 @@ class KvRoom:
             return f"there is room for {self.num_tokens:,} tokens: --kv-cache-gib {gib:.2f} would be enough"
         return None
 
-
-def room_in(budget: float, text: TextConfig, settings: EngineSettings, token_bytes: int) -> KvRoom:
-    """The pages that so many bytes give, at least one."""
-    affordable = int(max(0.0, budget)) // (token_bytes * settings.page_size)
-    useful = settings.max_running * -(-text.max_position_embeddings // settings.page_size)
-    num_pages = max(1, min(affordable, useful))
-    return KvRoom(num_pages, settings.page_size, token_bytes, text.max_position_embeddings)
+    def warn_of_images(self, max_rows: int) -> None:
+        """Say so where a request with the largest image that the processor makes, of `max_rows`, would be refused."""
+        problem = self.why_not(max_rows)
+        if problem is not None:
+            made = f"images of up to {max_rows:,} visual tokens are made"
+            logger.warning("warning: %s, and the largest do not fit: %s", made, problem)
 
 
 def kv_room(
@@ -77,7 +82,7 @@ def kv_room(
     num_sharers: int = 1,
     image_rows: int = 0,
 ) -> KvRoom:
-    """Of one language rank.
+    """Of one language rank; at least a page.
 
     Args:
         free_bytes: of the card or the host, with all weights in place.
@@ -87,14 +92,63 @@ def kv_room(
     """
     text, token_bytes = model.config.text, model.kv_token_bytes()
     if settings.kv_cache_gib != "auto":
-        return room_in(settings.kv_cache_gib * _GIB, text, settings, token_bytes)
-    parts = model.language_memory(num_language, settings.max_running, 0, settings.max_prefill_tokens)
-    step = parts["room for visual rows"] + parts["activations"]
-    if image_rows:
-        encode = model.encode_memory(image_rows)
-        step += encode["cache of rows"] + encode["activations"]
-    share = free_bytes - CARD_RESERVE * total_bytes if model.is_cuda else HOST_SHARE * free_bytes / num_sharers
-    return room_in(share - step, text, settings, token_bytes)
+        budget = settings.kv_cache_gib * _GIB
+    else:
+        parts = model.language_memory(num_language, settings.max_running, 0, settings.max_prefill_tokens)
+        step = parts["room for visual rows"] + parts["activations"]
+        if image_rows:
+            encode = model.encode_memory(image_rows)
+            step += encode["cache of rows"] + encode["activations"]
+        share = free_bytes - CARD_RESERVE * total_bytes if model.is_cuda else HOST_SHARE * free_bytes / num_sharers
+        budget = share - step
+    affordable = int(max(0.0, budget)) // (token_bytes * settings.page_size)
+    useful = settings.max_running * -(-text.max_position_embeddings // settings.page_size)
+    return KvRoom(max(1, min(affordable, useful)), settings.page_size, token_bytes, text.max_position_embeddings)
+
+
+def measured_room(
+    config: ModelConfig,
+    settings: EngineSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    num_language: int = 1,
+    image_rows: int = 0,
+) -> KvRoom:
+    """From what is free now, with the weights loaded and no other rank to share it with. See `kv_room`."""
+    model = SizedModel(config, dtype.itemsize, is_cuda=device.type == "cuda")
+    free, total = torch.cuda.mem_get_info(device) if model.is_cuda else (available_bytes(), 0)
+    shares = {"num_language": num_language, "image_rows": image_rows}
+    return kv_room(model, settings, free_bytes=free, total_bytes=total, **shares)
+
+
+def planned_room(
+    model: SizedModel,
+    settings: EngineSettings,
+    rank: int,
+    *,
+    free_bytes: float,
+    total_bytes: float = 0.0,
+    encode: range,
+    language: range,
+    beside: range,
+    image_rows: int = 0,
+) -> KvRoom:
+    """Of a language rank, from what was free before any weights were loaded. See `kv_room`.
+
+    Args:
+        encode, language: the ranks of each role; `beside`: those that share the memory, `rank` among them.
+        image_rows: of the largest image; it counts where the rank encodes too.
+    """
+    return kv_room(
+        model,
+        settings,
+        free_bytes=free_bytes - weights_on_host(model, language, encode, beside),
+        total_bytes=total_bytes,
+        num_language=len(language),
+        num_sharers=sum(other in language for other in beside),
+        image_rows=image_rows if rank in encode else 0,
+    )
 
 
 def weights_on_host(model: SizedModel, language: range, encode: range, host: range) -> float:

@@ -9,19 +9,13 @@ Routing is taken to be uniform and independent: each token picks K of E experts,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, EngineSettings
 from qwen3vl_disagg.model.config import ModelConfig
+from qwen3vl_disagg.protocol.layout import RowSizes
 
-SCALE_BYTES = 4
-IDS_BYTES = 16
-"""Of a visual row on its way: token id and three positions, int32."""
-AUX_BYTES = 64
-"""Of an item on its way: eight int64."""
-CUDA_REDUCE_BYTES = 4
-"""On CUDA partial sums travel in float32, on a CPU in the model's dtype."""
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class SizedModel:
     def num_bytes(self, part: Part) -> int:
         """Bytes of a part of the decoder."""
         if self.is_int8 and part.channels:
-            return part.weights + SCALE_BYTES * part.channels
+            return part.weights + FLOAT32_BYTES * part.channels
         return part.weights * self.itemsize
 
     @property
@@ -132,7 +126,7 @@ class SizedModel:
     def kv_token_bytes(self) -> int:
         """Keys and values of one token in all layers. On a CPU they are float32."""
         text = self.config.text
-        itemsize = self.itemsize if self.is_cuda else 4
+        itemsize = self.itemsize if self.is_cuda else FLOAT32_BYTES
         return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
 
     def step_flop(self, tokens: int, logits: int, pairs: float) -> float:
@@ -163,7 +157,7 @@ class SizedModel:
         """Sent by each rank in one MoE layer: `rows` rows (all ranks bring as many) of D + 2 K numbers to all others,
         and D partial sums for each row of all others back to them."""
         text = self.config.text
-        back = CUDA_REDUCE_BYTES if self.is_cuda else self.itemsize
+        back = FLOAT32_BYTES if self.is_cuda else self.itemsize  # as `GroupCollectives.reduce_scatter` sends them
         there = (text.hidden_size + 2 * text.num_experts_per_tok) * self.itemsize
         return (num_ranks - 1) * rows * (there + text.hidden_size * back)
 
@@ -190,8 +184,9 @@ class SizedModel:
     def item_bytes(self, visual_tokens: int) -> int:
         """One image's rows on the way from an encode to a language rank: a main row and n DeepStack rows for each
         visual token, its id and positions."""
-        row = (1 + self.config.num_deepstack_levels) * self.config.text.hidden_size * self.itemsize
-        return visual_tokens * (row + IDS_BYTES) + AUX_BYTES
+        hidden, levels = self.config.text.hidden_size, self.config.num_deepstack_levels
+        sizes = RowSizes.of(hidden_size=hidden, num_levels=levels, itemsize=self.itemsize)
+        return sizes.transfer_bytes(visual_tokens, visual_tokens)
 
     # ---- memory ----
 
@@ -231,20 +226,3 @@ class SizedModel:
 def _miss(total: int, here: int, chosen: int) -> float:
     """The chance that none of a token's `chosen` experts of `total` is among `here` of them."""
     return math.comb(total - here, chosen) / math.comb(total, chosen)
-
-
-def padded_rows(rows: int) -> int:
-    """Room for each rank's rows in a gather (the rule of `parallel/lockstep.py`): few sizes, so that shapes come again.
-
-    >>> [padded_rows(rows) for rows in (1, 3, 33, 65, 130)]
-    [2, 4, 48, 96, 192]
-    """
-    size = 2
-    while size < rows:
-        size *= 2
-    return size * 3 // 4 if size >= 64 and rows <= size * 3 // 4 else size
-
-
-def chunks(tokens: int, most: int) -> Sequence[tuple[int, int]]:
-    """(start, length) of the pieces in which a prompt is prefilled."""
-    return [(start, min(most, tokens - start)) for start in range(0, tokens, most)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -13,11 +13,10 @@ from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.options import PlanOptions
-from qwen3vl_disagg.parallel.sizes import SizedModel
-from qwen3vl_disagg.plan.fit import FITTED, STAGES, Compared, compare, fit, read_measurements
-from qwen3vl_disagg.plan.hardware import Cost, Hardware, load_hardware
-from qwen3vl_disagg.plan.report import Report
-from qwen3vl_disagg.plan.sizing import ITEMSIZE, MAX_RANKS, Split, Workload, best, plan
+from qwen3vl_disagg.plan.fit import FITTED, STAGES, compare, fit, read_measurements
+from qwen3vl_disagg.plan.hardware import load_hardware
+from qwen3vl_disagg.plan.report import Report, Subject
+from qwen3vl_disagg.plan.sizing import MAX_RANKS, Split, Workload, best, plan
 
 MAX_SIDE = 1 << 16
 
@@ -27,19 +26,6 @@ def run_plan(options: PlanOptions) -> int:
     report = make_report(options)
     print(msgspec.json.encode(report.to_builtins()).decode() if options.json else report.to_text())
     return 0
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """What is planned, and on what."""
-
-    name: str
-    config: ModelConfig
-    dtype: str
-    is_int8: bool
-    hardware: Hardware
-    compared: list[Compared]
-    costs: dict[Cost, float]
 
 
 def make_report(options: PlanOptions) -> Report:
@@ -65,29 +51,23 @@ def make_report(options: PlanOptions) -> Report:
             )
             raise InputError(message, param="split")
         shown = named[options.split]
-    return Report(
-        model=subject.name,
-        sized=SizedModel(subject.config, ITEMSIZE[subject.dtype], subject.is_int8, subject.hardware.is_cuda),
+    return Report(subject, mine, splits, shown, options.replicas, _per_host(subject, load, options), options)
+
+
+def _plan(subject: Subject, load: Workload, num_ranks: int, options: PlanOptions) -> list[Split]:
+    return plan(
+        subject.config,
+        subject.hardware,
+        load,
+        num_ranks,
         dtype=subject.dtype,
-        hardware=subject.hardware,
-        workload=mine,
-        splits=splits,
-        shown=shown,
-        replicas=options.replicas,
-        per_host=_per_host(subject, load, options),
-        compared=subject.compared,
-        costs=subject.costs,
+        is_int8=subject.is_int8,
+        dispatch=options.dispatch,
         settings=options,
     )
 
 
-def _plan(subject: _Subject, load: Workload, num_ranks: int, options: PlanOptions) -> list[Split]:
-    dispatch, settings = options.dispatch, options
-    model = {"dtype": subject.dtype, "is_int8": subject.is_int8}
-    return plan(subject.config, subject.hardware, load, num_ranks, dispatch=dispatch, settings=settings, **model)  # type: ignore[arg-type]
-
-
-def _per_host(subject: _Subject, load: Workload, options: PlanOptions) -> Split | None:
+def _per_host(subject: Subject, load: Workload, options: PlanOptions) -> Split | None:
     """The best split of one system on each host, where the plan is for systems larger than that."""
     size = subject.hardware.units_per_host
     if size is None or size < 2 or options.gpus % size or options.gpus // options.replicas <= size:
@@ -109,7 +89,7 @@ def _folder(options: PlanOptions) -> Path:
     return resolve_model_folder(options.model, weights=False)
 
 
-def _given(options: PlanOptions) -> _Subject:
+def _given(options: PlanOptions) -> Subject:
     """Model and machine by name."""
     if options.preset is not None and options.model is not None:
         raise InputError("--preset and --model: one of both", param="preset")
@@ -125,10 +105,10 @@ def _given(options: PlanOptions) -> _Subject:
         name, config = model_name(folder), read_config(folder)
     dtype = config.dtype if options.dtype == "auto" else options.dtype
     hardware = load_hardware(options.hardware or "h200")
-    return _Subject(name, config, dtype, options.quantize == "int8", hardware, [], {})
+    return Subject(name, config, dtype, options.quantize == "int8", hardware)
 
 
-def _fitted(options: PlanOptions) -> _Subject:
+def _fitted(options: PlanOptions) -> Subject:
     """Model and machine from measurements."""
     for name in ("model", "preset"):
         if getattr(options, name) is not None:
@@ -146,7 +126,7 @@ def _fitted(options: PlanOptions) -> _Subject:
     others = [split.name for split in measured.splits if split.name not in names]
     compared = compare(measured, config, hardware, others)
     costs, fitted = hardware.costs(measured.dtype), {*FITTED, *(cost for costs in STAGES.values() for cost in costs)}
-    return _Subject(
+    return Subject(
         measured.model,
         config,
         measured.dtype,

@@ -27,10 +27,10 @@ from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.presets import IMAGE_ROWS, PRESETS
 from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.options import ParallelOptions
-from qwen3vl_disagg.parallel.expert_placement import LANGUAGE_PLAN, VISION_PLAN, placements, shard_rows
+from qwen3vl_disagg.parallel.expert_placement import LANGUAGE_PLAN, placements, shard_rows
 from qwen3vl_disagg.parallel.kv_room import KvRoom
-from qwen3vl_disagg.plan.hardware import Hardware
-from qwen3vl_disagg.plan.kv_where import Where
+from qwen3vl_disagg.parallel.sizes import SizedModel
+from qwen3vl_disagg.plan.hardware import Hardware, Memory
 from qwen3vl_disagg.processing import ImageProcessor
 
 DEFAULT_WORLD = 8
@@ -38,15 +38,7 @@ MAX_WORLD = 65536
 
 
 def check_parallel(options: ParallelOptions, model: str | None) -> None:
-    """InputError for what is not offered and for what does not go together. `model` is that of `ModelOptions`."""
-    refused = {
-        "tensor-parallel": "attention is data-parallel, its KV heads are too few to divide; experts are what is spread",
-        "pipeline-parallel": "every language rank runs all layers; experts are what is spread",
-    }
-    for name, reason in refused.items():
-        num_parts = getattr(options, name.replace("-", "_"))
-        if num_parts != 1:
-            raise InputError(f"--{name} {num_parts}: not offered: {reason}", param=name)
+    """InputError for what does not go together. `model` is that of `ModelOptions`."""
     for name in ("world", "preset", "hardware", "json"):
         if not options.dry_run and getattr(options, name):
             raise InputError(f"--{name} goes with --dry-run only", param=name)
@@ -113,28 +105,20 @@ class DryRun:
     def to_json(self) -> str:
         """One object on one line."""
 
-        def shards(part: RankPart) -> dict[str, Any]:
+        def rank(part: RankPart) -> dict[str, Any]:
             held: dict[str, Any] = {}
             if part.experts is not None:
-                first, count = part.experts.start, len(part.experts)
-                held["experts"] = {
-                    "first": first,
-                    "count": count,
-                    "of": self.num_experts,
-                    "bytes": part.expert_bytes,
-                }
+                where = {"first": part.experts.start, "count": len(part.experts), "of": self.num_experts}
+                held["experts"] = {**where, "bytes": part.expert_bytes}
             if part.decoder_bytes:
                 held["decoder"] = {"bytes": part.decoder_bytes}
             if part.vision_bytes:
                 held["vision"] = {"bytes": part.vision_bytes}
-            return held
-
-        def cache(part: RankPart) -> dict[str, Any]:
-            if part.room is None:
-                return {}
-            room = part.room
-            sizes = {"tokens": room.num_tokens, "pages": room.num_pages, "page_size": room.page_size}
-            return {"kv_cache": {**sizes, "bytes": room.num_bytes}}
+            shown = {"rank": part.rank, "role": part.role, "shards": held, "bytes": part.num_bytes}
+            if (room := part.room) is not None:
+                sizes = {"tokens": room.num_tokens, "pages": room.num_pages, "page_size": room.page_size}
+                shown["kv_cache"] = {**sizes, "bytes": room.num_bytes}
+            return shown
 
         return json.dumps(
             {
@@ -146,11 +130,7 @@ class DryRun:
                 "language_ranks": sum(part.decoder_bytes > 0 for part in self.ranks),
                 "model_bytes": self.model_bytes,
                 "sum_bytes": sum(self.sums.values()),
-                "ranks": [
-                    {"rank": part.rank, "role": part.role, "shards": shards(part), "bytes": part.num_bytes}
-                    | cache(part)
-                    for part in self.ranks
-                ],
+                "ranks": [rank(part) for part in self.ranks],
                 "memory": self.memory,
                 "image_rows": self.image_rows,
                 "image_problem": self.image_problem,
@@ -210,18 +190,19 @@ def dry_run(
 
     Raises CheckpointError for a folder that could not be loaded, DisaggError if the parts are not the whole.
     """
-    where = Where(encode_ranks, language_ranks, hardware)
+    num_ranks = len({*encode_ranks, *language_ranks})
+    memory = Memory.here(options.device, num_ranks) if hardware is None else Memory.of(hardware, num_ranks)
+    roles = encode_ranks, language_ranks
     if preset is not None:
-        return _plan(preset, PRESETS[preset], options, where, None, IMAGE_ROWS)
-    is_hub = hub_id(options.model) is not None
+        return _plan(preset, PRESETS[preset], options, *roles, memory, IMAGE_ROWS)
     folder = resolve_model_folder(options.model, weights=False)
-    if is_hub:
+    if hub_id(options.model) is not None:
         config = read_config(folder)
-        return _plan(model_name(folder), config, options, where, None, _image_rows(folder, config))
+        return _plan(model_name(folder), config, options, *roles, memory, _image_rows(folder, config))
     with open_checkpoint(folder) as checkpoint:
         check_weights(checkpoint)
-        rows = _image_rows(folder, checkpoint.config)
-        return _plan(str(folder), checkpoint.config, options, where, checkpoint, rows)
+        config = checkpoint.config
+        return _plan(str(folder), config, options, *roles, memory, _image_rows(folder, config), checkpoint)
 
 
 def _image_rows(folder: Path, config: ModelConfig) -> int:
@@ -232,29 +213,28 @@ def _plan(
     model: str,
     config: ModelConfig,
     options: ModelOptions,
-    where: Where,
-    checkpoint: Checkpoint | None,
+    encode: range,
+    language: range,
+    memory: Memory,
     image_rows: int,
+    checkpoint: Checkpoint | None = None,
 ) -> DryRun:
     dtype, kind = resolve_dtype(options.dtype, config.dtype), options.quantize
     has_own_head = checkpoint is not None and HEAD in checkpoint.tensors
     vision = _tensors(lambda c: Qwen3VLMoeForConditionalGeneration(c, language_model=False), config, dtype)
     decoder = _tensors(Qwen3MoeForCausalLMWithDeepStack, config, dtype, kind, has_own_head)
-    placements(vision, VISION_PLAN)  # all are replicated: what must not be is one that the plan does not know
     placed = placements((name.removesuffix("_scale") for name in decoder), LANGUAGE_PLAN)
     spread = [tensor for name, tensor in decoder.items() if placed[name.removesuffix("_scale")] == Shard(0)]
     one_expert = sum(tensor.nbytes // tensor.shape[0] for tensor in spread)
     replicated = sum(tensor.nbytes for tensor in decoder.values()) - sum(tensor.nbytes for tensor in spread)
     tower = sum(tensor.nbytes for tensor in vision.values())
-
-    encode_ranks, language_ranks = where.encode, where.language
-    rooms = where.rooms(config, options, dtype, image_rows)
+    sized = SizedModel(config, dtype.itemsize, kind != "none", memory.is_cuda)
 
     def part(rank: int) -> RankPart:
-        is_encode, is_language = rank in encode_ranks, rank in language_ranks
+        is_encode, is_language = rank in encode, rank in language
         experts = None
         if is_language and spread:
-            experts = shard_rows(config.text.num_experts, len(language_ranks), language_ranks.index(rank))
+            experts = shard_rows(config.text.num_experts, len(language), language.index(rank))
         return RankPart(
             rank,
             "both" if is_encode and is_language else "encode" if is_encode else "language",
@@ -262,7 +242,7 @@ def _plan(
             one_expert * len(experts or ()),
             replicated if is_language else 0,
             tower if is_encode else 0,
-            rooms.get(rank),
+            memory.room(rank, sized, options, encode, language, image_rows) if is_language else None,
         )
 
     if checkpoint is not None and kind == "none":
@@ -272,18 +252,16 @@ def _plan(
     else:
         whole = _tensors(Qwen3VLMoeForConditionalGeneration, config, dtype, kind, has_own_head)
         model_bytes, counted = sum(tensor.nbytes for tensor in whole.values()), "the whole model"
-    ranks = tuple(part(rank) for rank in sorted({*encode_ranks, *language_ranks}))
-    name = str(dtype).removeprefix("torch.")
     made = DryRun(
-        model,
-        name,
-        options.quantize,
-        config.text.num_experts,
-        ranks,
-        model_bytes,
-        counted,
-        where.memory(options).name,
-        image_rows,
+        model=model,
+        dtype=str(dtype).removeprefix("torch."),
+        quantize=kind,
+        num_experts=config.text.num_experts,
+        ranks=tuple(part(rank) for rank in sorted({*encode, *language})),
+        model_bytes=model_bytes,
+        counted=counted,
+        memory=memory.name,
+        image_rows=image_rows,
     )
     made.check()
     return made

@@ -1,6 +1,6 @@
 """From measurements of a few splits of one model on one machine to the machine's figures.
 
-Every time is a sum of amounts, known from the model and the split (`sizing_times.py`), each at an unknown cost. So the
+Every time is a sum of amounts, known from the model and the split (`times.py`), each at an unknown cost. So the
 costs are found by least squares, none below 0, each measurement weighted by 1 / itself (relative errors count):
 
 * each stage of an image by itself, from the answers' `timings`: preprocessing and transfer, and the tower;
@@ -25,11 +25,11 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.model.config import ConfigError, ModelConfig
 from qwen3vl_disagg.parallel.sizes import SizedModel
 from qwen3vl_disagg.plan.hardware import BUILT_IN, Cost, Hardware
-from qwen3vl_disagg.plan.sizing import ITEMSIZE
 from qwen3vl_disagg.plan.times import (
     Place,
     Term,
@@ -112,8 +112,8 @@ def read_measurements(path: Path) -> tuple[Measurements, ModelConfig]:
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, ConfigError) as error:
         raise InputError(f"{path}: no measurements of bench.py splits: {error}", param="fit") from error
     problems = []
-    if measured.dtype not in ITEMSIZE:
-        problems.append(f"dtype {measured.dtype!r} is not one of {', '.join(ITEMSIZE)}")
+    if measured.dtype not in DTYPES:
+        problems.append(f"dtype {measured.dtype!r} is not one of {', '.join(DTYPES)}")
     if measured.units < 1:
         problems.append(f"units is {measured.units}")
     for split in measured.splits:
@@ -128,7 +128,7 @@ def read_measurements(path: Path) -> tuple[Measurements, ModelConfig]:
 
 def places(measured: Measurements, config: ModelConfig, hardware: Hardware) -> dict[str, Place]:
     """Each measured split on a machine."""
-    model = SizedModel(config, ITEMSIZE[measured.dtype], measured.is_int8, measured.is_cuda)
+    model = SizedModel(config, DTYPES[measured.dtype].itemsize, measured.is_int8, measured.is_cuda)
     return {split.name: Place(model, hardware, split.encode, split.language) for split in measured.splits}
 
 
@@ -188,10 +188,7 @@ def _stage_rows(place: Place, split: MeasuredSplit, stage: str) -> list[Row]:
 
 def _language_rows(place: Place, split: MeasuredSplit) -> list[Row]:
     """Decode steps, and first tokens without what `timings` tell of the images."""
-    rows = []
-    for decode in split.decode:
-        terms = decode_terms(place, decode.concurrency, decode.prompt_tokens + decode.new_tokens / 2)
-        rows.append(Row(amounts(terms), decode.token_ms / 1e3))
+    rows = [Row(amounts(_decode(place, one)), one.token_ms / 1e3) for one in split.decode]
     staged = {cost for of_stage in STAGES.values() for cost in of_stage}
     for one in split.first_token:
         found = amounts(_first_token(place, one))
@@ -199,6 +196,10 @@ def _language_rows(place: Place, split: MeasuredSplit) -> list[Row]:
         if seconds > 0:
             rows.append(Row({cost: amount for cost, amount in found.items() if cost not in staged}, seconds))
     return rows
+
+
+def _decode(place: Place, one: MeasuredDecode) -> list[Term]:
+    return decode_terms(place, one.concurrency, one.prompt_tokens + one.new_tokens / 2)
 
 
 def _first_token(place: Place, one: MeasuredFirstToken) -> list[Term]:
@@ -251,11 +252,11 @@ def compare(measured: Measurements, config: ModelConfig, hardware: Hardware, nam
             continue
         place = where[split.name]
         for decode in split.decode:
-            terms = decode_terms(place, decode.concurrency, decode.prompt_tokens + decode.new_tokens / 2)
-            token_s, together = total_seconds(terms, costs), f"{decode.concurrency} requests"
-            found.append(Compared(split.name, f"per token, {together}", "ms", token_s * 1e3, decode.token_ms))
-            rate = decode.concurrency / token_s
-            found.append(Compared(split.name, f"decode, {together}", "tokens/s", rate, decode.tokens_s))
+            token_s, count = total_seconds(_decode(place, decode), costs), decode.concurrency
+            found += [
+                Compared(split.name, f"per token, {count} requests", "ms", token_s * 1e3, decode.token_ms),
+                Compared(split.name, f"decode, {count} requests", "tokens/s", count / token_s, decode.tokens_s),
+            ]
         for one in split.first_token:
             size = f"{one.images} x {one.visual_tokens} visual" if one.images else "no image"
             what = f"first token, {one.text_tokens} text tokens, {size}"

@@ -26,11 +26,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
+import torch
 
+from qwen3vl_disagg.core.devices import resolve_device
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.host_memory import available_bytes
+from qwen3vl_disagg.core.settings import EngineSettings
+from qwen3vl_disagg.parallel.kv_room import KvRoom, planned_room
+from qwen3vl_disagg.parallel.sizes import SizedModel
 
 Cost = Literal[
     "byte",
@@ -121,47 +127,34 @@ class Hardware:
         if 0 in (self.num_units, self.units_per_host) or (self.memory_lanes or 1) < 1:
             raise InputError("num_units, units_per_host and memory_lanes must be at least 1", param="hardware")
 
+    def flop_s(self, dtype: str) -> float:
+        return self.float32_flop_s if dtype == "float32" else self.bfloat16_flop_s
+
     def costs(self, dtype: str, num_hosts: int = 1) -> dict[Cost, float]:
         """Seconds for one of each. Over several hosts a collective's bytes go no faster than a host's adapters."""
-        flop_s = self.float32_flop_s if dtype == "float32" else self.bfloat16_flop_s
         wire = min(self.wire_bytes_s, self.host_wire_bytes_s) if num_hosts > 1 else self.wire_bytes_s
-        return {
-            "byte": 1 / (self.bytes_s * self.bytes_share),
-            "flop": 1 / (flop_s * self.flop_share),
-            "tower": self.tower_s,
-            "tower_flop": 1 / (flop_s * self.tower_flop_share),
-            "step": self.step_s,
-            "layer": self.layer_s,
-            "request": self.request_s,
-            "exchange": self.exchange_s,
-            "hop": self.hop_s,
-            "host_hop": self.host_hop_s,
-            "wire_byte": 1 / wire,
-            "link": self.link_s,
-            "link_byte": 1 / self.link_bytes_s,
-            "preprocess_row": self.preprocess_row_s,
-            "item": self.item_s,
-            "http": self.http_s,
+        rates: dict[Cost, float] = {
+            "byte": self.bytes_s * self.bytes_share,
+            "flop": self.flop_s(dtype) * self.flop_share,
+            "tower_flop": self.flop_s(dtype) * self.tower_flop_share,
+            "wire_byte": wire,
+            "link_byte": self.link_bytes_s,
         }
+        return {name: 1 / rates[name] if name in rates else getattr(self, f"{name}_s") for name in COSTS}
 
     def with_costs(self, costs: dict[Cost, float], dtype: str, **changes: object) -> Hardware:
         """The same machine with fitted costs; what is not among them stays. A cost of 0 is an infinite rate."""
-
-        def rate(name: Cost) -> float:
-            return 1 / costs[name] if costs[name] else math.inf
-
-        rates: tuple[Cost, ...] = ("byte", "wire_byte", "link_byte")
-        seconds = [name for name in costs if name not in (*rates, "flop", "tower_flop")]
-        figures: dict[str, float] = {f"{name}_s": costs[name] for name in seconds}
-        figures |= {f"{name}s_s": rate(name) for name in rates if name in costs}
-        flop_s = self.float32_flop_s if dtype == "float32" else self.bfloat16_flop_s
-        if "byte" in costs:
-            figures["bytes_share"] = 1.0
-        if "flop" in costs:
-            figures["flop_share"] = rate("flop") / flop_s
-        if "tower_flop" in costs:
-            figures["tower_flop_share"] = rate("tower_flop") / flop_s
-        return replace(self, **{**figures, **changes})  # type: ignore[arg-type]
+        figures: dict[str, Any] = {"bytes_share": 1.0} if "byte" in costs else {}
+        for name, seconds in costs.items():
+            rate = 1 / seconds if seconds else math.inf
+            match name:
+                case "byte" | "wire_byte" | "link_byte":
+                    figures[f"{name}s_s"] = rate
+                case "flop" | "tower_flop":
+                    figures[f"{name}_share"] = rate / self.flop_s(dtype)
+                case _:
+                    figures[f"{name}_s"] = seconds
+        return replace(self, **figures | changes)
 
 
 _GPU_ASSUMED = "nobody has measured overheads of steps, flop_share and collectives on GPUs"
@@ -288,3 +281,53 @@ class Units:
     def read(self, work: Sequence[float]) -> float:
         """The same for bytes of memory."""
         return max(max(work) / min(self.each, self.memory_lanes), sum(work) / self.memory_lanes)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes before any weights: of each rank's card, else of the host that all of them share."""
+
+    name: str
+    is_cuda: bool
+    has_cards: bool
+    free: float
+    total: float
+
+    @classmethod
+    def of(cls, hardware: Hardware, num_ranks: int) -> Memory:
+        """All of a machine that nothing else uses."""
+        has_cards = hardware.num_units is None
+        total = hardware.memory_bytes * (hardware.num_units or 1)
+        reserved = hardware.reserved_bytes * (1 if has_cards else num_ranks)
+        name = f"{hardware.name}, {total / 1e9:g} GB for {'each rank' if has_cards else 'all ranks'}"
+        return cls(name, hardware.is_cuda and has_cards, has_cards, total - reserved, total)
+
+    @classmethod
+    def here(cls, device: str, num_ranks: int) -> Memory:
+        """What is free on this machine, for the device that an option names."""
+        found = resolve_device(device, num_local_ranks=num_ranks)
+        if found.type == "cuda":
+            return cls("this machine's GPUs", True, True, *torch.cuda.mem_get_info(found))
+        return cls("this machine", False, False, available_bytes(), 0.0)
+
+    def room(
+        self,
+        rank: int,
+        model: SizedModel,
+        settings: EngineSettings,
+        encode: range,
+        language: range,
+        image_rows: int = 0,
+    ) -> KvRoom:
+        """For keys and values of a language rank. Ranks without cards are all on one host."""
+        return planned_room(
+            model,
+            settings,
+            rank,
+            free_bytes=self.free,
+            total_bytes=self.total,
+            encode=encode,
+            language=language,
+            beside=range(rank, rank + 1) if self.has_cards else range(max(encode.stop, language.stop)),
+            image_rows=image_rows,
+        )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qwen3vl_disagg.core.settings import EngineSettings, default_chunk_tokens
+from qwen3vl_disagg.core.settings import EngineSettings
+from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.parallel.sizes import SizedModel
 from qwen3vl_disagg.plan.fit import Compared
 from qwen3vl_disagg.plan.hardware import Cost, Hardware
-from qwen3vl_disagg.plan.sizing import Split, Workload
+from qwen3vl_disagg.plan.sizing import Split, Workload, chunk_tokens
 from qwen3vl_disagg.plan.times import Term
 
 UNITS: dict[Cost, tuple[str, float, str]] = {
@@ -26,13 +27,24 @@ MOST_ROWS = 16
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What is planned, and on what."""
+
+    name: str
+    config: ModelConfig
+    dtype: str
+    is_int8: bool
+    hardware: Hardware
+    compared: Sequence[Compared] = ()
+    costs: dict[Cost, float] = field(default_factory=dict)
+    """Of a fit; empty without one."""
+
+
+@dataclass(frozen=True)
 class Report:
     """All that is shown. `replicas`: systems like it side by side; requests/s and tokens/s are of all of them."""
 
-    model: str
-    sized: SizedModel
-    dtype: str
-    hardware: Hardware
+    subject: Subject
     workload: Workload
     splits: Sequence[Split]
     shown: Split
@@ -40,14 +52,11 @@ class Report:
     replicas: int
     per_host: Split | None
     """The best split of a system on one host, where these are on several."""
-    compared: Sequence[Compared]
-    costs: dict[Cost, float]
-    """Of the fit; empty without one."""
     settings: EngineSettings
 
     def to_text(self) -> str:
         parts = [self._head(), self._table(), self._notes(), self._memory(), self._formulas()]
-        if self.costs:
+        if self.subject.costs:
             parts.insert(1, self._fit())
         return "\n\n".join(parts)
 
@@ -60,19 +69,20 @@ class Report:
             cache = {"kv_cache": {"tokens": one.room.num_tokens, "bytes": one.room.num_bytes}}
             return _finite({"split": one.name, **figures, "limited_by": one.limited_by, **memory, **cache})
 
+        subject = self.subject
         stages = {name: [self._term(term) for term in terms] for name, terms in self.shown.first_token.items()}
         return {
-            "model": self.model,
-            "dtype": self.dtype,
-            "int8": self.sized.is_int8,
-            "hardware": _finite(asdict(self.hardware)),
+            "model": subject.name,
+            "dtype": subject.dtype,
+            "int8": subject.is_int8,
+            "hardware": _finite(asdict(subject.hardware)),
             "workload": asdict(self.workload),
             "replicas": self.replicas,
             "splits": [split(one) for one in self.splits],
             "shown": self.shown.name,
             "formulas": {"first_token": stages, "token": [self._term(term) for term in self.shown.token]},
-            "fitted_costs": self.costs,
-            "compared": [{**asdict(one), "ratio": one.ratio} for one in self.compared],
+            "fitted_costs": subject.costs,
+            "compared": [{**asdict(one), "ratio": one.ratio} for one in subject.compared],
         }
 
     def _term(self, term: Term) -> dict[str, Any]:
@@ -82,9 +92,9 @@ class Report:
     # ---- text ----
 
     def _head(self) -> str:
-        load, hardware = self.workload, self.hardware
+        load, subject, hardware = self.workload, self.subject, self.subject.hardware
         ranks = self.shown.encode + self.shown.language
-        what = f"{self.model}, {self.dtype}{', int8 decoder' if self.sized.is_int8 else ''}, {ranks} ranks on "
+        what = f"{subject.name}, {subject.dtype}{', int8 decoder' if subject.is_int8 else ''}, {ranks} ranks on "
         units = "" if hardware.num_units is None else f", {hardware.num_units} of its units for all ranks"
         many = "" if self.replicas == 1 else f"; {self.replicas} such systems, requests/s and tokens/s of all"
         images = f"{load.images} x {load.visual_tokens:,} visual + " if load.images else ""
@@ -128,22 +138,18 @@ class Report:
             f"once, and `serve` would give it room for {split.room}; these requests need "
             f"{_gib(split.language_memory['keys and values'])} GiB of it.",
         ]
-        if self.per_host is not None:
-            other = self.per_host
+        if (other := self.per_host) is not None:
+            hosts = (split.encode + split.language) * self.replicas // (other.encode + other.language)
             lines.append(
-                f"  One system on each host instead (--replicas {self.hosts}): {other.name}, "
-                f"{_number(other.requests_s * self.hosts)} requests/s, {_number(other.tokens_s * self.hosts)} "
+                f"  One system on each host instead (--replicas {hosts}): {other.name}, "
+                f"{_number(other.requests_s * hosts)} requests/s, {_number(other.tokens_s * hosts)} "
                 f"tokens/s, {_number(other.token_s * 1e3)} ms per token."
             )
         return "\n".join(lines)
 
-    @property
-    def hosts(self) -> int:
-        return (self.shown.encode + self.shown.language) * self.replicas // (self.hardware.units_per_host or 1)
-
     def _memory(self) -> str:
         split = self.shown
-        experts = self.sized.num_experts_of(split.language)
+        experts = SizedModel(self.subject.config, 1).num_experts_of(split.language)
         rows = [["GiB on a rank", "encode", "language"]]
         for name in dict.fromkeys([*split.encode_memory, *split.language_memory]):
             sides = (split.encode_memory, split.language_memory)
@@ -152,8 +158,8 @@ class Report:
         return _columns(rows) + spread
 
     def _formulas(self) -> str:
-        split, load, text = self.shown, self.workload, self.sized.config.text
-        chunk = min(default_chunk_tokens(is_cuda=self.hardware.is_cuda), self.settings.max_prefill_tokens)
+        split, load, config = self.shown, self.workload, self.subject.config
+        text, chunk = config.text, chunk_tokens(self.subject.hardware, self.settings)
         sections = [(f"first token ({stage})", terms) for stage, terms in split.first_token.items()] + [
             (f"a token of each of {split.running} requests", split.token)
         ]
@@ -167,7 +173,7 @@ class Report:
             [
                 f"D = {text.hidden_size}, layers {text.num_hidden_layers}, E = {text.num_experts} experts of F = "
                 f"{text.moe_intermediate_size}, K = {text.num_experts_per_tok}, L = {split.language}, "
-                f"n = {self.sized.config.num_deepstack_levels}",
+                f"n = {config.num_deepstack_levels}",
                 _columns(rows, (0, 1, 3)),
                 f"first token, loaded = first token, with prefill in {-(-prompt // chunk)} chunk(s) of {chunk} tokens "
                 "and a token of the others after each",
@@ -179,10 +185,8 @@ class Report:
 
     def _fit(self) -> str:
         rows = [["fitted", ""]]
-        for cost, seconds in self.costs.items():
-            unit, size, rate = UNITS.get(cost, ("", 1.0, ""))
-            shown = f"{_number(seconds * 1e3)} ms" if not unit else _rate(seconds, size, rate)
-            rows.append([cost.replace("_", " "), shown if seconds else "nothing"])
+        for cost, seconds in self.subject.costs.items():
+            rows.append([cost.replace("_", " "), _each(cost, seconds, 1e3, "ms")])
         compared = [["split", "", "predicted", "measured", "ratio"]]
         compared += [
             [
@@ -192,24 +196,26 @@ class Report:
                 f"{one.measured:.1f} {one.unit}",
                 f"{one.ratio:.2f}",
             ]
-            for one in self.compared
+            for one in self.subject.compared
         ]
-        return _columns(rows) + ("\n\n" + _columns(compared, (0, 1)) if self.compared else "")
+        return _columns(rows) + ("\n\n" + _columns(compared, (0, 1)) if self.subject.compared else "")
 
 
 def _valued(term: Term, cost: float) -> list[str]:
     """Amount, cost and milliseconds of a term."""
-    unit, size, rate = UNITS.get(term.cost, ("", 1.0, ""))
-    at = _rate(cost, size, rate) if unit else f"{_number(cost * 1e6)} us"
-    return [
-        f"{_number(term.amount / size)} {unit}".strip(),
-        at if cost else "nothing",
-        _number(term.amount * cost * 1e3),
-    ]
+    unit, size, _ = UNITS.get(term.cost, ("", 1.0, ""))
+    amount = f"{_number(term.amount / size)} {unit}".strip()
+    return [amount, _each(term.cost, cost, 1e6, "us"), _number(term.amount * cost * 1e3)]
 
 
-def _rate(cost: float, size: float, unit: str) -> str:
-    return f"{_number(1 / cost / size)} {unit}" if cost else "nothing"
+def _each(cost: Cost, seconds: float, per_second: float, unit: str) -> str:
+    """A cost as a rate, or in `unit`s, of which there are `per_second`."""
+    if not seconds:
+        return "nothing"
+    if cost in UNITS:
+        _, size, rate = UNITS[cost]
+        return f"{_number(1 / seconds / size)} {rate}"
+    return f"{_number(seconds * per_second)} {unit}"
 
 
 def _some(splits: Sequence[Split], shown: Split) -> list[Split]:

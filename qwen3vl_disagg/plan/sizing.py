@@ -1,24 +1,6 @@
 """`plan`: for every encode : language split of a number of ranks, memory, times and limits, from arithmetic alone.
 
-    split = encode ranks + language ranks
-    first token        request + images (spread over encode ranks) + transfer + prefill, the system to oneself
-      loaded           prefill in chunks of `chunk` tokens with a step of the others' decode after each
-    token              one decode step of all running requests
-      loaded           token / (1 - requests/s x prefill seconds of a request)
-    longest gap        a decode step and one chunk of somebody's prefill
-    tokens/s           running requests / token
-    requests/s
-      encode           encode ranks / seconds of a request's images on one: on a GPU those of the tower or, if that is
-                       more, of decoding on two threads beside it; on cores both
-      language         1 / (prefill seconds of a request, all ranks prefilling + output tokens x token / running)
-      both             the smaller of the two; where ranks share units 1 / (1 / encode + 1 / language), with all units
-    running            as given; with a rate, the least n with n >= rate x (first token + output tokens x token), both
-                       loaded (Little's law); never more than the engine takes at once on a language rank, by number
-                       and by the room for their keys and values (`kv_room`). With a rate, the limits are those of
-                       that most.
-
-Left out: waiting for a free encode or language rank (a rate near a limit makes it long), caches of images and prefixes,
-prefill beside later images, decoding several images at once, uneven routing.
+docs/sizing.md says what the figures mean and what is left out; the terms behind the times are those of `times.py`.
 """
 
 from __future__ import annotations
@@ -26,27 +8,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.settings import DEFAULT_ENGINE, EngineSettings, default_chunk_tokens
+from qwen3vl_disagg.encode.pipeline import DECODE_THREADS
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.parallel.kv_room import KvRoom
-from qwen3vl_disagg.parallel.sizes import SizedModel, chunks
-from qwen3vl_disagg.plan.hardware import Cost, Hardware
-from qwen3vl_disagg.plan.kv_where import Memory, room_of
+from qwen3vl_disagg.parallel.sizes import SizedModel
+from qwen3vl_disagg.plan.hardware import Cost, Hardware, Memory
 from qwen3vl_disagg.plan.times import (
     Dispatch,
     Place,
     Term,
+    chunks,
     decode_terms,
     first_token_terms,
     prefill_terms,
     total_seconds,
 )
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2}
-DECODE_THREADS = 2
-"""Of an encode rank, for the images that come next."""
 MAX_RANKS = 4096
+_LEAST = {"images": 0, "visual_tokens": 1, "text_tokens": 1, "output_tokens": 1, "concurrency": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +46,7 @@ class Workload:
     requests_s: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("images", 0),
-            ("visual_tokens", 1),
-            ("text_tokens", 1),
-            ("output_tokens", 1),
-            ("concurrency", 1),
-        ):
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
                 raise InputError(f"--{option} {getattr(self, name)}: must be at least {least}", param=option)
@@ -144,8 +120,8 @@ def plan(
     dtype = dtype or config.dtype
     if not 2 <= num_ranks <= MAX_RANKS:
         raise InputError(f"{num_ranks} ranks: must be 2 to {MAX_RANKS}, so that both roles have one", param="gpus")
-    if dtype not in ITEMSIZE:
-        raise InputError(f"dtype {dtype}: must be one of {', '.join(ITEMSIZE)}", param="dtype")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}", param="dtype")
     longest = config.text.max_position_embeddings
     if workload.prompt_tokens + workload.output_tokens > longest:
         raise InputError(
@@ -153,20 +129,25 @@ def plan(
             f"of {longest}",
             param="text-tokens",
         )
-    model = SizedModel(config, ITEMSIZE[dtype], is_int8, hardware.is_cuda)
+    model = SizedModel(config, DTYPES[dtype].itemsize, is_int8, hardware.is_cuda)
     return [
         plan_split(Place(model, hardware, encode, num_ranks - encode, dispatch, settings), workload, dtype)
         for encode in range(1, num_ranks)
     ]
 
 
+def chunk_tokens(hardware: Hardware, settings: EngineSettings) -> int:
+    """Of prompts in a step while others are being answered."""
+    return min(default_chunk_tokens(is_cuda=hardware.is_cuda), settings.max_prefill_tokens)
+
+
 class _Times:
-    """Seconds of one split, for any number of running requests."""
+    """Seconds of one split, for any number of running requests. `loaded`: while the others run."""
 
     def __init__(self, place: Place, workload: Workload, dtype: str) -> None:
         self.place, self.workload = place, workload
         self.costs = place.hardware.costs(dtype, place.num_hosts)
-        self.chunk = min(default_chunk_tokens(is_cuda=place.hardware.is_cuda), place.settings.max_prefill_tokens)
+        self.chunk = chunk_tokens(place.hardware, place.settings)
         prompt, most = workload.prompt_tokens, place.num_language
         together = prefill_terms(place, prompt, num_prompts=most, most=self.chunk)
         self.prefill_s = total_seconds(together, self.costs) / most
@@ -201,7 +182,7 @@ class _Times:
         return self.token_s(running) / left if left > 0 else math.inf
 
     def image_s(self) -> float:
-        """Seconds of one encode rank for a request's images."""
+        """Seconds of one encode rank for a request's images. On a GPU they are decoded beside the tower."""
         units, workload = self.place.units, self.workload
         rows = workload.visual_tokens * self.costs["preprocess_row"]
         flop = self.place.model.tower_flop(workload.visual_tokens)
@@ -209,7 +190,8 @@ class _Times:
         return workload.images * (rows + tower if self.place.hardware.num_units else max(rows / DECODE_THREADS, tower))
 
     def limits(self, running: int) -> tuple[float, float, float]:
-        """Requests/s of the encode side, the language side, and both."""
+        """Requests/s of the encode side, the language side, and both: the smaller one, or where they share units what
+        these do for both together."""
         units, image_s = self.place.units, self.image_s()
         encode = min(self.place.num_encode, units.num_units) / image_s if image_s else math.inf
         language = 1 / (self.prefill_s + self.workload.output_tokens * self.token_s(running) / running)
@@ -231,43 +213,45 @@ class _Times:
 
 
 def plan_split(place: Place, workload: Workload, dtype: str) -> Split:
-    """One split. Its formulas are at the top of this file."""
-    times, settings, room = _Times(place, workload, dtype), place.settings, _room(place)
+    """One split. No more requests run than the engine takes at once on a language rank, by number and by room for
+    their keys and values; with a rate, the limits are those of that most."""
+    times, settings, model = _Times(place, workload, dtype), place.settings, place.model
+    ranks = range(place.num_encode + place.num_language)
+    encode, language = ranks[: place.num_encode], ranks[place.num_encode :]
+    room = Memory.of(place.hardware, len(ranks)).room(language.start, model, settings, encode, language)
     each = workload.prompt_tokens + workload.output_tokens
     most = max(1, min(settings.max_running, room.requests_of(each))) * place.num_language
     rate = workload.requests_s
     wanted = workload.concurrency if rate is None else times.running(rate, most)
     running = min(wanted, most)
     encode_limit, language_limit, limit = times.limits(running if rate is None else most)
-    arriving = limit if rate is None else min(rate, limit)
-    memory = (
-        place.model.encode_memory(workload.visual_tokens) if workload.images else place.model.encode_memory(1),
-        place.model.language_memory(
-            place.num_language,
-            -(-running // place.num_language),
-            each,
-            min(workload.prompt_tokens, settings.max_prefill_tokens),
-            settings.page_size,
-        ),
+    encode_memory = model.encode_memory(workload.visual_tokens if workload.images else 1)
+    language_memory = model.language_memory(
+        place.num_language,
+        -(-running // place.num_language),
+        each,
+        min(workload.prompt_tokens, settings.max_prefill_tokens),
+        settings.page_size,
     )
-    for role in memory:
+    for role in (encode_memory, language_memory):
         role["process"] = place.hardware.reserved_bytes
     token = times.token(running)
+    token_s = total_seconds(token, times.costs)
     return Split(
         encode=place.num_encode,
         language=place.num_language,
-        encode_memory=memory[0],
-        language_memory=memory[1],
+        encode_memory=encode_memory,
+        language_memory=language_memory,
         room=room,
-        missing_bytes=_missing(place, sum(memory[0].values()), sum(memory[1].values()))
+        missing_bytes=_missing(place, sum(encode_memory.values()), sum(language_memory.values()))
         or max(0, -(-each // settings.page_size) - room.num_pages) * settings.page_size * room.token_bytes,
         running=running,
         first_token_s=sum(times.stages_s.values()),
         loaded_first_token_s=times.loaded_first_token_s(running),
-        token_s=total_seconds(token, times.costs),
-        loaded_token_s=times.loaded_token_s(running, arriving),
+        token_s=token_s,
+        loaded_token_s=times.loaded_token_s(running, limit if rate is None else min(rate, limit)),
         gap_s=times.gap_s(running),
-        tokens_s=running / total_seconds(token, times.costs),
+        tokens_s=running / token_s,
         encode_requests_s=encode_limit,
         language_requests_s=language_limit,
         requests_s=limit,
@@ -276,14 +260,6 @@ def plan_split(place: Place, workload: Workload, dtype: str) -> Split:
         token=token,
         costs=times.costs,
     )
-
-
-def _room(place: Place) -> KvRoom:
-    """What the engine would have on the language rank with the most experts."""
-    ranks = range(place.num_encode + place.num_language)
-    encode, language = ranks[: place.num_encode], ranks[place.num_encode :]
-    memory = Memory.of(place.hardware, len(ranks))
-    return room_of(language.start, place.model, place.settings, memory, encode, language)
 
 
 def _missing(place: Place, encode: float, language: float) -> float:

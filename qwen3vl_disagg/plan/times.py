@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from qwen3vl_disagg.core.settings import DEFAULT_ENGINE, Dispatch, EngineSettings
-from qwen3vl_disagg.parallel.sizes import SizedModel, chunks, padded_rows
+from qwen3vl_disagg.parallel.lockstep import bucket
+from qwen3vl_disagg.parallel.sizes import SizedModel
 from qwen3vl_disagg.plan.hardware import Cost, Hardware, Units
 
 
@@ -132,7 +133,7 @@ def _wire_terms(place: Place, longest: int) -> list[Term]:
     together = place.units.spread([1.0] * num_ranks)
     if place.dispatch == "gather":
         each, formula = 2, "(L - 1) x rows, padded, x (D + 2 K, and D back)"
-        sent = float(model.gather_bytes(num_ranks, padded_rows(longest)))
+        sent = float(model.gather_bytes(num_ranks, bucket(longest)))
     else:
         formula = "rows x other ranks with one of their experts x (D + 2 K, and D back)"
         each, sent = 3, model.all_to_all_bytes(num_ranks, longest)
@@ -151,6 +152,11 @@ def share_out(requests: int, num_ranks: int) -> list[int]:
     return [requests // num_ranks + (rank < requests % num_ranks) for rank in range(num_ranks)]
 
 
+def chunks(tokens: int, most: int) -> list[tuple[int, int]]:
+    """(start, length) of the pieces in which a prompt is prefilled."""
+    return [(start, min(most, tokens - start)) for start in range(0, tokens, most)]
+
+
 def decode_terms(place: Place, concurrency: int, context: float) -> list[Term]:
     """One token for each of `concurrency` requests of `context` tokens."""
     return step_terms(place, [Rank.decode(count, context) for count in share_out(concurrency, place.num_language)])
@@ -160,13 +166,7 @@ def prefill_terms(place: Place, tokens: int, *, num_prompts: int = 1, most: int 
     """A prompt in pieces of at most `most` (default: of a step in which nothing is decoded), on each of `num_prompts`
     language ranks at the same time."""
     pieces = chunks(tokens, most or place.settings.max_prefill_tokens)
-    steps = [step_terms(place, [Rank.chunk(*piece)] * num_prompts) for piece in pieces]
-    return merge(steps)
-
-
-def merge(steps: Sequence[Sequence[Term]]) -> list[Term]:
-    """The same terms of several steps, added."""
-    first, *rest = steps
+    first, *rest = [step_terms(place, [Rank.chunk(*piece)] * num_prompts) for piece in pieces]
     return [
         replace(term, amount=term.amount + sum(step[number].amount for step in rest))
         for number, term in enumerate(first)

@@ -19,7 +19,7 @@ from qwen3vl_disagg.core.settings import EngineSettings, ModelOptions
 from qwen3vl_disagg.launch.bodies import engine_options, rank_room
 from qwen3vl_disagg.model.presets import IMAGE_ROWS, PRESETS
 from qwen3vl_disagg.options import PlanOptions
-from qwen3vl_disagg.parallel.kv_room import KvRoom, kv_room, weights_on_host
+from qwen3vl_disagg.parallel.kv_room import KvRoom, kv_room, planned_room, weights_on_host
 from qwen3vl_disagg.parallel.sizes import SizedModel
 from qwen3vl_disagg.plan.command import make_report
 from qwen3vl_disagg.plan.hardware import BUILT_IN
@@ -53,6 +53,15 @@ def test_a_host_is_shared_by_its_language_ranks_and_half_of_it_stays_free():
         assert 0 <= share * GIB - step_bytes(model, 4, AUTO) - room.num_bytes < room.page_size * room.token_bytes
     combined = kv_room(model, AUTO, free_bytes=200 * GIB, image_rows=IMAGE_ROWS)
     assert combined.num_bytes < kv_room(model, AUTO, free_bytes=200 * GIB).num_bytes
+
+
+def test_ranks_with_memory_of_their_own_share_nothing():
+    shares = {"free_bytes": 200 * GIB, "encode": range(1), "language": range(1, 5)}
+    model = SizedModel(PRESETS["30b-a3b"], 2, is_cuda=False)
+    own = planned_room(model, AUTO, 2, **shares, beside=range(2, 3))
+    weights = weights_on_host(model, range(1, 5), range(1), range(2, 3))
+    assert own == kv_room(model, AUTO, free_bytes=200 * GIB - weights, num_language=4)
+    assert own.num_bytes > planned_room(model, AUTO, 2, **shares, beside=range(5)).num_bytes
 
 
 def test_never_more_than_all_running_requests_can_use():
@@ -133,7 +142,7 @@ def test_what_a_rank_takes_is_what_was_planned(world):
     layout = Layout.of(world)
     setups = [RankSetup.of(make_context(options, rank, world, free_bytes=free)) for rank in layout.language_ranks]
     rows = setups[0].processor.max_rows if world == 1 else 0
-    rooms = {rank_room(setup, image_rows=rows) for setup in setups}
+    rooms = {rank_room(setup) for setup in setups}
     assert len(rooms) == 1
     [room] = rooms
     model = SizedModel(setups[0].config, 4, is_cuda=False)

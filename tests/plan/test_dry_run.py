@@ -192,9 +192,6 @@ def test_other_slots_do_nothing(monkeypatch):
         (["--dry-run", "--preset", "2b", "--model", "x"], "--preset and --model: one of both"),
         (["--dry-run", "--encode-ranks", 8], "8 encode ranks of 8 ranks: must be 1 to 7"),
         (["--dry-run", "--model", "/no/such"], "--model /no/such: no such folder"),
-        (["--tensor-parallel", 2], "--tensor-parallel 2: not offered: attention is data-parallel"),
-        (["--pipeline-parallel", 4], "--pipeline-parallel 4: not offered: every language rank runs all layers"),
-        (["--model", "/no/such", "--tensor-parallel", 0], "--tensor-parallel 0: not offered"),
     ],
 )
 def test_what_is_refused(monkeypatch, capsys, args, reason):

@@ -16,13 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.settings import EngineSettings, ModelOptions
-from qwen3vl_disagg.encode.pipeline import DECODE_THREADS
 from qwen3vl_disagg.engine.engine import EngineOptions
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.parallel.expert_placement import shard_rows
-from qwen3vl_disagg.parallel.lockstep import bucket
-from qwen3vl_disagg.parallel.sizes import SizedModel, padded_rows
-from qwen3vl_disagg.plan import sizing
+from qwen3vl_disagg.parallel.sizes import SizedModel
 from qwen3vl_disagg.plan.dry_run import dry_run
 from qwen3vl_disagg.plan.hardware import BUILT_IN, Units
 from qwen3vl_disagg.plan.sizing import Workload, best, plan
@@ -117,10 +114,6 @@ def test_ranks_that_a_token_is_sent_to(num_experts, chosen, num_ranks):
         sent += len(ranks - {number % num_ranks})
     row = (2 * 2048 + 2 * chosen) * 2
     assert model.all_to_all_bytes(num_ranks, 10) == pytest.approx(10 * sent / tries * row, rel=0.03)
-
-
-def test_rows_are_padded_as_the_agreement_does_it():
-    assert [padded_rows(rows) for rows in range(1, 5000)] == [bucket(rows) for rows in range(1, 5000)]
 
 
 # ---- experts that a step touches ----
@@ -342,7 +335,6 @@ def test_a_faster_machine_is_never_slower(load, name, times):
 
 def test_the_limits_are_those_of_the_system():
     assert EngineOptions().settings == EngineSettings()
-    assert sizing.DECODE_THREADS == DECODE_THREADS
 
 
 @pytest.mark.parametrize(
