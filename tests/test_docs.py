@@ -15,6 +15,7 @@ DATE = re.compile(r"\b20\d\d-[01]\d-[0-3]\d\b")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE_FILE = re.compile(r"(?<![\w/.{*~<-])((?:[\w.-]+/)*\w[\w.-]*\.(?:py|jinja))\b(?!\.)")
 PAGE_NAME = re.compile(r"\bdocs/[\w/-]+\.(?:md|png)\b")
+OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]+)")
 WITH_DATES = {"benchmarks.md", "CHANGELOG.md"}
 
 
@@ -53,6 +54,13 @@ def missing_files(page: Path) -> list[str]:
     return sorted({name for name in CODE_FILE.findall(page.read_text()) if not is_there(name, names)})
 
 
+def unknown_options(page: Path) -> list[str]:
+    """`--options` that are spelled out nowhere in the code, with neither `-` nor `_`."""
+    code = [path.read_text() for name in ("qwen3vl_disagg", "recipes", "tools") for path in (ROOT / name).rglob("*.py")]
+    words = {word.replace("_", "-") for text in code for word in re.findall(r"[a-z][a-z0-9_-]+", text)}
+    return sorted(set(OPTION.findall(page.read_text())) - words)
+
+
 def too_wide(page: Path) -> list[str]:
     """Lines of prose beyond the width: not of tables, code, pictures."""
     found, fenced = [], False
@@ -67,6 +75,7 @@ def too_wide(page: Path) -> list[str]:
 def test_a_page_is_right_about_the_tree(page):
     assert broken_links(page) == []
     assert missing_files(page) == [] or page.name == "CHANGELOG.md"
+    assert unknown_options(page) == [] or page.name == "CHANGELOG.md"
     assert too_wide(page) == [] or page.name == "CHANGELOG.md"
     assert page.name in WITH_DATES or DATE.findall(page.read_text()) == []
 
@@ -86,4 +95,6 @@ def test_what_is_wrong_is_noticed(tmp_path):
     assert broken_links(page) == ["gone.md", "#c"]
     assert missing_files(page) == ["engine/no_such.py", "no_such_file.py"]
     assert len(too_wide(page)) == 1
+    page.write_text("`--encode-ranks 2 --never-an-option`")
+    assert unknown_options(page) == ["never-an-option"]
     assert DATE.findall("on 2026-11-21, v2.2026-1") == ["2026-11-21"]
