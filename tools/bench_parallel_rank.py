@@ -24,8 +24,9 @@ from qwen3vl_disagg.model.moe import DispatchPlan, Experts
 from qwen3vl_disagg.parallel.collectives import GroupCollectives
 from qwen3vl_disagg.parallel.dispatch import ExpertDispatcher
 from qwen3vl_disagg.parallel.expert_parallel import ExpertShards, mesh_collectives
-from qwen3vl_disagg.parallel.lockstep import Lockstep, Outlook, PaceLimits, PeerHello, StepPlan, bucket
+from qwen3vl_disagg.parallel.lockstep import Lockstep, Outlook, PaceLimits, PeerHello, StepPlan
 from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, LockstepServer, knock
+from qwen3vl_disagg.parallel.sizes import padded_rows
 from qwen3vl_disagg.transport.gloo import expert_mesh
 
 KINDS = ("gather", "all_to_all")
@@ -98,7 +99,7 @@ class Rank:
         """One step of the decoder, all ranks together."""
         count = scenario.tokens_of(self.rank, self.size)
         most = max(scenario.tokens_of(rank, self.size) for rank in range(self.size))
-        plan = None if kind is None else DispatchPlan(bucket(most), kind)  # type: ignore[arg-type]
+        plan = None if kind is None else DispatchPlan(padded_rows(most), kind)  # type: ignore[arg-type]
         if count == 0:
             if plan is not None:
                 self.model.model.take_part(plan)

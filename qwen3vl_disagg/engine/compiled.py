@@ -28,7 +28,7 @@ from qwen3vl_disagg.model.flex import FlexKind, flex_kinds
 from qwen3vl_disagg.model.layers import Linear
 from qwen3vl_disagg.model.moe import Dispatcher, DispatchPlan, Experts
 from qwen3vl_disagg.model.paged import PagedImpl
-from qwen3vl_disagg.parallel.lockstep import bucket
+from qwen3vl_disagg.parallel.sizes import padded_rows
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ class CompiledDecoder:
         self._has_kernels = any(isinstance(part, Linear) and part.use_kernel for part in decoder.modules())
         self.kinds: set[GraphKind | FlexKind] = {*graph_kinds(model.config, has_kernels=self._has_kernels)}
         self._before = GraphCounts.now()
-        decoder._step = torch.compile(  # type: ignore[method-assign]
-            decoder._step, fullgraph=True, dynamic=True, options=compile_options()
+        decoder.step = torch.compile(  # type: ignore[method-assign]
+            decoder.step, fullgraph=True, dynamic=True, options=compile_options()
         )
 
     @property
@@ -126,5 +126,5 @@ class CompiledDecoder:
             width = self.model.config.num_deepstack_levels * self.model.config.text.hidden_size
             deepstack = torch.zeros(size, width, dtype=dtype, device=device)
         batch = PagedBatch(seq_lens, seq_lens, table, page_size, caches, impl=impl)
-        batch.dispatch_plan = DispatchPlan(bucket(size)) if self._is_spread else None
+        batch.dispatch_plan = DispatchPlan(padded_rows(size)) if self._is_spread else None
         self.model(ids, ids.expand(3, -1), batch, input_deepstack_embeds=deepstack)

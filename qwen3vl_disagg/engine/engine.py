@@ -259,6 +259,10 @@ class Engine:
         pool = self.scheduler.pool
         self.scheduler = Scheduler(PagePool(pool.num_pages, pool.page_size, keep=pool.keep), self.options)
 
+    def set_short_of_room(self, is_short: bool) -> None:
+        """Rows wait for the blocks of those that are here, which should be used up now."""
+        self.scheduler.is_short_of_room = is_short
+
     def cancel(self, request_id: str) -> None:
         """Forget a request, if it is known."""
         self.scheduler.remove(request_id)

@@ -200,11 +200,7 @@ class LanguageRank:
 
     def _on_short_of_room(self, is_short: bool) -> None:
         """Rows wait for the blocks of those that are here: the engine should use these up."""
-
-        def tell(engine: Engine) -> None:
-            engine.scheduler.is_short_of_room = is_short
-
-        self._engine.post(tell)
+        self._engine.post(lambda engine: engine.set_short_of_room(is_short))
 
     def _forget(self, request_id: str) -> None:
         """Drop a request everywhere; safe for one that is not known."""

@@ -105,7 +105,7 @@ class LocalRequests:
             raise
 
     def _step(self) -> None:
-        self.engine.scheduler.is_short_of_room = self.transfer.is_short_of_room
+        self.engine.set_short_of_room(self.transfer.is_short_of_room)
         events = self.engine.step()
         for event in events:
             request = self._requests.get(event.request_id)

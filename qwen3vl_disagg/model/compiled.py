@@ -72,8 +72,8 @@ def compile_options() -> dict[str, str | int | bool | Callable[..., Any]]:
 def compile_tower(tower: VisionTower) -> GraphCounts:
     """Compile the tower's block in place, and run it once: one graph serves every block, number and size of images."""
     before = GraphCounts.now()
-    tower._step = torch.compile(  # type: ignore[method-assign]
-        tower._step, fullgraph=True, dynamic=True, options=compile_options()
+    tower.step = torch.compile(  # type: ignore[method-assign]
+        tower.step, fullgraph=True, dynamic=True, options=compile_options()
     )
     merge, weight = tower.config.spatial_merge_size, tower.patch_embed.proj.weight
     grids = [(1, 3 * merge, 2 * merge), (1, merge, merge)]

@@ -85,7 +85,7 @@ class Qwen3MoeModel(nn.Module):
         )
         for i, layer in enumerate(self.layers):
             layer_input = self._layer_input(i, **hook_inputs)
-            x_TD = self._step(layer, x_TD, rotary, forward_batch, forward_batch.layer_cache(i), layer_input)
+            x_TD = self.step(layer, x_TD, rotary, forward_batch, forward_batch.layer_cache(i), layer_input)
         return self.norm(x_TD)
 
     def take_part(self, plan: DispatchPlan) -> None:
@@ -94,7 +94,7 @@ class Qwen3MoeModel(nn.Module):
             if isinstance(layer.mlp, SparseMoe):
                 layer.mlp.take_part(plan)
 
-    def _step(
+    def step(
         self,
         layer: nn.Module,
         x_TD: Tensor,

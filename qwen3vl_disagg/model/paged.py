@@ -9,6 +9,8 @@ Dims: T packed tokens, N query heads, G kv heads, H head size, B sequences, W pa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -77,8 +79,9 @@ class PagedBatch(ForwardBatch):
             self.new_slots_T = self.new_slots_T.to(device, non_blocking=True)
             self.unwritten = unwritten_slots(contexts_B, tables, page_size, device)
         else:
-            self._unpacked = (new_B, contexts_B, tables.long().contiguous(), self.new_slots_T)
-            self.places = _pack(*self._unpacked) if is_compiled else None
+            tables = tables.long().contiguous()
+            self.places = PagedPlaces(new_B, contexts_B, tables, self.new_slots_T, page_size, device)
+            self._packed = self.places.pack() if is_compiled else None
 
     def layer_cache(self, layer: int) -> LayerCache:
         return self.caches[layer]
@@ -91,25 +94,69 @@ class PagedBatch(ForwardBatch):
             return torch.ops.q3vl.flex_attention(q_TNH, k_TGH, v_TGH, *cache, *args)
         impl = self.impl or ""
         if torch.compiler.is_compiling():
-            return torch.ops.q3vl.paged_attention(q_TNH, k_TGH, v_TGH, *cache, self.places, self.page_size, impl)
-        return paged_attention(q_TNH, k_TGH, v_TGH, *cache, self._unpacked, self.page_size, impl)
+            return torch.ops.q3vl.paged_attention(q_TNH, k_TGH, v_TGH, *cache, self._packed, self.page_size, impl)
+        return paged_attention(q_TNH, k_TGH, v_TGH, *cache, self.places, impl)
 
 
-Places = tuple[Tensor, Tensor, Tensor, Tensor]
+@dataclass(frozen=True)
+class PagedPlaces:
+    """Where the tokens of a step lie: new tokens and contexts `[B]`, page tables `[B, W]`, slots of the new tokens
+    `[T]`, int64 on the host. What follows from them for pools on `device` is computed once, for all layers."""
 
+    new_B: Tensor
+    contexts_B: Tensor
+    tables_BW: Tensor
+    new_slots_T: Tensor
+    page_size: int
+    device: torch.device
 
-def _pack(new_B: Tensor, contexts_B: Tensor, tables_BW: Tensor, new_slots_T: Tensor) -> Tensor:
-    """All of it in one int64 tensor on the host, which a compiled layer hands on without looking at its size."""
-    sizes = torch.tensor([*tables_BW.shape])
-    return torch.cat([sizes, new_B, contexts_B, tables_BW.flatten(), new_slots_T])
+    def pack(self) -> Tensor:
+        """All of it in one int64 tensor on the host, which a compiled layer hands on without looking at its size."""
+        sizes = torch.tensor([*self.tables_BW.shape])
+        return torch.cat([sizes, self.new_B, self.contexts_B, self.tables_BW.flatten(), self.new_slots_T])
 
+    @classmethod
+    def unpack(cls, packed: Tensor, page_size: int, device: torch.device) -> PagedPlaces:
+        """Views."""
+        num_sequences, width = packed[:2].tolist()
+        sizes = [2, num_sequences, num_sequences, num_sequences * width]
+        _, new_B, contexts_B, tables, new_slots_T = packed.split([*sizes, len(packed) - sum(sizes)])
+        return cls(new_B, contexts_B, tables.view(num_sequences, width), new_slots_T, page_size, device)
 
-def _unpack(places: Tensor) -> Places:
-    """new lens `[B]`, contexts `[B]`, tables `[B, W]`, new slots `[T]`: views."""
-    num_sequences, width = places[:2].tolist()
-    sizes = [2, num_sequences, num_sequences, num_sequences * width]
-    _, new_B, contexts_B, tables, new_slots_T = places.split([*sizes, len(places) - sum(sizes)])
-    return new_B, contexts_B, tables.view(num_sequences, width), new_slots_T
+    @property
+    def is_decode(self) -> bool:
+        """Each sequence has one new token."""
+        return len(self.new_slots_T) == len(self.new_B)
+
+    @cached_property
+    def new_slots(self) -> Tensor:
+        """`[T]`, on the device."""
+        return self.new_slots_T.to(self.device)
+
+    @cached_property
+    def context_slots(self) -> list[Tensor]:
+        """Of each sequence's tokens, in order, on the device."""
+        tables_BW = self.tables_BW.to(self.device)
+        return [self._slots(table_W[None], total)[0] for table_W, total in zip(tables_BW, self.totals, strict=True)]
+
+    @cached_property
+    def padded_slots(self) -> tuple[Tensor, Tensor]:
+        """`[B, L]`, on the device: slots of each context, and which of them are no padding.
+
+        Padding repeats the first token: a slot that was never written may hold NaN, which no weight of 0 takes away.
+        """
+        longest = max(self.totals)
+        slots_BL = self._slots(self.tables_BW.to(self.device), longest)
+        is_context_BL = torch.arange(longest, device=self.device) < self.contexts_B.to(self.device)[:, None]
+        return torch.where(is_context_BL, slots_BL, slots_BL[:, :1]), is_context_BL
+
+    @cached_property
+    def totals(self) -> list[int]:
+        return self.contexts_B.tolist()  # on the host: shapes are decided by them
+
+    def _slots(self, tables_BW: Tensor, length: int) -> Tensor:
+        token_L = torch.arange(length, device=self.device)
+        return tables_BW[:, token_L // self.page_size] * self.page_size + token_L % self.page_size
 
 
 # ---- the operator, opaque to the compiler ----
@@ -122,37 +169,22 @@ _library.define(
 
 
 def paged_attention(
-    q_TNH: Tensor,
-    k_TGH: Tensor,
-    v_TGH: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    places: Places,
-    page_size: int,
-    impl: str = "",
+    q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, k_pool: Tensor, v_pool: Tensor, places: PagedPlaces, impl: str = ""
 ) -> Tensor:
     """Write the new keys and values into their slots, then attend -> `[T, N, H]`, q's dtype."""
-    new_B, contexts_B, tables_BW, new_slots_T = places
     if not impl:
         is_kernel = k_pool.dtype == torch.float32 and ops.can_attend(q_TNH, k_pool.shape[1])
         impl = "kernel" if is_kernel else "sdpa"
-    is_decode = q_TNH.shape[0] == new_B.shape[0]
-    if impl == "kernel" and is_decode:  # one call for all of it
-        args = (k_pool, v_pool, tables_BW, contexts_B, new_slots_T, page_size)
+    if impl == "kernel" and places.is_decode:  # one call for all of it
+        args = (k_pool, v_pool, places.tables_BW, places.contexts_B, places.new_slots_T, places.page_size)
         return ops.decode_attention(q_TNH, k_TGH, v_TGH, *args)
-    tables_BW, new_slots_T = tables_BW.to(k_pool.device), new_slots_T.to(k_pool.device)
-    k_pool.index_copy_(0, new_slots_T, k_TGH.to(k_pool.dtype))
-    v_pool.index_copy_(0, new_slots_T, v_TGH.to(v_pool.dtype))
-    if is_decode:
-        return decode_sdpa(q_TNH, k_pool, v_pool, tables_BW, contexts_B, page_size)
+    k_pool.index_copy_(0, places.new_slots, k_TGH.to(k_pool.dtype))
+    v_pool.index_copy_(0, places.new_slots, v_TGH.to(v_pool.dtype))
+    if places.is_decode:
+        return decode_sdpa(q_TNH, k_pool, v_pool, *places.padded_slots)
     extend = ops.prefill_attention if impl == "kernel" else extend_sdpa
-    outs = []
-    # Shapes are decided on the host; these two tensors live there.
-    for b, (q, total) in enumerate(zip(q_TNH.split(new_B.tolist()), contexts_B.tolist(), strict=True)):
-        token_L = torch.arange(total, device=tables_BW.device)
-        slots_L = tables_BW[b, token_L // page_size] * page_size + token_L % page_size
-        outs.append(extend(q, k_pool, v_pool, slots_L))
-    return torch.cat(outs)
+    parts = zip(q_TNH.split(places.new_B.tolist()), places.context_slots, strict=True)
+    return torch.cat([extend(q, k_pool, v_pool, slots_L) for q, slots_L in parts])
 
 
 def _paged_attention(
@@ -161,11 +193,12 @@ def _paged_attention(
     v_TGH: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
-    places: Tensor,
+    packed: Tensor,
     page_size: int,
     impl: str,
 ) -> Tensor:
-    return paged_attention(q_TNH, k_TGH, v_TGH, k_pool, v_pool, _unpack(places), page_size, impl)
+    places = PagedPlaces.unpack(packed, page_size, k_pool.device)
+    return paged_attention(q_TNH, k_TGH, v_TGH, k_pool, v_pool, places, impl)
 
 
 _library.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")
@@ -179,15 +212,8 @@ def _(q_TNH: Tensor, *_: object) -> Tensor:
 # ---- ways to compute it ----
 
 
-def decode_sdpa(
-    q_BNH: Tensor, k_pool: Tensor, v_pool: Tensor, tables_BW: Tensor, contexts_B: Tensor, page_size: int
-) -> Tensor:
+def decode_sdpa(q_BNH: Tensor, k_pool: Tensor, v_pool: Tensor, slots_BL: Tensor, is_context_BL: Tensor) -> Tensor:
     """One new token per sequence, on padded copies. The query heads of a kv head are the rows of one SDPA call."""
-    token_L = torch.arange(int(contexts_B.max()), device=q_BNH.device)
-    slots_BL = tables_BW[:, token_L // page_size] * page_size + token_L % page_size
-    is_context_BL = token_L < contexts_B.to(q_BNH.device)[:, None]
-    # Padding repeats the first token: a slot that was never written may hold NaN, which no weight of 0 takes away.
-    slots_BL = torch.where(is_context_BL, slots_BL, slots_BL[:, :1])
     k, v = (pool[slots_BL].transpose(1, 2) for pool in (k_pool, v_pool))
     q = q_BNH.to(k.dtype).unflatten(1, (k_pool.shape[1], -1))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_context_BL[:, None, None, :])

@@ -205,11 +205,11 @@ class VisionTower(nn.Module):
         levels = []
         mergers = dict(zip(self.config.deepstack_visual_indexes, self.deepstack_merger_list, strict=True))
         for i, block in enumerate(self.blocks):
-            x_PD = self._step(block, x_PD, cu_seqlens, rotary)
+            x_PD = self.step(block, x_PD, cu_seqlens, rotary)
             if i in mergers:
                 levels.append(mergers[i](x_PD))
         return self.merger(x_PD), levels
 
-    def _step(self, block: nn.Module, x_PD: Tensor, cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def step(self, block: nn.Module, x_PD: Tensor, cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """The region to compile: one block."""
         return block(x_PD, cu_seqlens, rotary)

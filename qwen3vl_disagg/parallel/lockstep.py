@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.model.moe import DispatchKind
+from qwen3vl_disagg.parallel.sizes import padded_rows
 from qwen3vl_disagg.protocol.messages import Heartbeat, Message, Refused
 
 
@@ -75,19 +76,6 @@ class PaceLimits:
     max_prefill_tokens: int
 
 
-def bucket(num_rows: int) -> int:
-    """The room for `num_rows`: few sizes, so that shapes come again; at most half more than is needed from 32 on.
-
-    >>> [bucket(n) for n in (1, 3, 9, 33, 64, 65, 100, 130)]
-    [2, 4, 16, 48, 64, 96, 128, 192]
-    """
-    size = 2
-    while size < num_rows:
-        size *= 2
-    three_quarters = size * 3 // 4
-    return three_quarters if size >= 64 and num_rows <= three_quarters else size
-
-
 class Lockstep:
     """The first rank's tables. `choose_kind(rows of each rank, num_rows)` says how the rows of a step travel."""
 
@@ -134,5 +122,5 @@ class Lockstep:
         if self._was_prefill:
             budget = self.limits.chunk_tokens if is_decoding else self.limits.max_prefill_tokens
         rows = [min(o.prefill, budget) or o.decode for o in outlooks]
-        num_rows = bucket(max(rows))
+        num_rows = padded_rows(max(rows))
         return StepPlan(step=self.step, num_rows=num_rows, prefill=budget, kind=self._choose_kind(rows, num_rows))

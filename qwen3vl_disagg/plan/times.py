@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from qwen3vl_disagg.core.settings import DEFAULT_ENGINE, Dispatch, EngineSettings
-from qwen3vl_disagg.parallel.lockstep import bucket
-from qwen3vl_disagg.parallel.sizes import SizedModel
+from qwen3vl_disagg.parallel.sizes import SizedModel, padded_rows
 from qwen3vl_disagg.plan.hardware import Cost, Hardware, Units
 
 
@@ -133,7 +132,7 @@ def _wire_terms(place: Place, longest: int) -> list[Term]:
     together = place.units.spread([1.0] * num_ranks)
     if place.dispatch == "gather":
         each, formula = 2, "(L - 1) x rows, padded, x (D + 2 K, and D back)"
-        sent = float(model.gather_bytes(num_ranks, bucket(longest)))
+        sent = float(model.gather_bytes(num_ranks, padded_rows(longest)))
     else:
         formula = "rows x other ranks with one of their experts x (D + 2 K, and D back)"
         each, sent = 3, model.all_to_all_bytes(num_ranks, longest)

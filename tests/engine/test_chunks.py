@@ -131,7 +131,7 @@ def drive(engine: Engine, draw, restarts: int) -> dict[str, list]:
                 case RowsUsed():
                     feeder.take(event)
         if not engine.has_work and not feeder.lacking:
-            engine.scheduler.is_short_of_room = True  # what a receiver without blocks says
+            engine.set_short_of_room(True)  # what a receiver without blocks says
     assert engine.is_empty
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_pages
     for name in REQUESTS:
@@ -162,7 +162,7 @@ def test_pieces_in_any_order_with_preemptions_and_found_pages_give_the_same_answ
     least = -(-LONGEST // options["page_size"])
     options["kv_cache_gib"] = gib_of(data.draw(st.integers(least, 5 * least)), options["page_size"])
     engine = make_engine(MODEL, **options)
-    engine.scheduler.is_short_of_room = data.draw(st.booleans())
+    engine.set_short_of_room(data.draw(st.booleans()))
     for _ in range(2):
         events = drive(engine, data.draw, restarts=3)
         for name in REQUESTS:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from qwen3vl_disagg.kernels import build, ops
 from qwen3vl_disagg.model.layers import RMSNorm
 from qwen3vl_disagg.model.moe import route, run_experts_kernel, run_experts_loop
-from qwen3vl_disagg.model.paged import decode_sdpa, extend_sdpa
+from qwen3vl_disagg.model.paged import PagedPlaces, decode_sdpa, extend_sdpa
 from qwen3vl_disagg.model.rope import apply_rotary
 
 pytestmark = pytest.mark.skipif(build.load() is None, reason="no AVX-512 BF16 or no C++ compiler")
@@ -132,7 +132,8 @@ def test_decode_attention(contexts, kv_heads, group, size, page_size, seed):
     last_B = contexts_B - 1
     slots_B = tables.gather(1, (last_B // page_size)[:, None])[:, 0] * page_size + last_B % page_size
     expected_pools = [pool.index_copy(0, slots_B, new.float()) for pool, new in ((keys, k), (values, v))]
-    expected = decode_sdpa(q.double(), *(pool.double() for pool in expected_pools), tables, contexts_B, page_size)
+    places = PagedPlaces(torch.ones_like(slots_B), contexts_B, tables, slots_B, page_size, torch.device("cpu"))
+    expected = decode_sdpa(q.double(), *(pool.double() for pool in expected_pools), *places.padded_slots)
     assert ops.can_attend(q, kv_heads)
     found = ops.decode_attention(q, k, v, keys, values, tables, contexts_B, slots_B, page_size)
     assert distance(found, expected) < 2**-8

@@ -117,7 +117,7 @@ def test_a_whole_decoder_is_traced_for_another_device_than_the_cpu(dtype):
         model = use_kernels(Qwen3MoeForCausalLMWithDeepStack(small_config()).to(dtype))
         deepstack = torch.zeros(7, 64, dtype=dtype)
         ids = torch.zeros(7, dtype=torch.int64)
-    model.model._step = torch.compile(model.model._step, backend="eager", fullgraph=True)
+    model.model.step = torch.compile(model.model.step, backend="eager", fullgraph=True)
     with torch.no_grad():
         batch = ForwardBatch.for_prompt([7], last_only=False)
         logits = model(ids, ids.expand(3, -1), batch, input_deepstack_embeds=deepstack)

@@ -27,14 +27,14 @@ def deepstack_before_the_residual(model, monkeypatch):
         x = self._process_layer_output(x, level)
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
-    monkeypatch.setattr(decoder.Qwen3MoeModel, "_step", step)
+    monkeypatch.setattr(decoder.Qwen3MoeModel, "step", step)
 
 
 def deepstack_before_the_layer(model, monkeypatch):
     def step(self, layer, x, rotary, forward_batch, cache, level):
         return layer(self._process_layer_output(x, level), rotary, forward_batch, cache)
 
-    monkeypatch.setattr(decoder.Qwen3MoeModel, "_step", step)
+    monkeypatch.setattr(decoder.Qwen3MoeModel, "step", step)
 
 
 def deepstack_removed(model, monkeypatch):

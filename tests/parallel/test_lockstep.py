@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.errors import HandshakeError
-from qwen3vl_disagg.parallel.lockstep import Lockstep, Outlook, PaceLimits, StepPlan, bucket
+from qwen3vl_disagg.parallel.lockstep import Lockstep, Outlook, PaceLimits, StepPlan
+from qwen3vl_disagg.parallel.sizes import padded_rows
 
 LIMITS = PaceLimits(chunk_tokens=64, max_prefill_tokens=4096)
 
@@ -81,9 +82,9 @@ def test_who_does_not_fit_is_refused_by_name():
 
 @given(st.integers(1, 5000))
 def test_buckets_are_few_and_never_too_small(num_rows):
-    size = bucket(num_rows)
+    size = padded_rows(num_rows)
     assert size >= num_rows
-    assert bucket(size) == size
+    assert padded_rows(size) == size
     assert size <= max(2, 2 * num_rows) if num_rows < 32 else size <= num_rows * 1.5 + 1
 
 
