@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of whole systems first: they take longest, and what is short fills the last gap."""
     items.sort(key=lambda item: "system" not in item.path.parts)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_its_priority() -> Iterator[None]:
+    yield
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER, "real-time: it would starve whatever is beside it"
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

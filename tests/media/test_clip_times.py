@@ -30,7 +30,7 @@ from qwen3vl_disagg.media.video import (
 from qwen3vl_disagg.processing.video import nearest_frames
 from tests.processing.test_video import SAMPLER, reference
 from tests.support.clips import published_video_processor
-from tests.support.media_bytes import clip
+from tests.support.media_bytes import clip, ordinary_priority
 from tests.support.media_clips import AV1, X265, moving, patched
 
 pytest.importorskip("av")
@@ -211,7 +211,7 @@ def files(tmp_path_factory) -> dict[str, bytes]:
 
     def in_front(name: str, codec: str = "libx264", **options: str) -> bytes:
         path = Path(tmp_path_factory.mktemp("clips")) / name
-        with av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as out:
+        with ordinary_priority(), av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as out:
             stream = out.add_stream(codec, rate=10)
             stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
             stream.options = {"threads": "1", **options}

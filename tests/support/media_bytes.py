@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -126,6 +128,16 @@ def bmp(pixels: bytes, width: int, height: int, bits: int, *, compression: int =
     return struct.pack("<2sIHHI", b"BM", offset + len(pixels), 0, 0, offset) + info + palette + pixels
 
 
+@contextlib.contextmanager
+def ordinary_priority() -> Iterator[None]:
+    """For encoders: libsvtav1 makes the thread that opens it a real-time one where it may, and with it all that this
+    process starts later, ranks of other tests among them."""
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 def clip(
     codec: str = "libx264",
     container: str = "mp4",
@@ -148,7 +160,7 @@ def clip(
         frames = [np.full((height, width, 3), level, np.uint8) for level in levels]
     height, width = frames[0].shape[:2] if len(frames) else (size[1], size[0])
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as out:
+    with ordinary_priority(), av.open(buffer, "w", format=container) as out:
         stream = out.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.options = {"threads": "1", **(options or {})}
