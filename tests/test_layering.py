@@ -43,11 +43,8 @@ FORMATTER_OFF = re.compile(r"#\s*(?:isort|fmt|yapf):\s*(?:skip|off)")
 DOUBLES = {
     "_Entry": "private to its file",
     "_Request": "private to its file",
-    "Decoded": "to be renamed",
     "EncodeRank": "to be renamed",
     "LanguageRank": "to be renamed",
-    "Pixels": "to be renamed",
-    "Refused": "to be renamed",
     "Stop": "to be renamed",
     "Tick": "to be renamed",
 }

@@ -20,7 +20,7 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     reasons: list[str] = msgspec.field(default_factory=list)
 
 
-class Decoded(msgspec.Struct, frozen=True):
+class AllDecoded(msgspec.Struct, frozen=True):
     """All media of the request are good (at once, if it has none): the answer may begin."""
 
 
@@ -39,11 +39,11 @@ class FinishedEvent(msgspec.Struct, frozen=True):
     timings: RequestTimings
 
 
-Event = Decoded | TokenEvent | FinishedEvent
+Event = AllDecoded | TokenEvent | FinishedEvent
 
 
 class RequestHandle(Protocol):
-    """A running request. Iterated once: Decoded, then tokens, then FinishedEvent; or a DisaggError is raised
+    """A running request. Iterated once: AllDecoded, then tokens, then FinishedEvent; or a DisaggError is raised
     (InputError for a broken image or clip)."""
 
     request_id: str

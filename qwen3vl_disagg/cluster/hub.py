@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen3vl_disagg.cluster.backend import Decoded, FinishedEvent, Readiness, TokenEvent
+from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, Readiness, TokenEvent
 from qwen3vl_disagg.cluster.backend import Event as ClientEvent
 from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.media_store import MediaStore
@@ -30,6 +30,7 @@ from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.processing import Prompt
 from qwen3vl_disagg.protocol.messages import (
     Blob,
+    Decoded,
     EndJob,
     FindStore,
     Finished,
@@ -46,7 +47,6 @@ from qwen3vl_disagg.protocol.messages import (
     Tokens,
     Welcome,
 )
-from qwen3vl_disagg.protocol.messages import Decoded as ItemDecoded
 from qwen3vl_disagg.protocol.router import Router
 from qwen3vl_disagg.protocol.router_tables import RouterLimits
 from qwen3vl_disagg.protocol.routing import (
@@ -98,9 +98,9 @@ class _Handle:
     def cancel(self) -> None:
         self.hub.take(Abandon(self.request_id))
 
-    def deliver(self, message: ItemDecoded | Tokens | Finished) -> None:
+    def deliver(self, message: Decoded | Tokens | Finished) -> None:
         match message:
-            case ItemDecoded():
+            case Decoded():
                 self._decoded({message.item})
             case Tokens():
                 # Another connection than the one that brings the news of decoded items: it may be faster.
@@ -116,7 +116,7 @@ class _Handle:
         if self.undecoded and items:
             self.undecoded -= items
             if not self.undecoded:
-                self.events.put_nowait(Decoded())
+                self.events.put_nowait(AllDecoded())
 
 
 def _log_failure(key: RankKey, message: Message) -> None:
@@ -193,7 +193,7 @@ class Hub:
             if isinstance(refusal, DisaggError):
                 raise refusal
         if not prompt.items:
-            handle.events.put_nowait(Decoded())
+            handle.events.put_nowait(AllDecoded())
         return handle
 
     def refusal(self, num_coming: int = 0) -> DisaggError | None:

@@ -20,9 +20,9 @@ from qwen3vl_disagg.media.wire import (
     LENGTH_BYTES,
     Done,
     Job,
-    Pixels,
+    MediaRefused,
+    Picture,
     Ready,
-    Refused,
     Reply,
     body_length,
     pack,
@@ -50,7 +50,7 @@ def run(job: Job, data: bytes) -> Iterator[tuple[Reply, memoryview | bytes]]:
         image = decode_rgb(data, notes, job.image)
         levels = image.tobytes()
         sandbox.allow_cpu(0)
-        yield Pixels(image.height, image.width, "; ".join(notes)), levels
+        yield Picture(image.height, image.width, "; ".join(notes)), levels
         return
     budget = _BASE_S + _S_PER_VIDEO_BYTE * len(data)
     sandbox.allow_cpu(budget)
@@ -62,7 +62,7 @@ def run(job: Job, data: bytes) -> Iterator[tuple[Reply, memoryview | bytes]]:
     for frame_HWC in video_frames(
         data, job.indices, lambda pixels: sandbox.allow_cpu(budget + _S_PER_VIDEO_PIXEL * pixels)
     ):
-        yield Pixels(*frame_HWC.shape[:2]), frame_HWC.data
+        yield Picture(*frame_HWC.shape[:2]), frame_HWC.data
     sandbox.allow_cpu(0)
     yield Done(end_note(data, sniff_container(data) or "")), b""
 
@@ -73,10 +73,10 @@ def answer(job: Job, data: bytes) -> Iterator[tuple[Reply, memoryview | bytes]]:
         yield from run(job, data)
     except InputError as error:
         sandbox.allow_cpu(0)
-        yield Refused(error.message, error.status, error.code), b""
+        yield MediaRefused(error.message, error.status, error.code), b""
     except Exception:  # the bytes are the cause; what went wrong in detail stays inside
         sandbox.allow_cpu(0)
-        yield Refused("the media are damaged and cannot be decoded", 400, InputError.code), b""
+        yield MediaRefused("the media are damaged and cannot be decoded", 400, InputError.code), b""
 
 
 def is_wanted(parent: int, *, read: Sequence[int] = (), write: Sequence[int] = ()) -> bool:

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from qwen3vl_disagg.media.stop import Stop
-from qwen3vl_disagg.media.wire import LENGTH_BYTES, Pixels, Ready, Reply, body_length, pack
+from qwen3vl_disagg.media.wire import LENGTH_BYTES, Picture, Ready, Reply, body_length, pack
 
 COMMAND = (sys.executable, "-P", "-B", "-m", "qwen3vl_disagg.media.child")
 
@@ -125,7 +125,7 @@ class ChildProcess:
         except ValueError as error:  # also what msgspec raises
             raise ChildFailed("nonsense") from error
 
-    def receive_pixels(self, header: Pixels) -> np.ndarray:
+    def receive_pixels(self, header: Picture) -> np.ndarray:
         """The `[H, W, 3]` uint8 that follow."""
         try:
             header.check()

@@ -15,7 +15,7 @@ from qwen3vl_disagg.media.child_process import ChildFailed, ChildProcess
 from qwen3vl_disagg.media.images import probe_image
 from qwen3vl_disagg.media.stop import Slots, Stop
 from qwen3vl_disagg.media.video import CONTAINERS, MAX_FRAME_PIXELS, MAX_FRAMES, VideoInfo, check_clip_bytes
-from qwen3vl_disagg.media.wire import Done, Job, Pixels, Refused, Reply
+from qwen3vl_disagg.media.wire import Done, Job, MediaRefused, Picture, Reply
 
 IMAGE_PATIENCE_S = 10.0
 PATIENCE_S_PER_PIXEL = 0.3e-6
@@ -65,7 +65,7 @@ class MediaDecoder:
         info = probe_image(data)
         patience_s = self._image_patience_s + PATIENCE_S_PER_PIXEL * info.width * info.height
         with self._running("image", Job(len(data), info), data, patience_s, stop) as (child, reply):
-            if not isinstance(reply, Refused):
+            if not isinstance(reply, MediaRefused):
                 pixels = _pixels(child, reply, (info.height, info.width, 3))
                 _take_note(reply, notes)
                 return pixels
@@ -75,7 +75,7 @@ class MediaDecoder:
         """What the clip holds. InputError for a damaged or forbidden one."""
         check_clip_bytes(data)
         with self._running("clip", Job(len(data)), data, self._video_patience_s, stop) as (_, reply):
-            if not isinstance(reply, Refused):
+            if not isinstance(reply, MediaRefused):
                 return _checked(reply)
         raise _refusal(reply)
 
@@ -103,15 +103,15 @@ class MediaDecoder:
         job = Job(len(data), indices=indices)
         with self._running("clip", job, data, self._video_patience_s, stop) as (child, reply):
             for _ in indices:
-                if isinstance(reply, Refused):
+                if isinstance(reply, MediaRefused):
                     break
                 frame_HWC = _pixels(child, reply, shape)
                 shape = frame_HWC.shape
                 yield frame_HWC
                 reply = child.receive()
-            if not isinstance(reply, (Refused, Done)):
+            if not isinstance(reply, (MediaRefused, Done)):
                 raise ChildFailed("nonsense")
-        if isinstance(reply, Refused):
+        if isinstance(reply, MediaRefused):
             raise _refusal(reply)
         _take_note(reply, notes)
 
@@ -203,7 +203,7 @@ class MediaDecoder:
 
 def _pixels(child: ChildProcess, reply: Reply, shape: tuple[int, ...] | None) -> np.ndarray:
     """The pixels that a reply announces, of this shape if there is one that they must have."""
-    if not isinstance(reply, Pixels) or shape not in (None, (reply.height, reply.width, 3)):
+    if not isinstance(reply, Picture) or shape not in (None, (reply.height, reply.width, 3)):
         raise ChildFailed("nonsense")
     return child.receive_pixels(reply)
 
@@ -214,11 +214,11 @@ def _plain(words: str) -> str:
 
 
 def _take_note(reply: Reply, notes: list[str] | None) -> None:
-    if isinstance(reply, (Pixels, Done)) and reply.note and notes is not None:
+    if isinstance(reply, (Picture, Done)) and reply.note and notes is not None:
         notes.append(_plain(reply.note))
 
 
-def _refusal(reply: Refused) -> InputError:
+def _refusal(reply: MediaRefused) -> InputError:
     """What the child says is wrong with the media."""
     message = _plain(reply.message)
     code = reply.code if reply.code in _CODES else InputError.code

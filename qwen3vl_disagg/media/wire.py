@@ -33,7 +33,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The first word of a child."""
 
 
-class Refused(msgspec.Struct, frozen=True, tag="refused"):
+class MediaRefused(msgspec.Struct, frozen=True, tag="refused"):
     """The fields of an InputError."""
 
     message: str
@@ -41,7 +41,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     code: str
 
 
-class Pixels(msgspec.Struct, frozen=True, tag="pixels"):
+class Picture(msgspec.Struct, frozen=True, tag="pixels"):
     """Followed by height * width * 3 bytes, `[H, W, 3]` uint8. `note`: what of the file is not in them."""
 
     height: int
@@ -55,12 +55,12 @@ class Pixels(msgspec.Struct, frozen=True, tag="pixels"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """The last of the frames has been said. `note`: as of `Pixels`."""
+    """The last of the frames has been said. `note`: as of `Picture`."""
 
     note: str = ""
 
 
-Reply = Ready | Refused | Pixels | VideoInfo | Done
+Reply = Ready | MediaRefused | Picture | VideoInfo | Done
 
 
 def pack(message: msgspec.Struct) -> bytes:

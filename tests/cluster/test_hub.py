@@ -11,8 +11,7 @@ import socket
 
 import pytest
 
-from qwen3vl_disagg.cluster.backend import Decoded as AllDecoded
-from qwen3vl_disagg.cluster.backend import FinishedEvent, TokenEvent
+from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, TokenEvent
 from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.core.errors import (

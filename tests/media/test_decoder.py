@@ -96,7 +96,7 @@ def test_frames_come_one_at_a_time_and_may_be_left(decoder, started):
 
 
 def test_frames_that_are_left_in_the_middle_keep_nobody_waiting(monkeypatch, started):
-    with_each_job(monkeypatch, "say(Pixels(1, 1)), os.write(1, bytes(3)), time.sleep(60)")
+    with_each_job(monkeypatch, "say(Picture(1, 1)), os.write(1, bytes(3)), time.sleep(60)")
     decoder, before = MediaDecoder(max_children=1), num_open()
     for count in (1, 2):
         began = time.monotonic()
@@ -176,26 +176,29 @@ def test_a_child_that_others_kill_is_not_the_clients_fault(monkeypatch, decoder,
         (image, "os.write(1, b'\\xff' * 100)"),  # a header of 4 GiB
         (image, "os.write(1, (5).to_bytes(4, 'big') + b'\\xc1' * 5)"),  # not msgpack
         (image, "os.write(1, (2).to_bytes(4, 'big') + b'\\x91\\x01')"),  # not a reply
-        (image, "say(Pixels(2**31, 2**31))"),
-        (image, "say(Pixels(-1, -1))"),
-        (image, "say(Pixels(0, 5))"),
-        (image, "say(Pixels(9000, 9000))"),
-        (image, "say(Pixels(96, 64)), os.write(1, bytes(96 * 64 * 3))"),  # not the size that the header tells
+        (image, "say(Picture(2**31, 2**31))"),
+        (image, "say(Picture(-1, -1))"),
+        (image, "say(Picture(0, 5))"),
+        (image, "say(Picture(9000, 9000))"),
+        (image, "say(Picture(96, 64)), os.write(1, bytes(96 * 64 * 3))"),  # not the size that the header tells
         (image, "say(Ready())"),
         (image, "say(Done())"),
         (image, "say(VideoInfo('mp4', 5, 5, 5, 5.0))"),
-        (image, "say(Pixels(64, 96)), os.write(1, bytes(96 * 64 * 3 - 1)), sys.exit(0)"),
+        (image, "say(Picture(64, 96)), os.write(1, bytes(96 * 64 * 3 - 1)), sys.exit(0)"),
         (probe, "say(VideoInfo('mp4', 5, 5, 10**9, 5.0))"),
         (probe, "say(VideoInfo('mp4', 5, -5, 5, 5.0))"),
         (probe, "say(VideoInfo('mp4', 10**5, 10**5, 5, 5.0))"),
         (probe, "say(VideoInfo('mp4', 5, 5, 5, float('nan')))"),
         (probe, "say(VideoInfo('/etc/passwd', 5, 5, 5, 5.0))"),
-        (probe, "say(Pixels(1, 1)), os.write(1, bytes(3))"),
-        (two_frames, "say(Pixels(1, 1)), os.write(1, bytes(3)), say(Pixels(2, 1)), os.write(1, bytes(6))"),  # two sizes
-        (two_frames, "say(Pixels(1, 1)), os.write(1, bytes(3)), say(Done())"),  # too few
+        (probe, "say(Picture(1, 1)), os.write(1, bytes(3))"),
         (
             two_frames,
-            "say(Pixels(1, 1)), os.write(1, bytes(3)), say(Pixels(1, 1)), os.write(1, bytes(3)), say(Ready())",
+            "say(Picture(1, 1)), os.write(1, bytes(3)), say(Picture(2, 1)), os.write(1, bytes(6))",
+        ),  # two sizes
+        (two_frames, "say(Picture(1, 1)), os.write(1, bytes(3)), say(Done())"),  # too few
+        (
+            two_frames,
+            "say(Picture(1, 1)), os.write(1, bytes(3)), say(Picture(1, 1)), os.write(1, bytes(3)), say(Ready())",
         ),
     ],
 )
@@ -206,7 +209,7 @@ def test_nonsense_is_not_believed(monkeypatch, decoder, ask, act):
 
 
 def test_a_refusal_is_cut_to_a_plain_line(monkeypatch, decoder):
-    with_each_job(monkeypatch, "say(Refused('a\\x1b[31m\\n' + 'b' * 1000, 200, 'x' * 1000))")
+    with_each_job(monkeypatch, "say(MediaRefused('a\\x1b[31m\\n' + 'b' * 1000, 200, 'x' * 1000))")
     with pytest.raises(InputError) as caught:
         decoder.image(jpeg())
     assert caught.value.message.startswith("a[31mbbb")

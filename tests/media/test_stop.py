@@ -77,7 +77,7 @@ def test_frames_that_nobody_has_asked_for_start_nothing(decoder, started):
     [
         ("image", "time.sleep(60)"),  # we are still sending
         ("image", "with_each_job: time.sleep(60)"),
-        ("image", "with_each_job: say(Pixels(64, 96)), os.write(1, b'x'), time.sleep(60)"),  # in the middle of pixels
+        ("image", "with_each_job: say(Picture(64, 96)), os.write(1, b'x'), time.sleep(60)"),  # in the middle of pixels
         ("probe", "with_each_job: time.sleep(60)"),
         ("frames", "with_each_job: time.sleep(60)"),
         ("image", "runs: import time; time.sleep(60)"),  # it does not even start

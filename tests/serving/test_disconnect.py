@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from qwen3vl_disagg.cluster.backend import Decoded, TokenEvent
+from qwen3vl_disagg.cluster.backend import AllDecoded, TokenEvent
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.limits import Limits
 from tests.support.asgi import Exchange
@@ -16,8 +16,8 @@ from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, tin
 
 STAGES = {
     "before decoded": [60.0],
-    "before the first token": [Decoded(), 60.0],
-    "between tokens": [Decoded(), TokenEvent(40), TokenEvent(41), 60.0],
+    "before the first token": [AllDecoded(), 60.0],
+    "between tokens": [AllDecoded(), TokenEvent(40), TokenEvent(41), 60.0],
 }
 
 
@@ -101,7 +101,7 @@ def test_leaving_while_the_body_comes():
 
 def test_a_client_that_stops_reading_is_cut_off():
     async def main() -> None:
-        backend = FakeBackend(lambda p, sampling: [Decoded(), TokenEvent(40), TokenEvent(41), 60.0])
+        backend = FakeBackend(lambda p, sampling: [AllDecoded(), TokenEvent(40), TokenEvent(41), 60.0])
         app = create_app(backend, tiny_processor(), model_name="tiny", limits=Limits(send_timeout_s=0.1))
         exchange = Exchange(app, PATH, body(stream=True))
 

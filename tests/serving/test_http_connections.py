@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from qwen3vl_disagg.cluster.backend import Decoded, TokenEvent
+from qwen3vl_disagg.cluster.backend import AllDecoded, TokenEvent
 from qwen3vl_disagg.serving import http_connection, http_places, http_server
 from qwen3vl_disagg.serving.http_connection import PHASES, Patience
 from qwen3vl_disagg.serving.http_places import PlaceLimits
@@ -34,7 +34,7 @@ def quick(monkeypatch):
 
 def long_stream() -> FakeBackend:
     """Answers until the client has had 20 MB."""
-    return FakeBackend(lambda prompt, sampling: [Decoded(), *[TokenEvent(40)] * 100_000])
+    return FakeBackend(lambda prompt, sampling: [AllDecoded(), *[TokenEvent(40)] * 100_000])
 
 
 STREAM = json.dumps({**ASK, "stream": True, "continuous_usage": True, "return_token_ids": True}).encode()
@@ -120,7 +120,7 @@ def test_a_client_that_never_reads(quick, data):
 
 def test_a_client_that_reads_slowly_is_no_such_client(quick):
     """What it gets takes longer than any limit."""
-    backend = FakeBackend(lambda prompt, sampling: [Decoded(), *[TokenEvent(40)] * 3000])
+    backend = FakeBackend(lambda prompt, sampling: [AllDecoded(), *[TokenEvent(40)] * 3000])
     with Running(backend) as running, running.connect() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.sendall(STREAM_REQUEST)

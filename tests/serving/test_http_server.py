@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg.cluster.backend import Decoded, TokenEvent
+from qwen3vl_disagg.cluster.backend import AllDecoded, TokenEvent
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.http_server import HttpServer
 from qwen3vl_disagg.serving.limits import MIB
@@ -51,7 +51,7 @@ def test_plain_and_streamed_over_a_socket(running):
 
 
 def test_tokens_come_one_by_one_and_leaving_cancels():
-    steps = [Decoded(), TokenEvent(40), TokenEvent(41), 60.0]
+    steps = [AllDecoded(), TokenEvent(40), TokenEvent(41), 60.0]
     with Running(FakeBackend(lambda prompt, sampling: steps)) as running:
         lines = sse_lines(running.url + PATH, {**ASK, "stream": True, "return_token_ids": True})
         seen = 0
@@ -145,7 +145,7 @@ def test_signals_are_left_alone():
 
 
 def test_shutdown_finishes_what_runs():
-    script = lambda prompt, sampling: [Decoded(), 0.5, *answer_steps("red", sampling)[1:]]  # noqa: E731
+    script = lambda prompt, sampling: [AllDecoded(), 0.5, *answer_steps("red", sampling)[1:]]  # noqa: E731
     running = Running(FakeBackend(script))
     replies: list = []
     with running:

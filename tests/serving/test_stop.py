@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from qwen3vl_disagg.cluster.backend import Decoded, TokenEvent
+from qwen3vl_disagg.cluster.backend import AllDecoded, TokenEvent
 from qwen3vl_disagg.serving.app import create_app
 from tests.support.asgi import Exchange
 from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_of, answer_steps, serve, timings, tiny_processor
@@ -109,7 +109,7 @@ def test_a_character_that_stays_unfinished_may_be_the_stop_string():
 
 def test_the_rank_is_told_before_the_client_has_read_the_end():
     async def main() -> None:
-        backend = FakeBackend(lambda p, sampling: [Decoded(), *(TokenEvent(i) for i in encode("red\n")), 60.0])
+        backend = FakeBackend(lambda p, sampling: [AllDecoded(), *(TokenEvent(i) for i in encode("red\n")), 60.0])
         app = create_app(backend, tiny_processor(), model_name="tiny")
         exchange = Exchange(app, PATH, [json.dumps({**ASK, "stream": True, "stop": "\n"}).encode()])
         send = exchange._send

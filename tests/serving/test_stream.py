@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from qwen3vl_disagg.cluster.backend import Decoded, TokenEvent
+from qwen3vl_disagg.cluster.backend import AllDecoded, TokenEvent
 from qwen3vl_disagg.core.errors import InputError, OverloadedError, TransferError, UnavailableError
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.limits import Limits
@@ -127,7 +127,7 @@ def test_errors_before_the_images_are_decoded_have_a_status(error, status, when)
 
 @pytest.mark.parametrize("error", [TransferError("10.0.0.1: reset"), RuntimeError("secret"), UnavailableError("down")])
 def test_later_errors_are_an_event_and_the_end(error):
-    script = lambda prompt, sampling: [Decoded(), TokenEvent(40), error]  # noqa: E731
+    script = lambda prompt, sampling: [AllDecoded(), TokenEvent(40), error]  # noqa: E731
     events = stream(FakeBackend(script))
     body = events[-1]["error"]
     assert set(body) == {"message", "type", "param", "code"}
@@ -137,7 +137,7 @@ def test_later_errors_are_an_event_and_the_end(error):
 
 
 def test_a_backend_that_just_ends_is_an_error_event():
-    events = stream(FakeBackend(lambda prompt, sampling: [Decoded(), TokenEvent(40)]))
+    events = stream(FakeBackend(lambda prompt, sampling: [AllDecoded(), TokenEvent(40)]))
     assert events[-1]["error"]["code"] == "internal_error"
 
 
@@ -160,7 +160,7 @@ def test_the_status_waits_for_decoded():
 
 
 def test_silence_is_filled_with_chunks_that_say_nothing_and_the_stream_goes_on():
-    script = lambda prompt, sampling: [Decoded(), 0.5, *answer_steps("red", sampling)[1:]]  # noqa: E731
+    script = lambda prompt, sampling: [AllDecoded(), 0.5, *answer_steps("red", sampling)[1:]]  # noqa: E731
     asked = {**ASK, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     reply = serve(FakeBackend(script), limits=Limits(ping_s=0.05)).post(PATH, json=asked)
     *chunks, done = parse(reply.text)
@@ -202,7 +202,7 @@ def test_a_request_that_takes_too_long_ends(stream):
 
 def test_each_chunk_is_sent_before_the_next_token_is_there():
     async def main() -> None:
-        script = lambda prompt, sampling: [Decoded(), *answer_steps("red", sampling)[1:2], 60.0]  # noqa: E731
+        script = lambda prompt, sampling: [AllDecoded(), *answer_steps("red", sampling)[1:2], 60.0]  # noqa: E731
         app = create_app(FakeBackend(script), tiny_processor(), model_name="tiny")
         exchange = Exchange(app, PATH, [json.dumps({**ASK, "stream": True, "return_token_ids": True}).encode()])
         task = asyncio.create_task(exchange.run())

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
-from qwen3vl_disagg.cluster.backend import Decoded, Event, FinishedEvent, Readiness, TokenEvent
+from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, Readiness, TokenEvent
 from qwen3vl_disagg.core.errors import DisaggError, UnavailableError
 from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, SamplingParams, TokenLogprob
 from qwen3vl_disagg.processing import Processor, Prompt
@@ -101,7 +101,7 @@ def timings() -> RequestTimings:
 
 
 def answer_steps(text: str, sampling: SamplingParams) -> list[Step]:
-    """Decoded, the text's tokens and the end token as far as the limit goes, the end."""
+    """AllDecoded, the text's tokens and the end token as far as the limit goes, the end."""
     tokenizer = tiny_processor().tokenizer
     token_ids = [*tokenizer.encode(text), tokenizer.token_id("<|im_end|>")]
     return answer_of(token_ids, sampling)
@@ -109,7 +109,7 @@ def answer_steps(text: str, sampling: SamplingParams) -> list[Step]:
 
 def answer_of(token_ids: list[int], sampling: SamplingParams) -> list[Step]:
     cut = token_ids[: sampling.max_new_tokens]
-    steps: list[Step] = [Decoded()]
+    steps: list[Step] = [AllDecoded()]
     for token_id in cut:
         entry = None
         if sampling.logprobs is not None:
