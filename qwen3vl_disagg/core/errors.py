@@ -11,6 +11,9 @@ T = TypeVar("T")
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
 """What a client that should try again later may be told."""
 
+ENCODE_ERROR = "encode_error"
+"""Code of a fault of ours with an image or clip."""
+
 
 class DisaggError(Exception):
     """Base of all errors raised on purpose. `code` is a stable machine-readable word, `status` the HTTP status, `param`

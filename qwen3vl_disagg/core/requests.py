@@ -88,7 +88,7 @@ class VisualItem(msgspec.Struct, frozen=True, kw_only=True):
     is_frame_list: bool = False
     """The bytes are a list of images, not a file."""
     size: tuple[int, int] | None = None
-    """Of an image: (height, width) as its header says, from which `grid` follows."""
+    """(height, width) of the image, or of each frame, as the header says, from which `grid` follows."""
     salt: str = ""
     """Whose it is: what one has sent is in no cache for another."""
 

@@ -7,12 +7,19 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from qwen3vl_disagg.core.errors import DisaggError, InputError, ServerError, TransferError, UnavailableError
+from qwen3vl_disagg.core.errors import (
+    ENCODE_ERROR,
+    DisaggError,
+    InputError,
+    ServerError,
+    TransferError,
+    UnavailableError,
+)
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.tensors import all_finite
 from qwen3vl_disagg.media.decoder import MediaDecoder
@@ -25,7 +32,6 @@ from qwen3vl_disagg.protocol.messages import Grant, Header, Resume
 from qwen3vl_disagg.transport.digest import add_digests, deepstack_sums, range_digests, run_sums, sums_digest
 
 logger = logging.getLogger(__name__)
-ENCODE_ERROR = "encode_error"
 MAX_NOTE = 500
 
 
@@ -145,13 +151,7 @@ class EncodeWorker:
         size or the grid is not the announced one, Stopped soon after `stop` is set."""
         started, notes = time.monotonic(), list[str]()
         if visual.modality == "image":
-            decode = None if self.decoder is None else partial(self.decoder.image, stop=stop, notes=notes)
-            levels_HWC = self.processor.levels(data, decode)
-            if visual.size is not None and levels_HWC.shape[:2] != visual.size:
-                height, width = levels_HWC.shape[:2]
-                message = f"the image is {height} x {width} pixels, the prompt was laid out for {visual.size}"
-                raise ServerError(message, code=ENCODE_ERROR)
-            patches, grid = self.processor.patches(levels_HWC, visual.grid)
+            patches, grid = self.processor.pixels(data, visual, self.decoder, stop, notes)
         elif self.video is not None and self.decoder is not None:
             patches, grid = self.video.pixels(data, visual, self.decoder, stop, notes)
         else:

@@ -3,7 +3,7 @@
 from qwen3vl_disagg.processing.answer_parts import AnswerParts, AnswerReason, AnswerSplitter, Parts, ToolCall
 from qwen3vl_disagg.processing.answer_stops import StopMatcher
 from qwen3vl_disagg.processing.generation import GenerationDefaults
-from qwen3vl_disagg.processing.images import ImageInfo, ImageProcessor, smart_resize
+from qwen3vl_disagg.processing.images import ImageProcessor, smart_resize
 from qwen3vl_disagg.processing.positions import Grid, item_positions, mrope_positions
 from qwen3vl_disagg.processing.processor import Processor, Prompt
 from qwen3vl_disagg.processing.template import ChatTemplate
@@ -18,7 +18,6 @@ __all__ = [
     "ChatTemplate",
     "GenerationDefaults",
     "Grid",
-    "ImageInfo",
     "ImageProcessor",
     "Parts",
     "Processor",

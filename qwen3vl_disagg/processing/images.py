@@ -8,22 +8,23 @@ Dims: H, W pixels; P patches in the vision tower's order (merge block by merge b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from qwen3vl_disagg.core.errors import CheckpointError
+from qwen3vl_disagg.core.errors import ENCODE_ERROR, CheckpointError, ServerError
+from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import ImageResize
-from qwen3vl_disagg.media.image_headers import ImageInfo
-from qwen3vl_disagg.media.images import MAX_ASPECT, MAX_BYTES, check_aspect, decode_rgb, probe_image
+from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.images import check_aspect, decode_rgb
+from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.model.config import VisionConfig
 from qwen3vl_disagg.processing.pixel_settings import PixelSettings, read_section
 from qwen3vl_disagg.processing.positions import Grid
 from qwen3vl_disagg.processing.resize import PixelTransform
-
-__all__ = ["MAX_ASPECT", "MAX_BYTES", "ImageInfo", "ImageProcessor", "cut_patches", "decode_rgb", "smart_resize"]
 
 IMAGE_FILE = "preprocessor_config.json"
 
@@ -93,10 +94,6 @@ class ImageProcessor:
         names = ("min_pixels", "max_pixels", "mean", "std", "resize")
         return {f"image_{name}": str(getattr(self, name)) for name in names}
 
-    def probe(self, data: bytes) -> ImageInfo:
-        """Format and shown size from the header alone. InputError for anything that is not an allowed image."""
-        return probe_image(data)
-
     @property
     def max_rows(self) -> int:
         """Visual tokens of the largest image."""
@@ -107,38 +104,57 @@ class ImageProcessor:
         new_height, new_width = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         return 1, new_height // self.config.patch_size, new_width // self.config.patch_size
 
-    def levels(self, data: bytes, decode: Callable[[bytes], np.ndarray] | None = None) -> np.ndarray:
-        """Decode -> `[H, W, 3]` uint8. InputError for a damaged image. `decode`: for example `MediaDecoder.image`;
-        without it, decoded in this process."""
-        return np.asarray(decode_rgb(data)) if decode is None else decode(data)
-
     def pixels(
-        self, data: bytes, *, decode: Callable[[bytes], np.ndarray] | None = None, grid: Grid | None = None
+        self,
+        data: bytes,
+        visual: VisualItem | None = None,
+        decoder: MediaDecoder | None = None,
+        stop: Stop | None = None,
+        notes: list[str] | None = None,
     ) -> tuple[Tensor, Grid]:
-        """Decode -> patches `[P, patch_dim]` float32 and the grid. InputError for a damaged image.
+        """Decode -> patches `[P, patch_dim]` float32 and the grid, that of `visual` if it is given.
 
-        `grid`: the one that the prompt was laid out for, if the request had a word in it.
+        InputError for a damaged image, ServerError for one of another size than announced, Stopped when nobody wants
+        it any more. What is missing is appended to `notes`. Without a decoder, decoded in this process.
         """
-        return self.patches(self.levels(data, decode), grid)
+        if decoder is None:
+            levels_HWC = np.asarray(decode_rgb(data, notes))
+        else:
+            levels_HWC = decoder.image(data, stop=stop, notes=notes)
+        if visual is None:
+            return self.patches(levels_HWC)
+        check_size(levels_HWC, visual)
+        return self.patches(levels_HWC, visual.grid)
 
     def patches(self, levels_HWC: np.ndarray, grid: Grid | None = None) -> tuple[Tensor, Grid]:
         """`[H, W, 3]` uint8 -> patches `[P, patch_dim]` float32 and the grid."""
         _, rows, cols = grid or self.grid(levels_HWC.shape[1], levels_HWC.shape[0])
-        patch = self.config.patch_size
-        return self._patchify(self._transform(levels_HWC, rows * patch, cols * patch))
-
-    def _patchify(self, pixels_CHW: Tensor) -> tuple[Tensor, Grid]:
-        """Columns go (channel, frame, row, column); a still image is its own second frame."""
-        patch, frames = self.config.patch_size, self.config.temporal_patch_size
-        rows, cols = pixels_CHW.shape[1] // patch, pixels_CHW.shape[2] // patch
-        blocks = cut_patches(pixels_CHW, patch, self.config.spatial_merge_size).unsqueeze(5)
-        blocks = blocks.expand(*blocks.shape[:5], frames, patch, patch)
-        return blocks.reshape(rows * cols, -1), (1, rows, cols)
+        return cut_patches([levels_HWC], 1, (1, rows, cols), self.config, self._transform), (1, rows, cols)
 
 
-def cut_patches(pixels_CHW: Tensor, patch: int, merge: int) -> Tensor:
-    """A frame -> a view `[H / (m p), W / (m p), m, m, C, p, p]`: merge block by merge block (p patch, m merge)."""
-    channels, height, width = pixels_CHW.shape
-    block = patch * merge
-    blocks = pixels_CHW.reshape(channels, height // block, merge, patch, width // block, merge, patch)
-    return blocks.permute(1, 4, 2, 5, 0, 3, 6)
+def check_size(frame_HWC: np.ndarray, visual: VisualItem) -> None:
+    """ServerError if an image or frame has not the size that the item was announced with."""
+    height, width, _ = frame_HWC.shape
+    if visual.size is not None and (height, width) != tuple(visual.size):
+        message = f"the {visual.modality} is {height} x {width} pixels, the prompt was laid out for {visual.size}"
+        raise ServerError(message, code=ENCODE_ERROR)
+
+
+def cut_patches(
+    frames: Iterable[np.ndarray], num_frames: int, grid: Grid, config: VisionConfig, transform: PixelTransform
+) -> Tensor:
+    """That many frames `[H, W, 3]` uint8 -> patches `[P, patch_dim]`, merge block by merge block.
+
+    Columns go (channel, frame, row, column). The last frame fills up its step: an image is its own second frame. One
+    frame is held at a time.
+    """
+    (steps, rows, cols), patch, merge = grid, config.patch_size, config.spatial_merge_size
+    temporal = config.temporal_patch_size
+    out = torch.empty(steps, rows // merge, cols // merge, merge, merge, 3, temporal, patch, patch)
+    for number, frame in enumerate(frames):
+        step, first = divmod(number, temporal)
+        stop = temporal if number == num_frames - 1 else first + 1
+        pixels_CHW = transform(frame, rows * patch, cols * patch)
+        blocks = pixels_CHW.reshape(3, rows // merge, merge, patch, cols // merge, merge, patch)
+        out[step, ..., first:stop, :, :] = blocks.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)
+    return out.view(steps * rows * cols, config.patch_dim)

@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any, Literal
 
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.media.images import MAX_BYTES
 from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
 from qwen3vl_disagg.processing.data_uri import is_base64, is_data_uri, read_base64, read_data_uri, split_data_uri
-from qwen3vl_disagg.processing.images import MAX_BYTES
 from qwen3vl_disagg.processing.local_media import local_bytes
 from qwen3vl_disagg.processing.media_options import NO_OPTIONS, MediaOptions
 from qwen3vl_disagg.processing.request_fields import FIELDS, Place, check_fields

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.image_headers import ImageInfo
-from qwen3vl_disagg.media.images import check_aspect
+from qwen3vl_disagg.media.images import check_aspect, probe_image
 from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.media.video import UNKNOWN_FPS, VideoInfo
 from qwen3vl_disagg.model.config import VisionConfig
@@ -38,8 +38,8 @@ class Plan:
     grid: Grid
     frames: tuple[int, ...] = ()
     times: tuple[float, ...] = ()
-    size: tuple[int, int] | None = None
-    """Of an image: its height and width."""
+    size: tuple[int, int] = (0, 0)
+    """Height and width of the image, or of each frame."""
     num_pixels: int = 0
     """What has to be decoded: of a file all frames up to the last one that is looked at."""
 
@@ -67,29 +67,6 @@ class Plan:
         )
 
 
-class _Headers:
-    """What the headers of one request's media say. Equal bytes are looked at once; Stopped once `stop` is set."""
-
-    def __init__(self, image: ImageProcessor, decoder: MediaDecoder, stop: Stop) -> None:
-        self._image, self._decoder, self._stop = image, decoder, stop
-        self._images: dict[bytes, ImageInfo] = {}
-        self._clips: dict[bytes, VideoInfo] = {}
-
-    def image(self, data: bytes) -> ImageInfo:
-        self._stop.check()
-        info = self._images.get(data)
-        if info is None:
-            info = self._images[data] = self._image.probe(data)
-        return info
-
-    def clip(self, data: bytes) -> VideoInfo:
-        self._stop.check()
-        info = self._clips.get(data)
-        if info is None:
-            info = self._clips[data] = self._decoder.probe_video(data, stop=self._stop)
-        return info
-
-
 class MediaPlanner:
     """Plans the items of one request; equal bytes are looked at once. Stopped once `stop` is set."""
 
@@ -105,7 +82,9 @@ class MediaPlanner:
     ) -> None:
         self._image, self._video, self._config = image, video, image.config
         self._of_images, self._of_clips = of_images, of_clips
-        self._headers = _Headers(image, decoder, stop)
+        self._decoder, self._stop = decoder, stop
+        self._images: dict[bytes, ImageInfo] = {}
+        self._clips: dict[bytes, VideoInfo] = {}
 
     def plan_all(self, media: Iterable[Media], max_rows: int) -> list[Plan]:
         """InputError where an item stands that cannot be had, or brings more rows than fit the context."""
@@ -125,16 +104,29 @@ class MediaPlanner:
         _check_pixels(plans)
         return plans
 
+    def _look_at_image(self, data: bytes) -> ImageInfo:
+        self._stop.check()
+        if data not in self._images:
+            self._images[data] = probe_image(data)
+        return self._images[data]
+
+    def _look_at_clip(self, data: bytes) -> VideoInfo:
+        self._stop.check()
+        if data not in self._clips:
+            self._clips[data] = self._decoder.probe_video(data, stop=self._stop)
+        return self._clips[data]
+
     def _plan(self, entry: Media) -> Plan:
         if entry.modality == "image":
-            info = self._headers.image(entry.data)
+            info = self._look_at_image(entry.data)
             grid = self._image_grid(entry.options.over(self._of_images), info)
-            return Plan(entry, grid, size=(info.height, info.width), num_pixels=info.width * info.height)
+            size = info.height, info.width
+            return Plan(entry, grid, size=size, num_pixels=info.width * info.height)
         if self._video is None:
             raise InputError(f"this checkpoint takes no videos: it has no {VIDEO_FILE}")
         options, seconds = entry.options.over(self._of_clips), tuple[float, ...]()
         if entry.is_frame_list:
-            infos = [self._headers.image(image) for image in unpack_frames(entry.data)]
+            infos = [self._look_at_image(image) for image in unpack_frames(entry.data)]
             sizes = {(info.width, info.height) for info in infos}
             if len(sizes) > 1:
                 raise InputError(f"the frames of a clip must have one size, these have {len(sizes)}")
@@ -144,13 +136,13 @@ class MediaPlanner:
                 raise InputError(f"a list is looked at as it is: it has {len(frames)} frames, not {least} to {most}")
             width, height = sizes.pop()
         else:
-            clip = self._headers.clip(entry.data)
+            clip = self._look_at_clip(entry.data)
             frames = _frames(options, clip, self._video)
             fps, seconds, width, height = clip.fps, clip.times, clip.width, clip.height
         times = timestamps(frames, fps, self._config.temporal_patch_size, seconds)
         grid = _clip_grid(options, self._video, len(frames), width, height)
         num_pixels = (frames[-1] + 1) * width * height
-        return Plan(entry, grid, tuple(frames), tuple(times), num_pixels=num_pixels)
+        return Plan(entry, grid, tuple(frames), tuple(times), (height, width), num_pixels)
 
     def _image_grid(self, options: MediaOptions, info: ImageInfo) -> Grid:
         image, patch = self._image, self._config.patch_size
@@ -222,17 +214,18 @@ def _frames(options: MediaOptions, clip: VideoInfo, video: VideoProcessor) -> li
         count = num_frames
     elif options.max_num_frames is not None:
         count = min(options.max_num_frames, video.max_frames, num_frames)
-    elif count is None:
-        least, most = options.min_frames or video.min_frames, options.max_frames or video.max_frames
-        if options.min_frames is not None and least > video.max_frames:
-            raise InputError(f"min_frames is {least}, at most {video.max_frames} are looked at")
-        most = min(most, video.max_frames)
-        wanted = int(num_frames / clip.fps * (options.fps or video.fps))
-        count = min(max(wanted, min(least, most)), most, num_frames)
-    elif options.fps is not None:
+    elif count is not None and options.fps is not None:
         raise InputError("fps and num_frames exclude one another")
-    times: Sequence[float] = [at - clip.times[first] for at in clip.times[first : last + 1]] if clip.times else ()
-    return [first + frame for frame in video.sample(num_frames, clip.fps, count=count, times=times)]
+    frames = video.sample(
+        num_frames,
+        clip.fps,
+        sample_fps=options.fps,
+        min_frames=options.min_frames,
+        max_frames=options.max_frames,
+        count=count,
+        times=[at - clip.times[first] for at in clip.times[first : last + 1]],
+    )
+    return [first + frame for frame in frames]
 
 
 def _range(options: MediaOptions, clip: VideoInfo) -> tuple[int, int]:

@@ -8,22 +8,22 @@ Formulas as in the reference video processor. Dims: T steps of the grid, H, W pi
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import msgspec
 import numpy as np
-import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import ImageResize
 from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.images import MAX_ASPECT
 from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.model.config import VisionConfig
-from qwen3vl_disagg.processing.images import MAX_ASPECT, cut_patches, fit_size
+from qwen3vl_disagg.processing.images import check_size, cut_patches, fit_size
 from qwen3vl_disagg.processing.pixel_settings import PixelSettings, read_section
 from qwen3vl_disagg.processing.positions import Grid
 from qwen3vl_disagg.processing.resize import PixelTransform
@@ -134,15 +134,20 @@ class VideoProcessor:
         fps: float,
         *,
         sample_fps: float | None = None,
+        min_frames: int | None = None,
+        max_frames: int | None = None,
         count: int | None = None,
         times: Sequence[float] = (),
     ) -> list[int]:
-        """Which frames of a file of `num_frames` at `fps` to look at: `count`, or `sample_fps` a second, or as many a
-        second as the checkpoint wants; spread evenly from first to last, in `times` where these are given. InputError
-        for more than there are."""
+        """Which frames of a file of `num_frames` at `fps` to look at: `count`, or `sample_fps` a second within these
+        bounds, what is None as the checkpoint wants it; spread evenly from first to last, in `times` where these are
+        given. InputError for more than there are, or than are looked at."""
         if count is None:
-            wanted = int(num_frames / fps * (self.fps if sample_fps is None else sample_fps))
-            count = min(max(wanted, self.min_frames), self.max_frames, num_frames)
+            if min_frames is not None and min_frames > self.max_frames:
+                raise InputError(f"min_frames is {min_frames}, at most {self.max_frames} are looked at")
+            most = min(max_frames or self.max_frames, self.max_frames)
+            wanted = int(num_frames / fps * (sample_fps or self.fps))
+            count = min(max(wanted, min(min_frames or self.min_frames, most)), most, num_frames)
         elif count > min(num_frames, self.max_frames):
             most = min(num_frames, self.max_frames)
             raise InputError(f"num_frames is {count}, but {most} frames of this clip can be looked at")
@@ -186,46 +191,38 @@ class VideoProcessor:
     ) -> tuple[Tensor, Grid]:
         """Decode the item's frames -> patches `[P, patch_dim]` float32 and the grid.
 
-        InputError for damaged media, Stopped when nobody wants them any more. What is missing is appended to `notes`.
+        InputError for damaged media, ServerError for frames of another size than announced, Stopped when nobody wants
+        them any more. What is missing is appended to `notes`.
         """
         if visual.is_frame_list:
             frames = _images(unpack_frames(data), visual.frames, decoder, stop, notes)
         else:
             frames = decoder.video_frames(data, visual.frames, stop=stop, notes=notes)
         with closing(frames):  # also when this fails: whoever decodes must not wait for frames to be taken
-            return self.patches(frames, len(visual.frames), visual.grid)
+            return self.patches(_announced(frames, visual), len(visual.frames), visual.grid)
 
-    def patches(self, frames: Iterable[np.ndarray], num_frames: int, given: Grid | None = None) -> tuple[Tensor, Grid]:
-        """Frames `[H, W, 3]` uint8 of one size -> patches `[P, patch_dim]` float32 and the grid, the one that is given
-        if there is one.
+    def patches(self, frames: Iterable[np.ndarray], num_frames: int, grid: Grid) -> tuple[Tensor, Grid]:
+        """Frames `[H, W, 3]` uint8 of one size -> patches `[P, patch_dim]` float32 and the grid, with as many steps as
+        they have. InputError if sizes differ or another number of frames comes."""
+        grid = -(-num_frames // self.config.temporal_patch_size), grid[1], grid[2]
+        return cut_patches(_counted(frames, num_frames), num_frames, grid, self.config, self._transform), grid
 
-        One frame is held at a time. InputError if sizes differ or another number of frames comes.
-        """
-        patch, merge, temporal = (
-            self.config.patch_size,
-            self.config.spatial_merge_size,
-            self.config.temporal_patch_size,
-        )
-        grid: Grid = (0, 0, 0)
-        size, count, out = (0, 0), 0, torch.empty(0)
-        for frame in frames:
-            if not count:
-                size = (frame.shape[0], frame.shape[1])
-                _, rows, cols = given or self.grid(num_frames, size[1], size[0])
-                grid = steps, rows, cols = -(-num_frames // temporal), rows, cols
-                shape = (steps, rows // merge, cols // merge, merge, merge, 3, temporal, patch, patch)
-                out = torch.empty(shape)
-            if frame.shape[:2] != size or count == num_frames:
-                raise InputError("the clip's frames are not all of one size, or more than its header says")
-            pixels_CHW = self._transform(frame, grid[1] * patch, grid[2] * patch)
-            out[count // temporal, ..., count % temporal, :, :] = cut_patches(pixels_CHW, patch, merge)
-            count += 1
-        if count != num_frames:
-            raise InputError(f"the clip is damaged: {count} of {num_frames} frames can be decoded")
-        for missing in range(count, grid[0] * temporal):
-            last = count - 1
-            out[missing // temporal, ..., missing % temporal, :, :] = out[last // temporal, ..., last % temporal, :, :]
-        return out.view(grid[0] * grid[1] * grid[2], self.config.patch_dim), grid
+
+def _announced(frames: Iterable[np.ndarray], visual: VisualItem) -> Iterator[np.ndarray]:
+    for frame in frames:
+        check_size(frame, visual)
+        yield frame
+
+
+def _counted(frames: Iterable[np.ndarray], num_frames: int) -> Iterator[np.ndarray]:
+    shape, count = None, 0
+    for count, frame in enumerate(frames, 1):
+        shape = shape or frame.shape
+        if frame.shape != shape or count > num_frames:
+            raise InputError("the clip's frames are not all of one size, or more than its header says")
+        yield frame
+    if count != num_frames:
+        raise InputError(f"the clip is damaged: {count} of {num_frames} frames can be decoded")
 
 
 def _images(

@@ -52,7 +52,8 @@ def test_patches_are_the_references_bit_for_bit(video_processor, size):
     frames = noise_frames(*size)
     video = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
     expected = video_processor(videos=[video], do_sample_frames=False, return_tensors="pt")
-    patches, grid = published_video_processor().patches(iter(frames), len(frames))
+    processor = published_video_processor()
+    patches, grid = processor.patches(frames, len(frames), processor.grid(*(size[i] for i in (0, 2, 1))))
     assert [list(grid)] == expected["video_grid_thw"].tolist()
     assert torch.equal(patches, expected["pixel_values_videos"])
 

@@ -76,8 +76,8 @@ def test_clips_and_images_are_resized_alike(how):
     bounds = {"min_pixels": 256 * 256, "max_pixels": 512 * 512}
     patches, grid = ImageProcessor(VISION, **bounds, resize=how).patches(levels_HWC)
     doubled = PixelSettings(2 * bounds["min_pixels"], 2 * bounds["max_pixels"])
-    clip, clip_grid = VideoProcessor(VISION, doubled, resize=how).patches(iter([levels_HWC] * 2), 2)
-    assert clip_grid == grid
+    clip, clip_grid = VideoProcessor(VISION, doubled, resize=how).patches(iter([levels_HWC] * 2), 2, grid)
+    assert clip_grid == grid == VideoProcessor(VISION, doubled).grid(2, 140, 100)
     assert torch.equal(clip, patches)
 
 

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-from qwen3vl_disagg.core.errors import CheckpointError, InputError
+from qwen3vl_disagg.core.errors import CheckpointError, InputError, ServerError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.stop import Stop
@@ -114,7 +114,8 @@ def test_patches_equal_the_reference_where_nothing_is_resized(num_frames, height
     frames = noise_frames(num_frames, height, width)
     videos = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)[None]
     expected, *grid = reference.Qwen3VLVideoProcessor.patchify(None, (videos.float() - 127.5) / 127.5, 16, 2, 2)
-    patches, found = published_video_processor().patches(iter(frames), num_frames)
+    processor = published_video_processor()
+    patches, found = processor.patches(iter(frames), num_frames, processor.grid(num_frames, width, height))
     assert found == tuple(grid)
     assert torch.equal(patches, expected[0])
 
@@ -130,20 +131,21 @@ GOLDEN = {
 
 @pytest.mark.parametrize("size", GOLDEN)
 def test_resized_patches_equal_the_reference(size):
-    patches, _ = published_video_processor().patches(iter(noise_frames(*size)), size[0])
+    (num_frames, height, width), processor = size, published_video_processor()
+    patches, _ = processor.patches(noise_frames(*size), num_frames, processor.grid(num_frames, width, height))
     assert hashlib.sha256(patches.numpy().tobytes()).hexdigest() == GOLDEN[size]
 
 
 def test_frames_that_do_not_fit_are_refused():
     processor, frames = published_video_processor(), noise_frames(4, 64, 64)
     with pytest.raises(InputError, match="3 of 4 frames can be decoded"):
-        processor.patches(iter(frames[:3]), 4)
+        processor.patches(frames[:3], 4, (2, 4, 4))
     with pytest.raises(InputError, match="not all of one size"):
-        processor.patches(iter([*frames[:3], noise_frames(1, 64, 96)[0]]), 4)
+        processor.patches([*frames[:3], noise_frames(1, 64, 96)[0]], 4, (2, 4, 4))
     with pytest.raises(InputError, match="more than its header says"):
-        processor.patches(iter(frames), 3)
+        processor.patches(frames, 3, (2, 4, 4))
     with pytest.raises(InputError, match="at least 2 frames, this one has 1"):
-        processor.patches(iter(frames[:1]), 1)
+        processor.grid(1, 64, 64)
     with pytest.raises(InputError, match="one side is more than 200 times the other"):
         processor.grid(4, 64000, 64)
 
@@ -198,7 +200,7 @@ class CountingDecoder(MediaDecoder):
             self.is_closed = True
 
 
-def item(frames: tuple[int, ...], *, is_frame_list: bool) -> VisualItem:
+def item(frames: tuple[int, ...], *, is_frame_list: bool, size: tuple[int, int] | None = None) -> VisualItem:
     return VisualItem(
         modality="video",
         digest="",
@@ -209,6 +211,7 @@ def item(frames: tuple[int, ...], *, is_frame_list: bool) -> VisualItem:
         param="",
         frames=frames,
         is_frame_list=is_frame_list,
+        size=size,
     )
 
 
@@ -219,6 +222,15 @@ def test_frames_that_are_equal_are_decoded_once():
     assert (grid, decoder.num_images) == ((3, 4, 4), 3)
     first, second, third = patches.view(3, -1)[:, 0].tolist()
     assert first == third != second
+
+
+@pytest.mark.parametrize("is_frame_list", [False, True])
+def test_frames_that_are_not_as_announced_are_a_fault_of_ours(is_frame_list):
+    decoder, processor = CountingDecoder(), published_video_processor()
+    data = pack_frames([b"a", b"b"])
+    processor.pixels(data, item((0, 1), is_frame_list=is_frame_list, size=(64, 64)), decoder)
+    with pytest.raises(ServerError, match=r"the video is 64 x 64 pixels, .* \(64, 96\)"):
+        processor.pixels(data, item((0, 1), is_frame_list=is_frame_list, size=(64, 96)), decoder)
 
 
 def test_a_failure_takes_no_more_frames_and_lets_the_decoder_go(monkeypatch):

@@ -18,9 +18,17 @@ from PIL import Image
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.images import probe_image
 from qwen3vl_disagg.media.stop import Stop, Stopped
 from qwen3vl_disagg.media.video import VideoInfo
-from qwen3vl_disagg.processing import ChatTemplate, GenerationDefaults, ImageProcessor, Processor, Tokenizer
+from qwen3vl_disagg.processing import (
+    ChatTemplate,
+    GenerationDefaults,
+    ImageProcessor,
+    Processor,
+    Tokenizer,
+    media_plan,
+)
 from qwen3vl_disagg.processing.messages import has_clips
 from qwen3vl_disagg.processing.pixel_settings import PixelSettings
 from qwen3vl_disagg.processing.video import VideoProcessor
@@ -155,7 +163,7 @@ def test_a_clip_as_a_file_and_as_a_list_of_its_frames(make, folder):
     as_jpegs = {"type": "video_url", "video_url": {"url": jpeg_uri(frames)}}
     found = [processor.prepare([{"role": "user", "content": [part]}]) for part in (as_list, as_file, as_jpegs)]
     assert found[0].token_ids == found[1].token_ids
-    assert [prompt.items[0].grid for prompt in found] == [(3, 4, 6)] * 3
+    assert [(prompt.items[0].grid, prompt.items[0].size) for prompt in found] == [((3, 4, 6), (64, 96))] * 3
     assert "<0.0 seconds>" in processor.tokenizer.decode(found[2].token_ids)  # 24 a second where nothing is said
     for prompt in found:
         patches, grid = processor.video.pixels(prompt.media[0], prompt.items[0], processor.decoder)
@@ -260,13 +268,12 @@ def probed(make, monkeypatch):
     """A processor, and the bytes whose headers were looked at."""
     processor = make(False)
     seen = processor.decoder.seen
-    probe = processor.image.probe
 
     def noted(data: bytes):
         seen.append(data)
-        return probe(data)
+        return probe_image(data)
 
-    monkeypatch.setattr(processor.image, "probe", noted)
+    monkeypatch.setattr(media_plan, "probe_image", noted)
     return processor, seen
 
 
@@ -298,7 +305,7 @@ def test_a_stopped_request_looks_at_nothing_more(probed, after, monkeypatch):
 
         return look_and_stop
 
-    for owner, name in ((processor.image, "probe"), (processor.decoder, "probe_video")):
+    for owner, name in ((media_plan, "probe_image"), (processor.decoder, "probe_video")):
         monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
     with pytest.raises(Stopped):
         processor.prepare([{"role": "user", "content": frames_and_clips()}], allow_paths=True, stop=stop)

@@ -433,7 +433,7 @@ def test_pixels_come_out_in_the_size_that_was_asked_for():
     """The encode side follows the prompt: other pixels, other rows, other entries of its caches."""
     prompt = seen(PART["image part"], {**PART["image part"], "max_pixels": 4096})
     for item, data in zip(prompt.items, prompt.media, strict=True):
-        patches, grid = PROCESSOR.image.pixels(data, grid=item.grid)
+        patches, grid = PROCESSOR.image.pixels(data, item)
         assert grid == item.grid
         assert len(patches) == item.num_rows * PROCESSOR.config.vision.merge_unit
     assert prompt.items[0].content != prompt.items[1].content

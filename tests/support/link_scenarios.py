@@ -24,6 +24,7 @@ from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.rank import EncodeRank
 from qwen3vl_disagg.language.link_server import LinkServer
 from qwen3vl_disagg.language.receiver import Receiver
+from qwen3vl_disagg.media.images import probe_image
 from qwen3vl_disagg.processing import ImageProcessor
 from qwen3vl_disagg.protocol.messages import Blob, Cancel, EncodeItem, LinksUp, Message, Peers, Pull, RankHello, Welcome
 from qwen3vl_disagg.protocol.session_events import (
@@ -107,7 +108,7 @@ def make_image(seed: int, size: tuple[int, int]) -> bytes:
 
 
 def describe(data: bytes) -> VisualItem:
-    info = PROCESSOR.probe(data)
+    info = probe_image(data)
     grid = PROCESSOR.grid(info.width, info.height)
     digest = hashlib.sha256(data).hexdigest()
     rows = grid[1] * grid[2] // 4
