@@ -1,16 +1,16 @@
 """Checkpoint folders <-> modules."""
 
-from qwen3vl_disagg.checkpoint.fingerprint import decoder_digest, fingerprint, vision_digest
+from qwen3vl_disagg.checkpoint.fingerprint import decoder_digest, fingerprint
 from qwen3vl_disagg.checkpoint.folder import Checkpoint, open_checkpoint, read_config
 from qwen3vl_disagg.checkpoint.layouts import ExpertLayout
 from qwen3vl_disagg.checkpoint.load import (
+    Shards,
     check_weights,
+    load_as,
     load_language_model,
     load_model,
-    load_text_model,
     load_vision_model,
 )
-from qwen3vl_disagg.checkpoint.shards import Shards
 
 __all__ = [
     "Checkpoint",
@@ -19,11 +19,10 @@ __all__ = [
     "check_weights",
     "decoder_digest",
     "fingerprint",
+    "load_as",
     "load_language_model",
     "load_model",
-    "load_text_model",
     "load_vision_model",
     "open_checkpoint",
     "read_config",
-    "vision_digest",
 ]

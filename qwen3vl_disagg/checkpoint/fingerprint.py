@@ -19,12 +19,6 @@ _TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "chat_template.json
 _VISION = checkpoint_name("visual.")
 
 
-def vision_digest(folder: Path | str) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and bytes of the vision tower's tensors, however they are sharded."""
-    with open_checkpoint(folder) as checkpoint:
-        return _vision_digest(checkpoint)
-
-
 def fingerprint(folder: Path | str) -> dict[str, str]:
     """Each thing to agree on by name. Reads the vision tower's bytes and the small files, no other weights."""
     folder = Path(folder)
@@ -83,6 +77,7 @@ def _samples(info: TensorInfo) -> Iterator[tuple[int, int]]:
 
 
 def _vision_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and bytes of the vision tower's tensors, however they are sharded."""
     digest = hashlib.sha256()
     for name, info in sorted(checkpoint.tensors.items()):
         if not name.startswith(_VISION):

@@ -16,7 +16,7 @@ from torch import Tensor
 from qwen3vl_disagg.checkpoint.fp8 import DEFAULT_BLOCK, Block, read_block
 from qwen3vl_disagg.checkpoint.headers import TensorInfo, read_header
 from qwen3vl_disagg.core.devices import STORED_DTYPES
-from qwen3vl_disagg.core.errors import CheckpointError
+from qwen3vl_disagg.core.errors import CheckpointError, attempt
 from qwen3vl_disagg.core.json_text import parse_json
 from qwen3vl_disagg.model.config import ConfigError, ModelConfig
 
@@ -60,11 +60,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     """Check config and all headers, without reading any weights. CheckpointError lists everything wrong."""
     folder = Path(folder)
     problems: list[str] = []
-    config, block = None, DEFAULT_BLOCK
-    try:
-        config, block = _read_config(folder)
-    except CheckpointError as error:
-        problems += error.problems
+    read = attempt(problems, lambda: _read_config(folder))
     files, file_problems = _weight_files(folder)
     problems += file_problems
     tensors: dict[str, TensorInfo] = {}
@@ -79,9 +75,9 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
                 f"{name}: {tensor}: in the file, not in {INDEX_FILE}" for tensor in sorted(held.keys() - indexed)
             ]
         tensors |= held
-    if problems or config is None:
+    if problems or read is None:
         raise CheckpointError(folder, first_of(problems))
-    return Checkpoint(folder, config, tensors, block)
+    return Checkpoint(folder, read[0], tensors, read[1])
 
 
 def first_of(problems: list[str]) -> list[str]:

@@ -6,25 +6,27 @@ are weights read, cast and put in place. Loaded modules are for inference: `eval
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import os
 import sys
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qwen3vl_disagg.checkpoint.folder import Checkpoint, first_of, open_checkpoint
+from qwen3vl_disagg.checkpoint.folder import Checkpoint, file_problem, first_of, open_checkpoint, read_config
 from qwen3vl_disagg.checkpoint.fp8 import SCALE_SUFFIX
+from qwen3vl_disagg.checkpoint.hub import SMALL_FILES
 from qwen3vl_disagg.checkpoint.layouts import HEAD, ExpertLayout, Recipe, Shape, checkpoint_name, plan
 from qwen3vl_disagg.checkpoint.quantize import BLOCK, make_room, quantize_into
-from qwen3vl_disagg.checkpoint.shards import AllRows, Shards, held_rows
 from qwen3vl_disagg.core.devices import resolve_dtype
-from qwen3vl_disagg.core.errors import CheckpointError
+from qwen3vl_disagg.core.errors import CheckpointError, attempt
 from qwen3vl_disagg.core.settings import Quantize, check_quantize
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.decoder import Qwen3MoeForCausalLM
@@ -34,77 +36,113 @@ from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration
 
 Device = str | torch.device
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+T = TypeVar("T")
 
 
-def load_language_model(
-    folder: Path | str,
-    *,
-    dtype: torch.dtype | None = None,
-    device: Device = "cpu",
-    expert_layout: ExpertLayout | None = None,
-    quantize: Quantize = "none",
-    progress: bool = False,
-    shards: Shards | None = None,
-) -> Qwen3MoeForCausalLMWithDeepStack:
-    """What a language rank holds: decoder and head, no vision tower.
+class Shards(Protocol):
+    """A rank's part of a model: which rows of each parameter it holds, and how its modules keep them.
 
-    Args:
-        dtype: None for the checkpoint's own (`dtype` of its config).
-        expert_layout: how expert weights are stored; needed only where their shapes fit two layouts.
-        quantize: `int8` or `float8` for the decoder's matrices, made while they are read, a block of rows at a time.
-        progress: a bar on stderr, over the bytes to read.
-        shards: which rows to read; None for all. Names and shapes are checked for the whole model in any case.
-
-    Raises CheckpointError listing everything wrong. float8 weights are dequantized as they are read.
+    Names are those of the module's parameters, shapes are of the whole parameter.
     """
-    return _load(Qwen3MoeForCausalLMWithDeepStack, folder, dtype, device, expert_layout, quantize, progress, shards)
+
+    def rows(self, name: str, shape: tuple[int, ...]) -> range | None:
+        """The rows of dim 0 that this rank holds, also none of them (`range(3, 3)`). None: the parameter is whole."""
+        ...
+
+    def hold(self, name: str, local: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """What the module keeps for the rank's rows `local` of a tensor of `shape`.
+
+        Called for each parameter that `rows` cut, and for the scales `<name>_scale` of an int8 one.
+        """
+        ...
+
+    def finish(self, module: nn.Module) -> None:
+        """Called once, when all weights are in place and before anything looks at them."""
+        ...
 
 
-def load_text_model(
-    folder: Path | str,
-    *,
-    dtype: torch.dtype | None = None,
-    device: Device = "cpu",
-    expert_layout: ExpertLayout | None = None,
-    quantize: Quantize = "none",
-    progress: bool = False,
-    shards: Shards | None = None,
-) -> Qwen3MoeForCausalLM:
-    """The decoder without DeepStack, for text alone. Arguments as for `load_language_model`."""
-    return _load(Qwen3MoeForCausalLM, folder, dtype, device, expert_layout, quantize, progress, shards)
+class AllRows:
+    """The `Shards` of who holds everything."""
+
+    def rows(self, name: str, shape: tuple[int, ...]) -> range | None:
+        return None
+
+    def hold(self, name: str, local: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return local
+
+    def finish(self, module: nn.Module) -> None:
+        pass
+
+
+def held_rows(shards: Shards, name: str, shape: tuple[int, ...]) -> range | None:
+    """`shards.rows`. ValueError for rows that the parameter has not."""
+    rows = shards.rows(name, shape)
+    if rows is not None and not (rows.step == 1 and 0 <= rows.start <= rows.stop <= shape[0]):
+        raise ValueError(f"{name}: {rows} is no range of the {shape[0]} rows of {list(shape)}")
+    return rows
+
+
+class LoadOptions(TypedDict, total=False):
+    """How a module is loaded.
+
+    dtype: None for the checkpoint's own (`dtype` of its config).
+    expert_layout: how expert weights are stored; needed only where their shapes fit two layouts.
+    quantize: `int8` or `float8` for the decoder's matrices, made while they are read, a block of rows at a time.
+    progress: a bar on stderr, over the bytes to read.
+    shards: which rows to read; None for all. Names and shapes are checked for the whole model in any case.
+    """
+
+    dtype: torch.dtype | None
+    device: Device
+    expert_layout: ExpertLayout | None
+    quantize: Quantize
+    progress: bool
+    shards: Shards | None
+
+
+def load_language_model(folder: Path | str, **options: Unpack[LoadOptions]) -> Qwen3MoeForCausalLMWithDeepStack:
+    """What a language rank holds: decoder and head, no vision tower. See `load_as`."""
+    return load_as(Qwen3MoeForCausalLMWithDeepStack, folder, **options)
 
 
 def load_vision_model(
-    folder: Path | str,
-    *,
-    dtype: torch.dtype | None = None,
-    device: Device = "cpu",
-    progress: bool = False,
+    folder: Path | str, *, dtype: torch.dtype | None = None, device: Device = "cpu", progress: bool = False
 ) -> Qwen3VLMoeForConditionalGeneration:
-    """What an encode rank holds: the vision tower, no decoder. Arguments as for `load_language_model`."""
-
-    def build(config: ModelConfig) -> Qwen3VLMoeForConditionalGeneration:
-        return Qwen3VLMoeForConditionalGeneration(config, language_model=False)
-
-    return _load(build, folder, dtype, device, None, "none", progress)
+    """What an encode rank holds: the vision tower, no decoder. See `load_as`."""
+    build = functools.partial(Qwen3VLMoeForConditionalGeneration, language_model=False)
+    return load_as(build, folder, dtype=dtype, device=device, progress=progress)
 
 
-def load_model(
-    folder: Path | str,
-    *,
-    dtype: torch.dtype | None = None,
-    device: Device = "cpu",
-    expert_layout: ExpertLayout | None = None,
-    quantize: Quantize = "none",
-    progress: bool = False,
-) -> Qwen3VLMoeForConditionalGeneration:
-    """Tower and decoder in one module. Arguments as for `load_language_model`."""
-    return _load(Qwen3VLMoeForConditionalGeneration, folder, dtype, device, expert_layout, quantize, progress)
+def load_model(folder: Path | str, **options: Unpack[LoadOptions]) -> Qwen3VLMoeForConditionalGeneration:
+    """Tower and decoder in one module. See `load_as`."""
+    return load_as(Qwen3VLMoeForConditionalGeneration, folder, **options)
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
     """Everything that loading checks, from the headers: the same errors, and no weights are read."""
     whole_model(checkpoint)
+
+
+def check_folder(folder: Path | str, make: Callable[[ModelConfig], T], *, dtype: str = "auto") -> tuple[ModelConfig, T]:
+    """A folder's config, and what `make` makes of it and of the small files (tokenizer, templates, ..). `dtype`: what
+    it is to be run in.
+
+    Reads no weights. CheckpointError lists everything that is wrong with config, weights and small files, InputError
+    says that the dtype has to be named.
+    """
+    folder = Path(folder)
+    names = [name for name in SMALL_FILES if os.path.lexists(folder / name)]
+    problems = [problem for name in names if (problem := file_problem(folder, name))]
+    config = attempt(problems, lambda: read_config(folder))
+    checkpoint = attempt(problems, lambda: open_checkpoint(folder))
+    if checkpoint is not None:
+        with checkpoint:
+            attempt(problems, lambda: check_weights(checkpoint))
+    made = None if config is None else attempt(problems, lambda: make(config))
+    if config is None or made is None or problems:
+        raise CheckpointError(folder, list(dict.fromkeys(problems)))
+    resolve_dtype(dtype, config.dtype)
+    return config, made
 
 
 def whole_model(checkpoint: Checkpoint, expert_layout: ExpertLayout | None = None) -> dict[str, tuple[Shape, Recipe]]:
@@ -117,16 +155,21 @@ def whole_model(checkpoint: Checkpoint, expert_layout: ExpertLayout | None = Non
     return {checkpoint_name(name): (shapes[name], recipe) for name, recipe in recipes.items()}
 
 
-def _load(
+def load_as(
     build: Callable[[ModelConfig], ModuleT],
     folder: Path | str,
-    dtype: torch.dtype | None,
-    device: Device,
-    expert_layout: ExpertLayout | None,
-    quantize: Quantize,
-    progress: bool,
+    *,
+    dtype: torch.dtype | None = None,
+    device: Device = "cpu",
+    expert_layout: ExpertLayout | None = None,
+    quantize: Quantize = "none",
+    progress: bool = False,
     shards: Shards | None = None,
 ) -> ModuleT:
+    """The module that `build` makes of the config, filled; `LoadOptions` says how.
+
+    Raises CheckpointError listing everything wrong. float8 weights are dequantized as they are read.
+    """
     check_quantize(quantize)
     shards = shards or AllRows()
     with open_checkpoint(folder) as checkpoint:

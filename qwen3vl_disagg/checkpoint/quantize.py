@@ -12,18 +12,16 @@ import logging
 import os
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qwen3vl_disagg.core.settings import Quantize, check_quantize
-from qwen3vl_disagg.model.kernels import use_kernels
+from qwen3vl_disagg.core.settings import check_quantize
 from qwen3vl_disagg.model.layers import Linear
 from qwen3vl_disagg.model.moe import Experts
 from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 BLOCK = 2**20
 """Weights given to torchao at once, in float32, of which it makes copies. Small ones leave no holes in the heap."""
 QUANTIZED_DTYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
@@ -45,14 +43,6 @@ def load_torchao() -> ModuleType:
         else:
             os.environ[_QUIET] = before
     return quantization
-
-
-def quantize_tensor(weight: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """`[.., D]` -> the same in int8 or float8, and scales `[..]` float32."""
-    quantized = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    scales = torch.empty(weight.shape[:-1], device=weight.device)
-    quantize_into(weight, quantized, scales)
-    return quantized, scales
 
 
 def quantize_into(weight: Tensor, quantized: Tensor, scales: Tensor) -> None:
@@ -96,23 +86,3 @@ def make_room(module: nn.Module, dtype: torch.dtype, kind: str) -> set[str]:
         setattr(module.get_submodule(owner), leaf, empty)
         names |= {f"{name}.{weight}" for weight, _ in empty.named_parameters()}
     return names
-
-
-def put(module: nn.Module, name: str, weight: Tensor, kind: str) -> None:
-    """Quantize `weight` into the parameter `name`."""
-    owner, _, leaf = name.rpartition(".")
-    quantized, scale = quantize_tensor(weight, QUANTIZED_DTYPES[kind])
-    part = module.get_submodule(owner)
-    setattr(part, leaf, nn.Parameter(quantized, requires_grad=False))
-    setattr(part, f"{leaf}_scale", scale)
-
-
-def quantize_(module: ModuleT, kind: Quantize) -> ModuleT:
-    """Quantize a loaded decoder in place, weight by weight."""
-    check_quantize(kind)
-    if kind == "none":
-        return module
-    weights = dict(module.named_parameters())
-    for name in sorted(make_room(module, next(iter(weights.values())).dtype, kind)):
-        put(module, name, weights.pop(name), kind)
-    return use_kernels(module)

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import msgspec
 
 from qwen3vl_disagg.checkpoint import load_language_model, load_vision_model
-from qwen3vl_disagg.checkpoint.check import check_folder
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.checkpoint.load import check_folder
 from qwen3vl_disagg.core.devices import DTYPES, resolve_compile, resolve_device
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob

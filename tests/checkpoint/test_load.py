@@ -11,15 +11,13 @@ from qwen3vl_disagg.checkpoint import (
     load,
     load_language_model,
     load_model,
-    load_text_model,
     load_vision_model,
     open_checkpoint,
-    vision_digest,
 )
 from qwen3vl_disagg.checkpoint.folder import Checkpoint
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.model import Qwen3MoeForCausalLM, Qwen3MoeForCausalLMWithDeepStack
-from tests.support.weights import SMALLEST, edit_tensors, write_smallest
+from tests.support.weights import SMALLEST, edit_tensors, load_text_model, write_smallest
 from tools.checkpoints import module_tensors, write_checkpoint
 
 FILE = "model.safetensors"
@@ -224,12 +222,14 @@ def test_progress_goes_to_stderr(folder, capsys):
 
 
 def test_vision_digest_follows_the_tower_alone(folder, tmp_path):
-    digest = vision_digest(folder)
-    assert vision_digest(write_smallest(tmp_path / "other", layout="per_expert", num_shards=4)) == digest
+    digest = fingerprint(folder)["vision_weights"]
+    assert (
+        fingerprint(write_smallest(tmp_path / "other", layout="per_expert", num_shards=4))["vision_weights"] == digest
+    )
     edit_tensors(folder, lambda tensors: tensors["lm_head.weight"].zero_())
-    assert vision_digest(folder) == digest
+    assert fingerprint(folder)["vision_weights"] == digest
     edit_tensors(folder, lambda tensors: tensors["model.visual.merger.norm.bias"].mul_(1.001))
-    assert vision_digest(folder) != digest
+    assert fingerprint(folder)["vision_weights"] != digest
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import random
 import pytest
 import torch
 
-from qwen3vl_disagg.checkpoint import load_language_model, load_model, load_text_model, load_vision_model
+from qwen3vl_disagg.checkpoint import load_language_model, load_model, load_vision_model
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.core.tensors import all_finite
 from tests.support.float8 import make_float8
-from tests.support.weights import edit_tensors, write_smallest
+from tests.support.weights import edit_tensors, load_text_model, write_smallest
 
 LAYOUTS = ("hub", "v5", "per_expert")
 

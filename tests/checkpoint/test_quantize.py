@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qwen3vl_disagg.assets import tiny_folder
 from qwen3vl_disagg.checkpoint import load, load_language_model, load_model, quantize
-from qwen3vl_disagg.checkpoint.quantize import quantize_, quantize_into, quantize_tensor
+from qwen3vl_disagg.checkpoint.quantize import quantize_into
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.compiled import graph_kinds
@@ -24,6 +24,7 @@ from qwen3vl_disagg.kernels import build
 from qwen3vl_disagg.llm.llm import LLM
 from qwen3vl_disagg.model.moe import route, run_experts_grouped
 from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear, dequantize
+from tests.support.quantize import quantize_, quantize_tensor
 from tests.support.scenes import ask_scenes
 from tests.support.weights import SMALLEST, write_smallest
 from tools.checkpoints import RANDOM_PRESETS, module_tensors, random_language_model

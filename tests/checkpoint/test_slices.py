@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qwen3vl_disagg.checkpoint import load, load_language_model, load_text_model, open_checkpoint
+from qwen3vl_disagg.checkpoint import load, load_language_model, open_checkpoint
 from qwen3vl_disagg.checkpoint.folder import Checkpoint
 from qwen3vl_disagg.core.errors import CheckpointError
 from tests.support.float8 import make_float8
 from tests.support.shards import PlainShards
-from tests.support.weights import SMALLEST, edit_tensors, write_smallest
+from tests.support.weights import SMALLEST, edit_tensors, load_text_model, write_smallest
 from tools.checkpoints import RANDOM_PRESETS
 
 SPLITS = [(7, 2), (8, 3), (12, 5), (16, 4), (3, 5), (8, 1)]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qwen3vl_disagg.checkpoint import load_language_model, load_model, load_text_model, load_vision_model
+from qwen3vl_disagg.checkpoint import load_language_model, load_model, load_vision_model
 from qwen3vl_disagg.model import (
     ForwardBatch,
     Qwen3MoeForCausalLMWithDeepStack,
@@ -15,7 +15,7 @@ from qwen3vl_disagg.model import (
 )
 from qwen3vl_disagg.processing.positions import mrope_positions
 from tests.support.oracle import CONFIGS, make_case, make_prompt
-from tests.support.weights import SMALLEST, write_smallest
+from tests.support.weights import SMALLEST, load_text_model, write_smallest
 
 NAMES = ["moe", "dense", "odd"]
 

@@ -12,7 +12,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen3vl_disagg.model import ModelConfig
+from qwen3vl_disagg.checkpoint import load_as
+from qwen3vl_disagg.model import ModelConfig, Qwen3MoeForCausalLM
 from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
 
 _TINY = RANDOM_PRESETS["tiny-random"]
@@ -26,6 +27,11 @@ SMALLEST = replace(
 def write_smallest(folder: Path, config: ModelConfig = SMALLEST, **options: Any) -> Path:
     write_random_checkpoint(folder, config, seed=1, **options)
     return folder
+
+
+def load_text_model(folder: Path, **options: Any) -> Qwen3MoeForCausalLM:
+    """The decoder without DeepStack."""
+    return load_as(Qwen3MoeForCausalLM, folder, **options)
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], object], file: str = "model.safetensors") -> None:
