@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,52 +44,16 @@ class GenerationDefaults:
         except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(folder, [f"generation_config.json: {error}"]) from error
 
-    def sampling(
-        self,
-        *,
-        max_new_tokens: int | None = None,
-        is_open_ended: bool = False,
-        min_tokens: int = 0,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        repetition_penalty: float | None = None,
-        logit_bias: Mapping[int, float] | None = None,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        ignore_eos: bool = False,
-        logprobs: int | None = None,
-        cache_salt: str = "",
-    ) -> SamplingParams:
-        """Sampling parameters: what is given, else the checkpoint's own. InputError for a value out of bounds.
+    def sampling(self, *, max_new_tokens: int | None = None, **given: Any) -> SamplingParams:
+        """Sampling parameters, by the names of `SamplingParams`: what is given and not None, else the checkpoint's own.
 
-        Without `max_new_tokens` an answer may take what is left of the context.
+        Without `max_new_tokens` an answer may take what is left of the context. InputError for a value out of bounds.
         """
+        values = {name: getattr(self, name) for name in _OWN}
+        if not self.do_sample:
+            values["temperature"] = 0.0
         if max_new_tokens is None:
-            max_new_tokens, is_open_ended = int(LIMITS["max_new_tokens"][1]), True
-        own_temperature = self.temperature if self.do_sample else 0.0
-        values: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "min_tokens": min_tokens,
-            "temperature": own_temperature if temperature is None else temperature,
-            "top_p": self.top_p if top_p is None else top_p,
-            "top_k": self.top_k if top_k is None else top_k,
-            "min_p": self.min_p if min_p is None else min_p,
-            "presence_penalty": presence_penalty,
-            "frequency_penalty": frequency_penalty,
-            "repetition_penalty": self.repetition_penalty if repetition_penalty is None else repetition_penalty,
-            "seed": seed,
-            "logprobs": logprobs,
-        }
-        biases = dict(logit_bias or {})
-        return SamplingParams(
-            is_open_ended=is_open_ended,
-            ignore_eos=ignore_eos,
-            cache_salt=cache_salt,
-            stop=list(stop),
-            logit_bias=biases,
-            **values,
-        )
+            values |= {"max_new_tokens": int(LIMITS["max_new_tokens"][1]), "is_open_ended": True}
+        else:
+            values["max_new_tokens"] = max_new_tokens
+        return SamplingParams(**values | {name: value for name, value in given.items() if value is not None})

@@ -1,4 +1,4 @@
-"""Values of JSON and texts in requests: what is let in, and reading a text that holds JSON."""
+"""Values of JSON and texts, of request bodies and of callers in Python: what is let in."""
 
 from __future__ import annotations
 
@@ -10,33 +10,71 @@ MAX_DEPTH = 64
 MAX_INT = 2**64
 
 
-def check_text(text: str, where: str) -> str:
-    """The text, if it is well-formed Unicode without NUL."""
+class _Bad(Exception):
+    """A bad value; its path is put together on the way out, so that good ones cost nothing."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+        self.path: list[str] = []
+
+
+class _TooDeep(Exception):
+    pass
+
+
+def _problem(text: str) -> str:
+    """Empty if it is well-formed Unicode without NUL."""
     if "\0" in text:
-        raise InputError("text must not contain NUL", param=where)
+        return "text must not contain NUL"
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise InputError("text must not contain lone surrogates", param=where) from None
+        return "text must not contain lone surrogates"
+    return ""
+
+
+def check_text(text: str, where: str) -> str:
+    """The text, if it is well-formed Unicode without NUL."""
+    if problem := _problem(text):
+        raise InputError(problem, param=where)
     return text
 
 
-def check_json(value: object, where: str, depth: int = 1) -> None:
-    """InputError unless the value is plain JSON: keys are strings, numbers finite, at most MAX_DEPTH levels."""
+def too_deep(where: str | None = None) -> InputError:
+    return InputError(f"nested deeper than {MAX_DEPTH} levels", param=where, code="invalid_json")
+
+
+def check_json(value: object, where: str = "") -> None:
+    """InputError naming the place, below `where`, unless the value is plain JSON: keys are strings, texts as
+    `check_text` has them, numbers finite and below MAX_INT, at most MAX_DEPTH levels."""
+    try:
+        _check(value, 1)
+    except _TooDeep:
+        raise too_deep(where or None) from None
+    except _Bad as bad:
+        param = (where + "".join(reversed(bad.path))).lstrip(".")
+        raise InputError(bad.message, param=param or None) from None
+
+
+def _check(value: object, depth: int) -> None:
     if isinstance(value, str):
-        check_text(value, where)
-    elif isinstance(value, (dict, list)):
-        if depth > MAX_DEPTH:
-            raise InputError(f"nested deeper than {MAX_DEPTH} levels", param=where)
-        if isinstance(value, dict):
-            for key in value:
-                if not isinstance(key, str):
-                    raise InputError("keys must be strings", param=where)
-                check_text(key, where)
-        for entry in value.values() if isinstance(value, dict) else value:
-            check_json(entry, where, depth + 1)
+        if problem := _problem(value):
+            raise _Bad(problem)
     elif isinstance(value, (int, float)):
         if abs(value) >= MAX_INT if isinstance(value, int) else not math.isfinite(value):
-            raise InputError("a number is too large", param=where)
+            raise _Bad("the number is too large, or too long")
+    elif isinstance(value, (dict, list)):
+        if depth > MAX_DEPTH:
+            raise _TooDeep
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            try:
+                if isinstance(value, dict):
+                    if not isinstance(key, str):
+                        raise _Bad("keys must be strings")
+                    _check(key, depth)
+                _check(entry, depth + 1)
+            except _Bad as bad:
+                bad.path.append(f".{key[:64]}" if isinstance(key, str) else f"[{key}]")
+                raise
     elif value is not None:
-        raise InputError("must be JSON", param=where)
+        raise _Bad("must be JSON")

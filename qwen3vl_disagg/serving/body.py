@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from qwen3vl_disagg.core.errors import InputError, OverloadedError
-from qwen3vl_disagg.processing.json_values import MAX_DEPTH, MAX_INT, check_text
+from qwen3vl_disagg.processing.json_values import check_json, too_deep
 from qwen3vl_disagg.serving.limits import Limits
 
 # Objects, lists and their entries: each costs tens of bytes once parsed, whatever it took on the wire.
@@ -145,16 +145,13 @@ def parse_json(body: bytes | bytearray) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise InputError("the body is not valid UTF-8", code="invalid_json") from None
     except RecursionError:
-        raise _too_deep() from None
+        raise too_deep() from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise InputError(f"the body is not valid JSON ({place})", code="invalid_json") from None
     if not isinstance(value, dict):
         raise InputError("the body must be a JSON object", code="invalid_json")
-    try:
-        _check(value, 1)
-    except _Bad as bad:
-        raise InputError(bad.message, param="".join(reversed(bad.path)).lstrip(".") or None) from None
+    check_json(value)
     return value
 
 
@@ -172,10 +169,6 @@ def num_values(body: bytes | bytearray) -> int:
     return sum(body.count(sign) for sign in (b"[", b"{", b","))
 
 
-def _too_deep() -> InputError:
-    return InputError(f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
-
-
 def _constant(name: str) -> None:
     raise InputError(f"{name} is not JSON", code="invalid_json")
 
@@ -189,37 +182,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise InputError("a key occurs twice in one object", param=key, code="invalid_json")
             seen.add(key)
     return value
-
-
-class _Bad(Exception):
-    """A bad value; its path is put together on the way out, so that good bodies cost nothing."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
-        self.path: list[str] = []
-
-
-def _check(value: Any, depth: int) -> None:
-    if isinstance(value, str):
-        try:
-            check_text(value, "")
-        except InputError as error:
-            raise _Bad(error.message) from None
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise _Bad("the number is too large, or too long")
-    elif isinstance(value, int):
-        if abs(value) >= MAX_INT:
-            raise _Bad("the number is too large")
-    elif isinstance(value, (dict, list)):
-        if depth > MAX_DEPTH:
-            raise _too_deep()
-        entries = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, entry in entries:
-            try:
-                if isinstance(key, str):
-                    _check(key, depth)
-                _check(entry, depth + 1)
-            except _Bad as bad:
-                bad.path.append(f".{key[:64]}" if isinstance(key, str) else f"[{key}]")
-                raise
