@@ -128,13 +128,18 @@ class Job:
             deepstack_stop=self.rows,
             row_runs=[stop - start for start, stop in rows],
             deepstack_runs=[stop - start for start, stop in deepstack],
+            visual=self.visual,
+            timeout_s=DEADLINE_S,
+        )
+
+    @property
+    def visual(self) -> VisualItem:
+        return VisualItem(
+            modality="image", digest="0" * 64, num_bytes=1, grid=self.grid, num_rows=self.rows, offset=0, param=""
         )
 
     def receive(self, header: Header, grant: Grant) -> Receive:
-        visual = VisualItem(
-            modality="image", digest="0" * 64, num_bytes=1, grid=self.grid, num_rows=self.rows, offset=0, param=""
-        )
-        return Receive(0, 1, header, grant, visual, self.lease, self.lease)
+        return Receive(0, 1, header, grant, self.visual, self.lease, self.lease)
 
 
 class Peer:

@@ -21,7 +21,6 @@ from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, Header, HeaderOk
 from qwen3vl_disagg.protocol.session_events import (
     Assigned,
     Consumed,
-    Encode,
     Encoded,
     Expect,
     FrameIn,
@@ -50,7 +49,7 @@ class Step:
 
 def describe(body: Any) -> str:
     match body:
-        case Grant():
+        case Grant() | Resume():
             name = "RESUME" if isinstance(body, Resume) else "GRANT"
             has_deepstack = body.deepstack_stop > body.deepstack_start
             deepstack = f", DeepStack [{body.deepstack_start}, {body.deepstack_stop})" if has_deepstack else ""
@@ -80,7 +79,6 @@ def run() -> list[Step]:
             (language, LinkUp(0, 1)),
             (language, Expect("r", [visual], [0], 60.0)),
             (language, Assigned("r", 0, 1, 0)),
-            (encode, Encode("r", 0, 1, 1, visual, 60.0)),
         ]
     )
     while events:

@@ -149,9 +149,8 @@ class Hub:
         self._token = token
         self._layout, self._memory = layout, memory or JobMemory()
         self._registry = Registry(layout, token, self._memory)
-        visual_token_ids = {"image": config.image_token_id, "video": config.video_token_id}
         together = layout.language_ranks if config.text.num_experts else ()
-        self._router = Router(visual_token_ids, limits, required=together)
+        self._router = Router(limits, required=together)
         self._media = MediaStore() if media is None else media
         self._ranks: dict[RankKey, Connection] = {}
         self._handles: dict[str, _Handle] = {}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.encode.embedding_cache import ContentKey, EmbeddingCache
 from qwen3vl_disagg.encode.worker import EncodedItem
-from qwen3vl_disagg.protocol.messages import Grant, Header
+from qwen3vl_disagg.protocol.messages import Header, Room
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class HeldItem:
     batch: int = 0
     """Number of the tower's run that made them, from 1; 0 when they were there."""
 
-    def header(self, grant: Grant) -> Header:
+    def header(self, grant: Room) -> Header:
         """The item's, with what this attempt had to wait for."""
         header = msgspec.structs.replace(self.item.header(grant), cached=self.is_cached, batch=self.batch)
         return msgspec.structs.replace(header, preprocess_ms=0.0, encode_ms=0.0) if self.is_cached else header

@@ -30,7 +30,7 @@ from qwen3vl_disagg.encode.gate import Budget, Gate
 from qwen3vl_disagg.encode.held_item import HeldItem, hold, keep
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker, Pixels
 from qwen3vl_disagg.media.stop import Stop
-from qwen3vl_disagg.protocol.messages import EncodeItem, EncodingBegun, EncodingEnded, Message
+from qwen3vl_disagg.protocol.messages import EncodingBegun, EncodingEnded, Message
 
 DECODE_THREADS = 2
 BATCHES_AHEAD = 2
@@ -91,6 +91,7 @@ class EncodePipeline:
         self._worker, self._pull, self._tell = worker, pull, tell
         self._gate = Gate()
         self._vision = worker.config.vision
+        self._visual_token_ids = {"image": worker.config.image_token_id, "video": worker.config.video_token_id}
         self._budget = options.vision_batch_tokens
         self._patch_bytes = 4 * self._vision.patch_dim
         max_ahead = BATCHES_AHEAD * self._budget * self._vision.merge_unit * self._patch_bytes
@@ -109,17 +110,17 @@ class EncodePipeline:
         for executor in (*(lane.decoder for lane in self.lanes.values()), self._tower):
             executor.shutdown(wait=False, cancel_futures=True)
 
-    async def rows(self, message: EncodeItem, on_decoded: Callable[[], None]) -> HeldItem:
+    async def rows(self, visual: VisualItem, on_decoded: Callable[[], None], *, is_alone: bool = False) -> HeldItem:
         """The item's rows, until `release`. `on_decoded` is called as soon as its bytes are known to be good.
 
         Raises whatever its encoding fails with.
         """
-        key = content_key(message.visual, message.visual_token_id)
+        key = content_key(visual, self._visual_token_ids[visual.modality])
         item = self.cache.get(key)
         if item is not None:
             on_decoded()
             return HeldItem(item, key, is_cached=True)
-        encoding = self._encodings.get(key) or self._start(key, message)
+        encoding = self._encodings.get(key) or self._start(key, visual, is_alone)
         waiter = object()
         encoding.waiters[waiter] = on_decoded
         try:
@@ -138,8 +139,8 @@ class EncodePipeline:
 
     # -- one encoding
 
-    def _start(self, key: ContentKey, message: EncodeItem) -> _Encoding:
-        encoding = self._encodings[key] = _Encoding(key, message.visual, message.is_alone)
+    def _start(self, key: ContentKey, visual: VisualItem, is_alone: bool) -> _Encoding:
+        encoding = self._encodings[key] = _Encoding(key, visual, is_alone)
         encoding.rows = asyncio.get_running_loop().create_future()
         encoding.task = asyncio.create_task(self._encode(encoding))
         encoding.task.add_done_callback(_look_at)

@@ -1,4 +1,4 @@
-"""The body of an encode rank: items from the hub, bytes from the media store, rows to language ranks."""
+"""The body of an encode rank: items and rows over links with language ranks, bytes from the media store."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
 from qwen3vl_disagg.processing import VideoProcessor
 from qwen3vl_disagg.protocol.messages import (
     Blob,
-    Cancel,
-    EncodeItem,
     Leaving,
     LinkHello,
     Message,
@@ -146,8 +144,7 @@ class EncodeRank:
                         return 0
                     await self._handle(message)
             except TransferError:
-                self._hub = None
-                self.server.cancel(None)  # the frontend died, and with it every request; links stay
+                self._hub = None  # the frontend died, and with it every request: language ranks say so over the links
 
     def _take_number(self, welcome: Welcome) -> None:
         """It says from now on who it is and of which job: the next frontend knows it again, another job's turns it
@@ -169,16 +166,11 @@ class EncodeRank:
             logger.warning("left over: %s", left)
 
     async def _handle(self, message: Message) -> None:
-        match message:
-            case Peers():
-                if self._make_link is None:
-                    store = await asyncio.to_thread(join_store, message.store_address)
-                    self._make_link = process_group_links(store, host=self._host)
-                self.server.connect(message.language_ranks, self._make_link)
-            case EncodeItem():
-                self.server.encode(message)
-            case Cancel():
-                self.server.cancel(message.request_id)
+        if isinstance(message, Peers):
+            if self._make_link is None:
+                store = await asyncio.to_thread(join_store, message.store_address)
+                self._make_link = process_group_links(store, host=self._host)
+            self.server.connect(message.language_ranks, self._make_link)
 
     async def _pull(self, digest: str, num_bytes: int) -> bytes:
         """The bytes under `digest` from the media store, checked."""

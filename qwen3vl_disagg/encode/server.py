@@ -14,7 +14,7 @@ from functools import partial
 
 import msgspec
 
-from qwen3vl_disagg.core.errors import HandshakeError, late
+from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.settings import EncodeOptions
@@ -26,7 +26,6 @@ from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
 from qwen3vl_disagg.protocol.messages import (
     Abort,
     Decoded,
-    EncodeItem,
     Frame,
     ItemFailed,
     LinkHello,
@@ -37,8 +36,6 @@ from qwen3vl_disagg.protocol.messages import (
 from qwen3vl_disagg.protocol.session_events import (
     Attempt,
     BreakLink,
-    CancelItems,
-    Encode,
     EncodeAction,
     Encoded,
     EncodeEvent,
@@ -85,7 +82,6 @@ class EncodeServer:
         )
         self._events: deque[EncodeEvent] = deque()
         self._is_handling = False
-        self._items: dict[Attempt, EncodeItem] = {}
         self._tasks: dict[Attempt, asyncio.Task[None]] = {}
         self._encoded: dict[Attempt, HeldItem] = {}
         self._ticker: asyncio.Task[None] | None = None
@@ -99,17 +95,6 @@ class EncodeServer:
     def use_number(self, encode_rank: int) -> None:
         """What this rank is called from now on; before the first link."""
         self._links.hello = msgspec.structs.replace(self._links.hello, encode_rank=encode_rank)
-
-    def encode(self, message: EncodeItem) -> None:
-        attempt = (message.request_id, message.item, message.attempt)
-        self._items.setdefault(attempt, message)
-        self.handle(Encode(*attempt, message.language_rank, message.visual, message.timeout_s))
-        if attempt not in self.sessions.items:
-            self._items.pop(attempt, None)
-
-    def cancel(self, request_id: str | None) -> None:
-        """Give up a request's items; None: everybody's."""
-        self.handle(CancelItems(request_id))
 
     def left_over(self) -> str:
         """What is still held when nobody wants anything any more; "" for nothing."""
@@ -138,9 +123,6 @@ class EncodeServer:
                 self.handle(Tick())
             except Exception as error:  # without ticks there would be no deadlines
                 logger.error("a tick failed", exc_info=error)
-            # An attempt that ended before its encoding began has nothing to release.
-            for attempt in self._items.keys() - self.sessions.items.keys():
-                del self._items[attempt]
 
     # -- sessions
 
@@ -168,12 +150,11 @@ class EncodeServer:
             case SendPayload():
                 self._send_payload(action)
             case StartEncode():
-                self._tasks[action.attempt] = asyncio.create_task(self._produce(action.attempt))
+                self._tasks[action.attempt] = asyncio.create_task(self._produce(action))
             case Release():
                 self._release(action.attempt)
             case TellFailed():
                 self._tell_failed(action)
-                self._release(action.attempt)
             case BreakLink():
                 link = self._links.get(action.peer, action.epoch)
                 if link is not None:
@@ -190,7 +171,6 @@ class EncodeServer:
         held = self._encoded.pop(attempt, None)
         if held is not None:
             self.pipeline.release(held)
-        self._items.pop(attempt, None)
 
     def _send_header(self, action: SendHeader) -> None:
         link = self._links.get(action.peer, action.epoch)
@@ -226,17 +206,16 @@ class EncodeServer:
 
     # -- encoding
 
-    async def _produce(self, attempt: Attempt) -> None:
+    async def _produce(self, action: StartEncode) -> None:
         """From the bytes to the rows; whatever goes wrong is this item's failure alone."""
-        message, held = self._items[attempt], None
+        attempt, held = action.attempt, None
         request_id, item, number = attempt
         on_decoded = partial(self._tell, Decoded(request_id=request_id, item=item, attempt=number))
         try:
-            async with asyncio.timeout(message.timeout_s) as limit:
-                held = await self.pipeline.rows(message, on_decoded)
+            held = await self.pipeline.rows(action.visual, on_decoded, is_alone=action.is_alone)
             fault_point("encoded")
         except Exception as error:  # one item's failure is not the rank's
-            self._failed(EncodeFailed(attempt, Failure.of(late() if limit.expired() else encode_error(error))))
+            self._failed(EncodeFailed(attempt, Failure.of(encode_error(error))))
         else:
             if self._tasks.get(attempt) is asyncio.current_task():
                 self._encoded[attempt], held = held, None

@@ -28,7 +28,7 @@ from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.compiled import compile_tower
 from qwen3vl_disagg.processing import Grid, ImageProcessor, VideoProcessor, item_positions
 from qwen3vl_disagg.protocol.layout import item_ranges
-from qwen3vl_disagg.protocol.messages import Grant, Header, Resume
+from qwen3vl_disagg.protocol.messages import Header, Resume, Room
 from qwen3vl_disagg.transport.digest import add_digests, deepstack_sums, range_digests, run_sums, sums_digest
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class EncodedItem:
         """Of the whole item: what the digests of all its runs add up to."""
         return add_digests(sums_digest(self.sums), sums_digest(self.deepstack_sums))
 
-    def header(self, grant: Grant) -> Header:
+    def header(self, grant: Room) -> Header:
         """What is about to be sent for `grant`. TransferError if this item cannot fill it."""
         total = len(self.main)
         rows, deepstack = self._ranges(grant)
@@ -105,7 +105,7 @@ class EncodedItem:
             note=self.note,
         )
 
-    def payload(self, grant: Grant) -> list[Tensor]:
+    def payload(self, grant: Room) -> list[Tensor]:
         """Contiguous views in payload order, cut as the grant says; no copies."""
         rows, deepstack = self._ranges(grant)
         pieces = [] if isinstance(grant, Resume) else [self._aux(grant.attempt)]
@@ -115,7 +115,7 @@ class EncodedItem:
         return pieces
 
     @staticmethod
-    def _ranges(grant: Grant) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    def _ranges(grant: Room) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         rows = list(item_ranges(grant.row_runs, grant.row_start))
         return rows, list(item_ranges(grant.deepstack_runs, grant.deepstack_start))
 

@@ -175,7 +175,9 @@ class LanguageRank:
                 except Exception as error:  # one request's failure is not the rank's
                     self._fail(message.request_id, error)
             case Assign():
-                self._links.handle(Assigned(message.request_id, message.item, message.attempt, message.encode_rank))
+                self._links.handle(
+                    Assigned(message.request_id, message.item, message.attempt, message.encode_rank, message.is_alone)
+                )
             case Peers():
                 if not self._links.has_store:
                     self._links.use_store(await asyncio.to_thread(join_store, message.store_address))

@@ -24,9 +24,7 @@ from qwen3vl_disagg.protocol.messages import Frame
 from qwen3vl_disagg.protocol.session_events import (
     Assigned,
     Attempt,
-    CancelItems,
     Consumed,
-    Encode,
     EncodeAction,
     Encoded,
     EncodeEvent,
@@ -131,7 +129,6 @@ class LocalTransfer:
             self._media[request_id, index] = (items[index], media[index])
             attempt = self._attempts[request_id, index] = self._attempts.get((request_id, index), 0) + 1
             self._to_language(Assigned(request_id, index, attempt, _ENCODE_RANK))
-            self._to_encode(Encode(request_id, index, attempt, _LANGUAGE_RANK, items[index], math.inf))
 
     def consumed(self, request_id: str, item: int, attempt: int, rows: int) -> None:
         self._to_language(Consumed(request_id, item, attempt, rows))
@@ -142,7 +139,6 @@ class LocalTransfer:
     def forget(self, request_id: str) -> None:
         """The request is over."""
         self._to_language(Forget(request_id))
-        self._to_encode(CancelItems(request_id))
         self.receiver.forget(request_id)
         tables: tuple[dict[Any, Any], ...] = (self._media, self._payloads, self._errors, self._attempts)
         for table in tables:

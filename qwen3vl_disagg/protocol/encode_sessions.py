@@ -2,8 +2,6 @@
 
 `handle(event, now)` changes the tables and returns actions. Each attempt at an item goes through:
 
-    EARLY     granted, but the router has not named it yet
-    ASSIGNED  named by the router, no room granted yet (or the link that granted it is gone)
     QUEUED    granted; waits for a place in memory
     ENCODING  bytes are fetched, decoded, and run through the tower
     READY     encoded and granted; waits for its link's turn
@@ -20,20 +18,19 @@ can run ahead of receivers that are full or silent. What has no place is passed 
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3vl_disagg.core.errors import late
 from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.link_state import LinkState
 from qwen3vl_disagg.protocol.messages import Abort, Ack, Grant, HeaderOk, Nack, Resume, Stale
 from qwen3vl_disagg.protocol.session_events import (
     Attempt,
     BreakLink,
-    CancelItems,
-    Encode,
     EncodeAction,
     Encoded,
     EncodeEvent,
@@ -51,7 +48,7 @@ from qwen3vl_disagg.protocol.session_events import (
     Tick,
 )
 
-EARLY, ASSIGNED, QUEUED, ENCODING, READY = "early", "assigned", "queued", "encoding", "ready"
+QUEUED, ENCODING, READY = "queued", "encoding", "ready"
 HEADER, SENDING, SENT, PARKED = "header", "sending", "sent", "parked"
 
 
@@ -61,12 +58,12 @@ class Outgoing:
 
     attempt: Attempt
     language_rank: int
+    visual: VisualItem
+    is_alone: bool
+    item_deadline: float
+    grant: Grant | Resume | None
     state: str
     deadline: float
-    item_deadline: float = math.inf
-    total: int = -1
-    grant: Grant | None = None
-    is_clip: bool = False
     is_encoded: bool = False
     is_dropped: bool = False
     """Given up while its header was out: if that is answered with yes, the payload still has to follow."""
@@ -91,15 +88,11 @@ class EncodeSessions:
         self.items: dict[Attempt, Outgoing] = {}
         self.outlets: dict[int, _Outlet] = {}
         self.queue: deque[Attempt] = deque()
-        self.ended: OrderedDict[Attempt, None] = OrderedDict()
-        """The last attempts that ended: a frame for one of them comes too late."""
         self._last_epochs: dict[int, int] = {}
         self._actions: list[EncodeAction] = []
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             FrameIn: self._frame_in,
             Tick: self._tick,
-            Encode: self._encode,
-            CancelItems: self._cancel,
             Encoded: self._encoded,
             EncodeFailed: self._encode_failed,
             LinkUp: self._link_up,
@@ -108,7 +101,7 @@ class EncodeSessions:
         }
         self._frames: dict[type, Callable[[_Outlet, Any, float], None]] = {
             Grant: self._granted,
-            Resume: self._granted,
+            Resume: self._resumed,
             HeaderOk: self._header_ok,
             Ack: self._acknowledged,
             Nack: self._given_up,
@@ -135,28 +128,6 @@ class EncodeSessions:
     def num_parked(self) -> int:
         return sum(1 for item in self.items.values() if item.state == PARKED)
 
-    # ---- what the router says ----
-
-    def _encode(self, event: Encode, now: float) -> None:
-        attempt = (event.request_id, event.item, event.attempt)
-        for other in [key for key in self.items if key[:2] == attempt[:2] and key[2] < attempt[2]]:
-            self._end(other)  # also when this one is over as well
-        item = self.items.get(attempt)
-        is_late = attempt in self.ended or any(key[:2] == attempt[:2] and key[2] > attempt[2] for key in self.items)
-        if not is_late and (item is None or item.state == EARLY):
-            if item is None:
-                item = self.items[attempt] = Outgoing(attempt, event.language_rank, ASSIGNED, math.inf)
-            item.total, item.is_clip = event.visual.num_rows, event.visual.modality == "video"
-            item.deadline = item.item_deadline = now + event.timeout_s
-            if item.grant is not None:
-                self._enqueue(item)
-        self._fill_places()
-
-    def _cancel(self, event: CancelItems, now: float) -> None:
-        for attempt in [key for key in self.items if event.request_id in (None, key[0])]:
-            self._end(attempt)
-        self._fill_places()
-
     def _end(self, attempt: Attempt) -> None:
         """Forget an attempt, also the rows; a payload that has begun goes on to its end by itself."""
         item = self.items.get(attempt)
@@ -167,18 +138,12 @@ class EncodeSessions:
             item.is_dropped = True
             return
         del self.items[attempt]
-        self._remember(attempt)
         if item.state == QUEUED:
             self.queue.remove(attempt)
-        elif item.state == READY and outlet is not None:
+            return
+        if item.state == READY and outlet is not None:
             outlet.ready.remove(attempt)
-        if item.state not in (EARLY, ASSIGNED, QUEUED):
-            self._actions.append(Release(attempt))
-
-    def _remember(self, attempt: Attempt) -> None:
-        self.ended[attempt] = None
-        while len(self.ended) > self.limits.max_ended:
-            self.ended.popitem(last=False)
+        self._actions.append(Release(attempt))
 
     def _fail(self, failed: TellFailed) -> None:
         """Give an attempt up. The router is told, and it alone tells the language rank: were both told, the news of a
@@ -189,28 +154,25 @@ class EncodeSessions:
 
     # ---- encoding ----
 
-    def _enqueue(self, item: Outgoing) -> None:
-        item.state, item.deadline = QUEUED, item.item_deadline
-        self.queue.append(item.attempt)
-
     def _fill_places(self) -> None:
         if not self.queue:
             return
         limits, in_memory = self.limits, self._count_in_memory()
         encoding = [item for item in self.items.values() if item.state == ENCODING]
-        num_encoding, num_clips = len(encoding), sum(item.is_clip for item in encoding)
+        num_encoding, num_clips = len(encoding), sum(item.visual.modality == "video" for item in encoding)
         share = limits.max_items if len(self.outlets) < 2 else -(-limits.max_items // 2)
         for attempt in list(self.queue):
             item = self.items[attempt]
+            is_clip = item.visual.modality == "video"
             if num_encoding >= limits.max_items:
                 return
-            if in_memory[item.language_rank] >= share or (item.is_clip and num_clips >= limits.max_clips):
+            if in_memory[item.language_rank] >= share or (is_clip and num_clips >= limits.max_clips):
                 continue
             self.queue.remove(attempt)
             item.state = ENCODING
             in_memory[item.language_rank] += 1
-            num_encoding, num_clips = num_encoding + 1, num_clips + item.is_clip
-            self._actions.append(StartEncode(attempt))
+            num_encoding, num_clips = num_encoding + 1, num_clips + is_clip
+            self._actions.append(StartEncode(attempt, item.visual, item.is_alone))
 
     def _count_in_memory(self) -> Counter[int]:
         """Items with bytes or rows in memory that are on their way, by language rank."""
@@ -269,27 +231,33 @@ class EncodeSessions:
             self._take_turn(outlet, now)
 
     def _granted(self, outlet: _Outlet, grant: Grant, now: float) -> None:
+        """A new attempt ends those before it. One that is here was granted over a link that is gone."""
         attempt = (grant.request_id, grant.item, grant.attempt)
-        item = self.items.get(attempt)
-        if item is None:
-            if isinstance(grant, Resume) or attempt in self.ended:
-                self._refuse(outlet, attempt, "gone", now)
-                return
-            item = self.items[attempt] = Outgoing(attempt, outlet.state.peer, EARLY, now + self.limits.early_s)
-            item.grant = grant
+        if attempt in self.items:
+            self._grant_again(outlet, self.items[attempt], grant, now)
             return
-        if item.language_rank != outlet.state.peer or item.state not in (ASSIGNED, ENCODING, PARKED):
-            return
-        item.grant = grant
-        if item.state == ASSIGNED:
-            self._enqueue(item)
-            self._fill_places()
-        elif item.state == PARKED:
-            self._make_ready(item, now)
+        for other in [key for key in self.items if key[:2] == attempt[:2]]:
+            self._end(other)
+        deadline = now + grant.timeout_s
+        self.items[attempt] = Outgoing(
+            attempt, outlet.state.peer, grant.visual, grant.is_alone, deadline, grant, QUEUED, deadline
+        )
+        self.queue.append(attempt)
+        self._fill_places()
 
-    def _refuse(self, outlet: _Outlet, attempt: Attempt, reason: str, now: float) -> None:
-        nack = Nack(request_id=attempt[0], item=attempt[1], attempt=attempt[2], reason=reason)
+    def _resumed(self, outlet: _Outlet, resume: Resume, now: float) -> None:
+        attempt = (resume.request_id, resume.item, resume.attempt)
+        if attempt in self.items:
+            self._grant_again(outlet, self.items[attempt], resume, now)
+            return
+        nack = Nack(request_id=resume.request_id, item=resume.item, attempt=resume.attempt, reason="gone")
         self._actions.append(outlet.state.send(nack, now))
+
+    def _grant_again(self, outlet: _Outlet, item: Outgoing, grant: Grant | Resume, now: float) -> None:
+        if item.language_rank == outlet.state.peer and item.state in (ENCODING, PARKED):
+            item.grant = grant
+            if item.state == PARKED:
+                self._make_ready(item, now)
 
     def _header_ok(self, outlet: _Outlet, message: HeaderOk, now: float) -> None:
         attempt = (message.request_id, message.item, message.attempt)
@@ -322,7 +290,7 @@ class EncodeSessions:
         item = self.items.get(attempt)
         if item is None or item.language_rank != outlet.state.peer or not item.is_encoded:
             return
-        if message.received == item.total:
+        if message.received == item.visual.num_rows:
             self._end(attempt)
             self._next_turn(outlet, attempt, now)
             self._fill_places()
@@ -332,10 +300,7 @@ class EncodeSessions:
     def _given_up(self, outlet: _Outlet, message: Nack | Abort, now: float) -> None:
         attempt = (message.request_id, message.item, message.attempt)
         item = self.items.get(attempt)
-        if item is None:
-            if type(message) is Abort:
-                self._remember(attempt)  # the item may still be on its way here
-        elif item.language_rank == outlet.state.peer:
+        if item is not None and item.language_rank == outlet.state.peer:
             if type(message) is Nack and item.state == HEADER and outlet.turn == attempt:
                 outlet.turn = None  # the header was refused: no payload
             self._end(attempt)
@@ -367,11 +332,8 @@ class EncodeSessions:
         del self.outlets[outlet.state.peer]
         for item in [item for item in self.items.values() if item.language_rank == outlet.state.peer]:
             item.grant = None
-            if item.state == EARLY:
-                self.items.pop(item.attempt)
-            elif item.state == QUEUED:
-                self.queue.remove(item.attempt)
-                item.state = ASSIGNED
+            if item.state == QUEUED:
+                self._end(item.attempt)
             elif item.state in (READY, HEADER, SENDING, SENT):
                 self._park(item, now)
         self._fill_places()
@@ -409,10 +371,6 @@ class EncodeSessions:
             if outlet is not None:
                 self._break(outlet, f"no answer for an item in state {item.state}", now)
         elif item.state == PARKED:
-            self._end(item.attempt)
-        elif item.state == EARLY:
-            if outlet is not None:
-                self._refuse(outlet, item.attempt, "the item never came", now)
             self._end(item.attempt)
         else:
             self._fail(TellFailed(item.attempt, Failure.of(late())))

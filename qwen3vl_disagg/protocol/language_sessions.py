@@ -124,7 +124,7 @@ class LanguageSessions:
     def _expect(self, event: Expect, now: float) -> None:
         firsts, request = first_rows(event), self.requests.get(event.request_id)
         if request is None:
-            sessions = [Session(event.request_id, i, visual) for i, visual in enumerate(event.items)]
+            sessions = [Session(event.request_id, i, v, event.deadline) for i, v in enumerate(event.items)]
             request = self.requests[event.request_id] = RequestSessions(sessions, event.deadline)
         for session, first in zip(request.sessions, firsts, strict=True):
             if session.is_under_way:  # the router will hear that it is needed again, if it is
@@ -141,13 +141,10 @@ class LanguageSessions:
         if event.attempt <= session.attempt:
             return
         if session.state in (HELD, DONE) and session.received == session.total:  # the news of that is on its way
-            if (link := self.links.get(event.encode_rank)) is not None:
-                ids = {**session.ids, "attempt": event.attempt}
-                self._actions.append(link.send(Abort(**ids, reason="the item is here"), now))
             self._actions.append(Arrived(event.request_id, event.item, event.attempt))
             return
         self._drop(session, "another attempt takes its place", now)
-        session.attempt, session.encode_rank = event.attempt, event.encode_rank
+        session.attempt, session.encode_rank, session.is_alone = event.attempt, event.encode_rank, event.is_alone
         self._wait(session, now)
         self._give_room(now)
 
@@ -240,7 +237,7 @@ class LanguageSessions:
             is_kept, is_waiting = session.room is not None, session.state == WAITING
             if self.is_short_of_room and session.hold is None:
                 break
-            grant = take_room(session, *pools) if is_waiting else None
+            grant = take_room(session, *pools, now) if is_waiting else None
             if grant is not None:
                 session.state, session.grant, session.deadline = GRANTED, grant, now + self.limits.grant_s
                 self._actions.append(self.links[session.encode_rank].send(grant, now))

@@ -19,7 +19,7 @@ import msgspec
 from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -191,33 +191,20 @@ class Submit(Message, frozen=True):
 
 
 class Assign(Message, frozen=True):
-    """To a language rank: `item` will come from `encode_rank`; grant it room over that link."""
+    """To a language rank: `item` comes from `encode_rank`; the grant over that link asks for it.
 
-    request_id: str
-    item: int
-    attempt: int
-    encode_rank: int
-
-
-class EncodeItem(Message, frozen=True):
-    """To an encode rank: fetch the bytes under `visual.digest`, encode them, send the rows to `language_rank`.
-
-    `visual_token_id` is the placeholder's id, for the fill_ids buffer.
+    `is_alone`: nothing else is to be encoded at that time, because a rank died when this was under way.
     """
 
     request_id: str
     item: int
     attempt: int
-    language_rank: int
-    visual: VisualItem
-    visual_token_id: int
-    timeout_s: float
+    encode_rank: int
     is_alone: bool = False
-    """Nothing else is to be encoded at that time: a rank died when this was under way."""
 
 
 class Cancel(Message, frozen=True):
-    """The request (to a language rank) or all its items (to an encode rank) are no longer wanted."""
+    """To a language rank: the request is no longer wanted."""
 
     request_id: str
 
@@ -286,12 +273,10 @@ class LinkReady(Message, frozen=True):
     """Language -> encode: this side has the group too and takes items from now on."""
 
 
-class Grant(Message, frozen=True):
+class Room(Message, frozen=True):
     """Language -> encode: room for rows [row_start, row_stop) and DeepStack rows [deepstack_start, deepstack_stop).
 
-    `row_runs` and `deepstack_runs` are the lengths of the contiguous runs to send them in. This is the initial transfer
-    of an attempt: it carries aux, the granted rows, and the DeepStack of these and of all behind them. It starts at the
-    first row that is needed, which may lie in the middle of the item.
+    `row_runs` and `deepstack_runs` are the lengths of the contiguous runs to send them in.
     """
 
     request_id: str
@@ -305,9 +290,19 @@ class Grant(Message, frozen=True):
     deepstack_runs: list[int]
 
 
-class Resume(Grant, frozen=True):
-    """Language -> encode: rows below `row_start` are here and used; room for more. DeepStack rows are asked for only
-    when an item's DeepStack is larger than its whole pool."""
+class Grant(Room, frozen=True):
+    """Fetch the bytes under `visual.digest`, encode them, and send the first rows that are needed, which may lie in the
+    middle of the item. The initial transfer of an attempt carries aux, the granted rows, and the DeepStack of these and
+    of all behind them. `timeout_s`: until the request's deadline. `is_alone`: see `Assign`."""
+
+    visual: VisualItem
+    timeout_s: float
+    is_alone: bool = False
+
+
+class Resume(Room, frozen=True):
+    """Rows below `row_start` are here and used; room for more. DeepStack rows are asked for only when an item's
+    DeepStack is larger than its whole pool."""
 
 
 class Header(Message, frozen=True):
@@ -397,7 +392,7 @@ class Frame(Message, frozen=True):
 
 _OfItems = Decoded | ItemFailed | EncodingBegun | EncodingEnded | NeedItems | ItemLost | ItemReceived
 _FromRank = RankHello | LinksUp | Leaving | _OfItems | Tokens | Finished | RequestFailed
-_ToRank = Welcome | Peers | Submit | Assign | EncodeItem | Cancel | Stop
+_ToRank = Welcome | Peers | Submit | Assign | Cancel | Stop
 _OneQuestion = StoreAt | FindStore | EndJob | Pull | Blob
 
 HubMessage = Heartbeat | Refused | _FromRank | _ToRank | _OneQuestion

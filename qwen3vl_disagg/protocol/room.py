@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
 
+import msgspec
+
 from qwen3vl_disagg.protocol.allocator import BlockAllocator, Lease, Want
 from qwen3vl_disagg.protocol.layout import MAX_RUNS, RowSizes, blocks_for, row_runs
 from qwen3vl_disagg.protocol.messages import Grant, Resume
@@ -42,7 +44,9 @@ def in_line(
     return sorted(line, key=lambda s: (s.state != WAITING or s.room is None, s.hold is None))
 
 
-def take_room(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes) -> Grant | None:
+def take_room(
+    session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes, now: float
+) -> Grant | Resume | None:
     """Leases for as many of the missing rows as there are free blocks, and the grant that says so; None without any.
     Room that the item has kept is used again.
 
@@ -76,7 +80,7 @@ def take_room(session: Session, allocator: BlockAllocator, block_size: int, size
     table = session.room.deepstack if is_ranged else session.hold.deepstack
     runs = row_runs(session.room.rows, block_size, stop - start, sizes.max_run_rows)
     deepstack_runs = row_runs(table, block_size, deepstack[1] - deepstack[0], sizes.max_deepstack_run_rows)
-    return (Grant if is_initial else Resume)(
+    resume = Resume(
         request_id=session.request_id,
         item=session.item,
         attempt=session.attempt,
@@ -86,6 +90,14 @@ def take_room(session: Session, allocator: BlockAllocator, block_size: int, size
         deepstack_stop=deepstack[1],
         row_runs=[b - a for a, b in runs],
         deepstack_runs=[b - a for a, b in deepstack_runs],
+    )
+    if not is_initial:
+        return resume
+    return Grant(
+        **msgspec.structs.asdict(resume),
+        visual=session.visual,
+        timeout_s=session.request_deadline - now,
+        is_alone=session.is_alone,
     )
 
 

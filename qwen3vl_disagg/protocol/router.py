@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from qwen3vl_disagg.core.errors import (
     DisaggError,
@@ -26,7 +26,6 @@ from qwen3vl_disagg.protocol.messages import (
     Assign,
     Cancel,
     Decoded,
-    EncodeItem,
     EncodingBegun,
     EncodingEnded,
     Finished,
@@ -64,7 +63,7 @@ from qwen3vl_disagg.protocol.suspects import Suspects
 
 
 class Router:
-    """The tables and the rules. `visual_token_ids`: placeholder id by modality.
+    """The tables and the rules.
 
     `required`: language ranks that only run together, because each holds a part of the experts. Without one of them
     nothing is admitted, and when one goes all requests end. The others come and go, and only their own requests end.
@@ -72,7 +71,6 @@ class Router:
 
     def __init__(
         self,
-        visual_token_ids: Mapping[str, int],
         limits: RouterLimits | None = None,
         *,
         required: Iterable[int] = (),
@@ -80,7 +78,6 @@ class Router:
         self.limits = limits or RouterLimits()
         self.required = frozenset(required)
         self.is_draining = False
-        self._visual_token_ids = visual_token_ids
         self._requests: dict[str, Request] = {}
         self._encode: dict[int, EncodeRank] = {}
         self._language: dict[int, LanguageRank] = {}
@@ -191,11 +188,8 @@ class Router:
         if request is None:
             return
         self._admission.leave(request_id, self._now, is_served=False)
-        encoding = {item.encode_rank for item in request.items if item.state == "encoding"} & self._encode.keys()
         for index in range(len(request.items)):
             self._take_from_encode_rank(request_id, index, request.items[index])
-        for rank in sorted(encoding):
-            self._actions.append(Send("encode", rank, Cancel(request_id=request_id)))
         if request.language_rank in self._language:
             del self._language[request.language_rank].requests[request_id]
             if not by_language_rank:
@@ -378,19 +372,9 @@ class Router:
         item.attempt += 1
         item.state, item.encode_rank, item.wait_until = "encoding", rank, math.inf
         self._encode[rank].jobs[request_id, index] = item.work
-        assign = Assign(request_id=request_id, item=index, attempt=item.attempt, encode_rank=rank)
+        is_alone = self._suspects.is_suspect(item.visual.digest, now)
+        assign = Assign(request_id=request_id, item=index, attempt=item.attempt, encode_rank=rank, is_alone=is_alone)
         self._actions.append(Send("language", request.language_rank, assign))
-        encode = EncodeItem(
-            request_id=request_id,
-            item=index,
-            attempt=item.attempt,
-            language_rank=request.language_rank,
-            visual=item.visual,
-            visual_token_id=self._visual_token_ids[item.visual.modality],
-            timeout_s=max(0.0, request.deadline - now),
-            is_alone=self._suspects.is_suspect(item.visual.digest, now),
-        )
-        self._actions.append(Send("encode", rank, encode))
 
     def _from_language(self, rank: int, message: Message, now: float) -> None:
         if not isinstance(message, (NeedItems, ItemLost, ItemReceived, Tokens, Finished, RequestFailed)):

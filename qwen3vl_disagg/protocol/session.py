@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.allocator import Lease
-from qwen3vl_disagg.protocol.messages import Grant, Header
+from qwen3vl_disagg.protocol.messages import Grant, Header, Resume
 from qwen3vl_disagg.protocol.session_events import Attempt, Expect, Receive
 
 IDLE, WAITING, GRANTED, RECEIVING, HELD, DONE = "idle", "waiting", "granted", "receiving", "held", "done"
@@ -25,12 +25,14 @@ class Session:
     request_id: str
     item: int
     visual: VisualItem
+    request_deadline: float
     state: str = IDLE
     attempt: int = 0
     encode_rank: int = -1
+    is_alone: bool = False
     first: int = 0
     received: int = 0
-    grant: Grant | None = None
+    grant: Grant | Resume | None = None
     room: Lease | None = None
     hold: Lease | None = None
     apart: Attempt | None = None

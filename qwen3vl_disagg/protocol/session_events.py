@@ -10,7 +10,7 @@ import msgspec
 from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.allocator import Lease
-from qwen3vl_disagg.protocol.messages import Frame, Grant, Header
+from qwen3vl_disagg.protocol.messages import Frame, Grant, Header, Resume
 
 Attempt = tuple[str, int, int]
 """request id, item, attempt"""
@@ -28,8 +28,6 @@ class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
     """One payload on its link."""
     answer_s: float = 15.0
     """From a header or a payload to its answer."""
-    early_s: float = 30.0
-    """How long a grant may be ahead of the item it is for."""
     lease_s: float = 180.0
     """How long encoded rows are kept while nobody asks for them: longer than any grant."""
     max_items: int = 8
@@ -40,8 +38,6 @@ class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_parked: int = 4
     """Items that besides wait there for a resume, for each language rank; the one that has waited longest goes first.
     A language rank has one at a time, more only after failures."""
-    max_ended: int = 4096
-    """Attempts remembered as ended."""
 
 
 class _Value(msgspec.Struct, frozen=True):
@@ -89,12 +85,13 @@ class Expect(_Value, frozen=True):
 
 
 class Assigned(_Value, frozen=True):
-    """The router: this encode rank makes the item, as attempt number `attempt`."""
+    """The router: this encode rank makes the item, as attempt number `attempt`; `is_alone`: beside nothing else."""
 
     request_id: str
     item: int
     attempt: int
     encode_rank: int
+    is_alone: bool = False
 
 
 class Forget(_Value, frozen=True):
@@ -138,23 +135,6 @@ LanguageEvent = LinkUp | LinkDown | FrameIn | Tick | Expect | Assigned | Forget 
 # ---- events of the encode side ----
 
 
-class Encode(_Value, frozen=True):
-    """The router: make this item and send it to `language_rank`. `visual` says how many rows it has."""
-
-    request_id: str
-    item: int
-    attempt: int
-    language_rank: int
-    visual: VisualItem
-    timeout_s: float
-
-
-class CancelItems(_Value, frozen=True):
-    """All items of a request, or of all (None), are no longer wanted."""
-
-    request_id: str | None
-
-
 class Encoded(_Value, frozen=True):
     """The rows are in memory."""
 
@@ -175,7 +155,7 @@ class PayloadSent(_Value, frozen=True):
     error: str | None = None
 
 
-EncodeEvent = LinkUp | LinkDown | FrameIn | Tick | Encode | CancelItems | Encoded | EncodeFailed | PayloadSent
+EncodeEvent = LinkUp | LinkDown | FrameIn | Tick | Encoded | EncodeFailed | PayloadSent
 
 
 # ---- actions of both sides ----
@@ -207,7 +187,7 @@ class Receive(_Value, frozen=True):
     encode_rank: int
     epoch: int
     header: Header
-    grant: Grant
+    grant: Grant | Resume
     visual: VisualItem
     room: Lease
     hold: Lease
@@ -262,9 +242,11 @@ LanguageAction = SendFrame | BreakLink | Receive | RowsReady | Recall | Arrived 
 
 
 class StartEncode(_Value, frozen=True):
-    """Fetch, decode and encode; answer with `Encoded` or `EncodeFailed`."""
+    """Fetch, decode and encode; answer with `Encoded` or `EncodeFailed`. `is_alone`: beside nothing else."""
 
     attempt: Attempt
+    visual: VisualItem
+    is_alone: bool
 
 
 class SendHeader(_Value, frozen=True):
@@ -273,7 +255,7 @@ class SendHeader(_Value, frozen=True):
     peer: int
     epoch: int
     seq: int
-    grant: Grant
+    grant: Grant | Resume
 
 
 class SendPayload(_Value, frozen=True):
@@ -281,7 +263,7 @@ class SendPayload(_Value, frozen=True):
 
     language_rank: int
     epoch: int
-    grant: Grant
+    grant: Grant | Resume
 
 
 class Release(_Value, frozen=True):

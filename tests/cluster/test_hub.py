@@ -41,7 +41,6 @@ from tests.support.fake_ranks import (
     WAIT_S,
     System,
     collect,
-    encoder_of,
     in_loop,
     pull,
     submitted_to,
@@ -85,10 +84,9 @@ async def test_images_go_through_encode_ranks_which_pull_the_bytes():
         used = set()
         for n in range(2):
             assign = await rank.expect(Assign, item=n)
-            encoder, item = await encoder_of(encode, assign)
+            encoder = encode[assign.encode_rank]
             used.add(encoder.rank)
-            assert item.language_rank == rank.rank
-            assert await pull(system, item.visual.digest) == images[n]
+            assert await pull(system, submit.items[n].digest) == images[n]
             await encoder.tell(Decoded(request_id=submit.request_id, item=n, attempt=1))
             await rank.tell(ItemReceived(request_id=submit.request_id, item=n, attempt=1))
         assert used == {0, 1}
@@ -110,10 +108,10 @@ async def test_an_answer_does_not_begin_before_every_image_is_decoded():
         rank, submit = await submitted_to(language, handle.request_id)
         await rank.need_all(submit)
         first = await rank.expect(Assign, item=0)
-        encoder, _ = await encoder_of(encode, first)
+        encoder = encode[first.encode_rank]
         await encoder.tell(Decoded(request_id=submit.request_id, item=0, attempt=1))
         second = await rank.expect(Assign, item=1)
-        encoder, _ = await encoder_of(encode, second)
+        encoder = encode[second.encode_rank]
         await encoder.tell(
             ItemFailed(request_id=submit.request_id, item=1, attempt=1, failure=Failure.of(InputError("not an image")))
         )
@@ -130,7 +128,7 @@ async def test_tokens_that_overtake_the_news_of_decoding_imply_it():
         handle = system.submit(b"a")
         rank, submit = await submitted_to(language, handle.request_id)
         await rank.need_all(submit)
-        encoder, _ = await encoder_of(encode, await rank.expect(Assign))
+        encoder = encode[(await rank.expect(Assign)).encode_rank]
         await rank.tell(ItemReceived(request_id=submit.request_id, item=0, attempt=1))
         await rank.answer(submit, 4)
         events = await collect(handle)
@@ -140,20 +138,18 @@ async def test_tokens_that_overtake_the_news_of_decoding_imply_it():
 
 
 @in_loop
-async def test_cancel_reaches_both_ranks_and_frees_the_bytes():
+async def test_cancel_reaches_the_language_rank_and_frees_the_bytes():
     media = MediaStore()
     async with System(media=media) as system:
-        encode, language = await system.join_all()
+        _, language = await system.join_all()
         handle = system.submit(b"a")
         rank, submit = await submitted_to(language, handle.request_id)
         await rank.need_all(submit)
-        encoder, _ = await encoder_of(encode, await rank.expect(Assign))
         assert media.num_bytes == 1
         handle.cancel()
         handle.cancel()
         assert media.num_bytes == 0
         await rank.expect(Cancel, request_id=handle.request_id)
-        await encoder.expect(Cancel, request_id=handle.request_id)
         await rank.answer(submit, 1, 2)  # too late: nobody is there to hear it
         following = system.submit()
         rank, submit = await submitted_to(language, following.request_id)

@@ -8,7 +8,7 @@ from qwen3vl_disagg.core.errors import InputError, ServerError, TransferError
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode import server as encode_server
 from qwen3vl_disagg.encode.embedding_cache import ContentKey
-from qwen3vl_disagg.protocol.messages import Abort, Header, ItemFailed, Resume
+from qwen3vl_disagg.protocol.messages import Header, ItemFailed, Resume
 from tests.support.encode_items import ITEM, Source, decoded, receive, want
 from tests.support.link_peers import VISUAL, encode_side, make_grant
 from tests.support.link_scenarios import CONFIG, run, running, until
@@ -107,7 +107,7 @@ def test_with_the_cache_off_nothing_is_kept():
     run(scenario)
 
 
-@pytest.mark.parametrize("by", ["router", "language rank", "time"])
+@pytest.mark.parametrize("by", ["language rank", "time"])
 @pytest.mark.parametrize("when", ["pull", "decode", "tower"])
 def test_the_others_get_their_rows_when_the_first_is_given_up(when, by):
     async def scenario():
@@ -121,10 +121,8 @@ def test_the_others_get_their_rows_when_the_first_is_given_up(when, by):
             await until(lambda: reached[when])
             await want(side, peer, "b")
             await until(lambda: ("b", 0, 1) in side.server._tasks)
-            if by == "router":
-                side.server.cancel("a")
-            elif by == "language rank":
-                await peer.say(Abort(request_id="a", item=0, attempt=1, reason="no longer wanted"))
+            if by == "language rank":
+                await side.cancel(peer, "a")
             await until(lambda: ("a", 0, 1) not in side.server.sessions.items, 3)
             gates[when].set()
             await receive(peer, "b")
@@ -146,7 +144,7 @@ def test_what_nobody_waits_for_any_more_does_not_go_into_the_tower(when):
             reached = source.pulled if when == "pull" else side.worker.decoded
             await until(lambda: reached and ("b", 0, 1) in side.server._tasks)
             for name in "ab":
-                side.server.cancel(name)
+                await side.cancel(peer, name)
             await until(lambda: not side.leftovers(), 2, side.leftovers)
             await until(lambda: not side.server.pipeline._encodings)
             side.worker.seed = 1
@@ -169,7 +167,7 @@ def test_who_comes_back_takes_up_what_is_in_the_tower_still(options):
             side.worker.gate.clear()
             await want(side, peer, "a")
             await until(lambda: side.worker.batches)
-            side.server.cancel("a")
+            await side.cancel(peer, "a")
             await until(lambda: not side.server._tasks)
             await want(side, peer, "a", attempt=2)
             await until(lambda: ("a", 0, 2) in side.server._tasks)
@@ -188,7 +186,7 @@ def test_what_comes_out_of_the_tower_for_nobody_is_kept_if_there_is_a_cache(opti
             side.worker.gate.clear()
             await want(side, peer, "a")
             await until(lambda: side.worker.batches)
-            side.server.cancel("a")
+            await side.cancel(peer, "a")
             side.worker.gate.set()
             await until(lambda: not side.server.pipeline._encodings)
             assert (len(cache), cache.num_pinned_bytes) == (int(options is not OFF), 0)
@@ -250,8 +248,7 @@ def test_rows_in_use_stay_while_others_push_into_the_cache():
         async with encode_side() as side:
             peer, cache = await side.link(), side.server.pipeline.cache
             cache.max_bytes = item_bytes()
-            side.encode("a", content="x")
-            await peer.say(make_grant("a", stop=4))
+            await peer.say(make_grant("a", content="x", stop=4))
             assert (await peer.hear(Header)).row_stop == 4
             await peer.take(make_grant("a", stop=4), ITEM)  # and wants the rest later
             side.worker.seed = 1

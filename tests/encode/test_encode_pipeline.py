@@ -11,34 +11,27 @@ import msgspec
 import pytest
 
 from qwen3vl_disagg.core.errors import InputError, TransferError
+from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.held_item import HeldItem
 from qwen3vl_disagg.encode.pipeline import EncodePipeline
 from qwen3vl_disagg.media.stop import Stop
-from qwen3vl_disagg.protocol.messages import EncodeItem, EncodingBegun, EncodingEnded, Message
+from qwen3vl_disagg.protocol.messages import EncodingBegun, EncodingEnded, Message
 from tests.support.link_peers import VISUAL, FakeWorker
 from tests.support.link_scenarios import CONFIG, run, until
 from tests.support.transfer import make_encoded
 
 
-def message(content: str, grid: tuple[int, int, int] = VISUAL.grid, token_id: int = 60) -> EncodeItem:
-    return EncodeItem(
-        request_id="r",
-        item=0,
-        attempt=1,
-        language_rank=0,
-        visual=msgspec.structs.replace(VISUAL, digest=content, grid=grid),
-        visual_token_id=token_id,
-        timeout_s=10,
-    )
+def item_of(content: str, grid: tuple[int, int, int] = VISUAL.grid, modality: str = "image") -> VisualItem:
+    return msgspec.structs.replace(VISUAL, digest=content, grid=grid, modality=modality)
 
 
 async def pull(digest: str, num_bytes: int) -> bytes:
     return digest.encode()
 
 
-def ask(pipeline: EncodePipeline, item: EncodeItem) -> asyncio.Task[HeldItem]:
-    return asyncio.create_task(pipeline.rows(item, lambda: None))
+def ask(pipeline: EncodePipeline, item: VisualItem, *, is_alone: bool = False) -> asyncio.Task[HeldItem]:
+    return asyncio.create_task(pipeline.rows(item, lambda: None, is_alone=is_alone))
 
 
 def held(pipeline: EncodePipeline) -> int:
@@ -58,7 +51,7 @@ def test_decoding_runs_ahead_of_a_busy_tower_and_not_too_far(tokens, ahead):
         worker = FakeWorker()
         worker.gate.clear()
         pipeline = EncodePipeline(worker, pull, EncodeOptions(vision_batch_tokens=tokens))
-        tasks = [ask(pipeline, message(f"{number:02}")) for number in range(10)]
+        tasks = [ask(pipeline, item_of(f"{number:02}")) for number in range(10)]
         await until(lambda: worker.batches == [[b"00"]] and len(worker.decoded) >= 1 + ahead)
         await settled()
         assert len(worker.decoded) == 1 + ahead, worker.decoded
@@ -77,11 +70,11 @@ def test_an_image_larger_than_may_be_decoded_ahead_is_not_overtaken():
         worker.gate.clear()
         pipeline = EncodePipeline(worker, pull, EncodeOptions(vision_batch_tokens=20))
         large = (1, 40, 40)
-        tasks = [ask(pipeline, message("first")), ask(pipeline, message("second"))]
+        tasks = [ask(pipeline, item_of("first")), ask(pipeline, item_of("second"))]
         await until(lambda: len(worker.decoded) == 2)
-        tasks.append(ask(pipeline, message("large", large)))
+        tasks.append(ask(pipeline, item_of("large", large)))
         await settled(0.01)
-        tasks += [ask(pipeline, message(name)) for name in ("small", "smaller")]
+        tasks += [ask(pipeline, item_of(name)) for name in ("small", "smaller")]
         await settled()
         assert worker.decoded == [b"first", b"second"], "the large one waits for all the room"
         worker.gate.set()
@@ -98,7 +91,7 @@ def test_who_gives_up_while_waiting_for_room_leaves_it_to_the_next():
         worker = FakeWorker()
         worker.gate.clear()
         pipeline = EncodePipeline(worker, pull, EncodeOptions(vision_batch_tokens=0))
-        tasks = {name: ask(pipeline, message(name)) for name in "abcd"}
+        tasks = {name: ask(pipeline, item_of(name)) for name in "abcd"}
         await until(lambda: len(worker.decoded) == 2)
         for name in "bc":  # one is decoded and waits for the tower, the next waits for its room
             tasks[name].cancel()
@@ -131,7 +124,7 @@ def test_decoding_ends_when_nobody_wants_it_any_more(how):
     async def scenario():
         worker = SlowWorker()
         pipeline = EncodePipeline(worker, pull, EncodeOptions())
-        tasks = [ask(pipeline, message("a")) for _ in range(2)]
+        tasks = [ask(pipeline, item_of("a")) for _ in range(2)]
         await until(lambda: len(worker.stops) == 1)
         tasks[0].cancel()
         await settled()
@@ -148,11 +141,11 @@ def test_decoding_ends_when_nobody_wants_it_any_more(how):
     run(scenario)
 
 
-def test_the_same_bytes_under_another_token_are_another_content():
+def test_the_same_bytes_as_an_image_and_as_a_clip_are_two_contents():
     async def scenario():
         worker = FakeWorker()
         pipeline = EncodePipeline(worker, pull, EncodeOptions())
-        await asyncio.gather(ask(pipeline, message("x", token_id=60)), ask(pipeline, message("x", token_id=61)))
+        await asyncio.gather(ask(pipeline, item_of("x")), ask(pipeline, item_of("x", modality="video")))
         assert worker.num_encoded == 2
         assert len(pipeline.cache) == 2
         pipeline.close()
@@ -165,7 +158,7 @@ def test_closing_in_the_middle_of_everything_leaves_nothing():
         worker = FakeWorker()
         worker.gate.clear()
         pipeline = EncodePipeline(worker, pull, EncodeOptions(vision_batch_tokens=20))
-        tasks = [ask(pipeline, message(str(number))) for number in range(8)]
+        tasks = [ask(pipeline, item_of(str(number))) for number in range(8)]
         await until(lambda: worker.batches and len(worker.decoded) > 2)
         pipeline.close()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -232,7 +225,7 @@ def test_whatever_happens_everyone_gets_their_rows_or_a_failure(seed):
             name, told = str(rng.randrange(5)), []
             try:
                 async with asyncio.timeout(rng.choice([0.003, 0.01, 5.0])):
-                    held = await pipeline.rows(message(name), lambda: told.append(name))
+                    held = await pipeline.rows(item_of(name), lambda: told.append(name))
             except TimeoutError:
                 outcomes["given up"] += 1
                 return
@@ -267,16 +260,11 @@ def test_whatever_happens_everyone_gets_their_rows_or_a_failure(seed):
     run(scenario)
 
 
-def alone(content: str) -> EncodeItem:
-    return msgspec.structs.replace(message(content), is_alone=True)
-
-
 def test_what_is_to_be_alone_is_alone_from_its_bytes_to_its_rows():
     async def scenario():
         worker, said = FakeWorker(), list[Message]()
         pipeline = EncodePipeline(worker, pull, EncodeOptions(vision_batch_tokens=1000), said.append)
-        contents = [message("a"), message("b"), alone("c"), alone("d"), message("e"), message("f")]
-        await asyncio.gather(*(ask(pipeline, item) for item in contents))
+        await asyncio.gather(*(ask(pipeline, item_of(name), is_alone=name in "cd") for name in "abcdef"))
         under_way: set[str] = set()
         for entry in said:
             if isinstance(entry, EncodingBegun):
@@ -290,7 +278,7 @@ def test_what_is_to_be_alone_is_alone_from_its_bytes_to_its_rows():
         assert len(said) == 12
         assert [b"c"] in worker.batches
         assert pipeline._gate.num_inside == 0
-        await ask(pipeline, message("a"))  # from the cache: nothing is under way
+        await ask(pipeline, item_of("a"))  # from the cache: nothing is under way
         assert len(said) == 12
         pipeline.close()
 
@@ -326,7 +314,7 @@ def test_nothing_is_told_to_have_ended_while_a_thread_is_at_it(where, end):
             if end == "failed":
                 worker.faults[b"a"] = ValueError("no")
         pipeline = EncodePipeline(worker, slow_pull, EncodeOptions(), said.append)
-        task = ask(pipeline, message("a"))
+        task = ask(pipeline, item_of("a"))
         await until(lambda: said and (where != "tower" or worker.batches))
         await settled(0.02)
         if end == "cancelled":

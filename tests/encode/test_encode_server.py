@@ -11,7 +11,6 @@ import pytest
 from qwen3vl_disagg.core.errors import InputError, MediaTimeout, ServerError
 from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.protocol.messages import (
-    Abort,
     Decoded,
     Frame,
     Goodbye,
@@ -41,32 +40,16 @@ async def receive(peer, grant, encoded=ITEM) -> None:
     await peer.take(grant, encoded)
 
 
-def test_a_grant_may_come_before_its_item_is_known():
-    async def scenario():
-        async with encode_side() as side:
-            peer, grant = await side.link(), make_grant("a")
-            await peer.say(grant)
-            await until(lambda: side.server.sessions.items)
-            assert not side.worker.num_encoded
-            side.encode("a")
-            side.encode("a")  # twice changes nothing
-            await receive(peer, grant)
-            assert side.worker.num_encoded == 1
-            assert [message.attempt for message in side.said(Decoded)] == [1]
-
-    run(scenario)
-
-
-def test_nothing_is_encoded_without_a_grant():
+def test_an_item_comes_with_its_grant_and_a_resume_of_what_is_not_here_is_refused():
     async def scenario():
         async with encode_side() as side:
             peer = await side.link()
-            for name in "ab":
-                side.encode(name)
-            await peer.say(make_grant("b"))
-            await receive(peer, make_grant("b"))
+            await peer.say(make_grant("b", start=4, kind=Resume))
+            assert (await peer.hear(Nack)).reason == "gone"
+            await peer.say(make_grant("a"))
+            await receive(peer, make_grant("a"))
             assert side.worker.num_encoded == 1
-            side.server.cancel("a")
+            assert [message.attempt for message in side.said(Decoded)] == [1]
 
     run(scenario)
 
@@ -76,7 +59,6 @@ def test_payloads_follow_one_another_in_the_order_of_their_headers():
         async with encode_side() as side:
             peer = await side.link()
             for name in "abc":
-                side.encode(name)
                 await peer.say(make_grant(name))
             for name in "abc":
                 assert (await peer.hear(Header)).request_id == name
@@ -93,7 +75,6 @@ def test_a_link_that_dies_is_resumed_with_the_same_rows(when):
         async with encode_side() as side:
             peer, grant = await side.link(), make_grant("a", stop=4)
             side.worker.gate.clear()
-            side.encode("a")
             await peer.say(grant)
             await until(lambda: side.worker.num_encoded)
             if when != "before the header":
@@ -129,7 +110,6 @@ def test_rows_for_a_rank_that_stays_away_are_let_go_when_their_lease_ends():
     async def scenario():
         async with encode_side(wrap=wrap, limits=msgspec.structs.replace(LIMITS, lease_s=0.3)) as side:
             peer = await side.link()
-            side.encode("a")
             await peer.say(make_grant("a"))
             await peer.hear(Header)
             peer.control.abort()
@@ -146,14 +126,12 @@ def test_what_is_given_up_before_the_tower_runs_does_not_go_through_it():
             peer = await side.link()
             side.worker.gate.clear()
             for name in "abcd":
-                side.encode(name)
                 await peer.say(make_grant(name))
             await until(lambda: len(side.said(Decoded)) == 4)
             assert side.worker.num_encoded == 1
             for name in "abcd":
-                side.server.cancel(name)
+                await side.cancel(peer, name)
             side.worker.gate.set()
-            side.encode("e")
             await peer.say(make_grant("e"))
             await receive(peer, make_grant("e"))
             assert side.worker.num_encoded == 2
@@ -165,7 +143,9 @@ def test_an_item_that_nobody_takes_fails_when_its_time_is_up():
     async def scenario():
         async with encode_side() as side:
             peer = await side.link()
-            side.encode("a", timeout_s=0.3)
+            side.worker.gate.clear()
+            await peer.say(make_grant("a", timeout_s=0.3))
+            await until(lambda: side.worker.num_encoded)
             peer.control.abort()
             await until(lambda: side.said(ItemFailed))
             assert [(m.request_id, m.attempt, m.failure.kind) for m in side.said(ItemFailed)] == [("a", 1, "deadline")]
@@ -179,7 +159,6 @@ def test_a_header_that_is_not_answered_in_time_ends_the_link():
     async def scenario():
         async with encode_side(limits=msgspec.structs.replace(LIMITS, answer_s=0.2)) as side:
             peer, grant = await side.link(), make_grant("a")
-            side.encode("a")
             await peer.say(grant)
             await peer.hear(Header)
             await peer.ended()
@@ -207,7 +186,6 @@ def test_a_payload_that_cannot_be_sent_ends_the_link():
     async def scenario():
         async with encode_side(wrap=wrap) as side:
             peer, grant = await side.link(), make_grant("a")
-            side.encode("a")
             await peer.say(grant)
             await peer.hear(Header)
             await peer.say(HeaderOk(**ids("a"), row_start=0))
@@ -227,7 +205,6 @@ def test_a_grant_that_cannot_be_ends_the_link_and_not_the_item(change):
     async def scenario():
         async with encode_side() as side:
             peer, grant = await side.link(), make_grant("a")
-            side.encode("a")
             await peer.say(msgspec.structs.replace(grant, **change))
             await peer.ended()
             again = await side.link()
@@ -244,33 +221,8 @@ def test_a_frame_that_is_missing_ends_the_link():
             await peer.control.send(Frame(epoch=peer.epoch, seq=2, body=make_grant("a")))
             await peer.ended()
             again = await side.link()
-            side.encode("a")
             await again.say(make_grant("a"))
             await receive(again, make_grant("a"))
-
-    run(scenario)
-
-
-def test_a_grant_for_an_attempt_that_was_given_up_is_not_kept():
-    async def scenario():
-        async with encode_side() as side:
-            peer = await side.link()
-            side.encode("a")
-            side.server.cancel("a")
-            await peer.say(make_grant("a"))
-            assert (await peer.hear(Nack)).reason == "gone"  # so that the language rank takes its blocks back
-            await peer.say(make_grant("b", start=4, kind=Resume))
-            assert (await peer.hear(Nack)).reason == "gone"
-
-    run(scenario)
-
-
-def test_a_grant_whose_item_never_comes_is_refused():
-    async def scenario():
-        async with encode_side(limits=msgspec.structs.replace(LIMITS, early_s=0.2)) as side:
-            peer = await side.link()
-            await peer.say(make_grant("a"))
-            assert (await peer.hear(Nack)).reason == "the item never came"
 
     run(scenario)
 
@@ -279,12 +231,10 @@ def test_a_payload_follows_also_when_its_item_was_given_up_after_the_header():
     async def scenario():
         async with encode_side() as side:
             peer = await side.link()
-            side.encode("a")
             await peer.say(make_grant("a"))
             await peer.hear(Header)
-            side.server.cancel("a")
+            await side.cancel(peer, "a")
             assert side.server._encoded, "the payload may still have to follow"
-            side.encode("b")
             await peer.say(make_grant("b"))
             await peer.take(make_grant("a"), ITEM)
             await receive(peer, make_grant("b"))
@@ -292,23 +242,17 @@ def test_a_payload_follows_also_when_its_item_was_given_up_after_the_header():
     run(scenario)
 
 
-@pytest.mark.parametrize("by", ["router", "language rank"])
-def test_a_result_that_comes_after_its_attempt_has_ended_is_nobodys(by):
+def test_a_result_that_comes_after_its_attempt_has_ended_is_dropped():
     async def scenario():
         async with encode_side() as side:
             peer = await side.link()
             side.worker.gate.clear()
-            side.encode("a")
             await peer.say(make_grant("a"))
             await until(lambda: side.worker.num_encoded == 1)
-            if by == "router":
-                side.server.cancel("a")
-            else:
-                await peer.say(Abort(**ids("a"), reason="no longer wanted"))
+            await side.cancel(peer, "a")
             await until(lambda: not side.leftovers(), 2, side.leftovers)
             side.worker.seed = 1  # of what is encoded from now on
-            side.encode("a", attempt=2, content="another image")
-            await peer.say(make_grant("a", attempt=2))
+            await peer.say(make_grant("a", attempt=2, content="another image"))
             await until(lambda: side.server._tasks)
             side.worker.gate.set()
             await receive(peer, make_grant("a", attempt=2), make_encoded(CONFIG, seed=1))
@@ -322,13 +266,10 @@ def test_a_later_attempt_takes_the_place_of_one_that_is_under_way():
         async with encode_side() as side:
             peer = await side.link()
             side.worker.gate.clear()
-            side.encode("a")
             await peer.say(make_grant("a"))
             await until(lambda: side.worker.num_encoded == 1)
             side.worker.seed = 1
-            side.encode("a", attempt=2, content="another image")
-            side.encode("a")  # late
-            await peer.say(make_grant("a", attempt=2))
+            await peer.say(make_grant("a", attempt=2, content="another image"))
             side.worker.gate.set()
             await receive(peer, make_grant("a", attempt=2), make_encoded(CONFIG, seed=1))
 
@@ -361,7 +302,6 @@ def test_an_item_that_cannot_be_made_fails_alone(error, failure, capsys):
         async with encode_side(pull=pull) as side:
             peer = await side.link()
             for name in "ab":
-                side.encode(name)
                 await peer.say(make_grant(name))
             await receive(peer, make_grant("b"))
             [failed] = side.said(ItemFailed)
@@ -386,7 +326,6 @@ def test_a_group_that_cannot_be_made_is_tried_again(error):
         async with encode_side(wrap=wrap) as side:
             await asyncio.wait_for(side.peers.get(), 5)
             peer = await side.link()
-            side.encode("a")
             await peer.say(make_grant("a"))
             await receive(peer, make_grant("a"))
 

@@ -16,10 +16,9 @@ from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.pipeline import MAX_PULLED_BYTES, EncodePipeline
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, EncodeSessions
-from qwen3vl_disagg.protocol.messages import Ack, EncodeItem, Frame, Grant, HeaderOk, NeedItems
+from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, HeaderOk, NeedItems
 from qwen3vl_disagg.protocol.placement import encode_work
 from qwen3vl_disagg.protocol.session_events import (
-    Encode,
     Encoded,
     FrameIn,
     LinkUp,
@@ -72,7 +71,6 @@ class Side:
 
     def want(self, name: str, rank: int, modality: str = "image") -> None:
         item = msgspec.structs.replace(VISUAL, modality=modality)
-        self.do(Encode(name, 0, 1, rank, item, 100.0))
         rows = item.num_rows
         grant = Grant(
             request_id=name,
@@ -84,6 +82,8 @@ class Side:
             deepstack_stop=rows,
             row_runs=[rows],
             deepstack_runs=[rows],
+            visual=item,
+            timeout_s=100.0,
         )
         self.frame(rank, grant)
 
@@ -149,11 +149,8 @@ def test_encodings_are_bounded_whoever_wants_them():
 # ---- the pipeline: lanes ----
 
 
-def item_of(name: str, modality: str = "image", **changes) -> EncodeItem:
-    changed = msgspec.structs.replace(VISUAL, digest=name, modality=modality, **changes)
-    return EncodeItem(
-        request_id=name, item=0, attempt=1, language_rank=0, visual=changed, visual_token_id=60, timeout_s=10
-    )
+def item_of(name: str, modality: str = "image", **changes) -> VisualItem:
+    return msgspec.structs.replace(VISUAL, digest=name, modality=modality, **changes)
 
 
 async def pull(digest: str, num_bytes: int) -> bytes:

@@ -17,7 +17,7 @@ from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker
 from qwen3vl_disagg.processing import ImageProcessor, item_positions
 from qwen3vl_disagg.protocol.layout import AUX_FIELDS
-from qwen3vl_disagg.protocol.messages import Grant, Resume
+from qwen3vl_disagg.protocol.messages import Grant, Resume, Room
 from qwen3vl_disagg.transport.digest import add_digests
 from tests.support.random_model import IMAGE_TOKEN, random_vision_model, small_config
 from tests.support.transfer import make_encoded, make_visual, split_payload
@@ -43,8 +43,10 @@ def visual_of(size: tuple[int, int]) -> VisualItem:
 
 def grant_for(
     runs: list[int], deepstack_runs: list[int], *, start: int = 0, deepstack_start: int = 0, **changed: int
-) -> Grant:
+) -> Room:
+    item = {} if start else {"visual": make_visual(CONFIG), "timeout_s": 30.0}
     grant = (Resume if start else Grant)(
+        **item,
         request_id="r",
         item=0,
         attempt=3,

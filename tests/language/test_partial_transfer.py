@@ -12,20 +12,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.disagg.test_local import CONFIG as LOCAL_CONFIG
-from tests.disagg.test_local import IMAGES, MAX_BLOCKS, WORKER, make_transfer
-from tests.disagg.test_receiver import CopyingLink, damaged, receive_over
 
 from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.language.rank import LanguageRank, _Request
 from qwen3vl_disagg.protocol.allocator import Want
-from qwen3vl_disagg.protocol.messages import Grant, HubMessage, NeedItems, RankHello, Resume
+from qwen3vl_disagg.protocol.messages import Grant, HubMessage, NeedItems, RankHello, Resume, Room
 from qwen3vl_disagg.protocol.session_events import Consumed, Expect, Forget, Recall
 from qwen3vl_disagg.transport.links import LinkBroken
 from qwen3vl_disagg.transport.rows import Delivery
+from tests.language.test_receiver import CopyingLink, damaged, receive_over
+from tests.llm.test_local import CONFIG as LOCAL_CONFIG
+from tests.llm.test_local import IMAGES, MAX_BLOCKS, WORKER, make_transfer
 from tests.support.link_scenarios import BLOCK, describe, expect_rows, make_image, run, running, until
 from tests.support.random_model import small_config
-from tests.support.transfer import Transfer, make_encoded, make_receiver, split_payload
+from tests.support.transfer import Transfer, make_encoded, make_receiver, make_visual, split_payload
 
 CONFIG = small_config()
 GRIDS = {1: (1, 2, 2), 6: (1, 4, 6), 7: (1, 2, 14), 16: (1, 8, 8)}
@@ -36,8 +36,10 @@ def starting_at(first: int, transfer: Transfer) -> Transfer:
     return transfer
 
 
-def grant(first: int, stop: int, total: int, kind: type[Grant] = Grant) -> Grant:
+def grant(first: int, stop: int, total: int, kind: type[Room] = Grant) -> Room:
+    item = {"visual": make_visual(CONFIG), "timeout_s": 30.0} if kind is Grant else {}
     return kind(
+        **item,
         request_id="r",
         item=0,
         attempt=1,

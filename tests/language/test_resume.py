@@ -338,7 +338,8 @@ def test_links_that_die_again_and_again_keep_the_encode_side_in_its_bounds():
             for name, data in images.items():
                 await system.check(name, data)
             assert all(lost.reason == "gone" for lost in engine.lost), engine.lost
-            assert encoded(system) == 12 + len(engine.lost)
+            # What had no place any more is encoded again: with a new attempt, if rows of it had arrived.
+            assert 12 + len(engine.lost) <= encoded(system) <= 12 + 6 * 5
             assert most[0] <= 5
 
     run(scenario)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import msgspec
 
 from qwen3vl_disagg.protocol.encode_sessions import (
-    ASSIGNED,
-    EARLY,
     ENCODING,
     HEADER,
     PARKED,
@@ -18,7 +16,6 @@ from qwen3vl_disagg.protocol.encode_sessions import (
 )
 from qwen3vl_disagg.protocol.messages import Ack, Beat, Frame, Grant, HeaderOk, Resume
 from qwen3vl_disagg.protocol.session_events import (
-    Encode,
     Encoded,
     FrameIn,
     LinkDown,
@@ -32,7 +29,7 @@ from tests.properties.session_parts import LIMITS, make_visual
 A, B, C = ("a", 0, 1), ("b", 0, 1), ("c", 0, 1)
 ROWS = 6
 TIMEOUT = 100.0
-STATES = [EARLY, ASSIGNED, QUEUED, ENCODING, READY, HEADER, SENDING, SENT, PARKED]
+STATES = [QUEUED, ENCODING, READY, HEADER, SENDING, SENT, PARKED]
 ENCODED = [READY, HEADER, SENDING, SENT, PARKED]
 
 
@@ -43,8 +40,10 @@ def ids(key):
 def grant_of(key, start=0, stop=4):
     runs = [stop - start]
     kind = Resume if start else Grant
+    item = {} if start else {"visual": make_visual(ROWS), "timeout_s": TIMEOUT}
     return kind(
         **ids(key),
+        **item,
         row_start=start,
         row_stop=stop,
         deepstack_start=start,
@@ -76,9 +75,6 @@ class Side:
         self.seq += type(body) is not Beat
         return self.do(FrameIn(0, Frame(epoch=self.epoch, seq=self.seq, body=body)))
 
-    def encode(self, key):
-        return self.do(Encode(*key, 0, make_visual(ROWS), TIMEOUT))
-
     def grant(self, key, start=0):
         return self.frame(grant_of(key, start, ROWS if start else 4))
 
@@ -101,16 +97,11 @@ class Side:
 
     def bring(self, key, state):
         """One item to a state, on its way alone."""
-        if state == EARLY:
-            self.grant(key)
-        else:
-            self.encode(key)
         if state == QUEUED:
             self.sessions.limits = msgspec.structs.replace(self.sessions.limits, max_items=0)
         if state == READY:
             self.sessions.outlets[0].turn = ("other", 0, 1)
-        if state not in (EARLY, ASSIGNED):
-            self.grant(key)
+        self.grant(key)
         if state in ENCODED:
             self.do(Encoded(key))
         if state in (SENDING, SENT, PARKED):
@@ -129,4 +120,4 @@ def bodies(actions):
 def snapshot(side):
     s = side.sessions
     items = [(i.attempt, i.state, i.grant, i.deadline, i.is_encoded, i.is_dropped) for i in s.items.values()]
-    return items, list(s.queue), list(s.ended), [(o.turn, list(o.ready)) for o in s.outlets.values()]
+    return items, list(s.queue), [(o.turn, list(o.ready)) for o in s.outlets.values()]

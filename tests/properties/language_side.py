@@ -7,7 +7,7 @@ import msgspec
 from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.layout import RowSizes
-from qwen3vl_disagg.protocol.messages import Beat, Frame, Grant
+from qwen3vl_disagg.protocol.messages import Beat, Frame, Room
 from qwen3vl_disagg.protocol.session import DONE, HELD, IDLE, RECEIVING
 from qwen3vl_disagg.protocol.session_events import (
     Assigned,
@@ -45,7 +45,7 @@ class Side:
     def do(self, event):
         actions = self.sessions.handle(event, self.now)
         for action in actions:
-            if isinstance(action, SendFrame) and isinstance(action.frame.body, Grant):
+            if isinstance(action, SendFrame) and isinstance(action.frame.body, Room):
                 body = action.frame.body
                 self.grants[body.request_id, body.item] = body
         return actions
@@ -119,4 +119,4 @@ def bodies(actions, rank=None):
 
 
 def granted(actions):
-    return [(b.request_id, b.item, b.row_start, b.row_stop) for b in bodies(actions) if isinstance(b, Grant)]
+    return [(b.request_id, b.item, b.row_start, b.row_stop) for b in bodies(actions) if isinstance(b, Room)]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 
 from qwen3vl_disagg.protocol.encode_sessions import (
-    ASSIGNED,
-    EARLY,
     ENCODING,
     HEADER,
     PARKED,
@@ -25,9 +23,8 @@ from qwen3vl_disagg.protocol.session_events import (
     PayloadSent,
     Release,
     SendHeader,
-    StartEncode,
 )
-from tests.properties.encode_side import ENCODED, STATES, A, B, Side, bodies, grant_of, ids, snapshot
+from tests.properties.encode_side import ENCODED, STATES, A, Side, bodies, grant_of, ids, snapshot
 
 OTHERS = [("a", 0, 0), ("a", 0, 2), ("a", 1, 1), ("z", 0, 1)]
 
@@ -35,28 +32,18 @@ OTHERS = [("a", 0, 0), ("a", 0, 2), ("a", 1, 1), ("z", 0, 1)]
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("key", OTHERS)
 def test_frames_for_an_attempt_that_is_not_here(state, key):
-    """Answers are ignored. A resume is refused, a first grant waits for its item, an abort is remembered."""
+    """Answers and aborts are ignored, a resume is refused."""
     side = Side()
     side.bring(A, state)
     before = snapshot(side)
-    for body in (HeaderOk(**ids(key), row_start=0), Ack(**ids(key), received=6), Nack(**ids(key), reason="x")):
+    answers = [HeaderOk(**ids(key), row_start=0), Ack(**ids(key), received=6)]
+    for body in (*answers, Nack(**ids(key), reason="x"), Abort(**ids(key), reason="x")):
         assert side.frame(body) == []
     assert bodies(side.frame(grant_of(key, 4, 6))) == [Nack(**ids(key), reason="gone")]
     assert snapshot(side) == before
-    assert side.frame(grant_of(key)) == []
-    assert side.state(key) == EARLY
-    assert side.frame(Abort(**ids(key), reason="x")) == []
-    assert side.state(key) is None
-    if key[:2] == A[:2] and key > A:  # it is over, and those before it with it
-        side.encode(key)
-        assert side.state(key) is None
-        return
-    assert side.encode(key) == []
-    assert side.state(key) is None
-    assert snapshot(side)[0] == before[0]
 
 
-@pytest.mark.parametrize("state", [EARLY, QUEUED, READY, HEADER, SENDING, SENT])
+@pytest.mark.parametrize("state", [QUEUED, READY, HEADER, SENDING, SENT])
 def test_a_grant_for_an_item_that_has_one_changes_nothing(state):
     side = Side()
     side.bring(A, state)
@@ -75,7 +62,7 @@ def test_an_acknowledgement_of_something_else_changes_nothing(state, received):
     assert snapshot(side) == before
 
 
-@pytest.mark.parametrize("state", [EARLY, ASSIGNED, QUEUED, ENCODING])
+@pytest.mark.parametrize("state", [QUEUED, ENCODING])
 def test_rows_that_are_not_encoded_cannot_be_acknowledged(state):
     side = Side()
     side.bring(A, state)
@@ -178,7 +165,7 @@ def test_one_that_hears_of_a_newer_epoch_makes_a_new_link():
 # ---- links ----
 
 
-AFTER_A_CUT = {EARLY: None, ASSIGNED: ASSIGNED, QUEUED: ASSIGNED, ENCODING: ENCODING} | dict.fromkeys(ENCODED, PARKED)
+AFTER_A_CUT = {QUEUED: None, ENCODING: ENCODING} | dict.fromkeys(ENCODED, PARKED)
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -194,13 +181,13 @@ def test_grants_are_void_when_their_link_is_gone(state, how):
         [broke] = side.sent(A, "reset")
         assert broke == BreakLink(0, 1, "reset")
     assert side.state(A) == AFTER_A_CUT[state]
-    if state != EARLY:
+    if state != QUEUED:
         assert side.sessions.items[A].grant is None
     if how != "new link":
         side.up()
     actions = side.grant(A)
-    if state == ASSIGNED:
-        assert actions == [StartEncode(A)]
+    if state == QUEUED:
+        assert side.state(A) == QUEUED
     if state in ENCODED:
         assert actions == [SendHeader(0, 2, 1, grant_of(A))]
     if state == ENCODING:
@@ -238,22 +225,3 @@ def test_a_link_to_one_language_rank_is_not_one_to_another():
     side.bring(A, SENT)
     assert side.do(LinkDown(1, 1, "x")) == []
     assert side.state(A) == SENT
-
-
-@pytest.mark.parametrize("state", STATES)
-def test_the_router_says_the_same_twice(state):
-    side = Side()
-    side.bring(A, state)
-    before = snapshot(side)
-    assert side.encode(A) == ([StartEncode(A)] if state == EARLY else [])
-    if state != EARLY:
-        assert snapshot(side) == before
-
-
-def test_an_older_attempt_does_not_come_back():
-    side = Side()
-    newer = (*A[:2], 2)
-    side.bring(newer, ENCODING)
-    side.encode(B)
-    assert side.encode(A) == []
-    assert (side.state(A), side.state(newer), side.state(B)) == (None, ENCODING, ASSIGNED)

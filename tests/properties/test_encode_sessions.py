@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from qwen3vl_disagg.core.errors import InputError, ServerError
 from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.protocol.encode_sessions import (
-    ASSIGNED,
-    EARLY,
     ENCODING,
     HEADER,
     PARKED,
@@ -20,7 +19,6 @@ from qwen3vl_disagg.protocol.encode_sessions import (
 from qwen3vl_disagg.protocol.messages import Abort, Beat, Frame, Nack
 from qwen3vl_disagg.protocol.session_events import (
     BreakLink,
-    CancelItems,
     Encoded,
     EncodeFailed,
     Release,
@@ -31,22 +29,21 @@ from qwen3vl_disagg.protocol.session_events import (
     TellFailed,
     Tick,
 )
-from tests.properties.encode_side import ENCODED, STATES, TIMEOUT, A, B, C, Side, bodies, grant_of, ids
-from tests.properties.session_parts import LIMITS
+from tests.properties.encode_side import ENCODED, ROWS, STATES, TIMEOUT, A, B, C, Side, bodies, grant_of, ids
+from tests.properties.session_parts import LIMITS, make_visual
 
 # ---- one item from beginning to end ----
 
 
-@pytest.mark.parametrize("is_early", [False, True])
-def test_an_item_is_encoded_once_granted_and_sent_in_parts(is_early):
-    side, first, second = Side(), grant_of(A), grant_of(A, 4, 6)
-    if is_early:
-        assert side.grant(A) == []
-        assert side.encode(A) == [StartEncode(A)]
-    else:
-        assert side.encode(A) == []
-        assert side.state(A) == ASSIGNED
-        assert side.grant(A) == [StartEncode(A)]
+def start_of(key, is_alone=False):
+    return StartEncode(key, make_visual(ROWS), is_alone)
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_an_item_is_encoded_once_granted_and_sent_in_parts(is_alone):
+    side, second = Side(), grant_of(A, 4, 6)
+    first = msgspec.structs.replace(grant_of(A), is_alone=is_alone)
+    assert side.frame(first) == [start_of(A, is_alone)]
     assert side.do(Encoded(A)) == [SendHeader(0, 1, 1, first)]
     assert side.header_ok(A) == [SendPayload(0, 1, first)]
     assert side.sent(A) == []
@@ -77,7 +74,6 @@ def test_an_acknowledgement_may_come_before_the_payload_is_known_to_be_out(recei
 def test_payloads_follow_one_another_in_the_order_of_their_headers():
     side = Side()
     side.bring(A, HEADER)
-    side.encode(B)
     side.grant(B)
     assert side.do(Encoded(B)) == []
     assert side.header_ok(A) == [SendPayload(0, 1, grant_of(A))]
@@ -87,17 +83,14 @@ def test_payloads_follow_one_another_in_the_order_of_their_headers():
     assert (side.state(A), side.state(B)) == (SENT, HEADER)
 
 
-@pytest.mark.parametrize("state", [ASSIGNED, QUEUED, ENCODING, READY, SENT, PARKED])
-@pytest.mark.parametrize("is_over", [False, True])
-def test_a_newer_attempt_ends_those_before_it_also_when_it_is_over_itself(state, is_over):
+@pytest.mark.parametrize("state", [QUEUED, ENCODING, READY, SENT, PARKED])
+def test_a_newer_attempt_ends_those_before_it(state):
     side, newer = Side(), (*A[:2], 2)
     side.bring(A, state)
-    if is_over:
-        side.frame(Abort(**ids(newer), reason="not wanted"))
-    actions = side.encode(newer)
+    actions = side.grant(newer)
     assert A not in side.sessions.items
-    assert [a for a in actions if isinstance(a, Release)] == ([] if state in (ASSIGNED, QUEUED) else [Release(A)])
-    assert (newer in side.sessions.items) == (not is_over)
+    assert [a for a in actions if isinstance(a, Release)] == ([] if state == QUEUED else [Release(A)])
+    assert newer in side.sessions.items
 
 
 # ---- bounds ----
@@ -110,9 +103,8 @@ def test_no_more_is_encoded_than_memory_allows():
     keys = [(name, 0, 1) for name in "abcdef"]
     started = []
     for key in keys:
-        side.encode(key)
         started += side.grant(key)
-    assert started == [StartEncode(keys[0]), StartEncode(keys[1])]
+    assert started == [start_of(keys[0]), start_of(keys[1])]
     for number, key in enumerate(keys):
         side.do(Encoded(key))
         side.header_ok(key)
@@ -138,32 +130,16 @@ def test_what_was_parked_longest_goes_first():
     side.down()
     side.up()
     side.now += 1
-    side.encode(C)
     side.grant(C)
     side.do(Encoded(C))
     assert side.down() == [Release(B)]
     assert (side.state(A), side.state(C)) == (PARKED, PARKED)
 
 
-def test_ended_attempts_are_remembered_within_bounds():
-    side = Side(max_ended=3)
-    for number in range(6):
-        side.frame(Abort(request_id=f"r{number}", item=0, attempt=1, reason="x"))
-    assert [key[0] for key in side.sessions.ended] == ["r3", "r4", "r5"]
-
-
 # ---- deadlines ----
 
 
-def test_a_grant_for_an_item_that_never_comes_is_refused():
-    side = Side()
-    side.bring(A, EARLY)
-    assert side.tick(LIMITS.early_s - 0.1) == []
-    assert bodies(side.tick(0.2)) == [Nack(**ids(A), reason="the item never came")]
-    assert side.sessions.is_idle
-
-
-@pytest.mark.parametrize("state", [ASSIGNED, QUEUED, ENCODING, READY])
+@pytest.mark.parametrize("state", [QUEUED, ENCODING, READY])
 def test_an_item_that_takes_too_long_fails(state):
     """The router is told, and it alone tells the language rank."""
     side = Side()
@@ -173,7 +149,6 @@ def test_an_item_that_takes_too_long_fails(state):
     assert [type(a) for a in actions] == [Release] * (state in (ENCODING, READY)) + [TellFailed]
     assert (actions[-1].attempt, actions[-1].failure.kind) == (A, "deadline")
     assert A not in side.sessions.items
-    assert bodies(side.grant(A)) == [Nack(**ids(A), reason="gone")]
 
 
 @pytest.mark.parametrize(("state", "seconds"), [(HEADER, 5.0), (SENDING, 6.0), (SENT, 5.0)])
@@ -207,27 +182,20 @@ def test_beats_say_how_many_frames_there_were():
 # ---- giving up ----
 
 
-@pytest.mark.parametrize("how", ["cancel", "cancel all", "abort", "newer attempt"])
+@pytest.mark.parametrize("how", ["abort", "newer attempt"])
 @pytest.mark.parametrize("state", STATES)
 def test_an_item_that_nobody_wants_any_more_is_dropped(state, how):
     side = Side()
     side.bring(A, state)
     if how == "newer attempt":
-        if state == EARLY:
-            return  # nothing is known of its order
-        actions = side.encode((*A[:2], 2))
-    elif how == "abort":
-        actions = side.frame(Abort(**ids(A), reason="x"))
+        actions = [a for a in side.grant((*A[:2], 2)) if not isinstance(a, StartEncode)]
     else:
-        actions = side.do(CancelItems(None if how == "cancel all" else "a"))
+        actions = side.frame(Abort(**ids(A), reason="x"))
     if state == HEADER:
         assert actions == []
         assert side.sessions.items[A].is_dropped, "the answer may be yes, and then rows have to follow"
         return
     assert actions == [Release(A)] * (state in (ENCODING, *ENCODED))
-    assert A not in side.sessions.items
-    assert A in side.sessions.ended
-    assert side.encode(A) == []
     assert A not in side.sessions.items
 
 
@@ -236,7 +204,6 @@ def test_what_follows_when_an_item_was_dropped_under_its_header(answer):
     """Whatever the other end says, the link's turn goes on, and the rows go when they are no longer needed."""
     side = Side()
     side.bring(A, HEADER)
-    side.encode(B)
     side.grant(B)
     side.do(Encoded(B))
     side.frame(Abort(**ids(A), reason="x"))

@@ -35,7 +35,15 @@ def test_an_item_larger_than_the_pool_comes_in_parts():
     assert side["r", 0].state == IDLE
     [grant] = bodies(side.assign("r"))
     assert grant == Grant(
-        **ids(key), row_start=0, row_stop=2, deepstack_start=0, deepstack_stop=5, row_runs=[2], deepstack_runs=[5]
+        **ids(key),
+        row_start=0,
+        row_stop=2,
+        deepstack_start=0,
+        deepstack_stop=5,
+        row_runs=[2],
+        deepstack_runs=[5],
+        visual=make_visual(5),
+        timeout_s=DEADLINE,
     )
     assert (side.counts(), side.counts("deepstack"), side.counts("slots")) == ((0, 1, 0), (5, 3, 0), (7, 1, 0))
     room, hold = side["r", 0].room, side["r", 0].hold

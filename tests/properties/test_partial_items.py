@@ -8,7 +8,7 @@ import pytest
 
 from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.encode_sessions import PARKED
-from qwen3vl_disagg.protocol.messages import Abort, Grant, Nack, Resume
+from qwen3vl_disagg.protocol.messages import Abort, Grant, Nack, Resume, Room
 from qwen3vl_disagg.protocol.room import fits_whole
 from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, Session
 from qwen3vl_disagg.protocol.session_events import (
@@ -41,7 +41,7 @@ def all_grants(side, actions, **where):
     """Receive and consume one item to its end: every grant on the way."""
     seen = []
     while side["r", 0].state != DONE:
-        [body] = [b for b in bodies(actions) if isinstance(b, Grant)]
+        [body] = [b for b in bodies(actions) if isinstance(b, Room)]
         seen.append(body)
         side.receive("r", **where)
         actions = side.consume("r", attempt=where.get("attempt", 1))
@@ -57,7 +57,15 @@ def test_rows_below_the_first_needed_are_not_asked_for():
     expect(side, [8], [0], [3])
     [grant] = bodies(side.assign("r"))
     assert grant == Grant(
-        **ids(KEY), row_start=3, row_stop=5, deepstack_start=3, deepstack_stop=8, row_runs=[2], deepstack_runs=[5]
+        **ids(KEY),
+        row_start=3,
+        row_stop=5,
+        deepstack_start=3,
+        deepstack_stop=8,
+        row_runs=[2],
+        deepstack_runs=[5],
+        visual=make_visual(8),
+        timeout_s=DEADLINE,
     )
     assert type(grant) is Grant
     assert side.counts("deepstack") == (5, 3, 0), "blocks for rows that nobody needs"
@@ -137,7 +145,7 @@ def test_a_grant_that_is_void_with_its_link_is_made_again_from_the_first_needed_
 def test_what_an_item_can_ever_want_is_that_of_its_needed_rows():
     visual, allocator = make_visual(8), BlockAllocator(num_blocks=3, num_deepstack_blocks=3, num_slots=1)
     for first, fits in [(0, False), (1, False), (2, True), (7, True)]:
-        session = Session("r", 0, visual)
+        session = Session("r", 0, visual, DEADLINE)
         session.need_from(first)
         assert fits_whole(session, allocator, 2, SIZES) == fits
 
@@ -184,9 +192,7 @@ def test_an_attempt_at_an_item_that_is_not_lacking_is_sent_back():
     side = Side()
     expect(side, [4], [])
     assert side["r", 0].state == DONE
-    abort, arrived = side.assign("r", attempt=3)
-    assert abort.frame.body == Abort(**ids(("r", 0, 3)), reason="the item is here")
-    assert arrived == Arrived("r", 0, 3)
+    assert side.assign("r", attempt=3) == [Arrived("r", 0, 3)]
     assert side["r", 0].state == DONE
     assert side.do(Forget("r")) == []
     assert side.sessions.is_idle
@@ -297,17 +303,16 @@ def test_a_request_keeps_its_place_in_the_order():
 
 @pytest.mark.parametrize("kind", [Grant, Resume])
 def test_the_encode_side_takes_a_grant_from_any_row_and_knows_a_resume_by_its_kind(kind):
-    """A grant may come before the router names the item; a resume for what is not here is too late."""
+    """A resume for what is not here is too late."""
     side, key = encode_side.Side(), ("a", 0, 1)
-    body = kind(
-        **ids(key), row_start=3, row_stop=5, deepstack_start=3, deepstack_stop=6, row_runs=[2], deepstack_runs=[3]
-    )
+    item = {"visual": make_visual(6), "timeout_s": 100.0} if kind is Grant else {}
+    runs = {"row_runs": [2], "deepstack_runs": [3]}
+    body = kind(**ids(key), **item, row_start=3, row_stop=5, deepstack_start=3, deepstack_stop=6, **runs)
     actions = side.frame(body)
     if kind is Resume:
         assert encode_side.bodies(actions) == [Nack(**ids(key), reason="gone")]
         return
-    assert actions == []
-    assert side.encode(key) == [StartEncode(key)]
+    assert actions == [StartEncode(key, make_visual(6), False)]
     assert side.do(Encoded(key)) == [SendHeader(0, 1, 1, body)]
     assert side.header_ok(key, 3) == [SendPayload(0, 1, body)]
     side.sent(key)
@@ -323,10 +328,8 @@ def test_the_encode_side_takes_a_grant_from_any_row_and_knows_a_resume_by_its_ki
 def test_a_grant_from_the_middle_may_come_again():
     """The link that carried the first one died; rows below it are not asked for this time either."""
     side, key = encode_side.Side(), ("a", 0, 1)
-    body = Grant(
-        **ids(key), row_start=3, row_stop=6, deepstack_start=3, deepstack_stop=6, row_runs=[3], deepstack_runs=[3]
-    )
-    side.encode(key)
+    item, runs = {"visual": make_visual(6), "timeout_s": 100.0}, {"row_runs": [3], "deepstack_runs": [3]}
+    body = Grant(**ids(key), **item, row_start=3, row_stop=6, deepstack_start=3, deepstack_stop=6, **runs)
     side.frame(body)
     side.do(Encoded(key))
     side.header_ok(key, 3)

@@ -9,7 +9,6 @@ from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.protocol.messages import (
     Assign,
     Cancel,
-    EncodeItem,
     ItemFailed,
     ItemReceived,
     Leaving,
@@ -37,8 +36,8 @@ def start_on(script: Script, rank: int, prefix: str = "r") -> tuple[str, int]:
     for n in range(100):
         name = f"{prefix}{n}"
         language_rank = script.start(name, name)
-        [send] = script.sent(EncodeItem)
-        if send.rank == rank:
+        [assign] = script.assigned()
+        if assign.encode_rank == rank:
             return name, language_rank
         script.language_says(language_rank, ItemReceived(request_id=name, item=0, attempt=1))
     raise AssertionError(f"nothing went to rank {rank}")
@@ -50,7 +49,7 @@ def test_one_that_leaves_gets_nothing_new_and_goes_when_its_last_item_has_arrive
     assert script.encode_says(JOINED, Leaving()) == []
     for n in range(20):
         script.start(f"later{n}", f"later{n}")
-        assert {send.rank for send in script.sent(EncodeItem)} == {0}
+        assert {assign.encode_rank for assign in script.assigned()} == {0}
         assert not script.sent(Stop)
     script.language_says(language_rank, ItemReceived(request_id=name, item=0, attempt=1))
     assert [(send.role, send.rank) for send in script.sent(Stop)] == [("encode", JOINED)]
@@ -76,12 +75,12 @@ def test_an_item_that_ends_in_another_way_lets_it_go_too(end):
         case "failed":
             failure = Failure.of(TransferError("?"))
             script.encode_says(JOINED, ItemFailed(request_id=name, item=0, attempt=1, failure=failure))
-            assert [send.rank for send in script.sent(EncodeItem)] == [0]  # tried again, and not here
+            assert [assign.encode_rank for assign in script.assigned()] == [0]  # tried again, and not here
         case "abandoned":
             script.do(Abandon(name))
         case "dead":
             script.do(RankDown("encode", JOINED))
-            assert [send.rank for send in script.sent(EncodeItem)] == [0]
+            assert [assign.encode_rank for assign in script.assigned()] == [0]
             return
     assert [send.rank for send in script.sent(Stop)] == [JOINED]
 
@@ -91,7 +90,7 @@ def test_where_only_one_that_leaves_is_left_items_wait():
     script.encode_says(0, Leaving())
     assert script.router.linked_language_ranks == script.router.encode_ranks == set()
     script.start("a", "x")
-    assert not script.sent(EncodeItem)
+    assert not script.assigned()
     script.do(RankUp("encode", JOINED))
     script.encode_says(JOINED, LinksUp(language_ranks=script.languages))
     assert [send.message.encode_rank for send in script.sent(Assign)] == [JOINED]
@@ -103,7 +102,7 @@ def test_one_that_comes_back_under_its_number_is_not_leaving():
     script.do(RankUp("encode", JOINED))
     script.encode_says(JOINED, LinksUp(language_ranks=script.languages))
     script.start("a", "x")
-    assert [send.rank for send in script.sent(EncodeItem)] == [JOINED]
+    assert [assign.encode_rank for assign in script.assigned()] == [JOINED]
 
 
 # ---- language ranks that only run together ----
@@ -116,7 +115,7 @@ def together() -> tuple[Router, Script]:
 
 
 def test_nothing_is_admitted_before_all_are_there_and_the_first_missing_one_is_named():
-    router = Router({"image": 7}, required=[1, 2, 3])
+    router = Router(required=[1, 2, 3])
     for rank, missing in [(2, 1), (1, 3), (3, None)]:
         router.handle(RankUp("language", rank), 0.0)
         [action] = router.handle(admit(f"r{rank}"), 0.0)

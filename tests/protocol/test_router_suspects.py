@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.protocol.messages import (
-    EncodeItem,
+    Assign,
     EncodingBegun,
     EncodingEnded,
     ItemLost,
@@ -34,8 +34,8 @@ MAX_DEATHS = RouterLimits().max_deaths
 class Rank:
     """An encode rank as the pipeline is: first come, first served, and some alone."""
 
-    queue: list[EncodeItem] = field(default_factory=list)
-    inside: list[EncodeItem] = field(default_factory=list)
+    queue: list[Assign] = field(default_factory=list)
+    inside: list[Assign] = field(default_factory=list)
 
     @property
     def can_begin(self) -> bool:
@@ -46,10 +46,11 @@ class Fleet:
     """Encode ranks that do what the router says, one language rank, and contents of which some are poison."""
 
     def __init__(self, num_ranks: int, poison: set[str]) -> None:
-        self.router = Router({"image": 7}, RouterLimits(max_waiting=1000))
+        self.router = Router(RouterLimits(max_waiting=1000))
         self.language, self.poison = num_ranks, poison
         self.ranks = [Rank() for _ in range(num_ranks)]
         self.left: dict[str, set[int]] = {}
+        self.digests: dict[tuple[str, int], str] = {}
         self.errors: dict[str, Exception | None] = {}
         self.deaths_alone: Counter[str] = Counter()
         self.num_deaths = 0
@@ -66,12 +67,16 @@ class Fleet:
             elif isinstance(action, Send) and isinstance(action.message, Submit):
                 indices = list(range(len(action.message.items)))
                 self.left[action.message.request_id] = set(indices)
+                self.digests |= {(action.message.request_id, i): v.digest for i, v in enumerate(action.message.items)}
                 self.language_says(NeedItems(request_id=action.message.request_id, items=indices))
-            elif isinstance(action, Send) and isinstance(action.message, EncodeItem):
-                self.ranks[action.rank].queue.append(action.message)
+            elif isinstance(action, Send) and isinstance(action.message, Assign):
+                self.ranks[action.message.encode_rank].queue.append(action.message)
 
     def language_says(self, message) -> None:
         self.do(FromRank("language", self.language, message))
+
+    def digest(self, item: Assign) -> str:
+        return self.digests[item.request_id, item.item]
 
     def start(self, rank: int) -> None:
         self.do(RankUp("encode", rank))
@@ -80,16 +85,16 @@ class Fleet:
     def begin(self, rank: int) -> None:
         item = self.ranks[rank].queue.pop(0)
         self.ranks[rank].inside.append(item)
-        self.do(FromRank("encode", rank, EncodingBegun(digest=item.visual.digest)))
+        self.do(FromRank("encode", rank, EncodingBegun(digest=self.digest(item))))
 
     def finish(self, rank: int) -> None:
         item = self.ranks[rank].inside[0]
-        if item.visual.digest in self.poison:
+        if self.digest(item) in self.poison:
             self.die(rank)
             return
         del self.ranks[rank].inside[0]
-        self.do(FromRank("encode", rank, EncodingEnded(digest=item.visual.digest, is_well=True)))
-        self.deaths_alone.pop(item.visual.digest, None)
+        self.do(FromRank("encode", rank, EncodingEnded(digest=self.digest(item), is_well=True)))
+        self.deaths_alone.pop(self.digest(item), None)
         if item.request_id in self.errors:
             return
         self.language_says(ItemReceived(request_id=item.request_id, item=item.item, attempt=item.attempt))
@@ -99,7 +104,7 @@ class Fleet:
 
     def die(self, rank: int) -> None:
         self.num_deaths += 1
-        contents = {item.visual.digest for item in self.ranks[rank].inside}
+        contents = {self.digest(item) for item in self.ranks[rank].inside}
         if len(contents) == 1:
             self.deaths_alone.update(contents)
         self.ranks[rank] = Rank()
@@ -187,7 +192,7 @@ def test_a_death_with_nothing_under_way_charges_nothing_however_often():
         assert not script.ends()
         script.do(RankUp("encode", 0))
         script.encode_says(0, LinksUp(language_ranks=script.languages))
-        assert [send.message.is_alone for send in script.sent(EncodeItem)] == [False, False]
+        assert [assign.is_alone for assign in script.assigned()] == [False, False]
 
 
 def test_what_was_encoded_is_not_under_way_any_more():
@@ -240,7 +245,7 @@ def test_the_lost_link_before_a_death_is_not_charged_besides():
         script.do(RankDown("encode", 0))
         script.do(RankUp("encode", 0))
         script.encode_says(0, LinksUp(language_ranks=[rank], epochs=[attempt + 1]))
-        assert [send.message.attempt for send in script.sent(EncodeItem)] == [attempt + 1]
+        assert [assign.attempt for assign in script.assigned()] == [attempt + 1]
 
 
 def test_a_condemned_image_ends_every_request_that_waits_for_it():
@@ -272,7 +277,7 @@ def test_an_image_that_was_condemned_while_its_request_was_preempted_is_not_trie
     script.language_says(rank, NeedItems(request_id="a", items=[0]))
     [end] = script.ends()
     assert (end.request_id, end.error.code, end.error.param) == ("a", "harmful_media", "messages[0].content[poison]")
-    assert not script.sent(EncodeItem)
+    assert not script.assigned()
 
 
 def test_what_is_remembered_is_bounded_in_number_and_in_time():
@@ -318,4 +323,4 @@ def test_every_kind_of_end_of_a_rank_counts(how):
         script.do(RankDown("encode", 0))
     script.do(RankUp("encode", 0))
     script.encode_says(0, LinksUp(language_ranks=script.languages))
-    assert [send.message.is_alone for send in script.sent(EncodeItem)] == [True]
+    assert [assign.is_alone for assign in script.assigned()] == [True]

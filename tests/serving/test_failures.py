@@ -29,7 +29,6 @@ from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.protocol.messages import (
     Assign,
     Decoded,
-    EncodeItem,
     ItemFailed,
     ItemLost,
     ItemReceived,
@@ -70,7 +69,6 @@ class Scene:
 
     async def assigned(self, attempt: int = 1) -> None:
         await self.language.expect(Assign, attempt=attempt)
-        await self.encode.expect(EncodeItem, attempt=attempt)
 
     async def language_says(self, kind: type[Message], **fields: Any) -> None:
         await self.language.tell(kind(request_id=self.request_id, **fields))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from random import Random
+
+import msgspec
 import pytest
 
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.protocol.encode_sessions import ASSIGNED
+from qwen3vl_disagg.protocol.encode_sessions import QUEUED
 from qwen3vl_disagg.protocol.layout import RowSizes
-from qwen3vl_disagg.protocol.messages import Abort, Cancel, EncodeItem
+from qwen3vl_disagg.protocol.messages import Abort, Grant
 from qwen3vl_disagg.protocol.router import RouterLimits
 from tools.simulation.cluster import Cluster, Sizes
 from tools.simulation.world import Violation, World
@@ -19,57 +22,45 @@ NEWS_TAKE_S = 9.0
 
 @pytest.fixture
 def cluster():
-    """Nothing fails; an encode rank has an item that neither its language rank nor the hub knows."""
-    world = World(0, frozenset(), 0.0, 0.0)
+    """Nothing fails; an encode rank has no place for an item that its language rank does not know."""
+    world = World(Random(0), frozenset(), 0.0, 0.0)
     sizes = Sizes(1, 1, 2, 4, 4, 2, RowSizes(4, 4, 12, 64, 4), RouterLimits())
     cluster = Cluster(world, sizes)
     world.run(1.2)
-    encode = cluster.encodes[0]
-    visual = VisualItem(
-        modality="image", digest="d", num_bytes=1, grid=(1, 2, 4), num_rows=2, offset=0, param="", salt=""
-    )
+    sessions = cluster.encodes[0].sessions
+    sessions.limits = msgspec.structs.replace(sessions.limits, max_items=0)
+    visual = VisualItem(modality="image", digest="d", num_bytes=1, grid=(1, 2, 4), num_rows=2, offset=0, param="")
     cluster.issued_at[ATTEMPT] = world.now
-    request_id, item, attempt = ATTEMPT
-    encode.from_hub(
-        EncodeItem(
-            request_id=request_id,
-            item=item,
-            attempt=attempt,
-            language_rank=0,
-            visual=visual,
-            visual_token_id=7,
-            timeout_s=60.0,
-        )
+    runs = {"row_runs": [2], "deepstack_runs": [2]}
+    say(
+        cluster,
+        Grant,
+        row_start=0,
+        row_stop=2,
+        deepstack_start=0,
+        deepstack_stop=2,
+        visual=visual,
+        timeout_s=60,
+        **runs,
     )
-    assert encode.sessions.items[ATTEMPT].state == ASSIGNED
+    world.run(1.3)
+    assert sessions.items[ATTEMPT].state == QUEUED
     return cluster
 
 
-def abort(cluster):
-    request_id, item, attempt = ATTEMPT
+def say(cluster, kind, **fields):
+    """What the language rank says of the attempt."""
+    body = kind(**dict(zip(("request_id", "item", "attempt"), ATTEMPT, strict=True)), **fields)
     language = cluster.languages[0]
-    body = Abort(request_id=request_id, item=item, attempt=attempt, reason="the item is here")
     language._send_frame(language.sessions.links[0].send(body, cluster.world.now))
 
 
-def cancel(cluster):
-    cluster.encodes[0].from_hub_channel.send(Cancel(request_id=ATTEMPT[0]))
-
-
-@pytest.mark.parametrize(
-    ("way", "tell"),
-    [
-        (lambda encode: encode.links[0].to_encode, abort),
-        (lambda encode: encode.from_hub_channel, cancel),
-    ],
-    ids=["of the language rank", "of the hub"],
-)
-def test_an_item_may_be_kept_while_the_news_that_nobody_wants_it_is_under_way(cluster, way, tell):
+def test_an_item_may_be_kept_while_the_news_that_nobody_wants_it_is_under_way(cluster):
     encode, world = cluster.encodes[0], cluster.world
-    way(encode).last = heard_at = world.now + NEWS_TAKE_S
-    tell(cluster)
+    encode.links[0].to_encode.last = heard_at = world.now + NEWS_TAKE_S
+    say(cluster, Abort, reason="not wanted")
     world.run(heard_at - 0.1)
-    assert encode.sessions.items[ATTEMPT].state == ASSIGNED
+    assert encode.sessions.items[ATTEMPT].state == QUEUED
     world.run(heard_at + 5.0)
     assert not encode.sessions.items
 

@@ -29,9 +29,8 @@ class Source:
 
 
 async def want(side: EncodeSide, peer: Peer, name: str, content: str = "x", **fields: Any) -> None:
-    """The router and the language rank want item 0 of this request."""
-    side.encode(name, content=content, **fields)
-    await peer.say(make_grant(name, attempt=fields.get("attempt", 1)))
+    """The language rank wants item 0 of this request."""
+    await peer.say(make_grant(name, content=content, **fields))
 
 
 async def receive(peer: Peer, name: str, encoded: EncodedItem = ITEM, *, attempt: int = 1) -> Header:

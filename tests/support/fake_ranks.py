@@ -20,9 +20,7 @@ from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.processing import Prompt
 from qwen3vl_disagg.protocol.messages import (
-    Assign,
     Blob,
-    EncodeItem,
     Finished,
     LinksUp,
     Message,
@@ -222,12 +220,6 @@ async def submitted_to(language: dict[int, FakeRank], request_id: str) -> tuple[
         task.cancel()
     [task] = done
     return waits[task], task.result()
-
-
-async def encoder_of(encode: dict[int, FakeRank], assign: Assign) -> tuple[FakeRank, EncodeItem]:
-    rank = encode[assign.encode_rank]
-    item = await rank.expect(EncodeItem, request_id=assign.request_id, item=assign.item, attempt=assign.attempt)
-    return rank, item
 
 
 async def pull(system: System, digest: str, token: str = TOKEN) -> bytes | None:

@@ -21,9 +21,9 @@ from qwen3vl_disagg.encode.worker import EncodedItem
 from qwen3vl_disagg.language.link_server import LinkServer
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.protocol.messages import (
+    Abort,
     Ack,
     Beat,
-    EncodeItem,
     Frame,
     Grant,
     HeaderOk,
@@ -32,6 +32,7 @@ from qwen3vl_disagg.protocol.messages import (
     LinkReady,
     Message,
     Refused,
+    Room,
 )
 from qwen3vl_disagg.protocol.session_events import Assigned, Expect, Forget, SessionLimits
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
@@ -84,7 +85,7 @@ class Peer:
         except ConnectionLost:
             await self.control.close()
 
-    async def deliver(self, grant: Grant, seed: int = 0) -> EncodedItem:
+    async def deliver(self, grant: Room, seed: int = 0) -> EncodedItem:
         """As an encode rank: header and payload, up to the acknowledgement."""
         encoded = make_encoded(CONFIG, seed=seed)
         await self.say(encoded.header(grant))
@@ -93,7 +94,7 @@ class Peer:
         assert (await self.hear(Ack)).received == grant.row_stop
         return encoded
 
-    async def take(self, grant: Grant, encoded: EncodedItem) -> None:
+    async def take(self, grant: Room, encoded: EncodedItem) -> None:
         """As a language rank: the payload of a header that was heard, which has to be this item's."""
         ids = {"request_id": grant.request_id, "item": grant.item, "attempt": grant.attempt}
         await self.say(HeaderOk(**ids, row_start=grant.row_start))
@@ -233,25 +234,18 @@ class EncodeSide:
         await until(lambda: (LANGUAGE_RANK, peer.epoch) in self.server._links.linked)
         return peer
 
-    def encode(self, name: str, *, attempt: int = 1, timeout_s: float = 30, content: str | None = None) -> None:
-        """`content`: of the image; without it, each name has its own."""
-        message = EncodeItem(
-            request_id=name,
-            item=0,
-            attempt=attempt,
-            language_rank=LANGUAGE_RANK,
-            visual=msgspec.structs.replace(VISUAL, digest=name if content is None else content),
-            visual_token_id=CONFIG.image_token_id,
-            timeout_s=timeout_s,
-        )
-        self.server.encode(message)
+    async def cancel(self, peer: Peer, name: str, *, attempt: int = 1) -> None:
+        """The language rank wants it no longer, and that has been heard."""
+        await peer.say(Abort(request_id=name, item=0, attempt=attempt, reason="no longer wanted"))
+        items, key = self.server.sessions.items, (name, 0, attempt)
+        await until(lambda: key not in items or items[key].is_dropped)
 
     def said(self, kind: type) -> list[Any]:
         return [message for message in self.told if type(message) is kind]
 
     def leftovers(self) -> dict[str, Any]:
         server = self.server
-        tables = {"items": server.sessions.items, "messages": server._items, "tasks": server._tasks}
+        tables = {"items": server.sessions.items, "tasks": server._tasks}
         tables |= {
             "encoded": server._encoded,
             "pinned": range(server.pipeline.cache.num_pinned_bytes),
@@ -315,8 +309,19 @@ async def encode_side(
             await control.close()
 
 
-def make_grant(name: str, *, attempt: int = 1, start: int = 0, stop: int = 6, kind: type[Grant] = Grant) -> Grant:
+def make_grant(
+    name: str,
+    *,
+    attempt: int = 1,
+    start: int = 0,
+    stop: int = 6,
+    kind: type[Room] = Grant,
+    content: str = "",
+    timeout_s: float = 30.0,
+) -> Room:
+    """`content`: of the image; without it, each name has its own."""
     deepstack = 0 if start else 6
+    item = {"visual": msgspec.structs.replace(VISUAL, digest=content or name), "timeout_s": timeout_s}
     return kind(
         request_id=name,
         item=0,
@@ -327,4 +332,5 @@ def make_grant(name: str, *, attempt: int = 1, start: int = 0, stop: int = 6, ki
         deepstack_stop=start + deepstack,
         row_runs=[stop - start],
         deepstack_runs=[deepstack] if deepstack else [],
+        **(item if kind is Grant else {}),
     )

@@ -26,7 +26,7 @@ from qwen3vl_disagg.language.link_server import LinkServer
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.media.images import probe_image
 from qwen3vl_disagg.processing import ImageProcessor
-from qwen3vl_disagg.protocol.messages import Blob, Cancel, EncodeItem, LinksUp, Message, Peers, Pull, RankHello, Welcome
+from qwen3vl_disagg.protocol.messages import Blob, LinksUp, Message, Peers, Pull, RankHello, Welcome
 from qwen3vl_disagg.protocol.session_events import (
     Arrived,
     Assigned,
@@ -46,7 +46,7 @@ from qwen3vl_disagg.transport.links import LinkFactory, in_process_links, proces
 from qwen3vl_disagg.transport.rows import Delivery
 from qwen3vl_disagg.transport.store import host_store
 from tests.support.flaky_links import CountingWorker, FlakyLinks
-from tests.support.random_model import IMAGE_TOKEN, random_vision_model, small_config
+from tests.support.random_model import random_vision_model, small_config
 
 CONFIG = small_config()
 TOKEN = "secret"
@@ -292,20 +292,8 @@ class System:
             self.assign(request_id, item, encode_rank=encode_rank)
 
     def assign(self, request_id: str, item: int = 0, attempt: int = 1, *, encode_rank: int = 0) -> None:
-        """What the router does with an item: tell both sides."""
+        """What the router says of an item."""
         self.links.handle(Assigned(request_id, item, attempt, encode_rank))
-        if encode_rank not in self.hub.ranks:
-            return
-        message = EncodeItem(
-            request_id=request_id,
-            item=item,
-            attempt=attempt,
-            language_rank=LANGUAGE_RANK,
-            visual=self.visuals[request_id][item],
-            visual_token_id=IMAGE_TOKEN,
-            timeout_s=30,
-        )
-        self.hub.ranks[encode_rank].post(message)
 
     def retry(self, lost: Lost) -> None:
         """For `engine.on_loss`: the router tries again."""
@@ -314,8 +302,6 @@ class System:
 
     def cancel(self, request_id: str) -> None:
         self.links.handle(Forget(request_id))
-        for connection in self.hub.ranks.values():
-            connection.post(Cancel(request_id=request_id))
 
     async def check(self, request_id: str, *images: bytes, timeout: float = 20) -> list[Delivery]:
         """All items of a request arrive with the right bits; then it is over. The last delivery of each."""
@@ -343,7 +329,7 @@ class System:
         }
         for rank, body in self.ranks.items():
             server = body.server
-            mine = {"sessions": server.sessions.items, "messages": server._items, "tasks": server._tasks}
+            mine = {"sessions": server.sessions.items, "tasks": server._tasks}
             mine |= {"encoded": server._encoded, "busy": not server.sessions.is_idle}
             tables |= {f"{name} of encode rank {rank}": table for name, table in mine.items()}
         return {name: list(table) if isinstance(table, dict) else table for name, table in tables.items() if table}

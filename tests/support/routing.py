@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.protocol.messages import (
+    Assign,
     Finished,
     LinksUp,
     NeedItems,
@@ -41,7 +42,7 @@ class Script:
     """A router with its answers sorted by kind. `now` stands still unless moved."""
 
     def __init__(self, encode: int = 2, language: int = 2, **limits: float) -> None:
-        self.router = Router({"image": 7, "video": 8}, RouterLimits(**limits))  # type: ignore[arg-type]
+        self.router = Router(RouterLimits(**limits))  # type: ignore[arg-type]
         self.now = 0.0
         self.actions: list[Action] = []
         self.languages = list(range(encode, encode + language))
@@ -72,6 +73,9 @@ class Script:
 
     def sent(self, kind: type) -> list[Send]:
         return [a for a in self.actions if isinstance(a, Send) and isinstance(a.message, kind)]
+
+    def assigned(self) -> list[Assign]:
+        return [send.message for send in self.sent(Assign)]
 
     def ends(self) -> list[End]:
         return [a for a in self.actions if isinstance(a, End)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.processing import Grid, item_positions
 from qwen3vl_disagg.protocol.allocator import BlockAllocator, Lease
-from qwen3vl_disagg.protocol.messages import Grant, Header, Resume
+from qwen3vl_disagg.protocol.messages import Header, Resume, Room
 from qwen3vl_disagg.protocol.room import take_room
 from qwen3vl_disagg.protocol.session import Session
 from qwen3vl_disagg.protocol.session_events import Receive
@@ -62,17 +64,17 @@ class Transfer:
         self.receiver, self.encoded = receiver, encoded
         self.allocator: BlockAllocator = receiver.buffers.allocator
         visual = make_visual(receiver.config, encoded.grid)
-        self.session = Session(request_id, item, visual, attempt=attempt)
+        self.session = Session(request_id, item, visual, math.inf, attempt=attempt)
 
     @property
     def is_complete(self) -> bool:
         return self.session.received == self.session.total
 
-    def grant(self) -> Grant:
+    def grant(self) -> Room:
         """The next grant; it stands until `receive` has gone well."""
         session, buffers = self.session, self.receiver.buffers
         if session.grant is None:
-            session.grant = take_room(session, self.allocator, buffers.block_size, buffers.row_sizes)
+            session.grant = take_room(session, self.allocator, buffers.block_size, buffers.row_sizes, 0.0)
         assert session.grant is not None, "no room"
         return session.grant
 
@@ -117,7 +119,7 @@ class Transfer:
         return main, deepstack
 
 
-def split_payload(grant: Grant, payload: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
+def split_payload(grant: Room, payload: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
     """(aux, DeepStack pieces, pieces of main / fill_ids / positions) of a payload."""
     num_aux, num_deepstack = int(not isinstance(grant, Resume)), len(grant.deepstack_runs)
     rest = payload[num_aux + num_deepstack :]

@@ -154,7 +154,7 @@ def test_a_payload_that_does_not_come_ends_the_link_and_is_asked_for_again():
             again = await it.connect(0)
             assert again.epoch == peer.epoch + 1
             repeated = await again.hear(Grant)
-            assert repeated == grant
+            assert msgspec.structs.replace(repeated, timeout_s=grant.timeout_s) == grant
             assert await it.has_rows("a", await again.deliver(repeated)) == 1
             assert not other.control.is_closed
             assert not it.engine.lost

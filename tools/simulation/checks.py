@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3vl_disagg.protocol.allocator import POOLS
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT
-from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, Resume
+from qwen3vl_disagg.protocol.messages import Ack, Frame, Resume, Room
 from qwen3vl_disagg.protocol.session import DONE, HELD, IDLE, RECEIVING, WAITING, Session
 from qwen3vl_disagg.protocol.session_events import Attempt, EncodeEvent, FrameIn, Receive, RowsReady, Tick
 from tools.simulation.world import Violation
@@ -137,8 +137,6 @@ def encode_side(rank: SimEncode) -> None:
     num_languages = rank.cluster.sizes.num_language
     most_parked = limits.max_parked * num_languages
     most = limits.max_items * num_languages + most_parked
-    if len(sessions.ended) > limits.max_ended:
-        raise Violation("I12", f"{len(sessions.ended)} ended attempts remembered")
     if len(rank.encoded) > most:
         raise Violation("I12", f"rows of {len(rank.encoded)} items in memory")
     num_encoding = num_parked = num_sending = 0
@@ -159,7 +157,7 @@ def encode_side(rank: SimEncode) -> None:
         raise Violation("I12", f"{num_encoding + num_sending} items in memory, {num_parked} parked")
 
 
-def granted(rank: SimLanguage, grant: Grant) -> None:
+def granted(rank: SimLanguage, grant: Room) -> None:
     """I16, I5, I12: room, DeepStack and slot came together, in the one order; DeepStack goes once. I4: nothing is asked
     for that the engine does not need."""
     sessions = rank.sessions
@@ -254,7 +252,7 @@ def fits(payload: Payload, job: Receive) -> None:
         raise Violation("I8", f"sent {payload.grant}, posted {job.grant}")
 
 
-def aux_once(rank: SimLanguage, attempt: Attempt, grant: Grant) -> None:
+def aux_once(rank: SimLanguage, attempt: Attempt, grant: Room) -> None:
     """I6: no aux once rows of the attempt are in use."""
     number, stop = rank.progress.get(attempt[:2], (0, 0))
     if number == attempt[2] and stop > rank.asked.get(attempt[:2], 0):
@@ -323,6 +321,12 @@ def unchanged(rank: Any, before: Any, frame: Frame) -> None:
         raise Violation("I9", f"a copy of frame {frame.seq} ({type(frame.body).__name__}) changed something")
 
 
+def may_start(rank: SimEncode, attempt: Attempt) -> None:
+    """I13: what is here, or on its way, is not encoded once more."""
+    if attempt in rank.tasks or attempt in rank.encoded:
+        raise Violation("I13", f"{attempt} is encoded again while its rows are here")
+
+
 def may_release(rank: SimEncode, event: EncodeEvent, attempt: Attempt) -> None:
     """I13: rows live until the last acknowledgement or the end of the lease, within the bound on parked items; or of
     their request."""
@@ -335,7 +339,7 @@ def may_release(rank: SimEncode, event: EncodeEvent, attempt: Attempt) -> None:
         if item is None or item.state is PARKED:
             raise Violation("I13", f"rows of {attempt} dropped {lease - now:.1f} s before their lease ends")
     if isinstance(event, FrameIn) and isinstance(event.frame.body, Ack):
-        body, message = event.frame.body, rank.items.get(attempt)
+        body, visual = event.frame.body, rank.visuals.get(attempt)
         is_same = (body.request_id, body.item, body.attempt) == attempt
-        if is_same and message is not None and body.received < message.visual.num_rows:
+        if is_same and visual is not None and body.received < visual.num_rows:
             raise Violation("I13", f"rows of {attempt} dropped after {body.received} were acknowledged")

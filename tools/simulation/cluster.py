@@ -27,9 +27,7 @@ LIMITS = SessionLimits(
     grant_s=20.0,
     payload_s=3.0,
     answer_s=5.0,
-    early_s=5.0,
     lease_s=40.0,
-    max_ended=32,
 )
 
 
@@ -157,12 +155,6 @@ class Cluster:
     def num_waiting(self) -> int:
         """Requests that have no token yet."""
         return sum(1 for client in self.clients.values() if not client.is_ended and not client.tokens)
-
-    def is_awaited(self, attempt: Attempt) -> bool:
-        """The hub counts on it."""
-        request = self.hub.router._requests.get(attempt[0])
-        item = None if request is None else request.items[attempt[1]]
-        return item is not None and (item.state, item.attempt) == ("encoding", attempt[2])
 
     def is_at_work(self, attempt: Attempt) -> bool:
         """An encode rank has the attempt, or will be asked for it, or it needs nobody any more."""

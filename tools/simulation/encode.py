@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_disagg.core.errors import InputError, ServerError
 from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.encode_sessions import PARKED, EncodeSessions
 from qwen3vl_disagg.protocol.messages import (
     Abort,
     Ack,
-    Cancel,
     Decoded,
-    EncodeItem,
     EncodingBegun,
     EncodingEnded,
     Frame,
+    Grant,
     Header,
     ItemFailed,
     LinksUp,
     Message,
     Nack,
+    Room,
     Stop,
 )
 from qwen3vl_disagg.protocol.session_events import (
     Attempt,
     BreakLink,
-    CancelItems,
-    Encode,
     Encoded,
     EncodeEvent,
     EncodeFailed,
@@ -65,16 +64,17 @@ class SimEncode:
         self.links: dict[int, SimLink] = {}
         self.hub: Channel | None = None
         self.from_hub_channel: Channel | None = None
-        self.items: dict[Attempt, EncodeItem] = {}
+        self.visuals: dict[Attempt, VisualItem] = {}
         self.tasks: set[Attempt] = set()
         """To be encoded, or being encoded; of these, `inside` has begun."""
         self.inside: dict[Attempt, str] = {}
-        self._queue: deque[Attempt] = deque()
+        self._queue: deque[StartEncode] = deque()
         self._is_alone = False
         self.encoded: set[Attempt] = set()
         self.lease_until: dict[Attempt, float] = {}
         self.request_ends: dict[Attempt, float] = {}
-        self.num_headers: dict[Attempt, int] = {}
+        self.num_steps: Counter[Attempt] = Counter()
+        """Grants heard and headers sent: what is parked, granted and parked again began a new lease."""
         self.stays, self.bounds = Stays(self.world), encode_bounds(cluster.limits)
         self.is_leaving = False
         self.on_stop: Callable[[], None] | None = None
@@ -109,20 +109,22 @@ class SimEncode:
             self.world.at(0.0, self, link.close, self, action.reason)
 
     def _start(self, action: StartEncode) -> None:
-        self.tasks.add(action.attempt)
-        self._queue.append(action.attempt)
+        attempt = action.attempt
+        checks.may_start(self, attempt)
+        self.visuals[attempt] = action.visual
+        self.tasks.add(attempt)
+        self._queue.append(action)
         self._let_in()
 
     def _let_in(self) -> None:
         """Work begins in the order in which it came; what is to be alone waits for those before it, and is waited for.
         As the pipeline's gate does it."""
         while self._queue:
-            attempt = self._queue[0]
-            if attempt in self.tasks:
-                is_alone = self.items[attempt].is_alone
+            attempt, visual, is_alone = self._queue[0].attempt, self._queue[0].visual, self._queue[0].is_alone
+            if attempt in self.tasks and attempt not in self.inside:
                 if self.inside and (is_alone or self._is_alone):
                     return
-                digest = self.inside[attempt] = self.items[attempt].visual.digest
+                digest = self.inside[attempt] = visual.digest
                 self._is_alone = is_alone
                 self.tell(EncodingBegun(digest=digest))
                 seconds = (0.02 + 0.3 * self.world.random()) * self.slowness
@@ -137,9 +139,9 @@ class SimEncode:
             self._let_in()
 
     def _finish(self, attempt: Attempt) -> None:
-        if attempt not in self.tasks:
+        if attempt not in self.inside:
             return
-        digest = self.items[attempt].visual.digest
+        digest = self.inside[attempt]
         if digest == "poison":
             self.count_states("poison")
             self.cluster.end_process(self, 0.05)
@@ -163,20 +165,20 @@ class SimEncode:
             request_id=grant.request_id,
             item=grant.item,
             attempt=grant.attempt,
-            total_rows=self.items[attempt].visual.num_rows,
+            total_rows=self.visuals[attempt].num_rows,
             row_start=grant.row_start,
             row_stop=grant.row_stop,
             deepstack_start=grant.deepstack_start,
             deepstack_stop=grant.deepstack_stop,
-            grid=self.items[attempt].visual.grid,
+            grid=self.visuals[attempt].grid,
             row_digests=run_digests(payload.rows, grant.row_runs, grant.row_start),
             deepstack_digests=run_digests(payload.deepstack, grant.deepstack_runs, grant.deepstack_start),
         )
-        self.num_headers[attempt] = self.num_headers.get(attempt, 0) + 1
+        self.num_steps[attempt] += 1
         link = self.links.get(action.peer)
         if link is not None and self.world.happens("header", 4.0):
             link.count("header")
-            header = wrong_header(self.world.rng, header, [other for other in self.items if other != attempt])
+            header = wrong_header(self.world.rng, header, [other for other in self.sessions.items if other != attempt])
         self._send_frame(SendFrame(action.peer, Frame(epoch=action.epoch, seq=action.seq, body=header)))
 
     def _payload(self, action: SendHeader | SendPayload) -> Payload:
@@ -184,7 +186,7 @@ class SimEncode:
         attempt = (grant.request_id, grant.item, grant.attempt)
         if attempt not in self.encoded:
             raise Violation("I13", f"rows of {attempt} are gone, but were to be sent")
-        return make_payload(self.cluster.names, attempt, grant, self.items[attempt].visual.num_rows)
+        return make_payload(self.cluster.names, attempt, grant, self.visuals[attempt].num_rows)
 
     def _send_payload(self, action: SendPayload) -> None:
         link = self.links.get(action.language_rank)
@@ -197,19 +199,16 @@ class SimEncode:
         self.handle(PayloadSent(link.language.rank, link.epoch, payload.attempt, error))
 
     def _release(self, action: Release) -> None:
-        checks.may_release(self, self._event, action.attempt)
-        self._drop(action.attempt)
-
-    def _drop(self, attempt: Attempt) -> None:
+        attempt = action.attempt
+        checks.may_release(self, self._event, attempt)
         self._end_work(attempt)
         self.encoded.discard(attempt)
-        for table in (self.items, self.lease_until, self.num_headers, self.request_ends):
+        for table in (self.visuals, self.lease_until, self.num_steps, self.request_ends):
             table.pop(attempt, None)
 
     def _tell_failed(self, action: TellFailed) -> None:
         request_id, item, number = action.attempt
         self.tell(ItemFailed(request_id=request_id, item=item, attempt=number, failure=action.failure))
-        self._drop(action.attempt)
 
     # ---- links ----
 
@@ -235,7 +234,16 @@ class SimEncode:
         if type(body) is not Ack:
             if isinstance(body, Abort | Nack):
                 self.lease_until.pop((body.request_id, body.item, body.attempt), None)
+            attempt = (body.request_id, body.item, body.attempt) if isinstance(body, Room) else None
+            if attempt in self.sessions.items:
+                self.num_steps[attempt] += 1
+            elif isinstance(body, Grant) and attempt:
+                self.request_ends[attempt] = self.world.now + body.timeout_s
             self.handle(FrameIn(peer, frame))
+            if isinstance(body, Abort):
+                progress_checks.is_given_up(self, frame, (body.request_id, body.item, body.attempt), peer)
+            if attempt in self.sessions.items:  # a frame behind a gap is not taken
+                progress_checks.one_attempt_is_made(self, attempt)
             if outlet is not None and frame.seq > expected and peer in self.sessions.outlets:
                 checks.gap_ends_link(self.sessions.outlets[peer].state, expected, frame)
             return
@@ -278,26 +286,11 @@ class SimEncode:
         self.tell(LinksUp(language_ranks=[rank for rank, _ in links], epochs=[epoch for _, epoch in links]))
 
     def from_hub(self, message: Message) -> None:
-        if isinstance(message, EncodeItem):
-            attempt = (message.request_id, message.item, message.attempt)
-            self.items.setdefault(attempt, message)
-            self.request_ends.setdefault(attempt, self.world.now + message.timeout_s)
-            self.handle(Encode(*attempt, message.language_rank, message.visual, message.timeout_s))
-            if attempt not in self.sessions.items:
-                self._drop(attempt)
-            progress_checks.one_attempt_is_made(self, attempt)
-        elif isinstance(message, Cancel):
-            self._cancel(message.request_id)
-        elif isinstance(message, Stop) and self.on_stop is not None:
+        if isinstance(message, Stop) and self.on_stop is not None:
             self.on_stop()
 
     def lost_hub(self) -> None:
-        self._cancel(None)
-
-    def _cancel(self, request_id: str | None) -> None:
-        for attempt in [attempt for attempt in self.lease_until if request_id in (None, attempt[0])]:
-            del self.lease_until[attempt]
-        self.handle(CancelItems(request_id))
+        """Its language ranks say over the links what nobody wants any more."""
 
     def tick(self) -> None:
         self.handle(Tick())

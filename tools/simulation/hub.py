@@ -46,7 +46,7 @@ class SimHub:
         self.is_dead, self.frozen_until, self.slowness = False, 0.0, 1.0
         sizes = cluster.sizes
         required = range(sizes.num_language) if sizes.are_language_ranks_required else ()
-        self.router = Router({"image": 7, "video": 8}, sizes.router_limits, required=required)
+        self.router = Router(sizes.router_limits, required=required)
         self.checks = HubChecks(self)
         self.world.at(1.0, self, self._tick)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, InputError, OverloadedError, UnavailableError
 from qwen3vl_disagg.protocol.messages import (
-    EncodeItem,
+    Assign,
     EncodingBegun,
     EncodingEnded,
     ItemFailed,
@@ -65,7 +65,7 @@ class HubChecks:
             case FromRank(message=EncodingBegun() as message):
                 self._under_way_at[event.rank][message.digest] += 1
             case FromRank(message=EncodingEnded() as message):
-                self._under_way_at[event.rank][message.digest] -= 1
+                self._under_way_at[event.rank] -= Counter({message.digest: 1})
                 if message.is_well:
                     self._suspects.pop(message.digest, None)
             case RankUp(role="language"):
@@ -96,14 +96,15 @@ class HubChecks:
 
     def sent(self, action: Send) -> None:
         message = action.message
-        if isinstance(message, EncodeItem):
-            key, worker = (message.request_id, message.item), self._worker(action.rank)
+        if isinstance(message, Assign):
+            key, worker = (message.request_id, message.item), self._worker(message.encode_rank)
+            digest = self.hub.cluster.clients[message.request_id].digests[message.item]
             number, _ = self._attempts.get(key, (0, worker))
             if message.attempt <= number:
                 raise Violation("I10", f"attempt {message.attempt} at {key} follows attempt {number}")
             if worker in self._leaving:
-                raise Violation("I15", f"{key} is given to encode rank {action.rank}, which wants to leave")
-            if message.is_alone != (message.visual.digest in self._suspects):
+                raise Violation("I15", f"{key} is given to encode rank {message.encode_rank}, which wants to leave")
+            if message.is_alone != (digest in self._suspects):
                 raise Violation("I11", f"{key} is tried alone: {message.is_alone}; suspected are {self._suspects}")
             self._attempts[key] = (message.attempt, worker)
             self.hub.cluster.issued_at[(*key, message.attempt)] = self.world.now

@@ -14,11 +14,11 @@ from qwen3vl_disagg.protocol.messages import (
     Assign,
     Cancel,
     Frame,
-    Grant,
     ItemLost,
     ItemReceived,
     Message,
     RequestFailed,
+    Room,
     Submit,
 )
 from qwen3vl_disagg.protocol.session_events import (
@@ -119,7 +119,7 @@ class SimLanguage:
         body = action.frame.body
         if isinstance(body, Ack):
             self._acked.add((body.request_id, body.item, body.attempt))
-        elif isinstance(body, Grant):
+        elif isinstance(body, Room):
             checks.granted(self, body)
         link = self.links.get(action.peer)
         if link is not None and link.epoch == action.frame.epoch:
@@ -297,7 +297,9 @@ class SimLanguage:
         if isinstance(message, Submit):
             self.engine.submit(message)
         elif isinstance(message, Assign):
-            self.handle(Assigned(message.request_id, message.item, message.attempt, message.encode_rank))
+            self.handle(
+                Assigned(message.request_id, message.item, message.attempt, message.encode_rank, message.is_alone)
+            )
         elif isinstance(message, Cancel):
             self.engine.forget(message.request_id)
 

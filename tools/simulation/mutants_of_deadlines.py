@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
 from qwen3vl_disagg.protocol import language_sessions
 from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.encode_sessions import (
-    EARLY,
     HEADER,
     PARKED,
     SENDING,
@@ -19,7 +20,7 @@ from qwen3vl_disagg.protocol.encode_sessions import (
 )
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.link_state import LinkState
-from qwen3vl_disagg.protocol.messages import Abort, Ack, Beat, Frame, Header
+from qwen3vl_disagg.protocol.messages import Ack, Beat, Frame, Header
 from qwen3vl_disagg.protocol.room import Leases
 from qwen3vl_disagg.protocol.session import GRANTED, RECEIVING, Session, header_problem
 from qwen3vl_disagg.protocol.session_events import Attempt, Expect, SendFrame
@@ -178,13 +179,12 @@ def _endless(sessions: EncodeSessions, state: str) -> None:
             item.deadline = math.inf
 
 
-@mutant("no-deadline-for-an-early-grant", "I11", "a grant waits without end for the item that it is for")
+@mutant("no-deadline-for-an-item", "I11", "an item may take as long as it likes on its way to rows")
 def _() -> Iterator[None]:
     granted = method(EncodeSessions, "_granted")
 
     def endless(self: EncodeSessions, outlet: Any, grant: Any, now: float) -> None:
-        granted(self, outlet, grant, now)
-        _endless(self, EARLY)
+        granted(self, outlet, msgspec.structs.replace(grant, timeout_s=math.inf), now)
 
     with swap(EncodeSessions, "_granted", endless):
         yield
@@ -256,39 +256,56 @@ def _() -> Iterator[None]:
 
 @mutant("older-attempts-go-on", "I10", "a newer attempt at an item does not end those before it")
 def _() -> Iterator[None]:
-    encode = method(EncodeSessions, "_encode")
+    granted = method(EncodeSessions, "_granted")
 
-    def beside(self: EncodeSessions, event: Any, now: float) -> None:
-        key = (event.request_id, event.item)
-        older = {k: item for k, item in self.items.items() if k[:2] == key and k[2] < event.attempt}
+    def beside(self: EncodeSessions, outlet: Any, grant: Any, now: float) -> None:
+        key = (grant.request_id, grant.item)
+        older = {k: item for k, item in self.items.items() if k[:2] == key and k[2] < grant.attempt}
         for attempt in older:
             del self.items[attempt]
-        encode(self, event, now)
+        granted(self, outlet, grant, now)
         self.items |= older
 
-    with swap(EncodeSessions, "_encode", beside):
+    with swap(EncodeSessions, "_granted", beside):
         yield
 
 
-@mutant("abort-that-came-first-is-forgotten", "I15", "an item that was given up before it came is kept when it comes")
+@mutant("abort-is-not-heard-in-the-queue", "I15", "an item that is given up while it waits for a place is kept")
 def _() -> Iterator[None]:
     given_up = method(EncodeSessions, "_given_up")
 
     def forget(self: EncodeSessions, outlet: Any, message: Any, now: float) -> None:
-        attempt = (message.request_id, message.item, message.attempt)
-        if attempt in self.items or not isinstance(message, Abort):
+        if (message.request_id, message.item, message.attempt) not in self.queue:
             given_up(self, outlet, message, now)
 
     with swap(EncodeSessions, "_given_up", forget):
         yield
 
 
-@mutant("ended-attempts-without-bound", "I12", "each attempt that ever ended is remembered")
+@mutant("a-grant-that-comes-again-starts-anew", "I13", "rows that wait for their link are encoded once more")
 def _() -> Iterator[None]:
-    def remember(self: EncodeSessions, attempt: Attempt) -> None:
-        self.ended[attempt] = None
+    granted = method(EncodeSessions, "_granted")
 
-    with swap(EncodeSessions, "_remember", remember):
+    def anew(self: EncodeSessions, outlet: Any, grant: Any, now: float) -> None:
+        item = self.items.get((grant.request_id, grant.item, grant.attempt))
+        if item is not None and item.state == PARKED:
+            del self.items[item.attempt]
+        granted(self, outlet, grant, now)
+
+    with swap(EncodeSessions, "_granted", anew):
+        yield
+
+
+@mutant("parked-without-bound", "I12", "any number of items wait for a resume")
+def _() -> Iterator[None]:
+    def park(self: EncodeSessions, item: Outgoing, now: float) -> None:
+        if item.is_dropped:
+            self._end(item.attempt)
+            return
+        item.state, item.grant, item.deadline = PARKED, None, now + self.limits.lease_s
+        self._fill_places()
+
+    with swap(EncodeSessions, "_park", park):
         yield
 
 

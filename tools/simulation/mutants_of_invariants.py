@@ -251,7 +251,7 @@ def _() -> Iterator[None]:
         while self.queue:
             item = self.items[self.queue.popleft()]
             item.state = encode_sessions.ENCODING
-            self._actions.append(encode_sessions.StartEncode(item.attempt))
+            self._actions.append(encode_sessions.StartEncode(item.attempt, item.visual, item.is_alone))
 
     with swap(EncodeSessions, "_fill_places", fill):
         yield
@@ -301,9 +301,9 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     take = room.take_room
 
-    def partial(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes) -> Any:
+    def partial(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes, now: float) -> Any:
         without = dataclasses.replace(sizes, deepstack_embeddings=0)
-        return take(session, allocator, block_size, sizes) or take(session, allocator, block_size, without)
+        return take(session, allocator, block_size, sizes, now) or take(session, allocator, block_size, without, now)
 
     with swap(language_sessions, "take_room", partial):
         yield

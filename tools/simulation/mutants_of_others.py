@@ -31,8 +31,8 @@ from tools.simulation.mutants import method, mutant, swap
 def _() -> Iterator[None]:
     take = room.take_room
 
-    def cut(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes) -> Any:
-        grant = take(session, allocator, block_size, sizes)
+    def cut(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes, now: float) -> Any:
+        grant = take(session, allocator, block_size, sizes, now)
         if grant is None or isinstance(grant, Resume) or grant.deepstack_stop <= grant.row_stop:
             return grant
         runs = _first(grant.deepstack_runs, grant.row_stop - grant.row_start)
@@ -65,9 +65,9 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     take = room.take_room
 
-    def whole(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes) -> Any:
+    def whole(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes, now: float) -> Any:
         needed = blocks_for(session.total - session.received, block_size)
-        return take(session, allocator, block_size, sizes) if needed <= allocator.num_free("rows") else None
+        return take(session, allocator, block_size, sizes, now) if needed <= allocator.num_free("rows") else None
 
     with swap(language_sessions, "take_room", whole):
         yield
@@ -76,17 +76,14 @@ def _() -> Iterator[None]:
 @mutant(
     "abort-is-local",
     "I15",
-    "the encode rank is not told that an attempt was dropped, nor by the router",
+    "the encode rank is not told that an attempt was dropped",
     stands_for="F4",
 )
 def _() -> Iterator[None]:
     def drop(self: LanguageSessions, session: Session, reason: str, now: float, *, gives_back: bool = False) -> None:
         self._let_go(session, gives_back=gives_back)
 
-    def ignore(self: EncodeSessions, event: Any, now: float) -> None:
-        return
-
-    with swap(LanguageSessions, "_drop", drop), swap(EncodeSessions, "_cancel", ignore):
+    with swap(LanguageSessions, "_drop", drop):
         yield
 
 
@@ -174,14 +171,14 @@ def _() -> Iterator[None]:
 
 @mutant("gone-is-fatal", "raised", "a resume for rows that are no longer kept kills the rank", stands_for="F9")
 def _() -> Iterator[None]:
-    granted = method(EncodeSessions, "_granted")
+    resumed = method(EncodeSessions, "_resumed")
 
-    def die(self: EncodeSessions, outlet: Any, grant: Any, now: float) -> None:
-        if isinstance(grant, Resume) and (grant.request_id, grant.item, grant.attempt) not in self.items:
-            raise KeyError(grant.request_id)
-        granted(self, outlet, grant, now)
+    def die(self: EncodeSessions, outlet: Any, resume: Any, now: float) -> None:
+        if (resume.request_id, resume.item, resume.attempt) not in self.items:
+            raise KeyError(resume.request_id)
+        resumed(self, outlet, resume, now)
 
-    with swap(EncodeSessions, "_granted", die):
+    with swap(EncodeSessions, "_resumed", die):
         yield
 
 

@@ -67,11 +67,11 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     take = room.take_room
 
-    def bare(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes) -> Any:
-        grant = take(session, allocator, block_size, sizes)
+    def bare(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes, now: float) -> Any:
+        grant = take(session, allocator, block_size, sizes, now)
         if grant is None or not grant.row_start:
             return grant
-        return Resume(**msgspec.structs.asdict(grant))
+        return Resume(**{name: getattr(grant, name) for name in Resume.__struct_fields__})
 
     with swap(language_sessions, "take_room", bare):
         yield
@@ -85,8 +85,8 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     take = room.take_room
 
-    def shifted(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes) -> Any:
-        grant = take(session, allocator, block_size, sizes)
+    def shifted(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes, now: float) -> Any:
+        grant = take(session, allocator, block_size, sizes, now)
         if grant is None or isinstance(grant, Resume) or not grant.deepstack_runs:
             return grant
         rows = grant.deepstack_stop - grant.deepstack_start

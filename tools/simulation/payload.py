@@ -10,7 +10,7 @@ from random import Random
 import msgspec
 
 from qwen3vl_disagg.protocol.layout import item_ranges
-from qwen3vl_disagg.protocol.messages import Grant, Header, Resume
+from qwen3vl_disagg.protocol.messages import Header, Resume, Room
 from qwen3vl_disagg.protocol.session_events import Attempt
 
 MAX_ROWS = 64
@@ -32,7 +32,7 @@ class Payload:
     """What one `SendPayload` puts on a link."""
 
     attempt: Attempt
-    grant: Grant
+    grant: Room
     aux: tuple[int, int] | None
     """(rows, attempt)"""
     deepstack: list[int]
@@ -50,7 +50,7 @@ def run_digests(cells: Sequence[int], runs: Sequence[int], start: int) -> list[i
     return [run_digest(cells[a - start : b - start], a) for a, b in item_ranges(runs, start)]
 
 
-def make_payload(names: Names, attempt: Attempt, grant: Grant, total: int) -> Payload:
+def make_payload(names: Names, attempt: Attempt, grant: Room, total: int) -> Payload:
     """The rows that a grant asks for, as their encoder knows them."""
     rows = [names.row(attempt, row) for row in range(grant.row_start, grant.row_stop)]
     deepstack = [-names.row(attempt, row) for row in range(grant.deepstack_start, grant.deepstack_stop)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwen3vl_disagg.protocol.encode_sessions import ASSIGNED, EARLY, HEADER, PARKED, SENDING, SENT
+from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, QUEUED, READY, SENDING, SENT
 from qwen3vl_disagg.protocol.session import GRANTED, IDLE, RECEIVING, WAITING
 from tools.simulation.world import RETURN_S, Violation
 
 if TYPE_CHECKING:
+    from qwen3vl_disagg.protocol.messages import Frame
     from qwen3vl_disagg.protocol.session_events import Attempt, SessionLimits
     from tools.simulation.encode import SimEncode
     from tools.simulation.language import SimLanguage
@@ -20,10 +21,13 @@ MAX_BROKEN = 3
 """Payloads of one grant that may break before its attempt is over."""
 
 
+_KEPT = (QUEUED, ENCODING, READY, PARKED)
+"""An attempt in any other state ends with the answer of its link, or breaks it."""
+
+
 def encode_bounds(limits: SessionLimits) -> dict[str, float]:
     """Seconds that an attempt may be in a state; in the others as long as its request."""
     return {
-        EARLY: limits.early_s,
         HEADER: limits.answer_s,
         SENDING: 2 * limits.payload_s,
         SENT: limits.answer_s,
@@ -75,23 +79,23 @@ def encode_on_time(rank: SimEncode) -> None:
         if item.deadline <= now:
             raise Violation("I11", f"{attempt} is {item.state} past its deadline")
         bound = rank.bounds.get(item.state)
-        if bound is not None and stays.stay((attempt, item.state, rank.num_headers.get(attempt, 0))) > bound:
+        if bound is not None and stays.stay((attempt, item.state, rank.num_steps[attempt])) > bound:
             raise Violation("I11", f"{attempt} is {item.state} for longer than {bound} s")
-        if item.state is ASSIGNED and _is_kept_for_nobody(rank, attempt, item.language_rank, stays):
+        if item.state in _KEPT and _is_kept_for_nobody(rank, attempt, item.language_rank, stays):
             raise Violation("I15", f"{attempt} is kept for nobody")
     stays.done()
 
 
 def _is_kept_for_nobody(rank: SimEncode, attempt: Attempt, language_rank: int, stays: Stays) -> bool:
-    """Neither its language rank nor the hub wants the attempt, and what they said of that is not under way: this side
-    has heard what that rank said later, over the link that was there when the attempt was given out."""
-    cluster, link, from_hub = rank.cluster, rank.links.get(language_rank), rank.from_hub_channel
-    if link is None or not link.is_sound or link.began_at >= cluster.issued_at.get(attempt, 0.0):
+    """Its language rank does not want the attempt, and what it said of that is not under way: this side has heard what
+    it said later, over the link that was there when the attempt was given out."""
+    link = rank.links.get(language_rank)
+    if link is None or not link.is_sound or link.began_at >= rank.cluster.issued_at.get(attempt, 0.0):
         return False
-    if link.language.sessions.find(*attempt) is not None or cluster.is_awaited(attempt):
+    if link.language.sessions.find(*attempt) is not None:
         return False
     unwanted_since = rank.world.now - stays.stay((attempt, link.epoch))
-    return from_hub is not None and from_hub.is_through and link.to_encode.heard_at > unwanted_since
+    return link.to_encode.heard_at > unwanted_since
 
 
 def _is_heard(way: Channel, now: float, limits: SessionLimits) -> None:
@@ -121,3 +125,11 @@ def one_attempt_is_made(rank: SimEncode, attempt: Attempt) -> None:
     for other, item in rank.sessions.items.items():
         if other[:2] == attempt[:2] and other[2] < attempt[2] and not item.is_dropped:
             raise Violation("I10", f"attempt {other[2]} at {other[:2]} goes on beside attempt {attempt[2]}")
+
+
+def is_given_up(rank: SimEncode, frame: Frame, attempt: Attempt, peer: int) -> None:
+    """I15: an attempt ends when its language rank says that it is not wanted, unless its header is out."""
+    outlet, item = rank.sessions.outlets.get(peer), rank.sessions.items.get(attempt)
+    is_taken = outlet is not None and (outlet.state.epoch, outlet.state.num_received) == (frame.epoch, frame.seq)
+    if is_taken and item is not None and item.language_rank == peer and not item.is_dropped:
+        raise Violation("I15", f"{attempt} goes on as {item.state} though it was given up")

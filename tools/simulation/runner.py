@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from random import Random
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.protocol import encode_sessions, session
@@ -41,8 +42,6 @@ LANGUAGE_STATES = (
     session.DONE,
 )
 ENCODE_STATES = (
-    encode_sessions.EARLY,
-    encode_sessions.ASSIGNED,
     encode_sessions.QUEUED,
     encode_sessions.ENCODING,
     encode_sessions.READY,
@@ -92,7 +91,7 @@ def simulate(
     started = time.perf_counter()
     with planted(mutant):
         for number in range(first, first + schedules):
-            outcome = run_schedule(seed * _SPREAD + number)
+            outcome = run_schedule(Random(seed * _SPREAD + number))
             result.schedules += 1
             result.events += outcome.events
             result.answered += outcome.num_answered

@@ -1,9 +1,10 @@
-"""One schedule: a cluster, requests and faults, all from one seed; and what must hold at its end."""
+"""One schedule: a cluster, requests and faults, all from one source of numbers; and what must hold at its end."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from random import Random
 
 import msgspec
 
@@ -27,7 +28,6 @@ _STRIKES = frozenset(RANK_FAULTS) - {"allocation", "poison"}
 
 @dataclass(frozen=True)
 class Outcome:
-    seed: int
     events: int
     table: Counter[tuple[str, str]]
     num_answered: int
@@ -37,9 +37,9 @@ class Outcome:
     """The one that does not hold; `raised` when a machine raised."""
 
 
-def run_schedule(seed: int) -> Outcome:
-    """Everything that happens under this seed, up to the first violation."""
-    world, cluster, plan = _prepare(seed)
+def run_schedule(rng: Random) -> Outcome:
+    """Everything that happens with these random numbers, up to the first violation."""
+    world, cluster, plan = _prepare(rng)
     violation: str | None = None
     invariant: str | None = None
     try:
@@ -50,7 +50,7 @@ def run_schedule(seed: int) -> Outcome:
         violation, invariant = f"raised {type(error).__name__}: {error}", "raised"
     answered = sum(1 for client in cluster.clients.values() if client.is_ended and client.error is None)
     failed = sum(1 for client in cluster.clients.values() if client.error is not None)
-    return Outcome(seed, world.num_events, world.table, answered, failed, violation, invariant)
+    return Outcome(world.num_events, world.table, answered, failed, violation, invariant)
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,8 @@ class _Plan:
     num_late: int
 
 
-def _prepare(seed: int) -> tuple[World, Cluster, _Plan]:
-    world = World(seed, frozenset(), 0.0, 0.0)
-    rng = world.rng
+def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
+    world = World(rng, frozenset(), 0.0, 0.0)
     has_faults = rng.random() < 0.8
     if has_faults:
         count = rng.choice((1, 1, 2, 3, len(FAULTS)))
@@ -91,7 +90,7 @@ def _prepare(seed: int) -> tuple[World, Cluster, _Plan]:
         are_language_ranks_required=rng.random() < 0.25,
     )
     memory = rng.choice((1, 2, 8))
-    limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory, max_ended=rng.choice((8, 64)))
+    limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory)
     cluster = Cluster(world, sizes, limits, preemption=rng.choice((0.0, 0.05, 0.2)))
     plan = _Plan(has_faults, world.faults_until, 2)
     start = 0.3

@@ -1,11 +1,11 @@
-"""Virtual time, and connections that can be hurt. One seed decides everything."""
+"""Virtual time, and connections that can be hurt. One source of random numbers decides everything."""
 
 from __future__ import annotations
 
-import random
 from collections import Counter, deque
 from collections.abc import Callable
 from heapq import heappop, heappush
+from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qwen3vl_disagg.protocol.messages import Frame
@@ -62,9 +62,9 @@ class Process(Protocol):
 class World:
     """The clock and the queue of events. `faults`: which kinds may happen, up to `faults_until`."""
 
-    def __init__(self, seed: int, faults: frozenset[str], faults_until: float, rate: float) -> None:
-        self.rng = random.Random(seed)
-        self.random = self.rng.random
+    def __init__(self, rng: Random, faults: frozenset[str], faults_until: float, rate: float) -> None:
+        self.rng = rng
+        self.random = rng.random
         self.now = 0.0
         self.num_events = 0
         self.faults, self.faults_until, self.rate = faults, faults_until, rate
