@@ -53,20 +53,10 @@ class Generation:
         from qwen3vl_disagg.llm.llm import LLM
 
         self._llm = LLM(
-            options.model,
-            dtype=options.dtype,
-            device=options.device,
-            compile=options.compile,
-            quantize=options.quantize,
+            **vars(options.model),
             progress=sys.stderr.isatty(),
-            video_outer_wrapper=options.video_outer_wrapper,
-            image_resize=options.image_resize,
             decoder=decoder,
-            encode_options=options,
-            kv_cache_gib=options.kv_cache_gib,
-            max_running=options.max_running,
-            max_prefill_tokens=options.max_prefill_tokens,
-            page_size=options.page_size,
+            encode_options=options.encode,
         )
         room = self._llm.engine.room
         print(f"model {model_name(self._llm.folder)} on {self._llm.device}, {room}", file=sys.stderr)

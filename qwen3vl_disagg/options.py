@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import OmitArgPrefixes
 
 from qwen3vl_disagg.core.settings import (
     BufferOptions,
@@ -24,13 +25,15 @@ Written = Literal["none", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(EncodeOptions, ModelOptions):
+class GenerateOptions:
     """Answer one question, or a file of them, in one process.
 
     The user turn is the images in order, then the videos, then the prompt. Sampling values that are not given come
     from the checkpoint.
     """
 
+    model: OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
+    encode: OmitArgPrefixes[EncodeOptions] = field(default_factory=EncodeOptions)
     image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = ()
     """Image file; repeat for several."""
     video: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = ()
@@ -74,7 +77,7 @@ class GenerateOptions(EncodeOptions, ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(EngineSettings):
-    """From a model, a machine and a workload to encode : language splits: memory, times, limits, and the formulas.
+    """Size a deployment: memory, times and limits of each encode : language split, with the formulas.
 
     docs/sizing.md says what is computed and what is left out.
     """
@@ -139,8 +142,8 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelOptions:
-    """How the model is spread over ranks."""
+class DryRunOptions:
+    """How the model would be spread over ranks."""
 
     dry_run: bool = False
     """Print what each rank would hold, and leave: nothing is loaded, and torchrun is not needed."""
@@ -156,9 +159,14 @@ class ParallelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(HttpOptions, ParallelOptions, EncodeOptions, BufferOptions, ModelOptions):
+class ServeOptions:
     """Serve a checkpoint over HTTP."""
 
+    model: OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
+    buffers: OmitArgPrefixes[BufferOptions] = field(default_factory=BufferOptions)
+    encode: OmitArgPrefixes[EncodeOptions] = field(default_factory=EncodeOptions)
+    http: OmitArgPrefixes[HttpOptions] = field(default_factory=HttpOptions)
+    dry: OmitArgPrefixes[DryRunOptions] = field(default_factory=DryRunOptions)
     encode_ranks: int | None = None
     """Ranks 0 .. E-1 encode, the others generate. Default: a quarter, at least one."""
     overlap: Literal["on", "off"] = "on"
@@ -183,9 +191,11 @@ class ServeOptions(HttpOptions, ParallelOptions, EncodeOptions, BufferOptions, M
 
 
 @dataclass(frozen=True, kw_only=True)
-class JoinOptions(EncodeOptions, CheckpointOptions):
+class JoinOptions:
     """Join a running server with encode ranks."""
 
+    checkpoint: OmitArgPrefixes[CheckpointOptions] = field(default_factory=CheckpointOptions)
+    encode: OmitArgPrefixes[EncodeOptions] = field(default_factory=EncodeOptions)
     join: Annotated[str, tyro.conf.arg(metavar="HOST:PORT")]
     """The server's hub, as it says in its line `hub: ..`."""
     token: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
@@ -197,24 +207,9 @@ class JoinOptions(EncodeOptions, CheckpointOptions):
     """Rows per block, as the server has it."""
 
 
-def _generate(options: GenerateOptions) -> GenerateOptions:
-    """Answer one question, or a file of them, in one process."""
-    return options
-
-
-def _plan(options: PlanOptions) -> PlanOptions:
-    """Size a deployment: memory, times and limits of each encode : language split, with the formulas."""
-    return options
-
-
-def _convert(options: ConvertOptions) -> ConvertOptions:
-    """Write a checkpoint again: in another layout, another dtype, as float8 or from it, in files of another size."""
-    return options
-
-
 OPTIONS_OF: dict[str, Callable[..., Any]] = {
-    "generate": _generate,
-    "plan": _plan,
-    "convert": _convert,
+    "generate": GenerateOptions,
+    "plan": PlanOptions,
+    "convert": ConvertOptions,
 }
 """Command -> what makes its options."""

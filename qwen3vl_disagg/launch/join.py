@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.checkpoint.load import check_folder
@@ -18,8 +18,6 @@ from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
 from qwen3vl_disagg.core.faults import plan_faults
 from qwen3vl_disagg.core.settings import (
     BufferOptions,
-    CheckpointOptions,
-    EncodeOptions,
     ModelOptions,
 )
 from qwen3vl_disagg.encode.rank import run_encode_rank
@@ -39,13 +37,13 @@ def rank_context(options: JoinOptions, world: World) -> RankContext:
         Layout.of(1),
         hub_address,
         token,
-        ModelOptions(**{field.name: getattr(options, field.name) for field in fields(CheckpointOptions)}),
+        ModelOptions(**vars(options.checkpoint)),
         host=own_address(options.address, hub_address),
         local_rank=world.local_rank,
         num_local_ranks=world.num_local_ranks,
         is_joining=True,
         buffers=BufferOptions(block_size=options.block_size),
-        encode=options,
+        encode=options.encode,
     )
 
 
@@ -54,13 +52,13 @@ def run_slot(options: JoinOptions, world: World) -> int:
     try:
         if world.has_agent:
             die_with_parent(os.getppid())
-        EncodeOptions.check(options)
+        options.encode.check()
         context = rank_context(options, world)
-        options = replace(options, model=shared_model_folder(options.model, world))
-        context = replace(context, model=replace(context.model, model=options.model))
-        folder = resolve_model_folder(options.model)
+        model = replace(context.model, model=shared_model_folder(context.model.model, world))
+        context = replace(context, model=model)
+        folder = resolve_model_folder(model.model)
         # Said once, and not by every rank.
-        check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=options.dtype)
+        check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=model.dtype)
         check_environment()
         plan_faults()
     except (InputError, CheckpointError) as error:

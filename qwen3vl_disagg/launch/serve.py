@@ -24,15 +24,16 @@ from qwen3vl_disagg.core.environment import check_environment
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
 from qwen3vl_disagg.core.faults import plan_faults
 from qwen3vl_disagg.core.settings import (
-    EncodeOptions,
+    BufferOptions,
     HttpOptions,
+    ModelOptions,
     check_supported,
 )
 from qwen3vl_disagg.encode.rank import run_encode_rank
 from qwen3vl_disagg.launch.bodies import run_combined_rank, run_language_rank
 from qwen3vl_disagg.launch.frontend import run_frontend
 from qwen3vl_disagg.options import ServeOptions
-from qwen3vl_disagg.plan.dry_run import DEFAULT_WORLD, check_parallel, dry_run
+from qwen3vl_disagg.plan.dry_run import DEFAULT_WORLD, check_dry_run, dry_run
 from qwen3vl_disagg.plan.hardware import load_hardware
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.doors import ANY, Doors, is_loopback
@@ -63,11 +64,11 @@ def rank_child(context: RankContext) -> Child:
     return Child(f"language rank {rank}", functools.partial(run_threaded, run_language_rank, context), is_vital=True)
 
 
-def check_checkpoint(options: ServeOptions) -> None:
+def check_checkpoint(model: ModelOptions, buffers: BufferOptions) -> None:
     """Everything wrong with the checkpoint, said once, before any rank starts."""
-    folder = resolve_model_folder(options.model)
-    config, _ = check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=options.dtype)
-    MultimodalDataBuffers.check(config, options)
+    folder = resolve_model_folder(model.model)
+    config, _ = check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=model.dtype)
+    MultimodalDataBuffers.check(config, buffers)
 
 
 def make_folder(folder: Path | None) -> None:
@@ -86,12 +87,12 @@ def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: M
         layout,
         meeting.hub_address,
         meeting.token,
-        options,
+        options.model,
         host=own_address(options.address, meeting.hub_address),
         local_rank=world.local_rank,
         num_local_ranks=world.num_local_ranks,
-        buffers=options,
-        encode=options,
+        buffers=options.buffers,
+        encode=options.encode,
         overlap=options.overlap == "on",
         prefix_cache=options.prefix_cache == "on",
         chunk_tokens=options.chunk_tokens,
@@ -121,9 +122,9 @@ def stated_meeting(options: ServeOptions, world: World) -> Meeting | None:
 
 def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) -> Slot:
     """Slot 0: binds both sockets, tells the others where the hub is, forks the frontend beside its rank."""
-    warn_of_open_door(options)
+    warn_of_open_door(options.http)
     stated = stated_meeting(options, world) or Meeting(hub_address=(LOOPBACK, 0), token=secrets.token_hex(16), pid=0)
-    http_socket, hub_socket = bind(options.host, options.port, "port"), bind(*stated.hub_address, "hub")
+    http_socket, hub_socket = bind(options.http.host, options.http.port, "port"), bind(*stated.hub_address, "hub")
     meeting = Meeting(hub_address=hub_socket.getsockname()[:2], token=stated.token, pid=os.getpid())
     context = rank_context(options, world, layout, meeting)
     if options.hub is not None:
@@ -132,7 +133,7 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
     memory = JobMemory()
     frontend = Child(
         "frontend",
-        functools.partial(run_frontend, context, http_socket, hub_socket, memory, options, debug=options.debug),
+        functools.partial(run_frontend, context, http_socket, hub_socket, memory, options.http, debug=options.debug),
         is_vital=False,
         sockets=(http_socket, hub_socket),
         takes_signals=True,
@@ -195,12 +196,13 @@ def show_dry_run(options: ServeOptions, world: World) -> int:
     """Say which rank would hold what. Needs no torchrun; under it, slot 0 works and speaks."""
     if world.rank != 0:
         return 0
-    check_supported(options)
-    size = options.world or (world.size if world.has_agent else DEFAULT_WORLD)
+    dry = options.dry
+    check_supported(options.model)
+    size = dry.world or (world.size if world.has_agent else DEFAULT_WORLD)
     layout = Layout.of(size, options.encode_ranks)
-    hardware = None if options.hardware is None else load_hardware(options.hardware)
-    shown = dry_run(options, options.preset, layout.encode_ranks, layout.language_ranks, hardware)
-    print(shown.to_json() if options.json else shown.to_text())
+    hardware = None if dry.hardware is None else load_hardware(dry.hardware)
+    shown = dry_run(options.model, dry.preset, layout.encode_ranks, layout.language_ranks, hardware)
+    print(shown.to_json() if dry.json else shown.to_text())
     return 0
 
 
@@ -210,23 +212,24 @@ def run_slot(options: ServeOptions, world: World) -> int:
     try:
         if world.has_agent:
             die_with_parent(os.getppid())
-        check_parallel(options, options.model)
-        if options.dry_run:
+        check_dry_run(options.dry, options.model.model)
+        if options.dry.dry_run:
             return show_dry_run(options, world)
         layout = Layout.of(world.size, options.encode_ranks)
-        check_supported(options)
-        EncodeOptions.check(options)
-        HttpOptions.check(options)
-        Doors.of(options.host, options.allow_host)
+        check_supported(options.model)
+        options.encode.check()
+        options.http.check()
+        Doors.of(options.http.host, options.http.allow_host)
         if options.chunk_tokens is not None and options.chunk_tokens < 1:
             raise InputError(f"--chunk-tokens {options.chunk_tokens}: must be at least 1", param="chunk_tokens")
         stated_meeting(options, world)
         check_environment()
         plan_faults()
         make_folder(options.spans)
-        options = replace(options, model=shared_model_folder(options.model, world))
+        model = replace(options.model, model=shared_model_folder(options.model.model, world))
+        options = replace(options, model=model)
         if world.local_rank == 0:
-            check_checkpoint(options)
+            check_checkpoint(options.model, options.buffers)
         if world.node != 0:
             return far_slot(options, world, layout).run()
         path = meeting_path()

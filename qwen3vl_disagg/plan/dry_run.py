@@ -26,7 +26,7 @@ from qwen3vl_disagg.model.decoder import Qwen3MoeForCausalLM
 from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.presets import IMAGE_ROWS, PRESETS
 from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration
-from qwen3vl_disagg.options import ParallelOptions
+from qwen3vl_disagg.options import DryRunOptions
 from qwen3vl_disagg.parallel.expert_placement import LANGUAGE_PLAN, placements, shard_rows
 from qwen3vl_disagg.parallel.kv_room import KvRoom
 from qwen3vl_disagg.parallel.sizes import SizedModel
@@ -37,7 +37,7 @@ DEFAULT_WORLD = 8
 MAX_WORLD = 65536
 
 
-def check_parallel(options: ParallelOptions, model: str | None) -> None:
+def check_dry_run(options: DryRunOptions, model: str | None) -> None:
     """InputError for what does not go together. `model` is that of `ModelOptions`."""
     for name in ("world", "preset", "hardware", "json"):
         if not options.dry_run and getattr(options, name):

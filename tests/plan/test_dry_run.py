@@ -19,7 +19,7 @@ from qwen3vl_disagg.core.settings import ModelOptions
 from qwen3vl_disagg.launch import serve as launch
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.presets import PRESETS
-from qwen3vl_disagg.options import ServeOptions
+from qwen3vl_disagg.options import DryRunOptions, ServeOptions
 from qwen3vl_disagg.plan.dry_run import dry_run
 from recipes import serve
 from tests.support.shards import PlainShards
@@ -168,7 +168,7 @@ def test_the_table(monkeypatch, capsys):
 
 
 def test_the_world_is_torchrun_s(capsys):
-    options = ServeOptions(dry_run=True, json=True)
+    options = ServeOptions(dry=DryRunOptions(dry_run=True, json=True))
     for world in (World(size=5, has_agent=True), World(rank=1, size=5, has_agent=True), World()):
         assert launch.show_dry_run(options, world) == 0
     under_torchrun, alone = map(json.loads, capsys.readouterr().out.splitlines())
@@ -177,7 +177,7 @@ def test_the_world_is_torchrun_s(capsys):
 
 def test_other_slots_do_nothing(monkeypatch):
     monkeypatch.setattr(launch, "dry_run", lambda *_: pytest.fail("worked"))
-    assert launch.show_dry_run(ServeOptions(dry_run=True), World(rank=1, size=5, local_rank=1)) == 0
+    assert launch.show_dry_run(ServeOptions(dry=DryRunOptions(dry_run=True)), World(rank=1, size=5, local_rank=1)) == 0
 
 
 @pytest.mark.parametrize(
