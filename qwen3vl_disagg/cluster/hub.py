@@ -48,7 +48,6 @@ from qwen3vl_disagg.protocol.messages import (
     Welcome,
 )
 from qwen3vl_disagg.protocol.router import Router
-from qwen3vl_disagg.protocol.router_tables import RouterLimits
 from qwen3vl_disagg.protocol.routing import (
     Abandon,
     Action,
@@ -61,6 +60,7 @@ from qwen3vl_disagg.protocol.routing import (
     FromRank,
     RankDown,
     RankUp,
+    RouterLimits,
     Send,
     Tick,
 )

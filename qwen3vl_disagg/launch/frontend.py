@@ -17,7 +17,7 @@ from qwen3vl_disagg.cluster.slots import run_loop
 from qwen3vl_disagg.core.host_memory import give_large_blocks_back, trim_heap
 from qwen3vl_disagg.core.settings import HttpOptions
 from qwen3vl_disagg.processing import Processor
-from qwen3vl_disagg.protocol.router_tables import RouterLimits
+from qwen3vl_disagg.protocol.routing import RouterLimits
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.doors import Doors
 from qwen3vl_disagg.serving.http_server import HttpServer

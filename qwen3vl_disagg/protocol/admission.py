@@ -6,7 +6,7 @@ Pure: time comes with each call.
 from __future__ import annotations
 
 from qwen3vl_disagg.core.errors import MAX_RETRY_S, MIN_RETRY_S, OverloadedError
-from qwen3vl_disagg.protocol.router_tables import RouterLimits
+from qwen3vl_disagg.protocol.routing import RouterLimits
 
 _MAX_OUTPUT = 1024
 """Of an answer's length, which is only bounded beforehand, so much counts: few answers are as long as they may be."""

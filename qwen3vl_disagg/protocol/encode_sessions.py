@@ -1,14 +1,6 @@
 """The encode side of all transfers: which item is encoded when, what is sent, how long rows are kept. Pure.
 
-`handle(event, now)` changes the tables and returns actions. Each attempt at an item goes through:
-
-    QUEUED    granted; waits for a place in memory
-    ENCODING  bytes are fetched, decoded, and run through the tower
-    READY     encoded and granted; waits for its link's turn
-    HEADER    the header is out
-    SENDING   the receives are posted: the payload has to follow
-    SENT      the payload is on its way; the acknowledgement is awaited
-    PARKED    encoded, no grant: rows wait for a resume, under a lease
+`handle(event, now)` changes the tables and returns actions. Each attempt at an item goes through `STATES`.
 
 Nothing is encoded without a grant. At most `max_items` are encoded at a time, `max_clips` of them clips, and no item is
 begun for a language rank that has its share in memory; besides, `max_parked` wait for each: that is how far this side
@@ -47,9 +39,45 @@ from qwen3vl_disagg.protocol.session_events import (
     TellFailed,
     Tick,
 )
+from qwen3vl_disagg.protocol.states import State, check_transition
 
 QUEUED, ENCODING, READY = "queued", "encoding", "ready"
 HEADER, SENDING, SENT, PARKED = "header", "sending", "sent", "parked"
+
+STATES = {
+    QUEUED: State(
+        "granted; waits for a place in memory",
+        "a place; link down: forgotten, the next link's grant brings it again",
+        (ENCODING,),
+    ),
+    ENCODING: State("pull, decode, tower", "rows: ready, or parked when the grant is void", (READY, PARKED)),
+    READY: State("waits for its link's turn", "turn: header; link down: parked", (HEADER, PARKED)),
+    HEADER: State(
+        "header is out",
+        "header ok: sending; nack: over; link down: parked",
+        (SENDING, PARKED),
+        lambda limits: limits.answer_s,
+        "then the link is broken",
+    ),
+    SENDING: State(
+        "payload has to follow",
+        "payload out: sent; link down, or acknowledged in part: parked",
+        (SENT, PARKED),
+        lambda limits: 2 * limits.payload_s,
+        "then the link is broken",
+    ),
+    SENT: State(
+        "waits for the acknowledgement",
+        "ack of all: over; of some, or link down: parked",
+        (PARKED,),
+        lambda limits: limits.answer_s,
+        "then the link is broken",
+    ),
+    PARKED: State(
+        "rows wait for a resume", "grant: ready", (READY,), lambda limits: limits.lease_s, "then they are dropped"
+    ),
+}
+"""Of an attempt on the encode side. Each can end at any time: aborted, failed, or in favour of a newer attempt."""
 
 
 @dataclass(slots=True)
@@ -145,16 +173,22 @@ class EncodeSessions:
             outlet.ready.remove(attempt)
         self._actions.append(Release(attempt))
 
-    def _fail(self, failed: TellFailed) -> None:
+    def _fail(self, failed: TellFailed, now: float) -> None:
         """Give an attempt up. The router is told, and it alone tells the language rank: were both told, the news of a
         lost attempt could overtake that of a bad image."""
         self._end(failed.attempt)
         self._actions.append(failed)
-        self._fill_places()
+        self._fill_places(now)
+
+    def _go(self, item: Outgoing, state: str, now: float) -> None:
+        """To another state, for as long as the table says."""
+        check_transition(STATES, item.state, state)
+        seconds = STATES[state].seconds
+        item.state, item.deadline = state, item.item_deadline if seconds is None else now + seconds(self.limits)
 
     # ---- encoding ----
 
-    def _fill_places(self) -> None:
+    def _fill_places(self, now: float) -> None:
         if not self.queue:
             return
         limits, in_memory = self.limits, self._count_in_memory()
@@ -169,7 +203,7 @@ class EncodeSessions:
             if in_memory[item.language_rank] >= share or (is_clip and num_clips >= limits.max_clips):
                 continue
             self.queue.remove(attempt)
-            item.state = ENCODING
+            self._go(item, ENCODING, now)
             in_memory[item.language_rank] += 1
             num_encoding, num_clips = num_encoding + 1, num_clips + is_clip
             self._actions.append(StartEncode(attempt, item.visual, item.is_alone))
@@ -188,29 +222,30 @@ class EncodeSessions:
             self._park(item, now)
         else:
             self._make_ready(item, now)
-            self._fill_places()
+            self._fill_places(now)
 
     def _encode_failed(self, event: EncodeFailed, now: float) -> None:
         item = self.items.get(event.attempt)
         if item is not None and item.state == ENCODING:
-            self._fail(TellFailed(event.attempt, event.failure))
+            self._fail(TellFailed(event.attempt, event.failure), now)
 
     def _park(self, item: Outgoing, now: float) -> None:
         """Keep the rows for a while, within bounds."""
         if item.is_dropped:
             self._end(item.attempt)
             return
-        item.state, item.grant, item.deadline = PARKED, None, now + self.limits.lease_s
+        self._go(item, PARKED, now)
+        item.grant = None
         rank = item.language_rank
         parked = [other for other in self.items.values() if other.state == PARKED and other.language_rank == rank]
         if len(parked) > self.limits.max_parked:
             self._end(min(parked, key=lambda other: other.deadline).attempt)
-        self._fill_places()
+        self._fill_places(now)
 
     # ---- sending ----
 
     def _make_ready(self, item: Outgoing, now: float) -> None:
-        item.state, item.deadline = READY, item.item_deadline
+        self._go(item, READY, now)
         outlet = self.outlets[item.language_rank]
         outlet.ready.append(item.attempt)
         self._take_turn(outlet, now)
@@ -221,7 +256,7 @@ class EncodeSessions:
             if item.grant is None:
                 raise RuntimeError(f"{item.attempt} is ready without a grant")
             outlet.turn = item.attempt
-            item.state, item.deadline = HEADER, now + self.limits.answer_s
+            self._go(item, HEADER, now)
             link = outlet.state
             self._actions.append(SendHeader(link.peer, link.epoch, link.next_seq(now), item.grant))
 
@@ -243,7 +278,7 @@ class EncodeSessions:
             attempt, outlet.state.peer, grant.visual, grant.is_alone, deadline, grant, QUEUED, deadline
         )
         self.queue.append(attempt)
-        self._fill_places()
+        self._fill_places(now)
 
     def _resumed(self, outlet: _Outlet, resume: Resume, now: float) -> None:
         attempt = (resume.request_id, resume.item, resume.attempt)
@@ -268,7 +303,7 @@ class EncodeSessions:
             # The other end waits for a payload that nobody will send.
             self._break(outlet, "a payload was awaited that had been given up", now)
             return
-        item.state, item.deadline = SENDING, now + 2 * self.limits.payload_s
+        self._go(item, SENDING, now)
         self._actions.append(SendPayload(outlet.state.peer, outlet.state.epoch, item.grant))
         if item.is_dropped:
             self._end(attempt)
@@ -282,7 +317,7 @@ class EncodeSessions:
             return
         item = self.items.get(event.attempt)
         if item is not None and item.state == SENDING:
-            item.state, item.deadline = SENT, now + self.limits.answer_s
+            self._go(item, SENT, now)
         self._next_turn(outlet, event.attempt, now)
 
     def _acknowledged(self, outlet: _Outlet, message: Ack, now: float) -> None:
@@ -293,7 +328,7 @@ class EncodeSessions:
         if message.received == item.visual.num_rows:
             self._end(attempt)
             self._next_turn(outlet, attempt, now)
-            self._fill_places()
+            self._fill_places(now)
         elif item.state in (SENDING, SENT) and item.grant is not None and message.received == item.grant.row_stop:
             self._park(item, now)
 
@@ -305,7 +340,7 @@ class EncodeSessions:
                 outlet.turn = None  # the header was refused: no payload
             self._end(attempt)
             self._take_turn(outlet, now)
-            self._fill_places()
+            self._fill_places(now)
 
     # ---- links and time ----
 
@@ -336,7 +371,7 @@ class EncodeSessions:
                 self._end(item.attempt)
             elif item.state in (READY, HEADER, SENDING, SENT):
                 self._park(item, now)
-        self._fill_places()
+        self._fill_places(now)
 
     def _stale(self, outlet: _Outlet, message: Stale, now: float) -> None:
         if message.epoch > outlet.state.epoch:
@@ -373,4 +408,4 @@ class EncodeSessions:
         elif item.state == PARKED:
             self._end(item.attempt)
         else:
-            self._fail(TellFailed(item.attempt, Failure.of(late())))
+            self._fail(TellFailed(item.attempt, Failure.of(late())), now)

@@ -1,15 +1,7 @@
 """The language side of all transfers: who gets room, what is accepted, when blocks come back. Pure.
 
 `handle(event, now)` changes the tables and returns actions; no clock, thread, socket or tensor inside. Each item of a
-request is a session:
-
-    IDLE      no encode rank is at it
-    WAITING   for room, or for the link to its encode rank
-    GRANTED   a grant is out; the header is awaited
-    RECEIVING the receives are posted
-    HELD      granted rows are in the blocks; the engine reads them
-    DONE      all rows were consumed, or none is needed
-HELD goes back to WAITING, with a resume, while rows are missing. A second `Expect` begins all of them anew.
+request is a session, whose states are `session.STATES`. A second `Expect` begins all of them anew.
 
 Room is given in one order, by arrival of the request, then by item, and first to items that have begun (they have slot
 and DeepStack, and want rows alone). The first that wants room takes what is free; nobody behind it gets any before it
@@ -31,19 +23,24 @@ from qwen3vl_disagg.protocol.allocator import BlockAllocator, Lease
 from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.link_state import LinkState
 from qwen3vl_disagg.protocol.messages import Abort, Ack, Header, HeaderOk, Nack, Stale
-from qwen3vl_disagg.protocol.room import Leases, end_quarantine, fits_whole, in_line, take_room
 from qwen3vl_disagg.protocol.session import (
     DONE,
     GRANTED,
     HELD,
     IDLE,
     RECEIVING,
+    STATES,
     WAITING,
+    Leases,
     RequestSessions,
     Session,
+    end_quarantine,
     first_rows,
+    fits_whole,
     header_problem,
+    in_line,
     receive_job,
+    take_room,
 )
 from qwen3vl_disagg.protocol.session_events import (
     Arrived,
@@ -67,6 +64,7 @@ from qwen3vl_disagg.protocol.session_events import (
     SessionLimits,
     Tick,
 )
+from qwen3vl_disagg.protocol.states import check_transition
 
 
 @dataclass
@@ -160,9 +158,9 @@ class LanguageSessions:
         link = self.links.get(session.encode_rank)
         if session.is_under_way and link is not None:
             self._actions.append(link.send(Abort(**session.ids, reason=reason), now))
-        self._let_go(session, gives_back=gives_back)
+        self._let_go(session, now, gives_back=gives_back)
 
-    def _let_go(self, session: Session, *, gives_back: bool = False) -> None:
+    def _let_go(self, session: Session, now: float, *, gives_back: bool = False) -> None:
         """The attempt is over. Its blocks stay with the item, unless that gives them back: then the engine itself has
         forgotten what it consumed of it."""
         leases = tuple(lease for lease in (session.room, session.hold) if lease is not None)
@@ -178,17 +176,17 @@ class LanguageSessions:
                 self.allocator.free(lease)
         if where is not None or gives_back:
             session.room = session.hold = None
-        session.grant, session.state, session.deadline, session.num_broken = None, IDLE, math.inf, 0
-        session.received = session.first
+        session.grant, session.num_broken, session.received = None, 0, session.first
+        self._go(session, IDLE, now)
 
     def _keep_apart(self, leases: tuple[Lease, ...], where: Leases, key: Attempt) -> None:
         for lease in leases:
             self.allocator.quarantine(lease)
         where[key] = leases
 
-    def _lose(self, session: Session, reason: str, dead_epoch: int = 0) -> None:
+    def _lose(self, session: Session, reason: str, now: float, dead_epoch: int = 0) -> None:
         lost = Lost(*session.key, reason, dead_epoch)
-        self._let_go(session)
+        self._let_go(session, now)
         self._actions.append(lost)
 
     def _tick(self, _: Tick, now: float) -> None:
@@ -213,17 +211,25 @@ class LanguageSessions:
                 self._break(link, "a payload did not come", now)
         elif session.state == WAITING:
             epoch = self._last_epochs.get(session.encode_rank, 0)
-            self._lose(session, f"no link to encode rank {session.encode_rank}", epoch)
+            self._lose(session, f"no link to encode rank {session.encode_rank}", now, epoch)
         else:
             if link is not None:
                 self._actions.append(link.send(Abort(**session.ids, reason="no header came"), now))
-            self._lose(session, "no header came")
+            self._lose(session, "no header came", now)
 
     # ---- room ----
 
+    def _go(self, session: Session, state: str, now: float) -> None:
+        """To another state, for as long as the table says."""
+        check_transition(STATES, session.state, state)
+        seconds = STATES[state].seconds
+        session.state, session.deadline = state, math.inf if seconds is None else now + seconds(self.limits)
+
     def _wait(self, session: Session, now: float) -> None:
-        session.state, session.grant = WAITING, None
-        session.deadline = math.inf if session.encode_rank in self.links else now + self.limits.suspend_s
+        self._go(session, WAITING, now)
+        session.grant = None
+        if session.encode_rank in self.links:
+            session.deadline = math.inf
 
     def _give_room(self, now: float) -> None:
         while self._serve_line(now):
@@ -239,7 +245,8 @@ class LanguageSessions:
                 break
             grant = take_room(session, *pools, now) if is_waiting else None
             if grant is not None:
-                session.state, session.grant, session.deadline = GRANTED, grant, now + self.limits.grant_s
+                self._go(session, GRANTED, now)
+                session.grant = grant
                 self._actions.append(self.links[session.encode_rank].send(grant, now))
                 if is_kept or session.is_fully_granted:
                     return True
@@ -312,18 +319,18 @@ class LanguageSessions:
         problem = header_problem(session, header)
         if problem:
             self._actions.append(link.send(Nack(**ids, reason=problem), now))
-            self._lose(session, problem)
+            self._lose(session, problem, now)
             self._give_room(now)
             return
         job = receive_job(session, header, link.epoch)
-        session.state, session.deadline = RECEIVING, now + 2 * self.limits.payload_s
+        self._go(session, RECEIVING, now)
         self._actions.append(link.send(HeaderOk(**ids, row_start=header.row_start), now))
         self._actions.append(job)
 
     def _given_up(self, link: LinkState, message: Nack | Abort, now: float) -> None:
         session = self.find(message.request_id, message.item, message.attempt)
         if session is not None and session.encode_rank == link.peer and session.received < session.total:
-            self._lose(session, message.reason)
+            self._lose(session, message.reason, now)
             self._give_room(now)
 
     def _payload_end(self, event: PayloadEnd, now: float) -> None:
@@ -338,7 +345,8 @@ class LanguageSessions:
         link = self.links.get(session.encode_rank)  # possibly a newer one than the payload came over
         if event.error is None:
             start, session.received = session.received, session.grant.row_stop
-            session.state, session.deadline, session.num_broken = HELD, math.inf, 0
+            self._go(session, HELD, now)
+            session.num_broken = 0
             if link is not None:
                 self._acknowledge(session, link, now)
             self._actions.append(RowsReady(*session.key, start, session.received))
@@ -351,8 +359,8 @@ class LanguageSessions:
         else:
             if link is not None:
                 self._actions.append(link.send(Nack(**session.ids, reason=event.error), now))
-            session.state = GRANTED  # nothing is pending any more
-            self._lose(session, event.error)
+            self._wait(session, now)  # nothing is pending any more
+            self._lose(session, event.error, now)
             if event.is_broken:
                 self._break_if_current(event, now)
         self._give_room(now)
@@ -378,7 +386,7 @@ class LanguageSessions:
             if session.hold is not None:
                 self.allocator.free(session.hold)
             session.hold = session.grant = None
-            session.state = DONE
+            self._go(session, DONE, now)
         else:
             self._wait(session, now)
         self._give_room(now)

@@ -42,7 +42,6 @@ from qwen3vl_disagg.protocol.messages import (
     Tokens,
 )
 from qwen3vl_disagg.protocol.placement import EncodeRank, LanguageRank, choose_encode_rank, choose_language_rank
-from qwen3vl_disagg.protocol.router_tables import Item, Request, RouterLimits, harmful
 from qwen3vl_disagg.protocol.routing import (
     TOKEN_ID_BYTES,
     Abandon,
@@ -54,10 +53,14 @@ from qwen3vl_disagg.protocol.routing import (
     EndAll,
     Event,
     FromRank,
+    Item,
     RankDown,
     RankUp,
+    Request,
+    RouterLimits,
     Send,
     Tick,
+    harmful,
 )
 from qwen3vl_disagg.protocol.suspects import Suspects
 

@@ -33,7 +33,7 @@ from qwen3vl_disagg.protocol.messages import (
     Stop,
     Tokens,
 )
-from qwen3vl_disagg.protocol.router_tables import RouterLimits
+from qwen3vl_disagg.protocol.routing import RouterLimits
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.http_server import HttpServer
 from tests.support.fake_backend import timings, tiny_processor

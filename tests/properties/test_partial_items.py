@@ -9,8 +9,7 @@ import pytest
 from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.encode_sessions import PARKED
 from qwen3vl_disagg.protocol.messages import Abort, Grant, Nack, Resume, Room
-from qwen3vl_disagg.protocol.room import fits_whole
-from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, Session
+from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, Session, fits_whole
 from qwen3vl_disagg.protocol.session_events import (
     Arrived,
     Assigned,

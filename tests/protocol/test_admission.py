@@ -6,7 +6,7 @@ import pytest
 
 from qwen3vl_disagg.core.errors import OverloadedError
 from qwen3vl_disagg.protocol.admission import Admission
-from qwen3vl_disagg.protocol.router_tables import RouterLimits
+from qwen3vl_disagg.protocol.routing import RouterLimits
 
 
 def admission(**limits: int) -> Admission:

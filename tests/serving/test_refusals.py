@@ -13,7 +13,7 @@ from qwen3vl_disagg.cluster.backend import Readiness
 from qwen3vl_disagg.core.errors import InputError, OverloadedError, UnavailableError
 from qwen3vl_disagg.core.settings import HttpOptions
 from qwen3vl_disagg.protocol.messages import Submit, Tokens
-from qwen3vl_disagg.protocol.router_tables import RouterLimits
+from qwen3vl_disagg.protocol.routing import RouterLimits
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.limits import MIB
 from tests.support.asgi import Exchange

@@ -26,7 +26,7 @@ from tools.simulation.runner import (
     states_hit_by,
 )
 from tools.simulation.schedule import run_schedule
-from tools.simulation.tables import read_table, static_rows
+from tools.simulation.tables import read_table, static_rows, write_states
 from tools.simulation.world import FAULTS
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +131,11 @@ def test_the_tables_of_planted_bugs_in_the_docs_are_not_stale(table):
     assert [row[:-1] for row in rows] == static_rows(table), "write them anew: see the document"
     for *_, counts in rows:
         assert all(1 <= int(count) <= 1000 for count in counts.split(", "))
+
+
+def test_the_tables_of_states_in_the_docs_are_not_stale():
+    text = (ROOT / "docs" / "transfer.md").read_text()
+    assert write_states(text) == text, "python -m tools.simulation.tables states docs/transfer.md"
 
 
 def test_the_table_of_faults_in_the_docs_has_every_fault_and_state():

@@ -32,7 +32,7 @@ from qwen3vl_disagg.protocol.messages import (
     Tokens,
     Welcome,
 )
-from qwen3vl_disagg.protocol.router_tables import RouterLimits
+from qwen3vl_disagg.protocol.routing import RouterLimits
 from qwen3vl_disagg.transport.control import Connection, ConnectionLost, connect_hub
 
 TOKEN = "the token"

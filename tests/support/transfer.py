@@ -15,8 +15,7 @@ from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.processing import Grid, item_positions
 from qwen3vl_disagg.protocol.allocator import BlockAllocator, Lease
 from qwen3vl_disagg.protocol.messages import Header, Resume, Room
-from qwen3vl_disagg.protocol.room import take_room
-from qwen3vl_disagg.protocol.session import Session
+from qwen3vl_disagg.protocol.session import Session, take_room
 from qwen3vl_disagg.protocol.session_events import Receive
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.transport.links import InProcessLink

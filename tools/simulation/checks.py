@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qwen3vl_disagg.protocol.allocator import POOLS
+from qwen3vl_disagg.protocol.allocator import POOLS, BlockAllocator
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT
+from qwen3vl_disagg.protocol.link_state import LinkState
 from qwen3vl_disagg.protocol.messages import Ack, Frame, Resume, Room
 from qwen3vl_disagg.protocol.session import DONE, HELD, IDLE, RECEIVING, WAITING, Session
 from qwen3vl_disagg.protocol.session_events import Attempt, EncodeEvent, FrameIn, Receive, RowsReady, Tick
+from tools.simulation.payload import Payload
 from tools.simulation.world import Violation
-
-if TYPE_CHECKING:
-    from qwen3vl_disagg.protocol.allocator import BlockAllocator
-    from qwen3vl_disagg.protocol.link_state import LinkState
-    from tools.simulation.encode import SimEncode
-    from tools.simulation.engine import Window
-    from tools.simulation.language import SimLanguage
-    from tools.simulation.payload import Payload
-
 
 _SENDING = (READY, HEADER, SENDING, SENT)
 
 
-def _pools(rank: SimLanguage) -> None:
+def _pools(rank: Any) -> None:
     """I1: pools add up and are disjoint. Looked at when something has been taken or given back."""
     allocator = rank.sessions.allocator
     free, totals = allocator._free, allocator.totals
@@ -44,7 +37,7 @@ def _pools(rank: SimLanguage) -> None:
             raise Violation("I1", f"{sorted(ids)} should be each of {total} once")
 
 
-def language_side(rank: SimLanguage) -> None:
+def language_side(rank: Any) -> None:
     """I1, I2, I4, I11, I12: pools add up; received <= granted <= total; nothing without a deadline."""
     sessions = rank.sessions
     allocator = sessions.allocator
@@ -83,7 +76,7 @@ def language_side(rank: SimLanguage) -> None:
         raise Violation("I2", f"{len(allocator.quarantined)} leases in quarantine, {num_apart} are accounted for")
 
 
-def _is_ending(rank: SimLanguage, session: Session) -> bool:
+def _is_ending(rank: Any, session: Session) -> bool:
     """What waits for room, not for its link, has only its request's deadline; and a receive whose link has been broken
     for its sake returns by itself."""
     link = rank.sessions.links.get(session.encode_rank)
@@ -101,7 +94,7 @@ def _no_quarantined_is_granted(allocator: BlockAllocator) -> None:
             raise Violation("I3", f"{pool} {sorted(apart)} are in quarantine, and free or granted")
 
 
-def _nobody_waits_in_vain(rank: SimLanguage) -> None:
+def _nobody_waits_in_vain(rank: Any) -> None:
     """I11: whoever is first in line gets room as soon as there is some."""
     sessions = rank.sessions
     allocator = sessions.allocator
@@ -131,7 +124,7 @@ def _nobody_waits_in_vain(rank: SimLanguage) -> None:
         raise Violation("I11", f"{first.key} waits though there is room")
 
 
-def encode_side(rank: SimEncode) -> None:
+def encode_side(rank: Any) -> None:
     """I12, I11: memory is bounded; every state has a deadline."""
     sessions, limits = rank.sessions, rank.sessions.limits
     num_languages = rank.cluster.sizes.num_language
@@ -157,7 +150,7 @@ def encode_side(rank: SimEncode) -> None:
         raise Violation("I12", f"{num_encoding + num_sending} items in memory, {num_parked} parked")
 
 
-def granted(rank: SimLanguage, grant: Room) -> None:
+def granted(rank: Any, grant: Room) -> None:
     """I16, I5, I12: room, DeepStack and slot came together, in the one order; DeepStack goes once. I4: nothing is asked
     for that the engine does not need."""
     sessions = rank.sessions
@@ -202,7 +195,7 @@ def granted(rank: SimLanguage, grant: Room) -> None:
         _nobody_passed_over(rank, session, had_begun)
 
 
-def _nobody_passed_over(rank: SimLanguage, session: Session, had_begun: bool) -> None:
+def _nobody_passed_over(rank: Any, session: Session, had_begun: bool) -> None:
     """I16: by arrival of the request, then by item; those that have begun before those that have not."""
     sessions = rank.sessions
     is_behind = False
@@ -225,7 +218,7 @@ def _nobody_passed_over(rank: SimLanguage, session: Session, had_begun: bool) ->
             break
 
 
-def may_write(rank: SimLanguage, job: Receive) -> None:
+def may_write(rank: Any, job: Receive) -> None:
     """I3, I8: what a receive writes into has not been given to anybody else."""
     allocator = rank.sessions.allocator
     for lease in (job.room, job.hold):
@@ -252,14 +245,14 @@ def fits(payload: Payload, job: Receive) -> None:
         raise Violation("I8", f"sent {payload.grant}, posted {job.grant}")
 
 
-def aux_once(rank: SimLanguage, attempt: Attempt, grant: Room) -> None:
+def aux_once(rank: Any, attempt: Attempt, grant: Room) -> None:
     """I6: no aux once rows of the attempt are in use."""
     number, stop = rank.progress.get(attempt[:2], (0, 0))
     if number == attempt[2] and stop > rank.asked.get(attempt[:2], 0):
         raise Violation("I6", f"aux of {attempt} came again after {stop} rows")
 
 
-def in_order(rank: SimLanguage, action: RowsReady) -> None:
+def in_order(rank: Any, action: RowsReady) -> None:
     """I4: each row once and in order per attempt, from the first that was asked for; and aux before them (I6)."""
     key = (action.request_id, action.item)
     first = rank.asked.get(key)
@@ -279,7 +272,7 @@ def in_order(rank: SimLanguage, action: RowsReady) -> None:
     rank.progress[key] = (action.attempt, action.stop)
 
 
-def read(rank: SimLanguage, window: Window, start: int, stop: int) -> None:
+def read(rank: Any, window: Any, start: int, stop: int) -> None:
     """I5, I7, I8, I10: every row that is read is the one that was encoded, with its DeepStack, of this attempt."""
     sessions, names = rank.sessions, rank.cluster.names
     size, allocator = sessions.block_size, sessions.allocator
@@ -304,7 +297,7 @@ def read(rank: SimLanguage, window: Window, start: int, stop: int) -> None:
                 raise Violation("I5", f"DeepStack row {row} of {window.attempt} reads {cell}")
 
 
-def one_attempt(attempts: dict[int, int], window: Window | None) -> None:
+def one_attempt(attempts: dict[int, int], window: Any) -> None:
     """I10: rows of two attempts never meet in one item of a prompt."""
     if window is not None and attempts.get(window.attempt[1], window.attempt[2]) != window.attempt[2]:
         raise Violation("I10", f"after rows of attempt {attempts[window.attempt[1]]} come those of {window.attempt}")
@@ -321,13 +314,13 @@ def unchanged(rank: Any, before: Any, frame: Frame) -> None:
         raise Violation("I9", f"a copy of frame {frame.seq} ({type(frame.body).__name__}) changed something")
 
 
-def may_start(rank: SimEncode, attempt: Attempt) -> None:
+def may_start(rank: Any, attempt: Attempt) -> None:
     """I13: what is here, or on its way, is not encoded once more."""
     if attempt in rank.tasks or attempt in rank.encoded:
         raise Violation("I13", f"{attempt} is encoded again while its rows are here")
 
 
-def may_release(rank: SimEncode, event: EncodeEvent, attempt: Attempt) -> None:
+def may_release(rank: Any, event: EncodeEvent, attempt: Attempt) -> None:
     """I13: rows live until the last acknowledgement or the end of the lease, within the bound on parked items; or of
     their request."""
     now, lease = rank.world.now, rank.lease_until.get(attempt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen3vl_disagg.core.errors import InputError, ServerError
 from qwen3vl_disagg.core.failure import Failure
@@ -50,14 +50,11 @@ from tools.simulation.progress_checks import encode_bounds
 from tools.simulation.stays import Stays
 from tools.simulation.world import Channel, SimLink, Violation
 
-if TYPE_CHECKING:
-    from tools.simulation.cluster import Cluster
-
 
 class SimEncode:
     """One incarnation of an encode rank."""
 
-    def __init__(self, cluster: Cluster, rank: int) -> None:
+    def __init__(self, cluster: Any, rank: int) -> None:
         self.cluster, self.world, self.rank = cluster, cluster.world, rank
         self.is_dead, self.frozen_until, self.slowness = False, 0.0, 1.0
         self.sessions = EncodeSessions(cluster.limits)

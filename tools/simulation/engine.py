@@ -10,16 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen3vl_disagg.core.requests import RequestTimings, VisualItem
 from qwen3vl_disagg.protocol.allocator import Lease
 from qwen3vl_disagg.protocol.messages import Finished, NeedItems, Submit, Tokens
 from qwen3vl_disagg.protocol.session_events import Attempt, Consumed, Expect, Forget, Recall, Returned
 from tools.simulation import checks
-
-if TYPE_CHECKING:
-    from tools.simulation.language import SimLanguage
 
 MAX_RUNNING = 3
 MAX_PREEMPTED = 2
@@ -86,7 +83,7 @@ class _Sequence:
 class SimEngine:
     """Steps take time. `requests`: what the loop knows of, with their deadlines; `known`: what the engine does."""
 
-    def __init__(self, rank: SimLanguage) -> None:
+    def __init__(self, rank: Any) -> None:
         self.rank, self.world = rank, rank.world
         self.requests: dict[str, tuple[list[VisualItem], float]] = {}
         self.known: dict[str, _Sequence] = {}

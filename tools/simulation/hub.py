@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen3vl_disagg.core.errors import DisaggError, OverloadedError
 from qwen3vl_disagg.protocol.messages import Decoded, Message, Tokens
@@ -11,9 +11,6 @@ from qwen3vl_disagg.protocol.router import Router
 from qwen3vl_disagg.protocol.routing import Deliver, End, Event, Send, Tick
 from tools.simulation.hub_checks import HubChecks
 from tools.simulation.world import Violation
-
-if TYPE_CHECKING:
-    from tools.simulation.cluster import Cluster
 
 
 @dataclass
@@ -41,7 +38,7 @@ class Client:
 class SimHub:
     """One incarnation of the frontend."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Any) -> None:
         self.cluster, self.world = cluster, cluster.world
         self.is_dead, self.frozen_until, self.slowness = False, 0.0, 1.0
         sizes = cluster.sizes

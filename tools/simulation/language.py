@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen3vl_disagg.core.errors import late
 from qwen3vl_disagg.core.failure import Failure
@@ -47,14 +47,11 @@ from tools.simulation.progress_checks import language_bounds
 from tools.simulation.stays import Stays
 from tools.simulation.world import Channel, SimLink, Violation
 
-if TYPE_CHECKING:
-    from tools.simulation.cluster import Cluster
-
 
 class SimLanguage:
     """One incarnation of a language rank."""
 
-    def __init__(self, cluster: Cluster, rank: int) -> None:
+    def __init__(self, cluster: Any, rank: int) -> None:
         self.cluster, self.world, self.rank = cluster, cluster.world, rank
         self.is_dead, self.frozen_until, self.slowness = False, 0.0, 1.0
         sizes = cluster.sizes

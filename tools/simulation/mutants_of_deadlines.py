@@ -21,8 +21,7 @@ from qwen3vl_disagg.protocol.encode_sessions import (
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.link_state import LinkState
 from qwen3vl_disagg.protocol.messages import Ack, Beat, Frame, Header
-from qwen3vl_disagg.protocol.room import Leases
-from qwen3vl_disagg.protocol.session import GRANTED, RECEIVING, Session, header_problem
+from qwen3vl_disagg.protocol.session import GRANTED, RECEIVING, Leases, Session, header_problem
 from qwen3vl_disagg.protocol.session_events import Attempt, Expect, SendFrame
 from tools.simulation.mutants import method, mutant, swap
 
@@ -303,7 +302,7 @@ def _() -> Iterator[None]:
             self._end(item.attempt)
             return
         item.state, item.grant, item.deadline = PARKED, None, now + self.limits.lease_s
-        self._fill_places()
+        self._fill_places(now)
 
     with swap(EncodeSessions, "_park", park):
         yield

@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from qwen3vl_disagg.protocol import encode_sessions, language_sessions, room
+from qwen3vl_disagg.protocol import encode_sessions, language_sessions
+from qwen3vl_disagg.protocol import session as session_module
 from qwen3vl_disagg.protocol.allocator import BlockAllocator, Lease, Want
 from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
@@ -247,7 +248,7 @@ def _() -> Iterator[None]:
 
 @mutant("encode-runs-ahead", "I12", "items are encoded without regard to memory")
 def _() -> Iterator[None]:
-    def fill(self: EncodeSessions) -> None:
+    def fill(self: EncodeSessions, now: float) -> None:
         while self.queue:
             item = self.items[self.queue.popleft()]
             item.state = encode_sessions.ENCODING
@@ -261,7 +262,7 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     def park(self: EncodeSessions, item: Any, now: float) -> None:
         self._end(item.attempt)
-        self._fill_places()
+        self._fill_places(now)
 
     with swap(EncodeSessions, "_park", park):
         yield
@@ -299,7 +300,7 @@ def _() -> Iterator[None]:
 
 @mutant("blocks-without-deepstack", "I16", "row blocks are granted though the DeepStack has no room")
 def _() -> Iterator[None]:
-    take = room.take_room
+    take = session_module.take_room
 
     def partial(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes, now: float) -> Any:
         without = dataclasses.replace(sizes, deepstack_embeddings=0)

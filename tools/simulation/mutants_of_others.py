@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from qwen3vl_disagg.protocol import language_sessions, layout, room
+from qwen3vl_disagg.protocol import language_sessions, layout
+from qwen3vl_disagg.protocol import session as session_module
 from qwen3vl_disagg.protocol.allocator import BlockAllocator, Lease, Want
 from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
@@ -29,7 +30,7 @@ from tools.simulation.mutants import method, mutant, swap
     stands_for="F1",
 )
 def _() -> Iterator[None]:
-    take = room.take_room
+    take = session_module.take_room
 
     def cut(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes, now: float) -> Any:
         grant = take(session, allocator, block_size, sizes, now)
@@ -63,7 +64,7 @@ def _() -> Iterator[None]:
 
 @mutant("whole-item-or-nothing", "I11", "an item is granted only when all of it fits", stands_for="F3")
 def _() -> Iterator[None]:
-    take = room.take_room
+    take = session_module.take_room
 
     def whole(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes, now: float) -> Any:
         needed = blocks_for(session.total - session.received, block_size)
@@ -81,7 +82,7 @@ def _() -> Iterator[None]:
 )
 def _() -> Iterator[None]:
     def drop(self: LanguageSessions, session: Session, reason: str, now: float, *, gives_back: bool = False) -> None:
-        self._let_go(session, gives_back=gives_back)
+        self._let_go(session, now, gives_back=gives_back)
 
     with swap(LanguageSessions, "_drop", drop):
         yield
@@ -118,9 +119,9 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     let_go = method(LanguageSessions, "_let_go")
 
-    def twice(self: LanguageSessions, session: Session, *, gives_back: bool = False) -> None:
+    def twice(self: LanguageSessions, session: Session, now: float, *, gives_back: bool = False) -> None:
         room, state = session.room, session.state
-        let_go(self, session, gives_back=gives_back)
+        let_go(self, session, now, gives_back=gives_back)
         if room is not None and state == GRANTED:
             self.allocator._return(room)
 
@@ -184,9 +185,9 @@ def _() -> Iterator[None]:
 
 @mutant("failure-is-not-told", "I11", "the router does not hear that an item could not be encoded", stands_for="F10")
 def _() -> Iterator[None]:
-    def silent(self: EncodeSessions, failed: Any) -> None:
+    def silent(self: EncodeSessions, failed: Any, now: float) -> None:
         self._end(failed.attempt)
-        self._fill_places()
+        self._fill_places(now)
 
     with swap(EncodeSessions, "_fail", silent):
         yield

@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from qwen3vl_disagg.protocol import language_sessions, room
+from qwen3vl_disagg.protocol import language_sessions
+from qwen3vl_disagg.protocol import session as session_module
 from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.layout import RowSizes
@@ -55,8 +56,8 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     lose = method(LanguageSessions, "_lose")
 
-    def forget(self: LanguageSessions, session: Session, reason: str, dead_epoch: int = 0) -> None:
-        lose(self, session, reason, dead_epoch)
+    def forget(self: LanguageSessions, session: Session, reason: str, now: float, dead_epoch: int = 0) -> None:
+        lose(self, session, reason, now, dead_epoch)
         session.first = session.received = 0
 
     with swap(LanguageSessions, "_lose", forget):
@@ -65,7 +66,7 @@ def _() -> Iterator[None]:
 
 @mutant("partial-item-has-no-aux", "I6", "what begins behind row 0 is sent as if it were resumed")
 def _() -> Iterator[None]:
-    take = room.take_room
+    take = session_module.take_room
 
     def bare(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes, now: float) -> Any:
         grant = take(session, allocator, block_size, sizes, now)
@@ -83,7 +84,7 @@ def _() -> Iterator[None]:
     "the DeepStack of a partial item is counted from the item's first row",
 )
 def _() -> Iterator[None]:
-    take = room.take_room
+    take = session_module.take_room
 
     def shifted(session: Session, allocator: BlockAllocator, block_size: int, sizes: RowSizes, now: float) -> Any:
         grant = take(session, allocator, block_size, sizes, now)

@@ -11,8 +11,7 @@ from qwen3vl_disagg.protocol.admission import Admission
 from qwen3vl_disagg.protocol.messages import Decoded, Stop
 from qwen3vl_disagg.protocol.placement import EncodeRank
 from qwen3vl_disagg.protocol.router import Router
-from qwen3vl_disagg.protocol.router_tables import Item
-from qwen3vl_disagg.protocol.routing import RankDown, Send
+from qwen3vl_disagg.protocol.routing import Item, RankDown, Send
 from qwen3vl_disagg.protocol.suspects import Suspects
 from tools.simulation.mutants import method, mutant, swap
 

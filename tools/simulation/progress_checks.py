@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, QUEUED, READY, SENDING, SENT
+from qwen3vl_disagg.protocol.messages import Frame
 from qwen3vl_disagg.protocol.session import GRANTED, IDLE, RECEIVING, WAITING
-from tools.simulation.world import RETURN_S, Violation
-
-if TYPE_CHECKING:
-    from qwen3vl_disagg.protocol.messages import Frame
-    from qwen3vl_disagg.protocol.session_events import Attempt, SessionLimits
-    from tools.simulation.encode import SimEncode
-    from tools.simulation.language import SimLanguage
-    from tools.simulation.stays import Stays
-    from tools.simulation.world import Channel, SimLink
+from qwen3vl_disagg.protocol.session_events import Attempt, SessionLimits
+from tools.simulation.stays import Stays
+from tools.simulation.world import RETURN_S, Channel, SimLink, Violation
 
 TICK_S = 1.0
 MAX_BROKEN = 3
@@ -44,7 +39,7 @@ def language_bounds(limits: SessionLimits) -> dict[str, float]:
     }
 
 
-def language_on_time(rank: SimLanguage) -> None:
+def language_on_time(rank: Any) -> None:
     """After a tick nothing is past its deadline, and nothing has stayed where it was for too long."""
     sessions, now = rank.sessions, rank.world.now
     stays = rank.stays.look(now)
@@ -68,7 +63,7 @@ def language_on_time(rank: SimLanguage) -> None:
     stays.done()
 
 
-def encode_on_time(rank: SimEncode) -> None:
+def encode_on_time(rank: Any) -> None:
     """As on the language side. I15: what nobody wants is not kept once that has been heard here."""
     sessions, now = rank.sessions, rank.world.now
     stays = rank.stays.look(now)
@@ -86,7 +81,7 @@ def encode_on_time(rank: SimEncode) -> None:
     stays.done()
 
 
-def _is_kept_for_nobody(rank: SimEncode, attempt: Attempt, language_rank: int, stays: Stays) -> bool:
+def _is_kept_for_nobody(rank: Any, attempt: Attempt, language_rank: int, stays: Stays) -> bool:
     """Its language rank does not want the attempt, and what it said of that is not under way: this side has heard what
     it said later, over the link that was there when the attempt was given out."""
     link = rank.links.get(language_rank)
@@ -104,14 +99,14 @@ def _is_heard(way: Channel, now: float, limits: SessionLimits) -> None:
         raise Violation("I11", f"nothing was said on a link for {now - way.said_at:.1f} s")
 
 
-def gives_up(rank: SimLanguage, attempt: Attempt) -> None:
+def gives_up(rank: Any, attempt: Attempt) -> None:
     """I11: an attempt whose payloads break again and again is over."""
     session = rank.sessions.find(*attempt)
     if rank.num_broken[attempt] >= MAX_BROKEN and session is not None and session.is_under_way:
         raise Violation("I11", f"{rank.num_broken[attempt]} payloads of {attempt} broke, and it goes on")
 
 
-def last_acks_come_again(rank: SimLanguage, link: SimLink, acked: set[Attempt]) -> None:
+def last_acks_come_again(rank: Any, link: SimLink, acked: set[Attempt]) -> None:
     """I13: the last acknowledgement of what the other end still keeps may have been lost with the link before."""
     for request in rank.sessions.requests.values():
         for session in request.sessions:
@@ -120,14 +115,14 @@ def last_acks_come_again(rank: SimLanguage, link: SimLink, acked: set[Attempt]) 
                 raise Violation("I13", f"rows of {session.key} are kept though all are here, and nobody says so")
 
 
-def one_attempt_is_made(rank: SimEncode, attempt: Attempt) -> None:
+def one_attempt_is_made(rank: Any, attempt: Attempt) -> None:
     """I10: a newer attempt at an item ends those before it."""
     for other, item in rank.sessions.items.items():
         if other[:2] == attempt[:2] and other[2] < attempt[2] and not item.is_dropped:
             raise Violation("I10", f"attempt {other[2]} at {other[:2]} goes on beside attempt {attempt[2]}")
 
 
-def is_given_up(rank: SimEncode, frame: Frame, attempt: Attempt, peer: int) -> None:
+def is_given_up(rank: Any, frame: Frame, attempt: Attempt, peer: int) -> None:
     """I15: an attempt ends when its language rank says that it is not wanted, unless its header is out."""
     outlet, item = rank.sessions.outlets.get(peer), rank.sessions.items.get(attempt)
     is_taken = outlet is not None and (outlet.state.epoch, outlet.state.num_received) == (frame.epoch, frame.seq)

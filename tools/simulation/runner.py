@@ -33,23 +33,7 @@ MODULES = (
 _SPREAD = 1_000_003
 """Schedule i of seed s has the seed s * _SPREAD + i, so that runs of different seeds share nothing."""
 
-LANGUAGE_STATES = (
-    session.IDLE,
-    session.WAITING,
-    session.GRANTED,
-    session.RECEIVING,
-    session.HELD,
-    session.DONE,
-)
-ENCODE_STATES = (
-    encode_sessions.QUEUED,
-    encode_sessions.ENCODING,
-    encode_sessions.READY,
-    encode_sessions.HEADER,
-    encode_sessions.SENDING,
-    encode_sessions.SENT,
-    encode_sessions.PARKED,
-)
+LANGUAGE_STATES, ENCODE_STATES = tuple(session.STATES), tuple(encode_sessions.STATES)
 
 
 @dataclass

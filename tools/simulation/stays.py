@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tools.simulation.world import World
+from typing import Any
 
 MOST_S = 1.5
 """From one look to the next; after a longer pause (the process was frozen) all begins anew."""
@@ -17,7 +14,7 @@ class Stays:
 
     __slots__ = ("_before", "_looked_at", "_now", "_since")
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: Any) -> None:
         self._before: dict[Hashable, float] = {}
         self._since: dict[Hashable, float] = {}
         self._now = self._looked_at = world.now

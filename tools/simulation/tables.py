@@ -1,8 +1,9 @@
-"""The tables of docs/simulation.md, generated.
+"""The tables of docs/simulation.md and docs/transfer.md, generated.
 
-    python -m tools.simulation.tables docs/simulation.md
+    python -m tools.simulation.tables states docs/transfer.md
+    python -m tools.simulation.tables bugs docs/simulation.md
 
-plants every bug on seeds 0 to 9, counts the schedules until it is found, and writes the tables between their marks.
+The second plants every bug on seeds 0 to 9, and counts the schedules until it is found. Tables stand between marks.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qwen3vl_disagg.protocol import encode_sessions, session
+from qwen3vl_disagg.protocol.session_events import SessionLimits
 from tools.simulation.mutants import MUTANTS, Mutant
 from tools.simulation.runner import mutant_names, simulate
 
@@ -44,11 +47,27 @@ def write_tables(text: str, found: Mapping[str, Sequence[int | None]], seeds: Se
         rows = [(*row, ", ".join(str(count or "not") for count in found[row[0]])) for row in static_rows(table)]
         lines = ["| " + " | ".join((*heads, measured)) + " |", "|---" * (len(heads) + 1) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
-        before, start, rest = text.partition(_start(table))
-        _, end, after = rest.partition(_END)
-        if not end:
-            raise ValueError(f"the document has no place for the table `{table}`")
-        text = before + start + "\n".join(lines) + "\n" + end + after
+        text = _put(text, table, lines)
+    return text
+
+
+def _put(text: str, table: str, lines: Sequence[str]) -> str:
+    before, start, rest = text.partition(_start(table))
+    _, end, after = rest.partition(_END)
+    if not end:
+        raise ValueError(f"the document has no place for the table `{table}`")
+    return before + start + "\n".join(lines) + "\n" + end + after
+
+
+def write_states(text: str) -> str:
+    """The document with the states of both sides anew. ValueError without their marks."""
+    for table, states in (("language states", session.STATES), ("encode states", encode_sessions.STATES)):
+        lines = ["| state | meaning | leaves it by | deadline |", "|---|---|---|---|"]
+        for name, state in states.items():
+            seconds = None if state.seconds is None else state.seconds(SessionLimits())
+            deadline = "the request's" if seconds is None else f"{seconds:g} s, {state.then}"
+            lines.append(f"| {name} | {state.meaning} | {state.leaves_by} | {deadline} |")
+        text = _put(text, table, lines)
     return text
 
 
@@ -68,8 +87,11 @@ def schedules_until_found(name: str, seed: int) -> int | None:
     return result.schedules if result.violation is not None else None
 
 
-def main(path: Path) -> None:
-    """Measure, and write the tables in place."""
+def main(which: str, path: Path) -> None:
+    """Write the tables of `states`, or measure and write those of `bugs`, in place."""
+    if which == "states":
+        path.write_text(write_states(path.read_text()))
+        return
     found: dict[str, list[int | None]] = {}
     for name in mutant_names():
         found[name] = [schedules_until_found(name, seed) for seed in SEEDS]
@@ -78,4 +100,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

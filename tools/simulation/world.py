@@ -6,13 +6,9 @@ from collections import Counter, deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 from random import Random
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from qwen3vl_disagg.protocol.messages import Frame
-
-if TYPE_CHECKING:
-    from tools.simulation.encode import SimEncode
-    from tools.simulation.language import SimLanguage
 
 FRAME_FAULTS = ("drop", "duplicate", "reorder", "delay", "corrupt", "truncate", "header", "endless")
 """What can happen to one frame or payload of a link. header: it says something else than what was granted; endless: a
@@ -206,7 +202,7 @@ class Channel:
 class SimLink:
     """A link of one epoch: two channels, and payloads matched with the receives that were posted for them, in order."""
 
-    def __init__(self, world: World, encode: SimEncode, language: SimLanguage, epoch: int) -> None:
+    def __init__(self, world: World, encode: Any, language: Any, epoch: int) -> None:
         self.world, self.encode, self.language, self.epoch = world, encode, language, epoch
         self.to_language = Channel(world, encode, language, self._to_language, self)
         self.to_encode = Channel(world, language, encode, self._to_encode, self)
