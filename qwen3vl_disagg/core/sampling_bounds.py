@@ -30,12 +30,16 @@ _LARGEST = sys.float_info.max
 
 def check_number(name: str, value: Any, *, param: str | None = None) -> Any:
     """The value, if LIMITS allows it; InputError naming the bounds otherwise."""
-    low, high, whole = LIMITS[name]
+    return check_within(value, *LIMITS[name], param or name)
+
+
+def check_within(value: Any, low: float, high: float, whole: bool, param: str) -> Any:
+    """The value, if it is a number within these bounds; InputError naming them otherwise."""
     kinds = (int,) if whole else (int, float)
     good = isinstance(value, kinds) and not isinstance(value, bool)
     if not good or not low <= value <= high:
         bounds = f"a whole number from {int(low)} to {int(high)}" if whole else f"a number from {low:g} to {high:g}"
-        raise InputError(f"{param or name} must be {bounds}", param=param or name)
+        raise InputError(f"{param} must be {bounds}", param=param)
     return value
 
 

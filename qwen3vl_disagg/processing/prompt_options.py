@@ -10,7 +10,7 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
 from qwen3vl_disagg.processing.media_options import NO_OPTIONS, MediaOptions
-from qwen3vl_disagg.processing.request_fields import check_object
+from qwen3vl_disagg.processing.request_fields import OneOf, check_object, read_flag
 
 _TEMPLATES_OWN = frozenset(
     {"messages", "tools", "documents", "tokenize", "chat_template", "return_dict", "return_tensors", "_marks"}
@@ -18,7 +18,7 @@ _TEMPLATES_OWN = frozenset(
 """What no client may give a template."""
 MAX_VALUE_CHARS = 4096
 MAX_SALT_CHARS = 1024
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_read_effort = OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max"))
 
 
 class Thinking(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,8 +58,8 @@ class PromptOptions(msgspec.Struct, frozen=True, kw_only=True):
             if variables.get(name) is not None:
                 where, value = f"chat_template_kwargs.{name}", variables[name]
             variables.pop(name, None)
-            if value is not None and not isinstance(value, bool):
-                raise InputError(f"{where} must be true or false", param=where)
+            if value is not None:
+                read_flag(value, where)
             if name == "add_generation_prompt" and flags["continue_final_message"]:
                 if value:
                     raise InputError(f"{where} and continue_final_message exclude one another", param=where)
@@ -106,14 +106,9 @@ def _thinking(raw: Mapping[str, Any], variables: dict[str, Any]) -> Thinking | N
         "reasoning_effort": raw.get("reasoning_effort"),
         "reasoning.effort": reasoning.get("effort"),
     }
-    for param, value in flags.items():
-        if value is not None and not isinstance(value, bool):
-            raise InputError(f"{param} must be true or false", param=param)
-    for param, value in efforts.items():
-        if value is not None and (not isinstance(value, str) or value not in _EFFORTS):
-            raise InputError(f"{param} must be one of {', '.join(_EFFORTS)}", param=param)
-    effort = next(((param, value) for param, value in efforts.items() if value is not None), None)
-    said = next(((param, value) for param, value in flags.items() if value is not None), None)
+    wanted = [(param, read_flag(value, param)) for param, value in flags.items() if value is not None]
+    how_much = [(param, _read_effort(value, param)) for param, value in efforts.items() if value is not None]
+    said, effort = next(iter(wanted), None), next(iter(how_much), None)
     if said is None:
         return effort and Thinking(is_wanted=effort[1] != "none", param=effort[0], effort=effort[1])
     if effort is None or not said[1]:

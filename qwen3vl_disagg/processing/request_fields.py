@@ -2,17 +2,18 @@
 
 Names are those of OpenAI, vLLM, SGLang, llama.cpp, ollama, transformers and qwen-vl-utils. A field is built; or it
 would change the answer and is refused by name, unless its value asks for nothing; or it cannot change an answer and is
-ignored, like every name that is not here.
+ignored, like every name that is not here. Of what is said about media, the table has the bounds too.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
+from qwen3vl_disagg.core.sampling_bounds import check_within
 
 Place = Literal[
     "request",
@@ -28,6 +29,69 @@ Place = Literal[
 ]
 
 
+Reader = Callable[[object, str], Any]
+"""(a value, its place) -> what it means. InputError naming the place."""
+
+
+def read_flag(value: object, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"{where} must be true or false", param=where)
+    return value
+
+
+@dataclass(frozen=True)
+class Number:
+    """Reads a number within bounds; a whole one may be written as 5.0."""
+
+    low: float
+    high: float
+    is_whole: bool = False
+
+    def __call__(self, value: object, where: str) -> Any:
+        if self.is_whole and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        return check_within(value, self.low, self.high, self.is_whole, where)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Reads one of these words."""
+
+    words: tuple[str, ...]
+
+    def __call__(self, value: object, where: str) -> str:
+        if not isinstance(value, str) or value not in self.words:
+            raise InputError(f"{where} must be one of {', '.join(self.words)}", param=where)
+        return value
+
+
+COUNT, FRAMES = Number(1, 2**31, is_whole=True), Number(2, 768, is_whole=True)
+FPS, SECONDS = Number(0.01, 240), Number(0, 2**31)
+
+
+def read_size(value: object, where: str) -> dict[str, int]:
+    """`size_min` and `size_max`: pixels of an image, or of all frames of a clip together."""
+    names = {
+        "shortest_edge": "size_min",
+        "min_pixels": "size_min",
+        "longest_edge": "size_max",
+        "max_pixels": "size_max",
+    }
+    found: dict[str, int] = {}
+    for name, number in check_object(value, where).items():
+        if name not in names:
+            raise InputError("size takes shortest_edge and longest_edge", param=f"{where}.{name[:64]}")
+        found[names[name]] = COUNT(number, f"{where}.{name}")
+    return found
+
+
+@dataclass(frozen=True)
+class BuiltField:
+    """`read`: None where the field is read by what it is for."""
+
+    read: Reader | None = None
+
+
 @dataclass(frozen=True)
 class RefusedField:
     """A 400 that names the field, but for null and these values."""
@@ -35,13 +99,12 @@ class RefusedField:
     neutral: tuple[Any, ...] = ()
 
 
-BUILT: Literal["built"] = "built"
 IGNORED: Literal["ignored"] = "ignored"
-Treatment = RefusedField | Literal["built", "ignored"]
+Treatment = BuiltField | RefusedField | Literal["ignored"]
 
 
-def _built(names: str) -> dict[str, Treatment]:
-    return dict.fromkeys(names.split(), BUILT)
+def _built(names: str, read: Reader | None = None) -> dict[str, Treatment]:
+    return dict.fromkeys(names.split(), BuiltField(read))
 
 
 def _ignored(names: str) -> dict[str, Treatment]:
@@ -58,8 +121,23 @@ _HARMLESS_IN_PARTS = _ignored(
 )
 _SHOWN_ELSEWHERE = _refused("images image_urls videos audio input_audio file files attachments", [], "")
 """What the model would have to see, where no media stand."""
-_IMAGE_SIZE = _built("min_pixels max_pixels resized_height resized_width")
-_CLIP_SAMPLING = _built("fps num_frames min_frames max_frames do_sample_frames")
+_BOUNDS = _built("min_pixels max_pixels", COUNT)
+_IMAGE_SIZE = {
+    **_BOUNDS,
+    **_built("resized_height resized_width", COUNT),
+    **_built("detail", OneOf(("auto", "low", "high", "original"))),
+}
+_CLIP_SAMPLING = {
+    **_built("fps", FPS),
+    **_built("num_frames", FRAMES),
+    **_built("min_frames max_frames", COUNT),
+    **_built("do_sample_frames", read_flag),
+}
+_CLIP_REST = {
+    **_built("nframes", FRAMES),
+    **_built("total_pixels", COUNT),
+    **_built("video_start video_end", SECONDS),
+}
 _AS_IT_IS = _refused("do_resize do_rescale do_normalize do_convert_rgb", True) | _ignored("return_tensors use_fast")
 
 FIELDS: dict[Place, dict[str, Treatment]] = {
@@ -71,9 +149,8 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         **_built("chat_template_kwargs enable_thinking think reasoning reasoning_effort"),
         **_built("mm_processor_kwargs media_io_kwargs"),
         **_IMAGE_SIZE,
-        **_built("detail"),
         **_CLIP_SAMPLING,
-        **_built("nframes total_pixels video_start video_end"),
+        **_CLIP_REST,
         # More answers than one, or other ways to search for one.
         **_refused("n best_of n_cmpl num_beams num_return_sequences", 1),
         **_refused("use_beam_search early_stopping", False),
@@ -156,7 +233,7 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         **_HARMLESS_IN_PARTS,
     },
     "image part": {
-        **_built("type image_url image url base64 data detail"),
+        **_built("type image_url image url base64 data"),
         **_IMAGE_SIZE,
         **_SHOWN_ELSEWHERE,
         **_refused("video video_url text", ""),
@@ -165,10 +242,11 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         **_HARMLESS_IN_PARTS,
     },
     "clip part": {
-        **_built("type video_url video url base64 data detail"),
+        **_built("type video_url video url base64 data"),
         **_IMAGE_SIZE,
         **_CLIP_SAMPLING,
-        **_built("nframes total_pixels video_start video_end sample_fps raw_fps"),
+        **_CLIP_REST,
+        **_built("sample_fps raw_fps", FPS),
         **_SHOWN_ELSEWHERE,
         **_refused("image image_url text", ""),
         **_refused("file_id source max_dynamic_patch min_dynamic_patch"),
@@ -176,12 +254,14 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         **_HARMLESS_IN_PARTS,
     },
     "mm_processor_kwargs": {
-        **_built("min_pixels max_pixels size images_kwargs videos_kwargs"),
+        **_BOUNDS,
+        **_built("size", read_size),
+        **_built("images_kwargs videos_kwargs"),
         **_CLIP_SAMPLING,
         **_AS_IT_IS,
     },
-    "images_kwargs": {**_built("min_pixels max_pixels size"), **_AS_IT_IS},
-    "videos_kwargs": {**_built("size"), **_CLIP_SAMPLING, **_AS_IT_IS},
+    "images_kwargs": {**_BOUNDS, **_built("size", read_size), **_AS_IT_IS},
+    "videos_kwargs": {**_built("size", read_size), **_CLIP_SAMPLING, **_AS_IT_IS},
     "media_io_kwargs.image": _refused("image_mode", "RGB"),
     "media_io_kwargs.video": _built("fps num_frames"),
 }
@@ -210,7 +290,7 @@ def check_fields(given: Mapping[str, Any], place: Place, *, where: str = "", bes
     table = FIELDS[place]
     for name, value in given.items():
         treatment = table.get(name)
-        if name in besides or treatment in (BUILT, IGNORED) or value is None:
+        if name in besides or isinstance(treatment, BuiltField) or treatment == IGNORED or value is None:
             continue
         if isinstance(treatment, RefusedField) and is_one_of(value, treatment.neutral):
             continue
@@ -218,6 +298,16 @@ def check_fields(given: Mapping[str, Any], place: Place, *, where: str = "", bes
         if treatment is not None or is_strange:
             param = f"{where}.{name[:64]}" if where else name[:64]
             raise NotBuiltYet(param, param=param)
+
+
+def read_fields(given: Mapping[str, Any], place: Place, where: str = "") -> dict[str, Any]:
+    """What the fields with a reader mean; null says nothing. InputError naming the field, below `where`."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        treatment = FIELDS[place].get(name)
+        if value is not None and isinstance(treatment, BuiltField) and treatment.read is not None:
+            found[name] = treatment.read(value, f"{where}.{name}" if where else name)
+    return found
 
 
 def is_one_of(value: Any, others: Iterable[Any]) -> bool:

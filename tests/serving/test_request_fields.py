@@ -14,7 +14,7 @@ from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import ChatTemplate, Processor, Prompt
 from qwen3vl_disagg.processing.prompt_options import PromptOptions
-from qwen3vl_disagg.processing.request_fields import BUILT, CLOSED, FIELDS, IGNORED, Place, RefusedField
+from qwen3vl_disagg.processing.request_fields import CLOSED, FIELDS, IGNORED, BuiltField, Place, RefusedField
 from tests.support.fake_backend import ASK, PATH, FakeBackend, serve, tiny_processor
 from tests.support.images import png, uri
 
@@ -110,7 +110,7 @@ TOGETHER = {("resized_height", "resized_width"), ("resized_width", "resized_heig
 
 
 def test_the_examples_are_all_of_the_built_fields():
-    built = {name for name, treatment in FIELDS["request"].items() if treatment == BUILT}
+    built = {name for name, treatment in FIELDS["request"].items() if isinstance(treatment, BuiltField)}
     assert built == REQUEST.keys() | set(THINKING)
 
 
