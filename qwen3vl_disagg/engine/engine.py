@@ -7,9 +7,9 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 from msgspec import structs
 from torch import Tensor
@@ -22,7 +22,7 @@ from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.runner import AttentionChoice, BadRows, ModelRunner
 from qwen3vl_disagg.engine.sampler import Sampler
-from qwen3vl_disagg.engine.scheduler import Allowance, Chunk, Scheduler, SchedulerLimits
+from qwen3vl_disagg.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.moe import DispatchPlan
@@ -58,12 +58,11 @@ EngineEvent = NeedItems | Preempted | RowsUsed | Tokens | Finished | RequestFail
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions(SchedulerLimits):
-    """Sizes of the engine. `kv_cache_gib`: memory for keys and values; the pool is never larger than the longest
-    context for each running request needs. `prefix_cache`: remember what full pages hold."""
+    """All that an engine may be told. The pool of keys and values is never larger than the longest context for each
+    running request needs."""
 
-    page_size: int = 16
-    kv_cache_gib: Literal["auto"] | float = "auto"
     prefix_cache: bool = True
+    """Remember what full pages hold."""
     compile: bool = False
     """Compile the decoder's step, all graphs before the first request."""
     attention: AttentionChoice = "auto"
@@ -76,17 +75,7 @@ class EngineOptions(SchedulerLimits):
     @classmethod
     def of(cls, settings: EngineSettings, **others: Any) -> EngineOptions:
         """The settings' sizes, and what they do not say."""
-        names = ("kv_cache_gib", "max_running", "max_prefill_tokens", "page_size")
-        return cls(**{name: getattr(settings, name) for name in names}, **others)
-
-    @property
-    def settings(self) -> EngineSettings:
-        return EngineSettings(
-            kv_cache_gib=self.kv_cache_gib,
-            max_running=self.max_running,
-            max_prefill_tokens=self.max_prefill_tokens,
-            page_size=self.page_size,
-        )
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(EngineSettings)}, **others)
 
 
 class NotFinite(ArithmeticError):
@@ -140,7 +129,7 @@ class Engine:
         self.config, self.eos_ids, self.language_rank = model.config, eos_ids, language_rank
         self.options = options or EngineOptions()
         weight = model.model.embed_tokens.weight
-        self.room = room or measured_room(model.config, self.options.settings, weight.device, weight.dtype)
+        self.room = room or measured_room(model.config, self.options, weight.device, weight.dtype)
         pool = PagePool(self.room.num_pages, self.room.page_size, keep=self.options.prefix_cache)
         self.runner = ModelRunner(
             model,
@@ -289,9 +278,8 @@ class Engine:
         anything to run here, and a failure of the model is raised: the others wait for this rank's part.
         """
         events = self.admit()
-        allowed = None if plan is None else Allowance(plan.prefill, plan.num_rows)
         dispatch = None if plan is None else DispatchPlan(plan.num_rows, plan.kind)
-        step, preempted = self.scheduler.schedule(allowed)
+        step, preempted = self.scheduler.schedule(plan)
         events += [Preempted(sequence.request_id) for sequence in preempted]
         if step is None:
             self._take_part(dispatch)

@@ -15,8 +15,10 @@ from bisect import insort
 from dataclasses import dataclass, field
 
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.engine.pages import PagePool, Prefix
 from qwen3vl_disagg.engine.sequence import Sequence
+from qwen3vl_disagg.parallel.lockstep import StepPlan
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,6 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Allowance:
-    """What others have left to this step, where steps are taken together: tokens of prompts, and tokens in all."""
-
-    prefill_tokens: int
-    num_rows: int
-
-
-@dataclass(frozen=True)
 class Step:
     """What to run now: chunks to prefill, or sequences to decode one token of; never both."""
 
@@ -50,12 +44,10 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SchedulerLimits:
-    """Tokens and sequences in a step. While requests are being decoded, prefill goes in chunks of `chunk_tokens`
-    together, one between two decode steps: that bounds the time between their tokens."""
+class SchedulerLimits(EngineSettings):
+    """What decides about a step. While requests are being decoded, prefill goes in chunks of `chunk_tokens` together,
+    one between two decode steps: that bounds the time between their tokens."""
 
-    max_running: int = 32
-    max_prefill_tokens: int = 4096
     chunk_tokens: int = 512
     overlap: bool = True
     """Prefill the items that are here while later ones are still on their way."""
@@ -154,13 +146,13 @@ class Scheduler:
     def owes_decode(self) -> bool:
         return self._prefilled_last and self.num_decoding > 0
 
-    def schedule(self, allowed: Allowance | None = None) -> tuple[Step | None, list[Sequence]]:
+    def schedule(self, plan: StepPlan | None = None) -> tuple[Step | None, list[Sequence]]:
         """The next step (None when nothing can run now), and the sequences that had to give their pages up for it.
 
-        Whether it is the turn of prompts, and how much of them, is decided here or given by `allowed`.
+        Whether it is the turn of prompts, and how much of them, is decided here or given by `plan`.
         """
         preempted: list[Sequence] = []
-        budget = self._prefill_budget() if allowed is None else min(allowed.prefill_tokens, allowed.num_rows)
+        budget = self._prefill_budget() if plan is None else min(plan.prefill, plan.num_rows)
         if budget:
             chunks = self._chunks(budget)
             if chunks:
@@ -169,7 +161,7 @@ class Scheduler:
         self._prefilled_last = False
         running: list[Sequence] = []
         for sequence in list(self.admitted.values()):
-            if allowed is not None and len(running) == allowed.num_rows:
+            if plan is not None and len(running) == plan.num_rows:
                 break
             if sequence.request_id in self.admitted and sequence.is_decoding and self._grow(sequence, preempted):
                 running.append(sequence)

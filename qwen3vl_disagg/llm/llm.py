@@ -160,7 +160,7 @@ class LLM:
         weight = language.model.embed_tokens.weight
         room = measured_room(
             self.config,
-            engine_options.settings,
+            engine_options,
             self.device,
             weight.dtype,
             image_rows=self.processor.image.max_rows,

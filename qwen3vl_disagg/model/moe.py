@@ -1,7 +1,7 @@
 """Mixture of experts: router, experts, and the ways to run them.
 
-An expert id of E or more is nobody's here: its choice adds nothing to the sum. That is how experts on other
-ranks look; how tokens get there is the dispatcher's business.
+An expert id of E or more is remote: its choice adds nothing to the sum here. How tokens get to experts on other ranks
+is the dispatcher's business.
 
 Dims: T tokens, D hidden, E experts, K experts per token, F expert width, R = T * K routed rows.
 """
@@ -41,7 +41,7 @@ def run_one_by_one(
     out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for expert in ids_TK.unique().tolist():  # waits, on a GPU for each expert: for what no faster way takes
         if expert >= num_experts:
-            continue  # nobody's here
+            continue  # remote
         token_R, choice_R = (ids_TK == expert).nonzero(as_tuple=True)
         gate_up_GD, down_DF = matrices(expert)
         gate, up = F.linear(x_TD.index_select(0, token_R), gate_up_GD).chunk(2, dim=-1)
@@ -70,7 +70,7 @@ def run_experts_grouped(
     num_experts, num_choices = gate_up_EGD.shape[0], ids_TK.shape[1]
     if num_experts == 0:
         return torch.zeros_like(x_TD)
-    ids_R = ids_TK.flatten().clamp(max=num_experts)  # nobody's come last
+    ids_R = ids_TK.flatten().clamp(max=num_experts)  # remote ones come last
     order_R = ids_R.argsort(stable=True)
     counts_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=x_TD.device)
     counts_E = counts_E.scatter_add(0, ids_R, torch.ones_like(ids_R))
@@ -117,7 +117,7 @@ DispatchKind = Literal["gather", "all_to_all"]
 class DispatchPlan:
     """What ranks that share experts have agreed on for one step.
 
-    `num_rows`: the rows that each of them brings; who has fewer pads. `kind`: how rows travel.
+    `num_rows`: the rows that each rank brings; shorter batches are padded. `kind`: how rows travel.
     """
 
     num_rows: int

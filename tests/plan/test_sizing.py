@@ -15,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.settings import EngineSettings, ModelOptions
-from qwen3vl_disagg.engine.engine import EngineOptions
+from qwen3vl_disagg.core.settings import ModelOptions
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.parallel.expert_placement import shard_rows
 from qwen3vl_disagg.parallel.sizes import SizedModel
@@ -331,10 +330,6 @@ def test_a_faster_machine_is_never_slower(load, name, times):
 
 
 # ---- what other rooms say ----
-
-
-def test_the_limits_are_those_of_the_system():
-    assert EngineOptions().settings == EngineSettings()
 
 
 @pytest.mark.parametrize(
