@@ -61,22 +61,10 @@ def fit_size(
 class ImageProcessor:
     """One checkpoint's way from bytes to patches. `resize` picks the arithmetic, see `PixelTransform`."""
 
-    def __init__(
-        self,
-        config: VisionConfig,
-        *,
-        min_pixels: int,
-        max_pixels: int,
-        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
-        std: tuple[float, ...] = (0.5, 0.5, 0.5),
-        resize: ImageResize = "torch",
-    ) -> None:
-        factor = config.patch_size * config.spatial_merge_size
-        if not factor * factor <= max_pixels or not 0 < min_pixels <= max_pixels:
-            raise ValueError(f"pixel bounds {min_pixels}..{max_pixels} leave no room for {factor} x {factor}")
-        self.config, self.factor, self.resize = config, factor, resize
-        self.min_pixels, self.max_pixels, self.mean, self.std = min_pixels, max_pixels, mean, std
-        self._transform = PixelTransform(mean, std, resize)
+    def __init__(self, config: VisionConfig, pixels: PixelSettings, *, resize: ImageResize = "torch") -> None:
+        self.config, self.bounds, self.resize = config, pixels, resize
+        self.factor = config.patch_size * config.spatial_merge_size
+        self._transform = PixelTransform(pixels.mean, pixels.std, resize)
 
     @classmethod
     def from_folder(cls, folder: Path, config: VisionConfig, *, resize: ImageResize = "torch") -> ImageProcessor:
@@ -87,21 +75,21 @@ class ImageProcessor:
         pixels, problems = PixelSettings.read(raw, config)
         if pixels is None:
             raise CheckpointError(folder, [f"{IMAGE_FILE}: {problem}" for problem in problems])
-        return cls(config, **vars(pixels), resize=resize)
+        return cls(config, pixels, resize=resize)
 
     def settings(self) -> dict[str, str]:
         """What two ranks must agree on to see the same pixels, in images and in clips."""
-        names = ("min_pixels", "max_pixels", "mean", "std", "resize")
-        return {f"image_{name}": str(getattr(self, name)) for name in names}
+        found = {**vars(self.bounds), "resize": self.resize}
+        return {f"image_{name}": str(value) for name, value in found.items()}
 
     @property
     def max_rows(self) -> int:
         """Visual tokens of the largest image."""
-        return self.max_pixels // self.factor**2
+        return self.bounds.max_pixels // self.factor**2
 
     def grid(self, width: int, height: int) -> Grid:
         """(frames, height, width) in patches of an image of that many pixels."""
-        new_height, new_width = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+        new_height, new_width = smart_resize(height, width, self.factor, self.bounds.min_pixels, self.bounds.max_pixels)
         return 1, new_height // self.config.patch_size, new_width // self.config.patch_size
 
     def pixels(

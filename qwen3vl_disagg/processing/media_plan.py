@@ -145,13 +145,13 @@ class MediaPlanner:
         return Plan(entry, grid, tuple(frames), tuple(times), (height, width), num_pixels)
 
     def _image_grid(self, options: MediaOptions, info: ImageInfo) -> Grid:
-        image, patch = self._image, self._config.patch_size
-        size = _exact_size(options, image.factor, 1, image.max_pixels)
+        image, own, patch = self._image, self._image.bounds, self._config.patch_size
+        size = _exact_size(options, image.factor, 1, own.max_pixels)
         if size is None:
             least, most = options.min_pixels or options.size_min, options.max_pixels or options.size_max
             if least is None and most is None and options.detail == "low":
-                most = max(image.factor**2, min(LOW_DETAIL_PIXELS, image.max_pixels // 4))
-            bounds = _within(least, most, image.min_pixels, image.max_pixels, image.factor**2)
+                most = max(image.factor**2, min(LOW_DETAIL_PIXELS, own.max_pixels // 4))
+            bounds = _within(least, most, own.min_pixels, own.max_pixels, image.factor**2)
             size = smart_resize(info.height, info.width, image.factor, *bounds)
         return 1, size[0] // patch, size[1] // patch
 

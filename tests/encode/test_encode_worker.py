@@ -16,6 +16,7 @@ from qwen3vl_disagg.core.errors import InputError, ServerError, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker
 from qwen3vl_disagg.processing import ImageProcessor, item_positions
+from qwen3vl_disagg.processing.pixel_settings import PixelSettings
 from qwen3vl_disagg.protocol.layout import AUX_FIELDS
 from qwen3vl_disagg.protocol.messages import Grant, Resume, Room
 from qwen3vl_disagg.transport.digest import add_digests
@@ -24,7 +25,7 @@ from tests.support.transfer import make_encoded, make_visual, split_payload
 
 CONFIG = small_config()
 MODEL = random_vision_model(CONFIG, seed=1)
-PROCESSOR = ImageProcessor(CONFIG.vision, min_pixels=32 * 32, max_pixels=256 * 256)
+PROCESSOR = ImageProcessor(CONFIG.vision, PixelSettings(32 * 32, 256 * 256))
 WORKER = EncodeWorker(MODEL, PROCESSOR, CONFIG)
 SIZES = [(64, 64), (96, 64), (64, 96), (32, 32)]
 

@@ -17,6 +17,7 @@ from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker
 from qwen3vl_disagg.llm.local import ItemError, LocalTransfer
 from qwen3vl_disagg.processing import ImageProcessor
+from qwen3vl_disagg.processing.pixel_settings import PixelSettings
 from qwen3vl_disagg.protocol.session_events import Recall
 from qwen3vl_disagg.transport.links import InProcessLink
 from qwen3vl_disagg.transport.rows import Delivery
@@ -26,7 +27,7 @@ from tests.support.transfer import make_receiver, make_visual
 CONFIG = small_config()
 HIDDEN, LEVELS = CONFIG.text.hidden_size, CONFIG.num_deepstack_levels
 MODEL = random_vision_model(CONFIG, seed=1)
-PROCESSOR = ImageProcessor(CONFIG.vision, min_pixels=32 * 32, max_pixels=32 * 32 * 100)
+PROCESSOR = ImageProcessor(CONFIG.vision, PixelSettings(32 * 32, 32 * 32 * 100))
 MAX_BLOCKS, BLOCK = 40, 2
 ONE_BY_ONE = EncodeOptions(embedding_cache_mib=0, vision_batch_tokens=0)
 

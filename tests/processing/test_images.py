@@ -20,10 +20,11 @@ from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import decode_rgb, probe_image
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.processing import ImageProcessor, smart_resize
+from qwen3vl_disagg.processing.pixel_settings import PixelSettings
 
 VISION = PRESETS["30b-a3b"].vision
 BOUNDS = {"min_pixels": 65536, "max_pixels": 16777216}
-PROCESSOR = ImageProcessor(VISION, **BOUNDS, resize="pillow")
+PROCESSOR = ImageProcessor(VISION, PixelSettings(**BOUNDS), resize="pillow")
 
 
 def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -241,14 +242,14 @@ def test_settings_come_from_the_folder(tmp_path):
     path = tmp_path / "preprocessor_config.json"
     path.write_text('{"size": {"shortest_edge": 4096, "longest_edge": 8192}, "patch_size": 16}')
     processor = ImageProcessor.from_folder(tmp_path, VISION)
-    assert (processor.min_pixels, processor.max_pixels) == (4096, 8192)
+    assert processor.bounds == PixelSettings(4096, 8192)
     path.write_text('{"size": {"shortest_edge": "a"}, "patch_size": 14}')
     with pytest.raises(CheckpointError, match=r"3 problem"):
         ImageProcessor.from_folder(tmp_path, VISION)
     nested = {"image_processor": {"min_pixels": 1024, "max_pixels": 2048, "image_mean": [0.1, 0.2, 0.3]}}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
     processor = ImageProcessor.from_folder(tmp_path, VISION)
-    assert (processor.min_pixels, processor.max_pixels, processor.mean) == (1024, 2048, (0.1, 0.2, 0.3))
+    assert processor.bounds == PixelSettings(1024, 2048, mean=(0.1, 0.2, 0.3))
     assert processor.settings()["image_mean"] == "(0.1, 0.2, 0.3)"
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.processing import ChatTemplate, GenerationDefaults, ImageProcessor, Processor, Tokenizer
+from qwen3vl_disagg.processing.pixel_settings import PixelSettings
 from tests.support.random_model import small_config
 from tests.support.tokenizer import write_tokenizer
 
@@ -58,7 +59,7 @@ def make_processor(folder) -> Processor:
     from dataclasses import replace
 
     config = replace(config, text=replace(config.text, vocab_size=400, max_position_embeddings=900), **ids)
-    image = ImageProcessor(config.vision, min_pixels=4096, max_pixels=65536)
+    image = ImageProcessor(config.vision, PixelSettings(4096, 65536))
     template = ChatTemplate.from_folder(folder, list(tokenizer.special_ids))
     return Processor(config, tokenizer, image, template, GenerationDefaults(frozenset({1})))
 

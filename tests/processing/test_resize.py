@@ -42,7 +42,7 @@ GOLDEN = {
 @pytest.mark.parametrize("size", GOLDEN)
 def test_the_default_equals_the_torchvision_processor(size):
     [levels_HWC] = noise_frames(1, *size)
-    patches, _ = ImageProcessor(PRESETS["30b-a3b"].vision, **BOUNDS).patches(levels_HWC)
+    patches, _ = ImageProcessor(PRESETS["30b-a3b"].vision, PixelSettings(**BOUNDS)).patches(levels_HWC)
     assert hashlib.sha256(patches.numpy().tobytes()).hexdigest() == GOLDEN[size]
 
 
@@ -74,7 +74,7 @@ def test_clips_and_images_are_resized_alike(how):
     """A clip of two equal frames and the picture itself, where both get the same size."""
     [levels_HWC] = noise_frames(1, 100, 140)
     bounds = {"min_pixels": 256 * 256, "max_pixels": 512 * 512}
-    patches, grid = ImageProcessor(VISION, **bounds, resize=how).patches(levels_HWC)
+    patches, grid = ImageProcessor(VISION, PixelSettings(**bounds), resize=how).patches(levels_HWC)
     doubled = PixelSettings(2 * bounds["min_pixels"], 2 * bounds["max_pixels"])
     clip, clip_grid = VideoProcessor(VISION, doubled, resize=how).patches(iter([levels_HWC] * 2), 2, grid)
     assert clip_grid == grid == VideoProcessor(VISION, doubled).grid(2, 140, 100)

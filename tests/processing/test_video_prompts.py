@@ -73,7 +73,7 @@ def make(folder):
         return Processor(
             config,
             tokenizer,
-            ImageProcessor(VISION, min_pixels=4096, max_pixels=65536),
+            ImageProcessor(VISION, PixelSettings(4096, 65536)),
             ChatTemplate.from_folder(folder, list(tokenizer.special_ids)),
             GenerationDefaults(frozenset({1})),
             video=VideoProcessor(VISION, PixelSettings(4096, 2**20)),

@@ -26,6 +26,7 @@ from qwen3vl_disagg.language.link_server import LinkServer
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.media.images import probe_image
 from qwen3vl_disagg.processing import ImageProcessor
+from qwen3vl_disagg.processing.pixel_settings import PixelSettings
 from qwen3vl_disagg.protocol.messages import Blob, LinksUp, Message, Peers, Pull, RankHello, Welcome
 from qwen3vl_disagg.protocol.session_events import (
     Arrived,
@@ -53,7 +54,7 @@ TOKEN = "secret"
 BLOCK = 4
 LANGUAGE_RANK = 1
 MODEL = random_vision_model(CONFIG, seed=1)
-PROCESSOR = ImageProcessor(CONFIG.vision, min_pixels=32 * 32, max_pixels=256 * 256)
+PROCESSOR = ImageProcessor(CONFIG.vision, PixelSettings(32 * 32, 256 * 256))
 FINGERPRINT = link_fingerprint(
     CONFIG, {"vision_weights": "a digest"}, dtype=torch.float32, block_size=BLOCK, processor=PROCESSOR
 )
