@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.model import ForwardBatch
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.presets import PRESETS
-from tools.bench_machine import machine_facts, table
+from tools.bench_machine import conclude, machine_facts, table
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -175,6 +174,5 @@ def host(
             results.append({"settings": name, "context": context, **found})
             rows.append([name, f"{context:,}", *(f"{found[part]:.2f}" for part in ("step", *PARTS))])
             print(f"{name} {context}: {found['step']:.2f} ms", file=sys.stderr)
-    if not as_json:
-        print(table(["settings", "context", "step ms", *PARTS], rows) + "\n")
-    print(json.dumps({"bench": "host", "machine": machine, "sequences": sequences, "steps": steps, "results": results}))
+    result = {"bench": "host", "machine": machine, "sequences": sequences, "steps": steps, "results": results}
+    conclude(result, table(["settings", "context", "step ms", *PARTS], rows), as_json)

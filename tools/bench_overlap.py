@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from tools.bench_load import body
 from tools.bench_machine import machine_facts
 from tools.bench_served import REPO, Served
 
@@ -68,16 +69,12 @@ class Serve(Served):
 
 
 def request_body(num_images: int, side: int) -> bytes:
-    parts: list[dict[str, Any]] = []
+    images = []
     for number in range(num_images):
-        image = Image.effect_noise((side, side), 40 + 10 * number).convert("RGB")
         out = io.BytesIO()
-        image.save(out, "JPEG", quality=85)
-        url = "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-        parts.append({"type": "image_url", "image_url": {"url": url}})
-    parts.append({"type": "text", "text": "a"})
-    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 1, "temperature": 0}
-    return json.dumps(body).encode()
+        Image.effect_noise((side, side), 40 + 10 * number).convert("RGB").save(out, "JPEG", quality=85)
+        images.append("data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode())
+    return body("a", images, 1, stream=False)
 
 
 def draw(path: Path, runs: dict[str, tuple[float, list[dict[str, Any]]]]) -> None:
@@ -126,15 +123,15 @@ def overlap(
         try:
             for server in servers.values():
                 server.wait_ready()
-            body = request_body(images, side)
+            request = request_body(images, side)
             seconds: dict[str, list[float]] = {name: [] for name in servers}
             stages: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
             windows: dict[str, tuple[float, float]] = {}
             for server in servers.values():
-                server.first_token(body)  # warm
+                server.first_token(request)  # warm
             for number in range(rounds):
                 for name in ("on", "off") if number % 2 else ("off", "on"):
-                    taken, timings, windows[name] = servers[name].first_token(body)
+                    taken, timings, windows[name] = servers[name].first_token(request)
                     seconds[name].append(taken)
                     stages[name].append((timings["encode"] / 1e3, timings["prefill"] / 1e3))
             medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import sys
 import time
@@ -15,7 +14,7 @@ import tyro
 
 from tools.bench_engine import folder_to_serve
 from tools.bench_load import Stream, body, picture, send, text
-from tools.bench_machine import machine_facts, spread, table
+from tools.bench_machine import conclude, machine_facts, machine_line, spread, table
 from tools.bench_served import Served
 
 WORDS = 24
@@ -74,8 +73,7 @@ def report(result: dict[str, Any]) -> str:
     head = ["prompt", "first token ms", "least to greatest", "times earlier"]
     head += ["images encoded", "bytes transferred", "tokens from the prefix cache"]
     title = (
-        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}, load "
-        f"{machine['load']}; {result['model']}, 1 encode + 1 language rank, images of {result['image_side']} x "
+        f"{machine_line(machine)}; {result['model']}, 1 encode + 1 language rank, images of {result['image_side']} x "
         f"{result['image_side']}, medians of {result['rounds']} rounds"
     )
     return f"{title}\n\n{table(head, rows)}"
@@ -103,9 +101,7 @@ def repeat(
     with ExitStack() as stack:
         if model is None:
             model = folder_to_serve(stack, preset)
-        server = Served(2, ["--model", str(model), "--encode-ranks", "1"])
-        stack.callback(server.close)
-        server.wait_ready()
+        server = stack.enter_context(Served(2, ["--model", str(model), "--encode-ranks", "1"]))
         found = []
         for number in range(rounds + 1):
             found.append(run_round(server.port, number, image_side))
@@ -128,6 +124,4 @@ def repeat(
             for name in counted[0]
         },
     }
-    if not as_json:
-        print(report(result) + "\n")
-    print(json.dumps(result))
+    conclude(result, report(result), as_json)

@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -26,9 +26,15 @@ def free_port() -> int:
 
 
 class Served:
-    """`cores`: the only ones it may use; a rank's threads are its share of them. `close` ends all of it."""
+    """`with Served(..) as server`: ready within, ended after.
 
-    def __init__(self, world: int, options: Sequence[str], cores: Sequence[int] | None = None) -> None:
+    `cores`: the only ones it may use; a rank's threads are its share of them.
+    """
+
+    def __init__(
+        self, world: int, options: Sequence[str], cores: Sequence[int] | None = None, *, ready_s: float = 240.0
+    ) -> None:
+        self.ready_s = ready_s
         self.port = free_port()
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
         launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
@@ -48,13 +54,25 @@ class Served:
         finally:
             os.sched_setaffinity(0, allowed)
 
-    def wait_ready(self, limit_s: float = 240.0) -> None:
+    def wait_ready(self) -> None:
         """RuntimeError with the end of its log when it does not come up."""
-        end = time.monotonic() + limit_s
+        end = time.monotonic() + self.ready_s
         while not re.search("^ready: ", Path(self.log.name).read_text(), re.MULTILINE):
             if self.process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"serve.py did not come up:\n{Path(self.log.name).read_text()[-2000:]}")
             time.sleep(0.1)
+
+    def __enter__(self) -> Self:
+        """Ready, or RuntimeError and gone."""
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def pids(self) -> dict[str, int]:
         """Process by role (`encode`, `language`, or `encode + language` when they share one); needs --debug."""

@@ -35,8 +35,7 @@ from qwen3vl_disagg.plan.fit import (
     fit,
 )
 from tools.bench_load import Stream, body, picture, send, text
-from tools.bench_machine import busy_seconds, machine_facts, table
-from tools.bench_process import cpu_seconds, family
+from tools.bench_machine import busy_seconds, conclude, cpu_seconds, family, machine_facts, machine_line, table
 from tools.bench_served import Served
 from tools.bench_stats import decode_rate, gaps
 from tools.checkpoints import config_to_dict
@@ -216,9 +215,7 @@ def run_turn(records: Records, options: Sequence[str], load: Load, contents: Con
 
 def run_split(records: Records, options: Sequence[str], load: Load, contents: Contents) -> float:
     """Start the split, measure, end it. Cores that other programs used meanwhile."""
-    server = Served(records.encode + records.language, [*options, "--encode-ranks", str(records.encode)])
-    try:
-        server.wait_ready()
+    with Served(records.encode + records.language, [*options, "--encode-ranks", str(records.encode)]) as server:
         own = family(server.process.pid) | {os.getpid()}
         started, others = time.perf_counter(), busy_seconds() - cpu_seconds(own)
         first_tokens(server, load, records, contents)
@@ -226,17 +223,14 @@ def run_split(records: Records, options: Sequence[str], load: Load, contents: Co
         others = (busy_seconds() - cpu_seconds(own) - others) / (time.perf_counter() - started)
         records.other_cores.append(max(0.0, others))
         return records.other_cores[-1]
-    finally:
-        server.close()
 
 
 def report(result: dict[str, Any], measured: Measurements, compared: Sequence[Compared]) -> str:
     """Markdown for people."""
     machine = measured.machine
     title = (
-        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}, load "
-        f"{machine['load']}; {measured.model}, {measured.dtype}, medians of {result['rounds']} rounds; other programs "
-        f"used up to {max(split.other_cores for split in measured.splits):.2f} cores in a split's round"
+        f"{machine_line(machine)}; {measured.model}, {measured.dtype}, medians of {result['rounds']} rounds; "
+        f"other programs used up to {max(split.other_cores for split in measured.splits):.2f} cores in a split's round"
     )
     head = ["split", "requests at once", "ms per token", "tokens/s"]
     rows = [
@@ -343,6 +337,4 @@ def splits(
         "costs": hardware.costs(config.dtype),
         "predicted": [{**msgspec.to_builtins(one), "ratio": one.ratio} for one in compared],
     }
-    if not as_json:
-        print(report(result, measured, compared) + "\n")
-    print(json.dumps(result))
+    conclude(result, report(result, measured, compared), as_json)

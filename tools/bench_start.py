@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -14,19 +13,15 @@ from typing import Annotated, Any
 import tyro
 
 from tools.bench_engine import folder_to_serve
-from tools.bench_machine import machine_facts, table
+from tools.bench_machine import conclude, machine_facts, machine_line, table
 from tools.bench_served import Served
 
 
 def ready_seconds(world: int, options: list[str]) -> float:
     """From the launch of torchrun to `ready`."""
     started = time.perf_counter()
-    server = Served(world, options)
-    try:
-        server.wait_ready(900.0)
+    with Served(world, options, ready_s=900.0):
         return time.perf_counter() - started
-    finally:
-        server.close()
 
 
 def start(
@@ -68,18 +63,13 @@ def start(
         "ready_s": found,
         "second_of_first": [second / first for first, second in zip(found["first"], found["second"], strict=True)],
     }
-    if not as_json:
-        print(report(result) + "\n")
-    print(json.dumps(result))
+    conclude(result, report(result), as_json)
 
 
 def report(result: dict[str, Any]) -> str:
     """Markdown for people."""
     machine, found = result["machine"], result["ready_s"]
-    title = (
-        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}, load "
-        f"{machine['load']}; {result['model']} checkpoint, {result['ranks']} ranks; seconds until ready"
-    )
+    title = f"{machine_line(machine)}; {result['model']} checkpoint, {result['ranks']} ranks; seconds until ready"
     rows = [
         [str(i + 1), *(f"{found[name][i]:.1f}" for name in found), f"{ratio:.2f}"]
         for i, ratio in enumerate(result["second_of_first"])

@@ -6,7 +6,6 @@ else the machine does hits them alike, and all buffers are touched before.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import socket
 import statistics
@@ -18,7 +17,7 @@ import tyro
 
 from qwen3vl_disagg.transport.process_group import build_pair
 from qwen3vl_disagg.transport.store import host_store
-from tools.bench_machine import busy_seconds, machine_facts, spread, table
+from tools.bench_machine import busy_seconds, conclude, machine_facts, machine_line, spread, table
 from tools.bench_pair import BYTE_ROWS, DEADLINE_S, HOST, ROW_BYTES, WAYS, EncodeEnd, Peer, Plan, run_language
 
 
@@ -99,8 +98,7 @@ def report(result: dict[str, Any]) -> str:
     share, machine = result["cpu_share"], result["machine"]
     return "\n\n".join(
         [
-            f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}, "
-            f"load {machine['load']}; {result['rounds']} rounds; cores used: encode {share['encode']:.2f}, "
+            f"{machine_line(machine)}; {result['rounds']} rounds; cores used: encode {share['encode']:.2f}, "
             f"language {share['language']:.2f}, other processes {share['others']:.2f}",
             "GB/s, median (least to greatest):",
             table(["size", *WAYS], speeds),
@@ -130,6 +128,4 @@ def transfer(
     machine = machine_facts()
     plan = Plan(tuple((size << 20) // ROW_BYTES for size in megabytes), rounds)
     result = {"bench": "transfer", "machine": machine, "rounds": rounds, **run_encode(plan)}
-    if not as_json:
-        print(report(result) + "\n")
-    print(json.dumps(result))
+    conclude(result, report(result), as_json)

@@ -13,10 +13,9 @@ import pytest
 from tools.bench_ceilings import Rates
 from tools.bench_contestants.client import Answer, ContestantError, Process
 from tools.bench_contestants.worker import Setup
-from tools.bench_engine import check, environment, make_folder, weight_bytes
+from tools.bench_engine import check, draw, environment, make_folder, report, weight_bytes
 from tools.bench_engine_plan import Plan, Record, take
-from tools.bench_engine_report import draw, report
-from tools.bench_process import cpu_seconds, family, memory
+from tools.bench_machine import cpu_seconds, family, memory
 from tools.checkpoints import RANDOM_PRESETS
 
 ROOT = Path(__file__).parent.parent.parent

@@ -9,8 +9,7 @@ import json
 import pytest
 from PIL import Image
 
-from tools.bench_gaps import Load, within
-from tools.bench_gaps_report import draw, merge, report, tail
+from tools.bench_gaps import Load, draw, merge, report, tail, within
 from tools.bench_load import LoadError, Stream, arrivals, body, picture, take, text
 
 LOAD = Load(texts=2, text_tokens=9, images=3, image_tokens=4, side=64, seconds=5, quiet_s=1, rate=2.0, seed=1)

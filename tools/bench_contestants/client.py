@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tools.bench_contestants.worker import Setup
-from tools.bench_machine import busy_seconds
-from tools.bench_process import cpu_seconds, family, memory
+from tools.bench_machine import busy_seconds, cpu_seconds, family, memory
 
 SETTLE_S, STILL_S, STILL_CORES = 8.0, 0.3, 0.1
 REPO = Path(__file__).resolve().parent.parent.parent
