@@ -1,14 +1,16 @@
-"""One answer as it grows: token events -> text, ids, logprobs, usage."""
+"""One answer as it grows: a backend's events -> text, calls, ids, logprobs, usage. The form of it is a route's."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 import msgspec
 
-from qwen3vl_disagg.cluster.backend import FinishedEvent, TokenEvent
-from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob
+from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, RequestHandle, TokenEvent
+from qwen3vl_disagg.core.errors import DeadlineError, DisaggError
+from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
 from qwen3vl_disagg.processing import AnswerParts, Parts, Tokenizer
 from qwen3vl_disagg.serving.types import (
     AnswerMessage,
@@ -23,66 +25,91 @@ from qwen3vl_disagg.serving.types import (
 _MIN_LOGPROB = -9999.0
 
 
-class TokenNames:
-    """Tokens as logprobs show them: text, and the exact bytes (a token may hold part of a character)."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def top(self, token_id: int, logprob: float) -> TopLogprob:
-        raw = self._tokenizer.token_bytes(token_id)
-        text = raw.decode("utf-8", "replace")
-        return TopLogprob(token=text, token_id=token_id, logprob=max(logprob, _MIN_LOGPROB), bytes=list(raw))
-
-    def entry(self, found: TokenLogprob) -> LogprobEntry:
-        own = self.top(found.token_id, found.logprob)
-        top = [self.top(token_id, logprob) for token_id, logprob in found.top]
-        return LogprobEntry(
-            token=own.token, token_id=own.token_id, logprob=own.logprob, bytes=own.bytes, top_logprobs=top
-        )
-
-
 class Answer:
-    """Collects one request's tokens. `token_ids` and `entries` hold the end token too, the text in `parts` does not."""
+    """One request's answer. `token_ids` and `entries` hold the end token too, the text in `parts` does not.
+
+    `told`: what the client hears of the ranks' timings.
+    """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        names: TokenNames,
         eos_ids: frozenset[int],
         sampling: SamplingParams,
-        prompt_ids: Sequence[int],
+        prompt_ids: list[int],
         *,
-        with_tools: bool = False,
+        with_tools: bool,
+        told: Callable[[RequestTimings], RequestTimings],
     ) -> None:
-        self.parts, self._names = AnswerParts(tokenizer, eos_ids, sampling, prompt_ids, with_tools=with_tools), names
-        self._first_timings, self._first_token_at = RequestTimings(), 0.0
-        self.num_prompt = len(prompt_ids)
+        self.parts = AnswerParts(tokenizer, eos_ids, sampling, prompt_ids, with_tools=with_tools)
+        self.prompt_ids = prompt_ids
         self.entries: list[LogprobEntry] = []
+        self._tokenizer, self._told = tokenizer, told
+        self._first_timings, self._first_token_at = RequestTimings(), 0.0
 
-    def push(self, event: TokenEvent) -> Parts:
-        """Take a token; returns what became certain with it, often nothing. Nothing counts after a stop."""
-        if self.is_stopped:
-            return Parts()
+    async def events(
+        self, handle: RequestHandle, *, deadline: float, silence_s: float
+    ) -> AsyncGenerator[tuple[Event | None, Parts]]:
+        """The request's events, each with what became certain with it; None after each `silence_s` without one.
+
+        A stop string is the end: the rank is told at once, before a client that reads slowly gets the rest.
+        DeadlineError at `deadline` (monotonic); else what the request fails with.
+        """
+        iterator = aiter(handle)
+        while True:
+            # Waited for beside the clock, not under a timeout: cancelling would end the iterator.
+            pending = asyncio.ensure_future(_next(iterator))
+            try:
+                while not pending.done():
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        raise DeadlineError("the request took longer than it may")
+                    await asyncio.wait({pending}, timeout=min(left, silence_s))
+                    if not pending.done():
+                        yield None, Parts()
+                event = pending.result()
+            finally:
+                pending.cancel()
+            match event:
+                case None:
+                    raise DisaggError("the request ended without a result")
+                case AllDecoded():
+                    yield event, Parts()
+                case TokenEvent():
+                    new = self._push(event)
+                    if self.parts.is_stopped:
+                        handle.cancel()
+                    yield event, new
+                    if self.parts.is_stopped:
+                        yield self._stop_event(), Parts()
+                        return
+                case FinishedEvent():
+                    rest = self.parts.finish()
+                    # What an unfinished character shows as may complete a stop string, too.
+                    reason = "stop" if self.parts.is_stopped else event.finish_reason
+                    yield FinishedEvent(reason, self._told(event.timings)), rest
+                    return
+
+    def _push(self, event: TokenEvent) -> Parts:
+        """Take a token; what became certain with it, often nothing."""
         if event.timings is not None:
             self._first_timings, self._first_token_at = event.timings, time.monotonic()
         if event.logprob is not None:
-            self.entries.append(self._names.entry(event.logprob))
+            own = self._named(event.logprob.token_id, event.logprob.logprob)
+            top = [self._named(token_id, logprob) for token_id, logprob in event.logprob.top]
+            self.entries.append(LogprobEntry(**msgspec.structs.asdict(own), top_logprobs=top))
         return self.parts.push(event.token_id)
 
-    def finish(self) -> Parts:
-        """What is still held back."""
-        return self.parts.finish()
+    def _named(self, token_id: int, logprob: float) -> TopLogprob:
+        """Its text, and its exact bytes: a token may hold part of a character."""
+        raw = self._tokenizer.token_bytes(token_id)
+        text = raw.decode("utf-8", "replace")
+        return TopLogprob(token=text, token_id=token_id, logprob=max(logprob, _MIN_LOGPROB), bytes=list(raw))
 
-    @property
-    def is_stopped(self) -> bool:
-        """A stop string is complete."""
-        return self.parts.is_stopped
-
-    def stop_event(self) -> FinishedEvent:
+    def _stop_event(self) -> FinishedEvent:
         """The end at a stop string, in place of the rank's. The time of decoding is measured here."""
         decode_ms = (time.monotonic() - self._first_token_at) * 1e3 if self._first_token_at else 0.0
-        return FinishedEvent("stop", msgspec.structs.replace(self._first_timings, decode=decode_ms))
+        return FinishedEvent("stop", self._told(msgspec.structs.replace(self._first_timings, decode=decode_ms)))
 
     @property
     def token_ids(self) -> list[int]:
@@ -97,15 +124,20 @@ class Answer:
         )
 
     def usage(self, cached_tokens: int = 0) -> ChatUsage:
+        num_prompt, num_tokens = len(self.prompt_ids), len(self.token_ids)
         usage = ChatUsage(
-            prompt_tokens=self.num_prompt,
-            completion_tokens=len(self.token_ids),
-            total_tokens=self.num_prompt + len(self.token_ids),
+            prompt_tokens=num_prompt,
+            completion_tokens=num_tokens,
+            total_tokens=num_prompt + num_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
         )
         if self.parts.reasoning_tokens:
             usage.completion_tokens_details = CompletionTokensDetails(reasoning_tokens=self.parts.reasoning_tokens)
         return usage
+
+
+async def _next(iterator: AsyncIterator[Event]) -> Event | None:
+    return await anext(iterator, None)
 
 
 def with_frontend(

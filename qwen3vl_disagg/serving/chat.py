@@ -11,18 +11,17 @@ from functools import partial
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from qwen3vl_disagg.cluster.backend import Backend, FinishedEvent, RequestHandle
+from qwen3vl_disagg.cluster.backend import Backend, FinishedEvent
 from qwen3vl_disagg.core.errors import DeadlineError, InputError, OverloadedError
-from qwen3vl_disagg.core.requests import RequestTimings
 from qwen3vl_disagg.processing import Processor
-from qwen3vl_disagg.serving.answer import Answer, TokenNames, with_frontend
+from qwen3vl_disagg.serving.answer import Answer, with_frontend
 from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, check_headers, read_body
 from qwen3vl_disagg.serving.chat_request import ChatRequest
 from qwen3vl_disagg.serving.errors import JSONResponse
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.preparation import Preparation
-from qwen3vl_disagg.serving.prepared import Rules
-from qwen3vl_disagg.serving.stream import EventStream, answer_events
+from qwen3vl_disagg.serving.prepare import Rules
+from qwen3vl_disagg.serving.stream import EventStream
 from qwen3vl_disagg.serving.types import ChatCompletion, Choice, Logprobs
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
@@ -36,11 +35,9 @@ class ChatCompletions:
     def __init__(self, backend: Backend, processor: Processor, *, model_name: str, limits: Limits) -> None:
         self._backend, self._processor = backend, processor
         self._model_name, self._limits = model_name, limits
-        self._names = TokenNames(processor.tokenizer)
         self._budget = BodyBudget(limits.max_body_memory)
-        self._preparation = Preparation(
-            processor, Rules(model_name=model_name, max_answer_tokens=limits.max_answer_tokens), limits
-        )
+        rules = Rules(model_name=model_name, max_answer_tokens=limits.max_answer_tokens)
+        self._preparation = Preparation(processor, rules, limits)
         self._num_running = self._num_preparing = 0
 
     def warm_up(self) -> None:
@@ -91,79 +88,48 @@ class ChatCompletions:
         left = deadline - time.monotonic()
         if left <= 0:
             raise DeadlineError("making the prompt took longer than the request may")
-        request, sampling, prompt_token_ids = prepared.request, prepared.sampling, prepared.prompt.token_ids
+        request, sampling, prompt_ids = prepared.request, prepared.sampling, prepared.prompt.token_ids
         preprocess_ms = prepared.seconds * 1e3
-        queue_ms = (time.monotonic() - arrival) * 1e3 - preprocess_ms
         told = partial(
             with_frontend,
-            queue_ms=queue_ms,
+            queue_ms=(time.monotonic() - arrival) * 1e3 - preprocess_ms,
             preprocess_ms=preprocess_ms,
             hide_cache_hits=self._limits.hide_cache_hits,
         )
         handle = self._backend.submit(prepared.prompt, sampling, left)
         del prepared  # images and clips: from here on the backend says how long they are kept
-        answer = Answer(
-            self._processor.tokenizer,
-            self._names,
-            self._processor.generation.eos_token_ids,
-            sampling,
-            prompt_token_ids,
-            with_tools=request.has_tools,
-        )
+        eos_ids = self._processor.generation.eos_token_ids
+        tokenizer = self._processor.tokenizer
+        answer = Answer(tokenizer, eos_ids, sampling, prompt_ids, with_tools=request.has_tools, told=told)
+        events = answer.events(handle, deadline=deadline + _GRACE_S, silence_s=self._limits.ping_s)
+        names = {"id": f"chatcmpl-{handle.request_id}", "model": self._model_name}
         try:
-            if request.stream:
-                stream = EventStream(
-                    send,
-                    request,
-                    answer,
-                    id=_id(handle),
-                    model=self._model_name,
-                    prompt_token_ids=prompt_token_ids,
-                    send_timeout_s=self._limits.send_timeout_s,
-                )
-                await stream.run(
-                    handle,
-                    deadline=deadline + _GRACE_S,
-                    ping_s=self._limits.ping_s,
-                    told=told,
-                )
-                return
-            finished = await self._collect(handle, answer, deadline + _GRACE_S)
-            completion = self._completion(_id(handle), request, answer, finished, told(finished.timings))
-            if request.return_token_ids:
-                completion.prompt_token_ids = prompt_token_ids
-            await JSONResponse(completion)(scope, receive, send)
+            async with aclosing(events):
+                if request.stream:
+                    timeout_s = self._limits.send_timeout_s
+                    await EventStream(send, request, answer, **names, send_timeout_s=timeout_s).run(events)
+                else:
+                    [finished] = [event async for event, _ in events if isinstance(event, FinishedEvent)]
+                    await JSONResponse(_completion(request, answer, finished, **names))(scope, receive, send)
         finally:
             handle.cancel()
 
-    async def _collect(self, handle: RequestHandle, answer: Answer, deadline: float) -> FinishedEvent:
-        events = answer_events(handle, answer, deadline=deadline, silence_s=self._limits.ping_s)
-        async with aclosing(events):
-            async for event, _ in events:
-                if isinstance(event, FinishedEvent):
-                    return event
-        raise RuntimeError("answer_events ends with a FinishedEvent or an error")
 
-    def _completion(
-        self, id: str, request: ChatRequest, answer: Answer, finished: FinishedEvent, timings: RequestTimings
-    ) -> ChatCompletion:
-        choice = Choice(message=answer.message(), finish_reason=answer.parts.reason(finished.finish_reason))
-        if request.logprobs is not None:
-            choice.logprobs = Logprobs(content=answer.entries)
-        if request.return_token_ids:
-            choice.token_ids = answer.token_ids
-        return ChatCompletion(
-            id=id,
-            created=int(time.time()),
-            model=self._model_name,
-            choices=[choice],
-            usage=answer.usage(timings.cached_tokens),
-            timings=timings,
-        )
-
-
-def _id(handle: RequestHandle) -> str:
-    return f"chatcmpl-{handle.request_id}"
+def _completion(request: ChatRequest, answer: Answer, end: FinishedEvent, *, id: str, model: str) -> ChatCompletion:
+    choice = Choice(message=answer.message(), finish_reason=answer.parts.reason(end.finish_reason))
+    if request.logprobs is not None:
+        choice.logprobs = Logprobs(content=answer.entries)
+    completion = ChatCompletion(
+        id=id,
+        created=int(time.time()),
+        model=model,
+        choices=[choice],
+        usage=answer.usage(end.timings.cached_tokens),
+        timings=end.timings,
+    )
+    if request.return_token_ids:
+        choice.token_ids, completion.prompt_token_ids = answer.token_ids, answer.prompt_ids
+    return completion
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[None, None, None]) -> None:

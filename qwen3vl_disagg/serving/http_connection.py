@@ -1,19 +1,24 @@
-"""One HTTP/1.1 connection: uvicorn's, parsed in turns, and in every phase with a time by which it must get on."""
+"""One HTTP/1.1 connection: uvicorn's, parsed in turns, and in every phase with a time by which it must get on. And how
+many there may be, and who still gets in when all places are taken."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import h11
 import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from qwen3vl_disagg.serving.errors import envelope
+from qwen3vl_disagg.core.descriptors import descriptor_limit
+from qwen3vl_disagg.core.errors import UnavailableError
+from qwen3vl_disagg.serving.errors import envelope, error_response
 from qwen3vl_disagg.serving.http_turns import PARSE_BYTES, Cut, ParseTurns, TurnParser
 from qwen3vl_disagg.serving.limits import MAX_HEADER_BYTES
 
@@ -25,6 +30,14 @@ ALWAYS_ANSWERED = ("/health", "/ready")
 URGENT = tuple(f"{method} {path} ".encode() for method in ("GET", "HEAD") for path in ALWAYS_ANSWERED)
 SLOW_BODY = 16 * 2**10
 """Bytes a second below which a body's connection may be given to another client."""
+
+MAX_CONNECTIONS = 1024
+RESERVED = 64
+"""Places of connections above the limit, which may ask how the server is."""
+ENDS_PER_LOOK = 64
+_OTHER_DESCRIPTORS = 512
+"""Kept free for ranks, their pulls of media, and child processes."""
+_SEARCH_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -92,20 +105,12 @@ class _Socket(asyncio.Transport):
             self.transport.resume_reading()
 
 
-class HoldsPlaces(Protocol):
-    """Who counts connections (`Places`)."""
-
-    def take(self, connection: HttpConnection) -> None: ...
-
-    def give_back(self, connection: HttpConnection) -> None: ...
-
-
 class HttpConnection(H11Protocol):
     """See above. Errors of the protocol are answered in the envelope."""
 
     conn: TurnParser
 
-    def __init__(self, config: Config, server_state: ServerState, turns: ParseTurns, places: HoldsPlaces) -> None:
+    def __init__(self, config: Config, server_state: ServerState, turns: ParseTurns, places: Places) -> None:
         super().__init__(config, server_state, {})
         self.conn = TurnParser(MAX_HEADER_BYTES)
         self.is_lingering = False
@@ -297,3 +302,88 @@ class HttpConnection(H11Protocol):
         if not self.num_requests or self._pending or self.conn.trailing_data[0]:
             return "headers"
         return "idle"
+
+
+@dataclass(frozen=True)
+class PlaceLimits:
+    max_connections: int
+    reserved: int
+
+    @classmethod
+    def of_process(cls) -> PlaceLimits:
+        """Below what the process may open; at most half of that where it is little."""
+        limit = descriptor_limit()
+        total = min(MAX_CONNECTIONS + RESERVED, limit - min(_OTHER_DESCRIPTORS, limit // 2))
+        reserved = min(RESERVED, total // 4)
+        return cls(total - reserved, reserved)
+
+
+class Places:
+    """All connections. When there are too many, the one goes that has kept its place for nothing for longest.
+
+    Where nobody does, a new one gets a reserved place: `ALWAYS_ANSWERED` or a 503, and then it is closed. The oldest
+    of these goes when there are too many of them.
+    """
+
+    def __init__(self, limits: PlaceLimits) -> None:
+        self.limits = limits
+        self._connections: dict[HttpConnection, None] = {}
+        self._reserved: dict[HttpConnection, None] = {}
+        self._yielding: deque[HttpConnection] = deque()
+        self._searched_at = float("-inf")
+
+    def __len__(self) -> int:
+        return len(self._connections) + len(self._reserved)
+
+    def take(self, connection: HttpConnection) -> None:
+        if len(self._connections) < self.limits.max_connections or self._make_room():
+            self._connections[connection] = None
+            return
+        if len(self._reserved) >= self.limits.reserved:
+            oldest = next(iter(self._reserved))
+            del self._reserved[oldest]
+            oldest.drop()
+        self._reserved[connection] = None
+        connection.app = _reserved(connection.app)
+
+    def give_back(self, connection: HttpConnection) -> None:
+        self._connections.pop(connection, None)
+        self._reserved.pop(connection, None)
+
+    def look(self, now: float) -> None:
+        """See `HttpConnection.look`. Ends so many at a time that nothing else waits for it."""
+        num_ended = 0
+        for connection in [*self._connections, *self._reserved]:
+            num_ended += connection.look(now)
+            if num_ended >= ENDS_PER_LOOK:
+                return
+
+    def _make_room(self) -> bool:
+        now = time.monotonic()
+        if not self._yielding and now - self._searched_at >= _SEARCH_S:
+            self._searched_at = now
+            since = {connection: connection.yields_since(now) for connection in self._connections}
+            found = [(start, n, connection) for n, (connection, start) in enumerate(since.items()) if start is not None]
+            self._yielding.extend(connection for _, _, connection in sorted(found, key=lambda entry: entry[:2]))
+        while self._yielding:
+            connection = self._yielding.popleft()
+            if connection in self._connections and connection.yields_since(now) is not None:
+                del self._connections[connection]
+                connection.drop()
+                return True
+        return False
+
+
+def _reserved(app: ASGIApp) -> ASGIApp:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
+            await send(message)
+
+        if scope["path"] in ALWAYS_ANSWERED:
+            await app(scope, receive, send_last)
+        else:
+            await error_response(UnavailableError("too many connections"))(scope, receive, send_last)
+
+    return answer

@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 
-import msgspec
 from starlette.types import Message, Send
 
-from qwen3vl_disagg.cluster.backend import Event, FinishedEvent, RequestHandle, TokenEvent
-from qwen3vl_disagg.core.errors import DeadlineError, DisaggError
+from qwen3vl_disagg.cluster.backend import Event, FinishedEvent, TokenEvent
 from qwen3vl_disagg.core.json_text import json_line
-from qwen3vl_disagg.core.requests import FinishReason, RequestTimings
 from qwen3vl_disagg.processing import Parts
 from qwen3vl_disagg.serving.answer import Answer
 from qwen3vl_disagg.serving.body import ClientGone
@@ -48,101 +44,31 @@ def sse(value: object) -> bytes:
     return b"data: " + json_line(value) + b"\n\n"
 
 
-async def timed_events(handle: RequestHandle, *, deadline: float, silence_s: float) -> AsyncGenerator[Event | None]:
-    """The request's events; None after each `silence_s` without one. DeadlineError at `deadline` (monotonic)."""
-    iterator = aiter(handle)
-    while True:
-        # Waited for beside the clock, not under a timeout: cancelling would end the iterator.
-        pending = asyncio.ensure_future(_next(iterator))
-        try:
-            while not pending.done():
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise DeadlineError("the request took longer than it may")
-                await asyncio.wait({pending}, timeout=min(left, silence_s))
-                if not pending.done():
-                    yield None
-            event = pending.result()
-        finally:
-            pending.cancel()
-        if event is None:
-            raise DisaggError("the request ended without a result")
-        yield event
-        if isinstance(event, FinishedEvent):
-            return
-
-
-async def _next(iterator: AsyncIterator[Event]) -> Event | None:
-    return await anext(iterator, None)
-
-
-async def answer_events(
-    handle: RequestHandle, answer: Answer, *, deadline: float, silence_s: float
-) -> AsyncGenerator[tuple[Event | None, Parts]]:
-    """`timed_events`, each with what became certain with it. A stop string is the end: the rank is told at
-    once, before a client that reads slowly gets the rest."""
-    async with aclosing(timed_events(handle, deadline=deadline, silence_s=silence_s)) as events:
-        async for event in events:
-            if isinstance(event, TokenEvent):
-                new = answer.push(event)
-                if answer.is_stopped:
-                    handle.cancel()
-                    yield event, new
-                    yield answer.stop_event(), Parts()
-                    return
-                yield event, new
-            elif isinstance(event, FinishedEvent):
-                rest = answer.finish()
-                # What an unfinished character shows as may complete a stop string, too.
-                yield (msgspec.structs.replace(event, finish_reason="stop") if answer.is_stopped else event), rest
-            else:
-                yield event, Parts()
-
-
 class EventStream:
     """One streamed answer. The status line goes out with the first event: until then errors can still be a 4xx."""
 
     def __init__(
-        self,
-        send: Send,
-        request: ChatRequest,
-        answer: Answer,
-        *,
-        id: str,
-        model: str,
-        prompt_token_ids: list[int],
-        send_timeout_s: float,
+        self, send: Send, request: ChatRequest, answer: Answer, *, id: str, model: str, send_timeout_s: float
     ) -> None:
         self._send_message, self._send_timeout_s = send, send_timeout_s
         self._request, self._answer = request, answer
         self._id, self._model, self._created = id, model, int(time.time())
-        self._prompt_token_ids = prompt_token_ids
         self._started = False
 
-    async def run(
-        self,
-        handle: RequestHandle,
-        *,
-        deadline: float,
-        ping_s: float,
-        told: Callable[[RequestTimings], RequestTimings],
-    ) -> None:
-        """Send everything; `told` is what the client hears of the ranks' timings. Raises what goes wrong before the
-        status line; later errors become an event."""
+    async def run(self, events: AsyncGenerator[tuple[Event | None, Parts]]) -> None:
+        """Send everything. Raises what goes wrong before the status line; later errors become an event."""
         try:
-            events = answer_events(handle, self._answer, deadline=deadline, silence_s=ping_s)
-            async with aclosing(events):
-                async for event, new in events:
-                    if event is None:
-                        if self._started:
-                            await self._ping()
-                        continue
-                    if not self._started:
-                        await self._start()
-                    if isinstance(event, TokenEvent):
-                        await self._token(event, new)
-                    elif isinstance(event, FinishedEvent):
-                        await self._finish(event.finish_reason, told(event.timings), new)
+            async for event, new in events:
+                if event is None:
+                    if self._started:
+                        await self._ping()
+                    continue
+                if not self._started:
+                    await self._start()
+                if isinstance(event, TokenEvent):
+                    await self._token(event, new)
+                elif isinstance(event, FinishedEvent):
+                    await self._finish(event, new)
         except ClientGone:
             raise
         except Exception as error:
@@ -158,7 +84,7 @@ class EventStream:
         self._started = True
         chunk = self._chunk(ChunkChoice(delta=Delta(role="assistant", content="")))
         if self._request.return_token_ids:
-            chunk.prompt_token_ids = self._prompt_token_ids
+            chunk.prompt_token_ids = self._answer.prompt_ids
         await self._send(sse(chunk))
 
     async def _ping(self) -> None:
@@ -170,15 +96,15 @@ class EventStream:
         if new or entries or self._request.return_token_ids:
             await self._send(sse(self._chunk(self._content(new, entries, [event.token_id]))))
 
-    async def _finish(self, reason: FinishReason, timings: RequestTimings, rest: Parts) -> None:
+    async def _finish(self, event: FinishedEvent, rest: Parts) -> None:
         if rest:
             await self._send(sse(self._chunk(self._content(rest, [], []))))
-        last = self._chunk(ChunkChoice(delta=Delta(), finish_reason=self._answer.parts.reason(reason)))
+        last = self._chunk(ChunkChoice(delta=Delta(), finish_reason=self._answer.parts.reason(event.finish_reason)))
         if self._request.include_usage:
             await self._send(sse(last))
             last = self._chunk()
-            last.usage = self._answer.usage(timings.cached_tokens)
-        last.timings = timings
+            last.usage = self._answer.usage(event.timings.cached_tokens)
+        last.timings = event.timings
         await self._send(sse(last))
         await self._send(DONE, last=True)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qwen3vl_disagg.serving import chat, prepared
+from qwen3vl_disagg.serving import chat, prepare
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.limits import Limits
 from tests.support.asgi import Exchange
@@ -116,7 +116,7 @@ def test_bodies_are_counted_for_as_long_as_they_are_held(part, monkeypatch):
     entered, go = threading.Event(), threading.Event()
     bodies: list[bytearray] = []
     parsed: list[dict] = []
-    read_body, parse_json, prepare = chat.read_body, prepared.parse_json, tiny_processor().prepare
+    read_body, parse_json, make = chat.read_body, prepare.parse_json, tiny_processor().prepare
 
     async def noted(*args):
         bodies.append(await read_body(*args))
@@ -129,10 +129,10 @@ def test_bodies_are_counted_for_as_long_as_they_are_held(part, monkeypatch):
     def held_up(*args, **options):
         entered.set()
         go.wait(10)
-        return prepare(*args, **options)
+        return make(*args, **options)
 
     monkeypatch.setattr(chat, "read_body", noted)
-    monkeypatch.setattr(prepared, "parse_json", noted_json)
+    monkeypatch.setattr(prepare, "parse_json", noted_json)
     monkeypatch.setattr(tiny_processor(), "prepare", held_up)
     body = body_of([part], pad="data:" + "x" * 10**6)
 
