@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from qwen3vl_disagg.core.errors import DisaggError, InputError, report
-from qwen3vl_disagg.core.json_text import json_line
+from qwen3vl_disagg.core.json_text import json_line, parse_json
+from qwen3vl_disagg.core.sampling_bounds import LIMITS
+from qwen3vl_disagg.core.waterfall import waterfall
 from qwen3vl_disagg.options import GenerateOptions
 
 _MAX_LINE = 1 << 28
@@ -39,7 +39,7 @@ class Generation:
     """One run of the command. Making it checks the arguments (InputError) and loads the model."""
 
     def __init__(self, options: GenerateOptions) -> None:
-        self._options = options
+        self._options, self._printer = options, Printer()
         self._conversations, self._tools = conversations(options), read_tools(options)
         from qwen3vl_disagg.processing import GenerationDefaults
 
@@ -59,98 +59,85 @@ class Generation:
             encode_options=options.encode,
         )
         room = self._llm.engine.room
-        print(f"model {model_name(self._llm.folder)} on {self._llm.device}, {room}", file=sys.stderr)
+        self._printer.note(f"model {model_name(self._llm.folder)} on {self._llm.device}, {room}")
         room.warn_of_images(self._llm.processor.image.max_rows)
 
     def _sampling(self, defaults: Any) -> Any:
         """SamplingParams. InputError for a value out of bounds."""
-        options = self._options
-        return defaults.sampling(
-            max_new_tokens=options.max_new_tokens,
-            min_tokens=options.min_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            min_p=options.min_p,
-            presence_penalty=options.presence_penalty,
-            frequency_penalty=options.frequency_penalty,
-            repetition_penalty=options.repetition_penalty,
-            stop=options.stop,
-            seed=options.seed,
-            ignore_eos=options.ignore_eos,
-            logprobs=options.logprobs,
-        )
+        names = (*LIMITS, "stop", "ignore_eos")
+        return defaults.sampling(**{name: getattr(self._options, name) for name in names})
 
     def run(self) -> int:
         """Returns the exit status."""
         options, batch = self._options, self._options.batch
-        plain = _Plain() if not options.json and batch is None else None
+        printer, is_plain = self._printer, not options.json and batch is None
         started, status, num_tokens, last = time.monotonic(), 0, 0, None
         results = self._llm.chat_iter(
             self._conversations,
             self._sampling(self._llm.processor.generation),
             tools=self._tools,
-            on_text=None if plain is None else plain.on_text,
-            on_reasoning=None if plain is None else plain.on_reasoning,
+            on_text=printer.text if is_plain else None,
+            on_reasoning=printer.reasoning if is_plain else None,
         )
         for n, result in enumerate(results, 1):
             if isinstance(result, DisaggError):
                 status = max(status, report(result, prefix=f"{batch}, entry {n}: " if batch else ""))
                 if batch is not None:
                     error = {"message": str(result), "param": getattr(result, "param", None), "code": result.code}
-                    _write({"error": error})
+                    printer.json({"error": error})
                 continue
             num_tokens, last = num_tokens + len(result.token_ids), result
-            if plain is None:
-                _write(result)
+            if is_plain:
+                printer.end(result)
             else:
-                plain.end(result)
+                printer.json(result)
             for number, item in enumerate(result.timings.items, 1):
                 if item.note:
-                    print(f"note: image or clip {number}: {item.note}", file=sys.stderr)
+                    printer.note(f"note: image or clip {number}: {item.note}")
         if last is not None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             rate = num_tokens / max(time.monotonic() - started, 1e-9)
-            print(f"{num_tokens} tokens, {rate:.1f} tokens/s, peak memory {peak:.2f} GiB", file=sys.stderr)
-        if plain is not None and last is not None:
-            from qwen3vl_disagg.core.waterfall import waterfall
-
-            print(waterfall(last.timings), file=sys.stderr)
+            printer.note(f"{num_tokens} tokens, {rate:.1f} tokens/s, peak memory {peak:.2f} GiB")
+        if is_plain and last is not None:
+            printer.note(waterfall(last.timings))
         return status
 
 
-class _Plain:
-    """Text to stdout as it comes, what is thought to stderr."""
+class Printer:
+    """Answers to stdout; what is thought, and all else, to stderr."""
 
     def __init__(self) -> None:
         self._is_thinking = False
 
-    def on_text(self, _: int, piece: str) -> None:
+    def text(self, _: int, piece: str) -> None:
         self._end_thinking()
         print(piece, end="", flush=True)
 
-    def on_reasoning(self, _: int, piece: str) -> None:
+    def reasoning(self, _: int, piece: str) -> None:
         self._is_thinking = True
         print(piece, end="", flush=True, file=sys.stderr)
 
     def end(self, result: Any) -> None:
+        """The end of an answer whose text was printed as it came."""
         self._end_thinking()
         if result.text or not result.tool_calls:
             print()
         for call in result.tool_calls or []:
-            _write(call.function)
+            self.json(call.function)
+
+    def json(self, value: object) -> None:
+        """A line of JSON, in UTF-8 whatever the terminal has. It is out when this returns: nothing takes it back."""
+        sys.stdout.flush()
+        sys.stdout.buffer.write(json_line(value) + b"\n")
+        sys.stdout.buffer.flush()
+
+    def note(self, line: str) -> None:
+        print(line, file=sys.stderr)
 
     def _end_thinking(self) -> None:
         if self._is_thinking:
             print(file=sys.stderr)
         self._is_thinking = False
-
-
-def _write(value: object) -> None:
-    """A line of JSON, in UTF-8 whatever the terminal has. It is out when this returns: nothing takes it back."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(json_line(value) + b"\n")
-    sys.stdout.buffer.flush()
 
 
 # ---- what is asked ----
@@ -293,8 +280,6 @@ def _read(path: Path) -> bytes:
 
 def _parse_json(data: bytes, where: str) -> Any:
     try:
-        return msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return parse_json(data, is_strict=True)
+    except ValueError as error:
         raise InputError(f"{where}: not JSON: {error}") from error
-    except RecursionError as error:
-        raise InputError(f"{where}: not JSON: nested too deeply") from error

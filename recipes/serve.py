@@ -8,8 +8,6 @@ Each worker of torchrun is a slot that forks its rank and supervises it; slot 0 
 
 from __future__ import annotations
 
-import functools
-
 import tyro
 
 from qwen3vl_disagg.cluster.rendezvous import World
@@ -28,10 +26,8 @@ def run(world: World) -> int:
 
 
 def main() -> int:
-    """Run one slot; returns the exit status. The first one of a host speaks for all when something is wrong with the
-    arguments."""
-    world = World.from_env()
-    return run_worker(functools.partial(run, world), is_first=world.local_rank == 0)
+    """Run one slot; returns the exit status."""
+    return run_worker(run)
 
 
 if __name__ == "__main__":

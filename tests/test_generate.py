@@ -169,6 +169,9 @@ def test_media_of_a_line(tmp_path, entry, found):
         ("[]", "must be an object"),
         ("5", "must be an object"),
         ("{", "not JSON"),
+        ('{"prompt": "a", "prompt": "b"}', "not JSON: 'prompt' is given twice"),
+        ('{"messages": [{"role": "user", "content": "a", "role": "user"}]}', "not JSON: 'role' is given twice"),
+        ('{"prompt": NaN}', "not JSON: NaN is not JSON"),
         (b"\xff", "not JSON"),
         ("[" * 99999, "not JSON: nested too deeply"),
     ],
@@ -210,9 +213,9 @@ def test_answers_are_written_in_order_while_later_lines_are_not_read_yet(monkeyp
     lines = [json.dumps({"prompt": f"{n}", **({"image": "no.png"} if n == 70 else {})}) for n in range(150)]
     path.write_text("\n".join(lines))
     events: list[str] = []
-    entry, write = generate._entry, generate._write
+    entry, write = generate._entry, generate.Printer.json
     monkeypatch.setattr(generate, "_entry", lambda *args: events.append("read") or entry(*args))
-    monkeypatch.setattr(generate, "_write", lambda value: events.append("written") or write(value))
+    monkeypatch.setattr(generate.Printer, "json", lambda *args: events.append("written") or write(*args))
     status, out, err = run(monkeypatch, capsys, "--batch", str(path), "--max-new-tokens", "2")
     assert status == 2
     results = [json.loads(line) for line in out.splitlines()]

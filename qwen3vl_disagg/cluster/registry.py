@@ -1,18 +1,53 @@
-"""Who may come in at the hub, and under which number."""
+"""Who may come in at the hub, and under which number; what two ranks must agree on before a row travels."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from qwen3vl_disagg.cluster.fingerprint import Fingerprint, check_fingerprint
+import torch
+
 from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.rendezvous import Layout, host_id, parent_of
 from qwen3vl_disagg.core.errors import HandshakeError
-from qwen3vl_disagg.protocol.messages import RankHello
+from qwen3vl_disagg.model import ModelConfig
+from qwen3vl_disagg.processing import ImageProcessor
+from qwen3vl_disagg.protocol.layout import RowSizes
+from qwen3vl_disagg.protocol.messages import PROTOCOL_VERSION, RankHello
 
 RankKey = tuple[str, int]  # role, rank
+Fingerprint = dict[str, str]
+
+
+def link_fingerprint(
+    config: ModelConfig,
+    checkpoint: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    block_size: int,
+    processor: ImageProcessor,
+) -> Fingerprint:
+    """The checkpoint's fingerprint (`checkpoint.fingerprint`) and how this job uses it; named fields, all text."""
+    levels = config.num_deepstack_levels
+    sizes = RowSizes.of(hidden_size=config.text.hidden_size, num_levels=levels, itemsize=dtype.itemsize)
+    return {
+        **checkpoint,
+        **processor.settings(),
+        "protocol": str(PROTOCOL_VERSION),
+        "deepstack_levels": str(levels),
+        "dtype": str(dtype).removeprefix("torch."),
+        "block_size": str(block_size),
+        **{f"row_bytes.{name}": str(getattr(sizes, name)) for name in sizes.__dataclass_fields__},
+    }
+
+
+def check_fingerprint(expected: Mapping[str, str], got: Mapping[str, str]) -> None:
+    """HandshakeError naming the first field that differs and both values."""
+    for name in sorted({*expected, *got}):
+        if expected.get(name) != got.get(name):
+            raise HandshakeError(name, expected.get(name, "absent"), got.get(name, "absent"))
 
 
 @dataclass

@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qwen3vl_disagg.cluster.rendezvous import World
 from qwen3vl_disagg.core.descriptors import raise_descriptor_limit
-from qwen3vl_disagg.core.errors import CheckpointError, Dismissed, HandshakeError, HubGone, InputError
+from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, Dismissed, HandshakeError, HubGone, InputError
 from qwen3vl_disagg.core.logs import start_logging
 
 logger = logging.getLogger(__name__)
@@ -275,16 +276,29 @@ def run_loop(main: Coroutine[Any, Any, int]) -> int:
     return runner.run(main)
 
 
-def run_worker(run: Callable[[], int], *, is_first: bool) -> int:
-    """A worker's exit status, as `run` returns it or ends with. When the arguments are wrong, a host's first worker
-    speaks for all: the others end after it, because torchrun ends everybody when one leaves."""
+def run_worker(run: Callable[[World], int]) -> int:
+    """A worker's exit status: what `run` returns, or 2 for bad input and 1 for another failure, told in one line.
+
+    When the arguments are wrong, a host's first worker speaks for all: the others end after it, because torchrun ends
+    everybody when one leaves.
+    """
+    world = World.from_env()
     raise_descriptor_limit()
     start_logging()
     try:
-        status = run()
+        if world.has_agent:
+            die_with_parent(os.getppid())
+        status = run(world)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
-    if not is_first and status == EXIT_INPUT:
+    except (InputError, CheckpointError) as error:
+        if world.local_rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        status = EXIT_INPUT
+    except DisaggError as error:
+        print(f"error: slot {world.rank}: {error}", file=sys.stderr)
+        status = 1
+    if world.local_rank != 0 and status == EXIT_INPUT:
         time.sleep(_EXIT_LAST_S)
     return status
 

@@ -32,17 +32,33 @@ def shown(value: object) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}.."
 
 
-def parse_json(data: bytes) -> Any:
-    """JSON in UTF-8; ValueError for anything else, a name given twice, or nesting too deep to parse."""
+class GivenTwice(ValueError):
+    """A name occurs twice in one object."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            raise ValueError(f"{counts.most_common(1)[0][0]!r} is given twice")
-        return values
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{shown(name)} is given twice")
+        self.name = name
 
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of its pairs, for `json.loads`; GivenTwice."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise GivenTwice(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return values
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_json(data: bytes, *, is_strict: bool = False) -> Any:
+    """JSON in UTF-8; ValueError for anything else, a name given twice, or nesting too deep to parse.
+
+    `is_strict`: NaN and infinity are refused, too; config files have them.
+    """
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        constant = _refuse if is_strict else None
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from qwen3vl_disagg.checkpoint import decoder_digest
-from qwen3vl_disagg.cluster.fingerprint import check_fingerprint
 from qwen3vl_disagg.cluster.hub_client import find_store, tell_store
 from qwen3vl_disagg.cluster.rank_setup import RankSetup
+from qwen3vl_disagg.cluster.registry import check_fingerprint
 from qwen3vl_disagg.cluster.rendezvous import host_id
 from qwen3vl_disagg.core.devices import resolve_compile
 from qwen3vl_disagg.core.errors import InputError

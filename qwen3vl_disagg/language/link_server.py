@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from qwen3vl_disagg.cluster.fingerprint import Fingerprint, check_fingerprint
+from qwen3vl_disagg.cluster.registry import Fingerprint, check_fingerprint
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.spans import span

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from dataclasses import replace
 
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
@@ -12,9 +11,9 @@ from qwen3vl_disagg.checkpoint.load import check_folder
 from qwen3vl_disagg.cluster.model_folder import shared_model_folder
 from qwen3vl_disagg.cluster.rank_setup import run_threaded
 from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext, World
-from qwen3vl_disagg.cluster.slots import EXIT_INPUT, Child, Slot, die_with_parent
-from qwen3vl_disagg.core.environment import check_environment
-from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
+from qwen3vl_disagg.cluster.slots import Child, Slot
+from qwen3vl_disagg.core.environment import TOKEN, check_environment
+from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.faults import plan_faults
 from qwen3vl_disagg.core.settings import (
     BufferOptions,
@@ -23,14 +22,14 @@ from qwen3vl_disagg.core.settings import (
 from qwen3vl_disagg.encode.rank import run_encode_rank
 from qwen3vl_disagg.options import JoinOptions
 from qwen3vl_disagg.processing import Processor
-from qwen3vl_disagg.transport.addresses import TOKEN_VARIABLE, given_token, own_address, parse_address
+from qwen3vl_disagg.transport.addresses import given_token, own_address, parse_address
 
 
 def rank_context(options: JoinOptions, world: World) -> RankContext:
     """What a rank's body is told. InputError for what cannot be."""
     token = given_token(options.token, os.environ)
     if token is None:
-        raise InputError(f"--token or {TOKEN_VARIABLE}: the server's token is needed", param="token")
+        raise InputError(f"--token or {TOKEN}: the server's token is needed", param="token")
     hub_address = parse_address(options.join, "join")
     return RankContext(
         -1,
@@ -48,25 +47,18 @@ def rank_context(options: JoinOptions, world: World) -> RankContext:
 
 
 def run_slot(options: JoinOptions, world: World) -> int:
-    """Check the arguments, then supervise until the rank has left; returns the exit status."""
-    try:
-        if world.has_agent:
-            die_with_parent(os.getppid())
-        options.encode.check()
-        context = rank_context(options, world)
-        model = replace(context.model, model=shared_model_folder(context.model.model, world))
-        context = replace(context, model=model)
-        folder = resolve_model_folder(model.model)
-        # Said once, and not by every rank.
-        check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=model.dtype)
-        check_environment()
-        plan_faults()
-    except (InputError, CheckpointError) as error:
-        if world.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_INPUT
-    except DisaggError as error:
-        print(f"error: slot {world.rank}: {error}", file=sys.stderr)
-        return 1
+    """Check the arguments, then supervise until the rank has left; returns the exit status.
+
+    InputError, CheckpointError or DisaggError for what is wrong before.
+    """
+    options.encode.check()
+    context = rank_context(options, world)
+    model = replace(context.model, model=shared_model_folder(context.model.model, world))
+    context = replace(context, model=model)
+    folder = resolve_model_folder(model.model)
+    # Said once, and not by every rank.
+    check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=model.dtype)
+    check_environment()
+    plan_faults()
     body = functools.partial(run_threaded, run_encode_rank, context)
     return Slot([Child("encode rank", body, is_vital=False, takes_signals=True)]).run()

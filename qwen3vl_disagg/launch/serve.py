@@ -8,7 +8,6 @@ import os
 import secrets
 import signal
 import socket
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.model_folder import shared_model_folder
 from qwen3vl_disagg.cluster.rank_setup import run_threaded
 from qwen3vl_disagg.cluster.rendezvous import Layout, Meeting, RankContext, World, find, meeting_path, publish
-from qwen3vl_disagg.cluster.slots import EXIT_INPUT, Child, Slot, die_with_parent
-from qwen3vl_disagg.core.environment import check_environment
-from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
+from qwen3vl_disagg.cluster.slots import Child, Slot
+from qwen3vl_disagg.core.environment import TOKEN, check_environment
+from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.faults import plan_faults
 from qwen3vl_disagg.core.settings import (
     BufferOptions,
@@ -37,7 +36,7 @@ from qwen3vl_disagg.plan.dry_run import DEFAULT_WORLD, check_dry_run, dry_run
 from qwen3vl_disagg.plan.hardware import load_hardware
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.doors import ANY, Doors, is_loopback
-from qwen3vl_disagg.transport.addresses import LOOPBACK, TOKEN_VARIABLE, given_token, own_address, parse_address
+from qwen3vl_disagg.transport.addresses import LOOPBACK, given_token, own_address, parse_address
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 
 logger = logging.getLogger(__name__)
@@ -114,7 +113,7 @@ def stated_meeting(options: ServeOptions, world: World) -> Meeting | None:
         return None if token is None else Meeting(hub_address=(LOOPBACK, 0), token=token, pid=0)
     hub_address = parse_address(options.hub, "hub")
     if token is None:
-        raise InputError(f"--hub without --token or {TOKEN_VARIABLE}: nobody could join", param="token")
+        raise InputError(f"--hub without --token or {TOKEN}: nobody could join", param="token")
     if world.num_nodes > 1 and hub_address[1] == 0:
         raise InputError(f"--hub {options.hub}: other nodes cannot know the port", param="hub")
     return Meeting(hub_address=hub_address, token=token, pid=0)
@@ -142,7 +141,7 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
     def on_left(name: str) -> None:
         if name == "frontend":
             path.unlink(missing_ok=True)
-            for sock in (http_socket, hub_socket):  # whoever still knocks hears at once that nobody is there
+            for sock in (http_socket, hub_socket):  # whoever still connects is refused at once
                 sock.close()
 
     def on_told() -> None:
@@ -207,42 +206,34 @@ def show_dry_run(options: ServeOptions, world: World) -> int:
 
 
 def run_slot(options: ServeOptions, world: World) -> int:
-    """Check the arguments, then supervise until everything has left; returns the exit status."""
-    path = None
-    try:
-        if world.has_agent:
-            die_with_parent(os.getppid())
-        check_dry_run(options.dry, options.model.model)
-        if options.dry.dry_run:
-            return show_dry_run(options, world)
-        layout = Layout.of(world.size, options.encode_ranks)
-        check_supported(options.model)
-        options.encode.check()
-        options.http.check()
-        Doors.of(options.http.host, options.http.allow_host)
-        if options.chunk_tokens is not None and options.chunk_tokens < 1:
-            raise InputError(f"--chunk-tokens {options.chunk_tokens}: must be at least 1", param="chunk_tokens")
-        stated_meeting(options, world)
-        check_environment()
-        plan_faults()
-        make_folder(options.spans)
-        model = replace(options.model, model=shared_model_folder(options.model.model, world))
-        options = replace(options, model=model)
-        if world.local_rank == 0:
-            check_checkpoint(options.model, options.buffers)
-        if world.node != 0:
-            return far_slot(options, world, layout).run()
-        path = meeting_path()
-        if world.rank == 0:
-            return first_slot(options, world, layout, path).run()
+    """Check the arguments, then supervise until everything has left; returns the exit status.
+
+    InputError, CheckpointError or DisaggError for what is wrong before.
+    """
+    check_dry_run(options.dry, options.model.model)
+    if options.dry.dry_run:
+        return show_dry_run(options, world)
+    layout = Layout.of(world.size, options.encode_ranks)
+    check_supported(options.model)
+    options.encode.check()
+    options.http.check()
+    Doors.of(options.http.host, options.http.allow_host)
+    if options.chunk_tokens is not None and options.chunk_tokens < 1:
+        raise InputError(f"--chunk-tokens {options.chunk_tokens}: must be at least 1", param="chunk_tokens")
+    stated_meeting(options, world)
+    check_environment()
+    plan_faults()
+    make_folder(options.spans)
+    model = replace(options.model, model=shared_model_folder(options.model.model, world))
+    options = replace(options, model=model)
+    if world.local_rank == 0:
+        check_checkpoint(options.model, options.buffers)
+    if world.node != 0:
+        return far_slot(options, world, layout).run()
+    path = meeting_path()
+    if world.rank != 0:
         return other_slot(options, world, layout, path).run()
-    except (InputError, CheckpointError) as error:
-        if world.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_INPUT
-    except DisaggError as error:
-        print(f"error: slot {world.rank}: {error}", file=sys.stderr)
-        return 1
+    try:
+        return first_slot(options, world, layout, path).run()
     finally:
-        if world.rank == 0 and path is not None:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from qwen3vl_disagg.core.errors import InputError, OverloadedError
+from qwen3vl_disagg.core.json_text import GivenTwice, unique
 from qwen3vl_disagg.processing.json_values import check_json, too_deep
 from qwen3vl_disagg.serving.limits import Limits
 
@@ -137,11 +138,13 @@ def parse_json(body: bytes | bytearray) -> dict[str, Any]:
     try:
         value = json.loads(
             body.decode("utf-8-sig"),
-            object_pairs_hook=_object,
+            object_pairs_hook=unique,
             parse_constant=_constant,
             parse_int=_whole,
             parse_float=_number,
         )
+    except GivenTwice as error:
+        raise InputError("a key occurs twice in one object", param=error.name, code="invalid_json") from None
     except UnicodeDecodeError:
         raise InputError("the body is not valid UTF-8", code="invalid_json") from None
     except RecursionError:
@@ -171,14 +174,3 @@ def num_values(body: bytes | bytearray) -> int:
 
 def _constant(name: str) -> None:
     raise InputError(f"{name} is not JSON", code="invalid_json")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise InputError("a key occurs twice in one object", param=key, code="invalid_json")
-            seen.add(key)
-    return value

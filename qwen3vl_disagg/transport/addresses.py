@@ -6,10 +6,10 @@ import ipaddress
 import socket
 from collections.abc import Mapping
 
+from qwen3vl_disagg.core.environment import TOKEN
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.transport.control import Address
 
-TOKEN_VARIABLE = "Q3VL_TOKEN"
 LOOPBACK = "127.0.0.1"
 MAX_TOKEN_CHARS = 256
 
@@ -58,10 +58,10 @@ def own_address(option: str | None, hub: Address) -> str:
 
 def given_token(option: str | None, env: Mapping[str, str]) -> str | None:
     """What ranks show one another, from the option or else the environment. InputError for what can be none."""
-    token = env.get(TOKEN_VARIABLE) if option is None else option
+    token = env.get(TOKEN) if option is None else option
     if token is not None and not token:
         raise InputError("--token: must not be empty, it would let anybody in", param="token")
     if token is not None and (len(token) > MAX_TOKEN_CHARS or not (token.isascii() and token.isprintable())):
-        where = TOKEN_VARIABLE if option is None else "--token"
+        where = TOKEN if option is None else "--token"
         raise InputError(f"{where}: must be up to {MAX_TOKEN_CHARS} printable ASCII characters", param="token")
     return token

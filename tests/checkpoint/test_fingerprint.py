@@ -10,7 +10,7 @@ import torch
 
 from qwen3vl_disagg.checkpoint import fingerprint
 from qwen3vl_disagg.checkpoint.fingerprint import decoder_digest
-from qwen3vl_disagg.cluster.fingerprint import check_fingerprint
+from qwen3vl_disagg.cluster.registry import check_fingerprint
 from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.model import TextConfig, VisionConfig
 from tests.support.weights import SMALLEST, edit_json, edit_tensors, write_smallest

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from qwen3vl_disagg.core.environment import check_environment, variable
+from qwen3vl_disagg.core.environment import NAMES, check_environment, variable
 from qwen3vl_disagg.core.errors import InputError
 
 
@@ -47,6 +50,23 @@ def test_what_means_nothing_is_refused_by_name(name, value, words):
     assert str(caught.value).startswith(f"{name}={value[:20]}")
     assert words in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("Q3VL_KERNEL", "Q3VL_KERNELS"), ("Q3VL_GRAPH", "Q3VL_GRAPHS"), ("Q3VL_", "Q3VL_")]
+)
+def test_a_name_that_is_not_known_is_refused_with_the_nearest(name, nearest):
+    with pytest.raises(InputError, match=f"{name} is not known; the nearest is {nearest}") as caught:
+        check_environment({"Q3VL_KERNELS": "on", name: ""})
+    assert caught.value.param == name
+
+
+def test_all_names_of_the_tree_are_known():
+    """Those that are written out in code or on a page."""
+    root = Path(__file__).parent.parent.parent
+    files = [path for folder in ("qwen3vl_disagg", "recipes", "tools", "docs") for path in (root / folder).rglob("*")]
+    texts = [path.read_text() for path in [*files, *root.glob("*.md")] if path.suffix in (".py", ".md")]
+    assert {name for text in texts for name in re.findall(r"\bQ3VL_[A-Z_]*[A-Z]\b", text)} <= {*NAMES}
 
 
 def test_the_mark_of_a_fault_can_be_made(tmp_path):

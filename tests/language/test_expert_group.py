@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from qwen3vl_disagg.checkpoint import decoder_digest
-from qwen3vl_disagg.cluster.fingerprint import check_fingerprint
 from qwen3vl_disagg.cluster.rank_setup import RankSetup
+from qwen3vl_disagg.cluster.registry import check_fingerprint
 from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext
 from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.core.settings import ModelOptions

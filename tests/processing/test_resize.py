@@ -15,8 +15,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from qwen3vl_disagg import LLM
-from qwen3vl_disagg.cluster.fingerprint import check_fingerprint
 from qwen3vl_disagg.cluster.rank_setup import RankSetup
+from qwen3vl_disagg.cluster.registry import check_fingerprint
 from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext
 from qwen3vl_disagg.core.errors import HandshakeError, InputError
 from qwen3vl_disagg.core.settings import ModelOptions

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from qwen3vl_disagg.processing import media_plan
 from qwen3vl_disagg.serving import chat, prepare
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.limits import Limits
@@ -47,14 +48,14 @@ def with_images(count: int) -> list[bytes]:
 def slow(monkeypatch) -> list[bytes]:
     """Looking at an image takes 0.1 s; what was looked at."""
     seen: list[bytes] = []
-    probe = tiny_processor().image.probe
+    probe = media_plan.probe_image
 
     def slow_probe(data: bytes):
         seen.append(data)
         time.sleep(0.1)
         return probe(data)
 
-    monkeypatch.setattr(tiny_processor().image, "probe", slow_probe)
+    monkeypatch.setattr(media_plan, "probe_image", slow_probe)
     return seen
 
 

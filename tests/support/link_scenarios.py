@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qwen3vl_disagg.cluster.fingerprint import link_fingerprint
+from qwen3vl_disagg.cluster.registry import link_fingerprint
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.rank import EncodeRank

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 
+from qwen3vl_disagg.cluster import slots
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.launch import join
-from qwen3vl_disagg.launch import serve as launch
 from qwen3vl_disagg.transport.addresses import given_token, own_address, parse_address
 from recipes import encode, serve
 
@@ -87,8 +86,7 @@ def test_the_token_s_sources():
 )
 def test_bad_arguments_end_with_2_and_one_line(script, args, env, words, monkeypatch, capsys):
     monkeypatch.delenv("Q3VL_TOKEN", raising=False)
-    for module in (join, launch):
-        monkeypatch.setattr(module, "die_with_parent", lambda parent: None)
+    monkeypatch.setattr(slots, "die_with_parent", lambda parent: None)
     monkeypatch.setattr(sys, "argv", ["script", *args])
     for name, value in env.items():
         monkeypatch.setenv(name, value)

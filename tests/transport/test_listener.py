@@ -79,5 +79,5 @@ async def test_no_descriptor_left(limits, caplog, kind):
 def test_a_worker_raises_the_soft_limit(limits, soft):
     """Its children inherit it."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, HARD))
-    assert run_worker(lambda: descriptor_limit(), is_first=True) == min(HARD, ENOUGH) > soft
+    assert run_worker(lambda world: descriptor_limit()) == min(HARD, ENOUGH) > soft
     assert raise_descriptor_limit() == raise_descriptor_limit() == os.sysconf("SC_OPEN_MAX")
