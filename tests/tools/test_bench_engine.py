@@ -70,7 +70,7 @@ def some_result():
             record.note_memory({"private": 10**6 * (number + 1), "peak": 3 * 10**6})
     ceilings = {"decode 1": 20.0, "decode 4": 80.0, "prefill": 400.0, "image": 50.0}
     return {
-        "machine": {"cpu": "a CPU", "cores": 2, "date": "today", "load": [0, 0, 0]},
+        "machine": {"cpu": "a CPU", "cores": 2, "date": "today", "torch": "2.13.0", "load": [0, 0, 0]},
         "model": "m",
         "dtype": "bfloat16",
         "threads": 2,
