@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -16,6 +17,9 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE_FILE = re.compile(r"(?<![\w/.{*~<-])((?:[\w.-]+/)*\w[\w.-]*\.(?:py|jinja))\b(?!\.)")
 PAGE_NAME = re.compile(r"\bdocs/[\w/-]+\.(?:md|png)\b")
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]+)")
+WAYS = {"Its bytes, from HTTP to the tower": 25, "Its rows, from the tower to the hook": 18}
+"""Headings in docs/architecture.md, and how many files that way may go through. Meant are 14 and 13."""
+DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 WITH_DATES = {"benchmarks.md", "CHANGELOG.md"}
 
 
@@ -23,6 +27,26 @@ def anchors(page: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ +(.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def ways(text: str) -> dict[str, list[tuple[str, str]]]:
+    """Heading -> (file, function) of each row of the tables "file | function | .." below it."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for part in re.split(r"^#+ +", text, flags=re.MULTILINE)[1:]:
+        heading, _, rest = part.partition("\n")
+        if "| file | function |" in rest:
+            table = rest[rest.index("| file | function |") :].split("\n\n")[0]
+            found[heading] = re.findall(r"^\| `([\w/]+\.py)` \| `([\w.]+)` \|", table, re.MULTILINE)
+    return found
+
+
+def has_function(file: Path, dotted: str) -> bool:
+    """`function`, `Class.method`, or `function.inner`."""
+    nodes: list[ast.AST] = [ast.parse(file.read_text())]
+    for name in dotted.split("."):
+        inside = [child for node in nodes for child in ast.walk(node) if child is not node]
+        nodes = [node for node in inside if isinstance(node, DEFINITIONS) and node.name == name]
+    return bool(nodes)
 
 
 def broken_links(page: Path) -> list[str]:
@@ -80,6 +104,14 @@ def test_a_page_is_right_about_the_tree(page):
     assert page.name in WITH_DATES or DATE.findall(page.read_text()) == []
 
 
+def test_the_ways_of_an_image_and_of_its_rows_go_through_functions_that_exist():
+    found = ways((ROOT / "docs" / "architecture.md").read_text())
+    assert set(found) == set(WAYS)
+    for heading, steps in found.items():
+        assert [f"{file}: {name}" for file, name in steps if not has_function(PACKAGE / file, name)] == []
+        assert len({file for file, _ in steps}) <= WAYS[heading], f"{heading}: longer than it was"
+
+
 def test_pages_that_code_names_exist():
     files = [path for name in ("qwen3vl_disagg", "recipes", "tools", "tests") for path in (ROOT / name).rglob("*.py")]
     named = {(path, name) for path in files for name in PAGE_NAME.findall(path.read_text())}
@@ -95,6 +127,9 @@ def test_what_is_wrong_is_noticed(tmp_path):
     assert broken_links(page) == ["gone.md", "#c"]
     assert missing_files(page) == ["engine/no_such.py", "no_such_file.py"]
     assert len(too_wide(page)) == 1
+    page.write_text("def f():\n    def g(): ...\n\nclass A:\n    async def h(self): ...\n")
+    names = ["f", "f.g", "A.h", "g.f", "A.f", "h.A", "i"]
+    assert [name for name in names if has_function(page, name)] == ["f", "f.g", "A.h"]
     page.write_text("`--encode-ranks 2 --never-an-option`")
     assert unknown_options(page) == ["never-an-option"]
     assert DATE.findall("on 2026-11-21, v2.2026-1") == ["2026-11-21"]

@@ -43,10 +43,7 @@ FORMATTER_OFF = re.compile(r"#\s*(?:isort|fmt|yapf):\s*(?:skip|off)")
 DOUBLES = {
     "_Entry": "private to its file",
     "_Request": "private to its file",
-    "EncodeRank": "to be renamed",
-    "LanguageRank": "to be renamed",
     "Stop": "to be renamed",
-    "Tick": "to be renamed",
 }
 """Class names that are there twice, and why."""
 

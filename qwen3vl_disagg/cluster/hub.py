@@ -62,8 +62,8 @@ from qwen3vl_disagg.protocol.routing import (
     RankUp,
     RouterLimits,
     Send,
-    Tick,
 )
+from qwen3vl_disagg.protocol.session_events import Tick
 from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
 

@@ -11,7 +11,7 @@ from qwen3vl_disagg.core.requests import VisualItem
 
 
 @dataclass
-class EncodeRank:
+class EncodeRankState:
     incarnation: int
     links: set[int] = field(default_factory=set)
     """Language ranks that it can send to."""
@@ -31,14 +31,14 @@ class EncodeRank:
 
 
 @dataclass
-class LanguageRank:
+class LanguageRankState:
     kv_tokens: int = 0
     last_used: int = 0
     requests: dict[str, int] = field(default_factory=dict)
     """Request -> tokens."""
 
 
-def choose_language_rank(ranks: Mapping[int, LanguageRank], candidates: Set[int]) -> int:
+def choose_language_rank(ranks: Mapping[int, LanguageRankState], candidates: Set[int]) -> int:
     """The one with the fewest tokens under way, then the longest unused."""
 
     def load(rank: int) -> tuple[int, int, int]:
@@ -60,7 +60,7 @@ def encode_work(visual: VisualItem) -> int:
     return (frames + num_decoded) * height * width
 
 
-def choose_encode_rank(digest: str, work: int, candidates: Mapping[int, EncodeRank]) -> int:
+def choose_encode_rank(digest: str, work: int, candidates: Mapping[int, EncodeRankState]) -> int:
     """By content, so that the same image meets the same rank and its cache, unless that rank is busy.
 
     Busy: it has at least this item more to do than the least loaded one. Then encoding there costs no more time than

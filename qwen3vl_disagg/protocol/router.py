@@ -41,7 +41,12 @@ from qwen3vl_disagg.protocol.messages import (
     Submit,
     Tokens,
 )
-from qwen3vl_disagg.protocol.placement import EncodeRank, LanguageRank, choose_encode_rank, choose_language_rank
+from qwen3vl_disagg.protocol.placement import (
+    EncodeRankState,
+    LanguageRankState,
+    choose_encode_rank,
+    choose_language_rank,
+)
 from qwen3vl_disagg.protocol.routing import (
     TOKEN_ID_BYTES,
     Abandon,
@@ -59,9 +64,9 @@ from qwen3vl_disagg.protocol.routing import (
     Request,
     RouterLimits,
     Send,
-    Tick,
     harmful,
 )
+from qwen3vl_disagg.protocol.session_events import Tick
 from qwen3vl_disagg.protocol.suspects import Suspects
 
 
@@ -82,8 +87,8 @@ class Router:
         self.required = frozenset(required)
         self.is_draining = False
         self._requests: dict[str, Request] = {}
-        self._encode: dict[int, EncodeRank] = {}
-        self._language: dict[int, LanguageRank] = {}
+        self._encode: dict[int, EncodeRankState] = {}
+        self._language: dict[int, LanguageRankState] = {}
         self._suspects = Suspects(self.limits.max_deaths, self.limits.suspect_s, self.limits.max_suspects)
         self._num_incarnations = 0
         self._num_submitted = 0
@@ -110,7 +115,7 @@ class Router:
         return {rank for rank in self._language if any(rank in state.links for state in self._staying.values())}
 
     @property
-    def _staying(self) -> dict[int, EncodeRank]:
+    def _staying(self) -> dict[int, EncodeRankState]:
         return {rank: state for rank, state in self._encode.items() if not state.is_leaving}
 
     def handle(self, event: Event, now: float) -> list[Action]:
@@ -212,9 +217,9 @@ class Router:
         self._rank_down(RankDown(event.role, event.rank), now)
         if event.role == "encode":
             self._num_incarnations += 1
-            self._encode[event.rank] = EncodeRank(self._num_incarnations)
+            self._encode[event.rank] = EncodeRankState(self._num_incarnations)
         else:
-            self._language[event.rank] = LanguageRank(event.kv_tokens)
+            self._language[event.rank] = LanguageRankState(event.kv_tokens)
 
     def _rank_down(self, event: RankDown, now: float) -> None:
         if event.role == "encode":
@@ -232,7 +237,7 @@ class Router:
         for request_id in list(language.requests):
             self._end(request_id, UnavailableError("the rank that ran the request was lost"))
 
-    def _encode_rank_died(self, rank: int, state: EncodeRank, now: float) -> None:
+    def _encode_rank_died(self, rank: int, state: EncodeRankState, now: float) -> None:
         """Its items are tried again, however often that happens: only what it worked on at that moment is suspected."""
         worker = (rank, state.incarnation)
         if not state.is_leaving:
@@ -310,7 +315,7 @@ class Router:
         for request_id, index in self._innocent_first(self._waiting(), now):
             self._assign(request_id, index, now)
 
-    def _encoding_ended(self, state: EncodeRank, message: EncodingEnded) -> None:
+    def _encoding_ended(self, state: EncodeRankState, message: EncodingEnded) -> None:
         state.under_way -= Counter({message.digest: 1})  # drops what is at 0
         if message.is_well:
             self._suspects.cleared(message.digest)

@@ -10,6 +10,7 @@ from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.protocol.messages import Decoded, Finished, Message, Tokens
 from qwen3vl_disagg.protocol.placement import encode_work
+from qwen3vl_disagg.protocol.session_events import Tick
 
 Role = Literal["encode", "language"]
 TOKEN_ID_BYTES = 4
@@ -57,11 +58,6 @@ class FromRank:
     role: Role
     rank: int
     message: Message
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Time has passed: look at the deadlines."""
 
 
 @dataclass(frozen=True)

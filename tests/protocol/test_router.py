@@ -37,8 +37,8 @@ from qwen3vl_disagg.protocol.routing import (
     RankDown,
     RankUp,
     Send,
-    Tick,
 )
+from qwen3vl_disagg.protocol.session_events import Tick
 from tests.support.routing import Script, admit, finished
 
 BAD = Failure.of(InputError("bad"))

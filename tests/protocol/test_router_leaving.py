@@ -17,7 +17,8 @@ from qwen3vl_disagg.protocol.messages import (
     Submit,
 )
 from qwen3vl_disagg.protocol.router import Router
-from qwen3vl_disagg.protocol.routing import Abandon, FromRank, RankDown, RankUp, Tick
+from qwen3vl_disagg.protocol.routing import Abandon, FromRank, RankDown, RankUp
+from qwen3vl_disagg.protocol.session_events import Tick
 from tests.support.routing import Script, admit
 
 JOINED = 9

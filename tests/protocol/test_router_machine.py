@@ -38,8 +38,8 @@ from qwen3vl_disagg.protocol.routing import (
     RankDown,
     RankUp,
     Send,
-    Tick,
 )
+from qwen3vl_disagg.protocol.session_events import Tick
 from tests.support.routing import admit, finished
 
 NUM_ENCODE, NUM_LANGUAGE = 3, 2

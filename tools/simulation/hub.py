@@ -8,7 +8,8 @@ from typing import Any
 from qwen3vl_disagg.core.errors import DisaggError, OverloadedError
 from qwen3vl_disagg.protocol.messages import Decoded, Message, Tokens
 from qwen3vl_disagg.protocol.router import Router
-from qwen3vl_disagg.protocol.routing import Deliver, End, Event, Send, Tick
+from qwen3vl_disagg.protocol.routing import Deliver, End, Event, Send
+from qwen3vl_disagg.protocol.session_events import Tick
 from tools.simulation.hub_checks import HubChecks
 from tools.simulation.world import Violation
 

@@ -9,7 +9,7 @@ from typing import Any
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.protocol.admission import Admission
 from qwen3vl_disagg.protocol.messages import Decoded, Stop
-from qwen3vl_disagg.protocol.placement import EncodeRank
+from qwen3vl_disagg.protocol.placement import EncodeRankState
 from qwen3vl_disagg.protocol.router import Router
 from qwen3vl_disagg.protocol.routing import Item, RankDown, Send
 from qwen3vl_disagg.protocol.suspects import Suspects
@@ -56,7 +56,7 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     died = method(Router, "_encode_rank_died")
 
-    def unforgiving(self: Router, rank: int, state: EncodeRank, now: float) -> None:
+    def unforgiving(self: Router, rank: int, state: EncodeRankState, now: float) -> None:
         for request in self._requests.values():
             for item in request.items:
                 item.lost_with.clear()
@@ -155,7 +155,7 @@ def _() -> Iterator[None]:
 
 @mutant("leaving-ranks-get-more", "I15", "an encode rank that wants to leave is given items")
 def _() -> Iterator[None]:
-    def all_of_them(self: Router) -> dict[int, EncodeRank]:
+    def all_of_them(self: Router) -> dict[int, EncodeRankState]:
         return dict(self._encode)
 
     with swap(Router, "_staying", property(all_of_them)):
