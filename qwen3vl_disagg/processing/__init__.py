@@ -1,20 +1,18 @@
 """From messages and media to token ids, grids, patches and positions."""
 
-from qwen3vl_disagg.processing.answer_parts import AnswerParts, AnswerReason, AnswerSplitter, Parts, ToolCall
-from qwen3vl_disagg.processing.answer_stops import StopMatcher
+from qwen3vl_disagg.processing.answer_parts import AnswerParts, AnswerReason, Parts, ToolCall
 from qwen3vl_disagg.processing.generation import GenerationDefaults
-from qwen3vl_disagg.processing.images import ImageProcessor, smart_resize
+from qwen3vl_disagg.processing.images import ImageProcessor
 from qwen3vl_disagg.processing.positions import Grid, item_positions, mrope_positions
 from qwen3vl_disagg.processing.processor import Processor, Prompt
 from qwen3vl_disagg.processing.template import ChatTemplate
-from qwen3vl_disagg.processing.tokenizer import TextStream, Tokenizer
+from qwen3vl_disagg.processing.tokenizer import Tokenizer
 from qwen3vl_disagg.processing.tool_use import parse_tools
 from qwen3vl_disagg.processing.video import VideoProcessor
 
 __all__ = [
     "AnswerParts",
     "AnswerReason",
-    "AnswerSplitter",
     "ChatTemplate",
     "GenerationDefaults",
     "Grid",
@@ -22,13 +20,10 @@ __all__ = [
     "Parts",
     "Processor",
     "Prompt",
-    "StopMatcher",
-    "TextStream",
     "Tokenizer",
     "ToolCall",
     "VideoProcessor",
     "item_positions",
     "mrope_positions",
     "parse_tools",
-    "smart_resize",
 ]

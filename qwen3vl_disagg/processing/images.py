@@ -1,18 +1,13 @@
 """Image bytes -> patches: checked from the header, decoded, resized, normalised, cut up.
 
 How bytes become RGB pixels is the business of `qwen3vl_disagg.media.images`.
-
-Dims: H, W pixels; P patches in the vision tower's order (merge block by merge block).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.errors import ENCODE_ERROR, CheckpointError, ServerError
@@ -22,9 +17,8 @@ from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import check_aspect, decode_rgb
 from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.model.config import VisionConfig
-from qwen3vl_disagg.processing.pixel_settings import PixelSettings, read_section
+from qwen3vl_disagg.processing.pixels import PixelSettings, PixelTransform, cut_patches, fit_size, read_section
 from qwen3vl_disagg.processing.positions import Grid
-from qwen3vl_disagg.processing.resize import PixelTransform
 
 IMAGE_FILE = "preprocessor_config.json"
 
@@ -37,25 +31,6 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     """
     check_aspect(height, width)
     return fit_size(height, width, factor, min_pixels, max_pixels)
-
-
-def fit_size(
-    height: int, width: int, factor: int, min_pixels: int, max_pixels: int, *, frames: int = 1, counted: int = 1
-) -> tuple[int, int]:
-    """Multiples of `factor` for all frames of a clip, or the one of an image, with their pixels within the bounds.
-
-    The reference compares `counted` frames with the bounds, and scales by `frames` of them.
-    """
-    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    if counted * new_height * new_width > max_pixels:
-        scale = math.sqrt(frames * height * width / max_pixels)
-        new_height = max(factor, math.floor(height / scale / factor) * factor)
-        new_width = max(factor, math.floor(width / scale / factor) * factor)
-    elif counted * new_height * new_width < min_pixels:
-        scale = math.sqrt(min_pixels / (frames * height * width))
-        new_height = math.ceil(height * scale / factor) * factor
-        new_width = math.ceil(width * scale / factor) * factor
-    return new_height, new_width
 
 
 class ImageProcessor:
@@ -126,23 +101,3 @@ def check_size(frame_HWC: np.ndarray, visual: VisualItem) -> None:
     if visual.size is not None and (height, width) != tuple(visual.size):
         message = f"the {visual.modality} is {height} x {width} pixels, the prompt was laid out for {visual.size}"
         raise ServerError(message, code=ENCODE_ERROR)
-
-
-def cut_patches(
-    frames: Iterable[np.ndarray], num_frames: int, grid: Grid, config: VisionConfig, transform: PixelTransform
-) -> Tensor:
-    """That many frames `[H, W, 3]` uint8 -> patches `[P, patch_dim]`, merge block by merge block.
-
-    Columns go (channel, frame, row, column). The last frame fills up its step: an image is its own second frame. One
-    frame is held at a time.
-    """
-    (steps, rows, cols), patch, merge = grid, config.patch_size, config.spatial_merge_size
-    temporal = config.temporal_patch_size
-    out = torch.empty(steps, rows // merge, cols // merge, merge, merge, 3, temporal, patch, patch)
-    for number, frame in enumerate(frames):
-        step, first = divmod(number, temporal)
-        stop = temporal if number == num_frames - 1 else first + 1
-        pixels_CHW = transform(frame, rows * patch, cols * patch)
-        blocks = pixels_CHW.reshape(3, rows // merge, merge, patch, cols // merge, merge, patch)
-        out[step, ..., first:stop, :, :] = blocks.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)
-    return out.view(steps * rows * cols, config.patch_dim)

@@ -23,10 +23,9 @@ from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import MAX_ASPECT
 from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.model.config import VisionConfig
-from qwen3vl_disagg.processing.images import check_size, cut_patches, fit_size
-from qwen3vl_disagg.processing.pixel_settings import PixelSettings, read_section
+from qwen3vl_disagg.processing.images import check_size
+from qwen3vl_disagg.processing.pixels import PixelSettings, PixelTransform, cut_patches, fit_size, read_section
 from qwen3vl_disagg.processing.positions import Grid
-from qwen3vl_disagg.processing.resize import PixelTransform
 
 VIDEO_FILE = "video_preprocessor_config.json"
 MAX_LIST_FRAMES = 768
@@ -57,10 +56,9 @@ def timestamps(frames: Sequence[int], fps: float, temporal: int, times: Sequence
     Frames 0, 2, 5, 8, 10 at 4 a second: 0.25, 1.625, 2.5. `times`: of all frames of a clip that has no even rate.
     """
     padded = [*frames, *[frames[-1]] * (-len(frames) % temporal)]
-    firsts, lasts = padded[::temporal], padded[temporal - 1 :: temporal]
-    if times:
-        return [(times[first] + times[last]) / 2 for first, last in zip(firsts, lasts, strict=True)]
-    return [(first / fps + last / fps) / 2 for first, last in zip(firsts, lasts, strict=True)]
+    seconds = [times[frame] if times else frame / fps for frame in padded]
+    steps = zip(seconds[::temporal], seconds[temporal - 1 :: temporal], strict=True)
+    return [(first + last) / 2 for first, last in steps]
 
 
 def nearest_frames(times: Sequence[float], count: int) -> list[int]:

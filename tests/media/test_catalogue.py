@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.image_headers import FORMATS
+from qwen3vl_disagg.media.images import probe_image
 from tests.support.media_bytes import SIZE
 from tests.support.media_catalogue import CATALOGUE, Entry
 from tests.support.media_clips import N, clip
@@ -71,3 +74,12 @@ def test_what_comes_of_it(decoder, good, entry: Entry):
 
 def test_names_are_names():
     assert len({entry.name for entry in CATALOGUE}) == len(CATALOGUE) >= 70
+
+
+def test_each_format_is_in_the_catalogue_and_in_the_docs():
+    good = {probe_image(entry.data).format for entry in CATALOGUE if entry.kind == "image" and entry.is_good}
+    assert good == FORMATS.keys()
+    page = (Path(__file__).parents[2] / "docs" / "media.md").read_text()
+    [containers] = [line for line in page.splitlines() if line.startswith("| containers |")]
+    shown = containers.split("|")[2].upper()
+    assert [name for name in FORMATS if name not in shown] == []

@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.processing import AnswerParts, AnswerSplitter, Parts
+from qwen3vl_disagg.processing import AnswerParts, Parts
 from qwen3vl_disagg.processing.answer_calls import CallReader, read_calls
-from qwen3vl_disagg.processing.answer_parts import MAX_SPACE, opens_reasoning
+from qwen3vl_disagg.processing.answer_parts import MAX_SPACE, AnswerSplitter, opens_reasoning
 from tests.support.fake_backend import tiny_processor
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.processing import AnswerParts, StopMatcher
+from qwen3vl_disagg.processing import AnswerParts
+from qwen3vl_disagg.processing.answer_stops import StopMatcher
 from tests.support.fake_backend import tiny_processor
 
 

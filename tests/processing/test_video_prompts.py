@@ -30,7 +30,7 @@ from qwen3vl_disagg.processing import (
     media_plan,
 )
 from qwen3vl_disagg.processing.messages import has_clips
-from qwen3vl_disagg.processing.pixel_settings import PixelSettings
+from qwen3vl_disagg.processing.pixels import PixelSettings
 from qwen3vl_disagg.processing.video import VideoProcessor
 from tests.support.clips import VISION, encode_clip, noise_frames, png_frames
 from tests.support.random_model import small_config
