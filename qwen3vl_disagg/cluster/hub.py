@@ -245,7 +245,7 @@ class Hub:
         self.take(EndAll(UnavailableError("the server is shutting down")))
 
     async def close(self, limit_s: float) -> None:
-        """Send every rank home, also those still to come; returns when all have left, or after `limit_s`."""
+        """Tell every rank to stop, also those still to come; returns when all have left, or after `limit_s`."""
         self._closing.set()
         self._absent = self._all_ranks() - self._ranks.keys()
         for connection in self._ranks.values():

@@ -7,25 +7,22 @@ import atexit
 import logging
 import os
 import sys
-import time
 from typing import NoReturn
 
 import msgspec
 
 from qwen3vl_disagg.checkpoint.hub import hub_id, resolve_model_folder
-from qwen3vl_disagg.cluster.rendezvous import World, meeting_path, parent_of, publish, read_notice
+from qwen3vl_disagg.cluster.rendezvous import Published, World, find, meeting_path, publish
 from qwen3vl_disagg.cluster.slots import die_with_parent
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError
 
 logger = logging.getLogger(__name__)
-_POLL_S = 0.1
 
 
-class _Fetched(msgspec.Struct, frozen=True, kw_only=True):
+class _Fetched(Published, frozen=True, kw_only=True):
     """What a host's first worker tells the others."""
 
     folder: str
-    pid: int
 
 
 class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,20 +42,16 @@ def shared_model_folder(model: str | None, world: World) -> str | None:
     if model is None or hub_id(model) is None:
         return model
     path = meeting_path().with_suffix(".model")
-    if world.local_rank == 0:
-        folder = _resolve_apart(model)
-        if world.num_local_ranks > 1:
-            atexit.register(path.unlink, missing_ok=True)
-            publish(path, _Fetched(folder=folder, pid=os.getpid()))
-        return folder
-    while True:
-        fetched = read_notice(path, _Fetched)
-        if fetched is not None and parent_of(fetched.pid) == os.getppid():
-            return fetched.folder
-        time.sleep(_POLL_S)
+    if world.local_rank != 0:
+        return find(path, _Fetched).folder
+    folder = _resolve_in_child(model)
+    if world.num_local_ranks > 1:
+        atexit.register(path.unlink, missing_ok=True)
+        publish(path, _Fetched(folder=folder, pid=os.getpid()))
+    return folder
 
 
-def _resolve_apart(model: str) -> str:
+def _resolve_in_child(model: str) -> str:
     """`resolve_model_folder` in a process of its own: the hub's client leaves threads behind, and a slot forks."""
     reading, writing = os.pipe()
     sys.stdout.flush()

@@ -9,6 +9,7 @@ store, which listens on all interfaces without authentication.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import stat
@@ -26,7 +27,6 @@ from qwen3vl_disagg.core.host_memory import available_bytes
 from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, ModelOptions
 
 _POLL_S = 0.05
-Notice = TypeVar("Notice", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,20 @@ class RankContext:
         return self.rank == self.layout.language_ranks[0]
 
 
-class Meeting(msgspec.Struct, frozen=True, kw_only=True):
-    """What slot 0 tells the others."""
+class Published(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker of a host tells the others by a file; `pid` is its own."""
+
+    pid: int
+
+
+class Meeting(Published, frozen=True, kw_only=True):
+    """What slot 0 tells."""
 
     hub_address: tuple[str, int]
     token: str
-    pid: int
+
+
+Notice = TypeVar("Notice", bound=Published)
 
 
 def meeting_path(env: Mapping[str, str] = os.environ) -> Path:
@@ -144,7 +152,7 @@ def meeting_path(env: Mapping[str, str] = os.environ) -> Path:
     return folder / (re.sub(r"[^A-Za-z0-9-]", "_", "-".join([str(os.getppid()), *parts])) + ".json")
 
 
-def publish(path: Path, notice: msgspec.Struct) -> None:
+def publish(path: Path, notice: Published) -> None:
     """Put the file there at once, whole."""
     draft = path.with_suffix(f".{os.getpid()}")
     draft.unlink(missing_ok=True)
@@ -154,20 +162,20 @@ def publish(path: Path, notice: msgspec.Struct) -> None:
     os.replace(draft, path)
 
 
-def find(path: Path, deadline_s: float) -> Meeting:
-    """Wait for slot 0's file. UnavailableError after `deadline_s`."""
+def find(path: Path, kind: type[Notice], deadline_s: float = math.inf) -> Notice:
+    """Wait for what a worker of the same agent has published and still lives. UnavailableError after `deadline_s`."""
     end = time.monotonic() + deadline_s
     while True:
-        meeting = read_notice(path, Meeting)
-        if meeting is not None and parent_of(meeting.pid) == os.getppid():
-            return meeting
+        notice = _read(path, kind)
+        if notice is not None and parent_of(notice.pid) == os.getppid():
+            return notice
         if time.monotonic() >= end:
             raise UnavailableError(f"slot 0 did not show up within {deadline_s:g} s")
         time.sleep(_POLL_S)
 
 
-def read_notice(path: Path, kind: type[Notice]) -> Notice | None:
-    """What was published. None if there is nothing, or a file that is not this user's."""
+def _read(path: Path, kind: type[Notice]) -> Notice | None:
+    """None if there is nothing, or a file that is not this user's."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:

@@ -70,7 +70,7 @@ async def serve(
     hub_socket: socket.socket,
     memory: JobMemory,
 ) -> int:
-    """Until SIGTERM or SIGINT, here or on another node: then drain, send the ranks home, and return 0.
+    """Until SIGTERM or SIGINT, here or on another node: then drain, stop the ranks, and return 0.
 
     Raises if a server ends by itself.
     """

@@ -175,7 +175,7 @@ def warn_of_open_door(options: HttpOptions) -> None:
 
 def other_slot(options: ServeOptions, world: World, layout: Layout, path: Path) -> Slot:
     """Any other slot on slot 0's host: finds it, forks its rank."""
-    context = rank_context(options, world, layout, find(path, MEET_S))
+    context = rank_context(options, world, layout, find(path, Meeting, MEET_S))
     return Slot([rank_child(context)], is_hub_gone=lambda: not path.exists())
 
 

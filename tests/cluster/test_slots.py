@@ -372,7 +372,7 @@ def test_a_slot_waits_for_the_file_and_reads_it(place):
     path = meeting_path(ENV)
     timer = threading.Timer(0.3, publish, (path, meeting(os.getpid())))
     timer.start()
-    assert find(path, 10.0) == meeting(os.getpid())
+    assert find(path, Meeting, 10.0) == meeting(os.getpid())
     timer.join()
 
 
@@ -382,16 +382,16 @@ def test_a_file_of_a_dead_slot_or_another_agent_s_is_not_believed(place):
     try:
         publish(path, meeting(child.pid))  # lives, but its parent is not ours
         with pytest.raises(UnavailableError):
-            find(path, 0.2)
+            find(path, Meeting, 0.2)
     finally:
         child.kill()
         child.wait()
     publish(path, meeting(child.pid))
     with pytest.raises(UnavailableError):
-        find(path, 0.2)
+        find(path, Meeting, 0.2)
     path.write_bytes(b"not json")
     with pytest.raises(UnavailableError):
-        find(path, 0.2)
+        find(path, Meeting, 0.2)
 
 
 def test_a_directory_that_others_can_use_a_file_and_a_link_are_refused(place):

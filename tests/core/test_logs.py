@@ -1,0 +1,65 @@
+"""One way of logging, with the name of who speaks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import qwen3vl_disagg
+
+SCRIPT = """
+import logging, os
+from qwen3vl_disagg.core.logs import start_logging
+log = logging.getLogger("qwen3vl_disagg.engine")
+start_logging()
+log.info("before")
+start_logging("encode rank 3")
+log.info("joined as %d", 3)
+log.debug("never")
+logging.getLogger("another").info("never")
+logging.getLogger("another").warning("told")
+try:
+    1 / 0
+except ZeroDivisionError:
+    log.exception("failed")
+if os.fork() == 0:
+    start_logging("frontend")
+    log.warning("100% forked")
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_lines_name_who_speaks():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "")
+    first, *lines, last = done.stderr.splitlines()
+    assert (first, last) == ("before", "frontend: 100% forked")
+    assert lines[:4] == [
+        "encode rank 3: joined as 3",
+        "encode rank 3: told",
+        "encode rank 3: failed",
+        "Traceback (most recent call last):",
+    ]
+    assert lines[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_without_a_start_warnings_are_shown_and_nothing_is_set_up():
+    """As in a program that imports the package."""
+    script = SCRIPT.replace("start_logging()\n", "").replace('start_logging("encode rank 3")\n', "")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[:2] == ["told", "failed"]
+
+
+def test_there_is_no_other_way():
+    """What may write to stderr beside the log: progress bars, the commands' own lines, and the log itself."""
+    package = Path(qwen3vl_disagg.__file__).parent
+    allowed = {"core/logs.py", "core/errors.py", "generate.py", "cluster/slots.py"}
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if "print_exc" in line or ("print(" in line and "sys.stderr" in line)
+    }
+    assert found == allowed
