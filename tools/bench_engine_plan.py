@@ -33,7 +33,7 @@ class Plan:
     seed: int = 0
 
     def commands(self, config: ModelConfig, number: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The measurements of a round. Prompts differ between rounds, so that no cache of prefixes helps anybody."""
+        """The measurements of a round. Prompts differ between rounds, so that no cache of prefixes helps."""
         source = random.Random(f"{self.seed} {number}")
         first_special = config.vision_start_token_id - SPECIAL_TOKENS.index("<|vision_start|>")
 

@@ -25,7 +25,7 @@ from qwen3vl_disagg.parallel.collectives import GroupCollectives
 from qwen3vl_disagg.parallel.dispatch import ExpertDispatcher
 from qwen3vl_disagg.parallel.expert_parallel import ExpertShards, mesh_collectives
 from qwen3vl_disagg.parallel.lockstep import Lockstep, Outlook, PaceLimits, PeerHello, StepPlan
-from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, LockstepServer, knock
+from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, LockstepServer, say_hello
 from qwen3vl_disagg.parallel.sizes import padded_rows
 from qwen3vl_disagg.transport.gloo import expert_mesh
 
@@ -141,7 +141,7 @@ class Rank:
             await server.serve(sock)
             self.store.set("lockstep", str(sock.getsockname()[1]))
         address = ("127.0.0.1", int(self.store.get("lockstep")))
-        client = await LockstepClient.join(knock(address, PeerHello(token="bench", rank=self.rank)))
+        client = await LockstepClient.join(say_hello(address, PeerHello(token="bench", rank=self.rank)))
         plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
         client.on_plan = plans.put
         running = asyncio.create_task(client.run())

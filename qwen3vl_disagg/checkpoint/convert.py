@@ -221,7 +221,7 @@ def _is_tied_copy(checkpoint: Checkpoint) -> bool:
 
 
 def _check_layout(whole: Mapping[str, tuple[Shape, Recipe]], layout: ExpertLayout) -> None:
-    """InputError for what nobody could read back."""
+    """InputError for what could not be read back."""
     for name, (shape, _) in whole.items():
         if layout != "per_expert" and len(shape) == 3 and shape[1] == shape[2]:
             reason = f"{name} of {list(shape)} would look the same in the layouts hub and v5"

@@ -110,7 +110,7 @@ def check_mark(mark: str | None) -> None:
 
 
 def _claim() -> bool:
-    """Whether nobody in this job has failed here before."""
+    """Whether no process of this job has failed here before."""
     mark = os.environ.get(FAULT_MARK)
     if mark is None:
         return True

@@ -44,7 +44,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     """Ban the end tokens, so that exactly `max_new_tokens` come."""
     cache_salt: str = ""
-    """Whose request it is, in a form that tells nobody: prefixes are shared among equal ones only."""
+    """Whose request it is, as a digest: prefixes are shared among equal ones only."""
     logprobs: int | None = None
     """None: none. K >= 0: each token's logprob and the K most likely ones, from the raw distribution."""
 

@@ -24,7 +24,7 @@ from qwen3vl_disagg.model.moe import DispatchKind
 from qwen3vl_disagg.parallel.dispatch import choose_kind
 from qwen3vl_disagg.parallel.expert_parallel import ExpertShards
 from qwen3vl_disagg.parallel.lockstep import Lockstep, PaceLimits, PeerHello
-from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, LockstepServer, knock
+from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, LockstepServer, say_hello
 from qwen3vl_disagg.transport.control import Address
 from qwen3vl_disagg.transport.gloo import expert_mesh
 from qwen3vl_disagg.transport.store import host_store, join_store
@@ -97,7 +97,7 @@ async def meet(setup: RankSetup, limits: PaceLimits) -> ExpertGroup:
     gpu = f"{host_id()}/{setup.device.index}"
     if setup.device.type == "cuda" and store.add(f"gpu/{gpu}", 1) > 1:  # NCCL would hang or fail without a word
         raise InputError(f"two language ranks on {setup.device}: each needs a GPU of its own", param="device")
-    line = knock(start.lockstep, PeerHello(token=context.token, rank=rank))
+    line = say_hello(start.lockstep, PeerHello(token=context.token, rank=rank))
     # A client of its own: a thread that waits in a store blocks every other call on it.
     client = store.clone()  # type: ignore[attr-defined]
     client.set(f"here/{rank}", "")

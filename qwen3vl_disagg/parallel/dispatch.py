@@ -1,7 +1,7 @@
 """Tokens to the ranks that hold their experts, and the sums back.
 
 Experts are spread like `torch.chunk`: rank r holds the ids `[r * chunk, (r + 1) * chunk)`. Example: 12 experts over 5
-ranks, chunk 3: rank 2 holds 6, 7, 8, rank 4 none. An id that is another rank's becomes one that nobody has here.
+ranks, chunk 3: rank 2 holds 6, 7, 8, rank 4 none. An id that is another rank's becomes one that no expert here has.
 
 * `gather`: every rank sees the rows of all, and adds up what its experts make of them. Fixed shapes: each rank brings
   `num_rows`, padded, so it compiles once and never waits for a count.
@@ -134,6 +134,6 @@ class ExpertDispatcher(Dispatcher):
 
     def _here(self, x_RD: Tensor, weights_RK: Tensor, ids_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Ids as this rank counts its experts, from 0. Those of ranks before become, as those of ranks behind are, ids
-        that nobody has here."""
+        that no expert here has."""
         ids_RK = ids_RK - self._first
         return x_RD, weights_RK, torch.where(ids_RK < 0, self._num_here, ids_RK)

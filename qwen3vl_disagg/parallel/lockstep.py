@@ -3,10 +3,10 @@
 Each rank says what it could do in the next step (`Outlook`), also when that is nothing, and then only if it changes.
 The first rank has the last word of each; as soon as all have spoken about the step and one of them has work, it tells
 all what the step is (`StepPlan`). So one message from each rank and one to each is the whole agreement, a rank without
-work sleeps on a socket until somebody has some, and nobody is ever asked.
+work sleeps on a socket until another one has some, and none is ever asked.
 
 A prompt's chunk makes a step long for every rank. As on one rank alone, no two such steps follow one another while
-somebody decodes, and then a rank's chunks are `chunk_tokens` together: that bounds the time between two tokens.
+a rank decodes, and then a rank's chunks are `chunk_tokens` together: that bounds the time between two tokens.
 
 Pure: no clock, socket or thread inside.
 """
@@ -58,7 +58,7 @@ class StepPlan(Message, frozen=True):
 
 
 class ReadyToLeave(Message, frozen=True):
-    """This rank wants nothing any more; it goes on taking part until nobody does."""
+    """This rank wants nothing any more; it goes on taking part until all want to leave."""
 
 
 class Over(Message, frozen=True):
@@ -70,7 +70,7 @@ LockstepMessage = Heartbeat | Refused | PeerHello | PeerWelcome | Outlook | Step
 
 @dataclass(frozen=True)
 class PaceLimits:
-    """`chunk_tokens`: of prompts in a step of a rank while somebody decodes; else `max_prefill_tokens`."""
+    """`chunk_tokens`: of prompts in a step of a rank while any rank decodes; else `max_prefill_tokens`."""
 
     chunk_tokens: int
     max_prefill_tokens: int

@@ -38,8 +38,8 @@ class PeerLost(UnavailableError):
     code = "language_rank_lost"
 
 
-def knock(address: Address, hello: PeerHello) -> socket.socket:
-    """Connect to the first rank and say hello; blocks for `CONNECT_S` at most. PeerLost if nobody listens there.
+def say_hello(address: Address, hello: PeerHello) -> socket.socket:
+    """Connect to the first rank and say hello; blocks for `CONNECT_S` at most. PeerLost if none listens there.
 
     Done before a rank loads: if it dies meanwhile, what the first rank finds on its line is a hello and the end. The
     kernel watches over a line on which nothing is said.
@@ -146,7 +146,7 @@ class LockstepClient:
 
     @classmethod
     async def join(cls, line: socket.socket, *, deadline_s: float = LOAD_S) -> LockstepClient:
-        """On a line that `knock` has made. PeerLost if the first rank is gone, or does not answer in time;
+        """On a line that `say_hello` has made. PeerLost if the first rank is gone, or does not answer in time;
         HandshakeError if it refuses."""
         reader, writer = await asyncio.open_connection(sock=line)
         connection = Connection(reader, writer, messages=LockstepMessage, max_frame=MAX_LINK_FRAME)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import Shard
+from torch import nn
 
 from qwen3vl_disagg.checkpoint import Checkpoint, check_weights, open_checkpoint, read_config
 from qwen3vl_disagg.checkpoint.fp8 import SCALE_SUFFIX
@@ -22,12 +20,10 @@ from qwen3vl_disagg.core.devices import resolve_dtype
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.settings import ModelOptions, Quantize
 from qwen3vl_disagg.model.config import ModelConfig
-from qwen3vl_disagg.model.decoder import Qwen3MoeForCausalLM
-from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.presets import IMAGE_ROWS, PRESETS
 from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.options import DryRunOptions
-from qwen3vl_disagg.parallel.expert_placement import LANGUAGE_PLAN, placements, shard_rows
+from qwen3vl_disagg.parallel.expert_placement import shard_rows
 from qwen3vl_disagg.parallel.kv_room import KvRoom
 from qwen3vl_disagg.parallel.sizes import SizedModel
 from qwen3vl_disagg.plan.hardware import Hardware, Memory
@@ -220,38 +216,32 @@ def _plan(
     checkpoint: Checkpoint | None = None,
 ) -> DryRun:
     dtype, kind = resolve_dtype(options.dtype, config.dtype), options.quantize
-    has_own_head = checkpoint is not None and HEAD in checkpoint.tensors
-    vision = _tensors(lambda c: Qwen3VLMoeForConditionalGeneration(c, language_model=False), config, dtype)
-    decoder = _tensors(Qwen3MoeForCausalLMWithDeepStack, config, dtype, kind, has_own_head)
-    placed = placements((name.removesuffix("_scale") for name in decoder), LANGUAGE_PLAN)
-    spread = [tensor for name, tensor in decoder.items() if placed[name.removesuffix("_scale")] == Shard(0)]
-    one_expert = sum(tensor.nbytes // tensor.shape[0] for tensor in spread)
-    replicated = sum(tensor.nbytes for tensor in decoder.values()) - sum(tensor.nbytes for tensor in spread)
-    tower = sum(tensor.nbytes for tensor in vision.values())
     sized = SizedModel(config, dtype.itemsize, kind != "none", memory.is_cuda)
+    has_own_head = checkpoint is not None and HEAD in checkpoint.tensors
+    replicated = sized.replicated_bytes()
+    if has_own_head and config.tie_word_embeddings:  # wins over tying, and is not quantized
+        replicated += sized.num_bytes(sized.decoder_parts["embedding"])
 
     def part(rank: int) -> RankPart:
         is_encode, is_language = rank in encode, rank in language
         experts = None
-        if is_language and spread:
+        if is_language and sized.moe_layers:
             experts = shard_rows(config.text.num_experts, len(language), language.index(rank))
         return RankPart(
             rank,
             "both" if is_encode and is_language else "encode" if is_encode else "language",
             experts,
-            one_expert * len(experts or ()),
+            int(sized.experts_bytes(len(experts or ()))),
             replicated if is_language else 0,
-            tower if is_encode else 0,
+            sized.tower_bytes() if is_encode else 0,
             memory.room(rank, sized, options, encode, language, image_rows) if is_language else None,
         )
 
     if checkpoint is not None and kind == "none":
         shapes = [info.shape for name, info in checkpoint.tensors.items() if not name.endswith(SCALE_SUFFIX)]
-        model_bytes = sum(map(math.prod, shapes)) * dtype.itemsize
-        counted = "the checkpoint's tensors"
+        model_bytes, counted = sum(map(math.prod, shapes)) * dtype.itemsize, "the checkpoint's tensors"
     else:
-        whole = _tensors(Qwen3VLMoeForConditionalGeneration, config, dtype, kind, has_own_head)
-        model_bytes, counted = sum(tensor.nbytes for tensor in whole.values()), "the whole model"
+        model_bytes, counted = _module_bytes(config, dtype, kind, has_own_head), "the whole model"
     made = DryRun(
         model=model,
         dtype=str(dtype).removeprefix("torch."),
@@ -267,19 +257,13 @@ def _plan(
     return made
 
 
-def _tensors(
-    build: Callable[[ModelConfig], nn.Module],
-    config: ModelConfig,
-    dtype: torch.dtype,
-    kind: Quantize = "none",
-    has_own_head: bool = False,
-) -> dict[str, Tensor]:
-    """Parameters and scales as loading leaves them, on the meta device; a tied head once."""
+def _module_bytes(config: ModelConfig, dtype: torch.dtype, kind: Quantize, has_own_head: bool) -> int:
+    """Parameters and scales of the whole model as loading leaves them, on the meta device; a tied head once."""
     with torch.device("meta"):
-        module = build(config).to(dtype)
+        module = Qwen3VLMoeForConditionalGeneration(config).to(dtype)
     if kind != "none":
         make_room(module, dtype, kind)
-    for part in module.modules():
-        if has_own_head and isinstance(part, Qwen3MoeForCausalLM):
-            part.lm_head.weight = nn.Parameter(torch.empty_like(part.lm_head.weight), requires_grad=False)
-    return dict(module.named_parameters()) | dict(module.named_buffers())
+    if has_own_head:
+        head = module.get_submodule("language_model.lm_head")
+        head.register_parameter("weight", nn.Parameter(head.get_parameter("weight").clone(), requires_grad=False))
+    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])

@@ -10,7 +10,7 @@ import pytest
 
 from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.parallel.lockstep import Lockstep, Outlook, PaceLimits, PeerHello, StepPlan
-from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, LockstepServer, PeerLost, knock
+from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, LockstepServer, PeerLost, say_hello
 from tests.support.fake_ranks import in_loop
 
 LIMITS = PaceLimits(64, 4096)
@@ -26,7 +26,7 @@ class Group:
         self.plans: list[list[StepPlan]] = []
 
     async def join(self, rank: int, *, token: str = "t") -> LockstepClient:
-        line = knock(self.address, PeerHello(token=token, rank=rank))
+        line = say_hello(self.address, PeerHello(token=token, rank=rank))
         client = await LockstepClient.join(line, deadline_s=5.0)
         plans: list[StepPlan] = []
         client.on_plan = plans.append
@@ -99,7 +99,7 @@ async def test_the_end_of_one_is_the_end_of_all():
 @in_loop
 async def test_a_rank_that_died_while_it_loaded_is_noticed_by_all():
     async with group(3) as ranks:
-        knock(ranks.address, PeerHello(token="t", rank=1)).close()  # it said hello, and no more
+        say_hello(ranks.address, PeerHello(token="t", rank=1)).close()  # it said hello, and no more
 
         async def join_and_run(rank: int) -> None:
             await ranks.join(rank)
@@ -113,12 +113,12 @@ async def test_a_rank_that_died_while_it_loaded_is_noticed_by_all():
 async def test_a_first_rank_that_is_gone_is_noticed_at_once():
     sock = socket.create_server(("127.0.0.1", 0))
     address = sock.getsockname()[:2]
-    line = knock(address, PeerHello(token="t", rank=1))  # the kernel took it in: the first rank still loads
+    line = say_hello(address, PeerHello(token="t", rank=1))  # the kernel took it in: the first rank still loads
     sock.close()
     with pytest.raises(PeerLost):
         await LockstepClient.join(line, deadline_s=5.0)
     with pytest.raises(PeerLost, match="no connection to the first"):
-        knock(address, PeerHello(token="t", rank=1))
+        say_hello(address, PeerHello(token="t", rank=1))
 
 
 @in_loop
