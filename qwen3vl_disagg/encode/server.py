@@ -14,8 +14,7 @@ from functools import partial
 
 import msgspec
 
-from qwen3vl_disagg.core.errors import HandshakeError
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import Failure, HandshakeError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.held_item import HeldItem

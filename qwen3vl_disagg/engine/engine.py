@@ -14,8 +14,7 @@ from typing import Any
 from msgspec import structs
 from torch import Tensor
 
-from qwen3vl_disagg.core.errors import DisaggError, InputError, ServerError
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, ServerError
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.core.spans import span

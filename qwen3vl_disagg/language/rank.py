@@ -20,8 +20,7 @@ import msgspec
 import numpy as np
 
 from qwen3vl_disagg.cluster.hub_client import enter_hub
-from qwen3vl_disagg.core.errors import DisaggError, TransferError, late
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import DisaggError, Failure, TransferError, late
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent, Preempted, RowsUsed

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3vl_disagg.core.errors import DisaggError, TransferError
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import DisaggError, Failure, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.batches import plan_batch, tower_cost

@@ -15,8 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3vl_disagg.core.errors import late
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import Failure, late
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.link_state import LinkState
 from qwen3vl_disagg.protocol.messages import Abort, Ack, Grant, HeaderOk, Nack, Resume, Stale

@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
 PROTOCOL_VERSION = 9

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.allocator import Lease
 from qwen3vl_disagg.protocol.messages import Frame, Grant, Header, Resume

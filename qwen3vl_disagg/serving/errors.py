@@ -11,8 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from qwen3vl_disagg.core.errors import MAX_RETRY_S, MIN_RETRY_S, TransferError
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import MAX_RETRY_S, MIN_RETRY_S, Failure, TransferError
 
 _TRANSFER = "the embeddings of an image or clip could not be transferred; try again"
 """A failed transfer has been tried again on every rank there was: an outage. Its message may name hosts and ranks."""

@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, PreparationFailed, UnavailableError
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, Failure, PreparationFailed, UnavailableError
 from qwen3vl_disagg.media.child_process import ChildFailed, ChildProcess
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.stop import Stop, Stopped

@@ -20,8 +20,7 @@ import numpy as np
 
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.cluster.slots import die_with_parent
-from qwen3vl_disagg.core.errors import DisaggError, PreparationFailed
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import DisaggError, Failure, PreparationFailed
 from qwen3vl_disagg.core.logs import start_logging
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.media import sandbox

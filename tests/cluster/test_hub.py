@@ -16,11 +16,11 @@ from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.core.errors import (
     DeadlineError,
+    Failure,
     InputError,
     OverloadedError,
     UnavailableError,
 )
-from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.core.requests import TokenLogprob
 from qwen3vl_disagg.launch import frontend
 from qwen3vl_disagg.protocol.messages import (

@@ -8,8 +8,7 @@ import time
 import msgspec
 import pytest
 
-from qwen3vl_disagg.core.errors import InputError, MediaTimeout, ServerError
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import Failure, InputError, MediaTimeout, ServerError
 from qwen3vl_disagg.protocol.messages import (
     Decoded,
     Frame,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from qwen3vl_disagg.core.errors import InputError, ServerError
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import Failure, InputError, ServerError
 from qwen3vl_disagg.protocol.encode_sessions import (
     ENCODING,
     HEADER,

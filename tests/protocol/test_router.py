@@ -9,13 +9,13 @@ import pytest
 from qwen3vl_disagg.core.errors import (
     DeadlineError,
     DisaggError,
+    Failure,
     InputError,
     OverloadedError,
     ServerError,
     TransferError,
     UnavailableError,
 )
-from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.protocol.messages import (
     Assign,
     Cancel,

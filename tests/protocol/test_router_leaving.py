@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen3vl_disagg.core.errors import TransferError, UnavailableError
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import Failure, TransferError, UnavailableError
 from qwen3vl_disagg.protocol.messages import (
     Assign,
     Cancel,

@@ -11,12 +11,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from qwen3vl_disagg.core.errors import (
     DisaggError,
+    Failure,
     InputError,
     OverloadedError,
     ServerError,
     UnavailableError,
 )
-from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.protocol.messages import (
     Assign,
     Decoded,

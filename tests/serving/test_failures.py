@@ -17,6 +17,7 @@ import pytest
 from qwen3vl_disagg.core.errors import (
     DeadlineError,
     DisaggError,
+    Failure,
     InputError,
     MediaTimeout,
     OverloadedError,
@@ -25,7 +26,6 @@ from qwen3vl_disagg.core.errors import (
     UnavailableError,
     late,
 )
-from qwen3vl_disagg.core.failure import Failure
 from qwen3vl_disagg.protocol.messages import (
     Assign,
     Decoded,

@@ -6,8 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
-from qwen3vl_disagg.core.errors import InputError, ServerError
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import Failure, InputError, ServerError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.encode_sessions import PARKED, EncodeSessions
 from qwen3vl_disagg.protocol.messages import (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen3vl_disagg.core.errors import late
-from qwen3vl_disagg.core.failure import Failure
+from qwen3vl_disagg.core.errors import Failure, late
 from qwen3vl_disagg.protocol import layout
 from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
