@@ -1,21 +1,30 @@
 """The media of messages: where their bytes come from.
 
-A part is an image, or a clip: a file, or a list of images that are its frames.
+A part is an image, or a clip: a file, or a list of images that are its frames. The bytes stand in `data:` URIs, read as
+the URL standard parses and the fetch standard's data: URL processor reads them. A caller of this process may also name
+a file, or hold bytes or a picture of Pillow; over HTTP nobody may.
 """
 
 from __future__ import annotations
 
+import base64
+import io
+import os
+import re
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+from PIL import Image
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.media.images import MAX_BYTES
+from qwen3vl_disagg.media.images import MAX_BYTES, MAX_PIXELS
 from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
-from qwen3vl_disagg.processing.data_uri import is_base64, is_data_uri, read_base64, read_data_uri, split_data_uri
-from qwen3vl_disagg.processing.local_media import local_bytes
-from qwen3vl_disagg.processing.media_options import NO_OPTIONS, MediaOptions
+from qwen3vl_disagg.processing.prompt_options import NO_OPTIONS, MediaOptions
 from qwen3vl_disagg.processing.request_fields import FIELDS, Place, check_fields
 from qwen3vl_disagg.processing.video import MAX_LIST_FRAMES, pack_frames
 
@@ -29,6 +38,14 @@ _RAW = ("base64", "data")
 """Fields that hold bare base64."""
 _IMAGE_SOURCES = ("image_url", "image", "url", *_RAW)
 _VIDEO_SOURCES = ("video_url", "video", "url", *_RAW)
+_ALPHABET = re.compile(rb"[A-Za-z0-9+/]*")
+_BLANKS = b"\t\n\f\r "
+_ENDS = "".join(map(chr, range(0x21)))
+_NO_BREAKS = {ord(blank): None for blank in "\t\n\r"}
+_MAX_HEAD = 4096
+"""Characters before the comma."""
+_MAX_NAME = 40
+_AS_THEY_ARE = ("1", "L", "LA", "RGB", "RGBA", "I;16")
 
 
 @dataclass(frozen=True)
@@ -123,3 +140,134 @@ def _bytes_of(source: object, where: str, allow_paths: bool, what: str, limit: i
     if not isinstance(source, str):
         raise InputError(f"the {what}'s url must be a string", param=where)
     raise InputError("only data: URIs are supported for images and videos", param=where, code="unsupported_url")
+
+
+# -- data: URIs
+
+
+def is_data_uri(text: str) -> bool:
+    return text[:64].translate(_NO_BREAKS).lstrip(_ENDS)[:5].lower() == "data:"
+
+
+def read_data_uri(uri: str, where: str, what: str, limit: int) -> bytes:
+    """The bytes of one; the declared type is ignored. InputError if it is none, or they are more than `limit`."""
+    head, body = split_data_uri(uri, where)
+    if is_base64(head):
+        return read_base64(body, where, what, limit)
+    if len(body) > 3 * limit:  # each byte may take three characters
+        raise _too_large(what, limit, where)
+    data = unquote_to_bytes(body.translate(_NO_BREAKS).encode("utf-8", "replace"))
+    if len(data) > limit:
+        raise _too_large(what, limit, where)
+    return data
+
+
+def split_data_uri(uri: str, where: str) -> tuple[str, str]:
+    """What is before the comma, without `data:`, and what is behind it, without a fragment.
+
+    Blanks around a URL, and tabs and line breaks anywhere in it, do not count.
+    """
+    comma = uri.find(",", 0, _MAX_HEAD)
+    if comma < 0:
+        raise InputError("a data: URI must be data:<type>;base64,<data>", param=where)
+    head = uri[:comma].lstrip(_ENDS).translate(_NO_BREAKS)
+    return head[len("data:") :], uri[comma + 1 :].partition("#")[0].rstrip(_ENDS)
+
+
+def is_base64(head: str) -> bool:
+    """Whether the head ends with `;base64`, in any case and with blanks around the word."""
+    _, semicolon, last = head.rpartition(";")
+    return bool(semicolon) and last.strip(" ").lower() == "base64"
+
+
+def read_base64(body: str, where: str, what: str, limit: int) -> bytes:
+    """Forgiving base64 in a URL: percent-encoded, with blanks, with or without padding. InputError if it is none."""
+    if len(body) > 8 * limit:  # a third more, three characters for each, and blanks
+        raise _too_large(what, limit, where)
+    data = body.encode("utf-8", "replace")  # a lone surrogate is no base64 either
+    data = (unquote_to_bytes(data) if "%" in body else data).translate(None, _BLANKS)
+    if len(data) > limit * 4 // 3 + 4:
+        raise _too_large(what, limit, where)
+    if len(data) % 4 == 0:
+        data = data.removesuffix(b"=").removesuffix(b"=")
+    if len(data) % 4 == 1 or not _ALPHABET.fullmatch(data):
+        raise InputError("the data: URI is not valid base64", param=where)
+    return base64.b64decode(data + b"=" * (-len(data) % 4))
+
+
+def _too_large(what: str, limit: int, where: str) -> InputError:
+    return InputError(f"the {what} is larger than the limit of {limit} bytes", param=where, status=413)
+
+
+# -- files, bytes and pictures of this process
+
+
+def local_bytes(source: object, where: str, what: str, limit: int) -> bytes | None:
+    """The bytes of a file by its name, Path or `file:` URL, of bytes, or of a picture; None for anything else.
+
+    InputError naming `where` for what cannot be read, for more than `limit` bytes, and for the address of another host.
+    """
+    if isinstance(source, Image.Image):
+        return picture_bytes(source, where)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, os.PathLike):
+        return _read_file(Path(os.fsdecode(source)), where, limit)
+    if not isinstance(source, str):
+        return None
+    scheme = source.partition(":")[0].lower()
+    if scheme == "file" and source[5:6] == "/":
+        return _read_file(_path_of(source, where), where, limit)
+    if "://" in source:
+        message = f"URLs are not fetched ({scheme[:_MAX_NAME]}:): save the {what} and give the file's name"
+        raise InputError(message, param=where, code="unsupported_url")
+    return _read_file(Path(source), where, limit)
+
+
+def picture_bytes(image: Image.Image, where: str) -> bytes:
+    """The picture's own pixels, losslessly: nothing of its metadata counts, an EXIF orientation neither.
+
+    The same picture gives the same bytes. InputError for one that is larger than images may be, or cannot be loaded.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        pixels = image.width * image.height
+        raise InputError(f"the picture has {pixels} pixels, the limit is {MAX_PIXELS}", param=where)
+    try:
+        if "transparency" in image.info or image.mode in ("PA", "La", "RGBa"):
+            plain = image.convert("LA" if image.mode == "La" else "RGBA")
+        else:
+            plain = image.copy() if image.mode in _AS_THEY_ARE else image.convert("RGB")
+        plain.info = {}
+        for form, options in (("PNG", {"compress_level": 1}), ("WEBP", {"lossless": True, "method": 0, "exact": True})):
+            out = io.BytesIO()
+            plain.save(out, form, **options)
+            if out.tell() <= MAX_BYTES or plain.mode == "I;16":
+                break
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError("the picture is damaged and cannot be loaded", param=where) from error
+    if out.tell() > MAX_BYTES:
+        message = f"the picture has {out.tell()} bytes without loss, the limit is {MAX_BYTES}"
+        raise InputError(message, param=where, status=413)
+    return out.getvalue()
+
+
+def _path_of(url: str, where: str) -> Path:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+        raise InputError("a file: URL is file:///path, on this host", param=where, code="unsupported_url")
+    return Path(unquote(parts.path))
+
+
+def _read_file(path: Path, where: str, limit: int) -> bytes:
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe or device might never end
+            raise InputError(f"{str(path)[-_MAX_NAME:]}: not a file", param=where)
+        if found.st_size > limit:
+            raise InputError(f"{path} is larger than the limit of {limit} bytes", param=where, status=413)
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or "bad name"
+        raise InputError(f"{str(path)[-_MAX_NAME:]}: {reason}", param=where) from None

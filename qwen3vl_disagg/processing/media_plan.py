@@ -17,9 +17,9 @@ from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.media.video import UNKNOWN_FPS, VideoInfo
 from qwen3vl_disagg.model.config import VisionConfig
 from qwen3vl_disagg.processing.images import ImageProcessor, smart_resize
-from qwen3vl_disagg.processing.media_options import NO_OPTIONS, MediaOptions
 from qwen3vl_disagg.processing.media_parts import Media
 from qwen3vl_disagg.processing.positions import Grid
+from qwen3vl_disagg.processing.prompt_options import NO_OPTIONS, MediaOptions
 from qwen3vl_disagg.processing.video import VIDEO_FILE, VideoProcessor, timestamps, unpack_frames
 
 MAX_STILL_PIXELS = 2**31

@@ -23,8 +23,14 @@ from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import MAX_ASPECT
 from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.model.config import VisionConfig
-from qwen3vl_disagg.processing.images import check_size
-from qwen3vl_disagg.processing.pixels import PixelSettings, PixelTransform, cut_patches, fit_size, read_section
+from qwen3vl_disagg.processing.images import (
+    PixelSettings,
+    PixelTransform,
+    check_size,
+    cut_patches,
+    fit_size,
+    read_section,
+)
 from qwen3vl_disagg.processing.positions import Grid
 
 VIDEO_FILE = "video_preprocessor_config.json"

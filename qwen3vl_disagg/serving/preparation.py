@@ -21,7 +21,7 @@ from qwen3vl_disagg.media.child_process import ChildFailed, ChildProcess
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.stop import Stop, Stopped
 from qwen3vl_disagg.processing import Processor, Prompt
-from qwen3vl_disagg.processing.data_uri import is_data_uri
+from qwen3vl_disagg.processing.media_parts import is_data_uri
 from qwen3vl_disagg.processing.messages import has_clips
 from qwen3vl_disagg.processing.processor import SMALL_CHARS
 from qwen3vl_disagg.processing.template import strings_of

@@ -17,7 +17,7 @@ from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker
 from qwen3vl_disagg.llm.local import ItemError, LocalTransfer
 from qwen3vl_disagg.processing import ImageProcessor
-from qwen3vl_disagg.processing.pixels import PixelSettings
+from qwen3vl_disagg.processing.images import PixelSettings
 from qwen3vl_disagg.protocol.session_events import Recall
 from qwen3vl_disagg.transport.links import InProcessLink
 from qwen3vl_disagg.transport.rows import Delivery

@@ -14,7 +14,7 @@ from PIL import Image
 
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import decode_rgb
-from qwen3vl_disagg.processing.pixels import PixelTransform
+from qwen3vl_disagg.processing.images import PixelTransform
 from tests.support.media_bytes import clip
 
 pytestmark = pytest.mark.acceptance

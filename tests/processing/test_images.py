@@ -20,8 +20,7 @@ from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import decode_rgb, probe_image
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.processing import ImageProcessor
-from qwen3vl_disagg.processing.images import smart_resize
-from qwen3vl_disagg.processing.pixels import PixelSettings
+from qwen3vl_disagg.processing.images import PixelSettings, smart_resize
 
 VISION = PRESETS["30b-a3b"].vision
 BOUNDS = {"min_pixels": 65536, "max_pixels": 16777216}

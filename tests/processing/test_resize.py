@@ -23,7 +23,7 @@ from qwen3vl_disagg.core.settings import ModelOptions
 from qwen3vl_disagg.encode.rank import load_worker
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.processing import ImageProcessor
-from qwen3vl_disagg.processing.pixels import PixelSettings, PixelTransform
+from qwen3vl_disagg.processing.images import PixelSettings, PixelTransform
 from qwen3vl_disagg.processing.video import VideoProcessor
 from tests.support.clips import VISION, encode_clip, noise_frames, png_frames
 

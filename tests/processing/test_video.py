@@ -25,7 +25,7 @@ from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.stop import Stop
 from qwen3vl_disagg.model import VisionConfig
-from qwen3vl_disagg.processing.pixels import PixelSettings
+from qwen3vl_disagg.processing.images import PixelSettings
 from qwen3vl_disagg.processing.video import VideoProcessor, pack_frames, smart_resize_video, timestamps
 from tests.support.clips import VISION, noise_frames, published_video_processor
 

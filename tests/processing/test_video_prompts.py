@@ -29,8 +29,8 @@ from qwen3vl_disagg.processing import (
     Tokenizer,
     media_plan,
 )
+from qwen3vl_disagg.processing.images import PixelSettings
 from qwen3vl_disagg.processing.messages import has_clips
-from qwen3vl_disagg.processing.pixels import PixelSettings
 from qwen3vl_disagg.processing.video import VideoProcessor
 from tests.support.clips import VISION, encode_clip, noise_frames, png_frames
 from tests.support.random_model import small_config

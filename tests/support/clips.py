@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_disagg.model import VisionConfig
-from qwen3vl_disagg.processing.pixels import PixelSettings
+from qwen3vl_disagg.processing.images import PixelSettings
 from qwen3vl_disagg.processing.video import VideoProcessor
 
 VISION = VisionConfig(

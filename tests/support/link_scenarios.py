@@ -26,7 +26,7 @@ from qwen3vl_disagg.language.link_server import LinkServer
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.media.images import probe_image
 from qwen3vl_disagg.processing import ImageProcessor
-from qwen3vl_disagg.processing.pixels import PixelSettings
+from qwen3vl_disagg.processing.images import PixelSettings
 from qwen3vl_disagg.protocol.messages import Blob, LinksUp, Message, Peers, Pull, RankHello, Welcome
 from qwen3vl_disagg.protocol.session_events import (
     Arrived,
