@@ -8,15 +8,17 @@ from pathlib import Path
 
 import msgspec
 
+from qwen3vl_disagg.checkpoint import read_config
+from qwen3vl_disagg.checkpoint.hub import model_name, resolve_model_folder
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.settings import EngineSettings
-from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.options import PlanOptions
 from qwen3vl_disagg.plan.fit import FITTED, STAGES, compare, fit, read_measurements
 from qwen3vl_disagg.plan.hardware import load_hardware
 from qwen3vl_disagg.plan.report import Report, Subject
 from qwen3vl_disagg.plan.sizing import MAX_RANKS, Split, Workload, best, plan
+from qwen3vl_disagg.processing.images import ImageProcessor, smart_resize
 
 MAX_SIDE = 1 << 16
 
@@ -36,10 +38,8 @@ def make_report(options: PlanOptions) -> Report:
     EngineSettings.check(options)
     if options.fit_on and options.fit is None:
         raise InputError("--fit-on goes with --fit", param="fit-on")
-    if options.model is not None and options.preset is None and options.fit is None:
-        options = replace(options, model=str(_folder(options)))
     subject = _fitted(options) if options.fit is not None else _given(options)
-    load = _workload(options, subject.config)
+    load = _workload(options, subject)
     mine = _shared(load, options.replicas)
     splits = _plan(subject, mine, options.gpus // options.replicas, options)
     shown = best(splits, mine)
@@ -82,13 +82,6 @@ def _shared(load: Workload, replicas: int) -> Workload:
     return replace(load, concurrency=-(-load.concurrency // replicas), requests_s=rate)
 
 
-def _folder(options: PlanOptions) -> Path:
-    """The model's settings; of a hub's repository no weights are fetched for them."""
-    from qwen3vl_disagg.checkpoint.hub import resolve_model_folder  # here, not for --help of all commands
-
-    return resolve_model_folder(options.model, weights=False)
-
-
 def _given(options: PlanOptions) -> Subject:
     """Model and machine by name."""
     if options.preset is not None and options.model is not None:
@@ -96,16 +89,13 @@ def _given(options: PlanOptions) -> Subject:
     if options.preset is not None:
         if options.preset not in PRESETS:
             raise InputError(f"--preset {options.preset}: must be one of {', '.join(PRESETS)}", param="preset")
-        name, config = options.preset, PRESETS[options.preset]
+        name, config, folder = options.preset, PRESETS[options.preset], None
     else:
-        from qwen3vl_disagg.checkpoint import read_config  # here, not for --help of all commands
-        from qwen3vl_disagg.checkpoint.hub import model_name
-
-        folder = _folder(options)
+        folder = resolve_model_folder(options.model, weights=False)
         name, config = model_name(folder), read_config(folder)
     dtype = config.dtype if options.dtype == "auto" else options.dtype
     hardware = load_hardware(options.hardware or "h200")
-    return Subject(name, config, dtype, options.quantize == "int8", hardware)
+    return Subject(name, config, dtype, options.quantize == "int8", hardware, folder)
 
 
 def _fitted(options: PlanOptions) -> Subject:
@@ -132,20 +122,17 @@ def _fitted(options: PlanOptions) -> Subject:
         measured.dtype,
         measured.is_int8,
         hardware,
-        compared,
-        {cost: seconds for cost, seconds in costs.items() if cost in fitted},
+        compared=compared,
+        costs={cost: seconds for cost, seconds in costs.items() if cost in fitted},
     )
 
 
-def _workload(options: PlanOptions, config: ModelConfig) -> Workload:
+def _workload(options: PlanOptions, subject: Subject) -> Workload:
     if options.concurrency is not None and options.requests_s is not None:
         raise InputError("--concurrency and --requests-s: one of both", param="concurrency")
-    visual_tokens = options.visual_tokens
-    if visual_tokens is None:
-        visual_tokens = _tokens_of(options, config)
     return Workload(
         images=options.images,
-        visual_tokens=visual_tokens,
+        visual_tokens=_tokens_of(options, subject) if options.visual_tokens is None else options.visual_tokens,
         text_tokens=options.text_tokens,
         output_tokens=options.output_tokens,
         concurrency=32 if options.concurrency is None else options.concurrency,
@@ -153,18 +140,15 @@ def _workload(options: PlanOptions, config: ModelConfig) -> Workload:
     )
 
 
-def _tokens_of(options: PlanOptions, config: ModelConfig) -> int:
+def _tokens_of(options: PlanOptions, subject: Subject) -> int:
     """Visual tokens of an image of the size given, resized as the checkpoint says; a preset has no bounds."""
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", options.image_size)
     width, height = (int(match[1]), int(match[2])) if match else (0, 0)
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise InputError(f"--image-size {options.image_size}: must be WxH in pixels, as 1024x768", param="image-size")
-    from qwen3vl_disagg.processing.images import ImageProcessor, smart_resize
-
-    vision = config.vision
-    if options.preset is None and options.fit is None:
-        processor = ImageProcessor.from_folder(_folder(options), vision)
-        frames, rows, columns = processor.grid(width, height)
+    vision = subject.config.vision
+    if subject.folder is not None:
+        frames, rows, columns = ImageProcessor.from_folder(subject.folder, vision).grid(width, height)
         return frames * rows * columns // vision.merge_unit
     factor = vision.patch_size * vision.spatial_merge_size
     height, width = smart_resize(height, width, factor, factor * factor, MAX_SIDE * MAX_SIDE)

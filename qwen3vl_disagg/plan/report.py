@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from qwen3vl_disagg.core.settings import EngineSettings
@@ -35,6 +36,8 @@ class Subject:
     dtype: str
     is_int8: bool
     hardware: Hardware
+    folder: Path | None = None
+    """Of a checkpoint, whose processor says what becomes of an image."""
     compared: Sequence[Compared] = ()
     costs: dict[Cost, float] = field(default_factory=dict)
     """Of a fit; empty without one."""
