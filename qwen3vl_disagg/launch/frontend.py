@@ -50,7 +50,7 @@ def run_frontend(
     app = create_app(
         hub,
         processor,
-        model_name=model_name_of(context),
+        model_name=model_name(folder),
         limits=Limits(
             request_timeout_s=options.request_timeout,
             max_answer_tokens=options.max_answer_tokens,
@@ -104,11 +104,6 @@ async def serve(
 def time_left(stopped_at: float, by_s: float, now: float | None = None) -> float:
     """Seconds until `by_s` after the signal; none of a stage's time is made up for by a later one."""
     return max(0.0, stopped_at + by_s - (time.monotonic() if now is None else now))
-
-
-def model_name_of(context: RankContext) -> str:
-    """The model's name towards clients: ORG/NAME if it is of the hub, else the folder's."""
-    return model_name(resolve_model_folder(context.model.model))
 
 
 async def _announce(hub: Hub, url: str, memory: JobMemory) -> None:

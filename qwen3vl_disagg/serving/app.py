@@ -22,7 +22,7 @@ from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.body import ClientGone
 from qwen3vl_disagg.serving.chat import ChatCompletions
 from qwen3vl_disagg.serving.doors import Doors
-from qwen3vl_disagg.serving.errors import JSONResponse, envelope, error_response, on_error, on_http_exception
+from qwen3vl_disagg.serving.errors import JSONResponse, envelope, error_response, on_http_exception
 from qwen3vl_disagg.serving.limits import MAX_HEADER_BYTES, Limits
 from qwen3vl_disagg.serving.types import Model, ModelList
 
@@ -58,18 +58,15 @@ class RequestGuard:
             await send(message)
 
         try:
-            try:
-                self._check(scope, headers)
-            except InputError as error:
-                await error_response(error)(scope, receive, send_named)
-                return
+            self._check(scope, headers)
             await self._app(scope, receive, send_named)
         except ClientGone:
             logger.debug("request %s: the client left", request_id)
         except Exception as failure:
             if started:
                 raise
-            logger.exception("request %s failed", request_id)
+            if not isinstance(failure, DisaggError):
+                logger.exception("request %s failed", request_id)
             await error_response(failure)(scope, receive, send_named)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
@@ -136,7 +133,7 @@ def create_app(
     app = Starlette(
         routes=routes,
         middleware=[Middleware(RequestGuard, doors=doors)],
-        exception_handlers={HTTPException: on_http_exception, DisaggError: on_error},
+        exception_handlers={HTTPException: on_http_exception},
     )
     app.router.redirect_slashes = False
     return app

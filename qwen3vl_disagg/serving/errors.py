@@ -85,11 +85,6 @@ def error_response(error: Exception) -> JSONResponse:
     return JSONResponse(body, status, headers)
 
 
-async def on_error(request: Request, error: Exception) -> Response:
-    """Starlette's handler for DisaggError."""
-    return error_response(error)
-
-
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own errors: no route, wrong method."""
     if not isinstance(error, HTTPException):

@@ -32,7 +32,7 @@ from qwen3vl_disagg.serving.prepare import (
     ChildReply,
     ChildSetup,
     Made,
-    MadeRequest,
+    MadeHead,
     NotMade,
     Parsed,
     Prepared,
@@ -205,9 +205,9 @@ class PreparePool:
             try:
                 child.send(BodyJob(len(body)), body, _FOREVER_S, stop)
                 is_sent = True
-                first = self._next(child, stop)
+                reply = self._next(child, stop)
                 body.clear()
-                made = self._receive(child, first)
+                made = reply.failure if isinstance(reply, NotMade) else self._receive(child, reply.sizes, started)
             except BaseException as error:
                 child.close()
                 self.warm_up()
@@ -220,8 +220,7 @@ class PreparePool:
             self._give_back(child)
             if isinstance(made, Failure):
                 raise made.error()
-            request, prompt = made
-            return Prepared(request.request, prompt, request.sampling, time.monotonic() - started)
+            return made
         raise PreparationFailed
 
     def _next(self, child: ChildProcess, stop: Stop) -> Made | NotMade:
@@ -240,12 +239,11 @@ class PreparePool:
             child.send(probed, b"", _FOREVER_S, stop)
 
     @staticmethod
-    def _receive(child: ChildProcess, reply: Made | NotMade) -> tuple[MadeRequest, Prompt] | Failure:
-        if isinstance(reply, NotMade):
-            return reply.failure
-        head, token_ids, *media = [child.receive_bytes(size) for size in reply.sizes]
-        request = msgspec.msgpack.decode(head, type=MadeRequest)
-        return request, Prompt(np.frombuffer(token_ids, "<i4").tolist(), request.items, media)
+    def _receive(child: ChildProcess, sizes: list[int], started: float) -> Prepared:
+        head, token_ids, *media = [child.receive_bytes(size) for size in sizes]
+        request, sampling, items = msgspec.msgpack.decode(head, type=MadeHead)
+        prompt = Prompt(np.frombuffer(token_ids, "<i4").tolist(), items, media)
+        return Prepared(request, prompt, sampling, time.monotonic() - started)
 
     def _take(self, stop: Stop, *, must_be_new: bool) -> ChildProcess:
         with self._lock:

@@ -121,15 +121,12 @@ class Probed(msgspec.Struct, frozen=True):
 
 
 class Made(msgspec.Struct, frozen=True, tag="made"):
-    """Followed by as many bytes: a `MadeRequest`, the prompt's token ids as int32, and the bytes of each item."""
+    """Followed by as many bytes: a `MadeHead`, the prompt's token ids as int32, and the bytes of each item."""
 
     sizes: list[int]
 
 
-class MadeRequest(msgspec.Struct, frozen=True):
-    request: ChatRequest
-    sampling: SamplingParams
-    items: list[VisualItem]
+MadeHead = tuple[ChatRequest, SamplingParams, list[VisualItem]]
 
 
 class NotMade(msgspec.Struct, frozen=True, tag="not made"):
@@ -168,7 +165,7 @@ def reply(prepared: Prepared) -> list[bytes]:
     """A header and what follows it."""
     prompt = prepared.prompt
     parts = [
-        msgspec.msgpack.encode(MadeRequest(prepared.request, prepared.sampling, prompt.items)),
+        msgspec.msgpack.encode((prepared.request, prepared.sampling, prompt.items)),
         np.asarray(prompt.token_ids, dtype="<i4").tobytes(),
         *prompt.media,
     ]
