@@ -39,7 +39,6 @@ from qwen3vl_disagg.protocol.messages import (
 )
 from qwen3vl_disagg.protocol.session_events import (
     Arrived,
-    Attempt,
     BreakLink,
     Expired,
     Forget,
@@ -60,7 +59,7 @@ from qwen3vl_disagg.protocol.session_events import (
 from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Address, Connection, ConnectionLost
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
 from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory, process_group_links
-from qwen3vl_disagg.transport.rows import Delivery, VisualRows
+from qwen3vl_disagg.transport.rows import Delivery
 
 logger = logging.getLogger(__name__)
 MEET_S = 20.0
@@ -110,9 +109,6 @@ class LinkServer:
         self._links: dict[tuple[int, int], _PeerLink] = {}
         self._events: deque[LanguageEvent] = deque()
         self._is_handling = self._was_short_of_room = False
-        self._arrived: dict[Attempt, VisualRows] = {}
-        self._transfer_ms: dict[Attempt, float] = {}
-        self._headers: dict[Attempt, Receive] = {}
         self._store: dist.TCPStore | None = None
         self._host, self._make_link = host, make_link
         self._can_meet = asyncio.Event()
@@ -190,7 +186,7 @@ class LinkServer:
             while self._events:
                 event = self._events.popleft()
                 if isinstance(event, Forget):
-                    self._forget(event.request_id)
+                    self._receiver.forget(event.request_id)
                 for action in self.sessions.handle(event, time.monotonic()):
                     self._perform(action)
         finally:
@@ -206,7 +202,7 @@ class LinkServer:
             case Receive():
                 self._start_receiving(action)
             case RowsReady():
-                self._deliver((action.request_id, action.item, action.attempt))
+                self.on_rows(self._receiver.delivery((action.request_id, action.item, action.attempt)))
             case BreakLink():
                 link = self._links.get((action.peer, action.epoch))
                 if link is not None:
@@ -219,7 +215,7 @@ class LinkServer:
                 self._receiver.forget(action.request_id, action.item)
                 self.on_lost(action)
             case Expired():
-                self._forget(action.request_id)
+                self._receiver.forget(action.request_id)
                 self.on_expired(action)
 
     def _post(self, action: SendFrame) -> None:
@@ -238,12 +234,6 @@ class LinkServer:
             logger.error("a frame did not go out", exc_info=error)
             link.control.abort()
 
-    def _forget(self, request_id: str) -> None:
-        self._receiver.forget(request_id)
-        for table in (self._transfer_ms, self._headers, self._arrived):
-            for attempt in [attempt for attempt in table if attempt[0] == request_id]:
-                del table[attempt]
-
     # -- payloads
 
     def _start_receiving(self, job: Receive) -> None:
@@ -253,19 +243,15 @@ class LinkServer:
         if link is None:
             self.handle(PayloadEnd(*_ids(ends), "the link is gone", True))
             return
-        attempt = (grant.request_id, grant.item, grant.attempt)
-        self._headers.setdefault(attempt, job)
         work = asyncio.get_running_loop().run_in_executor(link.thread, self._receive, link.payload, job)
         work.add_done_callback(lambda done: self._received(ends, done))
 
-    def _receive(self, payload: Link, job: Receive) -> tuple[VisualRows, float]:
-        started = time.monotonic()
+    def _receive(self, payload: Link, job: Receive) -> None:
         with span("receive", rows=job.grant.row_stop - job.grant.row_start, item=job.grant.item):
             rows = self._receiver.receive(payload, job, self.limits.payload_s)
         fault_point("payload-received")
         if rows.stop == job.visual.num_rows:
             fault_point("last-row")
-        return rows, (time.monotonic() - started) * 1e3
 
     def _received(self, ends: PayloadEnd, done: asyncio.Future) -> None:
         self._end_receive(ends, done)
@@ -280,31 +266,7 @@ class LinkServer:
             is_broken = not isinstance(error, TransferError) or isinstance(error, LinkBroken)
             self.handle(PayloadEnd(*_ids(ends), str(error) or type(error).__name__, is_broken))
             return
-        rows, transfer_ms = done.result()
-        attempt = (ends.request_id, ends.item, ends.attempt)
-        if self.sessions.find(*attempt) is not None:
-            self._arrived[attempt] = rows
-            self._transfer_ms[attempt] = self._transfer_ms.get(attempt, 0.0) + transfer_ms
         self.handle(ends)
-
-    def _deliver(self, attempt: Attempt) -> None:
-        rows, job = self._arrived.pop(attempt), self._headers[attempt]
-        num_bytes, num_transfers = self._receiver.totals(attempt)
-        self.on_rows(
-            Delivery(
-                *attempt,
-                rows=rows,
-                encode_rank=job.encode_rank,
-                preprocess_ms=job.header.preprocess_ms,
-                encode_ms=job.header.encode_ms,
-                transfer_ms=self._transfer_ms[attempt],
-                transfer_bytes=num_bytes,
-                resumes=num_transfers - 1,
-                cached=job.header.cached,
-                batch=job.header.batch,
-                note=job.header.note,
-            )
-        )
 
     # -- links coming and going
 

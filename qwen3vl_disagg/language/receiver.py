@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -24,20 +25,23 @@ from qwen3vl_disagg.protocol.session_events import Attempt, Receive
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.transport.digest import add_digests, deepstack_sums, run_sums, sums_digest
 from qwen3vl_disagg.transport.links import Link
-from qwen3vl_disagg.transport.rows import Pieces, VisualRows
+from qwen3vl_disagg.transport.rows import Delivery, Pieces, VisualRows
 
 
 @dataclass
 class _Item:
     """What has arrived of one attempt."""
 
+    job: Receive
+    """The initial transfer."""
     positions: Tensor
     """`[R, 3]`, as the grid says."""
-    first: int
-    """Where the initial transfer began: only the digests of all rows add up to the item's."""
     item_digest: int = 0
     digest: int = 0
     deepstack: list[tuple[int, Tensor]] = field(default_factory=list)
+    rows: VisualRows | None = None
+    """Of the last transfer, until they are delivered."""
+    seconds: float = 0.0
     num_bytes: int = 0
     num_transfers: int = 0
 
@@ -55,6 +59,7 @@ class Receiver:
 
         LinkBroken if the payload does not come, TransferError if it is not what was announced.
         """
+        started = time.monotonic()
         attempt, grant = (job.grant.request_id, job.grant.item, job.grant.attempt), job.grant
         item = self._begin(attempt, job)
         views, deepstack_views, row_views = self._views(job)
@@ -74,18 +79,20 @@ class Receiver:
             main: list[tuple[int, Tensor]] = []
             ranges = item_ranges(grant.row_runs, grant.row_start)
             for (start, stop), expected, _ in zip(ranges, job.header.row_digests, row_views, strict=True):
-                rows, fill_ids, positions = next(here), next(here), next(here)
-                digests.append(_check(expected, run_sums(rows, fill_ids, positions), "rows", start, stop))
+                part, fill_ids, positions = next(here), next(here), next(here)
+                digests.append(_check(expected, run_sums(part, fill_ids, positions), "rows", start, stop))
                 self._check_run(item, job, start, fill_ids, positions)
-                _check_finite(rows, "rows", start, stop)
-                main.append((start, rows))
+                _check_finite(part, "rows", start, stop)
+                main.append((start, part))
             for _ in here:  # nothing is left, but only the end says that the receives have returned
                 continue
         finally:
             arriving.close()
         # Only now: a payload that breaks in the middle comes again.
         item.digest = add_digests(*digests)
-        return self._end(item, job, tuple(main), deepstack)
+        rows = item.rows = self._end(item, job, tuple(main), deepstack)
+        item.seconds += time.monotonic() - started
+        return rows
 
     def _begin(self, attempt: Attempt, job: Receive) -> _Item:
         with self._lock:
@@ -95,7 +102,7 @@ class Receiver:
                     del self._items[old]
                 merge = self.config.vision.spatial_merge_size
                 positions = item_positions(job.visual.grid, merge).T.contiguous()
-                item = self._items[attempt] = _Item(positions, job.grant.row_start)
+                item = self._items[attempt] = _Item(job, positions)
             return item
 
     def _views(self, job: Receive) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
@@ -131,13 +138,37 @@ class Receiver:
             aux=not isinstance(grant, Resume),
         )
         item.num_transfers += 1
-        is_whole = item.first == 0 and grant.row_stop == job.visual.num_rows
+        # Only the digests of all rows add up to the item's.
+        is_whole = item.job.grant.row_start == 0 and grant.row_stop == job.visual.num_rows
         if is_whole and item.digest != item.item_digest:
             raise TransferError(f"digest of the item: expected {item.item_digest}, got {item.digest}")
         rows = VisualRows(grant.attempt, grant.row_start, grant.row_stop, main, tuple(item.deepstack))
         if grant.row_stop == job.visual.num_rows:
             item.deepstack = []  # no resume will need it
         return rows
+
+    def delivery(self, attempt: Attempt) -> Delivery:
+        """The rows that were received last, and what it took so far. They are kept by whoever reads them, and no longer
+        here."""
+        with self._lock:
+            item = self._items[attempt]
+            rows, item.rows = item.rows, None
+        if rows is None:
+            raise RuntimeError(f"rows of {attempt} are said to be here")
+        header = item.job.header
+        return Delivery(
+            *attempt,
+            rows=rows,
+            encode_rank=item.job.encode_rank,
+            preprocess_ms=header.preprocess_ms,
+            encode_ms=header.encode_ms,
+            transfer_ms=item.seconds * 1e3,
+            transfer_bytes=item.num_bytes,
+            resumes=item.num_transfers - 1,
+            cached=header.cached,
+            batch=header.batch,
+            note=header.note,
+        )
 
     def totals(self, attempt: Attempt) -> tuple[int, int]:
         """(payload bytes, transfers) of an attempt so far."""

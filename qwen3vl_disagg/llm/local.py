@@ -49,7 +49,7 @@ from qwen3vl_disagg.protocol.session_events import (
     TellFailed,
 )
 from qwen3vl_disagg.transport.links import InProcessLink
-from qwen3vl_disagg.transport.rows import Delivery, VisualRows
+from qwen3vl_disagg.transport.rows import Delivery
 
 _ENCODE_RANK = _LANGUAGE_RANK = 0
 _EPOCH = 1
@@ -63,15 +63,6 @@ class ItemError:
     request_id: str
     item: int
     error: DisaggError
-
-
-@dataclass
-class _Payload:
-    """What has been received of an attempt so far."""
-
-    job: Receive
-    rows: VisualRows | None = None
-    seconds: float = 0.0
 
 
 Outcome = Delivery | Recall | ItemError
@@ -97,8 +88,8 @@ class LocalTransfer:
         self._media: dict[tuple[str, int], tuple[VisualItem, bytes]] = {}
         self._to_start: list[Attempt] = []
         self._encoded: dict[Attempt, HeldItem] = {}
-        self._payloads: dict[Attempt, _Payload] = {}
         self._errors: dict[Attempt, DisaggError] = {}
+        """Why items could not be encoded: of the class that they were raised as."""
         self._attempts: dict[tuple[str, int], int] = {}
         """(request, item) -> how often it was needed"""
         self._to_encode(LinkUp(_LANGUAGE_RANK, _EPOCH))
@@ -139,7 +130,7 @@ class LocalTransfer:
         """The request is over."""
         self._to_language(Forget(request_id))
         self.receiver.forget(request_id)
-        tables: tuple[dict[Any, Any], ...] = (self._media, self._payloads, self._errors, self._attempts)
+        tables: tuple[dict[Any, Any], ...] = (self._media, self._errors, self._attempts)
         for table in tables:
             for key in [key for key in table if key[0] == request_id]:
                 del table[key]
@@ -172,13 +163,12 @@ class LocalTransfer:
             case Receive():
                 self._todo.append(lambda: self._receive(action))  # after the answer that makes the other end send
             case RowsReady():
-                self._deliver((action.request_id, action.item, action.attempt))
+                attempt = (action.request_id, action.item, action.attempt)
+                self._outcomes.append(self.receiver.delivery(attempt))
             case Recall():
                 self._outcomes.append(action)
             case Lost():
-                attempt = (action.request_id, action.item, action.attempt)
-                error = self._errors.pop(attempt, None) or TransferError(action.reason)
-                self._outcomes.append(ItemError(action.request_id, action.item, error))
+                self._outcomes.append(ItemError(action.request_id, action.item, TransferError(action.reason)))
 
     def _do_encode(self, action: EncodeAction) -> None:
         match action:
@@ -257,40 +247,13 @@ class LocalTransfer:
             self._to_encode(EncodeFailed(attempt, Failure.of(known)))
 
     def _receive(self, job: Receive) -> None:
-        grant = job.grant
-        attempt = (grant.request_id, grant.item, grant.attempt)
-        started = time.monotonic()
-        payload = self._payloads.setdefault(attempt, _Payload(job))
-        error = None
+        grant, error = job.grant, None
         try:
-            payload.rows = self.receiver.receive(self._link, job, _TIMEOUT_S)
+            self.receiver.receive(self._link, job, _TIMEOUT_S)
         except TransferError as failure:
             error = str(failure)
-        payload.seconds += time.monotonic() - started
-        self._to_language(PayloadEnd(job.encode_rank, job.epoch, *attempt, error))
-
-    def _deliver(self, attempt: Attempt) -> None:
-        payload = self._payloads[attempt]
-        if payload.rows is None:
-            raise RuntimeError(f"rows of {attempt} are said to be here")
-        header, rows = payload.job.header, payload.rows
-        payload.rows = None  # kept by whoever reads them, no longer here
-        num_bytes, num_transfers = self.receiver.totals(attempt)
-        self._outcomes.append(
-            Delivery(
-                *attempt,
-                rows=rows,
-                encode_rank=_ENCODE_RANK,
-                preprocess_ms=header.preprocess_ms,
-                encode_ms=header.encode_ms,
-                transfer_ms=payload.seconds * 1e3,
-                transfer_bytes=num_bytes,
-                resumes=num_transfers - 1,
-                cached=header.cached,
-                batch=header.batch,
-                note=header.note,
-            )
-        )
+        end = (grant.request_id, grant.item, grant.attempt, error)
+        self._to_language(PayloadEnd(job.encode_rank, job.epoch, *end))
 
 
 def _attempt_of(action: SendHeader | SendPayload) -> Attempt:

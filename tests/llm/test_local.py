@@ -207,7 +207,7 @@ def test_several_requests_of_several_items_share_the_pools(blocks, deepstack_blo
         transfer.forget(str(number))
     assert transfer.run() == []
     assert transfer.is_idle
-    for table in (transfer._media, transfer._payloads, transfer._errors, transfer._encoded):
+    for table in (transfer._media, transfer._attempts, transfer._errors, transfer.receiver._items, transfer._encoded):
         assert not table
 
 
