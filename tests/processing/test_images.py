@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from qwen3vl_disagg.media.images import decode_rgb, probe_image
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.processing import ImageProcessor
 from qwen3vl_disagg.processing.images import PixelSettings, smart_resize
+from tests.support.media_bytes import png_claiming
 
 VISION = PRESETS["30b-a3b"].vision
 BOUNDS = {"min_pixels": 65536, "max_pixels": 16777216}
@@ -166,18 +165,6 @@ def test_an_animation_shows_its_first_frame():
     frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode_rgb(data).getpixel((5, 5)) == (255, 0, 0)
-
-
-def png_claiming(width: int, height: int) -> bytes:
-    """A few bytes that claim to be a huge picture."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-    )
 
 
 @pytest.mark.parametrize(
