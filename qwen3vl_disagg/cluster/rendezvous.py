@@ -23,7 +23,7 @@ from typing import TypeVar
 import msgspec
 
 from qwen3vl_disagg.core.errors import InputError, UnavailableError
-from qwen3vl_disagg.core.host_memory import available_bytes
+from qwen3vl_disagg.core.host import available_bytes
 from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, ModelOptions
 
 _POLL_S = 0.05

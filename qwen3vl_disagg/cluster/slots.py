@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qwen3vl_disagg.cluster.rendezvous import World
-from qwen3vl_disagg.core.descriptors import raise_descriptor_limit
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, Dismissed, HandshakeError, HubGone, InputError
+from qwen3vl_disagg.core.host import raise_descriptor_limit
 from qwen3vl_disagg.core.logs import start_logging
 
 logger = logging.getLogger(__name__)

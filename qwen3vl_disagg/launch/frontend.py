@@ -14,7 +14,7 @@ from qwen3vl_disagg.cluster.hub import Hub
 from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.rendezvous import RankContext
 from qwen3vl_disagg.cluster.slots import run_loop
-from qwen3vl_disagg.core.host_memory import give_large_blocks_back, trim_heap
+from qwen3vl_disagg.core.host import give_large_blocks_back, trim_heap
 from qwen3vl_disagg.core.settings import HttpOptions
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.protocol.routing import RouterLimits

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qwen3vl_disagg.core.host_memory import available_bytes
+from qwen3vl_disagg.core.host import available_bytes
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.parallel.sizes import SizedModel

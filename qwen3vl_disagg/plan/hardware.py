@@ -33,7 +33,7 @@ import torch
 
 from qwen3vl_disagg.core.devices import resolve_device
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.host_memory import available_bytes
+from qwen3vl_disagg.core.host import available_bytes
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.parallel.kv_room import KvRoom, planned_room
 from qwen3vl_disagg.parallel.sizes import SizedModel

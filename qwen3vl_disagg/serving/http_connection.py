@@ -16,8 +16,8 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from qwen3vl_disagg.core.descriptors import descriptor_limit
 from qwen3vl_disagg.core.errors import UnavailableError
+from qwen3vl_disagg.core.host import descriptor_limit
 from qwen3vl_disagg.serving.errors import envelope, error_response
 from qwen3vl_disagg.serving.http_turns import PARSE_BYTES, Cut, ParseTurns, TurnParser
 from qwen3vl_disagg.serving.limits import MAX_HEADER_BYTES

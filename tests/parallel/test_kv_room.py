@@ -14,7 +14,7 @@ from qwen3vl_disagg import LLM
 from qwen3vl_disagg.cluster.rank_setup import RankSetup
 from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.host_memory import available_bytes
+from qwen3vl_disagg.core.host import available_bytes
 from qwen3vl_disagg.core.settings import EngineSettings, ModelOptions
 from qwen3vl_disagg.launch.bodies import engine_options, rank_room
 from qwen3vl_disagg.model.presets import IMAGE_ROWS, PRESETS

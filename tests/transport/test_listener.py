@@ -12,7 +12,7 @@ import time
 import pytest
 
 from qwen3vl_disagg.cluster.slots import run_worker
-from qwen3vl_disagg.core.descriptors import ENOUGH, descriptor_limit, raise_descriptor_limit
+from qwen3vl_disagg.core.host import ENOUGH, descriptor_limit, raise_descriptor_limit
 from qwen3vl_disagg.protocol.messages import HubMessage, Message
 from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper

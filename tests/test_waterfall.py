@@ -1,5 +1,5 @@
 from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings
-from qwen3vl_disagg.core.waterfall import bar, waterfall
+from qwen3vl_disagg.generate import bar, waterfall
 
 
 def test_bars_are_drawn_to_an_eighth():

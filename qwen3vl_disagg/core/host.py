@@ -1,13 +1,17 @@
-"""Memory that this host, or the control groups that this process is in, have left."""
+"""What this process may have of its host: memory, also within its control groups, and file descriptors."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 _M_MMAP_THRESHOLD = -3
 _LARGE_BYTES = 1 << 20
+ENOUGH = 1 << 16
+"""File descriptors: more is never needed, and some systems have a hard limit of a thousand million."""
 
 
 def available_bytes(root: Path = Path("/")) -> int:
@@ -40,6 +44,22 @@ def trim_heap() -> None:
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit of this process, and of its children, towards the hard one. The limit now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = ENOUGH if hard == resource.RLIM_INFINITY else min(hard, ENOUGH)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # some sandboxes forbid it: then the limit is what it was
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return descriptor_limit()
+
+
+def descriptor_limit() -> int:
+    """How many descriptors this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return ENOUGH if soft == resource.RLIM_INFINITY else soft
 
 
 def _left(top: Path, group: str, limit_name: str, used_name: str, cache_name: str) -> Iterator[int]:
