@@ -43,7 +43,6 @@ FORMATTER_OFF = re.compile(r"#\s*(?:isort|fmt|yapf):\s*(?:skip|off)")
 DOUBLES = {
     "_Entry": "private to its file",
     "_Request": "private to its file",
-    "Stop": "to be renamed",
 }
 """Class names that are there twice, and why."""
 

@@ -29,7 +29,7 @@ from qwen3vl_disagg.encode.embedding_cache import ContentKey, EmbeddingCache, co
 from qwen3vl_disagg.encode.gate import Budget, Gate
 from qwen3vl_disagg.encode.held_item import HeldItem, hold, keep
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker, Pixels
-from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.protocol.messages import EncodingBegun, EncodingEnded, Message
 
 DECODE_THREADS = 2
@@ -49,7 +49,7 @@ class _Encoding:
     visual: VisualItem
     is_alone: bool
     waiters: dict[object, Callable[[], None]] = field(default_factory=dict)
-    stop: Stop = field(default_factory=Stop)
+    stop: StopSignal = field(default_factory=StopSignal)
     """Set when nobody wants it before it is in the tower."""
     is_decoded: bool = False
     is_well: bool = False

@@ -23,7 +23,7 @@ from qwen3vl_disagg.core.errors import (
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.tensors import all_finite
 from qwen3vl_disagg.media.decoder import MediaDecoder
-from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration, separate_deepstack
 from qwen3vl_disagg.model.compiled import compile_tower
 from qwen3vl_disagg.processing import Grid, ImageProcessor, VideoProcessor, item_positions
@@ -146,7 +146,7 @@ class EncodeWorker:
         if compile:
             compile_tower(vision_model.visual)
 
-    def preprocess(self, data: bytes, visual: VisualItem, stop: Stop | None = None) -> Pixels:
+    def preprocess(self, data: bytes, visual: VisualItem, stop: StopSignal | None = None) -> Pixels:
         """Decode and cut up. InputError for damaged media, MediaTimeout for what takes too long, ServerError if the
         size or the grid is not the announced one, Stopped soon after `stop` is set."""
         started, notes = time.monotonic(), list[str]()

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.wire import LENGTH_BYTES, Picture, Ready, Reply, body_length, pack
 
 COMMAND = (sys.executable, "-P", "-B", "-m", "qwen3vl_disagg.media.child")
@@ -28,7 +28,7 @@ _MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(8 * 2**20)}
 _PACKAGE = Path(__file__).parent.parent.parent
 _START_S = 30.0
 _SLICE_S = 0.1
-"""As long is waited before the Stop is looked at again."""
+"""As long is waited before the StopSignal is looked at again."""
 _PIPE_BYTES = 2**20
 _CRASHES = frozenset(
     {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGSYS, signal.SIGTRAP}
@@ -50,13 +50,13 @@ class ChildProcess:
     """One child. Not thread-safe; only `kill` may be called from elsewhere.
 
     `what` it decodes is noted by its owner. `patience_s` is how long the child may still keep us waiting; time in which
-    nobody waits for it does not count. What sends and receives raises Stopped when the Stop of the job is set; the
+    nobody waits for it does not count. What sends and receives raises Stopped when the job is stopped; the
     child is of no use then.
     """
 
     def __init__(
         self,
-        stop: Stop,
+        stop: StopSignal,
         *,
         command: Sequence[str] | None = None,
         replies: msgspec.msgpack.Decoder[Any] = _REPLIES,
@@ -102,7 +102,7 @@ class ChildProcess:
         if not isinstance(self.receive(), Ready):
             raise ChildFailed("nonsense")
 
-    def send(self, job: msgspec.Struct, data: bytes | bytearray, patience_s: float, stop: Stop) -> None:
+    def send(self, job: msgspec.Struct, data: bytes | bytearray, patience_s: float, stop: StopSignal) -> None:
         """A job and what follows it. No view of `data` is left when this ends, however it does."""
         self.patience_s, self.stop = patience_s, stop
         for part in (pack(job), data):
@@ -165,7 +165,7 @@ class ChildProcess:
         return data
 
     def _wait(self, fd: int, event: int) -> None:
-        """Until the pipe is ready, or it is time to look at the Stop again."""
+        """Until the pipe is ready, or it is time to look at the StopSignal again."""
         started = time.monotonic()
         poll = select.poll()
         poll.register(fd, event)

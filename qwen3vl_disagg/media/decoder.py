@@ -13,7 +13,7 @@ import numpy as np
 from qwen3vl_disagg.core.errors import DisaggError, InputError, MediaTimeout, ServerError, UnavailableError
 from qwen3vl_disagg.media.child_process import ChildFailed, ChildProcess
 from qwen3vl_disagg.media.images import probe_image
-from qwen3vl_disagg.media.stop import Slots, Stop
+from qwen3vl_disagg.media.stop import Slots, StopSignal
 from qwen3vl_disagg.media.video import CONTAINERS, MAX_FRAME_PIXELS, MAX_FRAMES, VideoInfo, check_clip_bytes
 from qwen3vl_disagg.media.wire import Done, Job, MediaRefused, Picture, Reply
 
@@ -56,7 +56,7 @@ class MediaDecoder:
         self._busy: set[ChildProcess] = set()
         self._is_closed = False
 
-    def image(self, data: bytes, *, stop: Stop | None = None, notes: list[str] | None = None) -> np.ndarray:
+    def image(self, data: bytes, *, stop: StopSignal | None = None, notes: list[str] | None = None) -> np.ndarray:
         """The image as shown, `[H, W, 3]` uint8, by the rules of `decode_rgb`. InputError for a damaged one.
 
         What the header is enough to refuse is refused here, and the pixels have the size that it tells. What is missing
@@ -71,7 +71,7 @@ class MediaDecoder:
                 return pixels
         raise _refusal(reply)
 
-    def probe_video(self, data: bytes, *, stop: Stop | None = None) -> VideoInfo:
+    def probe_video(self, data: bytes, *, stop: StopSignal | None = None) -> VideoInfo:
         """What the clip holds. InputError for a damaged or forbidden one."""
         check_clip_bytes(data)
         with self._running("clip", Job(len(data)), data, self._video_patience_s, stop) as (_, reply):
@@ -80,7 +80,7 @@ class MediaDecoder:
         raise _refusal(reply)
 
     def video_frames(
-        self, data: bytes, indices: Sequence[int], *, stop: Stop | None = None, notes: list[str] | None = None
+        self, data: bytes, indices: Sequence[int], *, stop: StopSignal | None = None, notes: list[str] | None = None
     ) -> Generator[np.ndarray, None, None]:
         """The frames of these strictly rising indices, each `[H, W, 3]` uint8 of the probed size, one at a time.
 
@@ -95,7 +95,7 @@ class MediaDecoder:
         return self._video_frames(data, indices, stop, notes)
 
     def _video_frames(
-        self, data: bytes, indices: list[int], stop: Stop | None, notes: list[str] | None
+        self, data: bytes, indices: list[int], stop: StopSignal | None, notes: list[str] | None
     ) -> Generator[np.ndarray, None, None]:
         if not indices:
             return
@@ -120,7 +120,7 @@ class MediaDecoder:
         threading.Thread(target=self._start_child, name="decoder", daemon=True).start()
 
     def _start_child(self) -> None:
-        stop = Stop()
+        stop = StopSignal()
         with self._slots["image"].one(stop), suppress(UnavailableError):  # then the first job says it
             child, _ = self._take("image", stop, must_be_new=False)
             self._give_back(child, is_well=True)
@@ -137,10 +137,10 @@ class MediaDecoder:
 
     @contextmanager
     def _running(
-        self, what: What, job: Job, data: bytes, patience_s: float, stop: Stop | None
+        self, what: What, job: Job, data: bytes, patience_s: float, stop: StopSignal | None
     ) -> Iterator[tuple[ChildProcess, Reply]]:
         """A child and its first answer to a job. The child is kept for the next job unless the block raised."""
-        stop = stop or Stop()
+        stop = stop or StopSignal()
         with self._slots[what].one(stop):
             child = None
             try:
@@ -156,7 +156,9 @@ class MediaDecoder:
                 raise
             self._give_back(child, is_well=True)
 
-    def _start(self, what: What, job: Job, data: bytes, patience_s: float, stop: Stop) -> tuple[ChildProcess, Reply]:
+    def _start(
+        self, what: What, job: Job, data: bytes, patience_s: float, stop: StopSignal
+    ) -> tuple[ChildProcess, Reply]:
         """A child that ends has been brought down by this job, or by one before: only a new child tells which."""
         for is_last in (False, True):
             child, is_new = self._take(what, stop, must_be_new=is_last)
@@ -169,7 +171,7 @@ class MediaDecoder:
                     raise
         raise ChildFailed("ended")
 
-    def _take(self, what: What, stop: Stop, *, must_be_new: bool) -> tuple[ChildProcess, bool]:
+    def _take(self, what: What, stop: StopSignal, *, must_be_new: bool) -> tuple[ChildProcess, bool]:
         """A child, and whether it is new. Those of clips are their own: an image waits for none to start."""
         with self._lock:
             if self._is_closed:

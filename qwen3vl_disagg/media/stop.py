@@ -10,18 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _SLICE_S = 0.1
-"""As long is waited before the Stop is looked at again."""
+"""As long is waited before the StopSignal is looked at again."""
 
 
 class Stopped(Exception):
-    """The job was ended by its Stop. Nothing is wrong with the media, so it is no InputError."""
+    """The job was ended by its StopSignal. Nothing is wrong with the media, so it is no InputError."""
 
 
-class Stop:
-    """Ends jobs of a MediaDecoder from any thread. Thread-safe; one Stop may belong to many jobs; it stays set.
+class StopSignal:
+    """Ends jobs of a MediaDecoder from any thread. Thread-safe; one StopSignal may belong to many jobs; it stays set.
 
-    `deadline` is a reading of `time.monotonic()`: once it has passed, the Stop counts as set. None: no deadline.
-    A job whose Stop is set raises Stopped within 0.2 s, and at once if it was set before the job began.
+    `deadline` is a reading of `time.monotonic()`: once it has passed, the StopSignal counts as set. None: no deadline.
+    A job whose StopSignal is set raises Stopped within 0.2 s, and at once if it was set before the job began.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
@@ -29,7 +29,7 @@ class Stop:
         self._event = threading.Event()
 
     def set(self) -> None:
-        """Ends the jobs that have this Stop, those that run and those that come. Never blocks."""
+        """Ends the jobs that have this StopSignal, those that run and those that come. Never blocks."""
         self._event.set()
 
     @property
@@ -48,7 +48,7 @@ class Stop:
 
 
 class Slots:
-    """So many jobs at a time; the others wait in the order in which they came, each as long as its Stop lets it."""
+    """So many jobs at a time; the others wait in the order in which they came, as long as each one's signal lets it."""
 
     def __init__(self, count: int) -> None:
         self._free = count
@@ -56,8 +56,8 @@ class Slots:
         self._changed = threading.Condition()
 
     @contextmanager
-    def one(self, stop: Stop) -> Iterator[None]:
-        """One of them for as long as the block runs. Stopped if the Stop is set before one is free."""
+    def one(self, stop: StopSignal) -> Iterator[None]:
+        """One of them for as long as the block runs. Stopped if the StopSignal is set before one is free."""
         self._take(stop)
         try:
             yield
@@ -66,7 +66,7 @@ class Slots:
                 self._free += 1
                 self._changed.notify_all()
 
-    def _take(self, stop: Stop) -> None:
+    def _take(self, stop: StopSignal) -> None:
         ticket = object()
         with self._changed:
             self._queue.append(ticket)

@@ -25,7 +25,7 @@ from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import ImageResize
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import check_aspect, decode_rgb
-from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.model.config import VisionConfig
 from qwen3vl_disagg.processing.positions import Grid
 
@@ -233,7 +233,7 @@ class ImageProcessor:
         data: bytes,
         visual: VisualItem | None = None,
         decoder: MediaDecoder | None = None,
-        stop: Stop | None = None,
+        stop: StopSignal | None = None,
         notes: list[str] | None = None,
     ) -> tuple[Tensor, Grid]:
         """Decode -> patches `[P, patch_dim]` float32 and the grid, that of `visual` if it is given.

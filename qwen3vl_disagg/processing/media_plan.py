@@ -13,7 +13,7 @@ from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.image_headers import ImageInfo
 from qwen3vl_disagg.media.images import check_aspect, probe_image
-from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import UNKNOWN_FPS, VideoInfo
 from qwen3vl_disagg.model.config import VisionConfig
 from qwen3vl_disagg.processing.images import ImageProcessor, smart_resize
@@ -75,7 +75,7 @@ class MediaPlanner:
         image: ImageProcessor,
         video: VideoProcessor | None,
         decoder: MediaDecoder,
-        stop: Stop,
+        stop: StopSignal,
         *,
         of_images: MediaOptions = NO_OPTIONS,
         of_clips: MediaOptions = NO_OPTIONS,

@@ -11,7 +11,7 @@ from qwen3vl_disagg.core.errors import CheckpointError, InputError, attempt
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import ImageResize
 from qwen3vl_disagg.media.decoder import MediaDecoder
-from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.processing.generation import GenerationDefaults
 from qwen3vl_disagg.processing.images import ImageProcessor
@@ -139,7 +139,7 @@ class Processor:
         tools: Sequence[dict[str, Any]] | None = None,
         allow_paths: bool = False,
         options: PromptOptions | None = None,
-        stop: Stop | None = None,
+        stop: StopSignal | None = None,
     ) -> Prompt:
         """Check, render, tokenize and expand. InputError names the place of whatever is wrong.
 
@@ -151,7 +151,7 @@ class Processor:
         checked, media = parse_messages(messages, allow_paths=allow_paths)
         self._check_chars([checked, tools], context)
         planner = MediaPlanner(
-            self.image, self.video, self.decoder, stop or Stop(), of_images=options.image, of_clips=options.clip
+            self.image, self.video, self.decoder, stop or StopSignal(), of_images=options.image, of_clips=options.clip
         )
         plans = planner.plan_all(media, context)
         pieces = self.template.render(

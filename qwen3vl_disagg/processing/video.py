@@ -21,7 +21,7 @@ from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import ImageResize
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import MAX_ASPECT
-from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.model.config import VisionConfig
 from qwen3vl_disagg.processing.images import (
     PixelSettings,
@@ -190,7 +190,7 @@ class VideoProcessor:
         data: bytes,
         visual: VisualItem,
         decoder: MediaDecoder,
-        stop: Stop | None = None,
+        stop: StopSignal | None = None,
         notes: list[str] | None = None,
     ) -> tuple[Tensor, Grid]:
         """Decode the item's frames -> patches `[P, patch_dim]` float32 and the grid.
@@ -233,7 +233,7 @@ def _images(
     images: Sequence[bytes],
     indices: Sequence[int],
     decoder: MediaDecoder,
-    stop: Stop | None,
+    stop: StopSignal | None,
     notes: list[str] | None,
 ) -> Generator[np.ndarray]:
     """A frame that equals the one before it is not decoded again."""

@@ -19,7 +19,7 @@ import numpy as np
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, Failure, PreparationFailed, UnavailableError
 from qwen3vl_disagg.media.child_process import ChildFailed, ChildProcess
 from qwen3vl_disagg.media.decoder import MediaDecoder
-from qwen3vl_disagg.media.stop import Stop, Stopped
+from qwen3vl_disagg.media.stop import Stopped, StopSignal
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.processing.media_parts import is_data_uri
 from qwen3vl_disagg.processing.messages import has_clips
@@ -55,7 +55,7 @@ _START_S = 120.0
 _FOREVER_S = 1e9
 _MAX_IDLE = 2
 _SLICE_S = 0.1
-"""As long is waited before a Stop is looked at again."""
+"""As long is waited before a StopSignal is looked at again."""
 _REPLIES = msgspec.msgpack.Decoder(ChildReply)
 
 
@@ -85,7 +85,7 @@ class Preparation:
         is looking at media is free within 0.3 s, and so is one that waits for a child, which is killed; parsing and
         tokenizing of small bodies go on to their end.
         """
-        stop = Stop(deadline)
+        stop = StopSignal(deadline)
         try:
             async with asyncio.timeout(stop.seconds_left()):
                 if self._pool is None or _is_small(body):
@@ -107,7 +107,7 @@ class Preparation:
         finally:
             stop.set()
 
-    def _read(self, body: bytearray, stop: Stop) -> Prepared | Parsed | bytearray:
+    def _read(self, body: bytearray, stop: StopSignal) -> Prepared | Parsed | bytearray:
         """To the end, if there are no clips in it; the body again if it has much text."""
         stop.check()
         parsed = read_request(body, self._rules)
@@ -115,11 +115,11 @@ class Preparation:
             return bytearray(body)
         return parsed if has_clips(parsed.raw["messages"]) else self._finish(parsed, stop)
 
-    def _finish(self, parsed: Parsed, stop: Stop) -> Prepared:
+    def _finish(self, parsed: Parsed, stop: StopSignal) -> Prepared:
         stop.check()
         return finish_request(parsed, self._processor, self._rules, stop)
 
-    def _in_child(self, body: bytearray, stop: Stop) -> Prepared:
+    def _in_child(self, body: bytearray, stop: StopSignal) -> Prepared:
         stop.check()
         if self._pool is None:
             raise RuntimeError("there are no children")
@@ -195,7 +195,7 @@ class PreparePool:
         """Start a child in the background."""
         self._starter.submit(self._start_idle)
 
-    def prepare(self, body: bytearray, stop: Stop) -> Prepared:
+    def prepare(self, body: bytearray, stop: StopSignal) -> Prepared:
         """Empties `body` once it is not needed any more. What a child says is wrong; Stopped once `stop` is set, whose
         child is killed; PreparationFailed when it ends by itself, UnavailableError when none can be started."""
         started = time.monotonic()
@@ -223,7 +223,7 @@ class PreparePool:
             return made
         raise PreparationFailed
 
-    def _next(self, child: ChildProcess, stop: Stop) -> Made | NotMade:
+    def _next(self, child: ChildProcess, stop: StopSignal) -> Made | NotMade:
         """The answer; questions before it are answered."""
         while True:
             reply = child.receive()
@@ -245,7 +245,7 @@ class PreparePool:
         prompt = Prompt(np.frombuffer(token_ids, "<i4").tolist(), items, media)
         return Prepared(request, prompt, sampling, time.monotonic() - started)
 
-    def _take(self, stop: Stop, *, must_be_new: bool) -> ChildProcess:
+    def _take(self, stop: StopSignal, *, must_be_new: bool) -> ChildProcess:
         with self._lock:
             if self._idle and not must_be_new:
                 return self._idle.pop()
@@ -261,7 +261,7 @@ class PreparePool:
     def _start(self) -> ChildProcess:
         try:
             return ChildProcess(
-                Stop(), command=self._command, replies=_REPLIES, start_s=_START_S, errors_are_shown=True
+                StopSignal(), command=self._command, replies=_REPLIES, start_s=_START_S, errors_are_shown=True
             )
         except (OSError, ChildFailed) as error:
             raise UnavailableError("no process for large requests can be started") from error

@@ -26,7 +26,7 @@ from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.media import sandbox
 from qwen3vl_disagg.media.child import is_wanted, write_all
 from qwen3vl_disagg.media.decoder import MediaDecoder
-from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.media.wire import LENGTH_BYTES, Ready, body_length, pack, read_exactly
 from qwen3vl_disagg.processing import Processor, Prompt
@@ -77,7 +77,7 @@ def read_request(body: bytes | bytearray, rules: Rules) -> Parsed:
     return Parsed(raw, tools, request, time.monotonic() - started)
 
 
-def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: Stop) -> Prepared:
+def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: StopSignal) -> Prepared:
     """InputError for bad messages; Stopped once `stop` is set."""
     started, request = time.monotonic(), parsed.request
     prompt = processor.prepare(parsed.raw["messages"], tools=parsed.tools, options=request.prompt, stop=stop)
@@ -143,7 +143,7 @@ class ParentsDecoder(MediaDecoder):
         super().__init__()
         self._out, self._parent = out, parent
 
-    def probe_video(self, data: bytes, *, stop: Stop | None = None) -> VideoInfo:
+    def probe_video(self, data: bytes, *, stop: StopSignal | None = None) -> VideoInfo:
         write_all(self._out, pack(ProbeWanted(len(data))), self._parent)
         write_all(self._out, data, self._parent)
         probed = msgspec.msgpack.decode(_read_message(self._parent), type=Probed)
@@ -177,7 +177,7 @@ def answer(body: bytearray, processor: Processor, setup: ChildSetup) -> list[byt
     try:
         parsed = read_request(body, setup.rules)
         body.clear()
-        return reply(finish_request(parsed, processor, setup.rules, Stop()))
+        return reply(finish_request(parsed, processor, setup.rules, StopSignal()))
     except DisaggError as error:
         return [pack(NotMade(Failure.of(error)))]
     except (EOFError, BrokenPipeError):

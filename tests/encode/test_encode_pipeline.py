@@ -15,7 +15,7 @@ from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.held_item import HeldItem
 from qwen3vl_disagg.encode.pipeline import EncodePipeline
-from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.protocol.messages import EncodingBegun, EncodingEnded, Message
 from tests.support.link_peers import VISUAL, FakeWorker
 from tests.support.link_scenarios import CONFIG, run, until
@@ -113,7 +113,7 @@ def test_decoding_ends_when_nobody_wants_it_any_more(how):
     class SlowWorker(FakeWorker):
         def __init__(self) -> None:
             super().__init__()
-            self.stops: list[Stop] = []
+            self.stops: list[StopSignal] = []
 
         def preprocess(self, data, visual, stop):
             self.stops.append(stop)

@@ -11,7 +11,7 @@ import pytest
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media.decoder import MediaDecoder
-from qwen3vl_disagg.media.stop import Slots, Stop, Stopped
+from qwen3vl_disagg.media.stop import Slots, Stopped, StopSignal
 from tests.support.media_bytes import clip
 from tests.support.media_children import is_there, num_open, once_ready, runs, with_each_job
 from tests.support.media_clips import N
@@ -23,7 +23,7 @@ SLACK_S = 0.4
 LONG = jpeg() + bytes(3 * 2**20)
 """More than a pipe holds."""
 
-JOBS: dict[str, Callable[[MediaDecoder, Stop], object]] = {
+JOBS: dict[str, Callable[[MediaDecoder, StopSignal], object]] = {
     "image": lambda decoder, stop: decoder.image(LONG, stop=stop),
     "probe": lambda decoder, stop: decoder.probe_video(clip(), stop=stop),
     "frames": lambda decoder, stop: next(decoder.video_frames(clip(), [0], stop=stop)),
@@ -38,12 +38,12 @@ def decoder() -> Iterator[MediaDecoder]:
 
 
 def test_a_stop():
-    stop = Stop()
+    stop = StopSignal()
     stop.check()
     assert (stop.is_set, stop.seconds_left()) == (False, float("inf"))
     stop.set()
     assert stop.is_set
-    late = Stop(time.monotonic() + 0.05)
+    late = StopSignal(time.monotonic() + 0.05)
     assert not late.is_set
     time.sleep(0.06)
     assert late.is_set
@@ -55,7 +55,7 @@ def test_a_stop():
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("is_late", [False, True])
 def test_one_that_is_set_starts_nothing(decoder, started, job, is_late):
-    stop = Stop(time.monotonic() if is_late else None)
+    stop = StopSignal(time.monotonic() if is_late else None)
     if not is_late:
         stop.set()
     with pytest.raises(Stopped):
@@ -64,7 +64,7 @@ def test_one_that_is_set_starts_nothing(decoder, started, job, is_late):
 
 
 def test_frames_that_nobody_has_asked_for_start_nothing(decoder, started):
-    stop = Stop()
+    stop = StopSignal()
     frames = decoder.video_frames(clip(), [0], stop=stop)
     stop.set()
     with pytest.raises(Stopped):
@@ -84,7 +84,7 @@ def test_frames_that_nobody_has_asked_for_start_nothing(decoder, started):
     ],
 )
 def test_a_job_that_runs_ends_at_once(monkeypatch, decoder, started, job, act):
-    before, stop, ended = num_open(), Stop(), []
+    before, stop, ended = num_open(), StopSignal(), []
 
     def end_it() -> None:
         while not started or not (decoder._busy or act.startswith("runs")):
@@ -115,7 +115,7 @@ def test_a_job_ends_with_its_time(monkeypatch, decoder, started):
     with_each_job(monkeypatch, "time.sleep(60)")
     began = time.monotonic()
     with pytest.raises(Stopped):
-        decoder.image(jpeg(), stop=Stop(began + 0.4))
+        decoder.image(jpeg(), stop=StopSignal(began + 0.4))
     assert 0.4 <= time.monotonic() - began < 0.4 + AT_ONCE_S + SLACK_S
     assert not is_there(started[0].process.pid)
 
@@ -125,19 +125,19 @@ def test_a_job_that_waits_for_its_turn_ends_at_once_and_the_other_goes_on(decode
     frames = decoder.video_frames(clip(), range(N))
     next(frames)
     began = time.monotonic()
-    stop = Stop(began + 0.2 if is_late else None)
-    timer = threading.Timer(0.2, (Stop() if is_late else stop).set)
+    stop = StopSignal(began + 0.2 if is_late else None)
+    timer = threading.Timer(0.2, (StopSignal() if is_late else stop).set)
     timer.start()
     with pytest.raises(Stopped):
         decoder.probe_video(clip(), stop=stop)
     assert 0.2 <= time.monotonic() - began < 0.2 + AT_ONCE_S + SLACK_S
     assert len(list(frames)) == N - 1
-    assert decoder.probe_video(clip(), stop=Stop()).width == 96
+    assert decoder.probe_video(clip(), stop=StopSignal()).width == 96
     assert len(started) == 1
 
 
 def test_frames_that_are_there_already_are_not_handed_out(decoder, started):
-    stop = Stop()
+    stop = StopSignal()
     frames = decoder.video_frames(clip(), range(N), stop=stop)
     next(frames)
     stop.set()
@@ -149,7 +149,7 @@ def test_frames_that_are_there_already_are_not_handed_out(decoder, started):
 
 def test_one_stop_ends_many_jobs(monkeypatch, started):
     with_each_job(monkeypatch, "time.sleep(60)")
-    decoder, stop = MediaDecoder(max_children=2), Stop()
+    decoder, stop = MediaDecoder(max_children=2), StopSignal()
     with ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(decoder.image, jpeg(), stop=stop) for _ in range(4)]
         while len(decoder._busy) < 2 or len(decoder._slots["image"]._queue) < 2:
@@ -164,16 +164,16 @@ def test_one_stop_ends_many_jobs(monkeypatch, started):
 
 def test_turns_come_in_order_whoever_leaves():
     slots, order = Slots(1), []
-    gone = Stop()
+    gone = StopSignal()
 
     def ask(number: int) -> None:
         try:
-            with slots.one(gone if number == 2 else Stop()):
+            with slots.one(gone if number == 2 else StopSignal()):
                 order.append(number)
         except Stopped:
             order.append(-number)
 
-    with slots.one(Stop()):
+    with slots.one(StopSignal()):
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
         for count, thread in enumerate(threads, 1):
             thread.start()

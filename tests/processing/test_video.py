@@ -23,7 +23,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from qwen3vl_disagg.core.errors import CheckpointError, InputError, ServerError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.media.decoder import MediaDecoder
-from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.model import VisionConfig
 from qwen3vl_disagg.processing.images import PixelSettings
 from qwen3vl_disagg.processing.video import VideoProcessor, pack_frames, smart_resize_video, timestamps
@@ -188,11 +188,11 @@ class CountingDecoder(MediaDecoder):
     num_images = 0
     is_closed = False
 
-    def image(self, data: bytes, *, stop: Stop | None = None, notes=None) -> np.ndarray:
+    def image(self, data: bytes, *, stop: StopSignal | None = None, notes=None) -> np.ndarray:
         self.num_images += 1
         return np.full((64, 64, 3), data[0], np.uint8)
 
-    def video_frames(self, data: bytes, indices, *, stop: Stop | None = None, notes=None):
+    def video_frames(self, data: bytes, indices, *, stop: StopSignal | None = None, notes=None):
         try:
             for _ in indices:
                 yield np.zeros((64, 64, 3), np.uint8)

@@ -19,7 +19,7 @@ from PIL import Image
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import probe_image
-from qwen3vl_disagg.media.stop import Stop, Stopped
+from qwen3vl_disagg.media.stop import Stopped, StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import (
     ChatTemplate,
@@ -44,7 +44,7 @@ class FakeDecoder(MediaDecoder):
         super().__init__()
         self.seen: list[bytes] = []
 
-    def probe_video(self, data: bytes, *, stop: Stop | None = None) -> VideoInfo:
+    def probe_video(self, data: bytes, *, stop: StopSignal | None = None) -> VideoInfo:
         self.seen.append(data)
         num_frames, fps, width, height = data.split()
         return VideoInfo("mp4", int(width), int(height), int(num_frames), float(fps))
@@ -292,7 +292,7 @@ def test_equal_bytes_are_looked_at_once(probed):
 @pytest.mark.parametrize("after", range(4))
 def test_a_stopped_request_looks_at_nothing_more(probed, after, monkeypatch):
     processor, seen = probed
-    stop = Stop()
+    stop = StopSignal()
     if not after:
         stop.set()
 
@@ -320,7 +320,7 @@ def test_the_probe_of_a_clip_gets_the_stop(make, monkeypatch):
         return VideoInfo("mp4", 64, 64, 9, 1.0)
 
     monkeypatch.setattr(processor.decoder, "probe_video", probe_video)
-    stop = Stop(deadline=time.monotonic() + 60)
+    stop = StopSignal(deadline=time.monotonic() + 60)
     processor.prepare([{"role": "user", "content": [clip_part(9, 1, 64, 64)]}], allow_paths=True, stop=stop)
     assert stops == [stop]
 
@@ -346,4 +346,4 @@ def test_whether_messages_have_clips(messages, expected):
 def test_a_passed_deadline_stops(make):
     messages = [{"role": "user", "content": [clip_part(9, 1, 64, 64)]}]
     with pytest.raises(Stopped):
-        make(False).prepare(messages, allow_paths=True, stop=Stop(deadline=time.monotonic()))
+        make(False).prepare(messages, allow_paths=True, stop=StopSignal(deadline=time.monotonic()))

@@ -21,7 +21,7 @@ from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.core.errors import MediaTimeout
 from qwen3vl_disagg.media.decoder import MediaDecoder
-from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving import preparation
@@ -37,7 +37,7 @@ CONTEXT = 2**19
 class Clips(MediaDecoder):
     """Clips whose bytes say what they are: frames, rate, width, height."""
 
-    def probe_video(self, data: bytes, *, stop: Stop | None = None) -> VideoInfo:
+    def probe_video(self, data: bytes, *, stop: StopSignal | None = None) -> VideoInfo:
         if data == b"slow":
             raise MediaTimeout("decoding the clip takes too long")
         num_frames, fps, width, height = data.split()

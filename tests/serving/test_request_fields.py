@@ -10,7 +10,7 @@ import pytest
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media.decoder import MediaDecoder
-from qwen3vl_disagg.media.stop import Stop
+from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import ChatTemplate, Processor, Prompt
 from qwen3vl_disagg.processing.prompt_options import PromptOptions
@@ -26,7 +26,7 @@ NOT_NULL = [{"a": [1]}, "text", 7, True, [0]]
 class Clips(MediaDecoder):
     """Clips whose bytes say what they are: frames, rate, width, height."""
 
-    def probe_video(self, data: bytes, *, stop: Stop | None = None) -> VideoInfo:
+    def probe_video(self, data: bytes, *, stop: StopSignal | None = None) -> VideoInfo:
         num_frames, fps, width, height = data.split()
         return VideoInfo("mp4", int(width), int(height), int(num_frames), float(fps))
 
