@@ -43,8 +43,9 @@ def check(ask: Ask) -> list[str]:
     for entry in CATALOGUE:
         content = [part(entry), QUESTION]
         status, message, seconds = timed(ask, content)
-        if seconds > LIMIT_S:  # other work on the machine, or the file? The file is slow each time
-            status, message, seconds = timed(ask, content)
+        for _ in range(3):  # other work on the machine, or the file? The file is slow each time
+            if seconds > LIMIT_S:
+                status, message, seconds = timed(ask, content)
         if status != (entry.status or 200) or entry.message not in message:
             faults.append(f"{entry.name}: {status} {message!r}, expected {entry.status or 200} {entry.message!r}")
         if seconds > LIMIT_S:
