@@ -153,7 +153,7 @@ class HttpOptions:
 def check_supported(options: ModelOptions) -> None:
     """InputError for a value that is none of an option's, which only the command line looks at, or is not installed."""
     check_quantize(options.quantize)
-    EngineSettings.check(options)
+    options.check()
     if options.image_resize not in get_args(ImageResize):
         names = ", ".join(get_args(ImageResize))
         raise InputError(f"--image-resize {options.image_resize}: must be one of {names}", param="image_resize")

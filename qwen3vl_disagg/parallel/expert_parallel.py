@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from qwen3vl_disagg.model.moe import Experts
 from qwen3vl_disagg.parallel.collectives import Collectives, GroupCollectives
 from qwen3vl_disagg.parallel.dispatch import ExpertDispatcher
-from qwen3vl_disagg.parallel.expert_placement import LANGUAGE_PLAN, placements, shard_rows
+from qwen3vl_disagg.parallel.expert_placement import placements, shard_rows
 
 
 class ExpertParallel(ParallelStyle):
@@ -53,7 +53,7 @@ class ExpertShards:
         self._mesh, self._collectives = mesh, collectives or mesh_collectives(mesh)
 
     def rows(self, name: str, shape: tuple[int, ...]) -> range | None:
-        is_cut = placements([name], LANGUAGE_PLAN)[name] == Shard(0)
+        is_cut = placements([name])[name] == Shard(0)
         return shard_rows(shape[0], self._mesh.size(), self._mesh.get_local_rank()) if is_cut else None
 
     def hold(self, name: str, local: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -77,7 +77,7 @@ def mesh_collectives(mesh: DeviceMesh) -> GroupCollectives:
 
 def parallelize(module: nn.Module, mesh: DeviceMesh, collectives: Collectives | None = None) -> nn.Module:
     """Apply the plan to a decoder in place. ValueError for a parameter whose placement the plan does not say."""
-    placements((name for name, _ in module.named_parameters(remove_duplicate=False)), LANGUAGE_PLAN)
+    placements(name for name, _ in module.named_parameters(remove_duplicate=False))
     style = ExpertParallel(collectives or mesh_collectives(mesh))
     names = [name for name, part in module.named_modules() if isinstance(part, Experts)]
     return parallelize_module(module, mesh, dict.fromkeys(names, style))

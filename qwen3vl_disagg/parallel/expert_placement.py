@@ -50,7 +50,7 @@ def held_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in local)
 
 
-def placements(names: Iterable[str], plan: Plan) -> dict[str, Placement]:
+def placements(names: Iterable[str], plan: Plan = LANGUAGE_PLAN) -> dict[str, Placement]:
     """The placement of each parameter. ValueError for one that no pattern of the plan, or more than one, knows."""
     found = {}
     for name in names:

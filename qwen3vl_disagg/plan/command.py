@@ -11,7 +11,6 @@ import msgspec
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.hub import model_name, resolve_model_folder
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.options import PlanOptions
 from qwen3vl_disagg.plan.fit import FITTED, STAGES, compare, fit, read_measurements
@@ -35,7 +34,7 @@ def make_report(options: PlanOptions) -> Report:
     if not 1 <= options.replicas <= MAX_RANKS or options.gpus % options.replicas:
         message = f"--replicas {options.replicas}: must divide the {options.gpus} ranks"
         raise InputError(message, param="replicas")
-    EngineSettings.check(options)
+    options.check()
     if options.fit_on and options.fit is None:
         raise InputError("--fit-on goes with --fit", param="fit-on")
     subject = _fitted(options) if options.fit is not None else _given(options)
