@@ -38,17 +38,17 @@ class RankSetup:
     @classmethod
     def of(cls, context: RankContext) -> RankSetup:
         """Read the small files. CheckpointError or InputError if they cannot be used."""
-        folder = resolve_model_folder(context.model.model)
+        folder = resolve_model_folder(context.options.model.model)
         config = read_config(folder)
-        local = {"local_rank": context.local_rank, "num_local_ranks": context.num_local_ranks}
-        device = resolve_device(context.model.device, **local)
-        dtype = resolve_dtype(context.model.dtype, config.dtype)
-        processor = ImageProcessor.from_folder(folder, config.vision, resize=context.model.image_resize)
+        local = {"local_rank": context.world.local_rank, "num_local_ranks": context.world.num_local_ranks}
+        device = resolve_device(context.options.model.device, **local)
+        dtype = resolve_dtype(context.options.model.dtype, config.dtype)
+        processor = ImageProcessor.from_folder(folder, config.vision, resize=context.options.model.image_resize)
         fields = link_fingerprint(
             config,
             fingerprint(folder),
             dtype=dtype,
-            block_size=context.buffers.block_size,
+            block_size=context.options.buffers.block_size,
             processor=processor,
         )
         return cls(context, folder, config, device, dtype, processor, fields)
@@ -79,7 +79,7 @@ class RankSetup:
 def run_threaded(body: Callable[[RankContext], int], context: RankContext) -> int:
     """A rank's body with its share of this host's cores; writes spans where the context says so."""
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // context.num_local_ranks))
-    if context.spans is not None:
-        write_spans(context.spans, context.rank)
+    torch.set_num_threads(max(1, cores // context.world.num_local_ranks))
+    if context.options.spans is not None:
+        write_spans(context.options.spans, context.rank)
     return body(context)

@@ -16,7 +16,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import InputError, UnavailableError
 from qwen3vl_disagg.core.host import available_bytes
-from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, ModelOptions
+from qwen3vl_disagg.options import ServeOptions
 
 _POLL_S = 0.05
 
@@ -37,10 +37,11 @@ class World:
     size: int = 1
     local_rank: int = 0
     num_local_ranks: int = 1
+    """Workers on this host, which share its cores and its GPUs."""
     node: int = 0
     num_nodes: int = 1
     free_bytes: int = 0
-    """Of this host's memory, before any rank has loaded anything."""
+    """Of this host's memory, before any rank has loaded anything; 0: not known."""
     has_agent: bool = False
     """Whether the parent process is torchrun's agent."""
 
@@ -93,28 +94,17 @@ class RankContext:
     """All that a rank's body is told. `host` is the address its own listeners bind to.
 
     `is_joining`: an encode rank from outside of the world, which gets its number from the hub; `rank` and `layout` say
-    nothing then.
+    nothing then, nor do most of the options.
     """
 
     rank: int
     layout: Layout
     hub_address: tuple[str, int]
     token: str
-    model: ModelOptions
+    options: ServeOptions
+    world: World
     host: str = "127.0.0.1"
-    local_rank: int = field(kw_only=True)
-    num_local_ranks: int = field(kw_only=True)
-    """Ranks on this host, which share its cores and its GPUs."""
     is_joining: bool = False
-    buffers: BufferOptions = field(default_factory=BufferOptions)
-    encode: EncodeOptions = field(default_factory=EncodeOptions)
-    overlap: bool = True
-    prefix_cache: bool = True
-    chunk_tokens: int | None = None
-    free_bytes: int = 0
-    """Of this host's memory when the job started; 0: not known."""
-    spans: Path | None = None
-    """Folder for JSON lines of what the rank does."""
 
     @property
     def is_first_language_rank(self) -> bool:

@@ -213,7 +213,7 @@ def load_worker(setup: RankSetup) -> EncodeWorker:
         setup.config,
         video=VideoProcessor.from_folder(setup.folder, setup.config.vision, resize=setup.processor.resize),
         decoder=decoder,
-        compile=resolve_compile(setup.context.model.compile, setup.device),
+        compile=resolve_compile(setup.context.options.model.compile, setup.device),
     )
 
 
@@ -225,7 +225,9 @@ def run_encode_rank(context: RankContext) -> int:
     async def serve() -> int:
         hello = setup.hello("encode", worker.model)
         join_s = JOIN_S if context.is_joining else None
-        rank = EncodeRank(worker, hello, context.hub_address, host=context.host, options=context.encode, join_s=join_s)
+        rank = EncodeRank(
+            worker, hello, context.hub_address, host=context.host, options=context.options.encode, join_s=join_s
+        )
         if context.is_joining:  # the others leave when the hub says so
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, rank.leave)

@@ -104,7 +104,7 @@ async def meet(setup: RankSetup, limits: PaceLimits) -> ExpertGroup:
     # With all of them here the group is made in a moment; its own timeout is a long one.
     client.wait([f"here/{other}" for other in range(len(ranks))], timedelta(seconds=MEET_S))
     mesh = expert_mesh(client, rank, len(ranks), host=context.host, device=setup.device, timeout_s=COLLECTIVE_S)
-    is_compiled = resolve_compile(context.model.compile, setup.device)
+    is_compiled = resolve_compile(context.options.model.compile, setup.device)
     return ExpertGroup(rank, len(ranks), store, store_address, mesh, line, listener, is_compiled)
 
 
@@ -117,13 +117,13 @@ class _Start(msgspec.Struct):
 
 def shared_facts(setup: RankSetup, limits: PaceLimits) -> dict[str, str]:
     """What must be equal on ranks that hold parts of one decoder and take the same steps, by name."""
-    is_compiled = resolve_compile(setup.context.model.compile, setup.device)
+    is_compiled = resolve_compile(setup.context.options.model.compile, setup.device)
     return {
         **setup.fingerprint,
         "decoder": repr(setup.config.text),
         "decoder_weights": decoder_digest(setup.folder),
         "device": setup.device.type,
-        "quantize": setup.context.model.quantize,
+        "quantize": setup.context.options.model.quantize,
         "compile": str(is_compiled),
         "kernels": str(is_compiled and load() is not None),  # a graph more, and so a first step more
         "chunk_tokens": str(limits.chunk_tokens),

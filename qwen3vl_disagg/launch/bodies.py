@@ -72,7 +72,7 @@ def run_combined_rank(context: RankContext) -> int:
             context.hub_address,
             make_link=links,
             host=context.host,
-            options=context.encode,
+            options=context.options.encode,
         )
         return max(await asyncio.gather(language.run(), encode.run()))
 
@@ -80,14 +80,14 @@ def run_combined_rank(context: RankContext) -> int:
 
 
 def engine_options(setup: RankSetup) -> EngineOptions:
-    context, settings = setup.context, setup.context.model
-    chunk_tokens = context.chunk_tokens or default_chunk_tokens(is_cuda=setup.device.type == "cuda")
+    context, settings = setup.context, setup.context.options.model
+    chunk_tokens = context.options.chunk_tokens or default_chunk_tokens(is_cuda=setup.device.type == "cuda")
     return EngineOptions.of(
         settings,
-        overlap=context.overlap,
-        prefix_cache=context.prefix_cache,
+        overlap=context.options.overlap == "on",
+        prefix_cache=context.options.prefix_cache == "on",
         chunk_tokens=min(chunk_tokens, settings.max_prefill_tokens),
-        compile=resolve_compile(context.model.compile, setup.device),
+        compile=resolve_compile(context.options.model.compile, setup.device),
     )
 
 
@@ -96,24 +96,24 @@ def rank_room(setup: RankSetup) -> KvRoom:
     job started, because at this moment other ranks may have loaded their weights or not."""
     context, layout = setup.context, setup.context.layout
     rows = setup.processor.max_rows
-    if setup.device.type == "cuda" or not context.free_bytes:
+    if setup.device.type == "cuda" or not context.world.free_bytes:
         return measured_room(
             setup.config,
-            context.model,
+            context.options.model,
             setup.device,
             setup.dtype,
             num_language=len(layout.language_ranks),
             image_rows=rows if context.rank in layout.encode_ranks else 0,
         )
-    first = context.rank - context.local_rank
+    first = context.rank - context.world.local_rank
     return planned_room(
-        SizedModel(setup.config, setup.dtype.itemsize, context.model.quantize != "none", is_cuda=False),
-        context.model,
+        SizedModel(setup.config, setup.dtype.itemsize, context.options.model.quantize != "none", is_cuda=False),
+        context.options.model,
         context.rank,
-        free_bytes=context.free_bytes,
+        free_bytes=context.world.free_bytes,
         encode=layout.encode_ranks,
         language=layout.language_ranks,
-        beside=range(first, first + context.num_local_ranks),
+        beside=range(first, first + context.world.num_local_ranks),
         image_rows=rows,
     )
 
@@ -125,7 +125,7 @@ def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
         setup.folder,
         dtype=setup.dtype,
         device=setup.device,
-        quantize=context.model.quantize,
+        quantize=context.options.model.quantize,
         progress=context.is_first_language_rank and sys.stderr.isatty(),
         shards=None if group is None else group.shards,
     )
@@ -148,7 +148,9 @@ async def start_language_rank(
 ) -> LanguageRank:
     """Listen for encode ranks; the first language rank also hosts the store in which links meet."""
     context = setup.context
-    buffers = MultimodalDataBuffers.from_options(setup.config, context.buffers, dtype=setup.dtype, device=setup.device)
+    buffers = MultimodalDataBuffers.from_options(
+        setup.config, context.options.buffers, dtype=setup.dtype, device=setup.device
+    )
     links = LinkServer(
         Receiver(buffers, setup.config),
         fingerprint=setup.fingerprint,

@@ -41,9 +41,9 @@ def run_frontend(
 ) -> int:
     """The body of the frontend's process; returns its exit status. `memory` outlives it."""
     give_large_blocks_back()
-    folder = resolve_model_folder(context.model.model)
+    folder = resolve_model_folder(context.options.model.model)
     config = read_config(folder)
-    processor = Processor.from_folder(folder, config, video_outer_wrapper=context.model.video_outer_wrapper)
+    processor = Processor.from_folder(folder, config, video_outer_wrapper=context.options.model.video_outer_wrapper)
     hub = Hub(
         config, context.layout, context.token, memory=memory, limits=RouterLimits(max_waiting=options.max_waiting)
     )

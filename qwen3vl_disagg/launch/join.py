@@ -20,7 +20,7 @@ from qwen3vl_disagg.core.settings import (
     ModelOptions,
 )
 from qwen3vl_disagg.encode.rank import run_encode_rank
-from qwen3vl_disagg.options import JoinOptions
+from qwen3vl_disagg.options import JoinOptions, ServeOptions
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.transport.addresses import given_token, own_address, parse_address
 
@@ -31,19 +31,13 @@ def rank_context(options: JoinOptions, world: World) -> RankContext:
     if token is None:
         raise InputError(f"--token or {TOKEN}: the server's token is needed", param="token")
     hub_address = parse_address(options.join, "join")
-    return RankContext(
-        -1,
-        Layout.of(1),
-        hub_address,
-        token,
-        ModelOptions(**vars(options.checkpoint)),
-        host=own_address(options.address, hub_address),
-        local_rank=world.local_rank,
-        num_local_ranks=world.num_local_ranks,
-        is_joining=True,
+    told = ServeOptions(
+        model=ModelOptions(**vars(options.checkpoint)),
         buffers=BufferOptions(block_size=options.block_size),
         encode=options.encode,
     )
+    host = own_address(options.address, hub_address)
+    return RankContext(-1, Layout.of(1), hub_address, token, told, world, host=host, is_joining=True)
 
 
 def run_slot(options: JoinOptions, world: World) -> int:
@@ -52,12 +46,12 @@ def run_slot(options: JoinOptions, world: World) -> int:
     InputError, CheckpointError or DisaggError for what is wrong before.
     """
     options.encode.check()
-    context = rank_context(options, world)
-    model = replace(context.model, model=shared_model_folder(context.model.model, world))
-    context = replace(context, model=model)
-    folder = resolve_model_folder(model.model)
+    rank_context(options, world)  # what cannot be is said before anything is fetched
+    checkpoint = replace(options.checkpoint, model=shared_model_folder(options.checkpoint.model, world))
+    context = rank_context(replace(options, checkpoint=checkpoint), world)
+    folder = resolve_model_folder(checkpoint.model)
     # Said once, and not by every rank.
-    check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=model.dtype)
+    check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=checkpoint.dtype)
     check_environment()
     plan_faults()
     body = functools.partial(run_threaded, run_encode_rank, context)

@@ -86,17 +86,9 @@ def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: M
         layout,
         meeting.hub_address,
         meeting.token,
-        options.model,
+        options,
+        world,
         host=own_address(options.address, meeting.hub_address),
-        local_rank=world.local_rank,
-        num_local_ranks=world.num_local_ranks,
-        buffers=options.buffers,
-        encode=options.encode,
-        overlap=options.overlap == "on",
-        prefix_cache=options.prefix_cache == "on",
-        chunk_tokens=options.chunk_tokens,
-        free_bytes=world.free_bytes,
-        spans=options.spans,
     )
 
 

@@ -9,10 +9,11 @@ import pytest
 from qwen3vl_disagg.checkpoint import decoder_digest
 from qwen3vl_disagg.cluster.rank_setup import RankSetup
 from qwen3vl_disagg.cluster.registry import check_fingerprint
-from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext
+from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext, World
 from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.core.settings import ModelOptions
 from qwen3vl_disagg.language.expert_group import shared_facts, shares_experts
+from qwen3vl_disagg.options import ServeOptions
 from qwen3vl_disagg.parallel.lockstep import PaceLimits
 from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
 
@@ -20,9 +21,8 @@ LIMITS = PaceLimits(64, 4096)
 
 
 def setup_of(options: ModelOptions, world: int = 3) -> RankSetup:
-    layout = Layout.of(world, 1)
-    where = {"local_rank": 1, "num_local_ranks": world}
-    return RankSetup.of(RankContext(1, layout, ("127.0.0.1", 1), "token", options, **where))
+    layout, where = Layout.of(world, 1), World(local_rank=1, num_local_ranks=world)
+    return RankSetup.of(RankContext(1, layout, ("127.0.0.1", 1), "token", ServeOptions(model=options), where))
 
 
 def facts_of(options: ModelOptions, limits: PaceLimits = LIMITS) -> dict[str, str]:

@@ -12,13 +12,13 @@ import torch
 
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.cluster.rank_setup import RankSetup
-from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext
+from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext, World
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.host import available_bytes
 from qwen3vl_disagg.core.settings import EngineSettings, ModelOptions
 from qwen3vl_disagg.launch.bodies import engine_options, rank_room
 from qwen3vl_disagg.model.presets import IMAGE_ROWS, PRESETS
-from qwen3vl_disagg.options import PlanOptions
+from qwen3vl_disagg.options import PlanOptions, ServeOptions
 from qwen3vl_disagg.parallel.kv_room import KvRoom, kv_room, planned_room, weights_on_host
 from qwen3vl_disagg.parallel.sizes import SizedModel
 from qwen3vl_disagg.plan.command import make_report
@@ -122,17 +122,9 @@ def test_a_plan_runs_no_more_than_there_is_room_for():
     assert all(split.missing_bytes > 0 for split in tight.splits)
 
 
-def make_context(options: ModelOptions, rank: int, world: int, **others) -> RankContext:
-    return RankContext(
-        rank,
-        Layout.of(world),
-        ("127.0.0.1", 1),
-        "token",
-        options,
-        local_rank=rank,
-        num_local_ranks=world,
-        **others,
-    )
+def make_context(model: ModelOptions, rank: int, world: int, free_bytes: int = 0) -> RankContext:
+    where = World(rank, world, rank, world, free_bytes=free_bytes)
+    return RankContext(rank, Layout.of(world), ("127.0.0.1", 1), "token", ServeOptions(model=model), where)
 
 
 @pytest.mark.parametrize("world", [1, 4, 8])

@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.cluster.rank_setup import RankSetup
 from qwen3vl_disagg.cluster.registry import check_fingerprint
-from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext
+from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext, World
 from qwen3vl_disagg.core.errors import HandshakeError, InputError
 from qwen3vl_disagg.core.settings import ModelOptions
 from qwen3vl_disagg.encode.rank import load_worker
 from qwen3vl_disagg.model.presets import PRESETS
+from qwen3vl_disagg.options import ServeOptions
 from qwen3vl_disagg.processing import ImageProcessor
 from qwen3vl_disagg.processing.images import PixelSettings, PixelTransform
 from qwen3vl_disagg.processing.video import VideoProcessor
@@ -103,8 +104,8 @@ def test_the_option_reaches_images_and_clips(answers):
 
 
 def setup_of(how: str) -> RankSetup:
-    options, where = ModelOptions(image_resize=how), {"local_rank": 0, "num_local_ranks": 2}
-    return RankSetup.of(RankContext(0, Layout.of(2, 1), ("127.0.0.1", 1), "token", options, **where))
+    options, world = ServeOptions(model=ModelOptions(image_resize=how)), World(num_local_ranks=2)
+    return RankSetup.of(RankContext(0, Layout.of(2, 1), ("127.0.0.1", 1), "token", options, world))
 
 
 def test_an_encode_rank_resizes_as_told(answers):
