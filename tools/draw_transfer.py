@@ -17,9 +17,8 @@ from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.layout import RowSizes
-from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, Header, HeaderOk, Resume
+from qwen3vl_disagg.protocol.messages import Ack, Assign, Frame, Grant, Header, HeaderOk, Resume
 from qwen3vl_disagg.protocol.session_events import (
-    Assigned,
     Consumed,
     Encoded,
     Expect,
@@ -78,7 +77,7 @@ def run() -> list[Step]:
             (encode, LinkUp(1, 1)),
             (language, LinkUp(0, 1)),
             (language, Expect("r", [visual], [0], 60.0)),
-            (language, Assigned("r", 0, 1, 0)),
+            (language, Assign(request_id="r", item=0, attempt=1, encode_rank=0)),
         ]
     )
     while events:

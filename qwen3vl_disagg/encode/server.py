@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -38,7 +39,6 @@ from qwen3vl_disagg.protocol.session_events import (
     EncodeAction,
     Encoded,
     EncodeEvent,
-    EncodeFailed,
     FrameIn,
     LinkDown,
     LinkUp,
@@ -49,7 +49,7 @@ from qwen3vl_disagg.protocol.session_events import (
     SendPayload,
     SessionLimits,
     StartEncode,
-    TellFailed,
+    Tell,
     Tick,
 )
 from qwen3vl_disagg.transport.links import LinkFactory
@@ -152,16 +152,12 @@ class EncodeServer:
                 self._tasks[action.attempt] = asyncio.create_task(self._produce(action))
             case Release():
                 self._release(action.attempt)
-            case TellFailed():
-                self._tell_failed(action)
+            case Tell():
+                self._tell(action.message)
             case BreakLink():
                 link = self._links.get(action.peer, action.epoch)
                 if link is not None:
                     link.control.abort()  # its reader drops the link
-
-    def _tell_failed(self, action: TellFailed) -> None:
-        request_id, item, number = action.attempt
-        self._tell(ItemFailed(request_id=request_id, item=item, attempt=number, failure=action.failure))
 
     def _release(self, attempt: Attempt) -> None:
         task = self._tasks.pop(attempt, None)
@@ -209,22 +205,20 @@ class EncodeServer:
         """From the bytes to the rows; whatever goes wrong is this item's failure alone."""
         attempt, held = action.attempt, None
         request_id, item, number = attempt
-        on_decoded = partial(self._tell, Decoded(request_id=request_id, item=item, attempt=number))
+        ids: dict[str, Any] = {"request_id": request_id, "item": item, "attempt": number}
+        on_decoded = partial(self._tell, Decoded(**ids))
         try:
             held = await self.pipeline.rows(action.visual, on_decoded, is_alone=action.is_alone)
             fault_point("encoded")
         except Exception as error:  # one item's failure is not the rank's
-            self._failed(EncodeFailed(attempt, Failure.of(encode_error(error))))
+            if self._tasks.get(attempt) is asyncio.current_task():
+                self.handle(ItemFailed(**ids, failure=Failure.of(encode_error(error))))
         else:
             if self._tasks.get(attempt) is asyncio.current_task():
                 self._encoded[attempt], held = held, None
                 self.handle(Encoded(attempt))
         if held is not None:
             self.pipeline.release(held)
-
-    def _failed(self, event: EncodeFailed) -> None:
-        if self._tasks.get(event.attempt) is asyncio.current_task():
-            self.handle(event)
 
     # -- links
 

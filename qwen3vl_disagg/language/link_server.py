@@ -27,33 +27,33 @@ from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.messages import (
     Abort,
     Ack,
+    Cancel,
     Frame,
     Goodbye,
+    ItemLost,
     LinkAccept,
     LinkHello,
     LinkMessage,
     LinkReady,
     Message,
     Refused,
+    RequestFailed,
     Resume,
 )
 from qwen3vl_disagg.protocol.session_events import (
-    Arrived,
     BreakLink,
-    Expired,
-    Forget,
     FrameIn,
     LanguageAction,
     LanguageEvent,
     LinkDown,
     LinkUp,
-    Lost,
     PayloadEnd,
     Recall,
     Receive,
     RowsReady,
     SendFrame,
     SessionLimits,
+    Tell,
     Tick,
 )
 from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Address, Connection, ConnectionLost
@@ -84,9 +84,8 @@ class LinkServer:
     on_rows: Callable[[Delivery], None]
     on_recall: Callable[[Recall], None]
     """The engine must drop the attempt's rows and go back behind them; `handle(Returned(..))` when it has."""
-    on_arrived: Callable[[Arrived], None]
-    on_lost: Callable[[Lost], None]
-    on_expired: Callable[[Expired], None]
+    on_tell: Callable[[Message], None]
+    """What the router should hear: items that arrived or were lost, requests whose time is up."""
     on_short_of_room: Callable[[bool], None]
     """Whether items wait for blocks, whenever that changes."""
 
@@ -185,7 +184,7 @@ class LinkServer:
         try:
             while self._events:
                 event = self._events.popleft()
-                if isinstance(event, Forget):
+                if isinstance(event, Cancel):
                     self._receiver.forget(event.request_id)
                 for action in self.sessions.handle(event, time.monotonic()):
                     self._perform(action)
@@ -209,14 +208,12 @@ class LinkServer:
                     link.control.abort()  # its reader drops the link
             case Recall():
                 self.on_recall(action)
-            case Arrived():
-                self.on_arrived(action)
-            case Lost():
-                self._receiver.forget(action.request_id, action.item)
-                self.on_lost(action)
-            case Expired():
-                self._receiver.forget(action.request_id)
-                self.on_expired(action)
+            case Tell(message):
+                if isinstance(message, ItemLost):
+                    self._receiver.forget(message.request_id, message.item)
+                elif isinstance(message, RequestFailed):
+                    self._receiver.forget(message.request_id)
+                self.on_tell(message)
 
     def _post(self, action: SendFrame) -> None:
         link = self._links.get((action.peer, action.frame.epoch))

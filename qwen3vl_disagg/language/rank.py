@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from qwen3vl_disagg.cluster.hub_client import enter_hub
-from qwen3vl_disagg.core.errors import DisaggError, Failure, TransferError, late
+from qwen3vl_disagg.core.errors import DisaggError, Failure, TransferError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent, Preempted, RowsUsed
@@ -31,8 +31,6 @@ from qwen3vl_disagg.protocol.messages import (
     Assign,
     Cancel,
     Finished,
-    ItemLost,
-    ItemReceived,
     Message,
     NeedItems,
     Peers,
@@ -42,13 +40,8 @@ from qwen3vl_disagg.protocol.messages import (
     Submit,
 )
 from qwen3vl_disagg.protocol.session_events import (
-    Arrived,
-    Assigned,
     Consumed,
     Expect,
-    Expired,
-    Forget,
-    Lost,
     Recall,
     Returned,
 )
@@ -101,8 +94,7 @@ class LanguageRank:
         if lockstep is not None:
             lockstep.on_plan = self._engine.take_plan
         links.on_rows, links.on_recall = self._on_rows, self._on_recall
-        links.on_arrived, links.on_lost, links.on_expired = self._on_arrived, self._on_lost, self._on_expired
-        links.on_short_of_room = self._on_short_of_room
+        links.on_tell, links.on_short_of_room = self._on_tell, self._on_short_of_room
 
     async def run(self) -> int:
         """Serve until the hub says Stop (0). Raises if the engine crashes, or the hub stays away or refuses; PeerLost
@@ -174,9 +166,7 @@ class LanguageRank:
                 except Exception as error:  # one request's failure is not the rank's
                     self._fail(message.request_id, error)
             case Assign():
-                self._links.handle(
-                    Assigned(message.request_id, message.item, message.attempt, message.encode_rank, message.is_alone)
-                )
+                self._links.handle(message)
             case Peers():
                 if not self._links.has_store:
                     self._links.use_store(await asyncio.to_thread(join_store, message.store_address))
@@ -207,7 +197,7 @@ class LanguageRank:
         """Drop a request everywhere; safe for one that is not known."""
         self._requests.pop(request_id, None)
         self._engine.post(lambda engine: engine.cancel(request_id))
-        self._links.handle(Forget(request_id))
+        self._links.handle(Cancel(request_id=request_id))
 
     def _from_engine(self, handler: Callable[[Any], None]) -> Callable[[Any], None]:
         def call(value: Any) -> None:
@@ -242,7 +232,7 @@ class LanguageRank:
             self._links.handle(Expect(event.request_id, request.items, *needed))
         if isinstance(event, (Finished, RequestFailed)):
             del self._requests[event.request_id]
-            self._links.handle(Forget(event.request_id))
+            self._links.handle(Cancel(request_id=event.request_id))
         self._tell(event)
 
     def _fail(self, request_id: str, error: Exception) -> None:
@@ -265,25 +255,12 @@ class LanguageRank:
 
         self._engine.post(restart)
 
-    def _on_arrived(self, arrived: Arrived) -> None:
-        self._tell(ItemReceived(request_id=arrived.request_id, item=arrived.item, attempt=arrived.attempt))
-
-    def _on_lost(self, lost: Lost) -> None:
-        if lost.request_id in self._requests:
-            self._tell(
-                ItemLost(
-                    request_id=lost.request_id,
-                    item=lost.item,
-                    attempt=lost.attempt,
-                    reason=lost.reason,
-                    dead_epoch=lost.dead_epoch,
-                )
-            )
-
-    def _on_expired(self, expired: Expired) -> None:
-        if self._requests.pop(expired.request_id, None) is not None:
-            self._engine.post(lambda engine: engine.cancel(expired.request_id))
-            self._tell(RequestFailed(request_id=expired.request_id, failure=Failure.of(late())))
+    def _on_tell(self, message: Message) -> None:
+        """Of the sessions; they have forgotten a request that fails."""
+        if isinstance(message, RequestFailed):
+            self._requests.pop(message.request_id, None)
+            self._engine.post(lambda engine: engine.cancel(message.request_id))
+        self._tell(message)
 
     def _tell(self, message: Message) -> None:
         """Queue a message to the hub; when it is gone, the loop that reads from it finds out and cleans up."""

@@ -19,22 +19,18 @@ from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker, Pixels, enco
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
-from qwen3vl_disagg.protocol.messages import Frame
+from qwen3vl_disagg.protocol.messages import Assign, Cancel, Frame, ItemFailed, ItemLost
 from qwen3vl_disagg.protocol.session_events import (
-    Assigned,
     Attempt,
     Consumed,
     EncodeAction,
     Encoded,
     EncodeEvent,
-    EncodeFailed,
     Expect,
-    Forget,
     FrameIn,
     LanguageAction,
     LanguageEvent,
     LinkUp,
-    Lost,
     PayloadEnd,
     PayloadSent,
     Recall,
@@ -46,7 +42,7 @@ from qwen3vl_disagg.protocol.session_events import (
     SendHeader,
     SendPayload,
     StartEncode,
-    TellFailed,
+    Tell,
 )
 from qwen3vl_disagg.transport.links import InProcessLink
 from qwen3vl_disagg.transport.rows import Delivery
@@ -118,7 +114,8 @@ class LocalTransfer:
         for index in lacking:
             self._media[request_id, index] = (items[index], media[index])
             attempt = self._attempts[request_id, index] = self._attempts.get((request_id, index), 0) + 1
-            self._to_language(Assigned(request_id, index, attempt, _ENCODE_RANK))
+            assign = Assign(request_id=request_id, item=index, attempt=attempt, encode_rank=_ENCODE_RANK)
+            self._to_language(assign)
 
     def consumed(self, request_id: str, item: int, attempt: int, rows: int) -> None:
         self._to_language(Consumed(request_id, item, attempt, rows))
@@ -128,7 +125,7 @@ class LocalTransfer:
 
     def forget(self, request_id: str) -> None:
         """The request is over."""
-        self._to_language(Forget(request_id))
+        self._to_language(Cancel(request_id=request_id))
         self.receiver.forget(request_id)
         tables: tuple[dict[Any, Any], ...] = (self._media, self._errors, self._attempts)
         for table in tables:
@@ -167,8 +164,8 @@ class LocalTransfer:
                 self._outcomes.append(self.receiver.delivery(attempt))
             case Recall():
                 self._outcomes.append(action)
-            case Lost():
-                self._outcomes.append(ItemError(action.request_id, action.item, TransferError(action.reason)))
+            case Tell(ItemLost() as lost):
+                self._outcomes.append(ItemError(lost.request_id, lost.item, TransferError(lost.reason)))
 
     def _do_encode(self, action: EncodeAction) -> None:
         match action:
@@ -187,10 +184,10 @@ class LocalTransfer:
                 self._to_encode(PayloadSent(_LANGUAGE_RANK, _EPOCH, _attempt_of(action)))
             case Release():
                 self._release(action.attempt)
-            case TellFailed():
-                request_id, item, _ = action.attempt
-                error = self._errors.pop(action.attempt, None) or action.failure.error()
-                self._outcomes.append(ItemError(request_id, item, error))
+            case Tell(ItemFailed() as failed):
+                attempt = (failed.request_id, failed.item, failed.attempt)
+                error = self._errors.pop(attempt, None) or failed.failure.error()
+                self._outcomes.append(ItemError(failed.request_id, failed.item, error))
 
     def _release(self, attempt: Attempt) -> None:
         if attempt in self._to_start:
@@ -244,7 +241,8 @@ class LocalTransfer:
         known = encode_error(error)
         for attempt in attempts:
             self._errors[attempt] = known.at(self._media[attempt[:2]][0].param)
-            self._to_encode(EncodeFailed(attempt, Failure.of(known)))
+            request_id, item, number = attempt
+            self._to_encode(ItemFailed(request_id=request_id, item=item, attempt=number, failure=Failure.of(known)))
 
     def _receive(self, job: Receive) -> None:
         grant, error = job.grant, None

@@ -18,14 +18,13 @@ from typing import Any
 from qwen3vl_disagg.core.errors import Failure, late
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.link_state import LinkState
-from qwen3vl_disagg.protocol.messages import Abort, Ack, Grant, HeaderOk, Nack, Resume, Stale
+from qwen3vl_disagg.protocol.messages import Abort, Ack, Grant, HeaderOk, ItemFailed, Nack, Resume, Stale
 from qwen3vl_disagg.protocol.session_events import (
     Attempt,
     BreakLink,
     EncodeAction,
     Encoded,
     EncodeEvent,
-    EncodeFailed,
     FrameIn,
     LinkDown,
     LinkUp,
@@ -35,7 +34,7 @@ from qwen3vl_disagg.protocol.session_events import (
     SendPayload,
     SessionLimits,
     StartEncode,
-    TellFailed,
+    Tell,
     Tick,
 )
 from qwen3vl_disagg.protocol.states import State, check_transition
@@ -121,7 +120,7 @@ class EncodeSessions:
             FrameIn: self._frame_in,
             Tick: self._tick,
             Encoded: self._encoded,
-            EncodeFailed: self._encode_failed,
+            ItemFailed: self._encode_failed,
             LinkUp: self._link_up,
             LinkDown: self._link_down,
             PayloadSent: self._payload_sent,
@@ -172,11 +171,12 @@ class EncodeSessions:
             outlet.ready.remove(attempt)
         self._actions.append(Release(attempt))
 
-    def _fail(self, failed: TellFailed, now: float) -> None:
+    def _fail(self, attempt: Attempt, failure: Failure, now: float) -> None:
         """Give an attempt up. The router is told, and it alone tells the language rank: were both told, the news of a
         lost attempt could overtake that of a bad image."""
-        self._end(failed.attempt)
-        self._actions.append(failed)
+        self._end(attempt)
+        request_id, item, number = attempt
+        self._actions.append(Tell(ItemFailed(request_id=request_id, item=item, attempt=number, failure=failure)))
         self._fill_places(now)
 
     def _go(self, item: Outgoing, state: str, now: float) -> None:
@@ -223,10 +223,10 @@ class EncodeSessions:
             self._make_ready(item, now)
             self._fill_places(now)
 
-    def _encode_failed(self, event: EncodeFailed, now: float) -> None:
-        item = self.items.get(event.attempt)
+    def _encode_failed(self, event: ItemFailed, now: float) -> None:
+        item = self.items.get((event.request_id, event.item, event.attempt))
         if item is not None and item.state == ENCODING:
-            self._fail(TellFailed(event.attempt, event.failure), now)
+            self._fail(item.attempt, event.failure, now)
 
     def _park(self, item: Outgoing, now: float) -> None:
         """Keep the rows for a while, within bounds."""
@@ -407,4 +407,4 @@ class EncodeSessions:
         elif item.state == PARKED:
             self._end(item.attempt)
         else:
-            self._fail(TellFailed(item.attempt, Failure.of(late())), now)
+            self._fail(item.attempt, Failure.of(late()), now)

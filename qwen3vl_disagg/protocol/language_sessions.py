@@ -19,10 +19,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen3vl_disagg.core.errors import Failure, late
 from qwen3vl_disagg.protocol.allocator import BlockAllocator, Lease
 from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.link_state import LinkState
-from qwen3vl_disagg.protocol.messages import Abort, Ack, Header, HeaderOk, Nack, Stale
+from qwen3vl_disagg.protocol.messages import (
+    Abort,
+    Ack,
+    Assign,
+    Cancel,
+    Header,
+    HeaderOk,
+    ItemLost,
+    ItemReceived,
+    Nack,
+    RequestFailed,
+    Stale,
+)
 from qwen3vl_disagg.protocol.session import (
     DONE,
     GRANTED,
@@ -43,25 +56,21 @@ from qwen3vl_disagg.protocol.session import (
     take_room,
 )
 from qwen3vl_disagg.protocol.session_events import (
-    Arrived,
-    Assigned,
     Attempt,
     BreakLink,
     Consumed,
     Expect,
-    Expired,
-    Forget,
     FrameIn,
     LanguageAction,
     LanguageEvent,
     LinkDown,
     LinkUp,
-    Lost,
     PayloadEnd,
     Recall,
     Returned,
     RowsReady,
     SessionLimits,
+    Tell,
     Tick,
 )
 from qwen3vl_disagg.protocol.states import check_transition
@@ -88,8 +97,8 @@ class LanguageSessions:
             FrameIn: self._frame_in,
             Tick: self._tick,
             Expect: self._expect,
-            Assigned: self._assigned,
-            Forget: self._forget,
+            Assign: self._assigned,
+            Cancel: self._cancelled,
             LinkUp: self._link_up,
             LinkDown: self._link_down,
             PayloadEnd: self._payload_end,
@@ -126,12 +135,12 @@ class LanguageSessions:
             request = self.requests[event.request_id] = RequestSessions(sessions, event.deadline)
         for session, first in zip(request.sessions, firsts, strict=True):
             if session.is_under_way:  # the router will hear that it is needed again, if it is
-                self._actions.append(Arrived(*session.key))
+                self._actions.append(Tell(ItemReceived(**session.ids)))
             self._drop(session, "the request gave up what it had", now, gives_back=True)
             session.need_from(first)
         self._give_room(now)
 
-    def _assigned(self, event: Assigned, now: float) -> None:
+    def _assigned(self, event: Assign, now: float) -> None:
         request = self.requests.get(event.request_id)
         if request is None or not 0 <= event.item < len(request.sessions):
             return
@@ -139,15 +148,19 @@ class LanguageSessions:
         if event.attempt <= session.attempt:
             return
         if session.state in (HELD, DONE) and session.received == session.total:  # the news of that is on its way
-            self._actions.append(Arrived(event.request_id, event.item, event.attempt))
+            ids = {**session.ids, "attempt": event.attempt}
+            self._actions.append(Tell(ItemReceived(**ids)))
             return
         self._drop(session, "another attempt takes its place", now)
         session.attempt, session.encode_rank, session.is_alone = event.attempt, event.encode_rank, event.is_alone
         self._wait(session, now)
         self._give_room(now)
 
-    def _forget(self, event: Forget, now: float) -> None:
-        request = self.requests.pop(event.request_id, None)
+    def _cancelled(self, event: Cancel, now: float) -> None:
+        self._forget(event.request_id, now)
+
+    def _forget(self, request_id: str, now: float) -> None:
+        request = self.requests.pop(request_id, None)
         if request is not None:
             for session in request.sessions:
                 self._drop(session, "the request is over", now, gives_back=True)
@@ -185,15 +198,15 @@ class LanguageSessions:
         where[key] = leases
 
     def _lose(self, session: Session, reason: str, now: float, dead_epoch: int = 0) -> None:
-        lost = Lost(*session.key, reason, dead_epoch)
+        lost = ItemLost(**session.ids, reason=reason, dead_epoch=dead_epoch)
         self._let_go(session, now)
-        self._actions.append(lost)
+        self._actions.append(Tell(lost))
 
     def _tick(self, _: Tick, now: float) -> None:
         for request_id, request in list(self.requests.items()):
             if now >= request.deadline:
-                self._forget(Forget(request_id), now)
-                self._actions.append(Expired(request_id))
+                self._forget(request_id, now)
+                self._actions.append(Tell(RequestFailed(request_id=request_id, failure=Failure.of(late()))))
                 continue
             for session in request.sessions:
                 if now >= session.deadline:
@@ -351,7 +364,7 @@ class LanguageSessions:
                 self._acknowledge(session, link, now)
             self._actions.append(RowsReady(*session.key, start, session.received))
             if session.received == session.total:
-                self._actions.append(Arrived(*session.key))
+                self._actions.append(Tell(ItemReceived(**session.ids)))
         elif event.is_broken and session.num_broken < 2:
             session.num_broken += 1
             self._wait(session, now)

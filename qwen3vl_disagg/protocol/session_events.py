@@ -1,4 +1,4 @@
-"""What the sessions of both sides take in and what they give back: plain values, no behaviour.
+"""What the sessions of both sides take in and what they give back beside the protocol's messages: plain values.
 
 A session is one item of one request; (`request_id`, `item`, `attempt`) names one try at it.
 """
@@ -7,10 +7,20 @@ from __future__ import annotations
 
 import msgspec
 
-from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.allocator import Lease
-from qwen3vl_disagg.protocol.messages import Frame, Grant, Header, Resume
+from qwen3vl_disagg.protocol.messages import (
+    Assign,
+    Cancel,
+    Frame,
+    Grant,
+    Header,
+    ItemFailed,
+    ItemLost,
+    ItemReceived,
+    RequestFailed,
+    Resume,
+)
 
 Attempt = tuple[str, int, int]
 """request id, item, attempt"""
@@ -84,22 +94,6 @@ class Expect(_Value, frozen=True):
     first_rows: list[int] = []
 
 
-class Assigned(_Value, frozen=True):
-    """The router: this encode rank makes the item, as attempt number `attempt`; `is_alone`: beside nothing else."""
-
-    request_id: str
-    item: int
-    attempt: int
-    encode_rank: int
-    is_alone: bool = False
-
-
-class Forget(_Value, frozen=True):
-    """The request is over, or no longer wanted."""
-
-    request_id: str
-
-
 class PayloadEnd(_Value, frozen=True):
     """A `Receive` has returned. `error` None: all runs are there and right. `is_broken`: the link is of no more use."""
 
@@ -129,7 +123,7 @@ class Returned(_Value, frozen=True):
     attempt: int
 
 
-LanguageEvent = LinkUp | LinkDown | FrameIn | Tick | Expect | Assigned | Forget | PayloadEnd | Consumed | Returned
+LanguageEvent = LinkUp | LinkDown | FrameIn | Tick | Expect | Assign | Cancel | PayloadEnd | Consumed | Returned
 
 
 # ---- events of the encode side ----
@@ -141,11 +135,6 @@ class Encoded(_Value, frozen=True):
     attempt: Attempt
 
 
-class EncodeFailed(_Value, frozen=True):
-    attempt: Attempt
-    failure: Failure
-
-
 class PayloadSent(_Value, frozen=True):
     """A `SendPayload` has returned; `error` None: everything is on its way."""
 
@@ -155,7 +144,7 @@ class PayloadSent(_Value, frozen=True):
     error: str | None = None
 
 
-EncodeEvent = LinkUp | LinkDown | FrameIn | Tick | Encoded | EncodeFailed | PayloadSent
+EncodeEvent = LinkUp | LinkDown | FrameIn | Tick | Encoded | ItemFailed | PayloadSent
 
 
 # ---- actions of both sides ----
@@ -172,6 +161,13 @@ class BreakLink(_Value, frozen=True):
     peer: int
     epoch: int
     reason: str
+
+
+class Tell(_Value, frozen=True):
+    """Tell the router. On the language side a `RequestFailed` is of a request that the sessions have forgotten, because
+    its deadline has passed."""
+
+    message: ItemReceived | ItemLost | ItemFailed | RequestFailed
 
 
 # ---- actions of the language side ----
@@ -211,38 +207,14 @@ class Recall(_Value, frozen=True):
     attempt: int
 
 
-class Arrived(_Value, frozen=True):
-    """Nothing more is needed of an attempt: all rows are here, or the request gave up what it had of it."""
-
-    request_id: str
-    item: int
-    attempt: int
-
-
-class Lost(_Value, frozen=True):
-    """An attempt is over without its rows. `dead_epoch`: the link of that epoch is gone; 0 when it is sound."""
-
-    request_id: str
-    item: int
-    attempt: int
-    reason: str
-    dead_epoch: int = 0
-
-
-class Expired(_Value, frozen=True):
-    """A request's own deadline has passed; the sessions have forgotten it."""
-
-    request_id: str
-
-
-LanguageAction = SendFrame | BreakLink | Receive | RowsReady | Recall | Arrived | Lost | Expired
+LanguageAction = SendFrame | BreakLink | Receive | RowsReady | Recall | Tell
 
 
 # ---- actions of the encode side ----
 
 
 class StartEncode(_Value, frozen=True):
-    """Fetch, decode and encode; answer with `Encoded` or `EncodeFailed`. `is_alone`: beside nothing else."""
+    """Fetch, decode and encode; answer with `Encoded` or `ItemFailed`. `is_alone`: beside nothing else."""
 
     attempt: Attempt
     visual: VisualItem
@@ -272,11 +244,4 @@ class Release(_Value, frozen=True):
     attempt: Attempt
 
 
-class TellFailed(_Value, frozen=True):
-    """Tell the router that the attempt is over without rows."""
-
-    attempt: Attempt
-    failure: Failure
-
-
-EncodeAction = SendFrame | BreakLink | StartEncode | SendHeader | SendPayload | Release | TellFailed
+EncodeAction = SendFrame | BreakLink | StartEncode | SendHeader | SendPayload | Release | Tell

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.language.rank import LanguageRank, _Request
 from qwen3vl_disagg.protocol.allocator import Want
-from qwen3vl_disagg.protocol.messages import Grant, HubMessage, NeedItems, RankHello, Resume, Room
-from qwen3vl_disagg.protocol.session_events import Consumed, Expect, Forget, Recall
+from qwen3vl_disagg.protocol.messages import Cancel, Grant, HubMessage, NeedItems, RankHello, Resume, Room
+from qwen3vl_disagg.protocol.session_events import Consumed, Expect, Recall
 from qwen3vl_disagg.transport.links import LinkBroken
 from qwen3vl_disagg.transport.rows import Delivery
 from tests.language.test_receiver import CopyingLink, damaged, receive_over
@@ -327,6 +327,6 @@ def test_needed_rows_cross_a_link_and_more_of_them_when_they_are_needed_again(ki
             assert [(recall.item, recall.attempt) for recall in engine.recalls] == [(0, 4)]
             assert system.links.sessions.allocator.is_idle
             assert engine.arrived[-1].attempt == 4
-            system.links.handle(Forget("r"))
+            system.links.handle(Cancel(request_id="r"))
 
     run(scenario)

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING
-from qwen3vl_disagg.protocol.messages import Ack, ItemFailed
-from qwen3vl_disagg.protocol.session_events import Forget, Returned, SendFrame
+from qwen3vl_disagg.protocol.messages import Ack, Cancel, ItemFailed
+from qwen3vl_disagg.protocol.session_events import Returned, SendFrame
 from tests.support.link_scenarios import BLOCK, LIMITS, System, describe, make_image, run, running, until
 
 SMALL, LARGE = (64, 64), (128, 128)  # one block and four
@@ -225,7 +225,7 @@ def test_a_rank_that_stays_away_is_given_up_with_its_epoch():
             await until(lambda: len(engine.lost) == 2)
             assert (engine.lost[1].request_id, engine.lost[1].dead_epoch) == ("r", epoch)
             for name in "rs":
-                system.links.handle(Forget(name))
+                system.links.handle(Cancel(request_id=name))
 
     run(scenario)
 

@@ -8,8 +8,7 @@ import contextlib
 import pytest
 
 from qwen3vl_disagg.cluster.slots import EXIT_REFUSED
-from qwen3vl_disagg.protocol.messages import Decoded, ItemFailed, Stop
-from qwen3vl_disagg.protocol.session_events import Forget
+from qwen3vl_disagg.protocol.messages import Cancel, Decoded, ItemFailed, Stop
 from tests.support.link_scenarios import (
     FINGERPRINT,
     LANGUAGE_RANK,
@@ -69,7 +68,7 @@ def test_a_damaged_image_is_the_clients_fault():
             failed = await system.hub.until(lambda m: isinstance(m, ItemFailed))
             assert (failed.failure.kind, failed.item, failed.attempt) == ("input", 0, 1)
             assert system.visuals["r"][0].digest not in failed.failure.message
-            system.links.handle(Forget("r"))
+            system.links.handle(Cancel(request_id="r"))
             assert system.links.is_idle
             system.submit("next", good)
             await system.check("next", good)
@@ -194,7 +193,7 @@ def test_a_frontend_that_died_takes_its_requests_with_it_and_links_stay():
             await system.hub.until(lambda m: isinstance(m, Decoded))
             system.hub.ranks.pop(0).abort()
             await until(lambda: 0 in system.hub.ranks)
-            system.links.handle(Forget("r"))  # the language rank lost its frontend too
+            system.links.handle(Cancel(request_id="r"))  # the language rank lost its frontend too
             await until(lambda: not system.ranks[0].server.sessions.items)
             system.workers[0].gate.set()
             data = make_image(2, SMALL)

@@ -24,17 +24,13 @@ from qwen3vl_disagg.protocol.session_events import (
     SendFrame,
     Tick,
 )
-from tests.properties.session_parts import LIMITS, make_visual
+from tests.properties.session_parts import LIMITS, ids, make_visual
 
 A, B, C = ("a", 0, 1), ("b", 0, 1), ("c", 0, 1)
 ROWS = 6
 TIMEOUT = 100.0
 STATES = [QUEUED, ENCODING, READY, HEADER, SENDING, SENT, PARKED]
 ENCODED = [READY, HEADER, SENDING, SENT, PARKED]
-
-
-def ids(key):
-    return dict(zip(("request_id", "item", "attempt"), key, strict=True))
 
 
 def grant_of(key, start=0, stop=4):

@@ -7,10 +7,9 @@ import msgspec
 from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.layout import RowSizes
-from qwen3vl_disagg.protocol.messages import Beat, Frame, Room
+from qwen3vl_disagg.protocol.messages import Assign, Beat, Frame, Room
 from qwen3vl_disagg.protocol.session import DONE, HELD, IDLE, RECEIVING
 from qwen3vl_disagg.protocol.session_events import (
-    Assigned,
     Consumed,
     Expect,
     FrameIn,
@@ -24,10 +23,6 @@ from tests.properties.session_parts import LIMITS, header_of, make_visual
 
 SIZES = RowSizes(4, 4, 12, 64, 8)
 DEADLINE = 1000.0
-
-
-def ids(key):
-    return dict(zip(("request_id", "item", "attempt"), key, strict=True))
 
 
 class Side:
@@ -66,7 +61,7 @@ class Side:
         return self.do(Expect(request_id, [make_visual(n) for n in rows], list(range(len(rows))), DEADLINE))
 
     def assign(self, request_id, item=0, rank=0, attempt=1):
-        return self.do(Assigned(request_id, item, attempt, rank))
+        return self.do(Assign(request_id=request_id, item=item, attempt=attempt, encode_rank=rank))
 
     def header_of(self, request_id, item=0, **changed):
         grant = self.grants[request_id, item]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.protocol.messages import Header, Room
-from qwen3vl_disagg.protocol.session_events import SessionLimits
+from qwen3vl_disagg.protocol.messages import Header, ItemFailed, ItemLost, ItemReceived, Room
+from qwen3vl_disagg.protocol.session_events import SessionLimits, Tell
 
 LIMITS = SessionLimits(
     beat_s=1.0,
@@ -39,3 +39,19 @@ def header_of(grant: Room, total: int) -> Header:
         row_digests=[0] * len(grant.row_runs),
         deepstack_digests=[0] * len(grant.deepstack_runs),
     )
+
+
+def ids(key):
+    return dict(zip(("request_id", "item", "attempt"), key, strict=True))
+
+
+def arrived(key):
+    return Tell(ItemReceived(**ids(key)))
+
+
+def lost(key, reason, dead_epoch=0):
+    return Tell(ItemLost(**ids(key), reason=reason, dead_epoch=dead_epoch))
+
+
+def failed(key, failure):
+    return Tell(ItemFailed(**ids(key), failure=failure))

@@ -24,7 +24,8 @@ from qwen3vl_disagg.protocol.session_events import (
     Release,
     SendHeader,
 )
-from tests.properties.encode_side import ENCODED, STATES, A, Side, bodies, grant_of, ids, snapshot
+from tests.properties.encode_side import ENCODED, STATES, A, Side, bodies, grant_of, snapshot
+from tests.properties.session_parts import ids
 
 OTHERS = [("a", 0, 0), ("a", 0, 2), ("a", 1, 1), ("z", 0, 1)]
 

@@ -15,21 +15,20 @@ from qwen3vl_disagg.protocol.encode_sessions import (
     SENDING,
     SENT,
 )
-from qwen3vl_disagg.protocol.messages import Abort, Beat, Frame, Nack
+from qwen3vl_disagg.protocol.messages import Abort, Beat, Frame, ItemFailed, Nack
 from qwen3vl_disagg.protocol.session_events import (
     BreakLink,
     Encoded,
-    EncodeFailed,
     Release,
     SendFrame,
     SendHeader,
     SendPayload,
     StartEncode,
-    TellFailed,
+    Tell,
     Tick,
 )
-from tests.properties.encode_side import ENCODED, ROWS, STATES, TIMEOUT, A, B, C, Side, bodies, grant_of, ids
-from tests.properties.session_parts import LIMITS, make_visual
+from tests.properties.encode_side import ENCODED, ROWS, STATES, TIMEOUT, A, B, C, Side, bodies, grant_of
+from tests.properties.session_parts import LIMITS, failed, ids, make_visual
 
 # ---- one item from beginning to end ----
 
@@ -145,8 +144,9 @@ def test_an_item_that_takes_too_long_fails(state):
     side.bring(A, state)
     assert side.tick(TIMEOUT - 0.1) == []
     actions = side.tick(0.2)
-    assert [type(a) for a in actions] == [Release] * (state in (ENCODING, READY)) + [TellFailed]
-    assert (actions[-1].attempt, actions[-1].failure.kind) == (A, "deadline")
+    assert [type(a) for a in actions] == [Release] * (state in (ENCODING, READY)) + [Tell]
+    assert actions[-1] == failed(A, actions[-1].message.failure)
+    assert actions[-1].message.failure.kind == "deadline"
     assert A not in side.sessions.items
 
 
@@ -230,8 +230,8 @@ def test_a_failed_encoding_is_told_once(error):
     side = Side()
     side.bring(A, ENCODING)
     failure = Failure.of(error)
-    assert side.do(EncodeFailed(A, failure)) == [Release(A), TellFailed(A, failure)]
-    assert side.do(EncodeFailed(A, failure)) == []
+    assert side.do(ItemFailed(**ids(A), failure=failure)) == [Release(A), failed(A, failure)]
+    assert side.do(ItemFailed(**ids(A), failure=failure)) == []
     assert side.do(Encoded(A)) == []
     assert side.sessions.is_idle
 

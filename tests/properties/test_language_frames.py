@@ -5,26 +5,22 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from qwen3vl_disagg.protocol.messages import Abort, Ack, Beat, Frame, Nack, Stale
+from qwen3vl_disagg.protocol.messages import Abort, Ack, Assign, Beat, Cancel, Frame, Nack, Stale
 from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING
 from qwen3vl_disagg.protocol.session_events import (
-    Arrived,
-    Assigned,
     BreakLink,
     Consumed,
     Expect,
-    Forget,
     FrameIn,
     LinkDown,
     LinkUp,
-    Lost,
     Recall,
     Returned,
     RowsReady,
     SendFrame,
 )
-from tests.properties.language_side import DEADLINE, Side, bodies, granted, ids
-from tests.properties.session_parts import make_visual
+from tests.properties.language_side import DEADLINE, Side, bodies, granted
+from tests.properties.session_parts import arrived, ids, lost, make_visual
 
 KEY = ("r", 0, 1)
 STATES = [IDLE, "no link", GRANTED, RECEIVING, HELD, DONE]
@@ -91,9 +87,9 @@ BAD_HEADERS = {
 def test_a_header_that_says_something_else_ends_the_attempt(name):
     side = Side()
     side.bring(GRANTED)
-    nack, lost = side.header("r", **BAD_HEADERS[name])
+    nack, news = side.header("r", **BAD_HEADERS[name])
     assert nack.frame.body.reason.startswith(name.split()[0] + ": expected")
-    assert lost == Lost(*KEY, nack.frame.body.reason)
+    assert news == lost(KEY, nack.frame.body.reason)
     assert side.counts() == (5, 3, 0), "its room stays with the item"
     assert side["r", 0].state == IDLE
 
@@ -111,7 +107,7 @@ def test_the_encode_rank_gives_up(state, body):
     if state in (IDLE, DONE):
         assert (actions, state_of(side)) == ([], before)
         return
-    assert actions == [Recall(*KEY)] * (state == HELD) + [Lost(*KEY, "gone")]
+    assert actions == [Recall(*KEY)] * (state == HELD) + [lost(KEY, "gone")]
     assert side["r", 0].state == IDLE
     assert side.counts() == ((0, 0, 1) if state in (RECEIVING, HELD) else (0, 1, 0)), "its room stays with the item"
 
@@ -222,9 +218,9 @@ def test_a_payload_that_breaks_comes_again(received):
 def test_a_payload_that_is_wrong_ends_the_attempt_and_not_the_link():
     side = Side()
     side.bring(RECEIVING)
-    nack, lost = side.payload("r", error="digest")
+    nack, news = side.payload("r", error="digest")
     assert nack.frame.body == Nack(**ids(KEY), reason="digest")
-    assert lost == Lost(*KEY, "digest")
+    assert news == lost(KEY, "digest")
     assert side.counts() == (5, 3, 0), "its room stays with the item"
     assert 0 in side.sessions.links
 
@@ -247,7 +243,7 @@ def test_blocks_of_a_pending_receive_stay_apart_until_it_has_returned(how, end):
     side = Side(blocks=3)
     side.bring(RECEIVING)
     if how == "forgotten":
-        actions = side.do(Forget("r"))
+        actions = side.do(Cancel(request_id="r"))
     elif how == "another attempt":
         actions = side.assign("r", rank=1, attempt=2)
     elif how == "needed again":
@@ -273,7 +269,7 @@ def test_blocks_that_the_engine_may_read_stay_apart_until_it_has_answered(how):
     side = Side(blocks=1)
     side.bring(HELD)
     if how == "forgotten":
-        actions = side.do(Forget("r"))
+        actions = side.do(Cancel(request_id="r"))
     elif how == "another attempt":
         actions = side.assign("r", rank=1, attempt=2)
     else:
@@ -299,7 +295,7 @@ def test_rows_that_were_used_are_recalled_when_the_rest_never_comes(state):
         if state == RECEIVING:
             side.header("r")
         assert side["r", 0].state == state
-        actions = side.do(Forget("r")) if is_over else side.assign("r", rank=1, attempt=2)
+        actions = side.do(Cancel(request_id="r")) if is_over else side.assign("r", rank=1, attempt=2)
         assert [a for a in actions if isinstance(a, Recall)] == [] if is_over else [Recall(*KEY)]
 
 
@@ -313,7 +309,8 @@ def test_an_attempt_that_is_not_newer_changes_nothing(state, attempt):
     before = state_of(side)
     assert side.assign("r", rank=1, attempt=attempt) == []
     assert state_of(side) == before
-    for event in (Assigned("x", 0, 1, 0), Assigned("r", 1, 1, 0), Assigned("r", -1, 9, 0), Forget("x")):
+    others = [("x", 0, 1), ("r", 1, 1), ("r", -1, 9)]
+    for event in (*(Assign(**ids(key), encode_rank=0) for key in others), Cancel(request_id="x")):
         assert side.do(event) == []
     assert state_of(side) == before
 
@@ -370,7 +367,7 @@ def test_a_new_attempt_at_an_item_that_is_here_is_called_off(state):
     actions = side.assign("r", rank=1, attempt=2)
     assert side["r", 0].state == state
     assert not [a for a in actions if isinstance(a, Recall) or (isinstance(a, SendFrame) and granted([a]))]
-    assert Arrived("r", 0, 2) in actions, "the router waits for this attempt"
+    assert arrived(("r", 0, 2)) in actions, "the router waits for this attempt"
 
 
 def test_the_last_rows_are_acknowledged_over_the_link_that_is_there():

@@ -7,23 +7,19 @@ from dataclasses import replace
 
 import pytest
 
-from qwen3vl_disagg.protocol.messages import Abort, Ack, Beat, Frame, Grant, HeaderOk, Resume
+from qwen3vl_disagg.protocol.messages import Abort, Ack, Beat, Cancel, Frame, Grant, HeaderOk, Resume
 from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING
 from qwen3vl_disagg.protocol.session_events import (
-    Arrived,
     BreakLink,
     Consumed,
-    Expired,
-    Forget,
-    Lost,
     Recall,
     Receive,
     RowsReady,
     SendFrame,
     Tick,
 )
-from tests.properties.language_side import DEADLINE, SIZES, Side, bodies, granted, ids
-from tests.properties.session_parts import LIMITS, make_visual
+from tests.properties.language_side import DEADLINE, SIZES, Side, bodies, granted
+from tests.properties.session_parts import LIMITS, arrived, ids, lost, make_visual
 
 # ---- one item from beginning to end ----
 
@@ -64,11 +60,11 @@ def test_an_item_larger_than_the_pool_comes_in_parts():
     side.receive("r")
     [last] = bodies(side.consume("r"))
     assert (last.row_start, last.row_stop, last.row_runs) == (4, 5, [1])
-    assert side.receive("r")[1:] == [RowsReady(*key, 4, 5), Arrived(*key)]
+    assert side.receive("r")[1:] == [RowsReady(*key, 4, 5), arrived(key)]
     assert side.consume("r") == []
     assert side["r", 0].state == DONE
     assert side.sessions.allocator.is_idle
-    assert side.do(Forget("r")) == []
+    assert side.do(Cancel(request_id="r")) == []
     assert side.sessions.is_idle
 
 
@@ -164,10 +160,10 @@ def test_an_item_without_a_link_is_given_up_after_a_while(received):
     assert side.counts("slots")[1] == 1, "its room stays with the item"
     assert side.tick(LIMITS.suspend_s - 0.1) == []
     recall = [Recall("r", 0, 1)] if received else []
-    assert side.tick(0.2) == [*recall, Lost("r", 0, 1, "no link to encode rank 0", dead_epoch=1)]
+    assert side.tick(0.2) == [*recall, lost(("r", 0, 1), "no link to encode rank 0", dead_epoch=1)]
     assert side["r", 0].state == IDLE
     assert side.counts("slots")[1] == 1
-    side.do(Forget("r"))
+    side.do(Cancel(request_id="r"))
     assert side.sessions.allocator.is_idle
 
 
@@ -186,9 +182,9 @@ def test_a_grant_that_nobody_answers_is_taken_back():
     side = Side()
     side.bring(GRANTED)
     assert side.tick(LIMITS.grant_s - 0.1) == []
-    abort, lost = side.tick(0.2)
+    abort, news = side.tick(0.2)
     assert abort.frame.body == Abort(**ids(("r", 0, 1)), reason="no header came")
-    assert lost == Lost("r", 0, 1, "no header came")
+    assert news == lost(("r", 0, 1), "no header came")
     assert side.counts() == (5, 3, 0), "its room stays with the item"
 
 
@@ -210,7 +206,7 @@ def test_a_request_that_takes_too_long_is_forgotten(state):
     side.bring(state)
     side["r", 0].deadline = math.inf  # its own deadline would come first
     actions = side.tick(DEADLINE)
-    assert actions[-1] == Expired("r")
+    assert (actions[-1].message.request_id, actions[-1].message.failure.kind) == ("r", "deadline")
     assert [a.reason for a in bodies(actions)] == (["the request is over"] if state in (GRANTED, RECEIVING) else [])
     assert side.sessions.requests == {}
     assert side.sessions.is_idle == (state not in (RECEIVING, HELD))

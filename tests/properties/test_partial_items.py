@@ -8,15 +8,11 @@ import pytest
 
 from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.encode_sessions import PARKED
-from qwen3vl_disagg.protocol.messages import Abort, Grant, Nack, Resume, Room
+from qwen3vl_disagg.protocol.messages import Abort, Assign, Cancel, Grant, Nack, Resume, Room
 from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, Session, fits_whole
 from qwen3vl_disagg.protocol.session_events import (
-    Arrived,
-    Assigned,
     Encoded,
     Expect,
-    Forget,
-    Lost,
     Recall,
     Release,
     Returned,
@@ -24,10 +20,11 @@ from qwen3vl_disagg.protocol.session_events import (
     SendHeader,
     SendPayload,
     StartEncode,
+    Tell,
 )
 from tests.properties import encode_side
-from tests.properties.language_side import DEADLINE, SIZES, Side, bodies, granted, ids
-from tests.properties.session_parts import make_visual
+from tests.properties.language_side import DEADLINE, SIZES, Side, bodies, granted
+from tests.properties.session_parts import arrived, ids, lost, make_visual
 
 KEY = ("r", 0, 1)
 
@@ -77,7 +74,7 @@ def test_rows_below_the_first_needed_are_not_asked_for():
     assert type(resume) is Resume
     side.receive("r")
     side.consume("r")
-    assert side.receive("r")[1:] == [RowsReady(*KEY, 7, 8), Arrived(*KEY)]
+    assert side.receive("r")[1:] == [RowsReady(*KEY, 7, 8), arrived(KEY)]
     side.consume("r")
     assert side.sessions.allocator.is_idle
 
@@ -120,7 +117,7 @@ def test_a_lost_attempt_begins_again_at_the_first_needed_row(state, body):
     if state == "consumed":
         side.consume("r")
     actions = side.frame(0, body(**ids(KEY), reason="gone"))
-    assert actions == [Recall(*KEY)] * (state in (HELD, "consumed")) + [Lost(*KEY, "gone")]
+    assert actions == [Recall(*KEY)] * (state in (HELD, "consumed")) + [lost(KEY, "gone")]
     assert (side["r", 0].received, side["r", 0].first) == (3, 3)
     actions = side.assign("r", attempt=2, rank=1)
     if state == RECEIVING:
@@ -191,9 +188,9 @@ def test_an_attempt_at_an_item_that_is_not_lacking_is_sent_back():
     side = Side()
     expect(side, [4], [])
     assert side["r", 0].state == DONE
-    assert side.assign("r", attempt=3) == [Arrived("r", 0, 3)]
+    assert side.assign("r", attempt=3) == [arrived(("r", 0, 3))]
     assert side["r", 0].state == DONE
-    assert side.do(Forget("r")) == []
+    assert side.do(Cancel(request_id="r")) == []
     assert side.sessions.is_idle
 
 
@@ -234,7 +231,7 @@ def test_a_request_that_gives_up_what_it_had_begins_anew(state, first):
     bring(side, state)
     actions = expect(side, [6], [0] if first < 6 else [], [first] if first < 6 else [])
     is_held, is_under_way = state in (HELD, "all held"), state not in (IDLE, "all held", DONE)
-    assert [a for a in actions if isinstance(a, Arrived)] == [Arrived(*KEY)] * is_under_way
+    assert [a for a in actions if isinstance(a, Tell)] == [arrived(KEY)] * is_under_way
     aborts = [b for b in bodies(actions, 0) if isinstance(b, Abort)]
     assert [b.attempt for b in aborts] == [1] * (is_under_way and state != "no link")
     assert [a for a in actions if isinstance(a, Recall)] == [Recall(*KEY)] * is_held
@@ -243,7 +240,7 @@ def test_a_request_that_gives_up_what_it_had_begins_anew(state, first):
     assert (session.first, session.received) == (first, first)
     assert side.counts("rows")[2] == (is_held or state == RECEIVING), "somebody may still write or read"
     if state == "waiting":
-        side.do(Forget("s"))
+        side.do(Cancel(request_id="s"))
     if state == "no link":
         side.up(0)
     if state == RECEIVING:
@@ -252,7 +249,7 @@ def test_a_request_that_gives_up_what_it_had_begins_anew(state, first):
         side.do(Returned(*KEY))
     assert side.sessions.allocator.is_idle
     if first < 6:
-        seen = all_grants(side, side.do(Assigned("r", 0, 2, 1)), rank=1, attempt=2)
+        seen = all_grants(side, side.do(Assign(request_id="r", item=0, attempt=2, encode_rank=1)), rank=1, attempt=2)
         assert seen[0].row_start == first
         assert [b.row_start for b in seen] == list(range(first, 6, 2))
         assert (seen[0].deepstack_start, seen[0].deepstack_stop) == (first, 6)

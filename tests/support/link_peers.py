@@ -23,7 +23,9 @@ from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.protocol.messages import (
     Abort,
     Ack,
+    Assign,
     Beat,
+    Cancel,
     Frame,
     Grant,
     HeaderOk,
@@ -34,7 +36,7 @@ from qwen3vl_disagg.protocol.messages import (
     Refused,
     Room,
 )
-from qwen3vl_disagg.protocol.session_events import Assigned, Expect, Forget, SessionLimits
+from qwen3vl_disagg.protocol.session_events import Expect, SessionLimits
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.transport.control import Connection, ConnectionLost, connect_link
 from qwen3vl_disagg.transport.links import InProcessLink, Link, in_process_links
@@ -142,7 +144,7 @@ class Language:
         if attempt == 1:
             self.server.handle(Expect(name, [VISUAL] * num_items, items, time.monotonic() + timeout_s))
         for item in items:
-            self.server.handle(Assigned(name, item, attempt, encode_rank))
+            self.server.handle(Assign(request_id=name, item=item, attempt=attempt, encode_rank=encode_rank))
 
     async def has_rows(self, name: str, encoded: EncodedItem) -> int:
         """They are there, with these bits; the attempt that they came with."""
@@ -174,7 +176,7 @@ async def language(*, blocks: int = 2, limits: SessionLimits = LIMITS) -> AsyncI
     try:
         yield it
         for name in list(server.sessions.requests):
-            server.handle(Forget(name))
+            server.handle(Cancel(request_id=name))
         await until(lambda: not system.leftovers(), WAIT_S, system.leftovers)
     finally:
         await server.close()

@@ -27,16 +27,24 @@ from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.media.images import probe_image
 from qwen3vl_disagg.processing import ImageProcessor
 from qwen3vl_disagg.processing.images import PixelSettings
-from qwen3vl_disagg.protocol.messages import Blob, LinksUp, Message, Peers, Pull, RankHello, Welcome
+from qwen3vl_disagg.protocol.messages import (
+    Assign,
+    Blob,
+    Cancel,
+    ItemLost,
+    ItemReceived,
+    LinksUp,
+    Message,
+    Peers,
+    Pull,
+    RankHello,
+    RequestFailed,
+    Welcome,
+)
 from qwen3vl_disagg.protocol.session_events import (
-    Arrived,
-    Assigned,
     Attempt,
     Consumed,
     Expect,
-    Expired,
-    Forget,
-    Lost,
     Recall,
     Returned,
     SessionLimits,
@@ -171,16 +179,24 @@ class Engine:
         self.deliveries: list[Delivery] = []
         """What was consumed."""
         self.parts: dict[Attempt, list[Tensor]] = {}
-        self.arrived: list[Arrived] = []
-        self.lost: list[Lost] = []
+        self.arrived: list[ItemReceived] = []
+        self.lost: list[ItemLost] = []
         self.recalls: list[Recall] = []
-        self.expired: list[Expired] = []
+        self.expired: list[RequestFailed] = []
         self.shortages: list[bool] = []
-        self.on_loss: Callable[[Lost], None] = self.lost.append
+        self.on_loss: Callable[[ItemLost], None] = self.lost.append
         links.on_rows, links.on_recall = self._rows, self._recall
-        links.on_arrived, links.on_expired = self.arrived.append, self.expired.append
         links.on_short_of_room = self.shortages.append
-        links.on_lost = lambda lost: self.on_loss(lost)
+        links.on_tell = self._hear
+
+    def _hear(self, message: Message) -> None:
+        """What the router would."""
+        if isinstance(message, ItemLost):
+            self.on_loss(message)
+        elif isinstance(message, RequestFailed):
+            self.expired.append(message)
+        elif isinstance(message, ItemReceived):
+            self.arrived.append(message)
 
     def _rows(self, delivery: Delivery) -> None:
         self.held.append(delivery)
@@ -294,15 +310,15 @@ class System:
 
     def assign(self, request_id: str, item: int = 0, attempt: int = 1, *, encode_rank: int = 0) -> None:
         """What the router says of an item."""
-        self.links.handle(Assigned(request_id, item, attempt, encode_rank))
+        self.links.handle(Assign(request_id=request_id, item=item, attempt=attempt, encode_rank=encode_rank))
 
-    def retry(self, lost: Lost) -> None:
+    def retry(self, lost: ItemLost) -> None:
         """For `engine.on_loss`: the router tries again."""
         self.engine.lost.append(lost)
         self.assign(lost.request_id, lost.item, lost.attempt + 1)
 
     def cancel(self, request_id: str) -> None:
-        self.links.handle(Forget(request_id))
+        self.links.handle(Cancel(request_id=request_id))
 
     async def check(self, request_id: str, *images: bytes, timeout: float = 20) -> list[Delivery]:
         """All items of a request arrive with the right bits; then it is over. The last delivery of each."""
@@ -311,7 +327,7 @@ class System:
             rows, delivery = await self.engine.item(request_id, item, timeout)
             assert torch.equal(rows, expect_rows(data)), f"{request_id}/{item} has other rows"
             last.append(delivery)
-        self.links.handle(Forget(request_id))
+        self.links.handle(Cancel(request_id=request_id))
         return last
 
     def leftovers(self) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import time
 import msgspec
 import pytest
 
-from qwen3vl_disagg.protocol.messages import Abort, Ack, Frame, Goodbye, Grant, HeaderOk, Nack, Resume, Stale
-from qwen3vl_disagg.protocol.session_events import Consumed, Forget
+from qwen3vl_disagg.protocol.messages import Abort, Ack, Cancel, Frame, Goodbye, Grant, HeaderOk, Nack, Resume, Stale
+from qwen3vl_disagg.protocol.session_events import Consumed
 from qwen3vl_disagg.transport.control import ConnectionLost
 from tests.support.link_peers import language, make_grant
 from tests.support.link_scenarios import CONFIG, LIMITS, run, until
@@ -129,7 +129,7 @@ def test_a_request_cancelled_in_mid_payload_gives_nothing_and_leaves_nothing():
             encoded = make_encoded(CONFIG)
             await peer.say(encoded.header(grant))
             await peer.hear(HeaderOk)
-            it.server.handle(Forget("a"))
+            it.server.handle(Cancel(request_id="a"))
             await peer.hear(Abort)
             await asyncio.sleep(0.1)
             assert it.counts() == (0, 0, 2), "not in quarantine"
@@ -172,7 +172,7 @@ def test_blocks_of_a_payload_under_way_are_not_given_to_others_when_its_link_die
             peer.control.abort()
             again = await it.connect(0)
             it.expect("b")
-            it.server.handle(Forget("a"))
+            it.server.handle(Cancel(request_id="a"))
             assert it.counts() == (0, 0, 2), "not in quarantine"
             assert (await again.hear(Abort)).request_id == "a"
             started = time.monotonic()
@@ -334,7 +334,7 @@ def test_closing_while_a_payload_is_under_way_waits_for_nobody_and_keeps_its_blo
             await it.server.close()
             assert time.monotonic() - started < 0.4
             assert isinstance(await peer.control.receive(1), Goodbye)
-            it.server.handle(Forget("a"))
+            it.server.handle(Cancel(request_id="a"))
             assert it.counts() == (0, 0, 2), "not in quarantine"
 
     run(scenario)
@@ -350,7 +350,7 @@ def test_a_payload_that_was_given_up_before_its_turn_leaves_nothing():
                 grants[name] = await peer.hear(Grant)
                 await peer.say(encoded.header(grants[name]))
                 await peer.hear(HeaderOk)
-            it.server.handle(Forget("b"))
+            it.server.handle(Cancel(request_id="b"))
             await peer.hear(Abort)
             for grant in grants.values():
                 peer.link.send(encoded.payload(grant), 1)
@@ -372,7 +372,7 @@ def test_what_the_engine_answers_at_once_is_said_after_what_was_decided_before()
             await peer.deliver(held)
             await until(lambda: it.engine.held)
             it.server.handle(
-                Forget("a")
+                Cancel(request_id="a")
             )  # frees one item's blocks at once, the other's when the engine gives them back
             assert (await peer.hear(Abort)).item == 1
             assert [(await peer.hear(Grant)).request_id for _ in "bc"] == ["b", "c"]

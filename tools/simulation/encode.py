@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
-from qwen3vl_disagg.core.errors import Failure, InputError, ServerError
+from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, ServerError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.encode_sessions import PARKED, EncodeSessions
 from qwen3vl_disagg.protocol.messages import (
@@ -30,7 +30,6 @@ from qwen3vl_disagg.protocol.session_events import (
     BreakLink,
     Encoded,
     EncodeEvent,
-    EncodeFailed,
     FrameIn,
     LinkDown,
     LinkUp,
@@ -40,7 +39,7 @@ from qwen3vl_disagg.protocol.session_events import (
     SendHeader,
     SendPayload,
     StartEncode,
-    TellFailed,
+    Tell,
     Tick,
 )
 from tools.simulation import checks, progress_checks
@@ -81,7 +80,7 @@ class SimEncode:
             SendHeader: self._send_header,
             SendPayload: self._send_payload,
             Release: self._release,
-            TellFailed: self._tell_failed,
+            Tell: self._tell,
         }
         self._event: EncodeEvent = Tick()
 
@@ -144,10 +143,10 @@ class SimEncode:
             return
         self._end_work(attempt, is_well=digest != "bad")
         if digest == "bad":
-            self.handle(EncodeFailed(attempt, Failure.of(InputError("not an image"))))
+            self._fail(attempt, InputError("not an image"))
         elif self.world.happens("allocation"):
             self.count_states("allocation")
-            self.handle(EncodeFailed(attempt, Failure.of(ServerError("out of memory"))))
+            self._fail(attempt, ServerError("out of memory"))
         else:
             self.tell(Decoded(request_id=attempt[0], item=attempt[1], attempt=attempt[2]))
             self.encoded.add(attempt)
@@ -202,9 +201,12 @@ class SimEncode:
         for table in (self.visuals, self.lease_until, self.num_steps, self.request_ends):
             table.pop(attempt, None)
 
-    def _tell_failed(self, action: TellFailed) -> None:
-        request_id, item, number = action.attempt
-        self.tell(ItemFailed(request_id=request_id, item=item, attempt=number, failure=action.failure))
+    def _fail(self, attempt: Attempt, error: DisaggError) -> None:
+        request_id, item, number = attempt
+        self.handle(ItemFailed(request_id=request_id, item=item, attempt=number, failure=Failure.of(error)))
+
+    def _tell(self, action: Tell) -> None:
+        self.tell(action.message)
 
     # ---- links ----
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from qwen3vl_disagg.core.requests import RequestTimings, VisualItem
 from qwen3vl_disagg.protocol.allocator import Lease
-from qwen3vl_disagg.protocol.messages import Finished, NeedItems, Submit, Tokens
-from qwen3vl_disagg.protocol.session_events import Attempt, Consumed, Expect, Forget, Recall, Returned
+from qwen3vl_disagg.protocol.messages import Cancel, Finished, NeedItems, Submit, Tokens
+from qwen3vl_disagg.protocol.session_events import Attempt, Consumed, Expect, Recall, Returned
 from tools.simulation import checks
 
 MAX_RUNNING = 3
@@ -103,7 +103,7 @@ class SimEngine:
 
     def forget(self, request_id: str) -> None:
         self.cancel(request_id)
-        self.rank.handle(Forget(request_id))
+        self.rank.handle(Cancel(request_id=request_id))
 
     def provide(self, window: Window) -> None:
         self._command(self._take_rows, window)
@@ -137,7 +137,7 @@ class SimEngine:
     def _finished(self, request_id: str) -> None:
         self.rank.tell(Finished(request_id=request_id, finish_reason="length", timings=RequestTimings()))
         del self.requests[request_id]
-        self.rank.handle(Forget(request_id))
+        self.rank.handle(Cancel(request_id=request_id))
 
     # ---- the engine: what it is told ----
 

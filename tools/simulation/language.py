@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen3vl_disagg.core.errors import Failure, late
 from qwen3vl_disagg.protocol import layout
 from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
@@ -14,29 +13,25 @@ from qwen3vl_disagg.protocol.messages import (
     Cancel,
     Frame,
     ItemLost,
-    ItemReceived,
     Message,
     RequestFailed,
     Room,
     Submit,
 )
 from qwen3vl_disagg.protocol.session_events import (
-    Arrived,
-    Assigned,
     Attempt,
     BreakLink,
     Expect,
-    Expired,
     FrameIn,
     LanguageEvent,
     LinkDown,
     LinkUp,
-    Lost,
     PayloadEnd,
     Recall,
     Receive,
     RowsReady,
     SendFrame,
+    Tell,
     Tick,
 )
 from tools.simulation import checks, progress_checks
@@ -87,9 +82,7 @@ class SimLanguage:
             Receive: self._receive,
             RowsReady: self._rows_ready,
             Recall: self._recall,
-            Arrived: self._arrived,
-            Lost: self._lost,
-            Expired: self._expired,
+            Tell: self._tell,
         }
 
     # ---- sessions ----
@@ -210,26 +203,14 @@ class SimLanguage:
         self.progress.pop((action.request_id, action.item), None)
         self.world.at(0.0, self, self.engine.recall, action)
 
-    def _arrived(self, action: Arrived) -> None:
-        self.tell(ItemReceived(request_id=action.request_id, item=action.item, attempt=action.attempt))
-
-    def _lost(self, action: Lost) -> None:
-        self._jobs.pop((action.request_id, action.item, action.attempt), None)
-        self.progress.pop((action.request_id, action.item), None)
-        if action.request_id in self.engine.requests:
-            self.tell(
-                ItemLost(
-                    request_id=action.request_id,
-                    item=action.item,
-                    attempt=action.attempt,
-                    reason=action.reason,
-                    dead_epoch=action.dead_epoch,
-                )
-            )
-
-    def _expired(self, action: Expired) -> None:
-        self.engine.cancel(action.request_id)
-        self.tell(RequestFailed(request_id=action.request_id, failure=Failure.of(late())))
+    def _tell(self, action: Tell) -> None:
+        match message := action.message:
+            case ItemLost():
+                self._jobs.pop((message.request_id, message.item, message.attempt), None)
+                self.progress.pop((message.request_id, message.item), None)
+            case RequestFailed():
+                self.engine.cancel(message.request_id)
+        self.tell(message)
 
     # ---- links ----
 
@@ -293,9 +274,7 @@ class SimLanguage:
         if isinstance(message, Submit):
             self.engine.submit(message)
         elif isinstance(message, Assign):
-            self.handle(
-                Assigned(message.request_id, message.item, message.attempt, message.encode_rank, message.is_alone)
-            )
+            self.handle(message)
         elif isinstance(message, Cancel):
             self.engine.forget(message.request_id)
 

@@ -185,8 +185,8 @@ def _() -> Iterator[None]:
 
 @mutant("failure-is-not-told", "I11", "the router does not hear that an item could not be encoded", stands_for="F10")
 def _() -> Iterator[None]:
-    def silent(self: EncodeSessions, failed: Any, now: float) -> None:
-        self._end(failed.attempt)
+    def silent(self: EncodeSessions, attempt: Any, failure: Any, now: float) -> None:
+        self._end(attempt)
         self._fill_places(now)
 
     with swap(EncodeSessions, "_fail", silent):

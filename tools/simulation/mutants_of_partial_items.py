@@ -12,9 +12,9 @@ from qwen3vl_disagg.protocol import session as session_module
 from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.layout import RowSizes
-from qwen3vl_disagg.protocol.messages import Resume
+from qwen3vl_disagg.protocol.messages import ItemReceived, Resume
 from qwen3vl_disagg.protocol.session import IDLE, Session
-from qwen3vl_disagg.protocol.session_events import Arrived, Expect
+from qwen3vl_disagg.protocol.session_events import Expect, Tell
 from tools.simulation import encode as sim_encode
 from tools.simulation.engine import SimEngine, Window
 from tools.simulation.mutants import method, mutant, swap
@@ -130,13 +130,17 @@ def _() -> Iterator[None]:
         yield
 
 
+def is_received(action: Any) -> bool:
+    return isinstance(action, Tell) and isinstance(action.message, ItemReceived)
+
+
 @mutant("given-up-attempt-is-not-told", "I11", "the router still counts on an attempt that its request gave up")
 def _() -> Iterator[None]:
     expect = method(LanguageSessions, "_expect")
 
     def silent(self: LanguageSessions, event: Expect, now: float) -> None:
         expect(self, event, now)
-        self._actions = [action for action in self._actions if type(action) is not Arrived]
+        self._actions = [action for action in self._actions if not is_received(action)]
 
     with swap(LanguageSessions, "_expect", silent):
         yield
