@@ -113,7 +113,7 @@ def run() -> list[Step]:
                     parts.append(f"rows {grant.row_start}..{grant.row_stop - 1}")
                     steps.append(Step("encode", "language", " + ".join(parts), is_payload=True))
                     events.append((encode, PayloadSent(1, 1, ("r", 0, 1))))
-                    events.append((language, PayloadEnd(0, 1, "r", 0, 1)))
+                    events.append((language, PayloadEnd("r", 0, 1, 0, 1)))
                 case RowsReady():
                     text = f"prefill rows {action.start}..{action.stop - 1}; then their blocks are free again"
                     steps.append(Step("language", "language", text))

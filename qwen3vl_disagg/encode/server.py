@@ -172,7 +172,7 @@ class EncodeServer:
         if link is None:
             return
         grant = action.grant
-        attempt = (grant.request_id, grant.item, grant.attempt)
+        attempt = grant.key
         try:
             link.post(Frame(epoch=action.epoch, seq=action.seq, body=self._encoded[attempt].header(grant)))
             fault_point("header-sent")
@@ -182,7 +182,7 @@ class EncodeServer:
 
     def _send_payload(self, action: SendPayload) -> None:
         grant = action.grant
-        attempt = (grant.request_id, grant.item, grant.attempt)
+        attempt = grant.key
         link = self._links.get(action.language_rank, action.epoch)
         if link is None:
             return

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import msgspec
 import torch.distributed as dist
 
 from qwen3vl_disagg.cluster.registry import Fingerprint, check_fingerprint
@@ -201,7 +202,7 @@ class LinkServer:
             case Receive():
                 self._start_receiving(action)
             case RowsReady():
-                self.on_rows(self._receiver.delivery((action.request_id, action.item, action.attempt)))
+                self.on_rows(self._receiver.delivery(action.key))
             case BreakLink():
                 link = self._links.get((action.peer, action.epoch))
                 if link is not None:
@@ -236,9 +237,9 @@ class LinkServer:
     def _start_receiving(self, job: Receive) -> None:
         grant = job.grant
         link = self._links.get((job.encode_rank, job.epoch))
-        ends = PayloadEnd(job.encode_rank, job.epoch, grant.request_id, grant.item, grant.attempt)
+        ends = PayloadEnd(*grant.key, job.encode_rank, job.epoch)
         if link is None:
-            self.handle(PayloadEnd(*_ids(ends), "the link is gone", True))
+            self.handle(msgspec.structs.replace(ends, error="the link is gone", is_broken=True))
             return
         work = asyncio.get_running_loop().run_in_executor(link.thread, self._receive, link.payload, job)
         work.add_done_callback(lambda done: self._received(ends, done))
@@ -252,7 +253,7 @@ class LinkServer:
 
     def _received(self, ends: PayloadEnd, done: asyncio.Future) -> None:
         self._end_receive(ends, done)
-        attempt = (ends.request_id, ends.item, ends.attempt)
+        attempt = ends.key
         if self.sessions.find(*attempt) is None:  # given up meanwhile, and forgotten before this was remembered
             self._receiver.forget_attempt(attempt)
 
@@ -261,7 +262,8 @@ class LinkServer:
         if error is not None:
             # Whatever is not about the rows themselves leaves the stream of payloads in an unknown place.
             is_broken = not isinstance(error, TransferError) or isinstance(error, LinkBroken)
-            self.handle(PayloadEnd(*_ids(ends), str(error) or type(error).__name__, is_broken))
+            reason = str(error) or type(error).__name__
+            self.handle(msgspec.structs.replace(ends, error=reason, is_broken=is_broken))
             return
         self.handle(ends)
 
@@ -320,7 +322,3 @@ class LinkServer:
             link.payload.close()
             link.thread.shutdown(wait=False)
             self.handle(LinkDown(link.encode_rank, link.epoch, reason))
-
-
-def _ids(ends: PayloadEnd) -> tuple[int, int, str, int, int]:
-    return ends.encode_rank, ends.epoch, ends.request_id, ends.item, ends.attempt

@@ -251,7 +251,7 @@ class LanguageRank:
 
         def restart(engine: Engine) -> None:
             engine.restart_item(recall.request_id, recall.item)
-            returned(Returned(recall.request_id, recall.item, recall.attempt))
+            returned(Returned(*recall.key))
 
         self._engine.post(restart)
 

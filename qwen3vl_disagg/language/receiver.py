@@ -60,7 +60,7 @@ class Receiver:
         LinkBroken if the payload does not come, TransferError if it is not what was announced.
         """
         started = time.monotonic()
-        attempt, grant = (job.grant.request_id, job.grant.item, job.grant.attempt), job.grant
+        attempt, grant = job.grant.key, job.grant
         item = self._begin(attempt, job)
         views, deepstack_views, row_views = self._views(job)
         arriving = link.receive(views, timeout)

@@ -121,7 +121,7 @@ class LocalTransfer:
         self._to_language(Consumed(request_id, item, attempt, rows))
 
     def returned(self, recall: Recall) -> None:
-        self._to_language(Returned(recall.request_id, recall.item, recall.attempt))
+        self._to_language(Returned(*recall.key))
 
     def forget(self, request_id: str) -> None:
         """The request is over."""
@@ -160,7 +160,7 @@ class LocalTransfer:
             case Receive():
                 self._todo.append(lambda: self._receive(action))  # after the answer that makes the other end send
             case RowsReady():
-                attempt = (action.request_id, action.item, action.attempt)
+                attempt = action.key
                 self._outcomes.append(self.receiver.delivery(attempt))
             case Recall():
                 self._outcomes.append(action)
@@ -176,16 +176,16 @@ class LocalTransfer:
                     self._todo.append(self._encode)
                 self._to_start.append(action.attempt)
             case SendHeader():
-                header = self._encoded[_attempt_of(action)].header(action.grant)
+                header = self._encoded[action.grant.key].header(action.grant)
                 frame = Frame(epoch=action.epoch, seq=action.seq, body=header)
                 self._to_language(FrameIn(_ENCODE_RANK, frame))
             case SendPayload():
-                self._link.send(self._encoded[_attempt_of(action)].item.payload(action.grant), _TIMEOUT_S)
-                self._to_encode(PayloadSent(_LANGUAGE_RANK, _EPOCH, _attempt_of(action)))
+                self._link.send(self._encoded[action.grant.key].item.payload(action.grant), _TIMEOUT_S)
+                self._to_encode(PayloadSent(_LANGUAGE_RANK, _EPOCH, action.grant.key))
             case Release():
                 self._release(action.attempt)
             case Tell(ItemFailed() as failed):
-                attempt = (failed.request_id, failed.item, failed.attempt)
+                attempt = failed.key
                 error = self._errors.pop(attempt, None) or failed.failure.error()
                 self._outcomes.append(ItemError(failed.request_id, failed.item, error))
 
@@ -245,14 +245,9 @@ class LocalTransfer:
             self._to_encode(ItemFailed(request_id=request_id, item=item, attempt=number, failure=Failure.of(known)))
 
     def _receive(self, job: Receive) -> None:
-        grant, error = job.grant, None
+        error = None
         try:
             self.receiver.receive(self._link, job, _TIMEOUT_S)
         except TransferError as failure:
             error = str(failure)
-        end = (grant.request_id, grant.item, grant.attempt, error)
-        self._to_language(PayloadEnd(job.encode_rank, job.epoch, *end))
-
-
-def _attempt_of(action: SendHeader | SendPayload) -> Attempt:
-    return action.grant.request_id, action.grant.item, action.grant.attempt
+        self._to_language(PayloadEnd(*job.grant.key, job.encode_rank, job.epoch, error))

@@ -224,7 +224,7 @@ class EncodeSessions:
             self._fill_places(now)
 
     def _encode_failed(self, event: ItemFailed, now: float) -> None:
-        item = self.items.get((event.request_id, event.item, event.attempt))
+        item = self.items.get(event.key)
         if item is not None and item.state == ENCODING:
             self._fail(item.attempt, event.failure, now)
 
@@ -266,7 +266,7 @@ class EncodeSessions:
 
     def _granted(self, outlet: _Outlet, grant: Grant, now: float) -> None:
         """A new attempt ends those before it. One that is here was granted over a link that is gone."""
-        attempt = (grant.request_id, grant.item, grant.attempt)
+        attempt = grant.key
         if attempt in self.items:
             self._grant_again(outlet, self.items[attempt], grant, now)
             return
@@ -280,7 +280,7 @@ class EncodeSessions:
         self._fill_places(now)
 
     def _resumed(self, outlet: _Outlet, resume: Resume, now: float) -> None:
-        attempt = (resume.request_id, resume.item, resume.attempt)
+        attempt = resume.key
         if attempt in self.items:
             self._grant_again(outlet, self.items[attempt], resume, now)
             return
@@ -294,7 +294,7 @@ class EncodeSessions:
                 self._make_ready(item, now)
 
     def _header_ok(self, outlet: _Outlet, message: HeaderOk, now: float) -> None:
-        attempt = (message.request_id, message.item, message.attempt)
+        attempt = message.key
         if outlet.turn != attempt:
             return
         item = self.items.get(attempt)
@@ -320,7 +320,7 @@ class EncodeSessions:
         self._next_turn(outlet, event.attempt, now)
 
     def _acknowledged(self, outlet: _Outlet, message: Ack, now: float) -> None:
-        attempt = (message.request_id, message.item, message.attempt)
+        attempt = message.key
         item = self.items.get(attempt)
         if item is None or item.language_rank != outlet.state.peer or not item.is_encoded:
             return
@@ -332,7 +332,7 @@ class EncodeSessions:
             self._park(item, now)
 
     def _given_up(self, outlet: _Outlet, message: Nack | Abort, now: float) -> None:
-        attempt = (message.request_id, message.item, message.attempt)
+        attempt = message.key
         item = self.items.get(attempt)
         if item is not None and item.language_rank == outlet.state.peer:
             if type(message) is Nack and item.state == HEADER and outlet.turn == attempt:

@@ -341,7 +341,7 @@ class LanguageSessions:
         self._actions.append(job)
 
     def _given_up(self, link: LinkState, message: Nack | Abort, now: float) -> None:
-        session = self.find(message.request_id, message.item, message.attempt)
+        session = self.find(*message.key)
         if session is not None and session.encode_rank == link.peer and session.received < session.total:
             self._lose(session, message.reason, now)
             self._give_room(now)
@@ -352,9 +352,9 @@ class LanguageSessions:
                 self._break_if_current(event, now)
             self._give_room(now)
             return
-        session = self.find(event.request_id, event.item, event.attempt)
+        session = self.find(*event.key)
         if session is None or session.state != RECEIVING or session.grant is None:
-            raise ValueError(f"nothing is being received for {(event.request_id, event.item, event.attempt)}")
+            raise ValueError(f"nothing is being received for {event.key}")
         link = self.links.get(session.encode_rank)  # possibly a newer one than the payload came over
         if event.error is None:
             start, session.received = session.received, session.grant.row_stop
@@ -389,7 +389,7 @@ class LanguageSessions:
     # ---- the engine ----
 
     def _consumed(self, event: Consumed, now: float) -> None:
-        session = self.find(event.request_id, event.item, event.attempt)
+        session = self.find(*event.key)
         if session is None or session.state != HELD or event.rows < session.received:
             return
         if session.room is not None:
@@ -410,6 +410,6 @@ class LanguageSessions:
 
     def _is_back(self, where: Leases, event: PayloadEnd | Returned) -> bool:
         """End the quarantine that this event ends, if there is one."""
-        request, key = self.requests.get(event.request_id), (event.request_id, event.item, event.attempt)
+        request, key = self.requests.get(event.request_id), event.key
         session = None if request is None else request.sessions[event.item]
         return end_quarantine(where, key, session, self.allocator)

@@ -26,6 +26,22 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Base: the struct's name is its tag on the wire."""
 
 
+Attempt = tuple[str, int, int]
+"""request id, item, attempt"""
+
+
+class OfAttempt(Message, frozen=True):
+    """About one try at one item."""
+
+    request_id: str
+    item: int
+    attempt: int
+
+    @property
+    def key(self) -> Attempt:
+        return self.request_id, self.item, self.attempt
+
+
 # ---- on both kinds of connection ----
 
 
@@ -77,20 +93,13 @@ class Leaving(Message, frozen=True):
     """An encode rank wants to go: no new items. The answer is `Stop`, when nothing of it is needed any more."""
 
 
-class Decoded(Message, frozen=True):
+class Decoded(OfAttempt, frozen=True):
     """The item's bytes are a good image or clip: a streamed answer may begin."""
 
-    request_id: str
-    item: int
-    attempt: int
 
-
-class ItemFailed(Message, frozen=True):
+class ItemFailed(OfAttempt, frozen=True):
     """An encode rank gives an item up; unless the failure is final, another one may try."""
 
-    request_id: str
-    item: int
-    attempt: int
     failure: Failure
 
 
@@ -118,25 +127,18 @@ class NeedItems(Message, frozen=True):
     first_rows: list[int] = []
 
 
-class ItemLost(Message, frozen=True):
+class ItemLost(OfAttempt, frozen=True):
     """A transfer to a language rank failed; the item has to be assigned again.
 
     `dead_epoch`: the link of that epoch, and of all earlier ones, is gone; 0 when the link itself is sound.
     """
 
-    request_id: str
-    item: int
-    attempt: int
     reason: str
     dead_epoch: int = 0
 
 
-class ItemReceived(Message, frozen=True):
+class ItemReceived(OfAttempt, frozen=True):
     """Nothing more is needed of an attempt: all rows arrived and were checked, or its request gave up what it had."""
-
-    request_id: str
-    item: int
-    attempt: int
 
 
 class Tokens(Message, frozen=True):
@@ -190,15 +192,12 @@ class Submit(Message, frozen=True):
     timeout_s: float
 
 
-class Assign(Message, frozen=True):
+class Assign(OfAttempt, frozen=True):
     """To a language rank: `item` comes from `encode_rank`; the grant over that link asks for it.
 
     `is_alone`: nothing else is to be encoded at that time, because a rank died when this was under way.
     """
 
-    request_id: str
-    item: int
-    attempt: int
     encode_rank: int
     is_alone: bool = False
 
@@ -273,15 +272,12 @@ class LinkReady(Message, frozen=True):
     """Language -> encode: this side has the group too and takes items from now on."""
 
 
-class Room(Message, frozen=True):
+class Room(OfAttempt, frozen=True):
     """Language -> encode: room for rows [row_start, row_stop) and DeepStack rows [deepstack_start, deepstack_stop).
 
     `row_runs` and `deepstack_runs` are the lengths of the contiguous runs to send them in.
     """
 
-    request_id: str
-    item: int
-    attempt: int
     row_start: int
     row_stop: int
     deepstack_start: int
@@ -305,7 +301,7 @@ class Resume(Room, frozen=True):
     DeepStack is larger than its whole pool."""
 
 
-class Header(Message, frozen=True):
+class Header(OfAttempt, frozen=True):
     """Encode -> language, before the rows: what follows on the process group, and the item as the encoder saw it.
 
     Payload order: aux (of an initial transfer), DeepStack run by run, then for each run of rows embeddings, fill_ids,
@@ -314,9 +310,6 @@ class Header(Message, frozen=True):
     the item's file is missing, and therefore in no row.
     """
 
-    request_id: str
-    item: int
-    attempt: int
     total_rows: int
     row_start: int
     row_stop: int
@@ -332,39 +325,27 @@ class Header(Message, frozen=True):
     note: str = ""
 
 
-class HeaderOk(Message, frozen=True):
+class HeaderOk(OfAttempt, frozen=True):
     """Language -> encode: the receives are posted, send."""
 
-    request_id: str
-    item: int
-    attempt: int
     row_start: int
 
 
-class Ack(Message, frozen=True):
+class Ack(OfAttempt, frozen=True):
     """Language -> encode: rows below `received` arrived and are right. With all of them the sender may forget."""
 
-    request_id: str
-    item: int
-    attempt: int
     received: int
 
 
-class Nack(Message, frozen=True):
+class Nack(OfAttempt, frozen=True):
     """Either way: that cannot be done, with the reason; the attempt is over."""
 
-    request_id: str
-    item: int
-    attempt: int
     reason: str
 
 
-class Abort(Message, frozen=True):
+class Abort(OfAttempt, frozen=True):
     """Either way: the attempt is no longer wanted."""
 
-    request_id: str
-    item: int
-    attempt: int
     reason: str
 
 

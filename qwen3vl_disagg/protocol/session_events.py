@@ -11,6 +11,7 @@ from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.allocator import Lease
 from qwen3vl_disagg.protocol.messages import (
     Assign,
+    Attempt,
     Cancel,
     Frame,
     Grant,
@@ -21,9 +22,6 @@ from qwen3vl_disagg.protocol.messages import (
     RequestFailed,
     Resume,
 )
-
-Attempt = tuple[str, int, int]
-"""request id, item, attempt"""
 
 
 class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +50,18 @@ class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Value(msgspec.Struct, frozen=True):
     pass
+
+
+class _OfAttempt(_Value, frozen=True):
+    """About one try at one item."""
+
+    request_id: str
+    item: int
+    attempt: int
+
+    @property
+    def key(self) -> Attempt:
+        return self.request_id, self.item, self.attempt
 
 
 # ---- events of both sides ----
@@ -94,33 +104,23 @@ class Expect(_Value, frozen=True):
     first_rows: list[int] = []
 
 
-class PayloadEnd(_Value, frozen=True):
+class PayloadEnd(_OfAttempt, frozen=True):
     """A `Receive` has returned. `error` None: all runs are there and right. `is_broken`: the link is of no more use."""
 
     encode_rank: int
     epoch: int
-    request_id: str
-    item: int
-    attempt: int
     error: str | None = None
     is_broken: bool = False
 
 
-class Consumed(_Value, frozen=True):
+class Consumed(_OfAttempt, frozen=True):
     """The rows below `rows` are in the key-value cache and will not be read again."""
 
-    request_id: str
-    item: int
-    attempt: int
     rows: int
 
 
-class Returned(_Value, frozen=True):
+class Returned(_OfAttempt, frozen=True):
     """Answer to `Recall`: nobody reads rows of this attempt any more."""
-
-    request_id: str
-    item: int
-    attempt: int
 
 
 LanguageEvent = LinkUp | LinkDown | FrameIn | Tick | Expect | Assign | Cancel | PayloadEnd | Consumed | Returned
@@ -189,22 +189,15 @@ class Receive(_Value, frozen=True):
     hold: Lease
 
 
-class RowsReady(_Value, frozen=True):
+class RowsReady(_OfAttempt, frozen=True):
     """The engine may read rows [start, stop) until it says `Consumed` or `Returned`."""
 
-    request_id: str
-    item: int
-    attempt: int
     start: int
     stop: int
 
 
-class Recall(_Value, frozen=True):
+class Recall(_OfAttempt, frozen=True):
     """The engine has to forget what it took from this attempt, then `Returned`."""
-
-    request_id: str
-    item: int
-    attempt: int
 
 
 LanguageAction = SendFrame | BreakLink | Receive | RowsReady | Recall | Tell

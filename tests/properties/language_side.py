@@ -74,7 +74,7 @@ class Side:
 
     def payload(self, request_id, item=0, rank=0, attempt=1, error=None, is_broken=False, epoch=None):
         epoch = epoch or self.epochs[rank]
-        return self.do(PayloadEnd(rank, epoch, request_id, item, attempt, error, is_broken))
+        return self.do(PayloadEnd(request_id, item, attempt, rank, epoch, error, is_broken))
 
     def receive(self, request_id, item=0, rank=0, attempt=1):
         self.header(request_id, item, rank)

@@ -154,7 +154,7 @@ def granted(rank: Any, grant: Room) -> None:
     """I16, I5, I12: room, DeepStack and slot came together, in the one order; DeepStack goes once. I4: nothing is asked
     for that the engine does not need."""
     sessions = rank.sessions
-    session = sessions.find(grant.request_id, grant.item, grant.attempt)
+    session = sessions.find(*grant.key)
     if session is None or session.grant is not grant:
         return  # given and taken back within one event
     if session.room is None or session.hold is None or len(session.hold.slots) != 1:
@@ -333,6 +333,6 @@ def may_release(rank: Any, event: EncodeEvent, attempt: Attempt) -> None:
             raise Violation("I13", f"rows of {attempt} dropped {lease - now:.1f} s before their lease ends")
     if isinstance(event, FrameIn) and isinstance(event.frame.body, Ack):
         body, visual = event.frame.body, rank.visuals.get(attempt)
-        is_same = (body.request_id, body.item, body.attempt) == attempt
+        is_same = body.key == attempt
         if is_same and visual is not None and body.received < visual.num_rows:
             raise Violation("I13", f"rows of {attempt} dropped after {body.received} were acknowledged")

@@ -154,7 +154,7 @@ class SimEncode:
 
     def _send_header(self, action: SendHeader) -> None:
         grant = action.grant
-        attempt = (grant.request_id, grant.item, grant.attempt)
+        attempt = grant.key
         payload = self._payload(action)
         header = Header(
             request_id=grant.request_id,
@@ -178,7 +178,7 @@ class SimEncode:
 
     def _payload(self, action: SendHeader | SendPayload) -> Payload:
         grant = action.grant
-        attempt = (grant.request_id, grant.item, grant.attempt)
+        attempt = grant.key
         if attempt not in self.encoded:
             raise Violation("I13", f"rows of {attempt} are gone, but were to be sent")
         return make_payload(self.cluster.names, attempt, grant, self.visuals[attempt].num_rows)
@@ -231,21 +231,21 @@ class SimEncode:
         expected = 0 if outlet is None else outlet.state.num_received + 1
         if type(body) is not Ack:
             if isinstance(body, Abort | Nack):
-                self.lease_until.pop((body.request_id, body.item, body.attempt), None)
-            attempt = (body.request_id, body.item, body.attempt) if isinstance(body, Room) else None
+                self.lease_until.pop(body.key, None)
+            attempt = body.key if isinstance(body, Room) else None
             if attempt in self.sessions.items:
                 self.num_steps[attempt] += 1
             elif isinstance(body, Grant) and attempt:
                 self.request_ends[attempt] = self.world.now + body.timeout_s
             self.handle(FrameIn(peer, frame))
             if isinstance(body, Abort):
-                progress_checks.is_given_up(self, frame, (body.request_id, body.item, body.attempt), peer)
+                progress_checks.is_given_up(self, frame, body.key, peer)
             if attempt in self.sessions.items:  # a frame behind a gap is not taken
                 progress_checks.one_attempt_is_made(self, attempt)
             if outlet is not None and frame.seq > expected and peer in self.sessions.outlets:
                 checks.gap_ends_link(self.sessions.outlets[peer].state, expected, frame)
             return
-        item = self.sessions.items.get((body.request_id, body.item, body.attempt))
+        item = self.sessions.items.get(body.key)
         was_parked = item is not None and item.state == PARKED
         self.handle(FrameIn(link.language.rank, frame))
         if item is not None and item.state == PARKED and not was_parked:

@@ -107,7 +107,7 @@ class SimLanguage:
         self.cluster.check_wire(action.frame)
         body = action.frame.body
         if isinstance(body, Ack):
-            self._acked.add((body.request_id, body.item, body.attempt))
+            self._acked.add(body.key)
         elif isinstance(body, Room):
             checks.granted(self, body)
         link = self.links.get(action.peer)
@@ -130,10 +130,10 @@ class SimLanguage:
 
     def _end(self, job: Receive, error: str | None, is_broken: bool = False) -> None:
         grant = job.grant
-        attempt = (grant.request_id, grant.item, grant.attempt)
+        attempt = grant.key
         if is_broken:
             self.num_broken[attempt] = self.num_broken.get(attempt, 0) + 1
-        self.handle(PayloadEnd(job.encode_rank, job.epoch, *attempt, error, is_broken))
+        self.handle(PayloadEnd(*attempt, job.encode_rank, job.epoch, error, is_broken))
         if is_broken:
             progress_checks.gives_up(self, attempt)
 
@@ -190,7 +190,7 @@ class SimLanguage:
         return None
 
     def _rows_ready(self, action: RowsReady) -> None:
-        attempt = (action.request_id, action.item, action.attempt)
+        attempt = action.key
         job = self._jobs.pop(attempt, None)
         if job is None:
             raise Violation("I7", f"rows {action.start}..{action.stop} of {attempt} are ready, but did not come well")
@@ -206,7 +206,7 @@ class SimLanguage:
     def _tell(self, action: Tell) -> None:
         match message := action.message:
             case ItemLost():
-                self._jobs.pop((message.request_id, message.item, message.attempt), None)
+                self._jobs.pop(message.key, None)
                 self.progress.pop((message.request_id, message.item), None)
             case RequestFailed():
                 self.engine.cancel(message.request_id)

@@ -67,7 +67,7 @@ def _() -> Iterator[None]:
 
     def endless(self: LanguageSessions, link: LinkState, header: Header, now: float) -> None:
         handle(self, link, header, now)
-        session = self.find(header.request_id, header.item, header.attempt)
+        session = self.find(*header.key)
         if session is not None and session.state == RECEIVING:
             session.deadline = math.inf
 
@@ -113,7 +113,7 @@ def _() -> Iterator[None]:
     payload_end = method(LanguageSessions, "_payload_end")
 
     def again(self: LanguageSessions, event: Any, now: float) -> None:
-        session = self.find(event.request_id, event.item, event.attempt)
+        session = self.find(*event.key)
         if session is not None:
             session.num_broken = 0
         payload_end(self, event, now)
@@ -274,7 +274,7 @@ def _() -> Iterator[None]:
     given_up = method(EncodeSessions, "_given_up")
 
     def forget(self: EncodeSessions, outlet: Any, message: Any, now: float) -> None:
-        if (message.request_id, message.item, message.attempt) not in self.queue:
+        if message.key not in self.queue:
             given_up(self, outlet, message, now)
 
     with swap(EncodeSessions, "_given_up", forget):
@@ -286,7 +286,7 @@ def _() -> Iterator[None]:
     granted = method(EncodeSessions, "_granted")
 
     def anew(self: EncodeSessions, outlet: Any, grant: Any, now: float) -> None:
-        item = self.items.get((grant.request_id, grant.item, grant.attempt))
+        item = self.items.get(grant.key)
         if item is not None and item.state == PARKED:
             del self.items[item.attempt]
         granted(self, outlet, grant, now)

@@ -70,7 +70,7 @@ def _() -> Iterator[None]:
     consumed = method(LanguageSessions, "_consumed")
 
     def again(self: LanguageSessions, event: Any, now: float) -> None:
-        item = self.find(event.request_id, event.item, event.attempt)
+        item = self.find(*event.key)
         if item is not None and item.state == HELD and 1 < item.received < item.total:
             item.received -= 1
         consumed(self, event, now)
@@ -84,7 +84,7 @@ def _() -> Iterator[None]:
     consumed = method(LanguageSessions, "_consumed")
 
     def skip(self: LanguageSessions, event: Any, now: float) -> None:
-        item = self.find(event.request_id, event.item, event.attempt)
+        item = self.find(*event.key)
         consumed(self, event, now)
         if item is not None and item.state == WAITING and item.received + 1 < item.total:
             item.received += 1
@@ -98,7 +98,7 @@ def _() -> Iterator[None]:
     consumed = method(LanguageSessions, "_consumed")
 
     def early(self: LanguageSessions, event: Any, now: float) -> None:
-        item = self.find(event.request_id, event.item, event.attempt)
+        item = self.find(*event.key)
         if item is not None and item.hold is not None and item.state == HELD and item.received < item.total:
             hold, room = item.hold, item.room
             self.allocator.free(hold)
@@ -216,11 +216,7 @@ def _() -> Iterator[None]:
     handle = method(LanguageSessions, "handle")
 
     def deaf(self: LanguageSessions, event: Any, now: float) -> Any:
-        return [
-            action
-            for action in handle(self, event, now)
-            if type(action) is not Recall or (action.request_id, action.item, action.attempt) in self.lent
-        ]
+        return [action for action in handle(self, event, now) if type(action) is not Recall or action.key in self.lent]
 
     with swap(LanguageSessions, "handle", deaf):
         yield

@@ -147,7 +147,7 @@ def _() -> Iterator[None]:
     consumed = method(LanguageSessions, "_consumed")
 
     def lose(self: LanguageSessions, event: Any, now: float) -> None:
-        item = self.find(event.request_id, event.item, event.attempt)
+        item = self.find(*event.key)
         if item is not None and item.hold is not None and item.hold.deepstack and item.received < item.total:
             slots, room = item.hold.slots, item.room
             self.allocator.free(item.hold)
@@ -175,7 +175,7 @@ def _() -> Iterator[None]:
     resumed = method(EncodeSessions, "_resumed")
 
     def die(self: EncodeSessions, outlet: Any, resume: Any, now: float) -> None:
-        if (resume.request_id, resume.item, resume.attempt) not in self.items:
+        if resume.key not in self.items:
             raise KeyError(resume.request_id)
         resumed(self, outlet, resume, now)
 
