@@ -81,13 +81,8 @@ class NotFinite(ArithmeticError):
     """The model's numbers for a sequence are NaN or infinite."""
 
 
-@dataclass(frozen=True)
-class _Pick:
-    """The token that comes next, and its logprobs where they are asked for."""
-
-    sequence: Sequence
-    token_id: int
-    entry: TokenLogprob | None
+Pick = tuple[Sequence, int, TokenLogprob | None]
+"""The token that comes next, and its logprobs where they are asked for."""
 
 
 class StepFailed(BaseException):
@@ -291,9 +286,9 @@ class Engine:
             picks, broken = self._pick(logits, step.decode)
         except (RuntimeError, ValueError) as error:
             return events + self._fail(step.decode, error)
-        for pick in picks:
-            pick.sequence.num_cached += 1
-            self.scheduler.remember(pick.sequence)
+        for sequence, _, _ in picks:
+            sequence.num_cached += 1
+            self.scheduler.remember(sequence)
         return events + self._accept(picks) + self._fail(broken, NotFinite())
 
     def _take_part(self, dispatch: DispatchPlan | None) -> None:
@@ -344,21 +339,20 @@ class Engine:
                 del sequence.rows[index]
         return events
 
-    def _pick(self, logits: Tensor, batch: list[Sequence]) -> tuple[list[_Pick], list[Sequence]]:
+    def _pick(self, logits: Tensor, batch: list[Sequence]) -> tuple[list[Pick], list[Sequence]]:
         """The next token of each sequence from `[B, V]`, and those whose logits are not finite."""
         if not batch:
             return [], []
         token_ids, entries = self.sampler.sample(logits, [s.sampling_row for s in batch])
         rows = list(zip(batch, token_ids, entries, strict=True))
-        picks = [_Pick(sequence, token_id, entry) for sequence, token_id, entry in rows if token_id is not None]
+        picks = [(sequence, token_id, entry) for sequence, token_id, entry in rows if token_id is not None]
         return picks, [sequence for sequence, token_id, _ in rows if token_id is None]
 
-    def _accept(self, picks: list[_Pick]) -> list[EngineEvent]:
+    def _accept(self, picks: list[Pick]) -> list[EngineEvent]:
         """One more token for each sequence; the end of those that are done."""
         now = time.monotonic()
         events: list[EngineEvent] = []
-        for pick in picks:
-            sequence, token_id, entry = pick.sequence, pick.token_id, pick.entry
+        for sequence, token_id, entry in picks:
             if not sequence.generated:
                 sequence.first_token_at = now
             sequence.generated.append(token_id)

@@ -1,7 +1,7 @@
 """Page accounting of the key-value cache, in one place. Pure: page ids and counts only, no tensors.
 
 A page is in one of three states: free; taken by one or more sequences; or kept, with keys and values that a later
-prompt may begin with, until somebody needs the page. What a kept page holds is known by a trie: its content under the
+prompt may begin with, until its room is needed. What a kept page holds is known by a trie: its content under the
 page before it. A look-up compares whole contents, so it cannot be fooled by a collision of hashes.
 """
 
@@ -51,7 +51,7 @@ class PagePool:
         self._users: dict[int, int] = {}
         """Taken pages -> how many sequences have them."""
         self._kept: OrderedDict[int, None] = OrderedDict()
-        """Pages nobody has, with known content; the next to go comes first."""
+        """Pages that no sequence has, with known content; the next to be evicted comes first."""
         self._pages: dict[tuple[int, PageContent], int] = {}
         """(node before, content) -> page: the trie's edges."""
         self._entries: dict[int, tuple[int, tuple[int, PageContent]]] = {}
@@ -70,11 +70,11 @@ class PagePool:
         return len(self._kept)
 
     def is_kept(self, page: int) -> bool:
-        """Nobody has it, but its content is known."""
+        """No sequence has it, but its content is known."""
         return page in self._kept
 
     def unknown(self, pages: Iterable[int]) -> list[int]:
-        """Those of a sequence's pages whose content is not known: nobody else reads them, or ever will."""
+        """Those of a sequence's pages whose content is not known: no other sequence reads them, or ever will."""
         return [page for page in pages if page not in self._entries]
 
     def pages_for(self, num_tokens: int) -> int:

@@ -128,7 +128,7 @@ def _change(logits: Tensor, tables: dict[str, Tensor]) -> None:
 
 
 def upload(columns: Sequence[Sequence[float]], device: torch.device) -> tuple[Tensor, ...]:
-    """Columns of numbers as float64 vectors on the device, in one transfer that nobody waits for.
+    """Columns of numbers as float64 vectors on the device, in one transfer that is not waited for.
 
     From memory that is not pinned, the copy would wait for all that is queued.
     """

@@ -100,7 +100,7 @@ class ModelRunner:
         `plan`: where experts are spread.
 
         Sound: what the pages hold of it is finite. A number that is not, in the row of a token, stays there through all
-        later layers, so the last layer's keys and values show it; what becomes of a row after them is read by nobody.
+        later layers, so the last layer's keys and values show it; what becomes of a row after them is never read.
         Logits show the same, as the last token attends to all keys and values.
         """
         sequences = [chunk.sequence for chunk in chunks]

@@ -116,5 +116,5 @@ class EngineThread:
 
     @property
     def _has_own_work(self) -> bool:
-        """What needs nobody else."""
+        """What can be done without other ranks."""
         return self._report is None and self._engine.has_work

@@ -48,7 +48,7 @@ static inline __m512 swiglu(const float* gate, const float* up) {
 
 static inline long block_at(long first, long end) { return end - first < BLOCK ? end - first : BLOCK; }
 
-// The weighted sum over each token's K experts; ids[T, K] says which (one that is not below E is nobody's here).
+// The weighted sum over each token's K experts; ids[T, K] says which (one that is not below E is remote).
 // Rows are sorted by expert first: those of expert
 // e are [starts[e], starts[e + 1]), row r is that of token_of[r], and choice (t, k) is row row_of[t * K + k]. Every
 // rounding is where the modules have one; the sum is float.
