@@ -16,7 +16,7 @@ import tyro
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.model.config import ModelConfig
-from qwen3vl_disagg.model.presets import PRESETS
+from qwen3vl_disagg.plan.presets import PRESETS
 from tools.bench_contestants.client import ContestantError, Process
 from tools.bench_contestants.worker import Setup
 from tools.bench_engine_plan import MACHINE, Plan, Record, run

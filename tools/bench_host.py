@@ -17,7 +17,7 @@ from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.model import ForwardBatch
 from qwen3vl_disagg.model.config import ModelConfig
-from qwen3vl_disagg.model.presets import PRESETS
+from qwen3vl_disagg.plan.presets import PRESETS
 from tools.bench_machine import conclude, machine_facts, table
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -33,8 +33,8 @@ from qwen3vl_disagg.checkpoint.layouts import checkpoint_name
 from qwen3vl_disagg.core.devices import DTYPES
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.config import ModelConfig
-from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.parallel.expert_parallel import ExpertShards
+from qwen3vl_disagg.plan.presets import PRESETS
 from qwen3vl_disagg.transport.gloo import expert_mesh
 from tools.checkpoints import write_checkpoint
 

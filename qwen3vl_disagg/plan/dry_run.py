@@ -20,13 +20,13 @@ from qwen3vl_disagg.core.devices import resolve_dtype
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.settings import ModelOptions, Quantize
 from qwen3vl_disagg.model.config import ModelConfig
-from qwen3vl_disagg.model.presets import IMAGE_ROWS, PRESETS
 from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.options import DryRunOptions
 from qwen3vl_disagg.parallel.expert_placement import shard_rows
 from qwen3vl_disagg.parallel.kv_room import KvRoom
 from qwen3vl_disagg.parallel.sizes import SizedModel
 from qwen3vl_disagg.plan.hardware import Hardware, Memory
+from qwen3vl_disagg.plan.presets import IMAGE_ROWS, PRESETS
 from qwen3vl_disagg.processing import ImageProcessor
 
 DEFAULT_WORLD = 8

@@ -19,8 +19,8 @@ from qwen3vl_disagg.checkpoint import load_model, open_checkpoint, read_config
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.core.settings import ModelOptions
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration
-from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.plan.dry_run import dry_run
+from qwen3vl_disagg.plan.presets import PRESETS
 from tests.support.oracle import load_oracle, make_prompt, relative_error, run_oracle, run_ours
 from tests.support.published import ADDED, NAMES, NUM_TOKENS, narrow, settings, shallow, write_published
 

@@ -11,8 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qwen3vl_disagg.checkpoint import load_model, read_config
 from qwen3vl_disagg.model.config import ModelConfig
-from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.model.rope import inverse_frequencies, text_rotary
+from qwen3vl_disagg.plan.presets import PRESETS
 from tests.support.oracle import CONFIGS, load_oracle, make_prompt, relative_error, run_oracle, run_ours
 from tools.checkpoints import config_to_dict, write_random_checkpoint
 

@@ -17,12 +17,12 @@ from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.host import available_bytes
 from qwen3vl_disagg.core.settings import EngineSettings, ModelOptions
 from qwen3vl_disagg.launch.bodies import engine_options, rank_room
-from qwen3vl_disagg.model.presets import IMAGE_ROWS, PRESETS
 from qwen3vl_disagg.options import PlanOptions, ServeOptions
 from qwen3vl_disagg.parallel.kv_room import KvRoom, kv_room, planned_room, weights_on_host
 from qwen3vl_disagg.parallel.sizes import SizedModel
 from qwen3vl_disagg.plan.command import make_report
 from qwen3vl_disagg.plan.hardware import BUILT_IN
+from qwen3vl_disagg.plan.presets import IMAGE_ROWS, PRESETS
 from recipes import serve
 
 GIB = 2**30

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack
-from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.parallel import expert_placement as placement
 from qwen3vl_disagg.parallel.expert_placement import (
     LANGUAGE_PLAN,
     placements,
     shard_rows,
 )
+from qwen3vl_disagg.plan.presets import PRESETS
 from tools.checkpoints import RANDOM_PRESETS
 
 CONFIGS = {**PRESETS, **RANDOM_PRESETS}

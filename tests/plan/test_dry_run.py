@@ -18,9 +18,9 @@ from qwen3vl_disagg.core.errors import CheckpointError, DisaggError
 from qwen3vl_disagg.core.settings import ModelOptions
 from qwen3vl_disagg.launch import serve as launch
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
-from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.options import DryRunOptions, ServeOptions
 from qwen3vl_disagg.plan.dry_run import dry_run
+from qwen3vl_disagg.plan.presets import PRESETS
 from recipes import serve
 from tests.support.shards import PlainShards
 from tests.support.weights import SMALLEST, edit_json, edit_tensors, write_smallest

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from qwen3vl_disagg import cli
-from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.plan.hardware import BUILT_IN
+from qwen3vl_disagg.plan.presets import PRESETS
 from qwen3vl_disagg.plan.sizing import Workload, best, plan
 from tests.plan.test_sizing_fit import TRUE, made_up
 

@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.settings import ModelOptions
-from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.parallel.expert_placement import shard_rows
 from qwen3vl_disagg.parallel.sizes import SizedModel
 from qwen3vl_disagg.plan.dry_run import dry_run
 from qwen3vl_disagg.plan.hardware import BUILT_IN, Units
+from qwen3vl_disagg.plan.presets import PRESETS
 from qwen3vl_disagg.plan.sizing import Workload, best, plan
 from qwen3vl_disagg.plan.times import (
     Place,

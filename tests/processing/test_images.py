@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import decode_rgb, probe_image
-from qwen3vl_disagg.model.presets import PRESETS
+from qwen3vl_disagg.plan.presets import PRESETS
 from qwen3vl_disagg.processing import ImageProcessor
 from qwen3vl_disagg.processing.images import PixelSettings, smart_resize
 from tests.support.media_bytes import png_claiming

@@ -21,8 +21,8 @@ from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext, World
 from qwen3vl_disagg.core.errors import HandshakeError, InputError
 from qwen3vl_disagg.core.settings import ModelOptions
 from qwen3vl_disagg.encode.rank import load_worker
-from qwen3vl_disagg.model.presets import PRESETS
 from qwen3vl_disagg.options import ServeOptions
+from qwen3vl_disagg.plan.presets import PRESETS
 from qwen3vl_disagg.processing import ImageProcessor
 from qwen3vl_disagg.processing.images import PixelSettings, PixelTransform
 from qwen3vl_disagg.processing.video import VideoProcessor

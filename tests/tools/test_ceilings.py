@@ -7,7 +7,7 @@ import torch
 
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack, Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.config import TextConfig, VisionConfig
-from qwen3vl_disagg.model.presets import PRESETS
+from qwen3vl_disagg.plan.presets import PRESETS
 from tools.bench_ceilings import Rates, Work, decode_step, distinct_experts, image, prefill
 from tools.checkpoints import RANDOM_PRESETS
 

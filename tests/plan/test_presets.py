@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration
-from qwen3vl_disagg.model.presets import PRESETS
+from qwen3vl_disagg.plan.presets import PRESETS
 from tools.checkpoints import config_to_dict
 
 COUNTS = {
