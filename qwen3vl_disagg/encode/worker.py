@@ -22,10 +22,11 @@ from qwen3vl_disagg.core.errors import (
 )
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.tensors import all_finite
+from qwen3vl_disagg.kernels.compiled import GraphCounts, compile_options, first_alone
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration, separate_deepstack
-from qwen3vl_disagg.model.compiled import compile_tower
+from qwen3vl_disagg.model.vision import VisionTower
 from qwen3vl_disagg.processing import Grid, ImageProcessor, VideoProcessor, item_positions
 from qwen3vl_disagg.protocol.layout import item_ranges
 from qwen3vl_disagg.protocol.messages import Header, Resume, Room
@@ -209,6 +210,21 @@ class EncodeWorker:
                 )
             )
         return results
+
+
+@torch.inference_mode()
+def compile_tower(tower: VisionTower) -> GraphCounts:
+    """Compile the tower's block in place, and run it once: one graph serves every block, number and size of images."""
+    before = GraphCounts.now()
+    tower.step = torch.compile(  # type: ignore[method-assign]
+        tower.step, fullgraph=True, dynamic=True, options=compile_options()
+    )
+    merge, weight = tower.config.spatial_merge_size, tower.patch_embed.proj.weight
+    grids = [(1, 3 * merge, 2 * merge), (1, merge, merge)]
+    pixels = torch.zeros(sum(h * w for _, h, w in grids), tower.config.patch_dim, device=weight.device)
+    with first_alone(f"tower {tower.config} {weight.dtype} {weight.device}"):
+        tower(pixels, grids)
+    return GraphCounts.now().since(before)
 
 
 def encode_error(error: Exception) -> DisaggError:

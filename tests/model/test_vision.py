@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from qwen3vl_disagg.model.compiled import compile_tower
+from qwen3vl_disagg.encode.worker import compile_tower
 from qwen3vl_disagg.model.vision import PositionEmbedding, VisionTower, patch_coordinates
 from tests.support.oracle import CONFIGS
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from qwen3vl_disagg.model import compiled
+from qwen3vl_disagg.kernels import compiled
 
 
 def enter(folder: str, what: str, seconds: float, queue) -> None:

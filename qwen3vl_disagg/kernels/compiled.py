@@ -1,4 +1,4 @@
-"""What compiling needs, whatever is compiled: counts of graphs, turns between processes, the tower's block."""
+"""What `torch.compile` needs, whatever is compiled: counts of graphs, turns between processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from qwen3vl_disagg.kernels.build import load
-from qwen3vl_disagg.model.vision import VisionTower
 
 
 @dataclass(frozen=True)
@@ -58,26 +57,11 @@ def first_alone(what: str) -> Iterator[None]:
 @functools.cache
 def sources_digest() -> str:
     """Of the code that is compiled."""
-    folder = Path(__file__).parent
-    sources = sorted(folder.glob("*.py")) + sorted((folder.parent / "kernels").rglob("*.*"))
+    kernels = Path(__file__).parent
+    sources = sorted((kernels.parent / "model").glob("*.py")) + sorted(kernels.rglob("*.*"))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources if path.suffix != ".pyc")).hexdigest()
 
 
 def compile_options() -> dict[str, str | int | bool | Callable[..., Any]]:
     """Of the compiler. Artifacts name their number of threads, or one with another number would find and take them."""
     return {"cpp.threads": torch.get_num_threads()}
-
-
-@torch.inference_mode()
-def compile_tower(tower: VisionTower) -> GraphCounts:
-    """Compile the tower's block in place, and run it once: one graph serves every block, number and size of images."""
-    before = GraphCounts.now()
-    tower.step = torch.compile(  # type: ignore[method-assign]
-        tower.step, fullgraph=True, dynamic=True, options=compile_options()
-    )
-    merge, weight = tower.config.spatial_merge_size, tower.patch_embed.proj.weight
-    grids = [(1, 3 * merge, 2 * merge), (1, merge, merge)]
-    pixels = torch.zeros(sum(h * w for _, h, w in grids), tower.config.patch_dim, device=weight.device)
-    with first_alone(f"tower {tower.config} {weight.dtype} {weight.device}"):
-        tower(pixels, grids)
-    return GraphCounts.now().since(before)
