@@ -150,8 +150,8 @@ class LinkServer:
             return ""
         sessions = self.sessions
         counts = {pool: sessions.allocator.counts(pool) for pool in ("rows", "deepstack", "slots")}
-        apart = [*sessions.pending, *sessions.lent]
-        return f"requests {list(sessions.requests)}, in quarantine {apart}, {counts}"
+        quarantined = [*sessions.pending, *sessions.recalled]
+        return f"requests {list(sessions.requests)}, in quarantine {quarantined}, {counts}"
 
     async def close(self) -> None:
         """Say goodbye and let go of everything."""

@@ -89,7 +89,7 @@ class LanguageSessions:
         self.requests: dict[str, RequestSessions] = {}  # in order of arrival: the order of grants
         self.links: dict[int, LinkState] = {}
         self.pending: Leases = {}  # in quarantine until a posted receive has returned
-        self.lent: Leases = {}  # in quarantine until the engine has answered a recall
+        self.recalled: Leases = {}  # in quarantine until the engine has answered a recall
         self.is_short_of_room = False  # some item waits for blocks
         self._last_epochs: dict[int, int] = {}
         self._actions: list[LanguageAction] = []
@@ -116,7 +116,7 @@ class LanguageSessions:
 
     @property
     def is_idle(self) -> bool:
-        return not (self.requests or self.pending or self.lent) and self.allocator.is_idle
+        return not (self.requests or self.pending or self.recalled) and self.allocator.is_idle
 
     def find(self, request_id: str, item: int, attempt: int) -> Session | None:
         """The session whose present attempt this is."""
@@ -177,13 +177,13 @@ class LanguageSessions:
         """The attempt is over. Its blocks stay with the item, unless that gives them back: then the engine itself has
         forgotten what it consumed of it."""
         leases = tuple(lease for lease in (session.room, session.hold) if lease is not None)
-        where = {RECEIVING: self.pending, HELD: self.lent}.get(session.state)
+        where = {RECEIVING: self.pending, HELD: self.recalled}.get(session.state)
         has_begun = session.state not in (IDLE, DONE) and session.received > session.first
         if session.state == HELD or (has_begun and not gives_back):
             self._actions.append(Recall(*session.key))
         if where is not None:
-            self._keep_apart(leases, where, session.key)
-            session.apart = session.key
+            self._quarantine(leases, where, session.key)
+            session.quarantined_as = session.key
         elif gives_back:
             for lease in leases:
                 self.allocator.free(lease)
@@ -192,7 +192,7 @@ class LanguageSessions:
         session.grant, session.num_broken, session.received = None, 0, session.first
         self._go(session, IDLE, now)
 
-    def _keep_apart(self, leases: tuple[Lease, ...], where: Leases, key: Attempt) -> None:
+    def _quarantine(self, leases: tuple[Lease, ...], where: Leases, key: Attempt) -> None:
         for lease in leases:
             self.allocator.quarantine(lease)
         where[key] = leases
@@ -405,7 +405,7 @@ class LanguageSessions:
         self._give_room(now)
 
     def _returned(self, event: Returned, now: float) -> None:
-        self._is_back(self.lent, event)
+        self._is_back(self.recalled, event)
         self._give_room(now)
 
     def _is_back(self, where: Leases, event: PayloadEnd | Returned) -> bool:

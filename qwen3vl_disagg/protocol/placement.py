@@ -23,7 +23,7 @@ class EncodeRankState:
     """Digests of the contents that it works on now, as it says."""
     is_leaving: bool = False
     """It gets nothing new, and goes when `jobs` is empty."""
-    is_sent_home: bool = False
+    is_dismissed: bool = False
 
     @property
     def work(self) -> int:

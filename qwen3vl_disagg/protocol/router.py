@@ -141,7 +141,7 @@ class Router:
             case EndAll():
                 for request_id in list(self._requests):
                     self._end(request_id, event.error)
-        self._send_home()
+        self._dismiss()
         actions, self._actions = self._actions, []
         return actions
 
@@ -266,11 +266,11 @@ class Router:
 
         return sorted(keys, key=deaths)
 
-    def _send_home(self) -> None:
+    def _dismiss(self) -> None:
         """Tell the encode ranks that want to leave and have nothing left to do that they may."""
         for rank, state in self._encode.items():
-            if state.is_leaving and not state.jobs and not state.is_sent_home:
-                state.is_sent_home = True
+            if state.is_leaving and not state.jobs and not state.is_dismissed:
+                state.is_dismissed = True
                 self._actions.append(Send("encode", rank, Stop()))
 
     # ---- items ----

@@ -68,7 +68,7 @@ class Session:
     grant: Grant | Resume | None = None
     room: Lease | None = None
     hold: Lease | None = None
-    apart: Attempt | None = None
+    quarantined_as: Attempt | None = None
     """`hold` and `room` are in quarantine since this attempt, and will come back."""
     num_broken: int = 0
     """Payloads that broke since rows came last."""
@@ -98,9 +98,9 @@ class Session:
         return self.state == DONE or (self.grant is not None and self.grant.row_stop == self.visual.num_rows)
 
     def need_from(self, first: int) -> None:
-        """Rows below `first` are not needed. An item of which none are is done, and in nobody's way."""
+        """Rows below `first` are not needed. An item of which none is needed is done; later ones do not wait for it."""
         self.first = self.received = first
-        self.state, self.apart = DONE if first == self.visual.num_rows else IDLE, None
+        self.state, self.quarantined_as = DONE if first == self.visual.num_rows else IDLE, None
 
 
 @dataclass(slots=True)
@@ -181,8 +181,8 @@ def in_line(
     for request in requests:
         for session in request.sessions:
             if not session.is_fully_granted:
-                is_apart = session.apart is not None and not can_start_anew(session)
-                if session.encode_rank in links and session.state != IDLE and not is_apart:
+                is_quarantined = session.quarantined_as is not None and not can_start_anew(session)
+                if session.encode_rank in links and session.state != IDLE and not is_quarantined:
                     line.append(session)
                 break
     return sorted(line, key=lambda s: (s.state != WAITING or s.room is None, s.hold is None))
@@ -214,7 +214,7 @@ def take_room(
         if leases is None:
             return None
         session.room, session.hold = leases[0], leases[1] if len(leases) > 1 else session.hold
-        session.apart = None
+        session.quarantined_as = None
     if session.hold is None:
         raise RuntimeError(f"{session.key} has room for rows, but no slot")
     stop = min(total, start + len(session.room.rows) * block_size)
@@ -246,12 +246,12 @@ def take_room(
 
 
 def end_quarantine(where: Leases, key: Attempt, session: Session | None, allocator: BlockAllocator) -> bool:
-    """Blocks that were kept apart under `key`, if there are any, go back to the session that waits for them, or to the
+    """Blocks in quarantine under `key`, if there are any, go back to the session that waits for them, or to the
     pool."""
     leases = where.pop(key, ())
-    is_awaited = session is not None and session.apart == key
+    is_awaited = session is not None and session.quarantined_as == key
     for lease in leases:
         (allocator.reclaim if is_awaited else allocator.release)(lease)
     if session is not None and leases and is_awaited:
-        session.apart, (session.room, session.hold) = None, leases
+        session.quarantined_as, (session.room, session.hold) = None, leases
     return bool(leases)

@@ -272,7 +272,7 @@ def test_quarantined_blocks_of_a_lost_attempt_go_to_the_pool_when_the_request_gi
     side = Side(blocks=1)
     bring(side, HELD)
     side.frame(0, Abort(**ids(KEY), reason="lost"))
-    assert side["r", 0].apart == KEY
+    assert side["r", 0].quarantined_as == KEY
     side.expect("s", 2)
     assert granted(side.assign("s", rank=1)) == []
     expect(side, [6], [])

@@ -336,7 +336,7 @@ class System:
         tables: dict[str, Any] = {
             "requests": links.sessions.requests,
             "pending": links.sessions.pending,
-            "lent": links.sessions.lent,
+            "recalled": links.sessions.recalled,
             "receiver": self.receiver._items,
             "pools": [p for p, total in allocator.totals.items() if allocator.counts(p) != (total, 0, 0)],
             "held": self.engine.held,

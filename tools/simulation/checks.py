@@ -51,11 +51,13 @@ def language_side(rank: Any) -> None:
             if (state is WAITING or state is IDLE) and session.grant is not None:
                 raise Violation("I4", f"{session.key} is {state} and has a grant")
             if (
-                session.apart is not None
-                and session.apart not in sessions.pending
-                and session.apart not in sessions.lent
+                session.quarantined_as is not None
+                and session.quarantined_as not in sessions.pending
+                and session.quarantined_as not in sessions.recalled
             ):
-                raise Violation("I2", f"{session.key} waits for blocks of {session.apart}, which are in use by nobody")
+                raise Violation(
+                    "I2", f"{session.key} waits for blocks of {session.quarantined_as}, which are in no use"
+                )
             if state is DONE and (session.room is not None or session.hold is not None):
                 raise Violation("I15", f"{session.key} is done and holds blocks")
             if state is IDLE or state is DONE:
@@ -70,10 +72,10 @@ def language_side(rank: Any) -> None:
     _nobody_waits_in_vain(rank)
     if len(allocator.leases) != num_held:
         raise Violation("I2", f"{len(allocator.leases)} leases are owned, sessions hold {num_held}")
-    num_apart = sum([len(leases) for leases in sessions.pending.values()])
-    num_apart += sum([len(leases) for leases in sessions.lent.values()])
-    if len(allocator.quarantined) != num_apart:
-        raise Violation("I2", f"{len(allocator.quarantined)} leases in quarantine, {num_apart} are accounted for")
+    num_quarantined = sum([len(leases) for leases in sessions.pending.values()])
+    num_quarantined += sum([len(leases) for leases in sessions.recalled.values()])
+    if len(allocator.quarantined) != num_quarantined:
+        raise Violation("I2", f"{len(allocator.quarantined)} leases in quarantine, {num_quarantined} are accounted for")
 
 
 def _is_ending(rank: Any, session: Session) -> bool:
@@ -88,10 +90,10 @@ def _is_ending(rank: Any, session: Session) -> bool:
 def _no_quarantined_is_granted(allocator: BlockAllocator) -> None:
     """I3: blocks in quarantine are neither free nor owned."""
     for pool in POOLS:
-        apart = {block for lease in allocator.quarantined.values() for block in getattr(lease, pool)}
+        quarantined = {block for lease in allocator.quarantined.values() for block in getattr(lease, pool)}
         owned = {block for lease in allocator.leases.values() for block in getattr(lease, pool)}
-        if apart & (owned | set(allocator.free_ids(pool))):
-            raise Violation("I3", f"{pool} {sorted(apart)} are in quarantine, and free or granted")
+        if quarantined & (owned | set(allocator.free_ids(pool))):
+            raise Violation("I3", f"{pool} {sorted(quarantined)} are in quarantine, and free or granted")
 
 
 def _nobody_waits_in_vain(rank: Any) -> None:
@@ -103,7 +105,7 @@ def _nobody_waits_in_vain(rank: Any) -> None:
         for session in request.sessions:
             if session.is_fully_granted or (session.request_id, session.item) not in rank.asked:
                 continue
-            if session.encode_rank in sessions.links and session.state is not IDLE and session.apart is None:
+            if session.encode_rank in sessions.links and session.state is not IDLE and session.quarantined_as is None:
                 if session.state is WAITING and session.room is not None:
                     raise Violation("I11", f"{session.key} has kept its room and is not granted")
                 begun = begun or (session if session.hold is not None else None)
@@ -206,7 +208,9 @@ def _nobody_passed_over(rank: Any, session: Session, had_begun: bool) -> None:
                 break
             if other.is_fully_granted:
                 continue
-            can_use_room = other.state is not IDLE and other.encode_rank in sessions.links and other.apart is None
+            can_use_room = (
+                other.state is not IDLE and other.encode_rank in sessions.links and other.quarantined_as is None
+            )
             if other.state is WAITING and other.hold is not None and not sessions.allocator.num_free("deepstack"):
                 is_ranged = sessions.row_sizes.deepstack_embeddings and not other.hold.deepstack
                 can_use_room = can_use_room and not (is_ranged and had_begun)

@@ -250,7 +250,7 @@ class SimLanguage:
             for s in request.sessions
         ]
         links = [(link.epoch, link.num_received) for link in self.sessions.links.values()]
-        return sessions, links, dict(self.sessions.pending), dict(self.sessions.lent)
+        return sessions, links, dict(self.sessions.pending), dict(self.sessions.recalled)
 
     def count_states(self, fault: str, peer: int | None = None) -> None:
         for request in self.sessions.requests.values():

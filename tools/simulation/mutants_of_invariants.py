@@ -135,13 +135,13 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     def free(self: LanguageSessions, leases: tuple[Lease, ...], where: Any, key: Any) -> None:
         for lease in leases:
-            if where is self.lent:
+            if where is self.recalled:
                 self.allocator.free(lease)
             else:
                 self.allocator.quarantine(lease)
-        where[key] = () if where is self.lent else leases
+        where[key] = () if where is self.recalled else leases
 
-    with swap(LanguageSessions, "_keep_apart", free):
+    with swap(LanguageSessions, "_quarantine", free):
         yield
 
 
@@ -216,7 +216,9 @@ def _() -> Iterator[None]:
     handle = method(LanguageSessions, "handle")
 
     def deaf(self: LanguageSessions, event: Any, now: float) -> Any:
-        return [action for action in handle(self, event, now) if type(action) is not Recall or action.key in self.lent]
+        return [
+            action for action in handle(self, event, now) if type(action) is not Recall or action.key in self.recalled
+        ]
 
     with swap(LanguageSessions, "handle", deaf):
         yield

@@ -56,7 +56,7 @@ def _first(runs: list[int], rows: int) -> list[int]:
 def _() -> Iterator[None]:
     def newest(requests: Any, links: Any, can_start_anew: Any) -> list[Session]:
         waiting = [s for request in requests for s in request.sessions if s.state == WAITING]
-        return [s for s in reversed(waiting) if s.encode_rank in links and s.apart is None]
+        return [s for s in reversed(waiting) if s.encode_rank in links and s.quarantined_as is None]
 
     with swap(language_sessions, "in_line", newest):
         yield
@@ -98,7 +98,7 @@ def _() -> Iterator[None]:
                 self.allocator.quarantine(lease)
         where[key] = () if where is self.pending else leases
 
-    with swap(LanguageSessions, "_keep_apart", free):
+    with swap(LanguageSessions, "_quarantine", free):
         yield
 
 

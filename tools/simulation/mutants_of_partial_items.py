@@ -101,7 +101,7 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     def need_from(self: Session, first: int) -> None:
         self.first = self.received = min(first, self.total - 1)
-        self.state, self.apart = IDLE, None
+        self.state, self.quarantined_as = IDLE, None
 
     with swap(Session, "need_from", need_from):
         yield

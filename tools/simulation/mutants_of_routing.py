@@ -166,17 +166,17 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     def at_once(self: Router) -> None:
         for rank, state in self._encode.items():
-            if state.is_leaving and not state.is_sent_home:
-                state.is_sent_home = True
+            if state.is_leaving and not state.is_dismissed:
+                state.is_dismissed = True
                 self._actions.append(Send("encode", rank, Stop()))
 
-    with swap(Router, "_send_home", at_once):
+    with swap(Router, "_dismiss", at_once):
         yield
 
 
 @mutant("leaving-ranks-hear-nothing", "I15", "an encode rank that wants to leave is not told that it may")
 def _() -> Iterator[None]:
-    with swap(Router, "_send_home", lambda self: None):
+    with swap(Router, "_dismiss", lambda self: None):
         yield
 
 
