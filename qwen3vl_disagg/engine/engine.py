@@ -29,20 +29,11 @@ from qwen3vl_disagg.parallel.kv_room import KvRoom, measured_room
 from qwen3vl_disagg.parallel.lockstep import Outlook, PaceLimits, StepPlan
 from qwen3vl_disagg.processing import mrope_positions
 from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed, Tokens
+from qwen3vl_disagg.protocol.session_events import Consumed
 from qwen3vl_disagg.transport.rows import VisualRows
 
 logger = logging.getLogger(__name__)
 MAX_NOTES = 4096
-
-
-@dataclass(frozen=True)
-class RowsUsed:
-    """Rows below `rows` of this attempt are in the key-value cache and will not be read again."""
-
-    request_id: str
-    item: int
-    attempt: int
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,7 @@ class Preempted:
     request_id: str
 
 
-EngineEvent = NeedItems | Preempted | RowsUsed | Tokens | Finished | RequestFailed
+EngineEvent = NeedItems | Preempted | Consumed | Tokens | Finished | RequestFailed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +98,7 @@ class Engine:
     """Continuous batching over one model.
 
     `add` a request; when `step` says NeedItems, bring each item's rows with `provide_rows`, all at once or part by part
-    as `step` says RowsUsed; `step` returns tokens and the end of each request. `cancel` at any time.
+    as `step` says Consumed; `step` returns tokens and the end of each request. `cancel` at any time.
     """
 
     def __init__(
@@ -213,7 +204,7 @@ class Engine:
             return []
         item = sequence.items[index]
         if item.rows_before(sequence.num_cached) >= rows.stop:
-            return [RowsUsed(request_id, index, rows.attempt, rows.stop)]
+            return [Consumed(request_id, index, rows.attempt, rows.stop)]
         if rows.start > sequence.first_row(index) and index in sequence.restarted:
             return []  # of the attempt before; it was on its way when the item was restarted
         sequence.restarted.discard(index)
@@ -334,7 +325,7 @@ class Engine:
         self.scheduler.remember(sequence)
         for index, _, stop in sequence.touched(chunk.start, chunk.stop):
             rows = sequence.rows[index]
-            events.append(RowsUsed(sequence.request_id, index, rows.attempt, stop))
+            events.append(Consumed(sequence.request_id, index, rows.attempt, stop))
             if stop == rows.stop:
                 del sequence.rows[index]
         return events

@@ -23,7 +23,7 @@ from qwen3vl_disagg.cluster.hub_client import enter_hub
 from qwen3vl_disagg.core.errors import DisaggError, Failure, TransferError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.engine.engine import Engine, EngineEvent, Preempted, RowsUsed
+from qwen3vl_disagg.engine.engine import Engine, EngineEvent, Preempted
 from qwen3vl_disagg.language.engine_thread import EngineThread
 from qwen3vl_disagg.language.link_server import LinkServer
 from qwen3vl_disagg.parallel.lockstep_link import LockstepClient
@@ -220,9 +220,9 @@ class LanguageRank:
                 self._fail(event.request_id, error)
 
     def _on_event(self, event: EngineEvent, request: _Request) -> None:
-        if isinstance(event, RowsUsed):
+        if isinstance(event, Consumed):
             fault_point("before-free")
-            self._links.handle(Consumed(event.request_id, event.item, event.attempt, event.rows))
+            self._links.handle(event)
             return
         if isinstance(event, Preempted):
             self._links.handle(Expect(event.request_id, request.items, [], request.deadline))

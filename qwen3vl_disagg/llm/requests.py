@@ -10,10 +10,11 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob
-from qwen3vl_disagg.engine.engine import Engine, EngineEvent, Preempted, RowsUsed
+from qwen3vl_disagg.engine.engine import Engine, EngineEvent, Preempted
 from qwen3vl_disagg.llm.local import ItemError, LocalTransfer, Outcome
 from qwen3vl_disagg.processing import AnswerParts, Parts, Prompt
 from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed, Tokens
+from qwen3vl_disagg.protocol.session_events import Consumed
 from qwen3vl_disagg.transport.rows import Delivery
 
 
@@ -132,7 +133,7 @@ class LocalRequests:
                     case Delivery():
                         delivered = outcome.request_id, outcome.item, outcome.rows, outcome.timings()
                         for event in self.engine.provide_rows(*delivered):
-                            if isinstance(event, RowsUsed):
+                            if isinstance(event, Consumed):
                                 self.transfer.consumed(event.request_id, event.item, event.attempt, event.rows)
                     case ItemError():
                         self.engine.cancel(outcome.request_id)
@@ -151,7 +152,7 @@ class LocalRequests:
             case Preempted():
                 self.transfer.need(event.request_id, request.prompt.items, [], request.prompt.media)
                 return None
-            case RowsUsed():
+            case Consumed():
                 self.transfer.consumed(event.request_id, event.item, event.attempt, event.rows)
                 return None
             case Tokens():

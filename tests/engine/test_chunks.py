@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams
-from qwen3vl_disagg.engine.engine import Engine, Preempted, RowsUsed
+from qwen3vl_disagg.engine.engine import Engine, Preempted
 from qwen3vl_disagg.engine.scheduler import Chunk
 from qwen3vl_disagg.protocol.messages import Finished, NeedItems, Tokens
+from qwen3vl_disagg.protocol.session_events import Consumed
 from qwen3vl_disagg.transport.rows import VisualRows
 from tests.support.engine import make_engine, make_requests, run, token_ids
 from tests.support.random_model import random_language_model, small_config
@@ -75,7 +76,7 @@ class Feeder:
         spoil(self.windows[key], start)
         self.engine.provide_rows(name, index, self.windows[key], ItemTimings())
 
-    def take(self, event: RowsUsed) -> None:
+    def take(self, event: Consumed) -> None:
         key = (event.request_id, event.item)
         window = self.windows[key]
         assert max(window.start, self.used[key]) < event.rows <= window.stop, "used twice, or before they came"
@@ -120,7 +121,7 @@ def drive(engine: Engine, draw, restarts: int) -> dict[str, list]:
         new = engine.step()
         assert had_work or not new
         kinds = [type(event) for event in new]
-        assert RowsUsed not in kinds or Tokens not in kinds[: kinds.index(RowsUsed)]
+        assert Consumed not in kinds or Tokens not in kinds[: kinds.index(Consumed)]
         for event in new:
             events[event.request_id].append(event)
             match event:
@@ -128,7 +129,7 @@ def drive(engine: Engine, draw, restarts: int) -> dict[str, list]:
                     feeder.need(event)
                 case Preempted():
                     feeder.forget(event.request_id)
-                case RowsUsed():
+                case Consumed():
                     feeder.take(event)
         if not engine.has_work and not feeder.lacking:
             engine.set_short_of_room(True)  # what a receiver without blocks says
@@ -180,7 +181,7 @@ def begin(name: str, **options) -> tuple[Engine, list]:
 
 
 def used(events) -> list[tuple[int, int, int]]:
-    return [(event.item, event.attempt, event.rows) for event in events if isinstance(event, RowsUsed)]
+    return [(event.item, event.attempt, event.rows) for event in events if isinstance(event, Consumed)]
 
 
 def finish(engine: Engine) -> list:
