@@ -37,6 +37,9 @@ ROOMS = [
 ]
 """Bottom to top: a room imports itself and rooms before it. The package's own `__init__` stands beside `cli`."""
 MAX_LINES = 500
+SPINE = tuple(f"{PACKAGE}/{room}" for room in ("model", "protocol", "transport", "encode", "language", "engine"))
+NUM_LINES = {"spine": (SPINE, 10_369, 8_000), "package": ((PACKAGE,), 28_715, 19_500)}
+"""The folders, the lines they have at most, and the lines they should have."""
 SOURCES = ("qwen3vl_disagg", "recipes", "tools")
 
 FORMATTER_OFF = re.compile(r"#\s*(?:isort|fmt|yapf):\s*(?:skip|off)")
@@ -238,7 +241,15 @@ def test_files_fit_one_head():
 
 
 def test_a_class_name_is_there_once():
-    assert {name: files for name, files in doubles(ROOT).items() if name not in DOUBLES} == {}
+    assert set(doubles(ROOT)) == set(DOUBLES), "a new one needs a reason, one that is gone needs none"
+
+
+@pytest.mark.parametrize("what", NUM_LINES)
+def test_the_code_does_not_grow(what):
+    """Where more is needed, something else can go. Where it is less, the number comes down with it."""
+    folders, most, target = NUM_LINES[what]
+    assert num_lines(ROOT, *folders) <= most
+    assert target <= most
 
 
 def test_the_formatter_is_never_kept_away():
@@ -303,6 +314,7 @@ def test_the_other_rules_notice_too(tmp_path):
     (tmp_path / "tools" / "c.py").write_text(
         "a=1  # fmt" + ": skip\n# isort" + ":skip_file\n# fmt" + ": off\n# format: on"
     )
+    assert num_lines(tmp_path, "tools") == MAX_LINES + 7
     assert unformatted(tmp_path) == ["tools/c.py:1", "tools/c.py:2", "tools/c.py:3"]
     for room in ("core", "model"):
         (tmp_path / PACKAGE / room).mkdir(parents=True)
