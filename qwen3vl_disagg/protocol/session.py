@@ -7,8 +7,6 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.allocator import BlockAllocator, Lease, Want
 from qwen3vl_disagg.protocol.layout import MAX_RUNS, RowSizes, blocks_for, row_runs
@@ -224,25 +222,19 @@ def take_room(
     table = session.room.deepstack if is_ranged else session.hold.deepstack
     runs = row_runs(session.room.rows, block_size, stop - start, sizes.max_run_rows)
     deepstack_runs = row_runs(table, block_size, deepstack[1] - deepstack[0], sizes.max_deepstack_run_rows)
-    resume = Resume(
-        request_id=session.request_id,
-        item=session.item,
-        attempt=session.attempt,
-        row_start=start,
-        row_stop=stop,
-        deepstack_start=deepstack[0],
-        deepstack_stop=deepstack[1],
-        row_runs=[b - a for a, b in runs],
-        deepstack_runs=[b - a for a, b in deepstack_runs],
-    )
+    rows: dict[str, Any] = {
+        **session.ids,
+        "row_start": start,
+        "row_stop": stop,
+        "deepstack_start": deepstack[0],
+        "deepstack_stop": deepstack[1],
+        "row_runs": [b - a for a, b in runs],
+        "deepstack_runs": [b - a for a, b in deepstack_runs],
+    }
     if not is_initial:
-        return resume
-    return Grant(
-        **msgspec.structs.asdict(resume),
-        visual=session.visual,
-        timeout_s=session.request_deadline - now,
-        is_alone=session.is_alone,
-    )
+        return Resume(**rows)
+    timeout_s = session.request_deadline - now
+    return Grant(**rows, visual=session.visual, timeout_s=timeout_s, is_alone=session.is_alone)
 
 
 def end_quarantine(where: Leases, key: Attempt, session: Session | None, allocator: BlockAllocator) -> bool:

@@ -8,6 +8,7 @@ since they were sent.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,17 +53,22 @@ class _Sequence:
     text_s: float = 0.0
     """How long the prompt's text takes, behind its rows."""
     decodes_at: float = 0.0
+    offsets: list[int] = field(init=False)
+    """Of each item's first row, and of what is behind the last one."""
+
+    def __post_init__(self) -> None:
+        self.offsets = [0, *itertools.accumulate(item.num_rows for item in self.items)]
+
+    @property
+    def num_rows(self) -> int:
+        return self.offsets[-1]
 
     @property
     def items(self) -> list[VisualItem]:
         return self.submit.items
 
-    @property
-    def num_rows(self) -> int:
-        return sum([item.num_rows for item in self.items])
-
     def offset(self, item: int) -> int:
-        return sum([item.num_rows for item in self.items[:item]])
+        return self.offsets[item]
 
     def first_row(self, item: int) -> int:
         """The first row that is needed; `num_rows` when none is."""

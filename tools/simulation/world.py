@@ -71,7 +71,8 @@ class World:
 
     def at(self, delay: float, owner: Process | None, do: Callable[..., None], *args: Any) -> None:
         """Let `owner` do this after `delay` seconds, unless it is dead by then."""
-        self.at_time(self.now + delay, owner, do, *args)
+        self._count += 1
+        heappush(self._heap, (self.now + delay, self._count, owner, do, args))
 
     def at_time(self, time: float, owner: Process | None, do: Callable[..., None], *args: Any) -> None:
         self._count += 1
