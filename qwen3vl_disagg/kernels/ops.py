@@ -40,12 +40,15 @@ def need(holds: bool, what: str, *tensors: Tensor) -> None:
 
 def is_dense(dtype: torch.dtype, *tensors: Tensor) -> bool:
     """Whether all of them are of this dtype, on the CPU, and in one piece."""
-    return all(t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    for tensor in tensors:  # noqa: SIM110 - half of what a generator costs, in every call of every layer
+        if tensor.dtype is not dtype or not tensor.is_cpu or not tensor.is_contiguous():
+            return False
+    return True
 
 
 def is_on_cpu(dtype: torch.dtype, *tensors: Tensor) -> bool:
     """Whether all of them are of this dtype and on the CPU."""
-    return all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
+    return all(t.dtype is dtype and t.is_cpu for t in tensors)
 
 
 MAX_KERNEL_ROWS, MAX_KERNEL_WEIGHTS = 64, 4
@@ -58,11 +61,13 @@ _library.define("linear(Tensor x, Tensor[] weights) -> Tensor")
 def _linear(x_TD: Tensor, weights: list[Tensor]) -> Tensor:
     """`[T, N]`: the products with up to 4 weights side by side."""
     x_TD, depth = x_TD.contiguous(), x_TD.shape[-1]
-    fits = x_TD.dim() == 2 and len(x_TD) <= MAX_KERNEL_ROWS and 0 < len(weights) <= MAX_KERNEL_WEIGHTS
+    fits = x_TD.dim() == 2 and x_TD.shape[0] <= MAX_KERNEL_ROWS and 0 < len(weights) <= MAX_KERNEL_WEIGHTS
     fits = fits and depth % 32 == 0 and is_dense(torch.bfloat16, x_TD, *weights)
-    fits = fits and all(w.dim() == 2 and w.shape[1] == depth and w.shape[0] % 4 == 0 for w in weights)
+    shapes = [weight.shape for weight in weights]
+    for shape in shapes:
+        fits = fits and len(shape) == 2 and shape[1] == depth and shape[0] % 4 == 0
     need(fits, "a few bfloat16 rows and up to 4 weights of whole pieces", x_TD, *weights)
-    num_rows, sizes = len(x_TD), [weight.shape[0] for weight in weights]
+    num_rows, sizes = x_TD.shape[0], [shape[0] for shape in shapes]
     out = x_TD.new_empty(num_rows, sum(sizes))
     _cpu().q3_linear(
         x_TD.data_ptr(),
@@ -141,8 +146,8 @@ def fit_experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: T
     if x_TD.dim() != 2 or ids_TK.dim() != 2 or down_EDF.dim() != 3 or not is_dense(torch.int64, ids_TK):
         return False
     hidden, width = down_EDF.shape[1:]
-    sizes = x_TD.shape == (len(ids_TK), hidden) and weights_TK.shape == ids_TK.shape
-    sizes = sizes and gate_up_EGD.shape == (len(down_EDF), 2 * width, hidden)
+    sizes = x_TD.shape == (ids_TK.shape[0], hidden) and weights_TK.shape == ids_TK.shape
+    sizes = sizes and gate_up_EGD.shape == (down_EDF.shape[0], 2 * width, hidden)
     return sizes and hidden % 32 == 0 and width % 32 == 0
 
 
@@ -194,7 +199,7 @@ def norm_rotary(x_TNH: Tensor, weight_H: Tensor, eps: float, cos_T1H: Tensor, si
     """RMSNorm of each head, then the rotary embedding -> `[T, N, H]`."""
     x_TNH, cos_T1H, sin_T1H = _with_whole_rows(x_TNH), cos_T1H.contiguous(), sin_T1H.contiguous()
     num_tokens, num_heads, size = x_TNH.shape
-    fits = is_on_cpu(torch.bfloat16, x_TNH) and is_dense(torch.bfloat16, weight_H, cos_T1H, sin_T1H)
+    fits = x_TNH.dtype is torch.bfloat16 and x_TNH.is_cpu and is_dense(torch.bfloat16, weight_H, cos_T1H, sin_T1H)
     fits = fits and weight_H.shape == (size,) and size % 32 == 0
     fits = fits and cos_T1H.shape == sin_T1H.shape == (num_tokens, 1, size)
     need(fits, "bfloat16 heads of whole pieces", x_TNH, weight_H, cos_T1H, sin_T1H)
