@@ -25,6 +25,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from qwen3vl_disagg.assets import tiny_folder
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.moe import Experts

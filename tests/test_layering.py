@@ -219,6 +219,23 @@ def test_imports_go_down():
     assert upward_imports(ROOT) == []
 
 
+def scripts_without_path(root: Path) -> list[str]:
+    """What is run as `python FOLDER/FILE.py` finds its own folder, and `tools` only if it says where that is."""
+    found = []
+    for path in sorted([*root.glob("tools/*.py"), *root.glob("recipes/*.py")]):
+        text = path.read_text()
+        if "__main__" in text and re.search(r"^(from|import) tools\b", text, re.MULTILINE):
+            found += [] if re.search(r"^sys\.path\.insert", text, re.MULTILINE) else [str(path.relative_to(root))]
+    return found
+
+
+def test_scripts_find_the_tools(tmp_path):
+    assert scripts_without_path(ROOT) == []
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "a.py").write_text("from tools.b import c\nif __name__ == '__main__':\n    c()\n")
+    assert scripts_without_path(tmp_path) == ["tools/a.py"]
+
+
 def test_no_files_import_one_another():
     assert circles(ROOT) == []
 

@@ -28,6 +28,8 @@ import tyro
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from qwen3vl_disagg.checkpoint import Checkpoint, ExpertLayout, load, load_language_model, open_checkpoint
 from qwen3vl_disagg.checkpoint.layouts import checkpoint_name
 from qwen3vl_disagg.core.devices import DTYPES

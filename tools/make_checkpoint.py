@@ -8,11 +8,14 @@ Every size of the preset can be overridden as `--text.NAME` and `--vision.NAME`.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qwen3vl_disagg.model.config import ModelConfig, check_config
 from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
