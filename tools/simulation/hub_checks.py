@@ -38,8 +38,10 @@ class HubChecks:
         self._incarnations: dict[int, int] = {}
         self._attempts: dict[Key, tuple[int, Worker]] = {}
         """The attempt that was given out last, and to whom."""
-        self._causes: dict[Key, set[Any]] = defaultdict(set)
-        """Why attempts at an item failed: numbers of attempts, and workers that lost their links and have not died."""
+        self._failed: dict[Key, set[int]] = defaultdict(set)
+        """Attempts at an item that failed, but for those that a death ended."""
+        self._lost_with: dict[tuple[Key, Worker], int] = {}
+        """The last of them whose link was lost, which may turn out to be a death."""
         self._under_way_at: dict[int, Counter[str]] = {}
         """Contents that each encode rank says it works on."""
         self._suspects: dict[str, int] = {}
@@ -73,8 +75,9 @@ class HubChecks:
                 key = (message.request_id, message.item)
                 attempt, worker = self._attempts.get(key, (0, (-1, 0)))
                 if attempt == message.attempt:
-                    is_death = isinstance(message, ItemLost) and message.dead_epoch > 0
-                    self._causes[key].add(worker if is_death else attempt)
+                    self._failed[key].add(attempt)
+                    if isinstance(message, ItemLost) and message.dead_epoch > 0:
+                        self._lost_with[key, worker] = attempt
             case FromRank(role="encode", message=Leaving()):
                 self._leaving.add(self._worker(event.rank))
 
@@ -85,8 +88,10 @@ class HubChecks:
         for digest in under_way if self._worker(rank) not in self._leaving else ():
             self._suspects[digest] = self._suspects.get(digest, 0) + (len(under_way) == 1)
         self._leaving.discard(self._worker(rank))
-        for causes in self._causes.values():
-            causes.discard(self._worker(rank))
+        for (key, worker), attempt in list(self._lost_with.items()):
+            if worker == self._worker(rank):
+                self._failed[key].discard(attempt)
+                del self._lost_with[key, worker]
 
     def _worker(self, rank: int) -> Worker:
         return rank, self._incarnations.get(rank, 0)
@@ -124,17 +129,17 @@ class HubChecks:
 
     def ended(self, request_id: str, error: DisaggError | None) -> None:
         """I11: a request is given up only for as many failures as there were."""
-        causes = [len(self._causes[key]) for key in self._attempts if key[0] == request_id]
+        failures = [len(self._failed[key]) for key in self._attempts if key[0] == request_id]
         if isinstance(error, InputError) and error.code == "harmful_media":
             deaths = max(self._suspects.get(digest, 0) for digest in self.hub.cluster.clients[request_id].digests)
             if deaths < self.hub.router.limits.max_deaths:
                 raise Violation("I11", f"{request_id} is refused after {deaths} deaths that it was alone with")
         is_given_up = error is not None and not isinstance(error, _NO_FAILURE_OF_AN_ITEM)
-        if is_given_up and max(causes, default=0) < self.hub.router.limits.max_attempts:
-            raise Violation("I11", f"{request_id} ended with {error!r} after {causes} failures of its items")
+        if is_given_up and max(failures, default=0) < self.hub.router.limits.max_attempts:
+            raise Violation("I11", f"{request_id} ended with {error!r} after {failures} failures of its items")
         for key in [key for key in self._attempts if key[0] == request_id]:
             del self._attempts[key]
-            self._causes.pop(key, None)
+            self._failed.pop(key, None)
 
     # ---- the clocks ----
 
@@ -154,8 +159,8 @@ class HubChecks:
                 key = (request_id, index, item.attempt)
                 if item.state == "waiting" and waiting.stay(key) > limits.encode_wait_s:
                     raise Violation("I11", f"{key} waits for an encode rank without end")
-                if item.failures > len(self._causes.get(key[:2], ())):
-                    raise Violation("I11", f"{item.failures} failures of {key}, there were {self._causes[key[:2]]}")
+                if item.failures > len(self._failed.get(key[:2], ())):
+                    raise Violation("I11", f"{item.failures} failures of {key}, there were {self._failed[key[:2]]}")
                 if item.state == "encoding" and not hub.cluster.is_at_work(key) and unattended.stay(key) > UNHEARD_S:
                     raise Violation("I11", f"{key} is awaited from encode rank {item.encode_rank}, which is not at it")
         staying = self._staying.look(now)
