@@ -117,10 +117,18 @@ class HubChecks:
                 raise Violation("I13", f"encode rank {action.rank} may go, and {under_way} are still to come from it")
 
     def after(self, event: Event) -> None:
-        """I11: without a rank that has a part of the experts nothing runs."""
-        missing = self.hub.router.required - self._language
-        if missing and self.hub.router.num_requests:
-            raise Violation("I11", f"{self.hub.router.num_requests} requests run without language ranks {missing}")
+        """I11: without a rank that has a part of the experts nothing runs; what a dead encode rank had to do is at
+        another one, or waits for one."""
+        router = self.hub.router
+        missing = router.required - self._language
+        if missing and router.num_requests:
+            raise Violation("I11", f"{router.num_requests} requests run without language ranks {missing}")
+        if isinstance(event, RankUp | RankDown) and event.role == "encode":
+            for request_id, request in router._requests.items():
+                for index, item in enumerate(request.items):
+                    state = router._encode.get(item.encode_rank)
+                    if item.state == "encoding" and (state is None or (request_id, index) not in state.jobs):
+                        raise Violation("I11", f"{(request_id, index)} is awaited from a dead encode rank")
 
     def _under_way(self, rank: int) -> list[Key]:
         requests = self.hub.router._requests
