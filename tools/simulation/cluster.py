@@ -13,7 +13,7 @@ from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.messages import Frame, Leaving, LinkMessage, Message
 from qwen3vl_disagg.protocol.router import RouterLimits
 from qwen3vl_disagg.protocol.routing import Abandon, Admit, FromRank, RankDown, RankUp
-from qwen3vl_disagg.protocol.session import WAITING
+from qwen3vl_disagg.protocol.session import GRANTED, WAITING
 from qwen3vl_disagg.protocol.session_events import Attempt, SessionLimits
 from tools.simulation.encode import SimEncode
 from tools.simulation.hub import Client, SimHub
@@ -157,11 +157,11 @@ class Cluster:
         return sum(1 for client in self.clients.values() if not client.is_ended and not client.tokens)
 
     def is_at_work(self, attempt: Attempt) -> bool:
-        """An encode rank has the attempt, or will be asked for it, or it needs nobody any more."""
+        """An encode rank has the attempt, or is asked for it or will be, or it needs nobody any more."""
         if any(attempt in encode.sessions.items for encode in self.encodes):
             return True
         sessions = (language.sessions.find(*attempt) for language in self.languages)
-        return any(s is not None and (s.received == s.total or s.state is WAITING) for s in sessions)
+        return any(s is not None and (s.received == s.total or s.state in (WAITING, GRANTED)) for s in sessions)
 
     def check_wire(self, frame: Frame) -> None:
         """Only typed frames cross a border; some are put through the real encoding."""

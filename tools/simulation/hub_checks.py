@@ -27,7 +27,7 @@ Worker = tuple[int, int]
 """(encode rank, its incarnation)"""
 
 UNHEARD_S = 9.0
-"""How long the news that an attempt is over may be under way, delays included."""
+"""How long the news that an attempt is over may be under way, if nothing before it is."""
 
 
 class HubChecks:
@@ -130,6 +130,11 @@ class HubChecks:
                     if item.state == "encoding" and (state is None or (request_id, index) not in state.jobs):
                         raise Violation("I11", f"{(request_id, index)} is awaited from a dead encode rank")
 
+    def _has_heard(self, language_rank: int, since: float) -> bool:
+        """Whether what that rank said at `since` has arrived: delays add up, as nothing overtakes."""
+        channel = self.hub.cluster.languages[language_rank].hub
+        return channel is not None and (channel.is_through or channel.heard_at > since)
+
     def _under_way(self, rank: int) -> list[Key]:
         requests = self.hub.router._requests
         keys = [key for key, (_, worker) in self._attempts.items() if worker == self._worker(rank)]
@@ -169,7 +174,10 @@ class HubChecks:
                     raise Violation("I11", f"{key} waits for an encode rank without end")
                 if item.failures > len(self._failed.get(key[:2], ())):
                     raise Violation("I11", f"{item.failures} failures of {key}, there were {self._failed[key[:2]]}")
-                if item.state == "encoding" and not hub.cluster.is_at_work(key) and unattended.stay(key) > UNHEARD_S:
+                if item.state != "encoding" or hub.cluster.is_at_work(key):
+                    continue
+                stay = unattended.stay(key)
+                if stay > UNHEARD_S and self._has_heard(request.language_rank, now - stay):
                     raise Violation("I11", f"{key} is awaited from encode rank {item.encode_rank}, which is not at it")
         staying = self._staying.look(now)
         for worker in self._leaving - self._told_to_go:
