@@ -10,9 +10,11 @@ import pytest
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.encode_sessions import QUEUED
 from qwen3vl_disagg.protocol.layout import RowSizes
-from qwen3vl_disagg.protocol.messages import Abort, Grant
+from qwen3vl_disagg.protocol.messages import Abort, Grant, ItemLost
 from qwen3vl_disagg.protocol.router import RouterLimits
+from qwen3vl_disagg.protocol.routing import FromRank, RankDown
 from tools.simulation.cluster import Cluster, Sizes
+from tools.simulation.runner import simulate
 from tools.simulation.world import Violation, World
 
 ATTEMPT = ("r0", 0, 1)
@@ -77,3 +79,21 @@ def test_late_news_of_other_things_are_no_excuse(cluster):
     world.run(heard_at)
     with pytest.raises(Violation, match="is kept for nobody"):
         world.run(heard_at + 5.0)
+
+
+def test_two_lost_links_of_one_rank_are_two_failures_and_its_death_takes_back_the_last(cluster):
+    checks, key = cluster.hub.checks, ATTEMPT[:2]
+    for attempt in (1, 2):
+        checks._attempts[key] = (attempt, checks._worker(0))
+        lost = ItemLost(request_id="r0", item=0, attempt=attempt, reason="no link", dead_epoch=attempt)
+        checks.heard(FromRank("language", 0, lost))
+    assert checks._failed[key] == {1, 2}
+    checks.heard(RankDown("encode", 0))
+    assert checks._failed[key] == {1}
+
+
+@pytest.mark.parametrize(("seed", "number"), [(4000, 3803), (4001, 3550), (5005, 11165)])
+def test_what_takes_long_or_happens_twice_is_no_fault(seed, number):
+    """Links lost twice; a grant to a slow rank and, behind it, the news that the item is there."""
+    result = simulate(1, seed, first=number)
+    assert result.violation is None, result.violation
