@@ -181,7 +181,7 @@ def test_the_samplers_options(monkeypatch, capsys, scenes):
 def test_bad_arguments_exit_with_two_and_no_traceback(monkeypatch, capsys, args, message):
     import torch
 
-    if "cuda" in args and torch.cuda.is_available():
+    if "cuda" in args and torch.cuda.is_available():  # then it is a good one
         pytest.skip("--device cuda is a bad argument only where there is no CUDA device")
     status, out, err = run(monkeypatch, capsys, *args)
     assert status == 2

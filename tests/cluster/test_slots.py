@@ -252,7 +252,7 @@ def test_a_process_leaves_whatever_its_end_meets():
         raise RuntimeError("no")
 
     def body() -> None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
         atexit.register(fail)
         sys.stdout = os.fdopen(os.dup(1), "w")
         print("nobody reads this")
@@ -269,7 +269,7 @@ def test_a_child_whose_output_nobody_reads_does_not_become_a_second_slot():
             os.close(sys.stdout.fileno())
             return 5
 
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
         os._exit(Slot([Child("encode", child, is_vital=True)]).run())
 
     assert left(body)[0] == 5

@@ -300,7 +300,9 @@ def test_an_item_larger_than_the_cache_is_sent_and_not_kept():
 
 
 def test_a_fault_between_rows_and_header_leaves_nothing_pinned(monkeypatch, capsys):
-    def fail(point, faults=["encoded"]):  # noqa: B006
+    faults = ["encoded"]
+
+    def fail(point):
         if point in faults:
             faults.remove(point)
             raise RuntimeError("on purpose")

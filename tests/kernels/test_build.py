@@ -183,7 +183,7 @@ def a_file(place: Path) -> None:
 
 @pytest.mark.parametrize("change", [world_writable, group_writable, foreign, linked, a_file])
 def test_a_folder_that_is_not_the_user_s_own_is_not_used(place, tmp_path, caplog, change):
-    if change is foreign and os.geteuid() != 0:
+    if change is foreign and os.geteuid() != 0:  # chown is refused to all others
         pytest.skip("only root can give a folder away")
     assert load() == 42
     mark, path = tmp_path / "it-ran", kept(place)

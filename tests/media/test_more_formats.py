@@ -97,7 +97,7 @@ def test_all_orientations(form, orientation):
 @pytest.mark.parametrize("is_inverted", [False, True])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_greys_of_a_tiff(order, is_inverted, bits):
-    if (order, is_inverted, bits) == (">", True, 16):
+    if (order, is_inverted, bits) == (">", True, 16):  # Pillow has no mode for it
         pytest.skip("the library does not read it")
     values = [value * (257 if bits == 16 else 1) for value in (0, 100, 255)]
     levels = struct.pack(order + ("3H" if bits == 16 else "3B"), *values)
@@ -119,7 +119,7 @@ def test_modes_of_a_tiff(mode, compression):
     image = picture((40, 24), mode)
     try:
         data = encode(image, "TIFF", compression=compression)
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError):  # JPEG of a palette or of single bits
         pytest.skip("not a combination that can be written")
     if compression != "jpeg":
         png = decode_rgb(encode(image, "PNG")) if mode == "RGBA" else image.convert("RGB")

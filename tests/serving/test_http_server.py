@@ -119,7 +119,10 @@ def test_large_headers_in_one_piece(running):
 
 def test_signals_are_left_alone():
     """In the main thread, where uvicorn would take them."""
-    handlers = lambda: (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))  # noqa: E731
+
+    def handlers():
+        return (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
 
@@ -145,7 +148,10 @@ def test_signals_are_left_alone():
 
 
 def test_shutdown_finishes_what_runs():
-    script = lambda prompt, sampling: [AllDecoded(), 0.5, *answer_steps("red", sampling)[1:]]  # noqa: E731
+
+    def script(prompt, sampling):
+        return [AllDecoded(), 0.5, *answer_steps("red", sampling)[1:]]
+
     running = Running(FakeBackend(script))
     replies: list = []
     with running:

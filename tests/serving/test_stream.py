@@ -84,7 +84,10 @@ def test_characters_are_never_split():
 
 def test_an_unfinished_character_comes_at_the_end():
     token_id = tiny_processor().tokenizer.encode("\u20ac")[0]
-    script = lambda prompt, sampling: answer_of([token_id] * 2, sampling)  # noqa: E731
+
+    def script(prompt, sampling):
+        return answer_of([token_id] * 2, sampling)
+
     *chunks, _ = stream(FakeBackend(script), max_tokens=1)
     assert chunks[-2]["choices"][0]["delta"] == {"content": "\ufffd"}
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
@@ -127,7 +130,10 @@ def test_errors_before_the_images_are_decoded_have_a_status(error, status, when)
 
 @pytest.mark.parametrize("error", [TransferError("10.0.0.1: reset"), RuntimeError("secret"), UnavailableError("down")])
 def test_later_errors_are_an_event_and_the_end(error):
-    script = lambda prompt, sampling: [AllDecoded(), TokenEvent(40), error]  # noqa: E731
+
+    def script(prompt, sampling):
+        return [AllDecoded(), TokenEvent(40), error]
+
     events = stream(FakeBackend(script))
     body = events[-1]["error"]
     assert set(body) == {"message", "type", "param", "code"}
@@ -160,7 +166,10 @@ def test_the_status_waits_for_decoded():
 
 
 def test_silence_is_filled_with_chunks_that_say_nothing_and_the_stream_goes_on():
-    script = lambda prompt, sampling: [AllDecoded(), 0.5, *answer_steps("red", sampling)[1:]]  # noqa: E731
+
+    def script(prompt, sampling):
+        return [AllDecoded(), 0.5, *answer_steps("red", sampling)[1:]]
+
     asked = {**ASK, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     reply = serve(FakeBackend(script), limits=Limits(ping_s=0.05)).post(PATH, json=asked)
     *chunks, done = parse(reply.text)
@@ -176,14 +185,20 @@ BREAKS = "a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029i\r\nj\rk\n\nl\\\u2028m"
 
 
 def test_no_reader_of_lines_cuts_an_event():
-    script = lambda prompt, sampling: answer_steps(BREAKS, sampling)  # noqa: E731
+
+    def script(prompt, sampling):
+        return answer_steps(BREAKS, sampling)
+
     reply = serve(FakeBackend(script)).post(PATH, json={**ASK, "stream": True, "logprobs": True, "top_logprobs": 1})
     *chunks, _ = parse(reply.text)
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == BREAKS
     assert not set(reply.text) & set(BREAKS) - set("abcdefghijklm\\\n")
     call = json.dumps({"name": BREAKS, "arguments": {"a": BREAKS}}, ensure_ascii=False)
     tools = [{"type": "function", "function": {"name": "f"}}]
-    script = lambda prompt, sampling: answer_steps(f"<tool_call>{call}</tool_call>", sampling)  # noqa: E731
+
+    def script(prompt, sampling):
+        return answer_steps(f"<tool_call>{call}</tool_call>", sampling)
+
     *chunks, _ = stream(FakeBackend(script), tools=tools, max_tokens=999)
     [delta] = [c["choices"][0]["delta"] for c in chunks if "tool_calls" in c["choices"][0]["delta"]]
     assert json.loads(delta["tool_calls"][0]["function"]["arguments"]) == {"a": BREAKS}
@@ -202,7 +217,10 @@ def test_a_request_that_takes_too_long_ends(stream):
 
 def test_each_chunk_is_sent_before_the_next_token_is_there():
     async def main() -> None:
-        script = lambda prompt, sampling: [AllDecoded(), *answer_steps("red", sampling)[1:2], 60.0]  # noqa: E731
+
+        def script(prompt, sampling):
+            return [AllDecoded(), *answer_steps("red", sampling)[1:2], 60.0]
+
         app = create_app(FakeBackend(script), tiny_processor(), model_name="tiny")
         exchange = Exchange(app, PATH, [json.dumps({**ASK, "stream": True, "return_token_ids": True}).encode()])
         task = asyncio.create_task(exchange.run())
