@@ -10,12 +10,12 @@ from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.faults import FAULT, FAULT_MARK, FaultPlan, check_mark
 
 PREFIX = "Q3VL_"
-KERNELS, GRAPHS, TOKEN = "Q3VL_KERNELS", "Q3VL_GRAPHS", "Q3VL_TOKEN"
+KERNELS, GRAPHS, TOKEN, API_KEY = "Q3VL_KERNELS", "Q3VL_GRAPHS", "Q3VL_TOKEN", "Q3VL_API_KEY"
 VALUES = {
     KERNELS: ("on", "off"),  # `off` runs the PyTorch code
     GRAPHS: ("count", "fail"),  # say how many graphs there are; `fail` makes a later one an error, too
 }
-NAMES = (*VALUES, TOKEN, FAULT, FAULT_MARK, "Q3VL_ACCEPTANCE", "Q3VL_ATTACK_S", "Q3VL_ATTACKS")
+NAMES = (*VALUES, TOKEN, API_KEY, FAULT, FAULT_MARK, "Q3VL_ACCEPTANCE", "Q3VL_ATTACK_S", "Q3VL_ATTACKS")
 """All that there are; the last ones are for the tests."""
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import tyro
@@ -127,6 +128,16 @@ class HttpOptions:
     allow_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
     """A name by which clients address the server, as their Host header has it; may be repeated; `*`: any. Without it:
     localhost and loopback addresses; where --host is not one of these, any IP address and this machine's names."""
+    allow_origin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="ORIGIN")] = ()
+    """An origin (https://app.example) whose pages in browsers may use the server; may be repeated; `*`: any page."""
+    api_key: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY")] = field(
+        default=(), repr=False
+    )
+    """A key that clients must show; may be repeated. Other users of this host can see it in the command line: a file or
+    the environment variable Q3VL_API_KEY (several with blanks between them) do the same. Without any the server is
+    open."""
+    api_key_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A file with keys, one a line."""
     max_waiting: Annotated[int, tyro.conf.arg(metavar="N")] = 1024
     """Requests that may wait for their first token; more are refused with 429."""
     request_timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 600.0

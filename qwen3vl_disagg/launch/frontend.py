@@ -18,6 +18,7 @@ from qwen3vl_disagg.core.host import give_large_blocks_back, trim_heap
 from qwen3vl_disagg.core.settings import HttpOptions
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.protocol.routing import RouterLimits
+from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.doors import Doors
 from qwen3vl_disagg.serving.http_server import HttpServer
@@ -36,6 +37,7 @@ def run_frontend(
     hub_socket: socket.socket,
     memory: JobMemory,
     options: HttpOptions,
+    keys: ApiKeys,
     *,
     debug: bool = False,
 ) -> int:
@@ -56,7 +58,8 @@ def run_frontend(
             max_answer_tokens=options.max_answer_tokens,
             hide_cache_hits=options.hide_cache_hits == "on",
         ),
-        doors=Doors.of(options.host, options.allow_host),
+        doors=Doors.of(options.host, options.allow_host, options.allow_origin),
+        keys=keys,
         debug=debug,
         warm_up=True,
     )

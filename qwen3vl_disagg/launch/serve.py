@@ -35,6 +35,7 @@ from qwen3vl_disagg.options import ServeOptions
 from qwen3vl_disagg.plan.dry_run import DEFAULT_WORLD, check_dry_run, dry_run
 from qwen3vl_disagg.plan.hardware import load_hardware
 from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.doors import ANY, Doors, is_loopback
 from qwen3vl_disagg.transport.addresses import LOOPBACK, given_token, own_address, parse_address
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
@@ -113,7 +114,8 @@ def stated_meeting(options: ServeOptions, world: World) -> Meeting | None:
 
 def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) -> Slot:
     """Slot 0: binds both sockets, tells the others where the hub is, forks the frontend beside its rank."""
-    warn_of_open_door(options.http)
+    keys = ApiKeys.given(options.http, os.environ)
+    warn_of_open_door(options.http, has_keys=bool(keys))
     stated = stated_meeting(options, world) or Meeting(hub_address=(LOOPBACK, 0), token=secrets.token_hex(16), pid=0)
     http_socket, hub_socket = bind(options.http.host, options.http.port, "port"), bind(*stated.hub_address, "hub")
     meeting = Meeting(hub_address=hub_socket.getsockname()[:2], token=stated.token, pid=os.getpid())
@@ -124,7 +126,9 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
     memory = JobMemory()
     frontend = Child(
         "frontend",
-        functools.partial(run_frontend, context, http_socket, hub_socket, memory, options.http, debug=options.debug),
+        functools.partial(
+            run_frontend, context, http_socket, hub_socket, memory, options.http, keys, debug=options.debug
+        ),
         is_vital=False,
         sockets=(http_socket, hub_socket),
         takes_signals=True,
@@ -151,15 +155,18 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
     )
 
 
-def warn_of_open_door(options: HttpOptions) -> None:
-    """Whoever reaches the address may use the server: said once."""
+def warn_of_open_door(options: HttpOptions, *, has_keys: bool = False) -> None:
+    """Whoever reaches the address, or any page that a user of it looks at, may use the server: said once."""
+    if has_keys:
+        return
+    if ANY in options.allow_origin:
+        logger.warning("warning: --allow-origin %s without --api-key: any page in a browser can use the server", ANY)
     if is_loopback(options.host):
         return
     doors = Doors.of(options.host, options.allow_host)
     hosts = "any Host" if ANY in doors.names else f"any IP address and {', '.join(sorted(doors.names))} as Host"
     logger.warning(
-        "warning: --host %s: whoever reaches this address can use the server, there is no authentication; "
-        "it answers to %s",
+        "warning: --host %s: whoever reaches this address can use the server, there is no --api-key; it answers to %s",
         options.host,
         hosts,
     )
@@ -209,7 +216,9 @@ def run_slot(options: ServeOptions, world: World) -> int:
     check_supported(options.model)
     options.encode.check()
     options.http.check()
-    Doors.of(options.http.host, options.http.allow_host)
+    Doors.of(options.http.host, options.http.allow_host, options.http.allow_origin)
+    if world.rank == 0:
+        ApiKeys.given(options.http, os.environ)
     if options.chunk_tokens is not None and options.chunk_tokens < 1:
         raise InputError(f"--chunk-tokens {options.chunk_tokens}: must be at least 1", param="chunk_tokens")
     stated_meeting(options, world)

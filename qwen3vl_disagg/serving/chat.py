@@ -18,6 +18,7 @@ from qwen3vl_disagg.serving.answer import Answer, with_frontend
 from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, check_headers, read_body
 from qwen3vl_disagg.serving.chat_request import ChatRequest
 from qwen3vl_disagg.serving.errors import JSONResponse
+from qwen3vl_disagg.serving.guard import SALT
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.preparation import Preparation
 from qwen3vl_disagg.serving.prepare import Rules
@@ -85,6 +86,7 @@ class ChatCompletions:
         finally:
             self._num_preparing -= 1
         account.release()
+        prepared = prepared.salted(scope.get("state", {}).get(SALT, ""))
         left = deadline - time.monotonic()
         if left <= 0:
             raise DeadlineError("making the prompt took longer than the request may")

@@ -32,14 +32,16 @@ def is_loopback(host: str) -> bool:
 @dataclass(frozen=True)
 class Doors:
     """`names`: hosts that are accepted, in lower case. `any_address`: also every IP address, which nobody can have
-    resolve to another one."""
+    resolve to another one. `origins`: whose pages may send requests and read the answers, beside the server's own."""
 
     names: frozenset[str]
     any_address: bool
+    origins: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, host: str, allowed: Iterable[str] = ()) -> Doors:
-        """For a server that listens on `host`. InputError for a name in `allowed` that can be no host.
+    def of(cls, host: str, allowed: Iterable[str] = (), origins: Iterable[str] = ()) -> Doors:
+        """For a server that listens on `host`. InputError for a name in `allowed` that can be no host, and for one in
+        `origins` that can be no origin.
 
         On loopback: its names and addresses. Elsewhere: any address, and this machine's names.
         """
@@ -52,7 +54,7 @@ class Doors:
             if found is None:
                 raise InputError(f"--allow-host {name}: must be a host name, an address or {ANY}", param="allow-host")
             names.add(found.strip("[]"))
-        return cls(frozenset(names), any_address=not is_loopback(host))
+        return cls(frozenset(names), not is_loopback(host), frozenset(map(_origin_of, origins)))
 
     def check(self, method: str, headers: Headers) -> None:
         """InputError 403 for a host that is not served, and where a page of another origin sends something."""
@@ -61,7 +63,9 @@ class Doors:
             message = "this server is not addressed by that Host (see its option --allow-host)"
             raise InputError(message, status=403, code="host_not_allowed")
         origin = headers.get("origin")
-        if origin is not None and method not in _SAFE_METHODS and not _is_same(origin, host):
+        if origin is None or method in _SAFE_METHODS or not self.origins.isdisjoint((ANY, origin)):
+            return
+        if not _is_same(origin, host):
             raise InputError("pages of other origins may not send requests", status=403, code="origin_not_allowed")
 
     def _is_served(self, host: str) -> bool:
@@ -80,6 +84,22 @@ def _name_of(host: str) -> str | None:
     """Without port, brackets and the dot of the root, in lower case; None for what can be no host."""
     found = _HOST.fullmatch(host.lower())
     return None if found is None else found[1].strip("[]").removesuffix(".")
+
+
+def _origin_of(text: str) -> str:
+    """As browsers spell it. InputError for what is no origin."""
+    if text == ANY:
+        return ANY
+    try:
+        parts = urlsplit(text.lower())
+        is_whole = parts.scheme in _DEFAULT_PORTS and not (parts.path.strip("/") or parts.query or parts.fragment)
+        name = _name_of(parts.netloc) if is_whole else None
+    except ValueError:
+        name = None
+    if name is None:
+        message = f"--allow-origin {text}: must be http or https, :// and a host, as in https://app.example, or {ANY}"
+        raise InputError(message, param="allow-origin")
+    return f"{parts.scheme}://{parts.netloc.removesuffix(_DEFAULT_PORTS[parts.scheme])}"
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -69,6 +69,8 @@ def describe(error: Exception) -> tuple[int, ErrorEnvelope, dict[str, str]]:
     status, headers = failure.status, dict[str, str]()
     if status in (408, 413, 431):  # a part of the request may be unread: the connection can carry no other
         headers["Connection"] = "close"
+    elif status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     elif status in (429, 503):
         headers["Retry-After"] = _retry_after(getattr(error, "retry_after", MIN_RETRY_S))
     message = _TRANSFER if isinstance(error, TransferError) else failure.message

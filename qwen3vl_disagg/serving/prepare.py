@@ -7,16 +7,18 @@ It is killed when its request has ended, and with its parent.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import structs
 
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.cluster.slots import die_with_parent
@@ -49,6 +51,16 @@ class Prepared:
     prompt: Prompt
     sampling: SamplingParams
     seconds: float
+
+    def salted(self, salt: str) -> Prepared:
+        """The same request, which shares what is cached with those of the same `salt`, and the same of its own, alone;
+        as it is where there is none."""
+        if not salt:
+            return self
+        both = hashlib.sha256(f"{salt} {self.sampling.cache_salt}".encode()).hexdigest()
+        items = [structs.replace(item, salt=both) for item in self.prompt.items]
+        sampling = structs.replace(self.sampling, cache_salt=both)
+        return replace(self, prompt=replace(self.prompt, items=items), sampling=sampling)
 
 
 @dataclass(frozen=True)
