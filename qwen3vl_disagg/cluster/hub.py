@@ -47,6 +47,7 @@ from qwen3vl_disagg.protocol.messages import (
     Tokens,
     Welcome,
 )
+from qwen3vl_disagg.protocol.pump import Pump
 from qwen3vl_disagg.protocol.router import Router
 from qwen3vl_disagg.protocol.routing import (
     Abandon,
@@ -63,9 +64,9 @@ from qwen3vl_disagg.protocol.routing import (
     RouterLimits,
     Send,
 )
-from qwen3vl_disagg.protocol.session_events import Tick
 from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
+from qwen3vl_disagg.transport.ticks import tick
 
 logger = logging.getLogger(__name__)
 EXPECTED_TOKENS = 1024
@@ -73,7 +74,6 @@ PULL_S = 30.0
 MAX_PULLS = 64
 """Answered at a time; each has at most a slice of its bytes on the way."""
 CLOSE_S = 2.0
-TICK_S = 0.25
 
 
 @dataclass
@@ -151,6 +151,7 @@ class Hub:
         self._registry = Registry(layout, token, self._memory)
         together = layout.language_ranks if config.text.num_experts else ()
         self._router = Router(limits, required=together)
+        self._pump = Pump[Event, Action](self._router.handle, self._perform, time.monotonic)
         self._media = MediaStore() if media is None else media
         self._ranks: dict[RankKey, Connection] = {}
         self._handles: dict[str, _Handle] = {}
@@ -233,7 +234,7 @@ class Hub:
         self._server = Doorkeeper(
             sock, self._greet, token=self._token, messages=HubMessage, max_frame=MAX_HUB_FRAME, name="hub"
         )
-        self._ticker = asyncio.create_task(self._tick())
+        self._ticker = asyncio.create_task(tick(self.take, must_succeed=True))
         return self._ticker
 
     async def drain(self, limit_s: float) -> None:
@@ -265,17 +266,11 @@ class Hub:
         encode, language = self._layout.encode_ranks, self._layout.language_ranks
         return {("encode", rank) for rank in encode} | {("language", rank) for rank in language}
 
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_S)
-            self.take(Tick())
-
     # ---- router ----
 
     def take(self, event: Event) -> None:
         """Let the router decide, and do what it says."""
-        for action in self._router.handle(event, time.monotonic()):
-            self._perform(action)
+        self._pump.handle(event)
 
     def _perform(self, action: Action) -> None:
         match action:

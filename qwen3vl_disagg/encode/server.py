@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -33,6 +32,7 @@ from qwen3vl_disagg.protocol.messages import (
     Message,
     Resume,
 )
+from qwen3vl_disagg.protocol.pump import Pump
 from qwen3vl_disagg.protocol.session_events import (
     Attempt,
     BreakLink,
@@ -50,12 +50,11 @@ from qwen3vl_disagg.protocol.session_events import (
     SessionLimits,
     StartEncode,
     Tell,
-    Tick,
 )
 from qwen3vl_disagg.transport.links import LinkFactory
+from qwen3vl_disagg.transport.ticks import tick
 
 logger = logging.getLogger(__name__)
-TICK_S = 0.25
 
 
 class EncodeServer:
@@ -79,8 +78,7 @@ class EncodeServer:
         self._links = EncodeLinks(
             hello, on_up=self._on_up, on_down=self._on_down, on_frame=self._on_frame, on_refused=on_refused
         )
-        self._events: deque[EncodeEvent] = deque()
-        self._is_handling = False
+        self._pump = Pump[EncodeEvent, EncodeAction](self.sessions.handle, self._perform, time.monotonic)
         self._tasks: dict[Attempt, asyncio.Task[None]] = {}
         self._encoded: dict[Attempt, HeldItem] = {}
         self._ticker: asyncio.Task[None] | None = None
@@ -88,7 +86,7 @@ class EncodeServer:
     def connect(self, peers: list[tuple[int, str, int]], make_link: LinkFactory) -> None:
         """Link to these language ranks (rank, host, port); those already known are left alone."""
         if self._ticker is None:
-            self._ticker = asyncio.create_task(self._tick())
+            self._ticker = asyncio.create_task(tick(self.handle))
         self._links.connect(peers, make_link)
 
     def use_number(self, encode_rank: int) -> None:
@@ -115,28 +113,11 @@ class EncodeServer:
         finally:
             self.pipeline.close()
 
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_S)
-            try:
-                self.handle(Tick())
-            except Exception as error:  # without ticks there would be no deadlines
-                logger.error("a tick failed", exc_info=error)
-
     # -- sessions
 
     def handle(self, event: EncodeEvent) -> None:
-        """Let the sessions decide, and do what they say. What comes up meanwhile waits its turn."""
-        self._events.append(event)
-        if self._is_handling:
-            return
-        self._is_handling = True
-        try:
-            while self._events:
-                for action in self.sessions.handle(self._events.popleft(), time.monotonic()):
-                    self._perform(action)
-        finally:
-            self._is_handling = False
+        """Let the sessions decide, and do what they say."""
+        self._pump.handle(event)
 
     def _perform(self, action: EncodeAction) -> None:
         match action:

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import socket
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from qwen3vl_disagg.protocol.messages import (
     RequestFailed,
     Resume,
 )
+from qwen3vl_disagg.protocol.pump import Pump
 from qwen3vl_disagg.protocol.session_events import (
     BreakLink,
     FrameIn,
@@ -55,17 +55,16 @@ from qwen3vl_disagg.protocol.session_events import (
     SendFrame,
     SessionLimits,
     Tell,
-    Tick,
 )
 from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Address, Connection, ConnectionLost
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
 from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory, process_group_links
 from qwen3vl_disagg.transport.rows import Delivery
+from qwen3vl_disagg.transport.ticks import tick
 
 logger = logging.getLogger(__name__)
 MEET_S = 20.0
 """How long encode ranks wait at the door until the store is known."""
-TICK_S = 0.25
 
 
 @dataclass
@@ -107,8 +106,8 @@ class LinkServer:
         self._receiver, self._fingerprint, self._token = receiver, fingerprint, token
         self._language_rank = language_rank
         self._links: dict[tuple[int, int], _PeerLink] = {}
-        self._events: deque[LanguageEvent] = deque()
-        self._is_handling = self._was_short_of_room = False
+        self._pump = Pump[LanguageEvent, LanguageAction](self._decide, self._perform, time.monotonic)
+        self._was_short_of_room = False
         self._store: dist.TCPStore | None = None
         self._host, self._make_link = host, make_link
         self._can_meet = asyncio.Event()
@@ -121,7 +120,7 @@ class LinkServer:
         self._server = Doorkeeper(
             sock, self._accept, token=self._token, messages=LinkMessage, max_frame=MAX_LINK_FRAME, name="links"
         )
-        self._ticker = asyncio.create_task(self._tick())
+        self._ticker = asyncio.create_task(tick(self.handle))
         return sock.getsockname()[:2]
 
     def use_store(self, store: dist.TCPStore) -> None:
@@ -166,34 +165,19 @@ class LinkServer:
             self._drop(link, "the language rank leaves")
             await link.control.close()
 
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_S)
-            try:
-                self.handle(Tick())
-            except Exception as error:  # without ticks there would be no deadlines
-                logger.error("a tick failed", exc_info=error)
-
     # -- sessions
 
     def handle(self, event: LanguageEvent) -> None:
-        """Let the sessions decide, and do what they say. What comes up meanwhile waits its turn."""
-        self._events.append(event)
-        if self._is_handling:
-            return
-        self._is_handling = True
-        try:
-            while self._events:
-                event = self._events.popleft()
-                if isinstance(event, Cancel):
-                    self._receiver.forget(event.request_id)
-                for action in self.sessions.handle(event, time.monotonic()):
-                    self._perform(action)
-        finally:
-            self._is_handling = False
+        """Let the sessions decide, and do what they say."""
+        self._pump.handle(event)
         if self._was_short_of_room != self.sessions.is_short_of_room:
             self._was_short_of_room = self.sessions.is_short_of_room
             self.on_short_of_room(self._was_short_of_room)
+
+    def _decide(self, event: LanguageEvent, now: float) -> list[LanguageAction]:
+        if isinstance(event, Cancel):
+            self._receiver.forget(event.request_id)
+        return self.sessions.handle(event, now)
 
     def _perform(self, action: LanguageAction) -> None:
         match action:
