@@ -11,13 +11,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError, report
 from qwen3vl_disagg.core.json_text import json_line, parse_json
 from qwen3vl_disagg.core.requests import RequestTimings
-from qwen3vl_disagg.core.sampling_bounds import LIMITS
+from qwen3vl_disagg.core.sampling_params import OPTIONS, SamplingParams
 from qwen3vl_disagg.options import GenerateOptions
+
+if TYPE_CHECKING:
+    from qwen3vl_disagg.processing import GenerationDefaults
 
 _MAX_LINE = 1 << 28
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -44,7 +47,7 @@ class Generation:
         self._conversations, self._tools = conversations(options), read_tools(options)
         from qwen3vl_disagg.processing import GenerationDefaults
 
-        self._sampling(GenerationDefaults(frozenset()))
+        sampling_of(options, GenerationDefaults(frozenset()))
         from qwen3vl_disagg.media.decoder import MediaDecoder
 
         decoder = MediaDecoder()
@@ -63,11 +66,6 @@ class Generation:
         self._printer.note(f"model {model_name(self._llm.folder)} on {self._llm.device}, {room}")
         room.warn_of_images(self._llm.processor.image.max_rows)
 
-    def _sampling(self, defaults: Any) -> Any:
-        """SamplingParams. InputError for a value out of bounds."""
-        names = (*LIMITS, "stop", "ignore_eos")
-        return defaults.sampling(**{name: getattr(self._options, name) for name in names})
-
     def run(self) -> int:
         """Returns the exit status."""
         options, batch = self._options, self._options.batch
@@ -75,7 +73,7 @@ class Generation:
         started, status, num_tokens, last = time.monotonic(), 0, 0, None
         results = self._llm.chat_iter(
             self._conversations,
-            self._sampling(self._llm.processor.generation),
+            sampling_of(options, self._llm.processor.generation),
             tools=self._tools,
             on_text=printer.text if is_plain else None,
             on_reasoning=printer.reasoning if is_plain else None,
@@ -102,6 +100,12 @@ class Generation:
         if is_plain and last is not None:
             printer.note(waterfall(last.timings))
         return status
+
+
+def sampling_of(options: GenerateOptions, defaults: GenerationDefaults) -> SamplingParams:
+    """InputError for a value out of bounds."""
+    given = {name: getattr(options, name) for name, option in OPTIONS.items() if option.flag is not None}
+    return defaults.sampling(**{name: value for name, value in given.items() if value != ()})
 
 
 class Printer:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 from tyro.conf import OmitArgPrefixes
 
+from qwen3vl_disagg.core.sampling_params import DEFAULTS, OPTIONS
 from qwen3vl_disagg.core.settings import (
     BufferOptions,
     CheckpointOptions,
@@ -21,10 +22,33 @@ from qwen3vl_disagg.core.settings import (
     ModelOptions,
 )
 
+Options = TypeVar("Options")
 Written = Literal["none", "fp8"]
 
 
+def _with_sampling(cls: type[Options]) -> type[Options]:
+    """A field for each sampling option that has a flag, ahead of the class's last one. None: the checkpoint's own."""
+    fields = cls.__annotations__
+    last = fields.popitem()
+    for name, option in OPTIONS.items():
+        kind, default = option.kind.flag_type, None if option.is_checkpoints else DEFAULTS[name]
+        if option.flag is None:
+            continue
+        if get_origin(kind) is tuple:  # a flag for each
+            metavar, default = {str: "TEXT", int: "INT"}[get_args(kind)[0]], ()
+            arg = tyro.conf.arg(metavar=metavar, help=option.flag or None)
+            fields[name] = Annotated[kind, tyro.conf.UseAppendAction, arg]
+        else:
+            fields[name] = Annotated[
+                kind if default is not None else kind | None, tyro.conf.arg(help=option.flag or None)
+            ]
+        setattr(cls, name, default)
+    fields.update([last])
+    return cls
+
+
 @dataclass(frozen=True, kw_only=True)
+@_with_sampling
 class GenerateOptions:
     """Answer one question, or a file of them, in one process.
 
@@ -49,28 +73,6 @@ class GenerateOptions:
     """System turn before the question."""
     tools: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
     """Functions that the model may call: a list in OpenAI form."""
-    max_new_tokens: int = 128
-    min_tokens: int = 0
-    """No end token and no stop string before that many tokens."""
-    temperature: float | None = None
-    """0 is greedy."""
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    """Leave out tokens less likely than this share of the most likely one's probability."""
-    presence_penalty: float = 0.0
-    """From -2 to 2, as OpenAI's; likewise --frequency-penalty."""
-    frequency_penalty: float = 0.0
-    repetition_penalty: float | None = None
-    """Over prompt and answer, as in transformers; 1 is none."""
-    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
-    """The answer ends before this text; repeat for several."""
-    seed: int | None = None
-    """The same seed gives the same answer."""
-    ignore_eos: bool = False
-    """Ban the end tokens, so that exactly --max-new-tokens come."""
-    logprobs: int | None = None
-    """Give each token's log probability and this many alternatives (with --json or --batch)."""
     json: bool = False
     """Print one JSON object in place of text."""
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.doc_tables import TABLES, write_tables
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qwen3vl_disagg"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -110,6 +112,12 @@ def test_the_ways_of_an_image_and_of_its_rows_go_through_functions_that_exist():
     for heading, steps in found.items():
         assert [f"{file}: {name}" for file, name in steps if not has_function(PACKAGE / file, name)] == []
         assert len({file for file, _ in steps}) <= WAYS[heading], f"{heading}: longer than it was"
+
+
+@pytest.mark.parametrize("page", sorted({page for page, _, _ in TABLES.values()}))
+def test_tables_are_those_of_the_code(page):
+    text = (ROOT / page).read_text()
+    assert write_tables(text, page) == text, f"python -m tools.doc_tables {page}"
 
 
 def test_pages_that_code_names_exist():

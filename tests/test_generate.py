@@ -13,11 +13,14 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+import tyro
 
 from qwen3vl_disagg import cli, generate
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.sampling_params import OPTIONS, SamplingParams
 from qwen3vl_disagg.llm.llm import LLM
 from qwen3vl_disagg.options import GenerateOptions
+from qwen3vl_disagg.processing import GenerationDefaults
 
 
 def run(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
@@ -87,6 +90,18 @@ def test_a_variable_that_means_nothing_is_refused(monkeypatch, capsys, name):
     assert (status, out) == (2, "")
     [line] = err.splitlines()
     assert line.startswith(f"error: {name}: {name}=maybe: must be ")
+
+
+@pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option.flag is not None])
+def test_a_flag_gives_its_option(name):
+    example, flag = OPTIONS[name].example, f"--{name.replace('_', '-')}"
+    values = (
+        [[]] if example is True else [[str(value)] for value in (example if isinstance(example, list) else [example])]
+    )
+    options = tyro.cli(GenerateOptions, args=["--prompt", "a", *(word for value in values for word in (flag, *value))])
+    defaults = GenerationDefaults(frozenset())
+    assert generate.sampling_of(options, defaults) == defaults.sampling(**{"max_new_tokens": 128, name: example})
+    assert generate.sampling_of(GenerateOptions(prompt="a"), defaults) == SamplingParams()
 
 
 def test_help_does_not_wait_for_torch():

@@ -8,59 +8,11 @@ from typing import Literal
 
 import msgspec
 
-from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.sampling_bounds import LIMITS, NOT_GIVEN, check_logit_bias, check_number, check_stop
+from qwen3vl_disagg.core.sampling_params import SamplingParams
+
+__all__ = ["FinishReason", "ItemTimings", "RequestTimings", "SamplingParams", "TokenLogprob", "VisualItem"]
 
 FinishReason = Literal["stop", "length"]
-
-
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How tokens are picked. `temperature == 0` is greedy; the defaults of all else switch it off.
-
-    `engine/sampler.py` says in which order these work, core/sampling_bounds.py what they may be: InputError naming the
-    field, at whatever way they are made. One stop string may stand for a list of one.
-    """
-
-    max_new_tokens: int = 128
-    is_open_ended: bool = False
-    """Nobody asked for so many: `max_new_tokens` is a bound, and shrinks to what there is room for."""
-    min_tokens: int = 0
-    """No end token before that many tokens, and no stop string that is complete before them."""
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    """Tokens less likely than this share of the most likely one's probability are out."""
-    presence_penalty: float = 0.0
-    """Taken from the logit of each token of the output; `frequency_penalty`: as often as it is there."""
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    """Positive logits of tokens of prompt and output are divided by it, others multiplied."""
-    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
-    """Token id -> what is added to its logit, from -100 to 100."""
-    stop: list[str] = msgspec.field(default_factory=list)
-    """The text ends before the first of these. Whoever makes the text looks for them: the engine has no tokenizer."""
-    seed: int | None = None
-    ignore_eos: bool = False
-    """Ban the end tokens, so that exactly `max_new_tokens` come."""
-    cache_salt: str = ""
-    """Whose request it is, as a digest: prefixes are shared among equal ones only."""
-    logprobs: int | None = None
-    """None: none. K >= 0: each token's logprob and the K most likely ones, from the raw distribution."""
-
-    def __post_init__(self) -> None:
-        for name in LIMITS:
-            value = getattr(self, name)
-            if value is not None or name not in NOT_GIVEN:
-                check_number(name, value)
-        if self.min_tokens > self.max_new_tokens:
-            problem = f"min_tokens is {self.min_tokens}, but only {self.max_new_tokens} may come"
-            raise InputError(problem, param="min_tokens")
-        for name, kind in (("ignore_eos", bool), ("is_open_ended", bool), ("cache_salt", str)):
-            if not isinstance(getattr(self, name), kind):
-                raise InputError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}", param=name)
-        msgspec.structs.force_setattr(self, "stop", check_stop(self.stop))
-        msgspec.structs.force_setattr(self, "logit_bias", check_logit_bias(self.logit_bias))
 
 
 class VisualItem(msgspec.Struct, frozen=True, kw_only=True):

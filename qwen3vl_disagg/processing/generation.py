@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.core.json_text import parse_json
-from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.core.sampling_bounds import LIMITS, check_number
-
-_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""What generation_config.json may set."""
+from qwen3vl_disagg.core.sampling_params import MAX_NEW_TOKENS, OPTIONS, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -21,11 +18,8 @@ class GenerationDefaults:
 
     eos_token_ids: frozenset[int]
     do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """Option -> its value, of those it gives."""
 
     @classmethod
     def from_folder(cls, folder: Path, *, default_eos: int) -> GenerationDefaults:
@@ -36,11 +30,10 @@ class GenerationDefaults:
         try:
             raw = parse_json(path.read_bytes())
             eos = raw.get("eos_token_id", default_eos)
-            values = {name: raw[name] for name in _OWN if raw.get(name) is not None}
-            for name, value in values.items():
-                check_number(name, value)
+            given = [name for name, option in OPTIONS.items() if option.is_checkpoints and raw.get(name) is not None]
+            own = {name: OPTIONS[name].kind.check(raw[name], name) for name in given}
             eos_ids = frozenset(map(int, eos if isinstance(eos, list) else [eos]))
-            return cls(eos_ids, do_sample=bool(raw.get("do_sample", False)), **values)
+            return cls(eos_ids, bool(raw.get("do_sample", False)), own)
         except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(folder, [f"generation_config.json: {error}"]) from error
 
@@ -49,11 +42,11 @@ class GenerationDefaults:
 
         Without `max_new_tokens` an answer may take what is left of the context. InputError for a value out of bounds.
         """
-        values = {name: getattr(self, name) for name in _OWN}
+        values = {"temperature": 1.0, **self.own}
         if not self.do_sample:
             values["temperature"] = 0.0
         if max_new_tokens is None:
-            values |= {"max_new_tokens": int(LIMITS["max_new_tokens"][1]), "is_open_ended": True}
+            values |= {"max_new_tokens": MAX_NEW_TOKENS, "is_open_ended": True}
         else:
             values["max_new_tokens"] = max_new_tokens
         return SamplingParams(**values | {name: value for name, value in given.items() if value is not None})

@@ -8,12 +8,13 @@ ignored, like every name that is not here. Of what is said about media, the tabl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
-from qwen3vl_disagg.core.sampling_bounds import check_within
+from qwen3vl_disagg.core.readers import Flag, Number, OneOf, Reader
+from qwen3vl_disagg.core.sampling_params import body_fields
 
 Place = Literal[
     "request",
@@ -29,42 +30,7 @@ Place = Literal[
 ]
 
 
-Reader = Callable[[object, str], Any]
-"""(a value, its place) -> what it means. InputError naming the place."""
-
-
-def read_flag(value: object, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise InputError(f"{where} must be true or false", param=where)
-    return value
-
-
-@dataclass(frozen=True)
-class Number:
-    """Reads a number within bounds; a whole one may be written as 5.0."""
-
-    low: float
-    high: float
-    is_whole: bool = False
-
-    def __call__(self, value: object, where: str) -> Any:
-        if self.is_whole and isinstance(value, float) and value.is_integer():
-            value = int(value)
-        return check_within(value, self.low, self.high, self.is_whole, where)
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """Reads one of these words."""
-
-    words: tuple[str, ...]
-
-    def __call__(self, value: object, where: str) -> str:
-        if not isinstance(value, str) or value not in self.words:
-            raise InputError(f"{where} must be one of {', '.join(self.words)}", param=where)
-        return value
-
-
+read_flag = Flag()
 COUNT, FRAMES = Number(1, 2**31, is_whole=True), Number(2, 768, is_whole=True)
 FPS, SECONDS = Number(0.01, 240), Number(0, 2**31)
 
@@ -142,10 +108,8 @@ _AS_IT_IS = _refused("do_resize do_rescale do_normalize do_convert_rgb", True) |
 
 FIELDS: dict[Place, dict[str, Treatment]] = {
     "request": {
-        **_built("messages model stream stream_options tools tool_choice stop logit_bias logprobs top_logprobs seed"),
-        **_built("max_completion_tokens max_tokens max_new_tokens n_predict min_tokens min_new_tokens"),
-        **_built("temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty repeat_penalty"),
-        **_built("ignore_eos return_token_ids cache_salt add_generation_prompt continue_final_message"),
+        **_built("messages model stream stream_options tools tool_choice"),
+        **_built("return_token_ids cache_salt add_generation_prompt continue_final_message"),
         **_built("chat_template_kwargs enable_thinking think reasoning reasoning_effort"),
         **_built("mm_processor_kwargs media_io_kwargs"),
         **_IMAGE_SIZE,
@@ -216,6 +180,9 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         **_ignored("cache_prompt id_slot n_keep n_discard n_indent timings_per_token return_progress keep_alive"),
         **_ignored("dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers xtc_threshold"),
         **_ignored("mirostat_tau mirostat_eta adaptive_decay backend_sampling details decoder_input_details"),
+        **_built(
+            " ".join(body_fields("chat"))
+        ),  # what the table of sampling options has is built, whatever stands above
     },
     "message": {
         **_built("role content tool_calls tool_call_id reasoning_content reasoning"),

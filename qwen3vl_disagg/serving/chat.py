@@ -119,7 +119,7 @@ class ChatCompletions:
 
 def _completion(request: ChatRequest, answer: Answer, end: FinishedEvent, *, id: str, model: str) -> ChatCompletion:
     choice = Choice(message=answer.message(), finish_reason=answer.parts.reason(end.finish_reason))
-    if request.logprobs is not None:
+    if request.sampling.wants_logprobs:
         choice.logprobs = Logprobs(content=answer.entries)
     completion = ChatCompletion(
         id=id,

@@ -94,11 +94,12 @@ def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: Sto
     started, request = time.monotonic(), parsed.request
     prompt = processor.prepare(parsed.raw["messages"], tools=parsed.tools, options=request.prompt, stop=stop)
     text = processor.config.text
-    sampling = request.sampling(
+    sampling = request.sampling.params(
         processor.generation,
         num_prompt=len(prompt.token_ids),
         context=text.max_position_embeddings,
         vocab_size=text.vocab_size,
+        cache_salt=request.prompt.cache_salt,
         max_answer_tokens=rules.max_answer_tokens,
     )
     return Prepared(request, prompt, sampling, parsed.seconds + time.monotonic() - started)

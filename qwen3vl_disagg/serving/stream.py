@@ -92,7 +92,7 @@ class EventStream:
         await self._send(sse(self._chunk(ChunkChoice(delta=Delta(content="")))))
 
     async def _token(self, event: TokenEvent, new: Parts) -> None:
-        entries = self._answer.entries[-1:] if self._request.logprobs is not None else []
+        entries = self._answer.entries[-1:] if self._request.sampling.wants_logprobs else []
         if new or entries or self._request.return_token_ids:
             await self._send(sse(self._chunk(self._content(new, entries, [event.token_id]))))
 

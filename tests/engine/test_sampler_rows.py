@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.core.sampling_params import DEFAULTS, OPTIONS, SamplingParams
 from qwen3vl_disagg.engine.sampler import Sampler
 from qwen3vl_disagg.engine.sampling import SamplingRow
-from tests.support.reference_sampler import next_token
+from tests.support.reference_sampler import SAMPLERS, next_token
 from tests.support.sampling import weights
 
 
@@ -17,24 +18,48 @@ def make_sampler() -> Sampler:
     return Sampler(banned_ids=[1, 5], eos_ids=[0, 3])
 
 
+# Option -> what is drawn of it in half of the cases; else it is off
+DRAWN = {
+    "temperature": st.floats(0.05, 5),
+    "top_p": st.floats(0.01, 1),
+    "top_k": st.integers(1, 50),
+    "min_p": st.floats(0, 1),
+    "presence_penalty": st.floats(-2, 2),
+    "frequency_penalty": st.floats(-2, 2),
+    "repetition_penalty": st.floats(0.5, 2),
+    "logit_bias": st.dictionaries(st.integers(0, 7), st.floats(-200, 200), max_size=3),
+    "min_tokens": st.integers(0, 5),
+    "ignore_eos": st.booleans(),
+    "logprobs": st.integers(0, 20),
+}
+OF_THE_SAMPLER = [name for name, option in OPTIONS.items() if option.step in ("logprobs", *SAMPLERS)]
+
+
 @st.composite
 def params(draw) -> SamplingParams:
-    def sometimes(strategy, off):
-        return draw(st.one_of(st.just(off), strategy))
-
     return SamplingParams(
-        temperature=sometimes(st.floats(0.05, 5), 0.0),
-        top_p=sometimes(st.floats(0.01, 1), 1.0),
-        top_k=sometimes(st.integers(1, 50), 0),
-        min_p=sometimes(st.floats(0, 1), 0.0),
-        presence_penalty=sometimes(st.floats(-2, 2), 0.0),
-        frequency_penalty=sometimes(st.floats(-2, 2), 0.0),
-        repetition_penalty=sometimes(st.floats(0.5, 2), 1.0),
-        logit_bias=sometimes(st.dictionaries(st.integers(0, 7), st.floats(-200, 200), max_size=3), {}),
-        min_tokens=draw(st.integers(0, 5)),
-        ignore_eos=draw(st.booleans()),
-        logprobs=sometimes(st.integers(0, 20), None),
+        **{name: draw(st.one_of(st.just(DEFAULTS[name]), strategy)) for name, strategy in DRAWN.items()}
     )
+
+
+def test_every_option_of_the_sampler_is_drawn():
+    assert set(DRAWN) == set(OF_THE_SAMPLER) - {"seed"}, "rows have seeds of their own"
+
+
+@pytest.mark.parametrize("name", OF_THE_SAMPLER)
+def test_an_option_makes_a_difference(name):
+    logits_BV = draw_logits(0, 1, 8, coarse=False).expand(200, -1) / 4
+    sampler = Sampler(banned_ids=[1], eos_ids=[0, 3])
+
+    def rows(**fields) -> list[SamplingRow]:
+        one = SamplingParams(**{"temperature": 1.0, **fields})
+        return [SamplingRow(one, n + (one.seed or 0), [2, 2], [4, 6]) for n in range(200)]
+
+    with_it, without = rows(**{name: OPTIONS[name].example}), rows()
+    assert sampler.sample(logits_BV, with_it) != sampler.sample(logits_BV, without), "engine/sampler.py"
+    if OPTIONS[name].step in SAMPLERS:
+        by_definition = [[next_token(logits_BV[0], row, [1], [0, 3]) for row in some] for some in (with_it, without)]
+        assert by_definition[0] != by_definition[1], "tests/support/reference_sampler.py"
 
 
 ids = st.lists(st.integers(0, 7), max_size=8)

@@ -7,7 +7,7 @@ import pytest
 
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.core.sampling_params import OPTIONS, SamplingParams
 from tests.support.scenes import ask_scenes
 
 PLAIN = SamplingParams(max_new_tokens=60, logprobs=0)
@@ -34,6 +34,12 @@ def with_(**fields) -> SamplingParams:
 def is_at_rest(llm: LLM) -> bool:
     scheduler = llm.engine.scheduler
     return llm.engine.is_empty and scheduler.pool.num_free == scheduler.pool.num_pages
+
+
+@pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option.step in ("length", "text")])
+def test_an_option_that_is_not_the_samplers_makes_a_difference(llm, question, name):
+    plain, other = llm.chat([question] * 2, [PLAIN, with_(**{name: OPTIONS[name].example})])
+    assert (other.text, other.token_ids) != (plain.text, plain.token_ids)
 
 
 def test_a_stop_string_ends_the_answer_and_the_request(llm, question):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
+from qwen3vl_disagg.core.readers import Number
+from qwen3vl_disagg.core.sampling_params import DEFAULTS, OPTIONS
 from qwen3vl_disagg.processing import GenerationDefaults
 
 
@@ -26,6 +30,16 @@ def test_generation_defaults(tmp_path):
     path.write_text('{"temperature": "hot"}')
     with pytest.raises(CheckpointError, match="temperature"):
         GenerationDefaults.from_folder(tmp_path, default_eos=7)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_generation_config_may_give(tmp_path, name):
+    option = OPTIONS[name]
+    values = {"do_sample": True, name: option.example if isinstance(option.kind, Number) else None}
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    found = getattr(GenerationDefaults.from_folder(tmp_path, default_eos=7).sampling(max_new_tokens=128), name)
+    own = 1.0 if name == "temperature" else DEFAULTS[name]
+    assert found == (option.example if option.is_checkpoints else own)
 
 
 @pytest.mark.parametrize(

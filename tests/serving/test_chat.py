@@ -134,7 +134,8 @@ def test_defaults_are_the_checkpoints(monkeypatch):
     client.post(PATH, json=ASK)
     assert backend.handles[0].sampling.temperature == 0
     eos = tiny_processor().generation.eos_token_ids
-    own = GenerationDefaults(eos, do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
+    values = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    own = GenerationDefaults(eos, do_sample=True, own=values)
     monkeypatch.setattr(tiny_processor(), "generation", own)
     client.post(PATH, json=ASK)
     sampling = backend.handles[1].sampling

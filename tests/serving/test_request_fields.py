@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.sampling_params import OPTIONS
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
@@ -70,24 +71,20 @@ def refused(place: str, **fields: Any) -> None:
 
 
 MEDIA = [{"role": "user", "content": [{"type": "image", "image": uri(LARGE)}, {"type": "video", "video": clip()}]}]
+SAMPLING: dict[str, tuple[dict[str, Any], Any]] = {
+    spelling: ({option.switch["chat"]: True} if "chat" in option.switch else {}, option.example)
+    for name, option in OPTIONS.items()
+    for spelling in option.spellings(name, "chat")
+} | {option.switch["chat"]: ({}, True) for option in OPTIONS.values() if "chat" in option.switch}
 # Field -> (what else the request says, the value that makes a difference)
 REQUEST: dict[str, tuple[dict[str, Any], Any]] = {
+    **SAMPLING,
     "messages": ({}, [{"role": "user", "content": "other"}]),
     "model": ({}, "tiny"),  # without effect when it is right; another name is a 404
     "stream": ({}, True),
     "stream_options": ({"stream": True}, {"include_usage": True}),
     "tools": ({}, [FUNCTION]),
     "tool_choice": ({"tools": [FUNCTION]}, "none"),
-    "stop": ({}, "circle"),
-    "logit_bias": ({}, {"5": 1}),
-    "logprobs": ({}, True),
-    "top_logprobs": ({"logprobs": True}, 1),
-    "seed": ({}, -7),
-    **{name: ({}, 1) for name in ("max_completion_tokens", "max_tokens", "max_new_tokens", "n_predict")},
-    **{name: ({}, 3) for name in ("min_tokens", "min_new_tokens", "top_k")},
-    **{name: ({}, 0.5) for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")},
-    **{name: ({}, 1.5) for name in ("repetition_penalty", "repeat_penalty")},
-    "ignore_eos": ({}, True),
     "return_token_ids": ({}, True),
     "cache_salt": ({"messages": MEDIA}, "of my own"),
     "add_generation_prompt": ({}, False),

@@ -1,69 +1,127 @@
-"""The sampler as its definition says, one row at a time, from lists. `engine/sampler.py` must equal it bit for bit."""
+"""The sampler as its definition says, one row at a time, from lists, in the order of the table of options.
+
+`engine/sampler.py` must equal it bit for bit.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from qwen3vl_disagg.core.sampling_params import ORDER, Step
 from qwen3vl_disagg.engine.sampling import GREEDY_BELOW, MAX_BIAS, SamplingRow, uniform
 
 ONE = 2**40
 
 
-def changed_logits(logits_V: Tensor, row: SamplingRow, banned: Sequence[int], eos_ids: Sequence[int]) -> Tensor:
-    """Bias, penalties and bans; each token by itself."""
-    params, counts, prompt = row.params, Counter(row.generated), set(row.prompt_ids)
-    out = logits_V.float().clone()
+def single(value: float) -> Tensor:
+    """Rounded to float32 once."""
+    return torch.tensor(value, dtype=torch.float64).float()
 
-    def single(value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64).float()
 
-    bias = {i: min(max(value, -MAX_BIAS), MAX_BIAS) for i, value in params.logit_bias.items()}
-    for i in {*bias, *counts, *prompt}:
-        x = out[i] + single(bias.get(i, 0.0))
-        if i in counts or i in prompt:
-            x = x / single(params.repetition_penalty) if x > 0 else x * single(params.repetition_penalty)
+@dataclass
+class Draw:
+    """One token that is being drawn."""
+
+    row: SamplingRow
+    logits: Tensor
+    banned: Sequence[int]
+    eos_ids: Sequence[int]
+    weights: list[int] = field(default_factory=list)
+    """From `temperature` on: whole numbers, `ONE` for the most likely token, 0 for what is removed."""
+
+    @property
+    def order(self) -> list[int]:
+        """Tokens by their logits, equal ones by id."""
+        values = self.logits.tolist()
+        return sorted(range(len(values)), key=lambda i: (-values[i], i))
+
+
+def bias(draw: Draw) -> None:
+    for i, value in draw.row.params.logit_bias.items():
+        draw.logits[i] += single(min(max(value, -MAX_BIAS), MAX_BIAS))
+
+
+def penalties(draw: Draw) -> None:
+    params, counts, prompt = draw.row.params, Counter(draw.row.generated), set(draw.row.prompt_ids)
+    for i in {*counts, *prompt}:
+        x = draw.logits[i]
+        x = x / single(params.repetition_penalty) if x > 0 else x * single(params.repetition_penalty)
         x = x - single(params.frequency_penalty * counts[i] + (params.presence_penalty if counts[i] else 0.0))
-        out[i] = x
-    ends = eos_ids if params.ignore_eos or len(row.generated) < params.min_tokens else ()
-    for i in (*banned, *ends):
-        out[i] = float("-inf")
-    return out
+        draw.logits[i] = x
 
 
-def weights(logits_V: Tensor, row: SamplingRow) -> list[int]:
-    """Whole numbers, `ONE` for the most likely token, 0 for what top-k, top-p or min-p remove."""
-    params, size = row.params, len(logits_V)
-    temperature = torch.tensor(params.temperature, dtype=torch.float64).float()
-    found = ((((logits_V - logits_V.max()) / temperature).exp()) * ONE).long().tolist()
-    values = logits_V.tolist()
-    order = sorted(range(size), key=lambda i: (-values[i], i))
-    if 0 < params.top_k < size:
-        kth = values[order[params.top_k - 1]]
-        found = [weight if value >= kth else 0 for weight, value in zip(found, values, strict=True)]
-    if params.top_p < 1:
-        enough, before = int((torch.tensor(sum(found), dtype=torch.float64) * params.top_p).ceil()), 0
-        for rank, i in enumerate(order):
-            weight, found[i] = found[i], found[i] if rank == 0 or before < enough else 0
+def bans(draw: Draw) -> None:
+    params = draw.row.params
+    ends = draw.eos_ids if params.ignore_eos or len(draw.row.generated) < params.min_tokens else ()
+    for i in (*draw.banned, *ends):
+        draw.logits[i] = float("-inf")
+
+
+def temperature(draw: Draw) -> int | None:
+    params, best = draw.row.params, draw.logits.max()
+    if params.temperature < GREEDY_BELOW:
+        return int(draw.logits.argmax())
+    draw.weights = ((((draw.logits - best) / single(params.temperature)).exp()) * ONE).long().tolist()
+    return None
+
+
+def top_k(draw: Draw) -> None:
+    count, values = draw.row.params.top_k, draw.logits.tolist()
+    if 0 < count < len(values):
+        kth = values[draw.order[count - 1]]
+        draw.weights = [weight if value >= kth else 0 for weight, value in zip(draw.weights, values, strict=True)]
+
+
+def top_p(draw: Draw) -> None:
+    share = draw.row.params.top_p
+    if share < 1:
+        enough, before = int((torch.tensor(sum(draw.weights), dtype=torch.float64) * share).ceil()), 0
+        for rank, i in enumerate(draw.order):
+            weight = draw.weights[i]
+            draw.weights[i] = weight if rank == 0 or before < enough else 0
             before += weight
-    least = int(torch.tensor(params.min_p * ONE, dtype=torch.float64).ceil())
-    return [weight if weight >= least else 0 for weight in found]
 
 
-def next_token(logits_V: Tensor, row: SamplingRow, banned: Sequence[int], eos_ids: Sequence[int]) -> int:
-    """The token that comes next."""
-    masked = changed_logits(logits_V, row, banned, eos_ids)
-    if row.params.temperature < GREEDY_BELOW:
-        return int(masked.argmax())
-    found = weights(masked, row)
-    total = sum(found)
-    point = min(int(torch.tensor(uniform(row.seed, len(row.generated)), dtype=torch.float64) * total), total - 1)
-    reached = 0
-    for i, weight in enumerate(found):
+def min_p(draw: Draw) -> None:
+    least = int(torch.tensor(draw.row.params.min_p * ONE, dtype=torch.float64).ceil())
+    draw.weights = [weight if weight >= least else 0 for weight in draw.weights]
+
+
+def pick(draw: Draw) -> int:
+    total = sum(draw.weights)
+    number = torch.tensor(uniform(draw.row.seed, len(draw.row.generated)), dtype=torch.float64)
+    point, reached = min(int(number * total), total - 1), 0
+    for i, weight in enumerate(draw.weights):
         reached += weight
         if reached > point:
             return i
     raise AssertionError("the weights do not reach their sum")
+
+
+STEPS: dict[Step, Callable[[Draw], int | None]] = {
+    "bias": bias,
+    "penalties": penalties,
+    "bans": bans,
+    "temperature": temperature,
+    "top-k": top_k,
+    "top-p": top_p,
+    "min-p": min_p,
+    "draw": pick,
+}
+"""All of the sampler's but `logprobs`, which changes nothing."""
+SAMPLERS = ORDER[ORDER.index("logprobs") + 1 : ORDER.index("draw") + 1]
+
+
+def next_token(logits_V: Tensor, row: SamplingRow, banned: Sequence[int], eos_ids: Sequence[int]) -> int:
+    """The token that comes next."""
+    draw = Draw(row, logits_V.float().clone(), banned, eos_ids)
+    for step in SAMPLERS:
+        token_id = STEPS[step](draw)
+        if token_id is not None:
+            return token_id
+    raise AssertionError("no step has drawn")

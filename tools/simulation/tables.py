@@ -14,12 +14,12 @@ from pathlib import Path
 
 from qwen3vl_disagg.protocol import encode_sessions, session
 from qwen3vl_disagg.protocol.session_events import SessionLimits
+from tools.doc_tables import END, put_table, start
 from tools.simulation.mutants import MUTANTS, Mutant
 from tools.simulation.runner import mutant_names, simulate
 
 SEEDS = range(10)
 MOST_SCHEDULES = 1000
-_END = "<!-- end -->"
 _HEADS = {
     "bugs": ("bug", "invariant", "stands for", "what it does"),
     "bugs of the simulator": ("bug", "invariant", "what it does"),
@@ -45,39 +45,25 @@ def write_tables(text: str, found: Mapping[str, Sequence[int | None]], seeds: Se
     measured = f"schedules until it is found, seeds {', '.join(map(str, seeds))}"
     for table, heads in _HEADS.items():
         rows = [(*row, ", ".join(str(count or "not") for count in found[row[0]])) for row in static_rows(table)]
-        lines = ["| " + " | ".join((*heads, measured)) + " |", "|---" * (len(heads) + 1) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        text = _put(text, table, lines)
+        text = put_table(text, table, (*heads, measured), rows)
     return text
-
-
-def _put(text: str, table: str, lines: Sequence[str]) -> str:
-    before, start, rest = text.partition(_start(table))
-    _, end, after = rest.partition(_END)
-    if not end:
-        raise ValueError(f"the document has no place for the table `{table}`")
-    return before + start + "\n".join(lines) + "\n" + end + after
 
 
 def write_states(text: str) -> str:
     """The document with the states of both sides anew. ValueError without their marks."""
     for table, states in (("language states", session.STATES), ("encode states", encode_sessions.STATES)):
-        lines = ["| state | meaning | leaves it by | deadline |", "|---|---|---|---|"]
+        rows = []
         for name, state in states.items():
             seconds = None if state.seconds is None else state.seconds(SessionLimits())
             deadline = "the request's" if seconds is None else f"{seconds:g} s, {state.then}"
-            lines.append(f"| {name} | {state.meaning} | {state.leaves_by} | {deadline} |")
-        text = _put(text, table, lines)
+            rows.append((name, state.meaning, state.leaves_by, deadline))
+        text = put_table(text, table, ("state", "meaning", "leaves it by", "deadline"), rows)
     return text
-
-
-def _start(table: str) -> str:
-    return f"<!-- table: {table} -->\n"
 
 
 def read_table(text: str, table: str) -> list[tuple[str, ...]]:
     """The rows of a table in the document, cell by cell, without its head."""
-    body = text.partition(_start(table))[2].partition(_END)[0]
+    body = text.partition(start(table))[2].partition(END)[0]
     lines = [line.strip("|").split("|") for line in body.splitlines()[2:]]
     return [tuple(cell.strip() for cell in cells) for cells in lines]
 

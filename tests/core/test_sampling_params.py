@@ -9,25 +9,50 @@ import numpy as np
 import pytest
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.core.sampling_bounds import LIMITS, MAX_BIASES, MAX_STOPS, NOT_GIVEN
+from qwen3vl_disagg.core.readers import Number
+from qwen3vl_disagg.core.sampling_params import DEFAULTS, NO_OPTIONS, OPTIONS, ORDER, ROUTES, SamplingParams
 from qwen3vl_disagg.processing.generation import GenerationDefaults
 
-DEFAULTS = GenerationDefaults(frozenset({0}))
+CHECKPOINTS = GenerationDefaults(frozenset({0}))
+NUMBERS = {name: option.kind for name, option in OPTIONS.items() if isinstance(option.kind, Number)}
+WITHOUT_FLAG = {"logit_bias": "a map"}
+
+
+def test_every_field_is_an_option_or_follows_from_the_rest():
+    assert set(OPTIONS) | set(NO_OPTIONS) == set(DEFAULTS)
+    assert not set(OPTIONS) & set(NO_OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_can_be_given_everywhere(name):
+    option = OPTIONS[name]
+    assert [route for route in ROUTES if not option.spellings(name, route)] == [], "no spelling in a body"
+    assert (option.flag is None) == (name in WITHOUT_FLAG), "no flag on the command line, and no reason"
+    assert (option.flag is None) or option.kind.flag_type is not None
+    assert option.about
+    assert option.step in ORDER
+    params = SamplingParams(**{name: option.example})
+    assert getattr(params, name) == option.example != DEFAULTS[name]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+
+
+def test_no_two_options_have_one_spelling():
+    for route in ROUTES:
+        spelled = [spelling for name, option in OPTIONS.items() for spelling in option.spellings(name, route)]
+        assert len(spelled) == len(set(spelled))
 
 
 def wrong_values(name: str) -> list:
-    low, high, whole = LIMITS[name]
+    low, high, whole = NUMBERS[name].low, NUMBERS[name].high, NUMBERS[name].is_whole
     far = [low - 1, high * 2 + 1, -math.inf, math.inf, math.nan, 10**400, -(10**400)]
     kinds = ["1", [1], {}, True, 1j, np.float32(1)]
-    return far + kinds + ([low + 0.5, float(high)] if whole else []) + ([] if name in NOT_GIVEN else [None])
+    return far + kinds + ([low + 0.5, float(high)] if whole else []) + ([] if DEFAULTS[name] is None else [None])
 
 
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", NUMBERS)
 def test_every_number_has_its_bounds(name):
-    low, high, _ = LIMITS[name]
     others = {"max_new_tokens": 2**20} if name == "min_tokens" else {}
-    for good in (low, high):
+    for good in (NUMBERS[name].low, NUMBERS[name].high):
         assert getattr(SamplingParams(**{name: good}, **others), name) == good
     for bad in wrong_values(name):
         with pytest.raises(InputError) as caught:
@@ -38,7 +63,7 @@ def test_every_number_has_its_bounds(name):
             msgspec.structs.replace(SamplingParams(), **{name: bad})
         if bad is not None:  # None: the checkpoint's own
             with pytest.raises(InputError) as caught:
-                DEFAULTS.sampling(**{name: bad})
+                CHECKPOINTS.sampling(**{name: bad})
             assert caught.value.param == name, bad
 
 
@@ -46,7 +71,7 @@ def test_every_number_has_its_bounds(name):
     ("name", "bad"),
     [
         ("stop", [""]),
-        ("stop", ["a"] * (MAX_STOPS + 1)),
+        ("stop", ["a"] * 17),
         ("stop", ["a" * 300]),
         ("stop", [5]),
         ("stop", None),
@@ -61,7 +86,7 @@ def test_every_number_has_its_bounds(name):
         ("logit_bias", {1.5: 1.0}),
         ("logit_bias", [1]),
         ("logit_bias", None),
-        ("logit_bias", dict.fromkeys(range(MAX_BIASES + 1), 1.0)),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0)),
         ("ignore_eos", 1),
         ("ignore_eos", None),
         ("cache_salt", None),

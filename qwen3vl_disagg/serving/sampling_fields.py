@@ -1,0 +1,72 @@
+"""What a request's body says of sampling, on any route: read by the table of options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.sampling_params import MAX_NEW_TOKENS, OPTIONS, Route, SamplingParams
+from qwen3vl_disagg.processing import GenerationDefaults
+from qwen3vl_disagg.processing.request_fields import is_one_of, read_flag
+
+
+class SamplingFields(msgspec.Struct, frozen=True):
+    """Option -> its value, and -> the spelling it came in, of those that are given."""
+
+    values: dict[str, Any]
+    spelled: dict[str, str]
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any], route: Route) -> SamplingFields:
+        """InputError with `param`."""
+        values, spelled = dict[str, Any](), dict[str, str]()
+        for name, option in OPTIONS.items():
+            for spelling in option.spellings(name, route):
+                value = raw.get(spelling)
+                if value is None or is_one_of(value, option.not_set):
+                    continue
+                value = option.kind(option.means(value) if option.means else value, spelling)
+                if name not in values:
+                    values[name], spelled[name] = value, spelling
+            if (switch := option.switch.get(route)) is None:
+                continue
+            if raw.get(switch) is not None and read_flag(raw[switch], switch):
+                values.setdefault(name, 0)
+            elif values.pop(name, 0):
+                raise InputError(f"{spelled[name]} needs {switch}: true", param=spelled[name])
+        return cls(values, spelled)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return "logprobs" in self.values
+
+    def params(
+        self,
+        defaults: GenerationDefaults,
+        *,
+        num_prompt: int,
+        context: int,
+        vocab_size: int,
+        cache_salt: str = "",
+        max_answer_tokens: int | None = None,
+    ) -> SamplingParams:
+        """What the engine needs. InputError if the prompt and the tokens asked for do not fit the context.
+
+        `max_answer_tokens`: bound of an answer whose request names none.
+        """
+        room, asked = context - num_prompt, self.values.get("max_new_tokens")
+        if asked is not None and asked > room:
+            raise InputError(
+                f"a prompt of {num_prompt} tokens and {asked} new ones: the context is {context}",
+                param=self.spelled["max_new_tokens"],
+                code="context_length_exceeded",
+            )
+        for name, value in self.values.items():
+            if max(OPTIONS[name].kind.tokens(value), default=0) >= vocab_size:
+                raise InputError(f"{name} takes token ids from 0 to {vocab_size - 1}", param=self.spelled[name])
+        bound = min(room, max_answer_tokens or room, MAX_NEW_TOKENS)
+        length = {"max_new_tokens": bound, "is_open_ended": True} if asked is None else {}
+        return defaults.sampling(cache_salt=cache_salt, **self.values | length)
