@@ -16,6 +16,7 @@ ImageResize = Literal["torch", "pillow"]
 ExpertLayout = Literal["hub", "v5", "per_expert"]
 Dispatch = Literal["gather", "all_to_all"]
 MAX_REQUEST_TIMEOUT_S = 86_400
+MAX_NAME_CHARS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,10 @@ class HttpOptions:
     open."""
     api_key_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A file with keys, one a line."""
+    served_model_name: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
+    """What requests may call the model; may be repeated, and answers have the first one. Default: the folder's name."""
+    max_model_len: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Tokens of a prompt and its answer together, at most. Default: the checkpoint's context."""
     max_waiting: Annotated[int, tyro.conf.arg(metavar="N")] = 1024
     """Requests that may wait for their first token; more are refused with 429."""
     request_timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 600.0
@@ -153,9 +158,13 @@ class HttpOptions:
         """InputError for a number that is out of range."""
         if self.max_waiting < 1:
             raise InputError(f"--max-waiting {self.max_waiting}: must be at least 1", param="max-waiting")
-        if self.max_answer_tokens is not None and self.max_answer_tokens < 1:
-            message = f"--max-answer-tokens {self.max_answer_tokens}: must be at least 1"
-            raise InputError(message, param="max-answer-tokens")
+        for option, value in (("max-answer-tokens", self.max_answer_tokens), ("max-model-len", self.max_model_len)):
+            if value is not None and value < 1:
+                raise InputError(f"--{option} {value}: must be at least 1", param=option)
+        for name in self.served_model_name:
+            if not name.strip() or not name.isprintable() or len(name) > MAX_NAME_CHARS:
+                problem = f"must be 1 to {MAX_NAME_CHARS} characters that can be seen"
+                raise InputError(f"--served-model-name {name!r}: {problem}", param="served-model-name")
         if not 0 < self.request_timeout <= MAX_REQUEST_TIMEOUT_S:
             limit = f"more than 0 and at most {MAX_REQUEST_TIMEOUT_S}"
             raise InputError(f"--request-timeout {self.request_timeout:g}: must be {limit}", param="request-timeout")

@@ -45,14 +45,21 @@ def run_frontend(
     give_large_blocks_back()
     folder = resolve_model_folder(context.options.model.model)
     config = read_config(folder)
-    processor = Processor.from_folder(folder, config, video_outer_wrapper=context.options.model.video_outer_wrapper)
+    processor = Processor.from_folder(
+        folder,
+        config,
+        video_outer_wrapper=context.options.model.video_outer_wrapper,
+        max_model_len=options.max_model_len,
+    )
+    name, *more_names = options.served_model_name or (model_name(folder),)
     hub = Hub(
         config, context.layout, context.token, memory=memory, limits=RouterLimits(max_waiting=options.max_waiting)
     )
     app = create_app(
         hub,
         processor,
-        model_name=model_name(folder),
+        model_name=name,
+        more_names=more_names,
         limits=Limits(
             request_timeout_s=options.request_timeout,
             max_answer_tokens=options.max_answer_tokens,

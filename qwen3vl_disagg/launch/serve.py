@@ -64,10 +64,14 @@ def rank_child(context: RankContext) -> Child:
     return Child(f"language rank {rank}", functools.partial(run_threaded, run_language_rank, context), is_vital=True)
 
 
-def check_checkpoint(model: ModelOptions, buffers: BufferOptions) -> None:
-    """Everything wrong with the checkpoint, said once, before any rank starts."""
+def check_checkpoint(model: ModelOptions, buffers: BufferOptions, max_model_len: int | None = None) -> None:
+    """Everything wrong with the checkpoint, said once, before any rank starts; InputError for more than its context."""
     folder = resolve_model_folder(model.model)
     config, _ = check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=model.dtype)
+    context = config.text.max_position_embeddings
+    if max_model_len is not None and max_model_len > context:
+        message = f"--max-model-len {max_model_len}: the checkpoint's context is {context}"
+        raise InputError(message, param="max-model-len")
     MultimodalDataBuffers.check(config, buffers)
 
 
@@ -228,7 +232,7 @@ def run_slot(options: ServeOptions, world: World) -> int:
     model = replace(options.model, model=shared_model_folder(options.model.model, world))
     options = replace(options, model=model)
     if world.local_rank == 0:
-        check_checkpoint(options.model, options.buffers)
+        check_checkpoint(options.model, options.buffers, options.http.max_model_len)
     if world.node != 0:
         return far_slot(options, world, layout).run()
     path = meeting_path()

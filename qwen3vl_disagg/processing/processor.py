@@ -79,10 +79,13 @@ class Processor:
         video: VideoProcessor | None = None,
         decoder: MediaDecoder | None = None,
         video_outer_wrapper: bool = False,
+        max_model_len: int | None = None,
     ) -> None:
         self.config, self.tokenizer, self.image, self.video = config, tokenizer, image, video
         self.template, self.generation = template, generation
         self.decoder = decoder or MediaDecoder()
+        self.max_model_len = config.text.max_position_embeddings if max_model_len is None else max_model_len
+        """Tokens of a prompt and its answer together."""
         self.folder: Path | None = None
         """What it was read from, if it was."""
         self.video_outer_wrapper = video_outer_wrapper
@@ -96,12 +99,14 @@ class Processor:
         decoder: MediaDecoder | None = None,
         video_outer_wrapper: bool = False,
         image_resize: ImageResize = "torch",
+        max_model_len: int | None = None,
     ) -> Processor:
         """Read tokenizer, template, image and video settings and sampling defaults. CheckpointError says what is wrong.
 
         `decoder`: for clips, whose headers only a decoder understands. `video_outer_wrapper`: whether a clip keeps
         the pair of start and end that templates write around it, besides those of its frames. The models were made
         without it; transformers 5 has it. `image_resize`: as on the command line; it changes pixels, not prompts.
+        `max_model_len`: default the checkpoint's context, which it must not exceed.
         """
         problems: list[str] = []
         tokenizer = attempt(problems, lambda: _read_tokenizer(folder, config))
@@ -128,6 +133,7 @@ class Processor:
             video=video,
             decoder=decoder,
             video_outer_wrapper=video_outer_wrapper,
+            max_model_len=max_model_len,
         )
         processor.folder = folder
         return processor
@@ -147,7 +153,7 @@ class Processor:
         bytes. Setting `stop` from another thread ends the look at the media with Stopped, in 0.2 s.
         """
         options = options or PromptOptions()
-        context = self.config.text.max_position_embeddings
+        context = self.max_model_len
         checked, media = parse_messages(messages, allow_paths=allow_paths)
         self._check_chars([checked, tools], context)
         planner = MediaPlanner(

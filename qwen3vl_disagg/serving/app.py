@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from importlib import metadata
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -14,11 +16,12 @@ from qwen3vl_disagg.cluster.backend import Backend
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.chat import ChatCompletions
+from qwen3vl_disagg.serving.chat_request import check_model
 from qwen3vl_disagg.serving.doors import Doors
 from qwen3vl_disagg.serving.errors import JSONResponse, envelope, on_http_exception
 from qwen3vl_disagg.serving.guard import guards
 from qwen3vl_disagg.serving.limits import Limits
-from qwen3vl_disagg.serving.types import Model, ModelList
+from qwen3vl_disagg.serving.types import Model, ModelList, Version
 
 
 def create_app(
@@ -26,20 +29,30 @@ def create_app(
     processor: Processor,
     *,
     model_name: str,
+    more_names: Sequence[str] = (),
     limits: Limits | None = None,
     doors: Doors | None = None,
     keys: ApiKeys | None = None,
     debug: bool = False,
     warm_up: bool = False,
 ) -> Starlette:
-    """The application over a backend. `doors`: whose requests it takes, anybody's without; `keys`: which of them
-    know one. `debug` opens GET /debug/processes. `warm_up`: be ready for large requests."""
+    """The application over a backend. `more_names`: what requests may call the model too. `doors`: whose requests it
+    takes, anybody's without; `keys`: which of them know one. `debug` opens GET /debug/processes. `warm_up`: be ready
+    for large requests."""
     limits = limits or Limits()
     created = int(time.time())
-    context = processor.config.text.max_position_embeddings
+    names = list(dict.fromkeys([model_name, *more_names]))
+    known = {name: Model(id=name, created=created, max_model_len=processor.max_model_len) for name in names}
 
     async def models(request: Request) -> Response:
-        return JSONResponse(ModelList(data=[Model(id=model_name, created=created, max_model_len=context)]))
+        return JSONResponse(ModelList(data=list(known.values())))
+
+    async def model(request: Request) -> Response:
+        check_model(name := request.path_params["name"], known)
+        return JSONResponse(known[name])
+
+    async def version(request: Request) -> Response:
+        return JSONResponse(Version(version=_version()))
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -57,12 +70,14 @@ def create_app(
     async def processes(request: Request) -> Response:
         return JSONResponse({"processes": backend.debug_processes()})
 
-    chat = ChatCompletions(backend, processor, model_name=model_name, limits=limits)
+    chat = ChatCompletions(backend, processor, model_names=names, limits=limits)
     if warm_up:
         chat.warm_up()
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/version", version),
         Route("/health", health),
         Route("/ready", ready),
     ]
@@ -75,3 +90,10 @@ def create_app(
     )
     app.router.redirect_slashes = False
     return app
+
+
+def _version() -> str:
+    try:
+        return metadata.version("qwen3vl-disagg")
+    except metadata.PackageNotFoundError:  # run from a folder that was not installed
+        return "unknown"

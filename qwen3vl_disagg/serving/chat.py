@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
 from functools import partial
 
@@ -33,11 +33,11 @@ _GRACE_S = 1.0
 class ChatCompletions:
     """The route as an ASGI app: it needs `receive` to notice that a client leaves."""
 
-    def __init__(self, backend: Backend, processor: Processor, *, model_name: str, limits: Limits) -> None:
+    def __init__(self, backend: Backend, processor: Processor, *, model_names: Sequence[str], limits: Limits) -> None:
         self._backend, self._processor = backend, processor
-        self._model_name, self._limits = model_name, limits
+        self._model_name, self._limits = model_names[0], limits
         self._budget = BodyBudget(limits.max_body_memory)
-        rules = Rules(model_name=model_name, max_answer_tokens=limits.max_answer_tokens)
+        rules = Rules(model_names=list(model_names), max_answer_tokens=limits.max_answer_tokens)
         self._preparation = Preparation(processor, rules, limits)
         self._num_running = self._num_preparing = 0
 

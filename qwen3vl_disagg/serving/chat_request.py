@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -26,16 +27,22 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt: PromptOptions = PromptOptions()
 
 
-def parse_chat_request(raw: dict[str, Any], *, model_name: str) -> tuple[ChatRequest, list[dict[str, Any]]]:
+def check_model(model: object, names: Collection[str]) -> None:
+    """InputError, 404 for another model's name; null is any."""
+    if model is not None and not isinstance(model, str):
+        raise InputError("model must be a string", param="model")
+    if model is not None and model not in names:
+        raise InputError(f"there is no model {model!r} here", param="model", status=404, code="model_not_found")
+
+
+def parse_chat_request(
+    raw: dict[str, Any], *, model_names: Collection[str]
+) -> tuple[ChatRequest, list[dict[str, Any]]]:
     """The request, every field checked, and the tools that the model is shown. The processor checks the messages.
 
     InputError with `param`; 404 for another model's name.
     """
-    model = raw.get("model")
-    if model is not None and not isinstance(model, str):
-        raise InputError("model must be a string", param="model")
-    if model is not None and model != model_name:
-        raise InputError(f"there is no model {model!r} here", param="model", status=404, code="model_not_found")
+    check_model(raw.get("model"), model_names)
     if "messages" not in raw:
         raise InputError("messages is missing", param="messages")
     check_fields(raw, "request")

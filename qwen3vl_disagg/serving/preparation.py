@@ -182,7 +182,12 @@ class PreparePool:
     """
 
     def __init__(self, processor: Processor, rules: Rules) -> None:
-        setup = ChildSetup(folder=str(processor.folder), video_outer_wrapper=processor.video_outer_wrapper, rules=rules)
+        setup = ChildSetup(
+            folder=str(processor.folder),
+            video_outer_wrapper=processor.video_outer_wrapper,
+            max_model_len=processor.max_model_len,
+            rules=rules,
+        )
         module = ("-P", "-B", "-m", "qwen3vl_disagg.serving.prepare")
         self._command = (sys.executable, *module, msgspec.json.encode(setup).decode())
         self._decoder: MediaDecoder = processor.decoder

@@ -76,7 +76,8 @@ class Parsed:
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """What the server, not the request, says about prompts and answers."""
 
-    model_name: str
+    model_names: list[str]
+    """The first one stands in answers."""
     max_answer_tokens: int | None = None
     """Bound of an answer whose request names none. None: what is left of the context."""
 
@@ -85,7 +86,7 @@ def read_request(body: bytes | bytearray, rules: Rules) -> Parsed:
     """InputError for what is no chat request."""
     started = time.monotonic()
     raw = parse_json(body)
-    request, tools = parse_chat_request(raw, model_name=rules.model_name)
+    request, tools = parse_chat_request(raw, model_names=rules.model_names)
     return Parsed(raw, tools, request, time.monotonic() - started)
 
 
@@ -97,7 +98,7 @@ def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: Sto
     sampling = request.sampling.params(
         processor.generation,
         num_prompt=len(prompt.token_ids),
-        context=text.max_position_embeddings,
+        context=processor.max_model_len,
         vocab_size=text.vocab_size,
         cache_salt=request.prompt.cache_salt,
         max_answer_tokens=rules.max_answer_tokens,
@@ -113,6 +114,7 @@ class ChildSetup(msgspec.Struct, frozen=True, kw_only=True):
 
     folder: str
     video_outer_wrapper: bool
+    max_model_len: int
     rules: Rules
 
 
@@ -214,6 +216,7 @@ def main() -> None:
         read_config(folder),
         decoder=ParentsDecoder(out, parent),
         video_outer_wrapper=setup.video_outer_wrapper,
+        max_model_len=setup.max_model_len,
     )
     processor.tokenizer.num_tokens_at_least("ready")  # tables that are made on first use
     pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -112,3 +112,7 @@ class Model(msgspec.Struct, kw_only=True):
 class ModelList(msgspec.Struct, kw_only=True):
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class Version(msgspec.Struct, kw_only=True):
+    version: str
