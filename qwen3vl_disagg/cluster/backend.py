@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import msgspec
 
+from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.core.errors import DisaggError
-from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob
-from qwen3vl_disagg.processing import Prompt
+from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
 
 class Readiness(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,15 +55,19 @@ class RequestHandle(Protocol):
 
 
 class Backend(Protocol):
+    media: MediaStore
+
     def readiness(self) -> Readiness: ...
 
     def refusal(self, num_coming: int = 0) -> DisaggError | None:
         """Why a request would not be taken now, whatever it is. `num_coming`: those that will be submitted before."""
 
-    def submit(self, prompt: Prompt, sampling: SamplingParams, timeout_s: float) -> RequestHandle:
-        """Start a request; it may take `timeout_s` seconds in all. Does not wait.
+    def submit(
+        self, token_ids: list[int], items: list[VisualItem], sampling: SamplingParams, timeout_s: float
+    ) -> RequestHandle:
+        """Start a request whose bytes `media` holds; it may take `timeout_s` seconds in all. Does not wait.
 
-        OverloadedError, UnavailableError or InputError if it is not taken.
+        The bytes are released when the request ends, or is not taken: OverloadedError, UnavailableError or InputError.
         """
 
     def debug_processes(self) -> list[dict[str, Any]]:

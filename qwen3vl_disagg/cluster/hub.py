@@ -25,11 +25,9 @@ from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.cluster.registry import RankKey, Registry
 from qwen3vl_disagg.cluster.rendezvous import Layout
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError, UnavailableError
-from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.model import ModelConfig
-from qwen3vl_disagg.processing import Prompt
 from qwen3vl_disagg.protocol.messages import (
-    Blob,
     Decoded,
     EndJob,
     FindStore,
@@ -70,9 +68,6 @@ from qwen3vl_disagg.transport.ticks import tick
 
 logger = logging.getLogger(__name__)
 EXPECTED_TOKENS = 1024
-PULL_S = 30.0
-MAX_PULLS = 64
-"""Answered at a time; each has at most a slice of its bytes on the way."""
 CLOSE_S = 2.0
 
 
@@ -82,7 +77,7 @@ class _Handle:
 
     hub: Hub
     request_id: str
-    digests: list[str]
+    items: list[VisualItem]
     events: asyncio.Queue[ClientEvent | DisaggError] = field(default_factory=asyncio.Queue)
     undecoded: set[int] = field(default_factory=set)
 
@@ -152,7 +147,7 @@ class Hub:
         together = layout.language_ranks if config.text.num_experts else ()
         self._router = Router(limits, required=together)
         self._pump = Pump[Event, Action](self._router.handle, self._perform, time.monotonic)
-        self._media = MediaStore() if media is None else media
+        self.media = MediaStore() if media is None else media
         self._ranks: dict[RankKey, Connection] = {}
         self._handles: dict[str, _Handle] = {}
         self._store_is_known = asyncio.Event()
@@ -165,25 +160,24 @@ class Hub:
         self.end_job = asyncio.Event()
         """Set when a node is asked to end: whoever runs the hub should end the job."""
         self._absent: set[RankKey] = set()
-        self._pulls = asyncio.Semaphore(MAX_PULLS)
         self._server: Doorkeeper | None = None
         self._ticker: asyncio.Future[None] | None = None
 
     # ---- for the HTTP app ----
 
-    def submit(self, prompt: Prompt, sampling: SamplingParams, timeout_s: float) -> _Handle:
+    def submit(
+        self, token_ids: list[int], items: list[VisualItem], sampling: SamplingParams, timeout_s: float
+    ) -> _Handle:
         self._num_requests += 1
         request_id = f"{self._prefix}-{self._num_requests}"
-        digests = [item.digest for item in prompt.items]
-        self._media.hold(list(zip(digests, prompt.media, strict=True)))
-        handle = _Handle(self, request_id, digests, undecoded=set(range(len(prompt.items))))
+        handle = _Handle(self, request_id, items, undecoded=set(range(len(items))))
         self._handles[request_id] = handle
         self.take(
             Admit(
                 request_id,
-                np.asarray(prompt.token_ids, dtype="<i4").tobytes(),
-                len(prompt.token_ids) + _num_expected(sampling),
-                prompt.items,
+                np.asarray(token_ids, dtype="<i4").tobytes(),
+                len(token_ids) + _num_expected(sampling),
+                items,
                 sampling,
                 timeout_s,
             )
@@ -192,7 +186,7 @@ class Hub:
             refusal = handle.events.get_nowait()
             if isinstance(refusal, DisaggError):
                 raise refusal
-        if not prompt.items:
+        if not items:
             handle.events.put_nowait(AllDecoded())
         return handle
 
@@ -285,7 +279,7 @@ class Hub:
             case End():
                 handle = self._handles.pop(action.request_id, None)
                 if handle is not None:
-                    self._media.release(handle.digests)
+                    self.media.release(handle.items)
                     if action.error is not None:
                         handle.events.put_nowait(action.error)
 
@@ -303,7 +297,7 @@ class Hub:
         try:
             match first:
                 case Pull():
-                    await self._give(connection, first)
+                    await self.media.answer(connection, first)
                 case StoreAt():
                     self._learn_store(first.address)
                     await connection.send(Welcome())
@@ -315,14 +309,6 @@ class Hub:
                     await self._welcome(connection, first)
         except HandshakeError as error:
             await connection.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))
-
-    async def _give(self, connection: Connection, pull: Pull) -> None:
-        """Media bytes for an encode rank."""
-        async with self._pulls:
-            data = self._media.get(pull.digest)
-            await connection.send(Blob(num_bytes=-1 if data is None else len(data)))
-            if data is not None:
-                await connection.send_bytes(data, PULL_S)
 
     def _learn_store(self, address: tuple[str, int]) -> None:
         try:

@@ -1,10 +1,21 @@
-"""Uploaded bytes under their SHA-256, kept while a request needs them."""
+"""Uploaded bytes under their SHA-256, kept while a request needs them, and both ends of the way to an encode rank."""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen3vl_disagg.core.errors import OverloadedError
+from qwen3vl_disagg.core.errors import DeadlineError, OverloadedError, TransferError
+from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
+from qwen3vl_disagg.protocol.messages import Blob, Message, Pull
+from qwen3vl_disagg.transport.control import Address, Connection, connect_hub
+
+PULL_S = 30.0
+MAX_PULLS = 64
+"""Answered at a time; each has at most a slice of its bytes on the way."""
 
 
 @dataclass
@@ -20,24 +31,26 @@ class MediaStore:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self._entries: dict[str, _Entry] = {}
+        self._pulls = asyncio.Semaphore(MAX_PULLS)
 
-    def hold(self, items: list[tuple[str, bytes]]) -> None:
-        """Keep the bytes of (digest, bytes) pairs, all or none, until `release` was called as often.
+    def hold(self, items: Sequence[VisualItem], media: Sequence[bytes]) -> None:
+        """Keep the bytes of a request's items, all or none, until `release` was called as often.
 
         OverloadedError when there is no room.
         """
-        new = {digest: data for digest, data in items if digest not in self._entries}
+        pairs = [(item.digest, data) for item, data in zip(items, media, strict=True)]
+        new = {digest: data for digest, data in pairs if digest not in self._entries}
         size = sum(map(len, new.values()))
         if self.num_bytes + size > self.max_bytes:
             raise OverloadedError("no room for more images and clips now")
         for digest, data in new.items():
             self._entries[digest] = _Entry(data, 0)
         self.num_bytes += size
-        for digest, _ in items:
+        for digest, _ in pairs:
             self._entries[digest].num_holders += 1
 
-    def release(self, digests: list[str]) -> None:
-        for digest in digests:
+    def release(self, items: Sequence[VisualItem]) -> None:
+        for digest in (item.digest for item in items):
             entry = self._entries[digest]
             entry.num_holders -= 1
             if entry.num_holders == 0:
@@ -50,3 +63,35 @@ class MediaStore:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    async def answer(self, connection: Connection, pull: Pull) -> None:
+        """What an encode rank asks for: how many bytes there are, -1 for none under that digest, and the bytes."""
+        async with self._pulls:
+            data = self.get(pull.digest)
+            await connection.send(Blob(num_bytes=-1 if data is None else len(data)))
+            if data is not None:
+                await connection.send_bytes(data, PULL_S)
+
+
+async def pull_media(hub: Address, token: str, digest: str, num_bytes: int) -> bytes:
+    """The bytes under `digest` from the store behind the hub at that address, checked. TransferError without them."""
+    source = await connect_hub(hub, deadline_s=PULL_S)
+    try:
+        await source.send(Pull(token=token, digest=digest))
+        blob = await _first_answer(source)
+        if not isinstance(blob, Blob) or blob.num_bytes != num_bytes or num_bytes > MAX_VIDEO_BYTES:
+            raise TransferError("the media store does not have the item")
+        data = await source.receive_bytes(num_bytes, PULL_S)
+    finally:
+        await source.close()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise TransferError("the item's bytes do not have its digest")
+    return data
+
+
+async def _first_answer(source: Connection) -> Message:
+    """A store that does not answer is a failed transfer; how long the request may take, others know."""
+    try:
+        return await source.receive(timeout=PULL_S)
+    except DeadlineError as error:
+        raise TransferError(str(error)) from None

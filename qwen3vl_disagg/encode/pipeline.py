@@ -25,9 +25,8 @@ from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.encode.batches import plan_batch, tower_cost
-from qwen3vl_disagg.encode.embedding_cache import ContentKey, EmbeddingCache, content_key
+from qwen3vl_disagg.encode.embedding_cache import ContentKey, EmbeddingCache, HeldItem, content_key, hold, keep
 from qwen3vl_disagg.encode.gate import Budget, Gate
-from qwen3vl_disagg.encode.held_item import HeldItem, hold, keep
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker, Pixels
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.protocol.messages import EncodingBegun, EncodingEnded, Message

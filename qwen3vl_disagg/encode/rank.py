@@ -4,45 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import signal
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from qwen3vl_disagg.checkpoint import load_vision_model
 from qwen3vl_disagg.cluster.hub_client import enter_hub
+from qwen3vl_disagg.cluster.media_store import pull_media
 from qwen3vl_disagg.cluster.rank_setup import RankSetup
 from qwen3vl_disagg.cluster.rendezvous import RankContext
 from qwen3vl_disagg.cluster.slots import EXIT_REFUSED, run_loop
 from qwen3vl_disagg.core.devices import resolve_compile
-from qwen3vl_disagg.core.errors import DeadlineError, HandshakeError, TransferError
+from qwen3vl_disagg.core.errors import HandshakeError, TransferError
 from qwen3vl_disagg.core.logs import start_logging
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.server import EncodeServer
 from qwen3vl_disagg.encode.worker import EncodeWorker
 from qwen3vl_disagg.media.decoder import MediaDecoder
-from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
 from qwen3vl_disagg.processing import VideoProcessor
 from qwen3vl_disagg.protocol.messages import (
-    Blob,
     Leaving,
     LinkHello,
     Message,
     Peers,
-    Pull,
     RankHello,
     Stop,
     Welcome,
 )
 from qwen3vl_disagg.protocol.session_events import SessionLimits
-from qwen3vl_disagg.transport.control import Address, Connection, ConnectionLost, connect_hub
+from qwen3vl_disagg.transport.control import Address, Connection, ConnectionLost
 from qwen3vl_disagg.transport.links import LinkFactory, process_group_links
 from qwen3vl_disagg.transport.store import join_store
 
 logger = logging.getLogger(__name__)
-PULL_S = 30.0
 JOIN_S = 120.0
 """How long one that joins waits for the hub to be there, and to know what it must fit."""
 DRAIN_S = 20.0
@@ -83,7 +80,7 @@ class EncodeRank:
             worker,
             link_hello,
             tell=self._tell,
-            pull=self._pull,
+            pull=partial(pull_media, hub_address, hello.token),
             on_refused=self._on_refused,
             limits=limits,
             options=options,
@@ -172,34 +169,11 @@ class EncodeRank:
                 self._make_link = process_group_links(store, host=self._host)
             self.server.connect(message.language_ranks, self._make_link)
 
-    async def _pull(self, digest: str, num_bytes: int) -> bytes:
-        """The bytes under `digest` from the media store, checked."""
-        source = await connect_hub(self._hub_address, deadline_s=PULL_S)
-        try:
-            await source.send(Pull(token=self._hello.token, digest=digest))
-            answer = await _answer(source)
-            if not isinstance(answer, Blob) or answer.num_bytes != num_bytes or num_bytes > MAX_VIDEO_BYTES:
-                raise TransferError("the media store does not have the item")
-            data = await source.receive_bytes(num_bytes, PULL_S)
-        finally:
-            await source.close()
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise TransferError("the item's bytes do not have its digest")
-        return data
-
     def _tell(self, message: Message) -> None:
         """Queue a message to the hub; when it is gone, the loop that reads from it finds out."""
         if self._hub is not None:
             with contextlib.suppress(ConnectionLost):
                 self._hub.post(message)
-
-
-async def _answer(source: Connection) -> Message:
-    """A store that does not answer is a failed transfer; how long the request may take, others know."""
-    try:
-        return await source.receive(timeout=PULL_S)
-    except DeadlineError as error:
-        raise TransferError(str(error)) from None
 
 
 def load_worker(setup: RankSetup) -> EncodeWorker:

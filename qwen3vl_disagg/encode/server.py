@@ -17,7 +17,7 @@ import msgspec
 from qwen3vl_disagg.core.errors import Failure, HandshakeError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.settings import EncodeOptions
-from qwen3vl_disagg.encode.held_item import HeldItem
+from qwen3vl_disagg.encode.embedding_cache import HeldItem
 from qwen3vl_disagg.encode.links import EncodeLink, EncodeLinks
 from qwen3vl_disagg.encode.pipeline import EncodePipeline, Pull
 from qwen3vl_disagg.encode.worker import EncodeWorker, encode_error

@@ -25,7 +25,7 @@ from qwen3vl_disagg.core.tensors import all_finite
 from qwen3vl_disagg.kernels.compiled import GraphCounts, compile_options, first_alone
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
-from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration, separate_deepstack
+from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.vision import VisionTower
 from qwen3vl_disagg.processing import Grid, ImageProcessor, VideoProcessor, item_positions
 from qwen3vl_disagg.protocol.layout import item_ranges
@@ -190,10 +190,11 @@ class EncodeWorker:
     ) -> list[EncodedItem | Exception]:
         started = time.monotonic()
         pixels = torch.cat([entry.patches for entry in batch]).to(self.device)
-        features = self.model.get_image_feature(pixels, [entry.grid for entry in batch])
+        main, levels = self.model.visual(pixels, [entry.grid for entry in batch])
+        deepstack = torch.cat([main[:, :0], *levels], dim=-1)
         merge_unit = self.config.vision.merge_unit
         num_rows = [t * h * w // merge_unit for t, h, w in (entry.grid for entry in batch)]
-        parts = [separate_deepstack(rows, self.config.text.hidden_size) for rows in features.split(num_rows)]
+        parts = list(zip(main.split(num_rows), deepstack.split(num_rows), strict=True))
         is_good = [all_finite(main) and all_finite(deepstack) for main, deepstack in parts]
         elapsed_ms = (time.monotonic() - started) * 1e3
         results: list[EncodedItem | Exception] = []

@@ -30,7 +30,7 @@ from qwen3vl_disagg.parallel.lockstep import Outlook, PaceLimits, StepPlan
 from qwen3vl_disagg.processing import mrope_positions
 from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed, Tokens
 from qwen3vl_disagg.protocol.session_events import Consumed
-from qwen3vl_disagg.transport.rows import VisualRows
+from qwen3vl_disagg.transport.buffers import VisualRows
 
 logger = logging.getLogger(__name__)
 MAX_NOTES = 4096

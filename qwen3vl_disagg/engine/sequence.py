@@ -13,7 +13,7 @@ from torch import Tensor
 from qwen3vl_disagg.core.requests import FinishReason, ItemTimings, RequestTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.engine.pages import ROOT, PageContent, Prefix
 from qwen3vl_disagg.engine.sampling import SamplingRow
-from qwen3vl_disagg.transport.rows import VisualRows
+from qwen3vl_disagg.transport.buffers import VisualRows
 
 
 @dataclass(eq=False)

@@ -56,10 +56,10 @@ from qwen3vl_disagg.protocol.session_events import (
     SessionLimits,
     Tell,
 )
+from qwen3vl_disagg.transport.buffers import Delivery
 from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Address, Connection, ConnectionLost
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
 from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory, process_group_links
-from qwen3vl_disagg.transport.rows import Delivery
 from qwen3vl_disagg.transport.ticks import tick
 
 logger = logging.getLogger(__name__)

@@ -45,8 +45,8 @@ from qwen3vl_disagg.protocol.session_events import (
     Recall,
     Returned,
 )
+from qwen3vl_disagg.transport.buffers import Delivery
 from qwen3vl_disagg.transport.control import Connection, ConnectionLost
-from qwen3vl_disagg.transport.rows import Delivery
 from qwen3vl_disagg.transport.store import join_store
 
 logger = logging.getLogger(__name__)

@@ -22,10 +22,9 @@ from qwen3vl_disagg.processing import item_positions
 from qwen3vl_disagg.protocol.layout import AUX_FIELDS, item_ranges
 from qwen3vl_disagg.protocol.messages import Resume
 from qwen3vl_disagg.protocol.session_events import Attempt, Receive
-from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
+from qwen3vl_disagg.transport.buffers import Delivery, MultimodalDataBuffers, Pieces, VisualRows
 from qwen3vl_disagg.transport.digest import add_digests, deepstack_sums, run_sums, sums_digest
 from qwen3vl_disagg.transport.links import Link
-from qwen3vl_disagg.transport.rows import Delivery, Pieces, VisualRows
 
 
 @dataclass

@@ -13,8 +13,7 @@ from qwen3vl_disagg.core.errors import DisaggError, Failure, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.batches import plan_batch, tower_cost
-from qwen3vl_disagg.encode.embedding_cache import ContentKey, EmbeddingCache, content_key
-from qwen3vl_disagg.encode.held_item import HeldItem, hold, keep
+from qwen3vl_disagg.encode.embedding_cache import ContentKey, EmbeddingCache, HeldItem, content_key, hold, keep
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker, Pixels, encode_error
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
@@ -44,8 +43,8 @@ from qwen3vl_disagg.protocol.session_events import (
     StartEncode,
     Tell,
 )
+from qwen3vl_disagg.transport.buffers import Delivery
 from qwen3vl_disagg.transport.links import InProcessLink
-from qwen3vl_disagg.transport.rows import Delivery
 
 _ENCODE_RANK = _LANGUAGE_RANK = 0
 _EPOCH = 1

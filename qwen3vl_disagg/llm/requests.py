@@ -15,7 +15,7 @@ from qwen3vl_disagg.llm.local import ItemError, LocalTransfer, Outcome
 from qwen3vl_disagg.processing import AnswerParts, Parts, Prompt
 from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed, Tokens
 from qwen3vl_disagg.protocol.session_events import Consumed
-from qwen3vl_disagg.transport.rows import Delivery
+from qwen3vl_disagg.transport.buffers import Delivery
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from typing import Literal
 import numpy as np
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError, MediaTimeout, ServerError, UnavailableError
-from qwen3vl_disagg.media.child_process import ChildFailed, ChildProcess
+from qwen3vl_disagg.media.child import ChildFailed, ChildProcess, Done, Job, MediaRefused, Picture, Reply
 from qwen3vl_disagg.media.images import probe_image
 from qwen3vl_disagg.media.stop import Slots, StopSignal
 from qwen3vl_disagg.media.video import CONTAINERS, MAX_FRAME_PIXELS, MAX_FRAMES, VideoInfo, check_clip_bytes
-from qwen3vl_disagg.media.wire import Done, Job, MediaRefused, Picture, Reply
 
 IMAGE_PATIENCE_S = 10.0
 PATIENCE_S_PER_PIXEL = 0.3e-6

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media.image_headers import FORMATS, BadHeader, ImageInfo, foreign_format, read_header
-from qwen3vl_disagg.media.partial import Loaded, load_partial, note_of
+from qwen3vl_disagg.media.partial import Loaded, cover, load_partial, note_of
 
 MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 20 * 2**20
@@ -74,7 +74,9 @@ def decode_rgb(data: bytes, notes: list[str] | None = None, info: ImageInfo | No
         loaded = _load(info, data)
         if info.format == "PNG":
             _scale_transparency(loaded.image, depth=data[24])
-        image = loaded.cover(_outside_white(loaded, _to_rgb(loaded.image)))
+        image = _outside_white(loaded, _to_rgb(loaded.image))
+        if loaded.there is not None:
+            image = cover(image, loaded.there)
         if loaded.note and notes is not None:
             notes.append(loaded.note)
         return image.transpose(_TRANSPOSE[info.orientation]) if info.orientation in _TRANSPOSE else image

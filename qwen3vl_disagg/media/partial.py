@@ -51,18 +51,17 @@ class Loaded:
     region: tuple[int, int, int, int] | None = None
     """Of a GIF: left, top, right, bottom of its first picture on the screen."""
 
-    def cover(self, rgb: Image.Image) -> Image.Image:
-        """What is missing as its neighbour to the left or above where that is there (interlaced files), else grey."""
-        if self.there is None:
-            return rgb
-        levels, there = np.array(rgb), self.there.copy()
-        for axis in (1, 0):
-            ahead, behind = _shifted(axis)
-            gaps = ~there[ahead] & there[behind]
-            levels[ahead][gaps] = levels[behind][gaps]
-            there[ahead] |= gaps
-        levels[~there] = _GREY
-        return Image.fromarray(levels)
+
+def cover(rgb: Image.Image, there: np.ndarray) -> Image.Image:
+    """With what is missing as its neighbour to the left or above where that is there (interlaced files), else grey."""
+    levels, there = np.array(rgb), there.copy()
+    for axis in (1, 0):
+        ahead, behind = _shifted(axis)
+        gaps = ~there[ahead] & there[behind]
+        levels[ahead][gaps] = levels[behind][gaps]
+        there[ahead] |= gaps
+    levels[~there] = _GREY
+    return Image.fromarray(levels)
 
 
 def _shifted(axis: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:

@@ -3,11 +3,11 @@
 from qwen3vl_disagg.processing.answer_parts import AnswerParts, AnswerReason, Parts, ToolCall
 from qwen3vl_disagg.processing.generation import GenerationDefaults
 from qwen3vl_disagg.processing.images import ImageProcessor
-from qwen3vl_disagg.processing.messages import parse_tools
 from qwen3vl_disagg.processing.positions import Grid, item_positions, mrope_positions
 from qwen3vl_disagg.processing.processor import Processor, Prompt
 from qwen3vl_disagg.processing.template import ChatTemplate
 from qwen3vl_disagg.processing.tokenizer import Tokenizer
+from qwen3vl_disagg.processing.tools import parse_tools
 from qwen3vl_disagg.processing.video import VideoProcessor
 
 __all__ = [

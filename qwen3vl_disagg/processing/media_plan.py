@@ -7,6 +7,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.requests import VisualItem
@@ -17,7 +18,7 @@ from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import UNKNOWN_FPS, VideoInfo
 from qwen3vl_disagg.model.config import VisionConfig
 from qwen3vl_disagg.processing.images import ImageProcessor, smart_resize
-from qwen3vl_disagg.processing.media_parts import Media
+from qwen3vl_disagg.processing.messages import Media
 from qwen3vl_disagg.processing.positions import Grid
 from qwen3vl_disagg.processing.prompt_options import NO_OPTIONS, MediaOptions
 from qwen3vl_disagg.processing.video import VIDEO_FILE, VideoProcessor, timestamps, unpack_frames
@@ -34,7 +35,12 @@ LOW_DETAIL_PIXELS = 512 * 512
 class Plan:
     """What a header says about an item. Of a clip: the frames to look at, and the seconds of each step of the grid."""
 
-    media: Media
+    modality: Literal["image", "video"]
+    digest: str
+    """SHA-256 of its bytes."""
+    num_bytes: int
+    param: str
+    is_frame_list: bool
     grid: Grid
     frames: tuple[int, ...] = ()
     times: tuple[float, ...] = ()
@@ -42,6 +48,11 @@ class Plan:
     """Height and width of the image, or of each frame."""
     num_pixels: int = 0
     """What has to be decoded: of a file all frames up to the last one that is looked at."""
+
+    @classmethod
+    def of(cls, media: Media, grid: Grid, **others: Any) -> Plan:
+        digest = hashlib.sha256(media.data).hexdigest()
+        return cls(media.modality, digest, len(media.data), media.param, media.is_frame_list, grid, **others)
 
     def run_rows(self, vision: VisionConfig) -> int:
         return self.grid[1] * self.grid[2] // vision.merge_unit
@@ -52,16 +63,16 @@ class Plan:
     def item(self, runs: list[int], vision: VisionConfig, salt: str = "") -> VisualItem:
         """`runs`: where its placeholders begin."""
         return VisualItem(
-            modality=self.media.modality,
-            digest=hashlib.sha256(self.media.data).hexdigest(),
-            num_bytes=len(self.media.data),
+            modality=self.modality,
+            digest=self.digest,
+            num_bytes=self.num_bytes,
             grid=self.grid,
             num_rows=self.num_rows(vision),
             offset=runs[0],
-            param=self.media.param,
-            run_offsets=tuple(runs) if self.media.modality == "video" else (),
+            param=self.param,
+            run_offsets=tuple(runs) if self.modality == "video" else (),
             frames=self.frames,
-            is_frame_list=self.media.is_frame_list,
+            is_frame_list=self.is_frame_list,
             size=self.size,
             salt=salt,
         )
@@ -121,7 +132,7 @@ class MediaPlanner:
             info = self._look_at_image(entry.data)
             grid = self._image_grid(entry.options.over(self._of_images), info)
             size = info.height, info.width
-            return Plan(entry, grid, size=size, num_pixels=info.width * info.height)
+            return Plan.of(entry, grid, size=size, num_pixels=info.width * info.height)
         if self._video is None:
             raise InputError(f"this checkpoint takes no videos: it has no {VIDEO_FILE}")
         options, seconds = entry.options.over(self._of_clips), tuple[float, ...]()
@@ -142,7 +153,8 @@ class MediaPlanner:
         times = timestamps(frames, fps, self._config.temporal_patch_size, seconds)
         grid = _clip_grid(options, self._video, len(frames), width, height)
         num_pixels = (frames[-1] + 1) * width * height
-        return Plan(entry, grid, tuple(frames), tuple(times), (height, width), num_pixels)
+        size = height, width
+        return Plan.of(entry, grid, frames=tuple(frames), times=tuple(times), size=size, num_pixels=num_pixels)
 
     def _image_grid(self, options: MediaOptions, info: ImageInfo) -> Grid:
         image, own, patch = self._image, self._image.bounds, self._config.patch_size
@@ -247,10 +259,10 @@ def _check_pixels(plans: list[Plan]) -> None:
     for is_file, limit, what in ((False, MAX_STILL_PIXELS, "images and frames"), (True, MAX_FILE_PIXELS, "clips")):
         total = 0
         for plan in plans:
-            if is_file == (plan.media.modality == "video" and not plan.media.is_frame_list):
+            if is_file == (plan.modality == "video" and not plan.is_frame_list):
                 total += plan.num_pixels
                 if total > limit:
                     message = (
                         f"the {what} of this request have {total} pixels to decode up to here, the limit is {limit}"
                     )
-                    raise InputError(message, param=plan.media.param, status=413)
+                    raise InputError(message, param=plan.param, status=413)

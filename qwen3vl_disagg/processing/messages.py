@@ -1,14 +1,34 @@
-"""Messages and tools in OpenAI chat form -> checked ones for the template, and the media in them, in order."""
+"""Messages in OpenAI chat form -> checked ones for the template, and the media in them, in order, with their bytes.
+
+A part is text, an image, or a clip: a file, or a list of images that are its frames. The bytes stand in `data:` URIs,
+read as the URL standard parses and the fetch standard's data: URL processor reads them. A caller of this process may
+also name a file, or hold bytes or a picture of Pillow; over HTTP nobody may.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
+import os
 import re
-from typing import Any
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+from PIL import Image
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.processing.json_values import check_json, check_text
-from qwen3vl_disagg.processing.media_parts import IMAGE_KINDS, VIDEO_KINDS, Media, read_media
-from qwen3vl_disagg.processing.request_fields import check_fields
+from qwen3vl_disagg.media.images import MAX_BYTES, MAX_PIXELS
+from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
+from qwen3vl_disagg.processing.json_values import check_text
+from qwen3vl_disagg.processing.prompt_options import NO_OPTIONS, MediaOptions
+from qwen3vl_disagg.processing.request_fields import FIELDS, Place, check_fields
+from qwen3vl_disagg.processing.tools import read_calls, read_id
+from qwen3vl_disagg.processing.video import MAX_LIST_FRAMES, pack_frames
 
 ROLES = ("system", "user", "assistant", "tool")
 _OTHER_NAMES = {"developer": "system", "function": "tool"}
@@ -19,10 +39,37 @@ MAX_MEDIA = 1024
 """Of one request, so that the messages about them between processes stay small. What bounds them before that is the
 context, and the size of a body."""
 MAX_MESSAGES = 4096
-MAX_TOOLS = 128
-MAX_CALLS = 1024
-"""Of one earlier turn."""
-_TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+IMAGE_KINDS = ("image_url", "image", "input_image")
+VIDEO_KINDS = ("video_url", "video", "input_video")
+MAX_FRAMES_BYTES = MAX_VIDEO_BYTES - 8 * MAX_LIST_FRAMES
+"""Of a list, so that with its framing it is no larger than a file may be."""
+_JPEGS = "video/jpeg"
+"""Frames as still images behind one head of this type, separated by commas: the way some clients send them."""
+_RAW = ("base64", "data")
+"""Fields that hold bare base64."""
+_IMAGE_SOURCES = ("image_url", "image", "url", *_RAW)
+_VIDEO_SOURCES = ("video_url", "video", "url", *_RAW)
+_ALPHABET = re.compile(rb"[A-Za-z0-9+/]*")
+_BLANKS = b"\t\n\f\r "
+_ENDS = "".join(map(chr, range(0x21)))
+_NO_BREAKS = {ord(blank): None for blank in "\t\n\r"}
+_MAX_HEAD = 4096
+"""Characters before the comma."""
+_MAX_NAME = 40
+_AS_THEY_ARE = ("1", "L", "LA", "RGB", "RGBA", "I;16")
+
+
+@dataclass(frozen=True)
+class Media:
+    """One image's or clip's bytes and where it stood."""
+
+    data: bytes
+    param: str
+    modality: Literal["image", "video"] = "image"
+    is_frame_list: bool = False
+    """The bytes are those of `pack_frames`."""
+    options: MediaOptions = NO_OPTIONS
+    """What its part says about how it is looked at."""
 
 
 def parse_messages(raw: object, *, allow_paths: bool = False) -> tuple[list[dict[str, Any]], list[Media]]:
@@ -107,75 +154,224 @@ def _extras(raw: dict[str, Any], role: str, where: str) -> dict[str, Any]:
                 raise InputError(f"{name} must be a string", param=f"{where}.{name}")
             found["reasoning_content"] = check_text(reasoning, f"{where}.{name}")
     if role == "tool" and raw.get("tool_call_id") not in (None, ""):
-        found["tool_call_id"] = _id(raw["tool_call_id"], f"{where}.tool_call_id")
+        found["tool_call_id"] = read_id(raw["tool_call_id"], f"{where}.tool_call_id")
     if raw.get("tool_calls"):
         if role != "assistant":
             raise InputError("tool_calls are for assistant turns", param=f"{where}.tool_calls")
-        found["tool_calls"] = _tool_calls(raw["tool_calls"], f"{where}.tool_calls")
+        found["tool_calls"] = read_calls(raw["tool_calls"], f"{where}.tool_calls")
     return found
 
 
-def parse_tools(raw: object) -> list[dict[str, Any]]:
-    """The tools as they are given, checked. The template shows all that is in them. InputError naming the place."""
-    if not isinstance(raw, list):
-        raise InputError("tools must be a list", param="tools")
-    if len(raw) > MAX_TOOLS:
-        raise InputError(f"{len(raw)} tools, the limit is {MAX_TOOLS}", param="tools")
-    for i, tool in enumerate(raw):
-        _check_tool(tool, f"tools[{i}]")
-    return raw
+# -- images and clips
 
 
-def _check_tool(tool: object, where: str) -> None:
-    if not isinstance(tool, dict):
-        raise InputError("a tool must be an object", param=where)
-    if tool.get("type") != "function":
-        raise InputError("type must be function", param=f"{where}.type")
-    function, place = tool.get("function"), f"{where}.function"
-    if not isinstance(function, dict):
-        raise InputError("function must be an object", param=place)
-    name = function.get("name")
-    if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
-        raise InputError("name must be 1 to 64 of a-z, A-Z, 0-9, _ and -", param=f"{place}.name")
-    if not isinstance(function.get("description", ""), str | None):
-        raise InputError("description must be a string", param=f"{place}.description")
-    if not isinstance(function.get("parameters", {}), dict | None):
-        raise InputError("parameters must be an object", param=f"{place}.parameters")
-    check_json(tool, where)
+def read_media(part: dict[str, Any], kind: str, where: str, allow_paths: bool) -> Media:
+    """The media of an image or video part. `allow_paths`: also what `local_bytes` takes.
 
-
-def _tool_calls(raw: object, where: str) -> list[dict[str, Any]]:
-    """An assistant turn's calls: id (if given), name, and arguments as they are given: JSON, or a text.
-
-    They have been made, well or badly: what the model wrote is what it is shown again. No arguments are an empty
-    object, an empty id is none. InputError naming the place of what cannot be shown.
+    InputError naming `where` if it cannot be had.
     """
-    if not isinstance(raw, list):
-        raise InputError("tool_calls must be a list", param=where)
-    if len(raw) > MAX_CALLS:
-        raise InputError(f"{len(raw)} tool calls, the limit is {MAX_CALLS}", param=where)
-    return [_tool_call(call, f"{where}[{i}]") for i, call in enumerate(raw)]
+    place: Place = "image part" if kind in IMAGE_KINDS else "clip part"
+    check_fields(part, place, where=where, besides=(kind,))
+    names = _IMAGE_SOURCES if kind in IMAGE_KINDS else _VIDEO_SOURCES
+    name = _source_of(part, (kind, *names), where)
+    source = part.get(name)
+    if isinstance(source, dict):
+        check_fields(source, place, where=f"{where}.{name}")
+        said = {key: value for key, value in part.items() if value is not None}
+        part = {**{key: value for key, value in source.items() if key in FIELDS[place]}, **said}
+        name = _source_of(source, ("url", *_RAW), f"{where}.{name}")
+        source = source.get(name)
+    options = MediaOptions.of_part(part, place, where)
+    is_raw = name in _RAW and isinstance(source, str) and not is_data_uri(source)
+    read: Callable[..., bytes] = read_base64 if is_raw else partial(_bytes_of, allow_paths=allow_paths)
+    if place == "image part":
+        return Media(read(source, where=where, what="image", limit=MAX_BYTES), where, options=options)
+    frames = None if is_raw else _frames(source, where, allow_paths)
+    if frames is not None:
+        if options.num_frames is not None or options.do_sample_frames or options.video_start or options.video_end:
+            raise InputError("num_frames is for files: a list of frames is looked at as it is", param=where)
+        return Media(frames, where, "video", is_frame_list=True, options=options)
+    if options.fps is not None and options.num_frames is not None:
+        raise InputError("fps and num_frames exclude one another", param=where)
+    return Media(read(source, where=where, what="video", limit=MAX_VIDEO_BYTES), where, "video", options=options)
 
 
-def _tool_call(raw: object, where: str) -> dict[str, Any]:
-    if not isinstance(raw, dict):
-        raise InputError("a tool call must be an object", param=where)
-    if raw.get("type") not in (None, "", "function"):
-        raise InputError("type must be function", param=f"{where}.type")
-    function, place = raw.get("function"), f"{where}.function"
-    if not isinstance(function, dict):
-        raise InputError("function must be an object", param=place)
-    name, arguments = function.get("name"), function.get("arguments")
-    if not isinstance(name, str):
-        raise InputError("name must be a string", param=f"{place}.name")
-    arguments = {} if arguments in (None, "") else arguments
-    check_text(name, f"{place}.name")
-    check_json(arguments, f"{place}.arguments")
-    call: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return call if raw.get("id") in (None, "") else {"id": _id(raw["id"], f"{where}.id"), **call}
+def _source_of(part: dict[str, Any], names: Sequence[str], where: str) -> str:
+    """The field that holds the media; the first if none does. InputError for two with different things in them."""
+    given = [name for name in dict.fromkeys(names) if part.get(name) is not None]
+    for name in given[1:]:
+        if part[name] != part[given[0]]:
+            raise InputError(f"{given[0]} and {name} are two sources of one image or clip", param=f"{where}.{name}")
+    return given[0] if given else names[0]
 
 
-def _id(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise InputError("must be a string", param=where)
-    return check_text(value, where)
+def _frames(source: object, where: str, allow_paths: bool) -> bytes | None:
+    """A list of frames, packed; None for what is no list."""
+    parts: Sequence[object]
+    head, body = "", ""
+    if isinstance(source, list):
+        parts, count = source, len(source)
+    elif isinstance(source, str) and is_data_uri(source) and "," in source:
+        head, body = split_data_uri(source, where)
+        if head.partition(";")[0].strip().lower() != _JPEGS or not is_base64(head):
+            return None
+        parts, count = (), body.count(",") + 1  # counted before they are taken apart
+    else:
+        return None
+    if not 1 <= count <= MAX_LIST_FRAMES:
+        raise InputError(f"a list of {count} frames, it may hold 1 to {MAX_LIST_FRAMES}", param=where)
+    read: Callable[[Any], bytes] = partial(
+        _bytes_of, where=where, allow_paths=allow_paths, what="frame", limit=MAX_BYTES
+    )
+    if head:
+        parts = body.split(",")
+        read = partial(read_base64, where=where, what="frame", limit=MAX_BYTES)
+    frames, num_bytes = list[bytes](), 0
+    for part in parts:
+        frames.append(read(part))
+        num_bytes += len(frames[-1])
+        if num_bytes > MAX_FRAMES_BYTES:
+            raise InputError(f"the frames have more than {MAX_FRAMES_BYTES} bytes", param=where, status=413)
+    return pack_frames(frames)
+
+
+def _bytes_of(source: object, where: str, allow_paths: bool, what: str, limit: int) -> bytes:
+    if isinstance(source, str) and is_data_uri(source):
+        return read_data_uri(source, where, what, limit)
+    found = local_bytes(source, where, what, limit) if allow_paths else None
+    if found is not None:
+        return found
+    if not isinstance(source, str):
+        raise InputError(f"the {what}'s url must be a string", param=where)
+    raise InputError("only data: URIs are supported for images and videos", param=where, code="unsupported_url")
+
+
+# -- data: URIs
+
+
+def is_data_uri(text: str) -> bool:
+    return text[:64].translate(_NO_BREAKS).lstrip(_ENDS)[:5].lower() == "data:"
+
+
+def read_data_uri(uri: str, where: str, what: str, limit: int) -> bytes:
+    """The bytes of one; the declared type is ignored. InputError if it is none, or they are more than `limit`."""
+    head, body = split_data_uri(uri, where)
+    if is_base64(head):
+        return read_base64(body, where, what, limit)
+    if len(body) > 3 * limit:  # each byte may take three characters
+        raise _too_large(what, limit, where)
+    data = unquote_to_bytes(body.translate(_NO_BREAKS).encode("utf-8", "replace"))
+    if len(data) > limit:
+        raise _too_large(what, limit, where)
+    return data
+
+
+def split_data_uri(uri: str, where: str) -> tuple[str, str]:
+    """What is before the comma, without `data:`, and what is behind it, without a fragment.
+
+    Blanks around a URL, and tabs and line breaks anywhere in it, do not count.
+    """
+    comma = uri.find(",", 0, _MAX_HEAD)
+    if comma < 0:
+        raise InputError("a data: URI must be data:<type>;base64,<data>", param=where)
+    head = uri[:comma].lstrip(_ENDS).translate(_NO_BREAKS)
+    return head[len("data:") :], uri[comma + 1 :].partition("#")[0].rstrip(_ENDS)
+
+
+def is_base64(head: str) -> bool:
+    """Whether the head ends with `;base64`, in any case and with blanks around the word."""
+    _, semicolon, last = head.rpartition(";")
+    return bool(semicolon) and last.strip(" ").lower() == "base64"
+
+
+def read_base64(body: str, where: str, what: str, limit: int) -> bytes:
+    """Forgiving base64 in a URL: percent-encoded, with blanks, with or without padding. InputError if it is none."""
+    if len(body) > 8 * limit:  # a third more, three characters for each, and blanks
+        raise _too_large(what, limit, where)
+    data = body.encode("utf-8", "replace")  # a lone surrogate is no base64 either
+    data = (unquote_to_bytes(data) if "%" in body else data).translate(None, _BLANKS)
+    if len(data) > limit * 4 // 3 + 4:
+        raise _too_large(what, limit, where)
+    if len(data) % 4 == 0:
+        data = data.removesuffix(b"=").removesuffix(b"=")
+    if len(data) % 4 == 1 or not _ALPHABET.fullmatch(data):
+        raise InputError("the data: URI is not valid base64", param=where)
+    return base64.b64decode(data + b"=" * (-len(data) % 4))
+
+
+def _too_large(what: str, limit: int, where: str) -> InputError:
+    return InputError(f"the {what} is larger than the limit of {limit} bytes", param=where, status=413)
+
+
+# -- files, bytes and pictures of this process
+
+
+def local_bytes(source: object, where: str, what: str, limit: int) -> bytes | None:
+    """The bytes of a file by its name, Path or `file:` URL, of bytes, or of a picture; None for anything else.
+
+    InputError naming `where` for what cannot be read, for more than `limit` bytes, and for the address of another host.
+    """
+    if isinstance(source, Image.Image):
+        return picture_bytes(source, where)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, os.PathLike):
+        return _read_file(Path(os.fsdecode(source)), where, limit)
+    if not isinstance(source, str):
+        return None
+    scheme = source.partition(":")[0].lower()
+    if scheme == "file" and source[5:6] == "/":
+        return _read_file(_path_of(source, where), where, limit)
+    if "://" in source:
+        message = f"URLs are not fetched ({scheme[:_MAX_NAME]}:): save the {what} and give the file's name"
+        raise InputError(message, param=where, code="unsupported_url")
+    return _read_file(Path(source), where, limit)
+
+
+def picture_bytes(image: Image.Image, where: str) -> bytes:
+    """The picture's own pixels, losslessly: nothing of its metadata counts, an EXIF orientation neither.
+
+    The same picture gives the same bytes. InputError for one that is larger than images may be, or cannot be loaded.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        pixels = image.width * image.height
+        raise InputError(f"the picture has {pixels} pixels, the limit is {MAX_PIXELS}", param=where)
+    try:
+        if "transparency" in image.info or image.mode in ("PA", "La", "RGBa"):
+            plain = image.convert("LA" if image.mode == "La" else "RGBA")
+        else:
+            plain = image.copy() if image.mode in _AS_THEY_ARE else image.convert("RGB")
+        plain.info = {}
+        for form, options in (("PNG", {"compress_level": 1}), ("WEBP", {"lossless": True, "method": 0, "exact": True})):
+            out = io.BytesIO()
+            plain.save(out, form, **options)
+            if out.tell() <= MAX_BYTES or plain.mode == "I;16":
+                break
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError("the picture is damaged and cannot be loaded", param=where) from error
+    if out.tell() > MAX_BYTES:
+        message = f"the picture has {out.tell()} bytes without loss, the limit is {MAX_BYTES}"
+        raise InputError(message, param=where, status=413)
+    return out.getvalue()
+
+
+def _path_of(url: str, where: str) -> Path:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+        raise InputError("a file: URL is file:///path, on this host", param=where, code="unsupported_url")
+    return Path(unquote(parts.path))
+
+
+def _read_file(path: Path, where: str, limit: int) -> bytes:
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe or device might never end
+            raise InputError(f"{str(path)[-_MAX_NAME:]}: not a file", param=where)
+        if found.st_size > limit:
+            raise InputError(f"{path} is larger than the limit of {limit} bytes", param=where, status=413)
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or "bad name"
+        raise InputError(f"{str(path)[-_MAX_NAME:]}: {reason}", param=where) from None

@@ -174,10 +174,10 @@ class Processor:
                 f"the chat template made room for {len(slots)} of {len(media)} images and videos, or in another order",
                 param="messages",
             )
-        prompt = self._lay_out(list(self._expand(pieces, plans)), plans, context, options.cache_salt)
-        if len(prompt.token_ids) >= context:
-            raise _too_long(f"the prompt has {len(prompt.token_ids)} tokens", context)
-        return prompt
+        token_ids, items = self._lay_out(list(self._expand(pieces, plans)), plans, context, options.cache_salt)
+        if len(token_ids) >= context:
+            raise _too_long(f"the prompt has {len(token_ids)} tokens", context)
+        return Prompt(token_ids, items, [entry.data for entry in media])
 
     def _check_chars(self, values: Any, context: int) -> None:
         """InputError for more text than `context` tokens can hold, before anything is made of it."""
@@ -200,7 +200,9 @@ class Processor:
             elif self.video_outer_wrapper or not _is_beside_clip(pieces, place):
                 yield piece
 
-    def _lay_out(self, parts: list[PromptPiece | _Run], plans: list[Plan], context: int, salt: str) -> Prompt:
+    def _lay_out(
+        self, parts: list[PromptPiece | _Run], plans: list[Plan], context: int, salt: str
+    ) -> tuple[list[int], list[VisualItem]]:
         """Tokenize; neighbouring text is one string. InputError for more than the context, as soon as that is certain:
         what is there from lengths alone is counted before the first text is tokenized."""
         vision, tokenizer = self.config.vision, self.tokenizer
@@ -228,9 +230,8 @@ class Processor:
             elif part is not None:
                 plan = plans[part.number]
                 runs[part.number].append(len(token_ids))
-                token_ids += [self.tokenizer.token_id(_PADS[plan.media.modality])] * plan.run_rows(self.config.vision)
-        items = [plan.item(where, vision, salt) for plan, where in zip(plans, runs, strict=True)]
-        return Prompt(token_ids, items, [plan.media.data for plan in plans])
+                token_ids += [self.tokenizer.token_id(_PADS[plan.modality])] * plan.run_rows(self.config.vision)
+        return token_ids, [plan.item(where, vision, salt) for plan, where in zip(plans, runs, strict=True)]
 
 
 def _is_beside_clip(pieces: list[PromptPiece], place: int) -> bool:

@@ -90,7 +90,7 @@ class ChatCompletions:
         left = deadline - time.monotonic()
         if left <= 0:
             raise DeadlineError("making the prompt took longer than the request may")
-        request, sampling, prompt_ids = prepared.request, prepared.sampling, prepared.prompt.token_ids
+        request, sampling, prompt = prepared.request, prepared.sampling, prepared.prompt
         preprocess_ms = prepared.seconds * 1e3
         told = partial(
             with_frontend,
@@ -98,8 +98,10 @@ class ChatCompletions:
             preprocess_ms=preprocess_ms,
             hide_cache_hits=self._limits.hide_cache_hits,
         )
-        handle = self._backend.submit(prepared.prompt, sampling, left)
-        del prepared  # images and clips: from here on the backend says how long they are kept
+        self._backend.media.hold(prompt.items, prompt.media)
+        handle = self._backend.submit(prompt.token_ids, prompt.items, sampling, left)
+        prompt_ids = prompt.token_ids
+        del prepared, prompt  # images and clips: from here on the backend says how long they are kept
         eos_ids = self._processor.generation.eos_token_ids
         tokenizer = self._processor.tokenizer
         answer = Answer(tokenizer, eos_ids, sampling, prompt_ids, with_tools=request.has_tools, told=told)

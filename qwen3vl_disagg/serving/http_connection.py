@@ -1,43 +1,91 @@
-"""One HTTP/1.1 connection: uvicorn's, parsed in turns, and in every phase with a time by which it must get on. And how
-many there may be, and who still gets in when all places are taken."""
+"""One HTTP/1.1 connection: uvicorn's, parsed in turns, and in every phase with a time by which it must get on."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import h11
 import msgspec
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from qwen3vl_disagg.core.errors import UnavailableError
-from qwen3vl_disagg.core.host import descriptor_limit
-from qwen3vl_disagg.serving.errors import envelope, error_response
-from qwen3vl_disagg.serving.http_turns import PARSE_BYTES, Cut, ParseTurns, TurnParser
+from qwen3vl_disagg.serving.errors import envelope
+from qwen3vl_disagg.serving.http_places import ALWAYS_ANSWERED, Places
+from qwen3vl_disagg.serving.http_turns import ParseTurns
 from qwen3vl_disagg.serving.limits import MAX_HEADER_BYTES
 
+EVENTS_PER_TURN = 64
+PARSE_BYTES = 16 * 2**10
+"""Given to the parser at a time: a block of headers costs most, and cannot be parsed in parts."""
+MAX_HEADER_LINES = 256
+MAX_OVERHEAD = 64 * 2**10
+OVERHEAD_SHARE = 8
+"""A body may have MAX_OVERHEAD bytes of framing (sizes of chunks, extensions, trailers), and an eighth of its size."""
 READ_BYTES = 64 * 2**10
 """Read from a socket at a time, and kept of it before it is parsed."""
 MAX_LINGER_BYTES = 256 * 2**20
-ALWAYS_ANSWERED = ("/health", "/ready")
-"""First of all requests, and above the limit of connections."""
 URGENT = tuple(f"{method} {path} ".encode() for method in ("GET", "HEAD") for path in ALWAYS_ANSWERED)
 SLOW_BODY = 16 * 2**10
 """Bytes a second below which a body's connection may be given to another client."""
 
-MAX_CONNECTIONS = 1024
-RESERVED = 64
-"""Places of connections above the limit, which may ask how the server is."""
-ENDS_PER_LOOK = 64
-_OTHER_DESCRIPTORS = 512
-"""Kept free for ranks, their pulls of media, and child processes."""
-_SEARCH_S = 0.1
+
+class Cut:
+    """The last event of a turn: there may be more in the buffer."""
+
+
+class TurnParser(h11.Connection):
+    """h11's connection, a bounded number of events at a time, and a bounded framing.
+
+    `last`: what `next_event` said last, `Cut` where the turn was over.
+    """
+
+    def __init__(self, max_header_bytes: int) -> None:
+        super().__init__(h11.SERVER, max_header_bytes)
+        self.last: Any = h11.NEED_DATA
+        self.is_wasteful = False
+        self.num_requests = 0
+        self.num_body_bytes = 0
+        """Of the request under way."""
+        self._num_left = 0
+        self._num_wire_bytes = 0
+
+    def begin_turn(self) -> None:
+        self._num_left = EVENTS_PER_TURN
+
+    def receive_data(self, data: bytes) -> None:
+        self._num_wire_bytes += len(data)
+        super().receive_data(data)
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """RemoteProtocolError also for a body whose framing is out of proportion."""
+        if not self._num_left:
+            self.last = Cut
+            return h11.NEED_DATA
+        self._num_left -= 1
+        if self.their_state is h11.IDLE:
+            self._check_header_lines()
+        event = self.last = super().next_event()
+        if isinstance(event, h11.Request):
+            self.num_requests += 1
+            self.num_body_bytes = self._num_wire_bytes = 0
+        elif isinstance(event, h11.Data):
+            self.num_body_bytes += len(event.data)
+        if self._num_wire_bytes - self.num_body_bytes > MAX_OVERHEAD + self.num_body_bytes // OVERHEAD_SHARE:
+            self.is_wasteful = self.their_state is h11.SEND_BODY
+            if self.is_wasteful:
+                raise h11.RemoteProtocolError("the framing of the body is out of proportion")
+        return event
+
+    def _check_header_lines(self) -> None:
+        """A parsed line costs a hundred times as much as its bytes."""
+        head, _ = self.trailing_data
+        end = head.find(b"\n\r\n")
+        if head.count(b"\n", 0, end if end >= 0 else len(head)) > MAX_HEADER_LINES:
+            raise h11.RemoteProtocolError("too many lines of headers", error_status_hint=431)
 
 
 @dataclass(frozen=True)
@@ -302,88 +350,3 @@ class HttpConnection(H11Protocol):
         if not self.num_requests or self._pending or self.conn.trailing_data[0]:
             return "headers"
         return "idle"
-
-
-@dataclass(frozen=True)
-class PlaceLimits:
-    max_connections: int
-    reserved: int
-
-    @classmethod
-    def of_process(cls) -> PlaceLimits:
-        """Below what the process may open; at most half of that where it is little."""
-        limit = descriptor_limit()
-        total = min(MAX_CONNECTIONS + RESERVED, limit - min(_OTHER_DESCRIPTORS, limit // 2))
-        reserved = min(RESERVED, total // 4)
-        return cls(total - reserved, reserved)
-
-
-class Places:
-    """All connections. When there are too many, the one goes that has kept its place for nothing for longest.
-
-    Where nobody does, a new one gets a reserved place: `ALWAYS_ANSWERED` or a 503, and then it is closed. The oldest
-    of these goes when there are too many of them.
-    """
-
-    def __init__(self, limits: PlaceLimits) -> None:
-        self.limits = limits
-        self._connections: dict[HttpConnection, None] = {}
-        self._reserved: dict[HttpConnection, None] = {}
-        self._yielding: deque[HttpConnection] = deque()
-        self._searched_at = float("-inf")
-
-    def __len__(self) -> int:
-        return len(self._connections) + len(self._reserved)
-
-    def take(self, connection: HttpConnection) -> None:
-        if len(self._connections) < self.limits.max_connections or self._make_room():
-            self._connections[connection] = None
-            return
-        if len(self._reserved) >= self.limits.reserved:
-            oldest = next(iter(self._reserved))
-            del self._reserved[oldest]
-            oldest.drop()
-        self._reserved[connection] = None
-        connection.app = _reserved(connection.app)
-
-    def give_back(self, connection: HttpConnection) -> None:
-        self._connections.pop(connection, None)
-        self._reserved.pop(connection, None)
-
-    def look(self, now: float) -> None:
-        """See `HttpConnection.look`. Ends so many at a time that nothing else waits for it."""
-        num_ended = 0
-        for connection in [*self._connections, *self._reserved]:
-            num_ended += connection.look(now)
-            if num_ended >= ENDS_PER_LOOK:
-                return
-
-    def _make_room(self) -> bool:
-        now = time.monotonic()
-        if not self._yielding and now - self._searched_at >= _SEARCH_S:
-            self._searched_at = now
-            since = {connection: connection.yields_since(now) for connection in self._connections}
-            found = [(start, n, connection) for n, (connection, start) in enumerate(since.items()) if start is not None]
-            self._yielding.extend(connection for _, _, connection in sorted(found, key=lambda entry: entry[:2]))
-        while self._yielding:
-            connection = self._yielding.popleft()
-            if connection in self._connections and connection.yields_since(now) is not None:
-                del self._connections[connection]
-                connection.drop()
-                return True
-        return False
-
-
-def _reserved(app: ASGIApp) -> ASGIApp:
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_last(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
-            await send(message)
-
-        if scope["path"] in ALWAYS_ANSWERED:
-            await app(scope, receive, send_last)
-        else:
-            await error_response(UnavailableError("too many connections"))(scope, receive, send_last)
-
-    return answer

@@ -12,7 +12,8 @@ from typing import Any, cast
 import uvicorn
 from starlette.types import ASGIApp
 
-from qwen3vl_disagg.serving.http_connection import HttpConnection, PlaceLimits, Places
+from qwen3vl_disagg.serving.http_connection import HttpConnection
+from qwen3vl_disagg.serving.http_places import PlaceLimits, Places
 from qwen3vl_disagg.serving.http_turns import ParseTurns
 from qwen3vl_disagg.transport.listener import Listener
 

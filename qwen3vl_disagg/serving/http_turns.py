@@ -10,77 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from typing import Any, Protocol
-
-import h11
+from typing import Protocol
 
 SLICE_S = 0.003
 REST_S = 0.002
-EVENTS_PER_TURN = 64
-PARSE_BYTES = 16 * 2**10
-"""Given to the parser at a time: a block of headers costs most, and cannot be parsed in parts."""
 SHORT_BYTES = 2**10
-MAX_HEADER_LINES = 256
 WAKE_S = 0.0003
 """What a handler costs at least that was set going, on the same loop right after the slice."""
-MAX_OVERHEAD = 64 * 2**10
-OVERHEAD_SHARE = 8
-"""A body may have MAX_OVERHEAD bytes of framing (sizes of chunks, extensions, trailers), and an eighth of its size."""
-
-
-class Cut:
-    """The last event of a turn: there may be more in the buffer."""
-
-
-class TurnParser(h11.Connection):
-    """h11's connection, a bounded number of events at a time, and a bounded framing.
-
-    `last`: what `next_event` said last, `Cut` where the turn was over.
-    """
-
-    def __init__(self, max_header_bytes: int) -> None:
-        super().__init__(h11.SERVER, max_header_bytes)
-        self.last: Any = h11.NEED_DATA
-        self.is_wasteful = False
-        self.num_requests = 0
-        self.num_body_bytes = 0
-        """Of the request under way."""
-        self._num_left = 0
-        self._num_wire_bytes = 0
-
-    def begin_turn(self) -> None:
-        self._num_left = EVENTS_PER_TURN
-
-    def receive_data(self, data: bytes) -> None:
-        self._num_wire_bytes += len(data)
-        super().receive_data(data)
-
-    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """RemoteProtocolError also for a body whose framing is out of proportion."""
-        if not self._num_left:
-            self.last = Cut
-            return h11.NEED_DATA
-        self._num_left -= 1
-        if self.their_state is h11.IDLE:
-            self._check_header_lines()
-        event = self.last = super().next_event()
-        if isinstance(event, h11.Request):
-            self.num_requests += 1
-            self.num_body_bytes = self._num_wire_bytes = 0
-        elif isinstance(event, h11.Data):
-            self.num_body_bytes += len(event.data)
-        if self._num_wire_bytes - self.num_body_bytes > MAX_OVERHEAD + self.num_body_bytes // OVERHEAD_SHARE:
-            self.is_wasteful = self.their_state is h11.SEND_BODY
-            if self.is_wasteful:
-                raise h11.RemoteProtocolError("the framing of the body is out of proportion")
-        return event
-
-    def _check_header_lines(self) -> None:
-        """A parsed line costs a hundred times as much as its bytes."""
-        head, _ = self.trailing_data
-        end = head.find(b"\n\r\n")
-        if head.count(b"\n", 0, end if end >= 0 else len(head)) > MAX_HEADER_LINES:
-            raise h11.RemoteProtocolError("too many lines of headers", error_status_hint=431)
 
 
 class HasTurns(Protocol):

@@ -17,12 +17,11 @@ import msgspec
 import numpy as np
 
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, Failure, PreparationFailed, UnavailableError
-from qwen3vl_disagg.media.child_process import ChildFailed, ChildProcess
+from qwen3vl_disagg.media.child import ChildFailed, ChildProcess
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.stop import Stopped, StopSignal
 from qwen3vl_disagg.processing import Processor, Prompt
-from qwen3vl_disagg.processing.media_parts import is_data_uri
-from qwen3vl_disagg.processing.messages import has_clips
+from qwen3vl_disagg.processing.messages import has_clips, is_data_uri
 from qwen3vl_disagg.processing.processor import SMALL_CHARS
 from qwen3vl_disagg.processing.template import strings_of
 from qwen3vl_disagg.serving.body import BodyAccount, num_values

@@ -26,11 +26,10 @@ from qwen3vl_disagg.core.errors import DisaggError, Failure, PreparationFailed
 from qwen3vl_disagg.core.logs import start_logging
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.media import sandbox
-from qwen3vl_disagg.media.child import is_wanted, write_all
+from qwen3vl_disagg.media.child import LENGTH_BYTES, Ready, body_length, is_wanted, pack, read_exactly, write_all
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
-from qwen3vl_disagg.media.wire import LENGTH_BYTES, Ready, body_length, pack, read_exactly
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.serving.body import parse_json
 from qwen3vl_disagg.serving.chat_request import ChatRequest, parse_chat_request

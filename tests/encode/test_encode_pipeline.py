@@ -13,7 +13,7 @@ import pytest
 from qwen3vl_disagg.core.errors import InputError, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
-from qwen3vl_disagg.encode.held_item import HeldItem
+from qwen3vl_disagg.encode.embedding_cache import HeldItem
 from qwen3vl_disagg.encode.pipeline import EncodePipeline
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.protocol.messages import EncodingBegun, EncodingEnded, Message

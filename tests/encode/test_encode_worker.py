@@ -152,16 +152,17 @@ def test_a_damaged_image_is_an_input_error_without_internals(data):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_an_item_whose_rows_are_not_finite_is_refused_and_its_neighbours_are_not(monkeypatch, part, value, which):
-    features = MODEL.get_image_feature
+    tower = MODEL.visual.forward
 
     def broken(patches, grids):
-        rows = features(patches, grids).clone()
-        rows[4 * which + 2, 3 if part == "main" else -1] = value
-        return rows
+        main, levels = tower(patches, grids)
+        rows, column = (main, 3) if part == "main" else (levels[-1], -1)
+        rows[4 * which + 2, column] = value
+        return main, levels
 
     pixels = [WORKER.preprocess(make_image(i, (64, 64)), visual_of((64, 64))) for i in range(3)]
     expected = WORKER.encode(pixels, [IMAGE_TOKEN] * 3)
-    monkeypatch.setattr(WORKER.model, "get_image_feature", broken)
+    monkeypatch.setattr(WORKER.model.visual, "forward", broken)
     results = WORKER.encode(pixels, [IMAGE_TOKEN] * 3)
     for number, (result, whole) in enumerate(zip(results, expected, strict=True)):
         if number == which:
@@ -173,24 +174,24 @@ def test_an_item_whose_rows_are_not_finite_is_refused_and_its_neighbours_are_not
 
 
 def test_an_image_over_which_the_tower_fails_fails_alone(monkeypatch):
-    features, calls = MODEL.get_image_feature, []
+    tower, calls = MODEL.visual.forward, []
 
     def broken(patches, grids):
         calls.append(len(grids))
         if (1, 4, 6) in grids or len(grids) > 3:
             raise RuntimeError("out of memory")
-        return features(patches, grids)
+        return tower(patches, grids)
 
     pixels = [WORKER.preprocess(make_image(i, size), visual_of(size)) for i, size in enumerate(SIZES)]
-    monkeypatch.setattr(WORKER.model, "get_image_feature", broken)
+    monkeypatch.setattr(WORKER.model.visual, "forward", broken)
     results = WORKER.encode(pixels, [IMAGE_TOKEN] * 4)
     assert [type(result) for result in results] == [EncodedItem, RuntimeError, EncodedItem, EncodedItem]
     assert calls == [4, 1, 1, 1, 1]
 
 
 def test_finite_rows_whose_sum_overflows_are_accepted(monkeypatch):
-    rows = torch.full((4, 96), 3e38)
-    monkeypatch.setattr(WORKER.model, "get_image_feature", lambda patches, grids: rows)
+    rows = torch.full((4, 32), 3e38)
+    monkeypatch.setattr(WORKER.model.visual, "forward", lambda patches, grids: (rows, [rows, rows]))
     assert encode_one(make_image(0, (64, 64)), (64, 64)).main.max() == rows.max()
 
 

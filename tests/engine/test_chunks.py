@@ -14,7 +14,7 @@ from qwen3vl_disagg.engine.engine import Engine, Preempted
 from qwen3vl_disagg.engine.scheduler import Chunk
 from qwen3vl_disagg.protocol.messages import Finished, NeedItems, Tokens
 from qwen3vl_disagg.protocol.session_events import Consumed
-from qwen3vl_disagg.transport.rows import VisualRows
+from qwen3vl_disagg.transport.buffers import VisualRows
 from tests.support.engine import make_engine, make_requests, run, token_ids
 from tests.support.random_model import random_language_model, small_config
 

@@ -15,7 +15,7 @@ from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.engine.runner import ModelRunner
 from qwen3vl_disagg.language.link_server import LinkServer
 from qwen3vl_disagg.language.rank import LanguageRank
-from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
+from qwen3vl_disagg.model.vision import VisionTower
 from qwen3vl_disagg.protocol.messages import RankHello
 from tests.support.engine import make_engine
 from tests.support.fake_ranks import FINGERPRINT, TOKEN, System, collect, in_loop
@@ -50,8 +50,8 @@ PLACES: list[tuple[type, str, Exception, tuple[type, int, str, str | None]]] = [
     (ModelRunner, "prefill", RuntimeError("secret"), (ServerError, 500, "engine_error", None)),
     (ModelRunner, "decode", RuntimeError("secret"), (ServerError, 500, "engine_error", None)),
     (
-        Qwen3VLMoeForConditionalGeneration,
-        "get_image_feature",
+        VisionTower,
+        "forward",
         RuntimeError("secret"),
         (ServerError, 500, "encode_error", "messages[0].content[0]"),
     ),

@@ -16,7 +16,7 @@ from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.scheduler import Scheduler, SchedulerLimits
 from qwen3vl_disagg.engine.sequence import Sequence
-from qwen3vl_disagg.transport.rows import VisualRows
+from qwen3vl_disagg.transport.buffers import VisualRows
 
 PAD = 0
 

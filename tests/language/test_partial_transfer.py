@@ -18,8 +18,8 @@ from qwen3vl_disagg.language.rank import LanguageRank, _Request
 from qwen3vl_disagg.protocol.allocator import Want
 from qwen3vl_disagg.protocol.messages import Cancel, Grant, HubMessage, NeedItems, RankHello, Resume, Room
 from qwen3vl_disagg.protocol.session_events import Consumed, Expect, Recall
+from qwen3vl_disagg.transport.buffers import Delivery
 from qwen3vl_disagg.transport.links import LinkBroken
-from qwen3vl_disagg.transport.rows import Delivery
 from tests.language.test_receiver import CopyingLink, damaged, receive_over
 from tests.llm.test_local import CONFIG as LOCAL_CONFIG
 from tests.llm.test_local import IMAGES, MAX_BLOCKS, WORKER, make_transfer

@@ -15,9 +15,9 @@ from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.encode.worker import EncodedItem
 from qwen3vl_disagg.protocol.allocator import Want
 from qwen3vl_disagg.protocol.layout import AUX_FIELDS
+from qwen3vl_disagg.transport.buffers import Delivery, VisualRows
 from qwen3vl_disagg.transport.digest import run_sums, sums_digest
 from qwen3vl_disagg.transport.links import InProcessLink, LinkBroken
-from qwen3vl_disagg.transport.rows import Delivery, VisualRows
 from tests.support.random_model import small_config
 from tests.support.transfer import Transfer, make_encoded, make_receiver, split_payload
 

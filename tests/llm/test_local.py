@@ -19,8 +19,8 @@ from qwen3vl_disagg.llm.local import ItemError, LocalTransfer
 from qwen3vl_disagg.processing import ImageProcessor
 from qwen3vl_disagg.processing.images import PixelSettings
 from qwen3vl_disagg.protocol.session_events import Recall
+from qwen3vl_disagg.transport.buffers import Delivery
 from qwen3vl_disagg.transport.links import InProcessLink
-from qwen3vl_disagg.transport.rows import Delivery
 from tests.support.random_model import random_vision_model, small_config
 from tests.support.transfer import make_receiver, make_visual
 
@@ -232,10 +232,11 @@ def test_an_item_that_fails_leaves_nothing_behind(fault, monkeypatch):
     elif fault == "not as announced":
         visual = msgspec.structs.replace(visual, size=(64, 64))
     elif fault == "broken":
-        monkeypatch.setattr(WORKER.model, "get_image_feature", Mock(side_effect=ZeroDivisionError))
+        monkeypatch.setattr(WORKER.model.visual, "forward", Mock(side_effect=ZeroDivisionError))
         WORKER.encoded.pop((1, 2, 8), None)
     else:
-        monkeypatch.setattr(WORKER.model, "get_image_feature", lambda *_: torch.full((4, 96), torch.nan))
+        rows = torch.full((4, 32), torch.nan)
+        monkeypatch.setattr(WORKER.model.visual, "forward", lambda *_: (rows, [rows, rows]))
         WORKER.encoded.pop((1, 2, 8), None)
     transfer.need("r", [visual], [0], [data])
     [outcome] = transfer.run()

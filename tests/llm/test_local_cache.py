@@ -14,7 +14,7 @@ from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.batches import tower_cost
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker
 from qwen3vl_disagg.llm.local import ItemError, LocalTransfer
-from qwen3vl_disagg.transport.rows import Delivery
+from qwen3vl_disagg.transport.buffers import Delivery
 from tests.support.link_scenarios import CONFIG, MODEL, PROCESSOR, describe, make_image
 from tests.support.transfer import make_receiver
 
@@ -162,14 +162,14 @@ def test_a_bad_item_fails_for_all_who_wanted_it_and_for_nobody_else():
 
 def test_rows_that_are_not_finite_fail_one_item_of_a_batch(monkeypatch):
     transfer, worker = make()
-    features = MODEL.get_image_feature
+    tower = MODEL.visual.forward
 
     def broken(patches, grids):
-        rows = features(patches, grids).clone()
-        rows[5] = torch.nan
-        return rows
+        main, levels = tower(patches, grids)
+        main[5] = torch.nan
+        return main, levels
 
-    monkeypatch.setattr(MODEL, "get_image_feature", broken)
+    monkeypatch.setattr(MODEL.visual, "forward", broken)
     need(transfer, "a", IMAGES[:1])
     need(transfer, "b", IMAGES[1:2])
     rows, _, errors = take(transfer)

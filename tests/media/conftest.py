@@ -1,6 +1,6 @@
 import pytest
 
-from qwen3vl_disagg.media.child_process import ChildProcess
+from qwen3vl_disagg.media.child import ChildProcess
 from tests.support.media_children import counted
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.media.child_process import ChildFailed
+from qwen3vl_disagg.media.child import ChildFailed
 from qwen3vl_disagg.media.decoder import MediaDecoder, _checked
 from qwen3vl_disagg.media.video import (
     VideoInfo,

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from qwen3vl_disagg.core.errors import InputError, MediaTimeout, ServerError, UnavailableError
-from qwen3vl_disagg.media import child_process
+from qwen3vl_disagg.media import child as child_module
 from qwen3vl_disagg.media.decoder import MediaDecoder
 from qwen3vl_disagg.media.images import decode_rgb
 from qwen3vl_disagg.media.sandbox import MAX_MEMORY
@@ -220,7 +220,7 @@ def test_a_refusal_is_cut_to_a_plain_line(monkeypatch, decoder):
 @pytest.mark.parametrize("code", ["pass", "import time; time.sleep(60)", "print('hello, ' * 9)"])
 def test_a_child_that_does_not_start_is_not_the_clients_fault_and_leaves_nothing(monkeypatch, decoder, started, code):
     runs(monkeypatch, code)
-    monkeypatch.setattr(child_process, "_START_S", 0.5)
+    monkeypatch.setattr(child_module, "_START_S", 0.5)
     before = num_open()
     with pytest.raises(UnavailableError, match="no process for decoding"):
         decoder.image(jpeg())

@@ -10,7 +10,7 @@ from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.model import ModelConfig, separate_deepstack
 from qwen3vl_disagg.model.config import ConfigError
 from qwen3vl_disagg.protocol.messages import Finished
-from qwen3vl_disagg.transport.rows import VisualRows
+from qwen3vl_disagg.transport.buffers import VisualRows
 from tests.support.any_config import IMAGE, raw_configs
 from tests.support.engine import make_engine, run
 from tools.checkpoints import random_language_model, random_vision_model

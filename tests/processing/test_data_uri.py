@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.processing.media_parts import is_data_uri, read_data_uri
+from qwen3vl_disagg.processing.messages import is_data_uri, read_data_uri
 
 DATA = bytes(range(256)) + b"x"
 BODY = base64.b64encode(DATA).decode()

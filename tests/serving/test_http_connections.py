@@ -10,8 +10,9 @@ import time
 import pytest
 
 from qwen3vl_disagg.cluster.backend import AllDecoded, TokenEvent
-from qwen3vl_disagg.serving import http_connection, http_server
-from qwen3vl_disagg.serving.http_connection import PHASES, Patience, PlaceLimits
+from qwen3vl_disagg.serving import http_connection, http_places, http_server
+from qwen3vl_disagg.serving.http_connection import PHASES, Patience
+from qwen3vl_disagg.serving.http_places import PlaceLimits
 from tests.support import http_attacks as attacks
 from tests.support.fake_backend import ASK, PATH, FakeBackend
 from tests.support.http import post_json, request
@@ -256,7 +257,7 @@ def test_a_body_that_comes_slowly_makes_room_and_one_that_comes_fast_does_not(mo
 
 @pytest.mark.parametrize(("limit", "total"), [(1 << 16, 1088), (1024, 512), (256, 128), (64, 32)])
 def test_places_stay_below_what_the_process_may_open(monkeypatch, limit, total):
-    monkeypatch.setattr(http_connection, "descriptor_limit", lambda: limit)
+    monkeypatch.setattr(http_places, "descriptor_limit", lambda: limit)
     places = PlaceLimits.of_process()
     assert places.max_connections + places.reserved == total
     assert places.reserved >= total // 17

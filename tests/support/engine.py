@@ -9,7 +9,7 @@ import torch
 from qwen3vl_disagg.core.requests import ItemTimings, VisualItem
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.protocol.messages import NeedItems, Tokens
-from qwen3vl_disagg.transport.rows import VisualRows
+from qwen3vl_disagg.transport.buffers import VisualRows
 from tests.support.random_model import IMAGE_TOKEN
 
 

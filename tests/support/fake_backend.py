@@ -13,8 +13,9 @@ from starlette.testclient import TestClient
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, Readiness, TokenEvent
+from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.core.errors import DisaggError, UnavailableError
-from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, SamplingParams, TokenLogprob
+from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.serving.app import create_app
 
@@ -66,6 +67,7 @@ class FakeBackend:
         self.refused: DisaggError | None = None
         """Why everything is refused."""
         self.handles: list[FakeHandle] = []
+        self.media = MediaStore()
 
     def readiness(self) -> Readiness:
         return self.state
@@ -75,7 +77,11 @@ class FakeBackend:
             return UnavailableError("the server is not ready: " + "; ".join(self.state.reasons))
         return self.refused
 
-    def submit(self, prompt: Prompt, sampling: SamplingParams, timeout_s: float) -> FakeHandle:
+    def submit(
+        self, token_ids: list[int], items: list[VisualItem], sampling: SamplingParams, timeout_s: float
+    ) -> FakeHandle:
+        prompt = Prompt(token_ids, items, [self.media.get(item.digest) or b"" for item in items])
+        self.media.release(items)
         steps = self.script(prompt, sampling)
         if steps and isinstance(steps[0], Exception):
             raise steps[0]

@@ -197,7 +197,9 @@ class System:
                 await asyncio.sleep(0.005)
 
     def submit(self, *images: bytes, timeout_s: float = 100.0) -> Any:
-        return self.hub.submit(prompt_with(*images), SamplingParams(max_new_tokens=5), timeout_s)
+        prompt = prompt_with(*images)
+        self.hub.media.hold(prompt.items, prompt.media)
+        return self.hub.submit(prompt.token_ids, prompt.items, SamplingParams(max_new_tokens=5), timeout_s)
 
 
 async def collect(handle: Any) -> list[Any]:

@@ -49,10 +49,9 @@ from qwen3vl_disagg.protocol.session_events import (
     Returned,
     SessionLimits,
 )
-from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
+from qwen3vl_disagg.transport.buffers import Delivery, MultimodalDataBuffers
 from qwen3vl_disagg.transport.control import Connection
 from qwen3vl_disagg.transport.links import LinkFactory, in_process_links, process_group_links
-from qwen3vl_disagg.transport.rows import Delivery
 from qwen3vl_disagg.transport.store import host_store
 from tests.support.flaky_links import CountingWorker, FlakyLinks
 from tests.support.random_model import random_vision_model, small_config

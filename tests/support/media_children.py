@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg.media import child_process
+from qwen3vl_disagg.media import child
 
 _READY = """
 import os, signal, sys, time
-from qwen3vl_disagg.media.wire import *
+from qwen3vl_disagg.media.child import *
 def say(message): os.write(1, pack(message))
 say(Ready())
 """
@@ -26,7 +26,7 @@ while True:
 
 def runs(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Children that run this from their start."""
-    monkeypatch.setattr(child_process, "COMMAND", (sys.executable, "-c", code))
+    monkeypatch.setattr(child, "COMMAND", (sys.executable, "-c", code))
 
 
 def once_ready(monkeypatch: pytest.MonkeyPatch, act: str) -> None:
@@ -39,16 +39,16 @@ def with_each_job(monkeypatch: pytest.MonkeyPatch, act: str) -> None:
     runs(monkeypatch, _READY + _JOBS + textwrap.indent(act, "    "))
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[child_process.ChildProcess]:
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[child.ChildProcess]:
     """All children from now on."""
-    children: list[child_process.ChildProcess] = []
-    real = child_process.ChildProcess.__init__
+    children: list[child.ChildProcess] = []
+    real = child.ChildProcess.__init__
 
     def count(self, stop) -> None:
         children.append(self)
         real(self, stop)
 
-    monkeypatch.setattr(child_process.ChildProcess, "__init__", count)
+    monkeypatch.setattr(child.ChildProcess, "__init__", count)
     return children
 
 

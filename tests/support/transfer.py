@@ -17,9 +17,8 @@ from qwen3vl_disagg.protocol.allocator import BlockAllocator, Lease
 from qwen3vl_disagg.protocol.messages import Header, Resume, Room
 from qwen3vl_disagg.protocol.session import Session, take_room
 from qwen3vl_disagg.protocol.session_events import Receive
-from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
+from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers, VisualRows
 from qwen3vl_disagg.transport.links import InProcessLink
-from qwen3vl_disagg.transport.rows import VisualRows
 
 
 def make_visual(config: ModelConfig, grid: Grid = (1, 4, 6)) -> VisualItem:
