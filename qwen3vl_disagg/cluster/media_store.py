@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from qwen3vl_disagg.core.errors import DeadlineError, OverloadedError, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
-from qwen3vl_disagg.protocol.messages import Blob, Message, Pull
+from qwen3vl_disagg.protocol.messages import Blob, Pull
 from qwen3vl_disagg.transport.control import Address, Connection, connect_hub
 
 PULL_S = 30.0
@@ -78,7 +78,10 @@ async def pull_media(hub: Address, token: str, digest: str, num_bytes: int) -> b
     source = await connect_hub(hub, deadline_s=PULL_S)
     try:
         await source.send(Pull(token=token, digest=digest))
-        blob = await _first_answer(source)
+        try:
+            blob = await source.receive(timeout=PULL_S)
+        except DeadlineError as error:  # how long the request may take, others know
+            raise TransferError(str(error)) from None
         if not isinstance(blob, Blob) or blob.num_bytes != num_bytes or num_bytes > MAX_VIDEO_BYTES:
             raise TransferError("the media store does not have the item")
         data = await source.receive_bytes(num_bytes, PULL_S)
@@ -87,11 +90,3 @@ async def pull_media(hub: Address, token: str, digest: str, num_bytes: int) -> b
     if hashlib.sha256(data).hexdigest() != digest:
         raise TransferError("the item's bytes do not have its digest")
     return data
-
-
-async def _first_answer(source: Connection) -> Message:
-    """A store that does not answer is a failed transfer; how long the request may take, others know."""
-    try:
-        return await source.receive(timeout=PULL_S)
-    except DeadlineError as error:
-        raise TransferError(str(error)) from None

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
-from torch import Tensor
 
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.encode.worker import EncodedItem
@@ -136,14 +135,3 @@ class HeldItem:
         """The item's, with what this attempt had to wait for."""
         header = msgspec.structs.replace(self.item.header(grant), cached=self.is_cached, batch=self.batch)
         return msgspec.structs.replace(header, preprocess_ms=0.0, encode_ms=0.0) if self.is_cached else header
-
-
-def keep(cache: EmbeddingCache[EncodedItem], key: ContentKey, item: EncodedItem) -> bool:
-    """Put an item with all the tensors it holds into the cache, pinned; False if that does not keep it."""
-    num_bytes = sum(value.nbytes for value in vars(item).values() if isinstance(value, Tensor))
-    return cache.put(key, item, num_bytes)
-
-
-def hold(cache: EmbeddingCache[EncodedItem], key: ContentKey, item: EncodedItem, batch: int) -> HeldItem:
-    """Rows that were just made; pinned if the cache has them."""
-    return HeldItem(item, key if cache.pin(key) else None, batch=batch)

@@ -25,7 +25,7 @@ from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.encode.batches import plan_batch, tower_cost
-from qwen3vl_disagg.encode.embedding_cache import ContentKey, EmbeddingCache, HeldItem, content_key, hold, keep
+from qwen3vl_disagg.encode.embedding_cache import ContentKey, EmbeddingCache, HeldItem, content_key
 from qwen3vl_disagg.encode.gate import Budget, Gate
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker, Pixels
 from qwen3vl_disagg.media.stop import StopSignal
@@ -126,7 +126,8 @@ class EncodePipeline:
             if encoding.is_decoded:
                 on_decoded()
             await asyncio.wait([encoding.task])  # and not the task itself, which must not end with this waiter
-            return hold(self.cache, key, encoding.task.result(), batch=encoding.batch)
+            item = encoding.task.result()
+            return HeldItem(item, key if self.cache.pin(key) else None, batch=encoding.batch)
         finally:
             del encoding.waiters[waiter]
             if not encoding.waiters:
@@ -193,7 +194,7 @@ class EncodePipeline:
             self._give_room(encoding)
             with contextlib.suppress(ValueError):  # it is not waiting
                 lane.waiting.remove(encoding)
-        if keep(self.cache, encoding.key, item):
+        if self.cache.put(encoding.key, item, item.num_bytes):
             encoding.is_kept = bool(encoding.waiters)
             if not encoding.waiters:
                 self.cache.unpin(encoding.key)

@@ -76,6 +76,11 @@ class EncodedItem:
         """Of the whole item: what the digests of all its runs add up to."""
         return add_digests(sums_digest(self.sums), sums_digest(self.deepstack_sums))
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all the tensors it holds."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+
     def header(self, grant: Room) -> Header:
         """What is about to be sent for `grant`. TransferError if this item cannot fill it."""
         total = len(self.main)

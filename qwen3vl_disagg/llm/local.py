@@ -13,7 +13,7 @@ from qwen3vl_disagg.core.errors import DisaggError, Failure, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.batches import plan_batch, tower_cost
-from qwen3vl_disagg.encode.embedding_cache import ContentKey, EmbeddingCache, HeldItem, content_key, hold, keep
+from qwen3vl_disagg.encode.embedding_cache import ContentKey, EmbeddingCache, HeldItem, content_key
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker, Pixels, encode_error
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
@@ -227,9 +227,11 @@ class LocalTransfer:
         results = self.worker.encode(list(pixels.values()), [key.visual_token_id for key in pixels])
         for key, result in zip(pixels, results, strict=True):
             if isinstance(result, EncodedItem):
-                is_kept = keep(self.cache, key, result)
+                is_kept = self.cache.put(key, result, result.num_bytes)
                 for attempt in wanted[key]:
-                    self._encoded[attempt] = hold(self.cache, key, result, self.num_batches)
+                    self._encoded[attempt] = HeldItem(
+                        result, key if self.cache.pin(key) else None, batch=self.num_batches
+                    )
                     self._to_encode(Encoded(attempt))
                 if is_kept:
                     self.cache.unpin(key)

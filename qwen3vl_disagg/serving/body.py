@@ -1,27 +1,14 @@
-"""Request bodies: read under limits, then parsed more strictly than JSON asks for."""
+"""What a request's body may take: of memory, all requests together, and in itself, as its headers say."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import math
 import threading
 from types import TracebackType
-from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.types import Receive
 
 from qwen3vl_disagg.core.errors import InputError, OverloadedError
-from qwen3vl_disagg.core.json_text import GivenTwice, unique
-from qwen3vl_disagg.processing.json_values import check_json, too_deep
 from qwen3vl_disagg.serving.limits import Limits
-
-# Objects, lists and their entries: each costs tens of bytes once parsed, whatever it took on the wire.
-MAX_VALUES = 2**18
-MAX_INT_CHARS = 21
-"""Of a whole number below MAX_INT, with its sign."""
-MAX_FLOAT_CHARS = 1024
 
 
 class ClientGone(Exception):
@@ -94,83 +81,11 @@ def check_headers(headers: Headers, limits: Limits, account: BodyAccount) -> Non
     length = headers.get("content-length", "0")
     num_bytes = int(length[:20]) if length.isdecimal() else 0
     if num_bytes > limits.max_body_bytes:
-        raise _too_large(limits)
+        raise too_large(limits)
     account.check_room(num_bytes)
 
 
-async def read_body(receive: Receive, limits: Limits, account: BodyAccount) -> bytearray:
-    """The whole body. The limit holds while it comes, whether or not its length was declared.
-
-    InputError 408 (too slow), 413 (too large); OverloadedError; ClientGone.
-    """
-    body, is_whole = bytearray(), False
-    try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            while not is_whole:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                chunk, is_whole = message.get("body", b""), not message.get("more_body", False)
-                if len(body) + len(chunk) > limits.max_body_bytes:
-                    raise _too_large(limits)
-                account.take(len(chunk))
-                body += chunk
-    except TimeoutError:
-        raise InputError("the body came too slowly", status=408, code="body_timeout") from None
-    return body
-
-
-def _too_large(limits: Limits) -> InputError:
+def too_large(limits: Limits) -> InputError:
     return InputError(
         f"the body is larger than the limit of {limits.max_body_bytes} bytes", status=413, code="request_too_large"
     )
-
-
-def parse_json(body: bytes | bytearray) -> dict[str, Any]:
-    """A JSON object as Python values.
-
-    InputError for anything that is not one, for NaN, infinite and very large numbers, keys that occur twice, depth
-    over MAX_DEPTH, too many values, bytes that are not UTF-8, NUL and lone surrogates; `param` names the place. A byte
-    order mark is skipped.
-    """
-    if num_values(body) > MAX_VALUES:
-        raise InputError(f"the body has more than {MAX_VALUES} values", code="invalid_json")
-    try:
-        value = json.loads(
-            body.decode("utf-8-sig"),
-            object_pairs_hook=unique,
-            parse_constant=_constant,
-            parse_int=_whole,
-            parse_float=_number,
-        )
-    except GivenTwice as error:
-        raise InputError("a key occurs twice in one object", param=error.name, code="invalid_json") from None
-    except UnicodeDecodeError:
-        raise InputError("the body is not valid UTF-8", code="invalid_json") from None
-    except RecursionError:
-        raise too_deep() from None
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"the body is not valid JSON ({place})", code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise InputError("the body must be a JSON object", code="invalid_json")
-    check_json(value)
-    return value
-
-
-def _whole(digits: str) -> int | float:
-    """Converting takes quadratic time in the digits: what has too many is infinite, and refused where it stands."""
-    return int(digits) if len(digits) <= MAX_INT_CHARS else math.inf
-
-
-def _number(digits: str) -> float:
-    return float(digits) if len(digits) <= MAX_FLOAT_CHARS else math.inf
-
-
-def num_values(body: bytes | bytearray) -> int:
-    """At most so many objects, lists and entries are in it."""
-    return sum(body.count(sign) for sign in (b"[", b"{", b","))
-
-
-def _constant(name: str) -> None:
-    raise InputError(f"{name} is not JSON", code="invalid_json")

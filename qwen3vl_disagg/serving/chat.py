@@ -15,13 +15,13 @@ from qwen3vl_disagg.cluster.backend import Backend, FinishedEvent
 from qwen3vl_disagg.core.errors import DeadlineError, InputError, OverloadedError
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.answer import Answer, with_frontend
-from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, check_headers, read_body
+from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, check_headers
 from qwen3vl_disagg.serving.chat_request import ChatRequest
 from qwen3vl_disagg.serving.errors import JSONResponse
 from qwen3vl_disagg.serving.guard import SALT
 from qwen3vl_disagg.serving.limits import Limits
-from qwen3vl_disagg.serving.preparation import Preparation
-from qwen3vl_disagg.serving.prepare import Rules
+from qwen3vl_disagg.serving.preparation import Preparation, Rules, read_body
+from qwen3vl_disagg.serving.prepare_child import PreparePool
 from qwen3vl_disagg.serving.stream import EventStream
 from qwen3vl_disagg.serving.types import ChatCompletion, Choice, Logprobs
 
@@ -38,7 +38,8 @@ class ChatCompletions:
         self._model_name, self._limits = model_names[0], limits
         self._budget = BodyBudget(limits.max_body_memory)
         rules = Rules(model_names=list(model_names), max_answer_tokens=limits.max_answer_tokens)
-        self._preparation = Preparation(processor, rules, limits)
+        children = None if processor.folder is None else PreparePool(processor, rules)
+        self._preparation = Preparation(processor, rules, limits, children)
         self._num_running = self._num_preparing = 0
 
     def warm_up(self) -> None:

@@ -1,80 +1,213 @@
-"""Body -> prompt: small ones on threads, large ones in children. What nobody waits for any more is given up, and its
-memory freed."""
+"""Body -> prompt: read under limits, parsed more strictly than JSON asks for, and made into a prompt, on threads; large
+ones in children. What nobody waits for any more is given up, and its memory freed."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
-import threading
+import hashlib
+import json
+import math
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
-import numpy as np
+from msgspec import structs
+from starlette.types import Receive
 
-from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, Failure, PreparationFailed, UnavailableError
-from qwen3vl_disagg.media.child import ChildFailed, ChildProcess
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, InputError
+from qwen3vl_disagg.core.json_text import GivenTwice, unique
+from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.media.stop import Stopped, StopSignal
 from qwen3vl_disagg.processing import Processor, Prompt
+from qwen3vl_disagg.processing.json_values import check_json, too_deep
 from qwen3vl_disagg.processing.messages import has_clips, is_data_uri
 from qwen3vl_disagg.processing.processor import SMALL_CHARS
 from qwen3vl_disagg.processing.template import strings_of
-from qwen3vl_disagg.serving.body import BodyAccount, num_values
+from qwen3vl_disagg.serving.body import BodyAccount, ClientGone, too_large
+from qwen3vl_disagg.serving.chat_request import ChatRequest, parse_chat_request
 from qwen3vl_disagg.serving.limits import Limits
-from qwen3vl_disagg.serving.prepare import (
-    BodyJob,
-    ChildReply,
-    ChildSetup,
-    Made,
-    MadeHead,
-    NotMade,
-    Parsed,
-    Prepared,
-    Probed,
-    ProbeWanted,
-    Rules,
-    finish_request,
-    read_request,
-)
 
 T = TypeVar("T")
+
+# Objects, lists and their entries: each costs tens of bytes once parsed, whatever it took on the wire.
+MAX_VALUES = 2**18
+MAX_INT_CHARS = 21
+"""Of a whole number below MAX_INT, with its sign."""
+MAX_FLOAT_CHARS = 1024
 
 _STRETCH = 2**20
 SMALL_BODY = 2**20
 SMALL_VALUES = 2**13
 """Parsed in this process: to look at so much, images in it included, takes the interpreter's lock for milliseconds. So
 does tokenizing SMALL_CHARS of text."""
-_START_S = 120.0
-"""It imports much, and the cores may be busy."""
-_FOREVER_S = 1e9
-_MAX_IDLE = 2
-_SLICE_S = 0.1
-"""As long is waited before a StopSignal is looked at again."""
-_REPLIES = msgspec.msgpack.Decoder(ChildReply)
+
+
+async def read_body(receive: Receive, limits: Limits, account: BodyAccount) -> bytearray:
+    """The whole body. The limit holds while it comes, whether or not its length was declared.
+
+    InputError 408 (too slow), 413 (too large); OverloadedError; ClientGone.
+    """
+    body, is_whole = bytearray(), False
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            while not is_whole:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                chunk, is_whole = message.get("body", b""), not message.get("more_body", False)
+                if len(body) + len(chunk) > limits.max_body_bytes:
+                    raise too_large(limits)
+                account.take(len(chunk))
+                body += chunk
+    except TimeoutError:
+        raise InputError("the body came too slowly", status=408, code="body_timeout") from None
+    return body
+
+
+def parse_json(body: bytes | bytearray) -> dict[str, Any]:
+    """A JSON object as Python values.
+
+    InputError for anything that is not one, for NaN, infinite and very large numbers, keys that occur twice, depth
+    over MAX_DEPTH, too many values, bytes that are not UTF-8, NUL and lone surrogates; `param` names the place. A byte
+    order mark is skipped.
+    """
+    if num_values(body) > MAX_VALUES:
+        raise InputError(f"the body has more than {MAX_VALUES} values", code="invalid_json")
+    try:
+        value = json.loads(
+            body.decode("utf-8-sig"),
+            object_pairs_hook=unique,
+            parse_constant=_constant,
+            parse_int=_whole,
+            parse_float=_number,
+        )
+    except GivenTwice as error:
+        raise InputError("a key occurs twice in one object", param=error.name, code="invalid_json") from None
+    except UnicodeDecodeError:
+        raise InputError("the body is not valid UTF-8", code="invalid_json") from None
+    except RecursionError:
+        raise too_deep() from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"the body is not valid JSON ({place})", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise InputError("the body must be a JSON object", code="invalid_json")
+    check_json(value)
+    return value
+
+
+def _whole(digits: str) -> int | float:
+    """Converting takes quadratic time in the digits: what has too many is infinite, and refused where it stands."""
+    return int(digits) if len(digits) <= MAX_INT_CHARS else math.inf
+
+
+def _number(digits: str) -> float:
+    return float(digits) if len(digits) <= MAX_FLOAT_CHARS else math.inf
+
+
+def num_values(body: bytes | bytearray) -> int:
+    """At most so many objects, lists and entries are in it."""
+    return sum(body.count(sign) for sign in (b"[", b"{", b","))
+
+
+def _constant(name: str) -> None:
+    raise InputError(f"{name} is not JSON", code="invalid_json")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request. `seconds` of work went into it."""
+
+    request: ChatRequest
+    prompt: Prompt
+    sampling: SamplingParams
+    seconds: float
+
+    def salted(self, salt: str) -> Prepared:
+        """The same request, which shares what is cached with those of the same `salt`, and the same of its own, alone;
+        as it is where there is none."""
+        if not salt:
+            return self
+        both = hashlib.sha256(f"{salt} {self.sampling.cache_salt}".encode()).hexdigest()
+        items = [structs.replace(item, salt=both) for item in self.prompt.items]
+        sampling = structs.replace(self.sampling, cache_salt=both)
+        return replace(self, prompt=replace(self.prompt, items=items), sampling=sampling)
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A request whose messages, in `raw`, have not been looked at."""
+
+    raw: dict[str, Any]
+    tools: list[dict[str, Any]]
+    request: ChatRequest
+    seconds: float
+
+
+class Rules(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server, not the request, says about prompts and answers."""
+
+    model_names: list[str]
+    """The first one stands in answers."""
+    max_answer_tokens: int | None = None
+    """Bound of an answer whose request names none. None: what is left of the context."""
+
+
+def read_request(body: bytes | bytearray, rules: Rules) -> Parsed:
+    """InputError for what is no chat request."""
+    started = time.monotonic()
+    raw = parse_json(body)
+    request, tools = parse_chat_request(raw, model_names=rules.model_names)
+    return Parsed(raw, tools, request, time.monotonic() - started)
+
+
+def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: StopSignal) -> Prepared:
+    """InputError for bad messages; Stopped once `stop` is set."""
+    started, request = time.monotonic(), parsed.request
+    prompt = processor.prepare(parsed.raw["messages"], tools=parsed.tools, options=request.prompt, stop=stop)
+    text = processor.config.text
+    sampling = request.sampling.params(
+        processor.generation,
+        num_prompt=len(prompt.token_ids),
+        context=processor.max_model_len,
+        vocab_size=text.vocab_size,
+        cache_salt=request.prompt.cache_salt,
+        max_answer_tokens=rules.max_answer_tokens,
+    )
+    return Prepared(request, prompt, sampling, parsed.seconds + time.monotonic() - started)
+
+
+class Children(Protocol):
+    """Where large bodies are prepared. Thread-safe."""
+
+    def warm_up(self) -> None:
+        """Start in the background, so that the first one does not wait for it."""
+
+    def prepare(self, body: bytearray, stop: StopSignal) -> Prepared:
+        """Empties `body`. InputError, PreparationFailed, UnavailableError; Stopped once `stop` is set."""
 
 
 class Preparation:
     """Clips may take long to look at, so they have threads of their own: nobody else waits for them.
 
-    A processor that is not of a folder has no children.
+    Without `children` bodies of any size are worked through here.
     """
 
-    def __init__(self, processor: Processor, rules: Rules, limits: Limits) -> None:
+    def __init__(self, processor: Processor, rules: Rules, limits: Limits, children: Children | None) -> None:
         self._processor, self._rules = processor, rules
         self._threads = ThreadPoolExecutor(limits.prepare_threads, thread_name_prefix="prepare")
         self._clip_threads = ThreadPoolExecutor(limits.clip_threads, thread_name_prefix="prepare-clips")
         self._large_threads = ThreadPoolExecutor(limits.large_threads, thread_name_prefix="prepare-large")
-        self._pool = None if processor.folder is None else PreparePool(processor, rules)
+        self._children = children
 
     def warm_up(self) -> None:
         """Start a child in the background, so that the first large request does not wait for it."""
-        if self._pool is not None:
-            self._pool.warm_up()
+        if self._children is not None:
+            self._children.warm_up()
 
     async def prepare(self, body: bytearray, account: BodyAccount, deadline: float) -> Prepared:
         """Empties `body`. InputError, MediaTimeout, PreparationFailed; DeadlineError when `time.monotonic()` reaches
@@ -87,7 +220,7 @@ class Preparation:
         stop = StopSignal(deadline)
         try:
             async with asyncio.timeout(stop.seconds_left()):
-                if self._pool is None or _is_small(body):
+                if self._children is None or _is_small(body):
                     read = partial(self._read, body, stop)
                     made = await _on_thread(self._threads, read, body.clear, account, drop=_drop)
                     if isinstance(made, Prepared):
@@ -110,7 +243,7 @@ class Preparation:
         """To the end, if there are no clips in it; the body again if it has much text."""
         stop.check()
         parsed = read_request(body, self._rules)
-        if self._pool is not None and _num_chars(parsed.raw) > SMALL_CHARS:
+        if self._children is not None and _num_chars(parsed.raw) > SMALL_CHARS:
             return bytearray(body)
         return parsed if has_clips(parsed.raw["messages"]) else self._finish(parsed, stop)
 
@@ -120,9 +253,9 @@ class Preparation:
 
     def _in_child(self, body: bytearray, stop: StopSignal) -> Prepared:
         stop.check()
-        if self._pool is None:
+        if self._children is None:
             raise RuntimeError("there are no children")
-        return self._pool.prepare(body, stop)
+        return self._children.prepare(body, stop)
 
 
 def _drop(made: Prepared | Parsed | bytearray) -> None:
@@ -172,119 +305,3 @@ async def _on_thread(
     except asyncio.CancelledError:
         job.add_done_callback(lambda late: None if late.cancelled() or late.exception() else drop(late.result()))
         raise
-
-
-class PreparePool:
-    """Children that make prompts, as many at a time as there are callers. Thread-safe.
-
-    One that was killed is replaced in the background: the next request finds a child that is ready.
-    """
-
-    def __init__(self, processor: Processor, rules: Rules) -> None:
-        setup = ChildSetup(
-            folder=str(processor.folder),
-            video_outer_wrapper=processor.video_outer_wrapper,
-            max_model_len=processor.max_model_len,
-            rules=rules,
-        )
-        module = ("-P", "-B", "-m", "qwen3vl_disagg.serving.prepare")
-        self._command = (sys.executable, *module, msgspec.json.encode(setup).decode())
-        self._decoder: MediaDecoder = processor.decoder
-        self._lock = threading.Lock()
-        self._idle: list[ChildProcess] = []
-        # A child dies with the thread that started it: this one lives as long as the process.
-        self._starter = ThreadPoolExecutor(1, thread_name_prefix="prepare-start")
-
-    def warm_up(self) -> None:
-        """Start a child in the background."""
-        self._starter.submit(self._start_idle)
-
-    def prepare(self, body: bytearray, stop: StopSignal) -> Prepared:
-        """Empties `body` once it is not needed any more. What a child says is wrong; Stopped once `stop` is set, whose
-        child is killed; PreparationFailed when it ends by itself, UnavailableError when none can be started."""
-        started = time.monotonic()
-        for is_last in (False, True):
-            child = self._take(stop, must_be_new=is_last)
-            is_sent = False
-            try:
-                child.send(BodyJob(len(body)), body, _FOREVER_S, stop)
-                is_sent = True
-                reply = self._next(child, stop)
-                body.clear()
-                made = reply.failure if isinstance(reply, NotMade) else self._receive(child, reply.sizes, started)
-            except BaseException as error:
-                child.close()
-                self.warm_up()
-                if not isinstance(error, ChildFailed):
-                    raise
-                if is_sent or is_last:
-                    raise PreparationFailed from error
-                # It had ended before this request.
-                continue
-            self._give_back(child)
-            if isinstance(made, Failure):
-                raise made.error()
-            return made
-        raise PreparationFailed
-
-    def _next(self, child: ChildProcess, stop: StopSignal) -> Made | NotMade:
-        """The answer; questions before it are answered."""
-        while True:
-            reply = child.receive()
-            if isinstance(reply, (Made, NotMade)):
-                return reply
-            if not isinstance(reply, ProbeWanted):
-                raise ChildFailed("nonsense")
-            data = child.receive_bytes(reply.num_bytes)
-            try:
-                probed = Probed(info=self._decoder.probe_video(data, stop=stop))
-            except DisaggError as error:
-                probed = Probed(failure=Failure.of(error))
-            child.send(probed, b"", _FOREVER_S, stop)
-
-    @staticmethod
-    def _receive(child: ChildProcess, sizes: list[int], started: float) -> Prepared:
-        head, token_ids, *media = [child.receive_bytes(size) for size in sizes]
-        request, sampling, items = msgspec.msgpack.decode(head, type=MadeHead)
-        prompt = Prompt(np.frombuffer(token_ids, "<i4").tolist(), items, media)
-        return Prepared(request, prompt, sampling, time.monotonic() - started)
-
-    def _take(self, stop: StopSignal, *, must_be_new: bool) -> ChildProcess:
-        with self._lock:
-            if self._idle and not must_be_new:
-                return self._idle.pop()
-        starting = self._starter.submit(self._start)
-        try:
-            while not wait([starting], timeout=_SLICE_S).done:
-                stop.check()
-        except BaseException:
-            starting.add_done_callback(self._keep)
-            raise
-        return starting.result()
-
-    def _start(self) -> ChildProcess:
-        try:
-            return ChildProcess(
-                StopSignal(), command=self._command, replies=_REPLIES, start_s=_START_S, errors_are_shown=True
-            )
-        except (OSError, ChildFailed) as error:
-            raise UnavailableError("no process for large requests can be started") from error
-
-    def _start_idle(self) -> None:
-        with self._lock:
-            is_wanted = not self._idle
-        if is_wanted:
-            with suppress(UnavailableError):  # then the first request says it
-                self._give_back(self._start())
-
-    def _keep(self, starting: Future[ChildProcess]) -> None:
-        """What nobody waits for any more."""
-        if not starting.exception():
-            self._give_back(starting.result())
-
-    def _give_back(self, child: ChildProcess) -> None:
-        with self._lock:
-            if len(self._idle) < _MAX_IDLE:
-                self._idle.append(child)
-                return
-        child.close()

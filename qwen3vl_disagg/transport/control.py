@@ -9,6 +9,7 @@ says nothing for minutes), so liveness is decided here and never by the payload.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -75,16 +76,6 @@ class Connection:
         self._waiting = False
         self._silent_ticks = 0
         self._failure: TransferError | None = None
-
-    @classmethod
-    def hub(cls, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, **options: Any) -> Connection:
-        """A rank's connection with the frontend process, either end."""
-        return cls(reader, writer, messages=HubMessage, max_frame=MAX_HUB_FRAME, **options)
-
-    @classmethod
-    def link(cls, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, **options: Any) -> Connection:
-        """The control connection of one encode rank and one language rank, either end."""
-        return cls(reader, writer, messages=LinkMessage, max_frame=MAX_LINK_FRAME, **options)
 
     @property
     def peer(self) -> Address:
@@ -241,13 +232,7 @@ async def connect(
         pause = min(2 * pause, 1.0)
 
 
-async def connect_hub(address: Address, *, deadline_s: float, silence_s: float = SILENCE_S) -> Connection:
-    return await connect(
-        address, deadline_s=deadline_s, messages=HubMessage, max_frame=MAX_HUB_FRAME, silence_s=silence_s
-    )
-
-
-async def connect_link(address: Address, *, deadline_s: float, silence_s: float = SILENCE_S) -> Connection:
-    return await connect(
-        address, deadline_s=deadline_s, messages=LinkMessage, max_frame=MAX_LINK_FRAME, silence_s=silence_s
-    )
+connect_hub = partial(connect, messages=HubMessage, max_frame=MAX_HUB_FRAME)
+"""A rank's connection with the frontend process."""
+connect_link = partial(connect, messages=LinkMessage, max_frame=MAX_LINK_FRAME)
+"""The control connection of an encode rank with a language rank."""

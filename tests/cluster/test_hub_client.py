@@ -9,8 +9,8 @@ import pytest
 
 from qwen3vl_disagg.cluster.hub_client import enter_hub
 from qwen3vl_disagg.core.errors import Dismissed, HandshakeError, TransferError
-from qwen3vl_disagg.protocol.messages import Cancel, LinksUp, RankHello, Refused, Stop, Welcome
-from qwen3vl_disagg.transport.control import Connection
+from qwen3vl_disagg.protocol.messages import Cancel, HubMessage, LinksUp, RankHello, Refused, Stop, Welcome
+from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection
 
 HELLO = RankHello(token="t", role="encode", rank=0, pid=1, fingerprint={})
 
@@ -24,7 +24,7 @@ def join(*answers, deadline_s: float = 5.0) -> int:
         async def accept(reader, writer):
             nonlocal seen
             seen += 1
-            hub = Connection.hub(reader, writer)
+            hub = Connection(reader, writer, messages=HubMessage, max_frame=MAX_HUB_FRAME)
             assert await hub.receive(timeout=5) == HELLO
             answer = answers[min(seen, len(answers)) - 1]
             if answer is not None:

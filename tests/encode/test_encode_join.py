@@ -9,8 +9,8 @@ import pytest
 from qwen3vl_disagg.core.errors import HubGone
 from qwen3vl_disagg.encode import rank as encode_rank
 from qwen3vl_disagg.encode.rank import EncodeRank
-from qwen3vl_disagg.protocol.messages import Leaving, LinksUp, RankHello, Stop, Welcome
-from qwen3vl_disagg.transport.control import Connection
+from qwen3vl_disagg.protocol.messages import HubMessage, Leaving, LinksUp, RankHello, Stop, Welcome
+from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection
 from tests.support.link_scenarios import (
     CONFIG,
     MODEL,
@@ -130,7 +130,7 @@ def test_without_a_hub_it_leaves_at_once_and_does_not_stay_for_ever():
 def test_a_hub_that_goes_for_good_ends_it():
     async def scenario() -> None:
         async def accept(reader, writer) -> None:
-            hub = Connection.hub(reader, writer)
+            hub = Connection(reader, writer, messages=HubMessage, max_frame=MAX_HUB_FRAME)
             await hub.receive()
             await hub.send(Welcome(rank=NUMBER, job=JOB))
             assert isinstance(await hub.receive(), LinksUp)

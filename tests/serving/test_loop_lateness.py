@@ -17,10 +17,10 @@ import pytest
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwen3vl_disagg.cluster.rendezvous import host_id
-from qwen3vl_disagg.protocol.messages import RankHello, Welcome
+from qwen3vl_disagg.protocol.messages import HubMessage, RankHello, Welcome
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.http_turns import SLICE_S, WAKE_S, ParseTurns
-from qwen3vl_disagg.transport.control import Connection
+from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection
 from tests.support import http_attacks as attacks
 from tests.support.fake_backend import FakeBackend, tiny_processor
 from tests.support.fake_ranks import FINGERPRINT, TOKEN, System, in_loop
@@ -98,7 +98,7 @@ def heartbeats(address: tuple[str, int]) -> Iterator[list[float]]:
 
     async def listen() -> None:
         reader, writer = await asyncio.open_connection(*address)
-        connection = _Timed.hub(reader, writer)
+        connection = _Timed(reader, writer, messages=HubMessage, max_frame=MAX_HUB_FRAME)
         connection.arrivals = arrivals
         fields = {"token": TOKEN, "pid": 1, "host": host_id(), "fingerprint": FINGERPRINT}
         await connection.send(RankHello(role="language", rank=1, **fields))

@@ -26,7 +26,7 @@ from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving import preparation
 from qwen3vl_disagg.serving.app import create_app
-from qwen3vl_disagg.serving.prepare import NICENESS
+from qwen3vl_disagg.serving.prepare_child import NICENESS
 from tests.support.asgi import Exchange
 from tests.support.fake_backend import PATH, FakeBackend
 from tests.support.images import png, uri
@@ -71,7 +71,7 @@ def children() -> list[int]:
     """Preparing children of this process."""
     lists = [_read(task / "children") for task in Path("/proc/self/task").iterdir()]
     pids = [int(pid) for pids in lists for pid in pids.split()]
-    return [pid for pid in pids if b"serving.prepare" in _read(Path(f"/proc/{pid}/cmdline"))]
+    return [pid for pid in pids if b"serving.prepare_child" in _read(Path(f"/proc/{pid}/cmdline"))]
 
 
 def _read(path: Path) -> bytes:

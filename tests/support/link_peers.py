@@ -31,6 +31,7 @@ from qwen3vl_disagg.protocol.messages import (
     HeaderOk,
     LinkAccept,
     LinkHello,
+    LinkMessage,
     LinkReady,
     Message,
     Refused,
@@ -38,7 +39,7 @@ from qwen3vl_disagg.protocol.messages import (
 )
 from qwen3vl_disagg.protocol.session_events import Expect, SessionLimits
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
-from qwen3vl_disagg.transport.control import Connection, ConnectionLost, connect_link
+from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Connection, ConnectionLost, connect_link
 from qwen3vl_disagg.transport.links import InProcessLink, Link, in_process_links
 from qwen3vl_disagg.transport.store import host_store
 from tests.support.link_scenarios import BLOCK, CONFIG, LANGUAGE_RANK, LIMITS, TOKEN, Engine, FakeHub, System, until
@@ -268,7 +269,7 @@ async def encode_side(
         nonlocal num_links
         num_links += 1
         epoch = num_links
-        control = Connection.link(reader, writer)
+        control = Connection(reader, writer, messages=LinkMessage, max_frame=MAX_LINK_FRAME)
         controls.append(control)
         try:
             assert isinstance(await control.receive(WAIT_S), LinkHello)

@@ -31,6 +31,7 @@ from qwen3vl_disagg.protocol.messages import (
     Assign,
     Blob,
     Cancel,
+    HubMessage,
     ItemLost,
     ItemReceived,
     LinksUp,
@@ -50,7 +51,7 @@ from qwen3vl_disagg.protocol.session_events import (
     SessionLimits,
 )
 from qwen3vl_disagg.transport.buffers import Delivery, MultimodalDataBuffers
-from qwen3vl_disagg.transport.control import Connection
+from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection
 from qwen3vl_disagg.transport.links import LinkFactory, in_process_links, process_group_links
 from qwen3vl_disagg.transport.store import host_store
 from tests.support.flaky_links import CountingWorker, FlakyLinks
@@ -143,7 +144,7 @@ class FakeHub:
     welcome: Welcome = field(default_factory=Welcome)
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = Connection.hub(reader, writer)
+        connection = Connection(reader, writer, messages=HubMessage, max_frame=MAX_HUB_FRAME)
         try:
             hello = await connection.receive(timeout=5)
             if isinstance(hello, Pull):

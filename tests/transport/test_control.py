@@ -7,6 +7,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import msgspec
 import pytest
@@ -14,7 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.errors import DeadlineError
-from qwen3vl_disagg.protocol.messages import Abort, Ack, Blob, Frame, Goodbye, Heartbeat, LinkMessage, Pull, Stop
+from qwen3vl_disagg.protocol.messages import (
+    Abort,
+    Ack,
+    Blob,
+    Frame,
+    Goodbye,
+    Heartbeat,
+    HubMessage,
+    LinkMessage,
+    Pull,
+    Stop,
+)
 from qwen3vl_disagg.transport.control import (
     MAX_HUB_FRAME,
     MAX_LINK_FRAME,
@@ -26,10 +38,12 @@ from qwen3vl_disagg.transport.control import (
     encode_frame,
 )
 
+LINK = partial(Connection, messages=LinkMessage, max_frame=MAX_LINK_FRAME)
+HUB = partial(Connection, messages=HubMessage, max_frame=MAX_HUB_FRAME)
 Raw = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-def with_peer(scenario: Callable[..., Awaitable[None]], make=Connection.link, **options) -> None:
+def with_peer(scenario: Callable[..., Awaitable[None]], make=LINK, **options) -> None:
     """Run `scenario(connection, reader, writer)`: one end a Connection, the other end bare streams."""
 
     async def run() -> None:
@@ -114,7 +128,7 @@ def test_a_message_of_the_other_kind_of_connection_is_refused():
     with_peer(scenario)
 
 
-@pytest.mark.parametrize(("make", "limit"), [(Connection.link, MAX_LINK_FRAME), (Connection.hub, MAX_HUB_FRAME)])
+@pytest.mark.parametrize(("make", "limit"), [(LINK, MAX_LINK_FRAME), (HUB, MAX_HUB_FRAME)])
 @pytest.mark.parametrize("length", ["zero", "over", "huge"])
 def test_an_impossible_length_ends_the_connection_before_the_body(make, limit, length):
     announced = {"zero": 0, "over": limit + 1, "huge": 2**32 - 1}[length]
@@ -221,7 +235,7 @@ def test_a_peer_that_does_not_read_ends_the_connection():
             await connection.send_bytes(bytes(64 * 2**20), timeout=0.3)
         assert connection.is_closed
 
-    with_peer(scenario, Connection.hub)
+    with_peer(scenario, HUB)
 
 
 def test_raw_bytes_follow_their_announcement():
@@ -237,7 +251,7 @@ def test_raw_bytes_follow_their_announcement():
         with pytest.raises(ConnectionLost, match="did not arrive"):
             await connection.receive_bytes(1, timeout=0.1)
 
-    with_peer(scenario, Connection.hub)
+    with_peer(scenario, HUB)
 
 
 def test_connect_waits_for_a_listener_and_gives_up_at_its_deadline():

@@ -1,0 +1,312 @@
+"""Large bodies -> prompts, in children: both ends of their pipes.
+
+A child gets bodies from standard input and writes prompts to standard output. It may take all its time: no other
+request, no heartbeat and no client waits for the lock that it holds while a library works through megabytes of text.
+It is killed when its request has ended, and with its parent.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from qwen3vl_disagg.checkpoint import read_config
+from qwen3vl_disagg.cluster.slots import die_with_parent
+from qwen3vl_disagg.core.errors import DisaggError, Failure, PreparationFailed, UnavailableError
+from qwen3vl_disagg.core.logs import start_logging
+from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
+from qwen3vl_disagg.media import sandbox
+from qwen3vl_disagg.media.child import (
+    LENGTH_BYTES,
+    ChildFailed,
+    ChildProcess,
+    Ready,
+    body_length,
+    is_wanted,
+    pack,
+    read_exactly,
+    write_all,
+)
+from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.stop import StopSignal
+from qwen3vl_disagg.media.video import VideoInfo
+from qwen3vl_disagg.processing import Processor, Prompt
+from qwen3vl_disagg.serving.chat_request import ChatRequest
+from qwen3vl_disagg.serving.limits import MAX_BODY_BYTES
+from qwen3vl_disagg.serving.preparation import Prepared, Rules, finish_request, read_request
+
+logger = logging.getLogger(__name__)
+NICENESS = 10
+"""Ranks that decode on the same cores go first."""
+MAX_MEMORY = 3 * 2**29
+"""On top of what it has when it is ready: 64 MiB of base64 beside an emoji, or 8 Mi characters of one word."""
+_START_S = 120.0
+"""It imports much, and the cores may be busy."""
+_FOREVER_S = 1e9
+_MAX_IDLE = 2
+_SLICE_S = 0.1
+"""As long is waited before a StopSignal is looked at again."""
+
+
+# -- what they say
+
+
+class ChildSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """What a child is started with."""
+
+    folder: str
+    video_outer_wrapper: bool
+    max_model_len: int
+    rules: Rules
+
+
+class BodyJob(msgspec.Struct, frozen=True):
+    """Followed by a body of `num_bytes`."""
+
+    num_bytes: int
+
+
+class ProbeWanted(msgspec.Struct, frozen=True, tag="probe"):
+    """Followed by a clip of `num_bytes`: only the parent has decoders. It answers with `Probed`."""
+
+    num_bytes: int
+
+
+class Probed(msgspec.Struct, frozen=True):
+    info: VideoInfo | None = None
+    failure: Failure | None = None
+
+
+class Made(msgspec.Struct, frozen=True, tag="made"):
+    """Followed by as many bytes: a `MadeHead`, the prompt's token ids as int32, and the bytes of each item."""
+
+    sizes: list[int]
+
+
+MadeHead = tuple[ChatRequest, SamplingParams, list[VisualItem]]
+
+
+class NotMade(msgspec.Struct, frozen=True, tag="not made"):
+    failure: Failure
+
+
+ChildReply = Ready | ProbeWanted | Made | NotMade
+_REPLIES = msgspec.msgpack.Decoder(ChildReply)
+
+
+# -- the parent's end
+
+
+class PreparePool:
+    """Children that make prompts, as many at a time as there are callers. Thread-safe.
+
+    One that was killed is replaced in the background: the next request finds a child that is ready.
+    """
+
+    def __init__(self, processor: Processor, rules: Rules) -> None:
+        setup = ChildSetup(
+            folder=str(processor.folder),
+            video_outer_wrapper=processor.video_outer_wrapper,
+            max_model_len=processor.max_model_len,
+            rules=rules,
+        )
+        module = ("-P", "-B", "-m", "qwen3vl_disagg.serving.prepare_child")
+        self._command = (sys.executable, *module, msgspec.json.encode(setup).decode())
+        self._decoder: MediaDecoder = processor.decoder
+        self._lock = threading.Lock()
+        self._idle: list[ChildProcess] = []
+        # A child dies with the thread that started it: this one lives as long as the process.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="prepare-start")
+
+    def warm_up(self) -> None:
+        """Start a child in the background."""
+        self._starter.submit(self._start_idle)
+
+    def prepare(self, body: bytearray, stop: StopSignal) -> Prepared:
+        """Empties `body` once it is not needed any more. What a child says is wrong; Stopped once `stop` is set, whose
+        child is killed; PreparationFailed when it ends by itself, UnavailableError when none can be started."""
+        started = time.monotonic()
+        for is_last in (False, True):
+            child = self._take(stop, must_be_new=is_last)
+            is_sent = False
+            try:
+                child.send(BodyJob(len(body)), body, _FOREVER_S, stop)
+                is_sent = True
+                reply = self._next(child, stop)
+                body.clear()
+                made = reply.failure if isinstance(reply, NotMade) else self._receive(child, reply.sizes, started)
+            except BaseException as error:
+                child.close()
+                self.warm_up()
+                if not isinstance(error, ChildFailed):
+                    raise
+                if is_sent or is_last:
+                    raise PreparationFailed from error
+                # It had ended before this request.
+                continue
+            self._give_back(child)
+            if isinstance(made, Failure):
+                raise made.error()
+            return made
+        raise PreparationFailed
+
+    def _next(self, child: ChildProcess, stop: StopSignal) -> Made | NotMade:
+        """The answer; questions before it are answered."""
+        while True:
+            reply = child.receive()
+            if isinstance(reply, (Made, NotMade)):
+                return reply
+            if not isinstance(reply, ProbeWanted):
+                raise ChildFailed("nonsense")
+            data = child.receive_bytes(reply.num_bytes)
+            try:
+                probed = Probed(info=self._decoder.probe_video(data, stop=stop))
+            except DisaggError as error:
+                probed = Probed(failure=Failure.of(error))
+            child.send(probed, b"", _FOREVER_S, stop)
+
+    @staticmethod
+    def _receive(child: ChildProcess, sizes: list[int], started: float) -> Prepared:
+        head, token_ids, *media = [child.receive_bytes(size) for size in sizes]
+        request, sampling, items = msgspec.msgpack.decode(head, type=MadeHead)
+        prompt = Prompt(np.frombuffer(token_ids, "<i4").tolist(), items, media)
+        return Prepared(request, prompt, sampling, time.monotonic() - started)
+
+    def _take(self, stop: StopSignal, *, must_be_new: bool) -> ChildProcess:
+        with self._lock:
+            if self._idle and not must_be_new:
+                return self._idle.pop()
+        starting = self._starter.submit(self._start)
+        try:
+            while not wait([starting], timeout=_SLICE_S).done:
+                stop.check()
+        except BaseException:
+            starting.add_done_callback(self._keep)
+            raise
+        return starting.result()
+
+    def _start(self) -> ChildProcess:
+        try:
+            return ChildProcess(
+                StopSignal(), command=self._command, replies=_REPLIES, start_s=_START_S, errors_are_shown=True
+            )
+        except (OSError, ChildFailed) as error:
+            raise UnavailableError("no process for large requests can be started") from error
+
+    def _start_idle(self) -> None:
+        with self._lock:
+            is_wanted = not self._idle
+        if is_wanted:
+            with suppress(UnavailableError):  # then the first request says it
+                self._give_back(self._start())
+
+    def _keep(self, starting: Future[ChildProcess]) -> None:
+        """What nobody waits for any more."""
+        if not starting.exception():
+            self._give_back(starting.result())
+
+    def _give_back(self, child: ChildProcess) -> None:
+        with self._lock:
+            if len(self._idle) < _MAX_IDLE:
+                self._idle.append(child)
+                return
+        child.close()
+
+
+# -- the child's end
+
+
+class ParentsDecoder(MediaDecoder):
+    """Asks the parent what a clip's file holds."""
+
+    def __init__(self, out: int, parent: int) -> None:
+        super().__init__()
+        self._out, self._parent = out, parent
+
+    def probe_video(self, data: bytes, *, stop: StopSignal | None = None) -> VideoInfo:
+        write_all(self._out, pack(ProbeWanted(len(data))), self._parent)
+        write_all(self._out, data, self._parent)
+        probed = msgspec.msgpack.decode(_read_message(self._parent), type=Probed)
+        if probed.failure is not None:
+            raise probed.failure.error()
+        if probed.info is None:
+            raise EOFError
+        return probed.info
+
+
+def _read_message(parent: int) -> bytearray:
+    """EOFError when the parent has closed or is gone."""
+    if not is_wanted(parent, read=[0]):
+        raise EOFError
+    return read_exactly(0, body_length(read_exactly(0, LENGTH_BYTES)))
+
+
+def reply(prepared: Prepared) -> list[bytes]:
+    """A header and what follows it."""
+    prompt = prepared.prompt
+    parts = [
+        msgspec.msgpack.encode((prepared.request, prepared.sampling, prompt.items)),
+        np.asarray(prompt.token_ids, dtype="<i4").tobytes(),
+        *prompt.media,
+    ]
+    return [pack(Made([len(part) for part in parts])), *parts]
+
+
+def answer(body: bytearray, processor: Processor, setup: ChildSetup) -> list[bytes]:
+    """What `reply` makes of a good request, or why there is none."""
+    try:
+        parsed = read_request(body, setup.rules)
+        body.clear()
+        return reply(finish_request(parsed, processor, setup.rules, StopSignal()))
+    except DisaggError as error:
+        return [pack(NotMade(Failure.of(error)))]
+    except (EOFError, BrokenPipeError):
+        raise
+    except Exception:
+        logger.exception("a request could not be prepared")
+        return [pack(NotMade(Failure.of(PreparationFailed())))]
+
+
+def main() -> None:
+    start_logging("prompts")
+    parent = os.getppid()
+    die_with_parent(parent)
+    out = os.dup(1)
+    os.dup2(2, 1)  # what a library prints must not come between the answers
+    os.set_blocking(out, False)
+    setup = msgspec.json.decode(sys.argv[1], type=ChildSetup)
+    folder = Path(setup.folder)
+    processor = Processor.from_folder(
+        folder,
+        read_config(folder),
+        decoder=ParentsDecoder(out, parent),
+        video_outer_wrapper=setup.video_outer_wrapper,
+        max_model_len=setup.max_model_len,
+    )
+    processor.tokenizer.num_tokens_at_least("ready")  # tables that are made on first use
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    sandbox.enter(pages * os.sysconf("SC_PAGE_SIZE") + MAX_MEMORY)
+    os.nice(NICENESS)
+    try:
+        write_all(out, pack(Ready()), parent)
+        while True:
+            job = msgspec.msgpack.decode(_read_message(parent), type=BodyJob)
+            if not 0 <= job.num_bytes <= MAX_BODY_BYTES:
+                return
+            for part in answer(read_exactly(0, job.num_bytes), processor, setup):
+                write_all(out, part, parent)
+    except (EOFError, BrokenPipeError):
+        return  # the parent closed
+
+
+if __name__ == "__main__":
+    main()
