@@ -1,6 +1,8 @@
-"""Tables in documents that are made from tables in code. They stand between marks.
+"""Tables in documents that are made from tables in code.
 
-python -m tools.doc_tables docs/serving.md
+    python -m tools.doc_tables docs/serving.md docs/media.md
+
+writes them anew, between their marks. A test holds that they are.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qwen3vl_disagg.core.sampling_params import DEFAULTS, OPTIONS, ORDER, ROUTES, SamplingOption
+from qwen3vl_disagg.media.image_formats import FOREIGN, FORMATS, Mending
 
 END = "<!-- end -->"
 
@@ -74,6 +77,29 @@ def _order() -> list[list[str]]:
     ]
 
 
+_MENDED: dict[Mending | None, str] = {
+    None: "refused",
+    "rows": "its rows",
+    "png": "its rows; chunks beside the picture are skipped",
+    "jpeg": "its rows; of several scans all of it, less fine",
+    "webp": "its rows",
+}
+
+
+def _formats() -> list[list[str]]:
+    taken = [
+        [
+            name,
+            form.shown,
+            form.turned_by or "nothing",
+            _MENDED[form.mending],
+            f"{round(100 * form.min_share)} %" if form.mending else "",
+        ]
+        for name, form in FORMATS.items()
+    ]
+    return [*taken, [", ".join(FOREIGN), "refused by name", "", "", ""]]
+
+
 TABLES: dict[str, tuple[str, tuple[str, ...], Callable[[], list[list[str]]]]] = {
     "sampling options": (
         "docs/serving.md",
@@ -81,6 +107,11 @@ TABLES: dict[str, tuple[str, tuple[str, ...], Callable[[], list[list[str]]]]] = 
         _options,
     ),
     "order of sampling": ("docs/serving.md", ("", "step", "by"), _order),
+    "picture formats": (
+        "docs/media.md",
+        ("format", "shown", "turned by", "cut off or damaged", "of its pixels at least"),
+        _formats,
+    ),
 }
 """Name -> its page, its columns, what makes its rows."""
 

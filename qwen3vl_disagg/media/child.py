@@ -26,7 +26,7 @@ import numpy as np
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media import sandbox
-from qwen3vl_disagg.media.image_headers import FORMATS, ImageInfo
+from qwen3vl_disagg.media.image_formats import FORMATS, ImageInfo
 from qwen3vl_disagg.media.images import MAX_BYTES, MAX_PIXELS, decode_rgb
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import (

@@ -1,4 +1,5 @@
-"""What the first bytes of an image file say: format, size, orientation. Pure Python, bounded work, no pixels.
+"""Readers of image headers: width, height and orientation (EXIF's, 1 .. 8) as they stand in the file. Pure Python,
+bounded work, no pixels.
 
 The decoder library's own `open` is not used for this: on hostile headers it decompresses profiles, copies metadata
 again and again and allocates whole canvases. Here each walk takes at most MAX_STEPS steps and copies next to nothing.
@@ -9,9 +10,8 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 
 MAX_STEPS = 10_000
 """Segments, chunks, blocks, tags or boxes that are walked over before the size must be known."""
@@ -23,7 +23,7 @@ MAX_RUBBISH = 256
 """Bytes between two JPEG segments that belong to neither."""
 
 _WIDTH, _HEIGHT, _ORIENTATION = 256, 257, 274
-_TIFF_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
+TIFF_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 _TAG_FORMS = {1: "B", 3: "H", 4: "I"}
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\xff])", re.DOTALL)
@@ -37,69 +37,13 @@ _TURNED: dict[int | None, tuple[int, ...]] = {None: (1, 8, 3, 6), 0: (4, 5, 2, 7
 """Axis of the mirror that follows (0 top to bottom, 1 left to right), quarter turns against the clock -> EXIF's."""
 
 
-@dataclass(frozen=True)
-class ImageInfo:
-    """What the header says. Width and height in pixels as shown, that is after the orientation (EXIF's, 1 .. 8)."""
-
-    format: str
-    width: int
-    height: int
-    orientation: int = 1
-
-    @property
-    def stored_size(self) -> tuple[int, int]:
-        """(width, height) before the orientation is applied."""
-        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
-
-
-def _brands(data: bytes) -> set[bytes]:
-    """Major and compatible brands of a file of boxes; none for another one."""
-    if data[4:8] != b"ftyp":
-        return set()
-    (size,) = struct.unpack_from(">I", data, 0)
-    body = data[8 : min(size, 8 + 4 * 64)]
-    return {body[at : at + 4] for at in range(0, len(body) - 3, 4) if at != 4}
-
-
-_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-_FOREIGN: tuple[tuple[str, Callable[[bytes], bool]], ...] = (
-    ("HEIC", lambda data: bool(_brands(data) & _HEIC_BRANDS)),
-    ("JPEG 2000", lambda data: data.startswith((b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"))),
-    ("JPEG XL", lambda data: data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL "))),
-    ("PDF", lambda data: data.startswith(b"%PDF-")),
-    ("SVG or HTML", lambda data: data.lstrip()[:1] == b"<"),
-    ("BigTIFF", lambda data: data.startswith((b"II+\0", b"MM\0+"))),
-)
-
-
-def foreign_format(data: bytes) -> str | None:
-    """The name of a format that is known and not taken."""
-    return next((name for name, is_one in _FOREIGN if is_one(data[:512])), None)
-
-
 class BadHeader(ValueError):
     """Not an image of a known format, or one whose header ends early or goes on too long."""
 
 
-def read_header(data: bytes) -> ImageInfo:
-    """The header of an image whose format its content tells. BadHeader if there is none."""
-    for name, form in FORMATS.items():
-        if form.is_one(data):
-            try:
-                width, height, orientation = form.read(data)
-            except BadHeader:
-                raise
-            except (struct.error, IndexError, KeyError, ValueError) as error:
-                raise BadHeader(f"the {name} header is cut off or says nonsense") from error
-            if orientation >= 5:
-                width, height = height, width
-            return ImageInfo(name, width, height, orientation)
-    raise BadHeader("no known format")
-
-
 def _tags(tiff: bytes) -> Iterator[tuple[int, int, int | None]]:
     """(tag, how many values, the first one) of the first directory; None for what is no whole number."""
-    order = _TIFF_ORDERS[tiff[:4]]
+    order = TIFF_ORDERS[tiff[:4]]
     (at,) = struct.unpack_from(order + "I", tiff, 4)
     (count,) = struct.unpack_from(order + "H", tiff, at)
     for entry in range(at + 2, at + 2 + 12 * min(count, MAX_STEPS), 12):
@@ -125,7 +69,7 @@ def _orientation(exif: bytes | None, xmp: bytes | None) -> int:
     return value if value is not None and 1 <= value <= 8 else 1
 
 
-def _read_jpeg(data: bytes) -> tuple[int, int, int]:
+def read_jpeg(data: bytes) -> tuple[int, int, int]:
     at, size, exif, xmp = 2, None, None, None
     for _ in range(MAX_STEPS):
         found = _JPEG_MARKER.search(data, at, at + MAX_RUBBISH)
@@ -181,7 +125,7 @@ def _hex_profile(text: bytes) -> bytes:
         return b""
 
 
-def _read_png(data: bytes) -> tuple[int, int, int]:
+def read_png(data: bytes) -> tuple[int, int, int]:
     """Orientation counts only where it stands before the pixels, so that the header suffices."""
     if data[12:16] != b"IHDR":
         raise BadHeader("the PNG file does not begin with its size")
@@ -205,7 +149,7 @@ def _read_png(data: bytes) -> tuple[int, int, int]:
     raise BadHeader("no pixels in the PNG file")
 
 
-def _read_webp(data: bytes) -> tuple[int, int, int]:
+def read_webp(data: bytes) -> tuple[int, int, int]:
     kind = data[12:16]
     if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
         width, height = struct.unpack_from("<HH", data, 26)
@@ -228,7 +172,7 @@ def _read_webp(data: bytes) -> tuple[int, int, int]:
     return width, height, _orientation(found.get(b"EXIF"), found.get(b"XMP "))
 
 
-def _read_gif(data: bytes) -> tuple[int, int, int]:
+def read_gif(data: bytes) -> tuple[int, int, int]:
     """The size of the screen, or larger where the first picture reaches out of it."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
@@ -252,13 +196,13 @@ def _read_gif(data: bytes) -> tuple[int, int, int]:
     raise BadHeader("no picture in the GIF file")
 
 
-def _read_bmp(data: bytes) -> tuple[int, int, int]:
+def read_bmp(data: bytes) -> tuple[int, int, int]:
     (header,) = struct.unpack_from("<I", data, 14)
     width, height = struct.unpack_from("<HH" if header == 12 else "<Ii", data, 18)
     return width, abs(height), 1
 
 
-def _read_tiff(data: bytes) -> tuple[int, int, int]:
+def read_tiff(data: bytes) -> tuple[int, int, int]:
     """The first page. Its size is that after the orientation, which the library applies itself."""
     found: dict[int, int] = {}
     for tag, number, value in _tags(data):
@@ -270,7 +214,7 @@ def _read_tiff(data: bytes) -> tuple[int, int, int]:
     return (height, width, 1) if 5 <= found.get(_ORIENTATION, 1) <= 8 else (width, height, 1)
 
 
-def _read_avif(data: bytes) -> tuple[int, int, int]:
+def read_avif(data: bytes) -> tuple[int, int, int]:
     """The primary picture: its properties are those that its association names, counted from 1."""
     meta = _inside(data, 0, len(data), b"meta")
     start, end = meta[0] + 4, meta[1]
@@ -334,25 +278,3 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]
             raise ValueError("a box that is smaller than its head")
         yield name, body, min(stop, end)
         start = stop
-
-
-@dataclass(frozen=True)
-class ImageFormat:
-    """`is_one`: whether the content is of it. `read`: (width, height, orientation) as the header says. `plugins`: the
-    modules of Pillow that decode it."""
-
-    is_one: Callable[[bytes], bool]
-    read: Callable[[bytes], tuple[int, int, int]]
-    plugins: tuple[str, ...]
-
-
-FORMATS = {
-    "JPEG": ImageFormat(lambda data: data.startswith(b"\xff\xd8\xff"), _read_jpeg, ("Jpeg", "Mpo")),
-    "PNG": ImageFormat(lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), _read_png, ("Png",)),
-    "WEBP": ImageFormat(lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _read_webp, ("WebP",)),
-    "GIF": ImageFormat(lambda data: data.startswith((b"GIF87a", b"GIF89a")), _read_gif, ("Gif",)),
-    "BMP": ImageFormat(lambda data: data.startswith(b"BM"), _read_bmp, ("Bmp",)),
-    "AVIF": ImageFormat(lambda data: bool(_brands(data) & {b"avif", b"avis"}), _read_avif, ("Avif",)),
-    "TIFF": ImageFormat(lambda data: data[:4] in _TIFF_ORDERS, _read_tiff, ("Tiff",)),
-}
-"""The formats that are taken: what is sniffed, named in messages and decoded."""

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.media.image_headers import FORMATS, BadHeader, ImageInfo, foreign_format, read_header
+from qwen3vl_disagg.media.image_formats import FORMATS, ImageInfo, foreign_format, read_header
+from qwen3vl_disagg.media.image_headers import BadHeader
 from qwen3vl_disagg.media.partial import Loaded, cover, load_partial, note_of
 
 MAX_PIXELS = 64 * 2**20
@@ -107,9 +108,9 @@ def _load(info: ImageInfo, data: bytes) -> Loaded:
     except MemoryError:
         raise
     except Exception:
-        loaded = load_partial(info.format, data, opened)
+        loaded = load_partial(FORMATS[info.format], data, opened)
     else:
-        loaded = Loaded(image, note_of(info.format, data))
+        loaded = Loaded(image, note_of(FORMATS[info.format], data))
     return replace(loaded, region=region)
 
 

@@ -18,11 +18,10 @@ from hashlib import sha512
 import numpy as np
 from PIL import Image, ImageFile
 
-MIN_SHARE = 0.75
-"""Of the pixels (WebP: of the bytes, which are declared): a picture of which less is there is refused."""
-_MIN_SHARES = {"GIF": 0.5, "WEBP": 0.5}
-"""Of the pixels. Flat rows take next to no bytes in a GIF: one that lacks a tenth of its bytes may lack nearly half of
-its rows."""
+from qwen3vl_disagg.media.image_formats import ImageFormat, Mending
+
+_MIN_WEBP_BYTES = 0.75
+"""Of the bytes, which a WebP declares."""
 _GREY = 128
 _MAX_PNG_CHUNKS = 100_000
 _PNG_START = 8
@@ -34,7 +33,6 @@ _MAX_WEBP_PARTS = 10_000
 _FILLERS = (b"\0", b"\xb5", b"\xff", b"\x80", b"\xaa", *(sha512(bytes([i])).digest() for i in range(64)))
 _FILLING_S = 0.3
 """CPU time for trying these; a lossless picture needs luck."""
-_ENDS = {"PNG": b"IEND", "GIF": b"\0;"}
 WITHOUT_END = "the file lacks its end; the picture is whole"
 
 Opener = Callable[[bytes], ImageFile.ImageFile]
@@ -69,26 +67,18 @@ def _shifted(axis: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     return (*before, slice(1, None)), (*before, slice(None, -1))
 
 
-def note_of(form: str, data: bytes) -> str:
+def note_of(form: ImageFormat, data: bytes) -> str:
     """Of a picture that loads: whether its file's last mark is missing, which the library does not look at."""
-    if form == "JPEG":
-        return "" if data.find(b"\xff\xd9", max(data.rfind(b"\xff\xda"), 0)) >= 0 else WITHOUT_END
-    return WITHOUT_END if form in _ENDS and data.rfind(_ENDS[form]) < 0 else ""
+    start = max(data.rfind(form.end_after), 0) if form.end_after else 0
+    return WITHOUT_END if form.end and data.find(form.end, start) < 0 else ""
 
 
-def load_partial(form: str, data: bytes, opener: Opener) -> Loaded:
+def load_partial(form: ImageFormat, data: bytes, opener: Opener) -> Loaded:
     """What is there of a file that the library refuses. Raises whatever the library does for what cannot be mended,
-    ValueError where less than MIN_SHARE is there."""
-    match form:
-        case "PNG":
-            return _load_png(data, opener)
-        case "JPEG":
-            return _load_jpeg(data, opener)
-        case "WEBP":
-            return _load_webp(data, opener)
-        case "GIF" | "BMP":
-            return _load_over_backgrounds(data, opener, _MIN_SHARES.get(form, MIN_SHARE))
-    raise ValueError(f"a damaged {form}")
+    ValueError where less than its share is there."""
+    if form.mending is None:
+        raise ValueError("a format whose damaged files are refused")
+    return _MENDING[form.mending](data, opener, form.min_share)
 
 
 @contextmanager
@@ -116,7 +106,7 @@ def _over(image: ImageFile.ImageFile, level: int) -> Image.Image:
     return image
 
 
-def _load_over_backgrounds(data: bytes, opener: Opener, min_share: float = MIN_SHARE) -> Loaded:
+def _load_over_backgrounds(data: bytes, opener: Opener, min_share: float) -> Loaded:
     image, other = _over(opener(data), 0), _over(opener(data), 1)
     return _judged(image, _equal(image, other), min_share)
 
@@ -127,7 +117,7 @@ def _equal(image: Image.Image, other: Image.Image) -> np.ndarray:
     return same.all(axis=2) if same.ndim == 3 else same
 
 
-def _judged(image: Image.Image, there: np.ndarray, min_share: float = MIN_SHARE) -> Loaded:
+def _judged(image: Image.Image, there: np.ndarray, min_share: float) -> Loaded:
     share = float(there.mean())
     if share < min_share:
         raise ValueError(f"{share:.0%} of the picture is there")
@@ -140,14 +130,14 @@ def _judged(image: Image.Image, there: np.ndarray, min_share: float = MIN_SHARE)
 # -- PNG
 
 
-def _load_png(data: bytes, opener: Opener) -> Loaded:
+def _load_png(data: bytes, opener: Opener, min_share: float) -> Loaded:
     """Chunks that do not matter for the picture and have a wrong checksum are left out, as viewers do."""
     mended, skipped = _without_bad_chunks(data)
     try:
         image = opener(mended)
         image.load()
     except Exception:
-        return _load_over_backgrounds(mended, opener)
+        return _load_over_backgrounds(mended, opener, min_share)
     return Loaded(image, f"damaged chunks of the file were skipped: {', '.join(skipped)}")
 
 
@@ -174,7 +164,7 @@ def _checksum(data: bytes, end: int) -> int:
 # -- JPEG
 
 
-def _load_jpeg(data: bytes, opener: Opener) -> Loaded:
+def _load_jpeg(data: bytes, opener: Opener, min_share: float) -> Loaded:
     """With the missing end supplied. In a file of one scan the rows that come without it are there, and the row of
     blocks behind them as far as it goes; one of several scans is whole, if less fine, when each component had one."""
     with _tolerant():
@@ -195,7 +185,7 @@ def _load_jpeg(data: bytes, opener: Opener) -> Loaded:
     there[:] = np.arange(len(there))[:, None] < -(-num_rows // block) * block + block  # some rows come a bit later
     if there.all():
         return Loaded(image, f"the file lacks its end: of its last {block} rows a part may be missing")
-    return _judged(image, there)
+    return _judged(image, there, min_share)
 
 
 def _components_scanned(data: bytes) -> int:
@@ -213,14 +203,14 @@ def _components_scanned(data: bytes) -> int:
 # -- WebP
 
 
-def _load_webp(data: bytes, opener: Opener) -> Loaded:
+def _load_webp(data: bytes, opener: Opener, min_share: float) -> Loaded:
     """The first picture alone, continued in several ways where it ends early: two that decode tell what is there.
 
     Decoders stop at the end of the bytes, so a continuation is longer than what is missing.
     """
     head, name, picture, length = _webp_picture(data)
     missing = length - len(picture)
-    if missing > length * (1 - MIN_SHARE):
+    if missing > length * (1 - _MIN_WEBP_BYTES):
         raise ValueError(f"{missing} of {length} bytes are missing")
     images, until = list[Image.Image](), time.process_time() + _FILLING_S
     for filler in _FILLERS if missing else (b"",):
@@ -235,7 +225,7 @@ def _load_webp(data: bytes, opener: Opener) -> Loaded:
         return Loaded(images[0], WITHOUT_END)
     first, other = images
     rows = _equal(first, other).all(axis=1).cumprod().astype(bool)
-    return _judged(first, np.repeat(rows[:, None], first.width, axis=1), _MIN_SHARES["WEBP"])
+    return _judged(first, np.repeat(rows[:, None], first.width, axis=1), min_share)
 
 
 def _webp_picture(data: bytes) -> tuple[bytes, bytes, bytes, int]:
@@ -258,3 +248,11 @@ def _webp_picture(data: bytes) -> tuple[bytes, bytes, bytes, int]:
 
 def _webp_part(name: bytes, body: bytes) -> bytes:
     return struct.pack("<4sI", name, len(body)) + body + b"\0" * (len(body) % 2)
+
+
+_MENDING: dict[Mending, Callable[[bytes, Opener, float], Loaded]] = {
+    "png": _load_png,
+    "jpeg": _load_jpeg,
+    "webp": _load_webp,
+    "rows": _load_over_backgrounds,
+}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.media.decoder import MediaDecoder
-from qwen3vl_disagg.media.image_headers import ImageInfo
+from qwen3vl_disagg.media.image_formats import ImageInfo
 from qwen3vl_disagg.media.images import check_aspect, probe_image
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import UNKNOWN_FPS, VideoInfo
