@@ -10,10 +10,11 @@ import pytest
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING
 from qwen3vl_disagg.protocol.messages import Ack, Cancel, ItemFailed
 from qwen3vl_disagg.protocol.session_events import Returned, SendFrame
+from tests.support.cases import spread
 from tests.support.link_scenarios import BLOCK, LIMITS, System, describe, make_image, run, running, until
 
 SMALL, LARGE = (64, 64), (128, 128)  # one block and four
-KINDS = pytest.mark.parametrize("kind", ["gloo", "in-process"])
+KINDS = ["gloo", "in-process"]
 ROW, DEEPSTACK_ROW, AUX = 32 * 4 + 4 + 12, 2 * 32 * 4, 64
 
 
@@ -21,9 +22,7 @@ def encoded(system: System) -> int:
     return system.workers[0].num_encoded
 
 
-@KINDS
-@pytest.mark.parametrize("blocks", [1, 2, 3])
-@pytest.mark.parametrize("size", [LARGE, (160, 96), (192, 160)], ids=["16 rows", "15 rows", "30 rows"])
+@spread(blocks=[1, 2, 3], size=[LARGE, (160, 96), (192, 160)], kind=KINDS)
 def test_an_item_larger_than_the_pool_comes_in_parts(blocks, size, kind):
     async def scenario():
         async with running(blocks=blocks, deepstack_blocks=8, kind=kind) as system:
@@ -44,7 +43,7 @@ def test_an_item_larger_than_the_pool_comes_in_parts(blocks, size, kind):
     run(scenario)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("blocks", "deepstack_blocks"), [(1, 1), (3, 2), (2, 3)])
 def test_deepstack_larger_than_its_pool_comes_with_its_rows(blocks, deepstack_blocks, kind):
     async def scenario():
@@ -63,9 +62,7 @@ def test_deepstack_larger_than_its_pool_comes_with_its_rows(blocks, deepstack_bl
     run(scenario)
 
 
-@KINDS
-@pytest.mark.parametrize("end", ["encode", "language"])
-@pytest.mark.parametrize("num_parts", [1, 2, 4])
+@spread(num_parts=[1, 2, 4], end=["encode", "language"], kind=KINDS)
 def test_a_link_that_dies_while_rows_are_held_is_resumed(num_parts, end, kind):
     async def scenario():
         async with running(blocks=1, deepstack_blocks=4, kind=kind) as system:
@@ -91,7 +88,7 @@ def test_a_link_that_dies_while_rows_are_held_is_resumed(num_parts, end, kind):
     run(scenario)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("end", ["encode", "language"])
 def test_rows_consumed_while_there_is_no_link_are_resumed_when_it_is_back(end, kind):
     async def scenario():
@@ -111,10 +108,7 @@ def test_rows_consumed_while_there_is_no_link_are_resumed_when_it_is_back(end, k
     run(scenario)
 
 
-@KINDS
-@pytest.mark.parametrize("is_halfway", [False, True])
-@pytest.mark.parametrize("side", ["encode", "language"])
-@pytest.mark.parametrize("payload", [0, 1, 3])
+@spread(payload=[0, 1, 3], side=["encode", "language"], is_halfway=[False, True], kind=KINDS)
 def test_a_payload_that_breaks_comes_again_over_the_next_link(payload, side, is_halfway, kind):
     limits = msgspec.structs.replace(LIMITS, payload_s=0.5)
     flaws = {"breaks": {side: payload}, "is_halfway": is_halfway}
@@ -253,7 +247,7 @@ def test_rows_whose_lease_has_ended_are_gone():
     run(scenario)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", KINDS)
 def test_requests_of_several_images_share_two_blocks(kind):
     async def scenario():
         async with running(blocks=2, deepstack_blocks=4, kind=kind) as system:
