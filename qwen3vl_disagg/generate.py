@@ -48,12 +48,12 @@ class Generation:
         from qwen3vl_disagg.processing import GenerationDefaults
 
         sampling_of(options, GenerationDefaults(frozenset()))
-        from qwen3vl_disagg.media.decoder import MediaDecoder
+        from qwen3vl_disagg.media.decoding import MediaDecoder
 
         decoder = MediaDecoder()
         if options.image or options.video or options.prompt is None:
             decoder.warm_up()  # while the engine is imported and the weights are read
-        from qwen3vl_disagg.checkpoint.hub import model_name
+        from qwen3vl_disagg.checkpoint.download import model_name
         from qwen3vl_disagg.llm.llm import LLM
 
         self._llm = LLM(

@@ -23,7 +23,7 @@ import tyro
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.assets.scenes import write
 from qwen3vl_disagg.checkpoint import read_config
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.model.moe import SparseMoe, route
 from qwen3vl_disagg.parallel.expert_placement import shard_rows

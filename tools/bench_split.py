@@ -23,7 +23,7 @@ import torch
 import tyro
 
 from qwen3vl_disagg.checkpoint import read_config
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.plan.fit import (
     Compared,

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.checkpoint.folder import (
     CONFIG_FILE,
     Checkpoint,
@@ -30,7 +31,6 @@ from qwen3vl_disagg.checkpoint.folder import (
     read_raw_config,
 )
 from qwen3vl_disagg.checkpoint.fp8 import DEFAULT_BLOCK, SCALE_SUFFIX, num_scales, quantize_matrix
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
 from qwen3vl_disagg.checkpoint.layouts import HEAD, ExpertLayout, Recipe, Shape
 from qwen3vl_disagg.checkpoint.load import whole_model
 from qwen3vl_disagg.checkpoint.write import in_layout, respelled, write_json, write_weights

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qwen3vl_disagg.checkpoint.download import SMALL_FILES
 from qwen3vl_disagg.checkpoint.folder import Checkpoint, file_problem, first_of, open_checkpoint, read_config
 from qwen3vl_disagg.checkpoint.fp8 import SCALE_SUFFIX
-from qwen3vl_disagg.checkpoint.hub import SMALL_FILES
 from qwen3vl_disagg.checkpoint.layouts import HEAD, ExpertLayout, Recipe, Shape, checkpoint_name, plan
 from qwen3vl_disagg.checkpoint.quantize import BLOCK, make_room, quantize_into
 from qwen3vl_disagg.core.devices import resolve_dtype

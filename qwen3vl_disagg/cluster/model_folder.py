@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import msgspec
 
-from qwen3vl_disagg.checkpoint.hub import hub_id, resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import hub_id, resolve_model_folder
 from qwen3vl_disagg.cluster.rendezvous import Published, World, find, meeting_path, publish
 from qwen3vl_disagg.cluster.slots import die_with_parent
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, InputError

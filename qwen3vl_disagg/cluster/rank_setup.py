@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qwen3vl_disagg.checkpoint import fingerprint, read_config
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.cluster.registry import Fingerprint, link_fingerprint
 from qwen3vl_disagg.cluster.rendezvous import RankContext, host_id
 from qwen3vl_disagg.core.devices import resolve_device, resolve_dtype

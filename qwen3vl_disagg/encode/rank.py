@@ -23,7 +23,7 @@ from qwen3vl_disagg.core.logs import start_logging
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.server import EncodeServer
 from qwen3vl_disagg.encode.worker import EncodeWorker
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.processing import VideoProcessor
 from qwen3vl_disagg.protocol.messages import (
     Leaving,

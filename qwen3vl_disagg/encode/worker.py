@@ -22,8 +22,8 @@ from qwen3vl_disagg.core.errors import (
 )
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.tensors import all_finite
-from qwen3vl_disagg.kernels.compiled import GraphCounts, compile_options, first_alone
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.kernels.compiling import GraphCounts, compile_options, first_alone
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.model import ModelConfig, Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.vision import VisionTower

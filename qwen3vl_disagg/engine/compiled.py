@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from qwen3vl_disagg.core.environment import GRAPHS, variable
-from qwen3vl_disagg.kernels.compiled import GraphCounts, compile_options, first_alone
+from qwen3vl_disagg.kernels.compiling import GraphCounts, compile_options, first_alone
 from qwen3vl_disagg.kernels.ops import MAX_LINEAR_ROWS
 from qwen3vl_disagg.model import ModelConfig, PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.attention import LayerCache

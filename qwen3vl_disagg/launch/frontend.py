@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from qwen3vl_disagg.checkpoint import read_config
-from qwen3vl_disagg.checkpoint.hub import model_name, resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import model_name, resolve_model_folder
 from qwen3vl_disagg.cluster.hub import Hub
 from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.rendezvous import RankContext

@@ -6,7 +6,7 @@ import functools
 import os
 from dataclasses import replace
 
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.checkpoint.load import check_folder
 from qwen3vl_disagg.cluster.model_folder import shared_model_folder
 from qwen3vl_disagg.cluster.rank_setup import run_threaded

@@ -11,7 +11,7 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.checkpoint.load import check_folder
 from qwen3vl_disagg.cluster.hub_client import ask_to_end
 from qwen3vl_disagg.cluster.job_memory import JobMemory

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from qwen3vl_disagg.checkpoint import load_language_model, load_vision_model
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.checkpoint.load import check_folder
 from qwen3vl_disagg.core.devices import DTYPES, resolve_compile, resolve_device
 from qwen3vl_disagg.core.errors import DisaggError, InputError
@@ -22,7 +22,7 @@ from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.llm.local import LocalTransfer
 from qwen3vl_disagg.llm.requests import Ended, LocalRequests
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.parallel.kv_room import measured_room
 from qwen3vl_disagg.processing import AnswerParts, AnswerReason, Parts, Processor, ToolCall, parse_tools

@@ -1,6 +1,6 @@
 """Clips -> RGB frames with PyAV, which is imported on first use (extra `video`).
 
-Runs in a decoding child; other processes ask qwen3vl_disagg.media.decoder. Only containers and codecs of the two lists
+Runs in a decoding child; other processes ask qwen3vl_disagg.media.decoding. Only containers and codecs of the two lists
 below, read from memory: nothing that names another file or address is ever opened.
 
 Times are those of the packets; what the headers declare about rate, duration and number of frames is not believed.

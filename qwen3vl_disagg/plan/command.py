@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from qwen3vl_disagg.checkpoint import read_config
-from qwen3vl_disagg.checkpoint.hub import model_name, resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import model_name, resolve_model_folder
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.options import PlanOptions
 from qwen3vl_disagg.plan.fit import FITTED, STAGES, compare, fit, read_measurements
@@ -17,7 +17,7 @@ from qwen3vl_disagg.plan.hardware import load_hardware
 from qwen3vl_disagg.plan.presets import PRESETS
 from qwen3vl_disagg.plan.report import Report, Subject
 from qwen3vl_disagg.plan.sizing import MAX_RANKS, Split, Workload, best, plan
-from qwen3vl_disagg.processing.images import ImageProcessor, smart_resize
+from qwen3vl_disagg.processing.patches import ImageProcessor, smart_resize
 
 MAX_SIDE = 1 << 16
 

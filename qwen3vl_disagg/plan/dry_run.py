@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from qwen3vl_disagg.checkpoint import Checkpoint, check_weights, open_checkpoint, read_config
+from qwen3vl_disagg.checkpoint.download import hub_id, model_name, resolve_model_folder
 from qwen3vl_disagg.checkpoint.fp8 import SCALE_SUFFIX
-from qwen3vl_disagg.checkpoint.hub import hub_id, model_name, resolve_model_folder
 from qwen3vl_disagg.checkpoint.layouts import HEAD
 from qwen3vl_disagg.checkpoint.quantize import make_room
 from qwen3vl_disagg.core.devices import resolve_dtype

@@ -11,17 +11,17 @@ from typing import Any, Literal
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.image_formats import ImageInfo
 from qwen3vl_disagg.media.images import check_aspect, probe_image
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import UNKNOWN_FPS, VideoInfo
 from qwen3vl_disagg.model.config import VisionConfig
-from qwen3vl_disagg.processing.images import ImageProcessor, smart_resize
+from qwen3vl_disagg.processing.clips import VIDEO_FILE, VideoProcessor, timestamps, unpack_frames
 from qwen3vl_disagg.processing.messages import Media
+from qwen3vl_disagg.processing.patches import ImageProcessor, smart_resize
 from qwen3vl_disagg.processing.positions import Grid
 from qwen3vl_disagg.processing.prompt_options import NO_OPTIONS, MediaOptions
-from qwen3vl_disagg.processing.video import VIDEO_FILE, VideoProcessor, timestamps, unpack_frames
 
 MAX_STILL_PIXELS = 2**31
 """To decode for one request, in images and in lists of frames: 768 frames of 1080p fit."""

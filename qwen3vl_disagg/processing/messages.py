@@ -24,11 +24,11 @@ from PIL import Image
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media.images import MAX_BYTES, MAX_PIXELS
 from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
+from qwen3vl_disagg.processing.clips import MAX_LIST_FRAMES, pack_frames
 from qwen3vl_disagg.processing.json_values import check_text
 from qwen3vl_disagg.processing.prompt_options import NO_OPTIONS, MediaOptions
 from qwen3vl_disagg.processing.request_fields import FIELDS, Place, check_fields
 from qwen3vl_disagg.processing.tools import read_calls, read_id
-from qwen3vl_disagg.processing.video import MAX_LIST_FRAMES, pack_frames
 
 ROLES = ("system", "user", "assistant", "tool")
 _OTHER_NAMES = {"developer": "system", "function": "tool"}

@@ -10,13 +10,14 @@ from typing import Any
 from qwen3vl_disagg.core.errors import CheckpointError, InputError, attempt
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import ImageResize
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.model.config import ModelConfig
+from qwen3vl_disagg.processing.clips import VideoProcessor
 from qwen3vl_disagg.processing.generation import GenerationDefaults
-from qwen3vl_disagg.processing.images import ImageProcessor
 from qwen3vl_disagg.processing.media_plan import MediaPlanner, Plan
 from qwen3vl_disagg.processing.messages import parse_messages
+from qwen3vl_disagg.processing.patches import ImageProcessor
 from qwen3vl_disagg.processing.prompt_options import PromptOptions
 from qwen3vl_disagg.processing.template import ChatTemplate, PromptPiece, strings_of
 from qwen3vl_disagg.processing.tokenizer import (
@@ -29,7 +30,6 @@ from qwen3vl_disagg.processing.tokenizer import (
     Tokenizer,
     TooManyTokens,
 )
-from qwen3vl_disagg.processing.video import VideoProcessor
 
 SMALL_CHARS = 2**14
 """Text of a prompt that is tokenized without a look at its length: it takes a few milliseconds."""

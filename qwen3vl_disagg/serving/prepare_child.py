@@ -36,7 +36,7 @@ from qwen3vl_disagg.media.child import (
     read_exactly,
     write_all,
 )
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import Processor, Prompt

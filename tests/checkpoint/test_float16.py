@@ -9,7 +9,7 @@ import torch
 
 from qwen3vl_disagg import LLM, cli
 from qwen3vl_disagg.checkpoint import load_language_model, load_vision_model
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import SamplingParams
 from tests.support.weights import edit_json, edit_tensors

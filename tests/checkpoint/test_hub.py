@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg.checkpoint import hub, open_checkpoint
-from qwen3vl_disagg.checkpoint.hub import HubId, hub_id, model_name, resolve_model_folder
+from qwen3vl_disagg.checkpoint import download, open_checkpoint
+from qwen3vl_disagg.checkpoint.download import HubId, hub_id, model_name, resolve_model_folder
 from qwen3vl_disagg.core.errors import InputError
 from tests.support.hub_client import HubClient
 from tests.support.hub_server import TOKEN, Asked, HubServer, Repository
@@ -304,7 +304,7 @@ def test_a_cache_that_cannot_be_written(ask, files, tmp_path):
     ],
 )
 def test_what_the_system_says(number, said):
-    with pytest.raises(InputError) as caught, hub._explained("a/b", "a/b"):
+    with pytest.raises(InputError) as caught, download._explained("a/b", "a/b"):
         raise OSError(number, os.strerror(number))
     assert str(caught.value).startswith(f"--model a/b: {said}")
 

@@ -14,7 +14,7 @@ import pytest
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.pipeline import MAX_PULLED_BYTES, EncodePipeline
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, EncodeSessions
 from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, HeaderOk, NeedItems
 from qwen3vl_disagg.protocol.placement import encode_work

@@ -16,7 +16,7 @@ from qwen3vl_disagg.core.errors import InputError, ServerError, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker
 from qwen3vl_disagg.processing import ImageProcessor, item_positions
-from qwen3vl_disagg.processing.images import PixelSettings
+from qwen3vl_disagg.processing.patches import PixelSettings
 from qwen3vl_disagg.protocol.layout import AUX_FIELDS
 from qwen3vl_disagg.protocol.messages import Grant, Resume, Room
 from qwen3vl_disagg.transport.digest import add_digests

@@ -14,7 +14,7 @@ from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.core.settings import BufferOptions
 from qwen3vl_disagg.engine.engine import EngineOptions
 from qwen3vl_disagg.engine.sequence import Sequence
-from qwen3vl_disagg.processing.video import unpack_frames
+from qwen3vl_disagg.processing.clips import unpack_frames
 from tests.support.clips import encode_clip, noise_frames, png_frames
 from tests.support.oracle import load_oracle
 from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint

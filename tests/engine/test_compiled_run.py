@@ -14,7 +14,7 @@ from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.engine import EngineOptions
 from qwen3vl_disagg.kernels.build import load
-from qwen3vl_disagg.kernels.compiled import GraphCounts
+from qwen3vl_disagg.kernels.compiling import GraphCounts
 from tests.support.images import uri
 
 NUM_REQUESTS = 200

@@ -8,12 +8,12 @@ import time
 import pytest
 import torch
 
-from qwen3vl_disagg.kernels import compiled
+from qwen3vl_disagg.kernels import compiling
 
 
 def enter(folder: str, what: str, seconds: float, queue) -> None:
-    compiled.cache_dir = lambda: folder
-    with compiled.first_alone(what):
+    compiling.cache_dir = lambda: folder
+    with compiling.first_alone(what):
         queue.put(("in", what, time.monotonic()))
         time.sleep(seconds)
         queue.put(("out", what, time.monotonic()))
@@ -54,20 +54,20 @@ def test_nobody_waits_where_everything_is_there(tmp_path):
 
 
 def test_a_first_one_that_fails_leaves_it_to_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiled, "cache_dir", lambda: str(tmp_path))
-    with pytest.raises(RuntimeError), compiled.first_alone("a"):
+    monkeypatch.setattr(compiling, "cache_dir", lambda: str(tmp_path))
+    with pytest.raises(RuntimeError), compiling.first_alone("a"):
         raise RuntimeError
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
     assert run(tmp_path, ["a", "a"])[0] == 1
 
 
 def test_artifacts_of_another_number_of_threads_are_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiled, "cache_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(compiling, "cache_dir", lambda: str(tmp_path))
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            with compiled.first_alone("a"):
+            with compiling.first_alone("a"):
                 pass
     finally:
         torch.set_num_threads(before)

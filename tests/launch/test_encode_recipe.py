@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.launch import join
 from recipes import encode

@@ -17,7 +17,7 @@ from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker
 from qwen3vl_disagg.llm.local import ItemError, LocalTransfer
 from qwen3vl_disagg.processing import ImageProcessor
-from qwen3vl_disagg.processing.images import PixelSettings
+from qwen3vl_disagg.processing.patches import PixelSettings
 from qwen3vl_disagg.protocol.session_events import Recall
 from qwen3vl_disagg.transport.buffers import Delivery
 from qwen3vl_disagg.transport.links import InProcessLink

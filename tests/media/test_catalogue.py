@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from qwen3vl_disagg.core.errors import DisaggError
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.image_formats import FORMATS
 from qwen3vl_disagg.media.images import probe_image
 from tests.support.media_bytes import SIZE

@@ -17,7 +17,7 @@ from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.media.child import ChildFailed
-from qwen3vl_disagg.media.decoder import MediaDecoder, _checked
+from qwen3vl_disagg.media.decoding import MediaDecoder, _checked
 from qwen3vl_disagg.media.video import (
     VideoInfo,
     end_note,
@@ -27,7 +27,7 @@ from qwen3vl_disagg.media.video import (
     sniff_container,
     video_frames,
 )
-from qwen3vl_disagg.processing.video import nearest_frames
+from qwen3vl_disagg.processing.clips import nearest_frames
 from tests.processing.test_video import SAMPLER, reference
 from tests.support.clips import published_video_processor
 from tests.support.media_bytes import clip, ordinary_priority

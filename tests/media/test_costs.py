@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.images import decode_rgb
-from qwen3vl_disagg.processing.images import PixelTransform
+from qwen3vl_disagg.processing.patches import PixelTransform
 from tests.support.media_bytes import clip
 
 pytestmark = pytest.mark.acceptance

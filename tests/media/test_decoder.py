@@ -20,7 +20,7 @@ import pytest
 
 from qwen3vl_disagg.core.errors import InputError, MediaTimeout, ServerError, UnavailableError
 from qwen3vl_disagg.media import child as child_module
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.images import decode_rgb
 from qwen3vl_disagg.media.sandbox import MAX_MEMORY
 from tests.support.media_bytes import clip
@@ -284,7 +284,7 @@ def test_a_child_has_limits_and_no_secrets(monkeypatch, decoder):
 def test_a_child_goes_with_its_parent(is_busy):
     code = """
         import os, signal, sys, threading, time
-        from qwen3vl_disagg.media.decoder import MediaDecoder
+        from qwen3vl_disagg.media.decoding import MediaDecoder
         from tests.support.media_bytes import clip
         from tests.support.media_images import jpeg
         decoder = MediaDecoder()

@@ -211,7 +211,7 @@ def test_the_header_tells_the_size_of_every_good_image():
 def test_the_room_needs_no_torch():
 
     code = (
-        "import sys; from qwen3vl_disagg.media import child, decoder, images, video; "
+        "import sys; from qwen3vl_disagg.media import child, decoding, images, video; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'av')))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.images import decode_rgb, probe_image
 from tests.support.media_bytes import encode, exif, picture
 

@@ -12,7 +12,7 @@ from PIL import Image
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.images import decode_rgb
 from tests.support.media_bytes import after_start, chunk, encode, exif
 

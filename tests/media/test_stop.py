@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import Slots, Stopped, StopSignal
 from tests.support.media_bytes import clip
 from tests.support.media_children import is_there, num_open, once_ready, runs, with_each_job

@@ -15,7 +15,7 @@ from transformers.video_utils import VideoMetadata
 
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.requests import SamplingParams
-from qwen3vl_disagg.processing.images import read_section
+from qwen3vl_disagg.processing.patches import read_section
 from tests.processing.test_resize import GOLDEN as IMAGES
 from tests.processing.test_video import GOLDEN
 from tests.support.clips import encode_clip, noise_frames, png_frames, published_video_processor

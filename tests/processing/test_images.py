@@ -14,11 +14,11 @@ from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.images import decode_rgb, probe_image
 from qwen3vl_disagg.plan.presets import PRESETS
 from qwen3vl_disagg.processing import ImageProcessor
-from qwen3vl_disagg.processing.images import PixelSettings, smart_resize
+from qwen3vl_disagg.processing.patches import PixelSettings, smart_resize
 from tests.support.media_bytes import png_claiming
 
 VISION = PRESETS["30b-a3b"].vision

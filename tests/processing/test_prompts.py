@@ -15,7 +15,7 @@ from PIL import Image
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.processing import ChatTemplate, GenerationDefaults, ImageProcessor, Processor, Tokenizer
-from qwen3vl_disagg.processing.images import PixelSettings
+from qwen3vl_disagg.processing.patches import PixelSettings
 from tests.support.random_model import small_config
 from tests.support.tokenizer import write_tokenizer
 

@@ -24,8 +24,8 @@ from qwen3vl_disagg.encode.rank import load_worker
 from qwen3vl_disagg.options import ServeOptions
 from qwen3vl_disagg.plan.presets import PRESETS
 from qwen3vl_disagg.processing import ImageProcessor
-from qwen3vl_disagg.processing.images import PixelSettings, PixelTransform
-from qwen3vl_disagg.processing.video import VideoProcessor
+from qwen3vl_disagg.processing.clips import VideoProcessor
+from qwen3vl_disagg.processing.patches import PixelSettings, PixelTransform
 from tests.support.clips import VISION, encode_clip, noise_frames, png_frames
 
 BOUNDS = {"min_pixels": 65536, "max_pixels": 16777216}

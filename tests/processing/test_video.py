@@ -22,11 +22,11 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from qwen3vl_disagg.core.errors import CheckpointError, InputError, ServerError
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.model import VisionConfig
-from qwen3vl_disagg.processing.images import PixelSettings
-from qwen3vl_disagg.processing.video import VideoProcessor, pack_frames, smart_resize_video, timestamps
+from qwen3vl_disagg.processing.clips import VideoProcessor, pack_frames, smart_resize_video, timestamps
+from qwen3vl_disagg.processing.patches import PixelSettings
 from tests.support.clips import VISION, noise_frames, published_video_processor
 
 # Through the package it would be a stand-in that asks for torchvision.

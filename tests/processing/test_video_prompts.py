@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.images import probe_image
 from qwen3vl_disagg.media.stop import Stopped, StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
@@ -29,9 +29,9 @@ from qwen3vl_disagg.processing import (
     Tokenizer,
     media_plan,
 )
-from qwen3vl_disagg.processing.images import PixelSettings
+from qwen3vl_disagg.processing.clips import VideoProcessor
 from qwen3vl_disagg.processing.messages import has_clips
-from qwen3vl_disagg.processing.video import VideoProcessor
+from qwen3vl_disagg.processing.patches import PixelSettings
 from tests.support.clips import VISION, encode_clip, noise_frames, png_frames
 from tests.support.random_model import small_config
 from tests.support.tokenizer import write_tokenizer

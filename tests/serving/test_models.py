@@ -7,7 +7,7 @@ import json
 import pytest
 
 from qwen3vl_disagg.checkpoint import read_config
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.settings import BufferOptions, HttpOptions, ModelOptions
 from qwen3vl_disagg.launch.serve import check_checkpoint

@@ -18,9 +18,9 @@ import pytest
 from starlette.applications import Starlette
 
 from qwen3vl_disagg.checkpoint import read_config
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.core.errors import MediaTimeout
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import Processor

@@ -10,7 +10,7 @@ import pytest
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.sampling_params import OPTIONS
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import ChatTemplate, Processor, Prompt

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from qwen3vl_disagg.model import VisionConfig
-from qwen3vl_disagg.processing.images import PixelSettings
-from qwen3vl_disagg.processing.video import VideoProcessor
+from qwen3vl_disagg.processing.clips import VideoProcessor
+from qwen3vl_disagg.processing.patches import PixelSettings
 
 VISION = VisionConfig(
     depth=1,

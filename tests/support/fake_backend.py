@@ -11,7 +11,7 @@ from typing import Any
 from starlette.testclient import TestClient
 
 from qwen3vl_disagg.checkpoint import read_config
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, Readiness, TokenEvent
 from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.core.errors import DisaggError, UnavailableError

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from qwen3vl_disagg.checkpoint import read_config
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.cluster.hub import Hub
 from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.media_store import MediaStore

@@ -55,7 +55,7 @@ class HubClient:
 
 
 def _answer(model: str, weights: bool, num_ranks: int, env: Mapping[str, str], rank: int) -> dict[str, Any]:
-    from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+    from qwen3vl_disagg.checkpoint.download import resolve_model_folder
     from qwen3vl_disagg.cluster.model_folder import shared_model_folder
     from qwen3vl_disagg.cluster.rendezvous import World
     from qwen3vl_disagg.core.logs import start_logging

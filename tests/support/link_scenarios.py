@@ -26,7 +26,7 @@ from qwen3vl_disagg.language.link_server import LinkServer
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.media.images import probe_image
 from qwen3vl_disagg.processing import ImageProcessor
-from qwen3vl_disagg.processing.images import PixelSettings
+from qwen3vl_disagg.processing.patches import PixelSettings
 from qwen3vl_disagg.protocol.messages import (
     Assign,
     Blob,

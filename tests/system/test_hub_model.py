@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from tests.support.hub_server import HubServer, Repository
 from tests.support.server import REPO, Job, Server
 

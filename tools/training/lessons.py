@@ -36,7 +36,7 @@ from qwen3vl_disagg.assets.scenes import (
 )
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.model import ForwardBatch, Qwen3VLMoeForConditionalGeneration, separate_deepstack, splice_visual
-from qwen3vl_disagg.processing.images import ImageProcessor
+from qwen3vl_disagg.processing.patches import ImageProcessor
 from qwen3vl_disagg.processing.positions import Grid, mrope_positions
 from tools.training.folder import read_config
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import ImageResize
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.images import MAX_ASPECT
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.model.config import VisionConfig
-from qwen3vl_disagg.processing.images import (
+from qwen3vl_disagg.processing.patches import (
     PixelSettings,
     PixelTransform,
     check_size,

@@ -23,7 +23,7 @@ from qwen3vl_disagg.core.errors import ENCODE_ERROR, CheckpointError, ServerErro
 from qwen3vl_disagg.core.json_text import parse_json
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import ImageResize
-from qwen3vl_disagg.media.decoder import MediaDecoder
+from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.images import check_aspect, decode_rgb
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.model.config import VisionConfig
