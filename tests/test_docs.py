@@ -120,6 +120,12 @@ def test_tables_are_those_of_the_code(page):
     assert write_tables(text, page) == text, f"python -m tools.doc_tables {page}"
 
 
+def test_the_death_of_an_encode_rank_goes_through_functions_that_exist():
+    [(_, steps)] = ways((ROOT / "docs" / "transfer.md").read_text()).items()
+    assert len(steps) > 10
+    assert [f"{file}: {name}" for file, name in steps if not has_function(PACKAGE / file, name)] == []
+
+
 def test_pages_that_code_names_exist():
     files = [path for name in ("qwen3vl_disagg", "recipes", "tools", "tests") for path in (ROOT / name).rglob("*.py")]
     named = {(path, name) for path in files for name in PAGE_NAME.findall(path.read_text())}

@@ -12,6 +12,7 @@ import torch
 from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.rendezvous import Layout, host_id, parent_of
 from qwen3vl_disagg.core.errors import HandshakeError
+from qwen3vl_disagg.core.sampling_params import OPTIONS
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.processing import ImageProcessor
 from qwen3vl_disagg.protocol.layout import RowSizes
@@ -39,6 +40,7 @@ def link_fingerprint(
         "deepstack_levels": str(levels),
         "dtype": str(dtype).removeprefix("torch."),
         "block_size": str(block_size),
+        "sampling": " ".join(OPTIONS),  # a rank would pass over an option that it does not know
         **{f"row_bytes.{name}": str(getattr(sizes, name)) for name in sizes.__dataclass_fields__},
     }
 

@@ -326,7 +326,7 @@ class Header(OfAttempt, frozen=True):
 
 
 class HeaderOk(OfAttempt, frozen=True):
-    """Language -> encode: the receives are posted, send."""
+    """Language -> encode: the header is as it should be, send. The link's thread posts the receives, maybe later."""
 
     row_start: int
 

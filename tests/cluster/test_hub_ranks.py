@@ -157,6 +157,7 @@ async def test_readiness_names_what_is_missing():
         ({"token": ""}, "token"),
         ({"fingerprint": {**FINGERPRINT, "dtype": "bfloat16"}}, "dtype"),
         ({"fingerprint": {"dtype": "float32"}}, "hidden_size"),
+        ({"fingerprint": {**FINGERPRINT, "sampling": "temperature"}}, "sampling"),
         ({"rank": 3}, "rank"),
     ],
 )
