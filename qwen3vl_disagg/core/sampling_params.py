@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.readers import Flag, Number, Strings, TokenNumbers, ValueKind
 
 Route = Literal["chat"]
@@ -61,6 +62,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Whose request it is, as a digest: prefixes are shared among equal ones only."""
     logprobs: int | None = None
     """None: none. K >= 0: each token's logprob and the K most likely ones, from the raw distribution."""
+    grammar: Grammar | None = None
+    """What the answer must be. An end token comes only where it is whole, and there also in spite of `min_tokens` and
+    `ignore_eos` if nothing else may. An answer that is cut, by its length or a stop string, may not be whole."""
 
     def __post_init__(self) -> None:
         for name, option in OPTIONS.items():
@@ -71,7 +75,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             problem = f"min_tokens is {self.min_tokens}, but only {self.max_new_tokens} may come"
             raise InputError(problem, param="min_tokens")
         for name, kind in NO_OPTIONS.items():
-            if not isinstance(getattr(self, name), kind):
+            if getattr(self, name) is not DEFAULTS[name] and not isinstance(getattr(self, name), kind):
                 raise InputError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}", param=name)
 
 
@@ -80,7 +84,7 @@ DEFAULTS: dict[str, Any] = {
     for field in msgspec.structs.fields(SamplingParams)
 }
 """None: it may be None."""
-NO_OPTIONS: dict[str, type] = {"is_open_ended": bool, "cache_salt": str}
+NO_OPTIONS: dict[str, type] = {"is_open_ended": bool, "cache_salt": str, "grammar": Grammar}
 """Fields that follow from the rest of a request; what they are."""
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -18,6 +19,8 @@ from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, ServerE
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.core.spans import span
+from qwen3vl_disagg.engine.grammars import PATIENCE_S, Grammars, no_grammars
+from qwen3vl_disagg.engine.masks import Mask
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.runner import AttentionChoice, BadRows, ModelRunner
 from qwen3vl_disagg.engine.sampler import Sampler
@@ -74,6 +77,8 @@ class NotFinite(ArithmeticError):
 
 Pick = tuple[Sequence, int, TokenLogprob | None]
 """The token that comes next, and its logprobs where they are asked for."""
+Broken = tuple[Sequence, Exception]
+"""A request that cannot go on, and why."""
 
 
 class StepFailed(BaseException):
@@ -110,6 +115,7 @@ class Engine:
         room: KvRoom | None = None,
         language_rank: int = 0,
         progress: bool = False,
+        grammars: Grammars | None = None,
     ) -> None:
         self.config, self.eos_ids, self.language_rank = model.config, eos_ids, language_rank
         self.options = options or EngineOptions()
@@ -128,6 +134,12 @@ class Engine:
         self.scheduler = Scheduler(pool, self.options)
         banned = (self.config.image_token_id, self.config.video_token_id)
         self.sampler = Sampler(banned_ids=banned, eos_ids=eos_ids)
+        self.grammars = grammars
+        self._compiling: dict[str, Sequence] = {}
+        """Requests whose grammars are not there yet; they are queued when they are."""
+        self._is_ready = threading.Event()
+        self.on_ready: Callable[[], None] = self._is_ready.set
+        """Called by other threads, when a grammar is compiled or a mask is there that a step did not wait for."""
         self._notes: dict[object, str] = {}
         """By content address: items whose rows are in the cache are not sent again, and what is missing of them stays.
         """
@@ -144,11 +156,20 @@ class Engine:
 
     @property
     def is_empty(self) -> bool:
-        return not self.scheduler.waiting and not self.scheduler.admitted
+        return not self.scheduler.waiting and not self.scheduler.admitted and not self._compiling
+
+    def wait(self, timeout_s: float) -> bool:
+        """Until `on_ready` is called, for who has nothing else to do. False if there is nothing to wait for."""
+        if not self._compiling and not any(s.masks and s.masks.is_late for s in self.scheduler.admitted.values()):
+            return False
+        self._is_ready.wait(timeout_s)
+        return True
 
     def add(self, request_id: str, token_ids: list[int], items: list[VisualItem], sampling: SamplingParams) -> None:
-        """Queue a request. InputError if it can never run."""
+        """Queue a request, one with a grammar once that is compiled. InputError if it can never run."""
         text = self.config.text
+        if sampling.grammar is not None and self.grammars is None:
+            raise no_grammars(sampling.grammar.param)
         if not token_ids or min(token_ids) < 0 or max(token_ids) >= text.vocab_size:
             raise InputError(f"token ids must be in 0..{text.vocab_size - 1} and at least one", param="messages")
         if sampling.is_open_ended:
@@ -178,7 +199,13 @@ class Engine:
         for index, item in enumerate(items):
             if note := self._notes.get(item.content):
                 sequence.item_timings[index] = ItemTimings(rows=item.num_rows, note=note)
-        self.scheduler.add(sequence)
+        if sampling.grammar is None or self.grammars is None:
+            self.scheduler.add(sequence)
+            return
+        self.scheduler.check(sequence)
+        sequence.masks = self.grammars.start(sampling.grammar, token_ids)
+        self._compiling[request_id] = sequence
+        sequence.masks.on_compiled(self.on_ready)
 
     def _check_placeholders(self, token_ids: list[int], items: list[VisualItem]) -> None:
         kinds = {"image": self.config.image_token_id, "video": self.config.video_token_id}
@@ -231,6 +258,7 @@ class Engine:
     def reset(self) -> None:
         """Forget all requests, and what the pages hold."""
         pool = self.scheduler.pool
+        self._compiling.clear()
         self.scheduler = Scheduler(PagePool(pool.num_pages, pool.page_size, keep=pool.keep), self.options)
 
     def set_short_of_room(self, is_short: bool) -> None:
@@ -239,17 +267,35 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, if it is known."""
+        sequence = self._compiling.pop(request_id, None)
+        if sequence is not None and sequence.masks is not None:
+            sequence.masks.drop()
         self.scheduler.remove(request_id)
 
     def admit(self) -> list[EngineEvent]:
         """Take in what fits. `step` does it too; this is for those who cannot run a step yet."""
-        events: list[EngineEvent] = []
+        self._is_ready.clear()
+        events = self._take_compiled()
         for sequence in self.scheduler.admit():
             sequence.admitted_at = sequence.admitted_at or time.monotonic()
             lacking = [i for i, item in enumerate(sequence.items) if sequence.first_row(i) < item.num_rows]
             if lacking:
                 first_rows = [sequence.first_row(index) for index in lacking]
                 events.append(NeedItems(request_id=sequence.request_id, items=lacking, first_rows=first_rows))
+        return events
+
+    def _take_compiled(self) -> list[EngineEvent]:
+        """Queue those whose grammars are there, and fail those whose grammars are none."""
+        events: list[EngineEvent] = []
+        for sequence in list(self._compiling.values()):
+            if sequence.masks is None or not sequence.masks.is_compiled:
+                continue
+            del self._compiling[sequence.request_id]
+            try:
+                sequence.masks.begin()
+                self.scheduler.add(sequence)
+            except Exception as error:
+                events += self._fail([sequence], error)
         return events
 
     def outlook(self, step: int) -> Outlook:
@@ -274,13 +320,13 @@ class Engine:
         try:
             with span("decode", tokens=len(step.decode)), _fatal_where(dispatch):
                 logits = self.runner.decode(step.decode, dispatch)
-            picks, broken = self._pick(logits, step.decode)
+            picks, broken = self._pick(logits, step.decode, None if len(step.decode) == 1 else PATIENCE_S)
         except (RuntimeError, ValueError) as error:
             return events + self._fail(step.decode, error)
         for sequence, _, _ in picks:
             sequence.num_cached += 1
             self.scheduler.remember(sequence)
-        return events + self._accept(picks) + self._fail(broken, NotFinite())
+        return events + self._accept(picks) + self._fail_each(broken)
 
     def _take_part(self, dispatch: DispatchPlan | None) -> None:
         if dispatch is not None:
@@ -304,19 +350,19 @@ class Engine:
                     if not chunks:
                         self._take_part(dispatch)
                         return events
-            picks, broken = self._pick(logits, [chunk.sequence for chunk in chunks if chunk.is_last])
+            picks, broken = self._pick(logits, [chunk.sequence for chunk in chunks if chunk.is_last], None)
             is_sound = is_sound_M.tolist()  # for chunks that end no prompt this is the wait
         except (RuntimeError, ValueError) as error:
             return events + self._fail([chunk.sequence for chunk in chunks], error)
         now = time.monotonic()
         others = [chunk.sequence for chunk in chunks if not chunk.is_last]
-        broken += [sequence for sequence, ok in zip(others, is_sound, strict=True) if not ok]
-        lost = {sequence.request_id for sequence in broken}
+        broken += [(sequence, NotFinite()) for sequence, ok in zip(others, is_sound, strict=True) if not ok]
+        lost = {sequence.request_id for sequence, _ in broken}
         for chunk in chunks:
             chunk.sequence.prefill_s += now - started
             if chunk.sequence.request_id not in lost:
                 events += self._advance(chunk)
-        return events + self._accept(picks) + self._fail(broken, NotFinite())
+        return events + self._accept(picks) + self._fail_each(broken)
 
     def _advance(self, chunk: Chunk) -> list[EngineEvent]:
         """The chunk is in the cache: its rows are used."""
@@ -330,14 +376,28 @@ class Engine:
                 del sequence.rows[index]
         return events
 
-    def _pick(self, logits: Tensor, batch: list[Sequence]) -> tuple[list[Pick], list[Sequence]]:
-        """The next token of each sequence from `[B, V]`, and those whose logits are not finite."""
+    def _pick(self, logits: Tensor, batch: list[Sequence], patience_s: float | None) -> tuple[list[Pick], list[Broken]]:
+        """The next token of each sequence from `[B, V]`, and those that have none because logits are not finite or a
+        grammar cannot go on. One whose mask is not there within `patience_s` has none yet, and is in neither."""
         if not batch:
             return [], []
-        token_ids, entries = self.sampler.sample(logits, [s.sampling_row for s in batch])
-        rows = list(zip(batch, token_ids, entries, strict=True))
+        masks: list[Mask | None] = []
+        broken: list[Broken] = []
+        skipped: set[str] = set()
+        for sequence in batch:
+            mask = None
+            if sequence.masks is not None:
+                try:
+                    mask = sequence.masks.take(patience_s, self.on_ready)
+                except Exception as error:  # one request's grammar is not the batch's
+                    broken.append((sequence, error))
+                if mask is None:
+                    skipped.add(sequence.request_id)
+            masks.append(mask)
+        token_ids, entries = self.sampler.sample(logits, [s.sampling_row for s in batch], masks)
+        rows = [row for row in zip(batch, token_ids, entries, strict=True) if row[0].request_id not in skipped]
         picks = [(sequence, token_id, entry) for sequence, token_id, entry in rows if token_id is not None]
-        return picks, [sequence for sequence, token_id, _ in rows if token_id is None]
+        return picks, broken + [(sequence, NotFinite()) for sequence, token_id, _ in rows if token_id is None]
 
     def _accept(self, picks: list[Pick]) -> list[EngineEvent]:
         """One more token for each sequence; the end of those that are done."""
@@ -366,6 +426,16 @@ class Engine:
                 events.append(
                     Finished(request_id=sequence.request_id, finish_reason=sequence.finish_reason, timings=timings)
                 )
+            elif sequence.masks is not None:
+                sequence.masks.advance(token_id)
+        return events
+
+    def _fail_each(self, broken: list[Broken]) -> list[EngineEvent]:
+        """End these, those of one kind of failure together."""
+        events = self._fail([sequence for sequence, error in broken if isinstance(error, NotFinite)], NotFinite())
+        for sequence, error in broken:
+            if not isinstance(error, NotFinite):
+                events += self._fail([sequence], error)
         return events
 
     def _fail(self, batch: list[Sequence], error: Exception) -> list[EngineEvent]:

@@ -4,7 +4,7 @@ The steps, in the order of vLLM's sampler (v1/sample/sampler.py), whose filters 
 
 1. logprobs, for those who want them, from the raw logits
 2. logit bias, then the penalties: repetition, frequency, presence
-3. bans: placeholders always, end tokens where they are ignored or come too early
+3. bans: placeholders always, end tokens where they are ignored or come too early, and what a grammar does not let come
 4. greedy rows: the largest logit
 5. the others: temperature, top-k, top-p, min-p; then the request's one random number picks from what is left
 
@@ -20,10 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.requests import TokenLogprob
+from qwen3vl_disagg.engine.masks import Mask
 from qwen3vl_disagg.engine.penalties import Penalties, upload
 from qwen3vl_disagg.engine.sampling import SamplingPlan, SamplingRow, SortedRows
 
@@ -46,13 +48,13 @@ class Sampler:
         self._penalties = Penalties()
 
     def sample(
-        self, logits_BV: Tensor, rows: Sequence[SamplingRow]
+        self, logits_BV: Tensor, rows: Sequence[SamplingRow], masks: Sequence[Mask | None] | None = None
     ) -> tuple[list[int | None], list[TokenLogprob | None]]:
         """Token ids, None where a logit of the row is not finite, and, where asked for, logprobs of the raw
-        distribution."""
+        distribution. `masks`: see `SamplingPlan.of`."""
         if len(rows) != len(logits_BV):
             raise ValueError(f"{len(logits_BV)} rows of logits for {len(rows)} requests")
-        plan = SamplingPlan.of(rows, vocab_size=logits_BV.shape[1], eos_ids=self.eos_ids)
+        plan = SamplingPlan.of(rows, vocab_size=logits_BV.shape[1], eos_ids=self.eos_ids, masks=masks)
         # The step's only wait for the device, after all of its work is queued: the next step's input and the answer
         # both need the ids on the host.
         return unpack(self.run(logits_BV, plan).tolist(), plan)
@@ -80,7 +82,7 @@ class Sampler:
         """Steps 2 and 3, in a copy."""
         if self._banned.device != logits_BV.device:
             self._banned = self._banned.to(logits_BV.device)  # once
-        if not plan.penalized and not plan.bans:
+        if not plan.penalized and not plan.bans and not plan.masked:
             return logits_BV.index_fill(1, self._banned, float("-inf"))
         masked_BV = logits_BV.clone()
         if plan.penalized:
@@ -88,7 +90,30 @@ class Sampler:
         if plan.bans:
             [places] = upload([plan.bans], logits_BV.device)
             masked_BV.view(-1).index_fill_(0, places.long(), float("-inf"))
+        if plan.masked:
+            apply_masks(masked_BV, plan.masked, plan.masks)
         return masked_BV.index_fill_(1, self._banned, float("-inf"))
+
+
+def apply_masks(logits_BV: Tensor, rows: Sequence[int], masks: Sequence[Mask]) -> None:
+    """What may not come in these rows becomes minus infinity, in place."""
+    vocab_size = logits_BV.shape[1]
+    if logits_BV.device.type == "cpu":  # row by row: what is worked on stays in the core's cache
+        for b, mask in zip(rows, masks, strict=True):
+            is_out = np.unpackbits(~mask.bits, count=vocab_size, bitorder="little").view(np.bool_)
+            logits_BV[b].masked_fill_(torch.from_numpy(is_out), float("-inf"))
+        return
+    bits_GW = torch.from_numpy(np.stack([mask.bits for mask in masks]))
+    fill_by_bits(logits_BV, torch.tensor(rows), bits_GW.pin_memory() if logits_BV.is_cuda else bits_GW)
+
+
+def fill_by_bits(logits_BV: Tensor, rows_G: Tensor, bits_GW: Tensor) -> None:
+    """The same on a device: the bits, `[G, W]` uint8 on the host, are taken apart there."""
+    device = logits_BV.device
+    bits_GW, rows_G = bits_GW.to(device, non_blocking=True), rows_G.to(device, non_blocking=True)
+    bits_GW8 = bits_GW[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device)
+    is_in_GV = (bits_GW8 & 1).bool().flatten(1)[:, : logits_BV.shape[1]]
+    logits_BV.index_copy_(0, rows_G, logits_BV.index_select(0, rows_G).masked_fill(~is_in_GV, float("-inf")))
 
 
 def weigh(logits_SV: Tensor, settings: Sequence[Tensor], plan: SamplingPlan) -> Tensor:

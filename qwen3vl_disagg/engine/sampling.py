@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.engine.masks import Mask
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM: dividing by them would overflow."""
@@ -85,6 +86,9 @@ class SamplingPlan:
     requests: list[SamplingRow]
     bans: list[int]
     """Places (b * V + token id) of end tokens that may not come."""
+    masked: list[int]
+    """Rows of which only some tokens may come, and `masks`: which."""
+    masks: list[Mask]
     picked: list[int]
     """Rows that are sampled; the others are greedy."""
     settings: tuple[list[float], ...]
@@ -96,15 +100,24 @@ class SamplingPlan:
     num_top: list[int]
 
     @classmethod
-    def of(cls, rows: Sequence[SamplingRow], *, vocab_size: int, eos_ids: Sequence[int]) -> SamplingPlan:
+    def of(
+        cls,
+        rows: Sequence[SamplingRow],
+        *,
+        vocab_size: int,
+        eos_ids: Sequence[int],
+        masks: Sequence[Mask | None] | None = None,
+    ) -> SamplingPlan:
+        """`masks`: for each row which tokens may come, None for all. Where nothing but an end may, it is not banned."""
         settings: tuple[list[float], ...] = ([], [], [], [], [])
         penalized, bans, picked, told, num_top = (list[int]() for _ in range(5))
         by_size: dict[int, list[tuple[int, int, bool]]] = {}
-        for b, row in enumerate(rows):
+        by_row = masks or [None] * len(rows)
+        for b, (row, mask) in enumerate(zip(rows, by_row, strict=True)):
             params = row.params
             if row.has_penalties:
                 penalized.append(b)
-            if row.bans_end:
+            if row.bans_end and not (mask is not None and mask.is_end_only):
                 bans += [b * vocab_size + token_id for token_id in eos_ids]
             if params.logprobs is not None:
                 told.append(b)
@@ -125,6 +138,8 @@ class SamplingPlan:
             penalized=penalized,
             requests=[rows[b] for b in penalized],
             bans=bans,
+            masked=[b for b, mask in enumerate(by_row) if mask is not None],
+            masks=[mask for mask in by_row if mask is not None],
             picked=picked,
             settings=settings,
             sorted=[

@@ -74,7 +74,14 @@ class Scheduler:
         self._prefilled_last = False
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a request. InputError if the whole pool would be too small for it."""
+        """Queue a request. InputError as `check` has it."""
+        self.check(sequence)
+        self._num_arrived += 1
+        sequence.order = self._num_arrived
+        self.waiting.append(sequence)
+
+    def check(self, sequence: Sequence) -> None:
+        """InputError if the whole pool would be too small for a request."""
         room = self.pool.num_pages * self.pool.page_size
         if self.pool.pages_for(sequence.max_tokens) > self.pool.num_pages:
             raise InputError(
@@ -82,16 +89,13 @@ class Scheduler:
                 f"{sequence.max_tokens} tokens of keys and values; there is room for {room} (--kv-cache-gib)",
                 param="messages",
             )
-        self._num_arrived += 1
-        sequence.order = self._num_arrived
-        self.waiting.append(sequence)
 
     @property
     def has_step(self) -> bool:
         """Whether `admit` or `schedule` could do something now."""
         if self._next() is not None:
             return True
-        return any(s.is_decoding or self._chunk_end(s) for s in self.admitted.values())
+        return any(s.can_decode or self._chunk_end(s) for s in self.admitted.values())
 
     # ---- admission ----
 
@@ -140,7 +144,7 @@ class Scheduler:
 
     @property
     def num_decoding(self) -> int:
-        return sum(1 for s in self.admitted.values() if s.is_decoding)
+        return sum(1 for s in self.admitted.values() if s.can_decode)
 
     @property
     def owes_decode(self) -> bool:
@@ -163,7 +167,7 @@ class Scheduler:
         for sequence in list(self.admitted.values()):
             if plan is not None and len(running) == plan.num_rows:
                 break
-            if sequence.request_id in self.admitted and sequence.is_decoding and self._grow(sequence, preempted):
+            if sequence.request_id in self.admitted and sequence.can_decode and self._grow(sequence, preempted):
                 running.append(sequence)
         return (Step(decode=running) if running else None), preempted
 

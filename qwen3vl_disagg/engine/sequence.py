@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.requests import FinishReason, ItemTimings, RequestTimings, SamplingParams, VisualItem
+from qwen3vl_disagg.engine.grammars import AnswerMasks
 from qwen3vl_disagg.engine.pages import ROOT, PageContent, Prefix
 from qwen3vl_disagg.engine.sampling import SamplingRow
 from qwen3vl_disagg.transport.buffers import VisualRows
@@ -57,6 +58,8 @@ class Sequence:
     item_timings: dict[int, ItemTimings] = field(default_factory=dict)
     cached_tokens: int = 0
     """`num_found` at the first admission."""
+    masks: AnswerMasks | None = None
+    """Of a request with a grammar. They know what was generated, and stay when it gives up its pages."""
     prefix: Prefix = field(default_factory=Prefix)
     """Pages that hold its beginning, as last looked up."""
     _contents: list[PageContent] = field(default_factory=list)
@@ -84,6 +87,11 @@ class Sequence:
     def is_decoding(self) -> bool:
         """All but the last generated token is in the cache."""
         return bool(self.generated) and self.num_cached == self.num_tokens - 1
+
+    @property
+    def can_decode(self) -> bool:
+        """Its next token can be computed, and picked."""
+        return self.is_decoding and not (self.masks is not None and self.masks.is_late)
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens [start, stop) of prompt and output."""

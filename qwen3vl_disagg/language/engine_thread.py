@@ -38,6 +38,7 @@ class EngineThread:
         self._outlook = Outlook(step=0)
         """As last reported."""
         self._engine, self._on_events, self._on_crash = engine, on_events, on_crash
+        engine.on_ready = lambda: self.post(lambda _: None)
         self._wake = threading.Condition()
         self._commands: deque[Command] = deque()
         self._stopping = False

@@ -15,6 +15,7 @@ from qwen3vl_disagg.core.settings import default_chunk_tokens
 from qwen3vl_disagg.core.turns import Turns
 from qwen3vl_disagg.encode.rank import EncodeRank, load_worker
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
+from qwen3vl_disagg.engine.grammars import Grammars
 from qwen3vl_disagg.language.expert_group import ExpertGroup, meet, shares_experts
 from qwen3vl_disagg.language.link_server import LinkServer
 from qwen3vl_disagg.language.rank import LanguageRank
@@ -22,7 +23,7 @@ from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.parallel.kv_room import KvRoom, measured_room, planned_room
 from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, PeerLost
 from qwen3vl_disagg.parallel.sizes import SizedModel
-from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.processing import Processor, Tokenizer
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.transport.links import LinkFactory, in_process_links
 from qwen3vl_disagg.transport.store import host_store
@@ -134,7 +135,14 @@ def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
     room = rank_room(setup)
     logger.info("%s", room)
     room.warn_of_images(setup.processor.max_rows)
-    return Engine(model, eos_ids=eos_ids, options=engine_options(setup), room=room, language_rank=context.rank)
+    return Engine(
+        model,
+        eos_ids=eos_ids,
+        options=engine_options(setup),
+        room=room,
+        language_rank=context.rank,
+        grammars=Grammars.of(lambda: Tokenizer.from_folder(setup.folder), setup.config, eos_ids),
+    )
 
 
 async def start_language_rank(

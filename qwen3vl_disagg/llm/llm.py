@@ -19,6 +19,7 @@ from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLo
 from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, EngineSettings, ModelOptions, check_supported
 from qwen3vl_disagg.encode.worker import EncodeWorker
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
+from qwen3vl_disagg.engine.grammars import Grammars
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.llm.local import LocalTransfer
 from qwen3vl_disagg.llm.requests import Ended, LocalRequests
@@ -166,7 +167,14 @@ class LLM:
             image_rows=self.processor.image.max_rows,
         )
         eos_ids = self.processor.generation.eos_token_ids
-        self.engine = Engine(language, eos_ids=eos_ids, options=engine_options, room=room, progress=progress)
+        self.engine = Engine(
+            language,
+            eos_ids=eos_ids,
+            options=engine_options,
+            room=room,
+            progress=progress,
+            grammars=Grammars.of(lambda: self.processor.tokenizer, self.config, eos_ids),
+        )
         worker = EncodeWorker(
             vision,
             self.processor.image,

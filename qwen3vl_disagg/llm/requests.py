@@ -17,6 +17,9 @@ from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed,
 from qwen3vl_disagg.protocol.session_events import Consumed
 from qwen3vl_disagg.transport.buffers import Delivery
 
+_WAIT_S = 1.0
+"""As long is waited for a grammar before all is looked at again."""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -120,7 +123,7 @@ class LocalRequests:
         for outcome in outcomes:
             if isinstance(outcome, ItemError) and outcome.request_id in self._requests:
                 self._requests.pop(outcome.request_id).done(outcome.error)
-        if not events and not outcomes and not self.engine.has_work:
+        if not events and not outcomes and not self.engine.has_work and not self.engine.wait(_WAIT_S):
             raise RuntimeError(f"nothing moves, and {len(self._requests)} requests are not answered")
 
     def _move_rows(self) -> list[Outcome]:

@@ -1,0 +1,122 @@
+"""Which tokens a request's grammar lets come next: worked out on threads, beside the steps.
+
+A grammar is compiled before its request is admitted. From then on there is a mask for each token: as soon as a token is
+picked, a thread takes it in and makes the next one's mask, while the model computes that token's logits. A step that is
+done before a mask is leaves that request out, if others are in it: it comes with a later step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotReady
+from importlib.util import find_spec
+
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.grammar import Grammar
+from qwen3vl_disagg.engine.masks import Compiler, Mask, TokenMatcher
+from qwen3vl_disagg.model.config import ModelConfig
+from qwen3vl_disagg.processing.tokenizer import Tokenizer
+
+PATIENCE_S = 0.01
+"""How long a step waits for a mask."""
+_COMPILERS, _MAX_WORKERS = 2, 4
+
+
+def no_grammars(param: str) -> InputError:
+    problem = "structured output needs llguidance, which is not installed here"
+    return InputError(problem, param=param, code="not_installed")
+
+
+def has_grammars() -> bool:
+    return find_spec("llguidance") is not None
+
+
+class AnswerMasks:
+    """The masks of one request, one for each token of its answer: `take` one, then `advance` with the token."""
+
+    def __init__(self, threads: ThreadPoolExecutor, compiling: Future[TokenMatcher]) -> None:
+        self._threads, self._matcher = threads, compiling
+        self._pending: Future[Mask] | None = None
+        self._is_late = False
+
+    @property
+    def is_compiled(self) -> bool:
+        return self._matcher.done()
+
+    @property
+    def is_late(self) -> bool:
+        """A step went without this request, and its mask is still not there."""
+        return self._is_late and self._pending is not None and not self._pending.done()
+
+    def on_compiled(self, call: Callable[[], None]) -> None:
+        """`call`, on some thread, as soon as there is a matcher, or an error in its place."""
+        self._matcher.add_done_callback(lambda _: call())
+
+    def begin(self) -> None:
+        """Once compiled. Raises what went wrong."""
+        self._matcher.result(0)
+        self._pending = self._threads.submit(self._next, None)
+
+    def take(self, patience_s: float | None, on_ready: Callable[[], None]) -> Mask | None:
+        """The next token's; None if it is not there in time, then `on_ready` is called when it is. InputError when the
+        grammar takes more work than it may."""
+        if self._pending is None:
+            raise RuntimeError("a mask before the grammar is compiled")
+        try:
+            mask = self._pending.result(patience_s)
+        except NotReady:
+            self._is_late = True
+            self._pending.add_done_callback(lambda _: on_ready())
+            return None
+        self._is_late = False
+        return mask
+
+    def advance(self, token_id: int) -> None:
+        self._pending = self._threads.submit(self._next, token_id)
+
+    def drop(self) -> None:
+        """Its request is gone."""
+        self._matcher.cancel()
+        if self._pending is not None:
+            self._pending.cancel()
+
+    def _next(self, token_id: int | None) -> Mask:
+        matcher = self._matcher.result(0)
+        if token_id is not None:
+            matcher.consume(token_id)
+        return matcher.mask()
+
+
+class Grammars:
+    """Threads for the grammars of an engine's requests. `make` makes the compiler, when the first one comes."""
+
+    def __init__(self, make: Callable[[], Compiler]) -> None:
+        self._make = make
+        self._making: Future[Compiler] | None = None
+        self._compilers = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="grammar-compile")
+        self._threads = ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1), thread_name_prefix="grammar-mask")
+
+    @classmethod
+    def of(
+        cls, read_tokenizer: Callable[[], Tokenizer], config: ModelConfig, eos_ids: frozenset[int]
+    ) -> Grammars | None:
+        """None where llguidance is not installed. The tokenizer is read when the first grammar comes."""
+        if not has_grammars():
+            return None
+
+        def make() -> Compiler:
+            from qwen3vl_disagg.engine.llguidance_matcher import LlguidanceCompiler
+
+            banned = (config.image_token_id, config.video_token_id)
+            return LlguidanceCompiler(read_tokenizer(), config.text.vocab_size, eos_ids=eos_ids, banned_ids=banned)
+
+        return cls(make)
+
+    def start(self, grammar: Grammar, prompt_ids: Sequence[int]) -> AnswerMasks:
+        """Compile a grammar on a thread."""
+        if self._making is None:
+            self._making = self._compilers.submit(self._make)
+        making = self._making
+        return AnswerMasks(self._threads, self._compilers.submit(lambda: making.result()(grammar, prompt_ids)))
