@@ -10,6 +10,7 @@ import msgspec
 from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob, VisualItem
+from qwen3vl_disagg.protocol.messages import PromptLogprobs
 
 
 class Readiness(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,12 +40,12 @@ class FinishedEvent(msgspec.Struct, frozen=True):
     timings: RequestTimings
 
 
-Event = AllDecoded | TokenEvent | FinishedEvent
+Event = AllDecoded | PromptLogprobs | TokenEvent | FinishedEvent
 
 
 class RequestHandle(Protocol):
-    """A running request. Iterated once: AllDecoded, then tokens, then FinishedEvent; or a DisaggError is raised
-    (InputError for a broken image or clip)."""
+    """A running request. Iterated once: AllDecoded and PromptLogprobs, then tokens, then FinishedEvent; or a
+    DisaggError is raised (InputError for a broken image or clip)."""
 
     request_id: str
 

@@ -37,6 +37,7 @@ from qwen3vl_disagg.protocol.messages import (
     ItemLost,
     Message,
     Peers,
+    PromptLogprobs,
     Pull,
     RankHello,
     Refused,
@@ -93,10 +94,12 @@ class _Handle:
     def cancel(self) -> None:
         self.hub.take(Abandon(self.request_id))
 
-    def deliver(self, message: Decoded | Tokens | Finished) -> None:
+    def deliver(self, message: Decoded | PromptLogprobs | Tokens | Finished) -> None:
         match message:
             case Decoded():
                 self._decoded({message.item})
+            case PromptLogprobs():
+                self.events.put_nowait(message)
             case Tokens():
                 # Another connection than the one that brings the news of decoded items: it may be faster.
                 self._decoded(set(self.undecoded))

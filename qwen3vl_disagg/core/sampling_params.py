@@ -20,7 +20,18 @@ Route = Literal["chat"]
 """Routes of HTTP that sample: `/v1/chat/completions`."""
 ROUTES: tuple[Route, ...] = get_args(Route)
 Step = Literal[
-    "logprobs", "bias", "penalties", "bans", "temperature", "top-k", "top-p", "min-p", "draw", "length", "text"
+    "prompt",
+    "logprobs",
+    "bias",
+    "penalties",
+    "bans",
+    "temperature",
+    "top-k",
+    "top-p",
+    "min-p",
+    "draw",
+    "length",
+    "text",
 ]
 ORDER: tuple[Step, ...] = get_args(Step)
 """How a token comes about. `engine/sampler.py` draws it, without temperature the largest is taken; the engine counts
@@ -62,6 +73,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Whose request it is, as a digest: prefixes are shared among equal ones only."""
     logprobs: int | None = None
     """None: none. K >= 0: each token's logprob and the K most likely ones, from the raw distribution."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens but the first."""
     grammar: Grammar | None = None
     """What the answer must be. An end token comes only where it is whole, and there also in spite of `min_tokens` and
     `ignore_eos` if nothing else may. An answer that is cut, by its length or a stop string, may not be whole."""
@@ -251,6 +264,14 @@ OPTIONS: dict[str, SamplingOption] = {
         flag="Give each token's log probability and this many alternatives (with --json or --batch).",
         http={"chat": ("top_logprobs",)},
         switch={"chat": "logprobs"},
+    ),
+    "prompt_logprobs": SamplingOption(
+        kind=Number(0, 20, is_whole=True),
+        step="prompt",
+        example=1,
+        about="the same of the prompt's tokens but the first, whole answers over HTTP only, as vLLM's. The prompt is"
+        " computed from its beginning, whatever is cached of it",
+        flag=None,
     ),
 }
 """Name -> all that is said of it. In the order of the command line's help."""

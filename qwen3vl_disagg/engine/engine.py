@@ -31,7 +31,7 @@ from qwen3vl_disagg.model.moe import DispatchPlan
 from qwen3vl_disagg.parallel.kv_room import KvRoom, measured_room
 from qwen3vl_disagg.parallel.lockstep import Outlook, PaceLimits, StepPlan
 from qwen3vl_disagg.processing import mrope_positions
-from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed, Tokens
+from qwen3vl_disagg.protocol.messages import Finished, NeedItems, PromptLogprobs, RequestFailed, Tokens
 from qwen3vl_disagg.protocol.session_events import Consumed
 from qwen3vl_disagg.transport.buffers import VisualRows
 
@@ -46,7 +46,7 @@ class Preempted:
     request_id: str
 
 
-EngineEvent = NeedItems | Preempted | Consumed | Tokens | Finished | RequestFailed
+EngineEvent = NeedItems | Preempted | Consumed | PromptLogprobs | Tokens | Finished | RequestFailed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,7 +342,7 @@ class Engine:
                 try:
                     tokens = sum(chunk.stop - chunk.start for chunk in chunks)
                     with span("prefill", tokens=tokens), _fatal_where(dispatch):
-                        logits, is_sound_M = self.runner.prefill(chunks, dispatch)
+                        logits, is_sound_M, scores = self.runner.prefill(chunks, dispatch)
                     break
                 except BadRows as error:  # that request's failure alone; nothing has been computed yet
                     events += self._fail([error.sequence], error)
@@ -358,6 +358,11 @@ class Engine:
         others = [chunk.sequence for chunk in chunks if not chunk.is_last]
         broken += [(sequence, NotFinite()) for sequence, ok in zip(others, is_sound, strict=True) if not ok]
         lost = {sequence.request_id for sequence, _ in broken}
+        for told in scores:
+            sequence = told.chunk.sequence
+            if sequence.request_id not in lost:
+                events.append(told.message())
+                sequence.num_scored = told.first + len(told.own_R)
         for chunk in chunks:
             chunk.sequence.prefill_s += now - started
             if chunk.sequence.request_id not in lost:

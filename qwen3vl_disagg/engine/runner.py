@@ -15,6 +15,7 @@ from qwen3vl_disagg.core.errors import ServerError
 from qwen3vl_disagg.core.tensors import lazy_zeros
 from qwen3vl_disagg.engine.compiled import CompiledDecoder
 from qwen3vl_disagg.engine.page_tables import PageTables
+from qwen3vl_disagg.engine.prompt_logprobs import ScoredSlice, score
 from qwen3vl_disagg.engine.scheduler import Chunk
 from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.kernels.ops import HEAD_SIZES
@@ -95,9 +96,9 @@ class ModelRunner:
         self.model.model.take_part(plan)
 
     @torch.inference_mode()
-    def prefill(self, chunks: Seq[Chunk], plan: DispatchPlan | None = None) -> tuple[Tensor, Tensor]:
-        """Pieces of prompts -> logits `[L, V]` of those that end one, and whether each of the others is sound, bool.
-        `plan`: where experts are spread.
+    def prefill(self, chunks: Seq[Chunk], plan: DispatchPlan | None = None) -> tuple[Tensor, Tensor, list[ScoredSlice]]:
+        """Pieces of prompts -> logits `[L, V]` of those that end one, whether each of the others is sound, bool, and
+        the log probabilities of their own tokens that are wanted. `plan`: where experts are spread.
 
         Sound: what the pages hold of it is finite. A number that is not, in the row of a token, stays there through all
         later layers, so the last layer's keys and values show it; what becomes of a row after them is never read.
@@ -109,7 +110,9 @@ class ModelRunner:
         positions = torch.cat([c.sequence.positions_of(c.start, c.stop) for c in chunks], dim=1).to(self.device)
         embeds, deepstack = self._splice(ids_T, chunks)
         batch = self._batch(sequences, [c.stop - c.start for c in chunks], [c.stop for c in chunks], plan)
-        x_BD = batch.select(self.model.model(ids_T, positions, batch, embeds, input_deepstack_embeds=deepstack))
+        x_TD = self.model.model(ids_T, positions, batch, embeds, input_deepstack_embeds=deepstack)
+        x_BD = batch.select(x_TD)
+        scores = list(score(x_TD, chunks, self.model.lm_head, self.model.config.text.vocab_size))
         slots_B = batch.new_slots_T.to(self.device).split(batch.seq_lens)
         is_sound = [
             torch.stack([pool[slots].isfinite().all() for pool in self.caches[-1]]).all()
@@ -117,9 +120,9 @@ class ModelRunner:
             if not chunk.is_last
         ]
         if not is_sound:
-            return self.model.lm_head(x_BD), ids_T.new_empty(0, dtype=torch.bool)
+            return self.model.lm_head(x_BD), ids_T.new_empty(0, dtype=torch.bool), scores
         ends = [number for number, chunk in enumerate(chunks) if chunk.is_last]
-        return self.model.lm_head(x_BD[ends]), torch.stack(is_sound)
+        return self.model.lm_head(x_BD[ends]), torch.stack(is_sound), scores
 
     @torch.inference_mode()
     def clear(self, pages: Seq[int]) -> None:

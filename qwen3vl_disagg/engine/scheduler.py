@@ -122,7 +122,7 @@ class Scheduler:
         sequence, pool = self.waiting[0], self.pool
         # The last token has to be computed in any case: its logits are wanted.
         found = sequence.prefix
-        if pool.keep:
+        if pool.keep and not sequence.lacks_scores:
             stop = (sequence.num_tokens - 1) // pool.page_size
             pool.find(sequence.page_contents(pool.page_size, stop), stop, found)
         count = pool.pages_for(sequence.num_tokens) - len(found.pages)

@@ -44,6 +44,8 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
     """Tokens whose keys and values are in pages."""
+    num_scored: int = 1
+    """Tokens of the prompt whose log probabilities have been told, where they are wanted; the first has none."""
     num_found: int = 0
     """Of these, tokens that were there when the sequence was admitted, in pages that others may read too."""
     node: int | None = ROOT
@@ -82,6 +84,11 @@ class Sequence:
     def max_tokens(self) -> int:
         """Tokens that can ever need a key and a value (the last one sampled never does)."""
         return self.num_prompt + self.sampling.max_new_tokens - 1
+
+    @property
+    def lacks_scores(self) -> bool:
+        """Log probabilities of the prompt are wanted, and not all of them told: it takes no pages from the cache."""
+        return self.sampling.prompt_logprobs is not None and self.num_scored < self.num_prompt
 
     @property
     def is_decoding(self) -> bool:

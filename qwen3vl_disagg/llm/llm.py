@@ -309,6 +309,9 @@ class LLM:
         if not isinstance(params, SamplingParams):
             raise InputError(f"no SamplingParams for conversation {number}, but {params!r}", param="sampling")
 
+        if params.prompt_logprobs is not None:
+            raise InputError("prompt_logprobs are for HTTP only", param="prompt_logprobs")
+
         def done(ended: Ended | DisaggError) -> None:
             results[number] = ended if isinstance(ended, DisaggError) else _result(ended)
 

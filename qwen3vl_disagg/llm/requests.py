@@ -13,7 +13,7 @@ from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingP
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent, Preempted
 from qwen3vl_disagg.llm.local import ItemError, LocalTransfer, Outcome
 from qwen3vl_disagg.processing import AnswerParts, Parts, Prompt
-from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed, Tokens
+from qwen3vl_disagg.protocol.messages import Finished, NeedItems, PromptLogprobs, RequestFailed, Tokens
 from qwen3vl_disagg.protocol.session_events import Consumed
 from qwen3vl_disagg.transport.buffers import Delivery
 
@@ -158,6 +158,8 @@ class LocalRequests:
             case Consumed():
                 self.transfer.consumed(event.request_id, event.item, event.attempt, event.rows)
                 return None
+            case PromptLogprobs():
+                return None  # nobody asks for them
             case Tokens():
                 return self._tokens(event, request)
             case RequestFailed():

@@ -167,7 +167,7 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         # What stands in the answer.
         **_refused("skip_special_tokens", True),
         **_refused("include_stop_str_in_output no_stop_trim", False),
-        **_refused("prompt_logprobs n_probs", 0),
+        **_refused("n_probs", 0),
         **_refused("logprob_token_ids response_fields", []),
         **_refused("return_tokens_as_token_ids return_prompt_text return_prompt_token_ids return_tokens", False),
         **_refused("return_hidden_states return_routed_experts return_meta_info return_token_offsets", False),

@@ -141,6 +141,21 @@ class ItemReceived(OfAttempt, frozen=True):
     """Nothing more is needed of an attempt: all rows arrived and were checked, or its request gave up what it had."""
 
 
+class PromptLogprobs(Message, frozen=True):
+    """Log probabilities of a prompt's tokens from `index` on, each once, in order and before the answer's first token.
+
+    Little-endian arrays: of each token its own (float32) and its rank from 1 (int32), and ids (int32) and log
+    probabilities (float32) of as many of the most likely ones as were asked for.
+    """
+
+    request_id: str
+    index: int
+    own: bytes
+    ranks: bytes
+    top_ids: bytes
+    top: bytes
+
+
 class Tokens(Message, frozen=True):
     """New tokens of a request, in order; `index` is the number of the first one, from 0. `timings` come with the first
     token: a client's end (a stop string, which ranks do not know) has no other."""
@@ -372,7 +387,7 @@ class Frame(Message, frozen=True):
 
 
 _OfItems = Decoded | ItemFailed | EncodingBegun | EncodingEnded | NeedItems | ItemLost | ItemReceived
-_FromRank = RankHello | LinksUp | Leaving | _OfItems | Tokens | Finished | RequestFailed
+_FromRank = RankHello | LinksUp | Leaving | _OfItems | PromptLogprobs | Tokens | Finished | RequestFailed
 _ToRank = Welcome | Peers | Submit | Assign | Cancel | Stop
 _OneQuestion = StoreAt | FindStore | EndJob | Pull | Blob
 

@@ -36,6 +36,7 @@ from qwen3vl_disagg.protocol.messages import (
     LinksUp,
     Message,
     NeedItems,
+    PromptLogprobs,
     RequestFailed,
     Stop,
     Submit,
@@ -385,12 +386,14 @@ class Router:
         self._actions.append(Send("language", request.language_rank, assign))
 
     def _from_language(self, rank: int, message: Message, now: float) -> None:
-        if not isinstance(message, (NeedItems, ItemLost, ItemReceived, Tokens, Finished, RequestFailed)):
+        if not isinstance(
+            message, (NeedItems, ItemLost, ItemReceived, PromptLogprobs, Tokens, Finished, RequestFailed)
+        ):
             return
         request = self._requests.get(message.request_id)
         if request is None or request.language_rank != rank:
             # Ended here, or before this process was born: the rank may not know.
-            if isinstance(message, (NeedItems, Tokens)):
+            if isinstance(message, (NeedItems, PromptLogprobs, Tokens)):
                 self._actions.append(Send("language", rank, Cancel(request_id=message.request_id)))
             return
         match message:
@@ -417,6 +420,8 @@ class Router:
                 if item is not None:
                     self._take_from_encode_rank(message.request_id, message.item, item)
                     item.state = "received"
+            case PromptLogprobs():
+                self._actions.append(Deliver(message.request_id, message))
             case Tokens():
                 self._tokens(request, message)
             case Finished():

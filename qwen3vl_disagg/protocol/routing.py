@@ -8,7 +8,7 @@ from typing import Literal
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
-from qwen3vl_disagg.protocol.messages import Decoded, Finished, Message, Tokens
+from qwen3vl_disagg.protocol.messages import Decoded, Finished, Message, PromptLogprobs, Tokens
 from qwen3vl_disagg.protocol.placement import encode_work
 from qwen3vl_disagg.protocol.session_events import Tick
 
@@ -92,7 +92,7 @@ class Deliver:
     """Pass the message on to whoever waits for the request."""
 
     request_id: str
-    message: Decoded | Tokens | Finished
+    message: Decoded | PromptLogprobs | Tokens | Finished
 
 
 @dataclass(frozen=True)

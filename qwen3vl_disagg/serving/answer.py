@@ -12,6 +12,8 @@ from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, Req
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
 from qwen3vl_disagg.processing import AnswerParts, Parts, Tokenizer
+from qwen3vl_disagg.protocol.messages import PromptLogprobs
+from qwen3vl_disagg.serving.prompt_scores import MIN_LOGPROB, PromptScores
 from qwen3vl_disagg.serving.types import (
     AnswerMessage,
     ChatUsage,
@@ -20,9 +22,6 @@ from qwen3vl_disagg.serving.types import (
     PromptTokensDetails,
     TopLogprob,
 )
-
-# OpenAI's stand-in for a probability of zero: JSON has no -Infinity.
-_MIN_LOGPROB = -9999.0
 
 
 class Answer:
@@ -43,6 +42,7 @@ class Answer:
     ) -> None:
         self.parts = AnswerParts(tokenizer, eos_ids, sampling, prompt_ids, with_tools=with_tools)
         self.prompt_ids = prompt_ids
+        self.prompt_scores = PromptScores(prompt_ids)
         self.entries: list[LogprobEntry] = []
         self._tokenizer, self._told = tokenizer, told
         self._first_timings, self._first_token_at = RequestTimings(), 0.0
@@ -75,6 +75,8 @@ class Answer:
                     raise DisaggError("the request ended without a result")
                 case AllDecoded():
                     yield event, Parts()
+                case PromptLogprobs():
+                    self.prompt_scores.parts.append(event)
                 case TokenEvent():
                     new = self._push(event)
                     if self.parts.is_stopped:
@@ -104,7 +106,7 @@ class Answer:
         """Its text, and its exact bytes: a token may hold part of a character."""
         raw = self._tokenizer.token_bytes(token_id)
         text = raw.decode("utf-8", "replace")
-        return TopLogprob(token=text, token_id=token_id, logprob=max(logprob, _MIN_LOGPROB), bytes=list(raw))
+        return TopLogprob(token=text, token_id=token_id, logprob=max(logprob, MIN_LOGPROB), bytes=list(raw))
 
     def _stop_event(self) -> FinishedEvent:
         """The end at a stop string, in place of the rank's. The time of decoding is measured here."""

@@ -115,7 +115,12 @@ class ChatCompletions:
                     await EventStream(send, request, answer, **names, send_timeout_s=timeout_s).run(events)
                 else:
                     [finished] = [event async for event, _ in events if isinstance(event, FinishedEvent)]
-                    await JSONResponse(_completion(request, answer, finished, **names))(scope, receive, send)
+                    completion = _completion(request, answer, finished, **names)
+                    if sampling.prompt_logprobs is not None:
+                        # Up to a second of work, which others need not wait for.
+                        scores = answer.prompt_scores.by_token
+                        completion.prompt_logprobs = await asyncio.to_thread(scores, tokenizer)
+                    await JSONResponse(completion)(scope, receive, send)
         finally:
             handle.cancel()
 

@@ -52,6 +52,8 @@ def parse_chat_request(
         raise InputError("stream_options must be an object", param="stream_options")
     options = options or {}
     tools = _tools(raw)
+    if _flag(raw, "stream") and "prompt_logprobs" in sampling.values:
+        raise InputError("prompt_logprobs are not streamed", param="prompt_logprobs")
     request = ChatRequest(
         sampling=sampling,
         stream=_flag(raw, "stream"),

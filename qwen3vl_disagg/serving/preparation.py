@@ -30,6 +30,7 @@ from qwen3vl_disagg.processing.template import strings_of
 from qwen3vl_disagg.serving.body import BodyAccount, ClientGone, too_large
 from qwen3vl_disagg.serving.chat_request import ChatRequest, parse_chat_request
 from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.prompt_scores import check_num_scores
 
 T = TypeVar("T")
 
@@ -178,6 +179,7 @@ def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: Sto
         cache_salt=request.prompt.cache_salt,
         max_answer_tokens=rules.max_answer_tokens,
     )
+    check_num_scores([prompt.token_ids], sampling.prompt_logprobs, "prompt_logprobs")
     return Prepared(request, prompt, sampling, parsed.seconds + time.monotonic() - started)
 
 

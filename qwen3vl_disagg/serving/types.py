@@ -8,6 +8,7 @@ import msgspec
 
 from qwen3vl_disagg.core.requests import RequestTimings
 from qwen3vl_disagg.processing import AnswerReason, ToolCall
+from qwen3vl_disagg.serving.prompt_scores import PromptToken
 
 
 class PromptTokensDetails(msgspec.Struct, kw_only=True):
@@ -67,6 +68,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     usage: ChatUsage
     timings: RequestTimings
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: list[dict[str, PromptToken] | None] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ToolCallDelta(ToolCall, frozen=True, kw_only=True):

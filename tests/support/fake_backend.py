@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from starlette.testclient import TestClient
 
 from qwen3vl_disagg.checkpoint import read_config
@@ -17,6 +18,7 @@ from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.core.errors import DisaggError, UnavailableError
 from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.processing import Processor, Prompt
+from qwen3vl_disagg.protocol.messages import PromptLogprobs
 from qwen3vl_disagg.serving.app import create_app
 
 PATH = "/v1/chat/completions"
@@ -85,6 +87,8 @@ class FakeBackend:
         steps = self.script(prompt, sampling)
         if steps and isinstance(steps[0], Exception):
             raise steps[0]
+        if sampling.prompt_logprobs is not None and steps and isinstance(steps[0], AllDecoded):
+            steps.insert(1, prompt_logprobs(prompt, sampling.prompt_logprobs))
         handle = FakeHandle(f"r{len(self.handles)}", prompt, sampling, timeout_s, steps)
         self.handles.append(handle)
         return handle
@@ -123,3 +127,17 @@ def answer_of(token_ids: list[int], sampling: SamplingParams) -> list[Step]:
         steps.append(TokenEvent(token_id, entry))
     reason = "stop" if len(cut) == len(token_ids) else "length"
     return [*steps, FinishedEvent(reason, timings())]
+
+
+def prompt_logprobs(prompt: Prompt, num_top: int, index: int = 1) -> PromptLogprobs:
+    """Of its tokens from `index` on: token t has -t / 8 and rank t, and the tokens 1, 2, .. are the most likely."""
+    numbers = np.arange(index, len(prompt.token_ids))
+    top_ids = np.tile(np.arange(1, num_top + 1), len(numbers))
+    return PromptLogprobs(
+        request_id="",
+        index=index,
+        own=(numbers / -8).astype("<f4").tobytes(),
+        ranks=numbers.astype("<i4").tobytes(),
+        top_ids=top_ids.astype("<i4").tobytes(),
+        top=(top_ids / -16).astype("<f4").tobytes(),
+    )
