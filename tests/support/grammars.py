@@ -6,8 +6,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from qwen3vl_disagg.checkpoint.hub import resolve_model_folder
-
+from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent, EngineOptions
 from qwen3vl_disagg.engine.grammars import Grammars
