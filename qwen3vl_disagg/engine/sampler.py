@@ -18,7 +18,7 @@ Dims: B rows, S sampled rows, R rows with logprobs, V vocabulary, K sorted logit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -67,9 +67,9 @@ class Sampler:
         masked_BV = self._masked(logits_BV, plan)
         ids_B = masked_BV.argmax(-1) if len(plan.picked) < plan.num_rows else None
         if plan.picked:
-            rows_S, *settings = upload([plan.picked, *plan.settings], logits_BV.device)
+            rows_S, uniform_S, *columns = upload([plan.picked, plan.uniform, *plan.settings.values()], logits_BV.device)
             masked_SV = masked_BV if ids_B is None else masked_BV.index_select(0, rows_S.long())
-            ids_S = pick(weigh(masked_SV, settings, plan), settings[-1])
+            ids_S = pick(weigh(masked_SV, dict(zip(plan.settings, columns, strict=True)), plan), uniform_S)
             ids_B = ids_S if ids_B is None else ids_B.index_copy(0, rows_S.long(), ids_S)
         assert ids_B is not None
         # One number that is not finite is enough for a sum, and a sum is the cheapest look at all of them.
@@ -116,26 +116,26 @@ def fill_by_bits(logits_BV: Tensor, rows_G: Tensor, bits_GW: Tensor) -> None:
     logits_BV.index_copy_(0, rows_G, logits_BV.index_select(0, rows_G).masked_fill(~is_in_GV, float("-inf")))
 
 
-def weigh(logits_SV: Tensor, settings: Sequence[Tensor], plan: SamplingPlan) -> Tensor:
+def weigh(logits_SV: Tensor, settings: Mapping[str, Tensor], plan: SamplingPlan) -> Tensor:
     """What each token weighs (int64, `ONE` the most likely one) after temperature, top-k, top-p and min-p.
 
     `settings` are the plan's, float64 `[S]` each. Top-k keeps all that are as large as the k-th, as transformers does.
     Top-p keeps the smallest set of most likely tokens whose probability reaches p, at least one; of equally likely ones
     those of lower ids. Min-p keeps those at least min_p times as likely as the most likely one.
     """
-    temperature_S, top_k_S, top_p_S, min_p_S, _ = settings
-    weights_SV = _weights(logits_SV, logits_SV.amax(-1), temperature_S)
+    of_groups = [settings[name] for name in ("temperature", "top_k", "top_p")]
+    weights_SV = _weights(logits_SV, logits_SV.amax(-1), settings["temperature"])
     for group in plan.sorted:
         if len(group.rows) == len(logits_SV):
-            _filter(weights_SV, logits_SV, (temperature_S, top_k_S, top_p_S), group)
+            _filter(weights_SV, logits_SV, of_groups, group)
             continue
         rows_G = upload([group.rows], logits_SV.device)[0].long()
         weights_GV = weights_SV.index_select(0, rows_G)
-        logits_GV, *columns = (part.index_select(0, rows_G) for part in (logits_SV, temperature_S, top_k_S, top_p_S))
+        logits_GV, *columns = (part.index_select(0, rows_G) for part in (logits_SV, *of_groups))
         _filter(weights_GV, logits_GV, columns, group)
         weights_SV.index_copy_(0, rows_G, weights_GV)
-    if plan.has_min_p:
-        weights_SV.masked_fill_(weights_SV < (min_p_S[:, None] * ONE).ceil().long(), 0)
+    if "min_p" in plan.is_on:
+        weights_SV.masked_fill_(weights_SV < (settings["min_p"][:, None] * ONE).ceil().long(), 0)
     return weights_SV
 
 

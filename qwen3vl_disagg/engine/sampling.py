@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.core.sampling_params import DEFAULTS, OPTIONS, ORDER, SamplingParams
 from qwen3vl_disagg.engine.masks import Mask
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM: dividing by them would overflow."""
 MAX_BIAS = 100.0
+FILTERS = [
+    name for name, option in OPTIONS.items() if option.step in ORDER[ORDER.index("temperature") : ORDER.index("draw")]
+]
+"""Options that decide what a token weighs once logits are as they should be."""
 _FEW = 64
 """Looking for fewer of the largest logits than this is no cheaper."""
 _GAMMA, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
@@ -91,10 +95,13 @@ class SamplingPlan:
     masks: list[Mask]
     picked: list[int]
     """Rows that are sampled; the others are greedy."""
-    settings: tuple[list[float], ...]
-    """Of each sampled row: temperature, top_k (0: off), top_p, min_p, its random number."""
+    settings: dict[str, list[float]]
+    """Of each sampled row what FILTERS are; a top_k of the whole vocabulary is 0."""
+    is_on: frozenset[str]
+    """Those of FILTERS that some sampled row asks for."""
+    uniform: list[float]
+    """Of each sampled row: its random number."""
     sorted: list[SortedRows]
-    has_min_p: bool
     told: list[int]
     """Rows that want logprobs, and how many of the most likely tokens each."""
     num_top: list[int]
@@ -109,8 +116,9 @@ class SamplingPlan:
         masks: Sequence[Mask | None] | None = None,
     ) -> SamplingPlan:
         """`masks`: for each row which tokens may come, None for all. Where nothing but an end may, it is not banned."""
-        settings: tuple[list[float], ...] = ([], [], [], [], [])
+        settings = {name: list[float]() for name in FILTERS}
         penalized, bans, picked, told, num_top = (list[int]() for _ in range(5))
+        numbers = list[float]()
         by_size: dict[int, list[tuple[int, int, bool]]] = {}
         by_row = masks or [None] * len(rows)
         for b, (row, mask) in enumerate(zip(rows, by_row, strict=True)):
@@ -124,10 +132,10 @@ class SamplingPlan:
                 num_top.append(min(params.logprobs, vocab_size))
             if params.temperature < GREEDY_BELOW:
                 continue
-            top_k = params.top_k if 0 < params.top_k < vocab_size else 0
-            u = uniform(row.seed, row.index)
-            for column, value in zip(settings, (params.temperature, top_k, params.top_p, params.min_p, u), strict=True):
-                column.append(value)
+            for name, column in settings.items():
+                column.append(getattr(params, name))
+            settings["top_k"][-1] = top_k = params.top_k if 0 < params.top_k < vocab_size else 0
+            numbers.append(uniform(row.seed, row.index))
             count = top_k or (vocab_size if params.top_p < 1 else 0)
             if count:
                 # One row that needs many, or all, makes the others no dearer.
@@ -142,11 +150,12 @@ class SamplingPlan:
             masks=[mask for mask in by_row if mask is not None],
             picked=picked,
             settings=settings,
+            is_on=frozenset(name for name, column in settings.items() if any(v != DEFAULTS[name] for v in column)),
+            uniform=numbers,
             sorted=[
                 SortedRows([s for s, _, _ in group], max(n for _, n, _ in group), any(has for _, _, has in group))
                 for group in by_size.values()
             ],
-            has_min_p=any(rows[b].params.min_p > 0 for b in picked),
             told=told,
             num_top=num_top,
         )

@@ -181,7 +181,7 @@ def test_penalties_by_hand():
 def test_penalties_that_are_off_touch_nothing():
     row = SamplingRow(SamplingParams(temperature=1.0), 0, [0, 1], [1])
     plan = SamplingPlan.of([row], vocab_size=5, eos_ids=[2])
-    assert (plan.penalized, plan.bans, plan.sorted, plan.has_min_p) == ([], [], [], False)
+    assert (plan.penalized, plan.bans, plan.sorted, plan.is_on) == ([], [], [], {"temperature"})
 
 
 def test_a_request_that_is_gone_gives_its_row_back():

@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.sampler import ONE, Sampler, weigh
 from qwen3vl_disagg.engine.sampling import SamplingPlan, SamplingRow
+from tests.support.sampling import settings_of
 
 VOCAB, EOS = 120, 3
 
@@ -69,8 +70,7 @@ def theirs(logits_V: torch.Tensor, params: SamplingParams, prompt: list[int], ge
 def ours(logits_BV: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
     sampler = Sampler(banned_ids=[], eos_ids=[EOS])
     plan = SamplingPlan.of(rows, vocab_size=VOCAB, eos_ids=[EOS])
-    settings = [torch.tensor(column, dtype=torch.float64) for column in plan.settings]
-    found = weigh(sampler._masked(logits_BV, plan), settings, plan).double()
+    found = weigh(sampler._masked(logits_BV, plan), settings_of(plan), plan).double()
     return found / found.sum(-1, keepdim=True)
 
 

@@ -9,10 +9,14 @@ from qwen3vl_disagg.engine.sampler import weigh
 from qwen3vl_disagg.engine.sampling import SamplingPlan, SamplingRow
 
 
+def settings_of(plan: SamplingPlan) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(column, dtype=torch.float64) for name, column in plan.settings.items()}
+
+
 def weights_of_rows(logits_BV: torch.Tensor, *rows: SamplingParams) -> torch.Tensor:
     """What each token weighs after temperature, top-k, top-p and min-p."""
     plan = SamplingPlan.of([SamplingRow(row, 0) for row in rows], vocab_size=logits_BV.shape[1], eos_ids=[])
-    return weigh(logits_BV.float(), [torch.tensor(c, dtype=torch.float64) for c in plan.settings], plan)
+    return weigh(logits_BV.float(), settings_of(plan), plan)
 
 
 def weights(logits_BV: torch.Tensor, **params) -> torch.Tensor:
