@@ -139,6 +139,11 @@ class HttpOptions:
     open."""
     api_key_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A file with keys, one a line."""
+    allow_media_domain: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="HOST")] = ()
+    """A host from which images and clips may be fetched by URL; may be repeated; `*.example.org`: all below it; `*`:
+    all. Its addresses must be public ones. Without it URLs are refused."""
+    allow_media_path: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
+    """A folder whose files clients may name as `file:///..` URLs; may be repeated."""
     served_model_name: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
     """What requests may call the model; may be repeated, and answers have the first one. Default: the folder's name."""
     max_model_len: Annotated[int | None, tyro.conf.arg(metavar="N")] = None

@@ -21,8 +21,10 @@ from qwen3vl_disagg.protocol.routing import RouterLimits
 from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.doors import Doors
+from qwen3vl_disagg.serving.fetch_rules import FetchRules
 from qwen3vl_disagg.serving.http_server import HttpServer
 from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.preparation import Fetcher
 
 DRAINED_S, CLOSED_S, LEFT_S = 20.0, 22.0, 26.0
 """Running requests have ended, HTTP connections are closed, the ranks have left: by then, after the signal."""
@@ -67,10 +69,20 @@ def run_frontend(
         ),
         doors=Doors.of(options.host, options.allow_host, options.allow_origin),
         keys=keys,
+        fetcher=_fetcher(options),
         debug=debug,
         warm_up=True,
     )
     return run_loop(serve(hub, HttpServer(app), http_socket, hub_socket, memory))
+
+
+def _fetcher(options: HttpOptions) -> Fetcher | None:
+    rules = FetchRules.of(options.allow_media_domain, options.allow_media_path)
+    if not rules:
+        return None
+    from qwen3vl_disagg.serving.media_fetch import MediaFetcher
+
+    return MediaFetcher(rules)
 
 
 async def serve(

@@ -37,6 +37,7 @@ from qwen3vl_disagg.plan.hardware import load_hardware
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.doors import ANY, Doors, is_loopback
+from qwen3vl_disagg.serving.fetch_rules import FetchRules
 from qwen3vl_disagg.transport.addresses import LOOPBACK, given_token, own_address, parse_address
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 
@@ -223,6 +224,7 @@ def run_slot(options: ServeOptions, world: World) -> int:
     Doors.of(options.http.host, options.http.allow_host, options.http.allow_origin)
     if world.rank == 0:
         ApiKeys.given(options.http, os.environ)
+        FetchRules.of(options.http.allow_media_domain, options.http.allow_media_path)
     if options.chunk_tokens is not None and options.chunk_tokens < 1:
         raise InputError(f"--chunk-tokens {options.chunk_tokens}: must be at least 1", param="chunk_tokens")
     stated_meeting(options, world)

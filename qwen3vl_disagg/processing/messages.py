@@ -2,7 +2,8 @@
 
 A part is text, an image, or a clip: a file, or a list of images that are its frames. The bytes stand in `data:` URIs,
 read as the URL standard parses and the fetch standard's data: URL processor reads them. A caller of this process may
-also name a file, or hold bytes or a picture of Pillow; over HTTP nobody may.
+also name a file, or hold bytes or a picture of Pillow; over HTTP nobody may. What `http(s):` and `file:` URLs name is
+fetched before, by who is allowed to (`urls_in`, `put_fetched`).
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
+import msgspec
 from PIL import Image
 
 from qwen3vl_disagg.core.errors import InputError
@@ -53,6 +55,7 @@ _ALPHABET = re.compile(rb"[A-Za-z0-9+/]*")
 _BLANKS = b"\t\n\f\r "
 _ENDS = "".join(map(chr, range(0x21)))
 _NO_BREAKS = {ord(blank): None for blank in "\t\n\r"}
+_URL = re.compile(r"(?:https?|file):", re.IGNORECASE)
 _MAX_HEAD = 4096
 """Characters before the comma."""
 _MAX_NAME = 40
@@ -88,10 +91,16 @@ def parse_messages(raw: object, *, allow_paths: bool = False) -> tuple[list[dict
 
 def has_clips(raw: object) -> bool:
     """Whether there are clips in what `parse_messages` takes; it need not be good."""
-    turns = [turn for turn in raw if isinstance(turn, dict)] if isinstance(raw, list) else []
-    contents = [turn.get("content") for turn in turns]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, dict) and _kind(part) in VIDEO_KINDS for part in parts)
+    return any(_kind(part) in VIDEO_KINDS for _, part in _parts(raw))
+
+
+def _parts(raw: object) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each part is, and the part, as far as they have the form of one."""
+    for i, turn in enumerate(raw if isinstance(raw, list) else []):
+        content = turn.get("content") if isinstance(turn, dict) else None
+        for j, part in enumerate(content if isinstance(content, list) else []):
+            if isinstance(part, dict):
+                yield f"messages[{i}].content[{j}]", part
 
 
 def _message(raw: object, where: str, media: list[Media], allow_paths: bool) -> dict[str, Any]:
@@ -238,12 +247,65 @@ def _frames(source: object, where: str, allow_paths: bool) -> bytes | None:
 def _bytes_of(source: object, where: str, allow_paths: bool, what: str, limit: int) -> bytes:
     if isinstance(source, str) and is_data_uri(source):
         return read_data_uri(source, where, what, limit)
+    if isinstance(source, FetchedBytes):
+        if len(source.data) > limit:
+            raise _too_large(what, limit, where)
+        return source.data
     found = local_bytes(source, where, what, limit) if allow_paths else None
     if found is not None:
         return found
     if not isinstance(source, str):
         raise InputError(f"the {what}'s url must be a string", param=where)
     raise InputError("only data: URIs are supported for images and videos", param=where, code="unsupported_url")
+
+
+# -- URLs
+
+
+class MediaUrl(msgspec.Struct, frozen=True):
+    """A URL in place of the bytes of an image, clip or frame, where it stands, and how many bytes it may name."""
+
+    url: str
+    where: str
+    what: str
+    limit: int
+
+
+@dataclass(frozen=True)
+class FetchedBytes:
+    """Stands where a URL stood."""
+
+    data: bytes
+
+
+def urls_in(raw: object) -> list[MediaUrl]:
+    """All of them in what `parse_messages` takes; it need not be good."""
+    return [MediaUrl(holder[key], where, what, limit) for holder, key, where, what, limit in _url_places(raw)]
+
+
+def put_fetched(raw: object, fetched: Mapping[str, bytes]) -> None:
+    """Put the bytes of each URL in its place."""
+    for holder, key, *_ in list(_url_places(raw)):
+        holder[key] = FetchedBytes(fetched[holder[key]])
+
+
+def _url_places(raw: object) -> Iterator[tuple[Any, Any, str, str, int]]:
+    for where, part in _parts(raw):
+        is_clip = _kind(part) in VIDEO_KINDS
+        if not is_clip and _kind(part) not in IMAGE_KINDS:
+            continue
+        what, limit = ("video", MAX_VIDEO_BYTES) if is_clip else ("image", MAX_BYTES)
+        for name in dict.fromkeys((_kind(part), *(_VIDEO_SOURCES if is_clip else _IMAGE_SOURCES))):
+            holder, key = (part[name], "url") if isinstance(part.get(name), dict) else (part, name)
+            if isinstance(source := holder.get(key), list):
+                places = [(source, k) for k, frame in enumerate(source) if _is_url(frame)] if is_clip else []
+                yield from ((*place, where, "frame", MAX_BYTES) for place in places)
+            elif _is_url(source):
+                yield holder, key, where, what, limit
+
+
+def _is_url(source: object) -> bool:
+    return isinstance(source, str) and _URL.match(source) is not None
 
 
 # -- data: URIs

@@ -21,6 +21,7 @@ from qwen3vl_disagg.serving.doors import Doors
 from qwen3vl_disagg.serving.errors import JSONResponse, envelope, on_http_exception
 from qwen3vl_disagg.serving.guard import guards
 from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.preparation import Fetcher
 from qwen3vl_disagg.serving.types import Model, ModelList, Version
 
 
@@ -33,12 +34,13 @@ def create_app(
     limits: Limits | None = None,
     doors: Doors | None = None,
     keys: ApiKeys | None = None,
+    fetcher: Fetcher | None = None,
     debug: bool = False,
     warm_up: bool = False,
 ) -> Starlette:
     """The application over a backend. `more_names`: what requests may call the model too. `doors`: whose requests it
-    takes, anybody's without; `keys`: which of them know one. `debug` opens GET /debug/processes. `warm_up`: be ready
-    for large requests."""
+    takes, anybody's without; `keys`: which of them know one. `fetcher`: gets images and clips by URL; none without.
+    `debug` opens GET /debug/processes. `warm_up`: be ready for large requests."""
     limits = limits or Limits()
     created = int(time.time())
     names = list(dict.fromkeys([model_name, *more_names]))
@@ -70,7 +72,7 @@ def create_app(
     async def processes(request: Request) -> Response:
         return JSONResponse({"processes": backend.debug_processes()})
 
-    chat = ChatCompletions(backend, processor, model_names=names, limits=limits)
+    chat = ChatCompletions(backend, processor, model_names=names, limits=limits, fetcher=fetcher)
     if warm_up:
         chat.warm_up()
     routes = [

@@ -20,7 +20,7 @@ from qwen3vl_disagg.serving.chat_request import ChatRequest
 from qwen3vl_disagg.serving.errors import JSONResponse
 from qwen3vl_disagg.serving.guard import SALT
 from qwen3vl_disagg.serving.limits import Limits
-from qwen3vl_disagg.serving.preparation import Preparation, Rules, read_body
+from qwen3vl_disagg.serving.preparation import Fetcher, Preparation, Rules, read_body
 from qwen3vl_disagg.serving.prepare_child import PreparePool
 from qwen3vl_disagg.serving.stream import EventStream
 from qwen3vl_disagg.serving.types import ChatCompletion, Choice, Logprobs
@@ -33,13 +33,21 @@ _GRACE_S = 1.0
 class ChatCompletions:
     """The route as an ASGI app: it needs `receive` to notice that a client leaves."""
 
-    def __init__(self, backend: Backend, processor: Processor, *, model_names: Sequence[str], limits: Limits) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        processor: Processor,
+        *,
+        model_names: Sequence[str],
+        limits: Limits,
+        fetcher: Fetcher | None = None,
+    ) -> None:
         self._backend, self._processor = backend, processor
         self._model_name, self._limits = model_names[0], limits
         self._budget = BodyBudget(limits.max_body_memory)
         rules = Rules(model_names=list(model_names), max_answer_tokens=limits.max_answer_tokens)
-        children = None if processor.folder is None else PreparePool(processor, rules)
-        self._preparation = Preparation(processor, rules, limits, children)
+        children = None if processor.folder is None else PreparePool(processor, rules, fetches=fetcher is not None)
+        self._preparation = Preparation(processor, rules, limits, children, fetcher)
         self._num_running = self._num_preparing = 0
 
     def warm_up(self) -> None:

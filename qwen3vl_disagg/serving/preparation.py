@@ -8,8 +8,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -24,7 +24,7 @@ from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.media.stop import Stopped, StopSignal
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.processing.json_values import check_json, too_deep
-from qwen3vl_disagg.processing.messages import has_clips, is_data_uri
+from qwen3vl_disagg.processing.messages import MediaUrl, has_clips, is_data_uri, put_fetched, urls_in
 from qwen3vl_disagg.processing.processor import SMALL_CHARS
 from qwen3vl_disagg.processing.template import strings_of
 from qwen3vl_disagg.serving.body import BodyAccount, ClientGone, too_large
@@ -41,6 +41,8 @@ MAX_INT_CHARS = 21
 MAX_FLOAT_CHARS = 1024
 
 _STRETCH = 2**20
+_SLICE_S = 0.1
+"""As long is waited before a StopSignal is looked at again."""
 SMALL_BODY = 2**20
 SMALL_VALUES = 2**13
 """Parsed in this process: to look at so much, images in it included, takes the interpreter's lock for milliseconds. So
@@ -183,13 +185,27 @@ def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: Sto
     return Prepared(request, prompt, sampling, parsed.seconds + time.monotonic() - started)
 
 
+class Fetcher(Protocol):
+    """Who gets what URLs name."""
+
+    async def fetch(self, urls: Sequence[MediaUrl], account: BodyAccount, max_bytes: int) -> Mapping[str, bytes]:
+        """URL -> its bytes, which `account` takes, `max_bytes` together at most.
+
+        InputError naming the place of the first that cannot be had; OverloadedError.
+        """
+
+
+Fetch = Callable[[Sequence[MediaUrl]], Mapping[str, bytes]]
+"""Blocks until it has what these name; Stopped, if that is over before."""
+
+
 class Children(Protocol):
     """Where large bodies are prepared. Thread-safe."""
 
     def warm_up(self) -> None:
         """Start in the background, so that the first one does not wait for it."""
 
-    def prepare(self, body: bytearray, stop: StopSignal) -> Prepared:
+    def prepare(self, body: bytearray, stop: StopSignal, fetch: Fetch | None) -> Prepared:
         """Empties `body`. InputError, PreparationFailed, UnavailableError; Stopped once `stop` is set."""
 
 
@@ -199,8 +215,16 @@ class Preparation:
     Without `children` bodies of any size are worked through here.
     """
 
-    def __init__(self, processor: Processor, rules: Rules, limits: Limits, children: Children | None) -> None:
-        self._processor, self._rules = processor, rules
+    def __init__(
+        self,
+        processor: Processor,
+        rules: Rules,
+        limits: Limits,
+        children: Children | None,
+        fetcher: Fetcher | None = None,
+    ) -> None:
+        self._processor, self._rules, self._fetcher = processor, rules, fetcher
+        self._max_fetched = limits.max_body_bytes
         self._threads = ThreadPoolExecutor(limits.prepare_threads, thread_name_prefix="prepare")
         self._clip_threads = ThreadPoolExecutor(limits.clip_threads, thread_name_prefix="prepare-clips")
         self._large_threads = ThreadPoolExecutor(limits.large_threads, thread_name_prefix="prepare-large")
@@ -228,12 +252,17 @@ class Preparation:
                     if isinstance(made, Prepared):
                         return made
                     if isinstance(made, Parsed):
+                        messages = made.raw["messages"]
+                        if self._fetcher is not None and (urls := urls_in(messages)):
+                            put_fetched(messages, await self._fetcher.fetch(urls, account, self._max_fetched))
+                        threads = self._clip_threads if has_clips(messages) else self._threads
                         finish = partial(self._finish, made, stop)
-                        return await _on_thread(self._clip_threads, finish, made.raw.clear, account)
+                        return await _on_thread(threads, finish, made.raw.clear, account)
                     body = made
                 # Escapes may hide the word. Then it is one of the large ones that waits for a clip.
                 threads = self._clip_threads if await _speaks_of_clips(body) else self._large_threads
-                return await _on_thread(threads, partial(self._in_child, body, stop), body.clear, account)
+                work = partial(self._in_child, body, stop, self._blocking_fetch(account, stop))
+                return await _on_thread(threads, work, body.clear, account)
         except DisaggError:
             raise
         except (TimeoutError, Stopped):
@@ -242,22 +271,41 @@ class Preparation:
             stop.set()
 
     def _read(self, body: bytearray, stop: StopSignal) -> Prepared | Parsed | bytearray:
-        """To the end, if there are no clips in it; the body again if it has much text."""
+        """To the end, if there are no clips and URLs in it; the body again if it has much text."""
         stop.check()
         parsed = read_request(body, self._rules)
         if self._children is not None and _num_chars(parsed.raw) > SMALL_CHARS:
             return bytearray(body)
-        return parsed if has_clips(parsed.raw["messages"]) else self._finish(parsed, stop)
+        messages = parsed.raw["messages"]
+        takes_long = has_clips(messages) or (self._fetcher is not None and urls_in(messages))
+        return parsed if takes_long else self._finish(parsed, stop)
 
     def _finish(self, parsed: Parsed, stop: StopSignal) -> Prepared:
         stop.check()
         return finish_request(parsed, self._processor, self._rules, stop)
 
-    def _in_child(self, body: bytearray, stop: StopSignal) -> Prepared:
+    def _in_child(self, body: bytearray, stop: StopSignal, fetch: Fetch | None) -> Prepared:
         stop.check()
         if self._children is None:
             raise RuntimeError("there are no children")
-        return self._children.prepare(body, stop)
+        return self._children.prepare(body, stop, fetch)
+
+    def _blocking_fetch(self, account: BodyAccount, stop: StopSignal) -> Fetch | None:
+        """For a thread."""
+        fetcher, loop = self._fetcher, asyncio.get_running_loop()
+        if fetcher is None:
+            return None
+
+        def fetch(urls: Sequence[MediaUrl]) -> Mapping[str, bytes]:
+            work = asyncio.run_coroutine_threadsafe(fetcher.fetch(urls, account, self._max_fetched), loop)
+            try:
+                while not wait([work], timeout=_SLICE_S).done:
+                    stop.check()
+                return work.result()
+            finally:
+                work.cancel()
+
+        return fetch
 
 
 def _drop(made: Prepared | Parsed | bytearray) -> None:

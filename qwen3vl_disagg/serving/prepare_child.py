@@ -40,9 +40,10 @@ from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import Processor, Prompt
+from qwen3vl_disagg.processing.messages import MediaUrl, put_fetched, urls_in
 from qwen3vl_disagg.serving.chat_request import ChatRequest
 from qwen3vl_disagg.serving.limits import MAX_BODY_BYTES
-from qwen3vl_disagg.serving.preparation import Prepared, Rules, finish_request, read_request
+from qwen3vl_disagg.serving.preparation import Fetch, Prepared, Rules, finish_request, read_request
 
 logger = logging.getLogger(__name__)
 NICENESS = 10
@@ -66,6 +67,8 @@ class ChildSetup(msgspec.Struct, frozen=True, kw_only=True):
     folder: str
     video_outer_wrapper: bool
     max_model_len: int
+    fetches: bool
+    """Whether URLs are asked for."""
     rules: Rules
 
 
@@ -86,6 +89,19 @@ class Probed(msgspec.Struct, frozen=True):
     failure: Failure | None = None
 
 
+class FetchWanted(msgspec.Struct, frozen=True, tag="fetch"):
+    """Only the parent may reach out. It answers with `Fetched`."""
+
+    urls: list[MediaUrl]
+
+
+class Fetched(msgspec.Struct, frozen=True):
+    """Followed by the bytes of each URL, as often as it was there."""
+
+    sizes: list[int]
+    failure: Failure | None = None
+
+
 class Made(msgspec.Struct, frozen=True, tag="made"):
     """Followed by as many bytes: a `MadeHead`, the prompt's token ids as int32, and the bytes of each item."""
 
@@ -99,7 +115,7 @@ class NotMade(msgspec.Struct, frozen=True, tag="not made"):
     failure: Failure
 
 
-ChildReply = Ready | ProbeWanted | Made | NotMade
+ChildReply = Ready | ProbeWanted | FetchWanted | Made | NotMade
 _REPLIES = msgspec.msgpack.Decoder(ChildReply)
 
 
@@ -112,11 +128,12 @@ class PreparePool:
     One that was killed is replaced in the background: the next request finds a child that is ready.
     """
 
-    def __init__(self, processor: Processor, rules: Rules) -> None:
+    def __init__(self, processor: Processor, rules: Rules, *, fetches: bool = False) -> None:
         setup = ChildSetup(
             folder=str(processor.folder),
             video_outer_wrapper=processor.video_outer_wrapper,
             max_model_len=processor.max_model_len,
+            fetches=fetches,
             rules=rules,
         )
         module = ("-P", "-B", "-m", "qwen3vl_disagg.serving.prepare_child")
@@ -131,7 +148,7 @@ class PreparePool:
         """Start a child in the background."""
         self._starter.submit(self._start_idle)
 
-    def prepare(self, body: bytearray, stop: StopSignal) -> Prepared:
+    def prepare(self, body: bytearray, stop: StopSignal, fetch: Fetch | None) -> Prepared:
         """Empties `body` once it is not needed any more. What a child says is wrong; Stopped once `stop` is set, whose
         child is killed; PreparationFailed when it ends by itself, UnavailableError when none can be started."""
         started = time.monotonic()
@@ -141,7 +158,7 @@ class PreparePool:
             try:
                 child.send(BodyJob(len(body)), body, _FOREVER_S, stop)
                 is_sent = True
-                reply = self._next(child, stop)
+                reply = self._next(child, stop, fetch)
                 body.clear()
                 made = reply.failure if isinstance(reply, NotMade) else self._receive(child, reply.sizes, started)
             except BaseException as error:
@@ -159,12 +176,15 @@ class PreparePool:
             return made
         raise PreparationFailed
 
-    def _next(self, child: ChildProcess, stop: StopSignal) -> Made | NotMade:
+    def _next(self, child: ChildProcess, stop: StopSignal, fetch: Fetch | None) -> Made | NotMade:
         """The answer; questions before it are answered."""
         while True:
             reply = child.receive()
             if isinstance(reply, (Made, NotMade)):
                 return reply
+            if isinstance(reply, FetchWanted) and fetch is not None:
+                self._fetch(child, reply.urls, stop, fetch)
+                continue
             if not isinstance(reply, ProbeWanted):
                 raise ChildFailed("nonsense")
             data = child.receive_bytes(reply.num_bytes)
@@ -173,6 +193,16 @@ class PreparePool:
             except DisaggError as error:
                 probed = Probed(failure=Failure.of(error))
             child.send(probed, b"", _FOREVER_S, stop)
+
+    @staticmethod
+    def _fetch(child: ChildProcess, urls: list[MediaUrl], stop: StopSignal, fetch: Fetch) -> None:
+        try:
+            found = fetch(urls)
+        except DisaggError as error:
+            child.send(Fetched([], Failure.of(error)), b"", _FOREVER_S, stop)
+            return
+        data = [found[one.url] for one in urls]
+        child.send(Fetched([len(one) for one in data]), b"".join(data), _FOREVER_S, stop)
 
     @staticmethod
     def _receive(child: ChildProcess, sizes: list[int], started: float) -> Prepared:
@@ -250,6 +280,15 @@ def _read_message(parent: int) -> bytearray:
     return read_exactly(0, body_length(read_exactly(0, LENGTH_BYTES)))
 
 
+def fetched(urls: list[MediaUrl], out: int, parent: int) -> dict[str, bytes]:
+    """What the parent fetches. What it says is wrong."""
+    write_all(out, pack(FetchWanted(urls)), parent)
+    found = msgspec.msgpack.decode(_read_message(parent), type=Fetched)
+    if found.failure is not None:
+        raise found.failure.error()
+    return {one.url: bytes(read_exactly(0, size)) for one, size in zip(urls, found.sizes, strict=True)}
+
+
 def reply(prepared: Prepared) -> list[bytes]:
     """A header and what follows it."""
     prompt = prepared.prompt
@@ -261,11 +300,14 @@ def reply(prepared: Prepared) -> list[bytes]:
     return [pack(Made([len(part) for part in parts])), *parts]
 
 
-def answer(body: bytearray, processor: Processor, setup: ChildSetup) -> list[bytes]:
+def answer(body: bytearray, processor: Processor, setup: ChildSetup, out: int, parent: int) -> list[bytes]:
     """What `reply` makes of a good request, or why there is none."""
     try:
         parsed = read_request(body, setup.rules)
         body.clear()
+        messages = parsed.raw["messages"]
+        if setup.fetches and (urls := urls_in(messages)):
+            put_fetched(messages, fetched(urls, out, parent))
         return reply(finish_request(parsed, processor, setup.rules, StopSignal()))
     except DisaggError as error:
         return [pack(NotMade(Failure.of(error)))]
@@ -302,7 +344,7 @@ def main() -> None:
             job = msgspec.msgpack.decode(_read_message(parent), type=BodyJob)
             if not 0 <= job.num_bytes <= MAX_BODY_BYTES:
                 return
-            for part in answer(read_exactly(0, job.num_bytes), processor, setup):
+            for part in answer(read_exactly(0, job.num_bytes), processor, setup, out, parent):
                 write_all(out, part, parent)
     except (EOFError, BrokenPipeError):
         return  # the parent closed
