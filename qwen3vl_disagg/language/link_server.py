@@ -42,6 +42,7 @@ from qwen3vl_disagg.protocol.messages import (
 )
 from qwen3vl_disagg.protocol.pump import Pump
 from qwen3vl_disagg.protocol.session_events import (
+    Attempt,
     BreakLink,
     FrameIn,
     LanguageAction,
@@ -56,7 +57,6 @@ from qwen3vl_disagg.protocol.session_events import (
     SessionLimits,
     Tell,
 )
-from qwen3vl_disagg.transport.buffers import Delivery
 from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Address, Connection, ConnectionLost
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
 from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory, process_group_links
@@ -81,7 +81,8 @@ class _PeerLink:
 class LinkServer:
     """Set the sinks before the first request; all are called on the event loop."""
 
-    on_rows: Callable[[Delivery], None]
+    on_rows: Callable[[Attempt], None]
+    """Rows of the attempt are here: `receiver.hand_over` gives them to the engine."""
     on_recall: Callable[[Recall], None]
     """The engine must drop the attempt's rows and go back behind them; `handle(Returned(..))` when it has."""
     on_tell: Callable[[Message], None]
@@ -103,7 +104,7 @@ class LinkServer:
         self.limits = limits or SessionLimits()
         buffers = receiver.buffers
         self.sessions = LanguageSessions(buffers.allocator, buffers.block_size, buffers.row_sizes, self.limits)
-        self._receiver, self._fingerprint, self._token = receiver, fingerprint, token
+        self.receiver, self._fingerprint, self._token = receiver, fingerprint, token
         self._language_rank = language_rank
         self._links: dict[tuple[int, int], _PeerLink] = {}
         self._pump = Pump[LanguageEvent, LanguageAction](self._decide, self._perform, time.monotonic)
@@ -176,7 +177,7 @@ class LinkServer:
 
     def _decide(self, event: LanguageEvent, now: float) -> list[LanguageAction]:
         if isinstance(event, Cancel):
-            self._receiver.forget(event.request_id)
+            self.receiver.forget(event.request_id)
         return self.sessions.handle(event, now)
 
     def _perform(self, action: LanguageAction) -> None:
@@ -186,7 +187,7 @@ class LinkServer:
             case Receive():
                 self._start_receiving(action)
             case RowsReady():
-                self.on_rows(self._receiver.delivery(action.key))
+                self.on_rows(action.key)
             case BreakLink():
                 link = self._links.get((action.peer, action.epoch))
                 if link is not None:
@@ -195,9 +196,9 @@ class LinkServer:
                 self.on_recall(action)
             case Tell(message):
                 if isinstance(message, ItemLost):
-                    self._receiver.forget(message.request_id, message.item)
+                    self.receiver.forget(message.request_id, message.item)
                 elif isinstance(message, RequestFailed):
-                    self._receiver.forget(message.request_id)
+                    self.receiver.forget(message.request_id)
                 self.on_tell(message)
 
     def _post(self, action: SendFrame) -> None:
@@ -230,16 +231,16 @@ class LinkServer:
 
     def _receive(self, payload: Link, job: Receive) -> None:
         with span("receive", rows=job.grant.row_stop - job.grant.row_start, item=job.grant.item):
-            rows = self._receiver.receive(payload, job, self.limits.payload_s)
+            self.receiver.receive(payload, job, self.limits.payload_s)
         fault_point("payload-received")
-        if rows.stop == job.visual.num_rows:
+        if job.grant.row_stop == job.visual.num_rows:
             fault_point("last-row")
 
     def _received(self, ends: PayloadEnd, done: asyncio.Future) -> None:
         self._end_receive(ends, done)
         attempt = ends.key
         if self.sessions.find(*attempt) is None:  # given up meanwhile, and forgotten before this was remembered
-            self._receiver.forget_attempt(attempt)
+            self.receiver.forget_attempt(attempt)
 
     def _end_receive(self, ends: PayloadEnd, done: asyncio.Future) -> None:
         error = asyncio.CancelledError() if done.cancelled() else done.exception()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -40,12 +41,12 @@ from qwen3vl_disagg.protocol.messages import (
     Submit,
 )
 from qwen3vl_disagg.protocol.session_events import (
+    Attempt,
     Consumed,
     Expect,
     Recall,
     Returned,
 )
-from qwen3vl_disagg.transport.buffers import Delivery
 from qwen3vl_disagg.transport.control import Connection, ConnectionLost
 from qwen3vl_disagg.transport.store import join_store
 
@@ -241,9 +242,8 @@ class LanguageRank:
         self._forget(request_id)
         self._tell(RequestFailed(request_id=request_id, failure=Failure.of(error)))
 
-    def _on_rows(self, delivery: Delivery) -> None:
-        request_id, item, timings = delivery.request_id, delivery.item, delivery.timings()
-        self._engine.post(lambda engine: engine.provide_rows(request_id, item, delivery.rows, timings))
+    def _on_rows(self, attempt: Attempt) -> None:
+        self._engine.post(partial(self._links.receiver.hand_over, attempt))
 
     def _on_recall(self, recall: Recall) -> None:
         """The rows may be read at this moment: only the engine's thread can say when that is over."""

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.core.requests import ItemTimings
 from qwen3vl_disagg.core.tensors import all_finite
+from qwen3vl_disagg.engine.engine import Engine, EngineEvent
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.processing import item_positions
 from qwen3vl_disagg.protocol.layout import AUX_FIELDS, item_ranges
@@ -146,28 +148,36 @@ class Receiver:
             item.deepstack = []  # no resume will need it
         return rows
 
-    def delivery(self, attempt: Attempt) -> Delivery:
+    def hand_over(self, attempt: Attempt, engine: Engine) -> list[EngineEvent]:
+        """`delivery`, if there is one, on the engine's thread."""
+        delivery = self.delivery(attempt)
+        if delivery is None:
+            return []
+        return engine.provide_rows(delivery.request_id, delivery.item, delivery.rows, delivery.timings)
+
+    def delivery(self, attempt: Attempt) -> Delivery | None:
         """The rows that were received last, and what it took so far. They are kept by whoever reads them, and no longer
-        here."""
+        here. None for what was forgotten meanwhile."""
         with self._lock:
-            item = self._items[attempt]
+            item = self._items.get(attempt)
+            if item is None or item.rows is None:
+                return None
             rows, item.rows = item.rows, None
-        if rows is None:
-            raise RuntimeError(f"rows of {attempt} are said to be here")
         header = item.job.header
-        return Delivery(
-            *attempt,
-            rows=rows,
-            encode_rank=item.job.encode_rank,
-            preprocess_ms=header.preprocess_ms,
-            encode_ms=header.encode_ms,
-            transfer_ms=item.seconds * 1e3,
+        timings = ItemTimings(
+            preprocess=header.preprocess_ms,
+            encode=header.encode_ms,
+            transfer=item.seconds * 1e3,
             transfer_bytes=item.num_bytes,
+            encode_rank=item.job.encode_rank,
+            rows=rows.stop,
             resumes=item.num_transfers - 1,
+            attempts=rows.attempt,
             cached=header.cached,
             batch=header.batch,
             note=header.note,
         )
+        return Delivery(*attempt[:2], rows, timings)
 
     def totals(self, attempt: Attempt) -> tuple[int, int]:
         """(payload bytes, transfers) of an attempt so far."""

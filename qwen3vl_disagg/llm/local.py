@@ -160,7 +160,8 @@ class LocalTransfer:
                 self._todo.append(lambda: self._receive(action))  # after the answer that makes the other end send
             case RowsReady():
                 attempt = action.key
-                self._outcomes.append(self.receiver.delivery(attempt))
+                if (delivery := self.receiver.delivery(attempt)) is not None:
+                    self._outcomes.append(delivery)
             case Recall():
                 self._outcomes.append(action)
             case Tell(ItemLost() as lost):

@@ -134,7 +134,7 @@ class LocalRequests:
             for outcome in outcomes:
                 match outcome:
                     case Delivery():
-                        delivered = outcome.request_id, outcome.item, outcome.rows, outcome.timings()
+                        delivered = outcome.request_id, outcome.item, outcome.rows, outcome.timings
                         for event in self.engine.provide_rows(*delivered):
                             if isinstance(event, Consumed):
                                 self.transfer.consumed(event.request_id, event.item, event.attempt, event.rows)

@@ -159,33 +159,9 @@ class VisualRows:
 
 @dataclass(frozen=True)
 class Delivery:
-    """Rows of an item that are here now, and what it took: the encoder's times, the payloads' time and bytes so far."""
+    """Rows of an item that are here now, and what it took so far: the encoder's times, the payloads' time and bytes."""
 
     request_id: str
     item: int
-    attempt: int
     rows: VisualRows
-    encode_rank: int
-    preprocess_ms: float
-    encode_ms: float
-    transfer_ms: float
-    transfer_bytes: int
-    resumes: int
-    cached: bool = False
-    batch: int = 0
-    note: str = ""
-
-    def timings(self) -> ItemTimings:
-        return ItemTimings(
-            preprocess=self.preprocess_ms,
-            encode=self.encode_ms,
-            transfer=self.transfer_ms,
-            transfer_bytes=self.transfer_bytes,
-            encode_rank=self.encode_rank,
-            rows=self.rows.stop,
-            resumes=self.resumes,
-            attempts=self.attempt,
-            cached=self.cached,
-            batch=self.batch,
-            note=self.note,
-        )
+    timings: ItemTimings

@@ -329,14 +329,14 @@ def test_rows_that_were_let_go_come_from_the_cache_with_the_same_bits():
         async with running(kind="in-process", blocks=2) as system:
             await system.start_encode_rank(options=options)
             picture = make_picture(1, (128, 128))
-            deliveries = []
+            took = []
             for number in range(3):
                 system.submit(f"r{number}", picture)
-                deliveries += await system.check(f"r{number}", picture)
-            assert [d.timings().cached for d in deliveries] == [False, True, True]
-            assert [d.timings().batch for d in deliveries] == [1, 0, 0]
-            assert all(d.timings().encode == d.timings().preprocess == 0 for d in deliveries[1:])
-            assert all(d.resumes for d in deliveries)
+                took += await system.check(f"r{number}", picture)
+            assert [timings.cached for timings in took] == [False, True, True]
+            assert [timings.batch for timings in took] == [1, 0, 0]
+            assert all(timings.encode == timings.preprocess == 0 for timings in took[1:])
+            assert all(timings.resumes for timings in took)
             assert system.workers[0].num_encoded == 1
             cache = system.ranks[0].server.pipeline.cache
             await until(lambda: cache.num_pinned_bytes == 0)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -221,7 +222,7 @@ def read(transfer, request_id: str, item: int, rows: int) -> tuple[int, torch.Te
             part.write(part.start, part.stop, *out)
             main.append(out[0])
             deepstack.append(out[1])
-            transfer.consumed(request_id, item, outcome.attempt, part.stop)
+            transfer.consumed(request_id, item, part.attempt, part.stop)
     return first, torch.cat(main), torch.cat(deepstack)
 
 
@@ -249,7 +250,7 @@ def test_one_thread_brings_rows_once_more_from_another_row():
     visual, data = IMAGES[9]
     transfer.need("r", [visual], [0], [data], [4])
     [delivery] = transfer.run()
-    assert (delivery.attempt, delivery.rows.start, delivery.rows.stop) == (1, 4, 9)
+    assert (delivery.rows.attempt, delivery.rows.start, delivery.rows.stop) == (1, 4, 9)
     transfer.need("r", [visual], [], [data])
     assert transfer.run() == [Recall("r", 0, 1)]
     transfer.returned(Recall("r", 0, 1))
@@ -280,7 +281,7 @@ def test_a_language_rank_passes_on_what_its_engine_needs():
         events = []
         links = SimpleNamespace(handle=events.append)
         hello = RankHello(token="t", role="language", rank=0, pid=1, fingerprint={})
-        rank = LanguageRank(None, links, hello, ("", 0))  # type: ignore[arg-type]
+        rank = LanguageRank(Mock(), links, hello, ("", 0))  # type: ignore[arg-type]
         items = [IMAGES[4][0], IMAGES[9][0]]
         rank._requests["r"] = _Request(items, 60.0)
         rank._on_events([NeedItems(request_id="r", items=[1], first_rows=[3]), NeedItems(request_id="r", items=[0, 1])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -15,7 +16,7 @@ from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.encode.worker import EncodedItem
 from qwen3vl_disagg.protocol.allocator import Want
 from qwen3vl_disagg.protocol.layout import AUX_FIELDS
-from qwen3vl_disagg.transport.buffers import Delivery, VisualRows
+from qwen3vl_disagg.transport.buffers import VisualRows
 from qwen3vl_disagg.transport.digest import run_sums, sums_digest
 from qwen3vl_disagg.transport.links import InProcessLink, LinkBroken
 from tests.support.random_model import small_config
@@ -350,11 +351,40 @@ def test_rows_are_converted_to_what_the_engine_computes_in():
     assert (out == 1).all()
 
 
+@pytest.mark.parametrize("forget", ["request", "attempt"])
+def test_rows_are_handed_to_the_engine_once_and_not_when_they_are_forgotten(forget):
+    receiver, engine = make_receiver(CONFIG), Mock()
+    transfer = Transfer(receiver, make_encoded(CONFIG))
+    rows, attempt = transfer.receive(), transfer.session.key
+    receiver.hand_over(attempt, engine)
+    [call] = engine.provide_rows.call_args_list
+    assert call.args[:3] == (*attempt[:2], rows)
+    assert receiver.hand_over(attempt, engine) == []
+    transfer = Transfer(receiver, make_encoded(CONFIG, seed=1))
+    transfer.receive()
+    if forget == "request":
+        receiver.forget(attempt[0])
+    else:
+        receiver.forget_attempt(attempt)
+    assert receiver.hand_over(attempt, engine) == []
+    engine.provide_rows.assert_called_once()
+
+
 def test_a_delivery_says_what_it_took():
-    rows = VisualRows(3, 4, 6, (), ())
-    timings = Delivery("r", 0, 3, rows, 1, 2.0, 3.0, 4.0, 500, 1).timings()
-    assert (timings.preprocess, timings.encode, timings.transfer, timings.transfer_bytes) == (2.0, 3.0, 4.0, 500)
-    assert (timings.encode_rank, timings.rows, timings.resumes, timings.attempts) == (1, 6, 1, 3)
+    receiver = make_receiver(CONFIG, rows=4, deepstack_rows=16)
+    transfer = Transfer(receiver, make_encoded(CONFIG), attempt=3)
+    said = {"preprocess_ms": 2.0, "encode_ms": 3.0, "cached": True, "batch": 7, "note": "cut"}
+    rows = [transfer.receive(**said)]
+    transfer.consume()
+    rows.append(transfer.receive(**said))
+    delivery = receiver.delivery(transfer.session.key)
+    assert delivery is not None
+    assert (delivery.request_id, delivery.item, delivery.rows) == ("r", 0, rows[1])
+    timings, (num_bytes, _) = delivery.timings, receiver.totals(transfer.session.key)
+    assert (timings.preprocess, timings.encode, timings.transfer_bytes) == (2.0, 3.0, num_bytes)
+    assert (timings.encode_rank, timings.rows, timings.resumes, timings.attempts) == (0, 6, 1, 3)
+    assert (timings.cached, timings.batch, timings.note) == (True, 7, "cut")
+    assert timings.transfer > 0
 
 
 def test_the_digest_of_a_run_is_that_of_the_buffers_it_lies_in():

@@ -80,7 +80,7 @@ def test_a_link_that_dies_while_rows_are_held_is_resumed(num_parts, end, kind):
                 engine.consume(held)
             engine.is_holding = False
             [last] = await system.check("r", data)
-            assert (last.resumes, last.attempt) == (3, 1)
+            assert (last.resumes, last.attempts) == (3, 1)
             assert encoded(system) == 1
             assert not engine.lost
             assert not engine.recalls
@@ -102,7 +102,7 @@ def test_rows_consumed_while_there_is_no_link_are_resumed_when_it_is_back(end, k
             engine.is_holding = False
             engine.consume(engine.held[0])
             [last] = await system.check("r", data)
-            assert (last.resumes, last.attempt, encoded(system)) == (1, 1, 1)
+            assert (last.resumes, last.attempts, encoded(system)) == (1, 1, 1)
             assert system.link_of()[0] == epoch + 1
 
     run(scenario)
@@ -121,7 +121,7 @@ def test_a_payload_that_breaks_comes_again_over_the_next_link(payload, side, is_
             system.submit("r", data)
             [last] = await system.check("r", data)
             assert system.link_of()[0] == epoch + 1
-            assert (last.resumes, last.attempt, encoded(system)) == (3, 1, 1)
+            assert (last.resumes, last.attempts, encoded(system)) == (3, 1, 1)
             assert last.transfer_bytes == 16 * (ROW + DEEPSTACK_ROW) + AUX
             assert len(system.make_link.sent) == 5
             assert system.make_link.sent[payload] == system.make_link.sent[payload + 1]
@@ -195,7 +195,7 @@ def test_a_rank_that_died_and_came_back_answers_gone():
             engine.is_holding = False
             system.assign("r", attempt=2)
             [last] = await system.check("r", data)
-            assert (last.attempt, last.resumes) == (2, 1)
+            assert (last.attempts, last.resumes) == (2, 1)
 
     run(scenario)
 
@@ -242,7 +242,7 @@ def test_rows_whose_lease_has_ended_are_gone():
             engine.consume(engine.held[0])
             [last] = await system.check("r", data)
             assert [(lost.attempt, lost.reason) for lost in engine.lost] == [(1, "gone")]
-            assert (last.attempt, last.resumes, encoded(system)) == (2, 1, 2)
+            assert (last.attempts, last.resumes, encoded(system)) == (2, 1, 2)
 
     run(scenario)
 

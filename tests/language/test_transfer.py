@@ -30,12 +30,12 @@ def test_rows_arrive_bit_equal_and_leave_the_buffers(kind):
             await system.start_encode_rank()
             images = [make_image(i, size) for i, size in enumerate([SMALL, (128, 96), (32, 160)])]
             system.submit("r", *images)
-            for delivery, data in zip(await system.check("r", *images), images, strict=True):
+            for timings, data in zip(await system.check("r", *images), images, strict=True):
                 # h = 32 float32, fill id, position; 2 levels; 8 aux words.
-                assert delivery.transfer_bytes == describe(data).num_rows * (32 * 4 + 4 + 12 + 2 * 32 * 4) + 64
-                assert (delivery.resumes, delivery.encode_rank, delivery.attempt) == (0, 0, 1)
-                assert delivery.transfer_ms > 0
-                assert delivery.encode_ms > 0
+                assert timings.transfer_bytes == describe(data).num_rows * (32 * 4 + 4 + 12 + 2 * 32 * 4) + 64
+                assert (timings.resumes, timings.encode_rank, timings.attempts) == (0, 0, 1)
+                assert timings.transfer > 0
+                assert timings.encode > 0
             assert sum(isinstance(message, Decoded) for message in system.hub.said) == 3
             assert any(map(is_linked, system.hub.said))
             assert system.workers[0].num_encoded == 3
@@ -127,8 +127,8 @@ def test_a_dead_encode_rank_loses_what_it_did_not_send_and_comes_back_under_a_ne
             assert system.link_of()[0] == epoch + 1
             assert not system.engine.lost
             system.assign("r", attempt=2)
-            [delivery] = await system.check("r", data)
-            assert delivery.attempt == 2
+            [timings] = await system.check("r", data)
+            assert timings.attempts == 2
 
     run(scenario)
 

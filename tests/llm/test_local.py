@@ -127,7 +127,7 @@ class Reader:
         rows.write(rows.start, rows.stop, self.main[item][here], self.deepstack[item][here])
         if rows.stop == self.rows[item]:
             self.item += 1
-        self.transfer.consumed(self.request_id, item, delivery.attempt, rows.stop)
+        self.transfer.consumed(self.request_id, item, rows.attempt, rows.stop)
         return True
 
     def check(self) -> None:
@@ -170,7 +170,7 @@ def test_every_item_passes_through_every_pool(blocks, deepstack):
         for number, ((start, stop), payload) in enumerate(zip(expected, link.payloads, strict=True)):
             deepstack_rows = stop - start if is_ranged else rows if number == 0 else 0
             assert payload == (number == 0, deepstack_rows, stop - start)
-        assert deliveries[-1].resumes == len(expected) - 1
+        assert deliveries[-1].timings.resumes == len(expected) - 1
         transfer.forget(request_id)
         assert transfer.run() == []
         assert transfer.is_idle
@@ -202,7 +202,7 @@ def test_several_requests_of_several_items_share_the_pools(blocks, deepstack_blo
         reader.check()
     num_contents = len({rows for request in sizes for rows in request})
     assert num_contents <= WORKER.num_encodings - before <= sum(map(len, sizes)), "an item was encoded twice"
-    assert all(delivery.attempt == 1 for delivery in deliveries)
+    assert all(delivery.rows.attempt == 1 for delivery in deliveries)
     for number in range(len(sizes)):
         transfer.forget(str(number))
     assert transfer.run() == []
@@ -213,11 +213,11 @@ def test_several_requests_of_several_items_share_the_pools(blocks, deepstack_blo
 
 def test_times_and_bytes_are_told():
     transfer, _ = make_transfer(2, MAX_BLOCKS)
-    last = run(transfer, [Reader(transfer, "r", [9])])[-1]
+    last = run(transfer, [Reader(transfer, "r", [9])])[-1].timings
     sizes = transfer.receiver.buffers.row_sizes
     assert last.transfer_bytes == sizes.transfer_bytes(9, 9)
-    assert min(last.preprocess_ms, last.encode_ms, last.transfer_ms) > 0
-    assert (last.resumes, last.encode_rank, last.attempt) == (2, 0, 1)
+    assert min(last.preprocess, last.encode, last.transfer) > 0
+    assert (last.resumes, last.encode_rank, last.attempts) == (2, 0, 1)
 
 
 @pytest.mark.parametrize("fault", ["damaged", "slow", "not as announced", "not finite", "broken"])

@@ -67,7 +67,7 @@ def take(transfer: LocalTransfer) -> tuple[dict[tuple[str, int], torch.Tensor], 
             part.write(part.start, part.stop, main, deepstack)
             rows.setdefault(name, []).append(torch.cat([main, deepstack], dim=1))
             last[name] = outcome
-            transfer.consumed(*name, outcome.attempt, part.stop)
+            transfer.consumed(*name, part.attempt, part.stop)
     return {name: torch.cat(parts) for name, parts in rows.items()}, [last[name] for name in sorted(last)], errors
 
 
@@ -97,7 +97,7 @@ def take_one(transfer: LocalTransfer, name: str):
     need(transfer, name, IMAGES[:1])
     rows, [delivery], errors = take(transfer)
     end(transfer, name)
-    return rows[name, 0], delivery.timings(), errors
+    return rows[name, 0], delivery.timings, errors
 
 
 def test_with_everything_off_each_is_encoded_alone_and_nothing_is_kept():
@@ -122,7 +122,7 @@ def test_equal_items_that_start_together_are_encoded_once(options, blocks):
     assert torch.equal(rows["a", 0], rows["b", 0])
     if blocks == 64:  # otherwise each starts when the one before is through
         assert worker.num_decoded == 2
-        assert not any(delivery.cached for delivery in deliveries)
+        assert not any(delivery.timings.cached for delivery in deliveries)
     else:
         assert worker.num_decoded == (2 if options is not OFF else 4)
     end(transfer, "a", "b")
@@ -134,7 +134,7 @@ def test_items_that_start_together_go_through_the_tower_in_batches():
     need(transfer, "a", IMAGES[:5], visuals)
     rows, deliveries, _ = take(transfer)
     assert worker.batches == [[60, 61], [60, 60], [60]]
-    assert [delivery.batch for delivery in deliveries] == [1, 1, 2, 2, 3]
+    assert [delivery.timings.batch for delivery in deliveries] == [1, 1, 2, 2, 3]
     for number in range(5):
         [alone] = EncodeWorker(MODEL, PROCESSOR, CONFIG).encode(
             [worker.preprocess(IMAGES[number], visuals[number])], [60]

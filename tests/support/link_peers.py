@@ -151,7 +151,7 @@ class Language:
         """They are there, with these bits; the attempt that they came with."""
         rows, delivery = await self.engine.item(name, 0, WAIT_S)
         assert torch.equal(rows, torch.cat([encoded.main, encoded.deepstack], dim=1))
-        return delivery.attempt
+        return delivery.timings.attempts
 
     def counts(self) -> tuple[int, int, int]:
         """(free, owned, quarantined) row blocks."""

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwen3vl_disagg.cluster.registry import link_fingerprint
-from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.core.requests import ItemTimings, VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.rank import EncodeRank
 from qwen3vl_disagg.language.link_server import LinkServer
@@ -198,14 +198,16 @@ class Engine:
         elif isinstance(message, ItemReceived):
             self.arrived.append(message)
 
-    def _rows(self, delivery: Delivery) -> None:
+    def _rows(self, attempt: Attempt) -> None:
+        delivery = self.links.receiver.delivery(attempt)
+        assert delivery is not None
         self.held.append(delivery)
         if not self.is_holding:
             self.consume(delivery)
 
     def consume(self, delivery: Delivery) -> None:
         rows = delivery.rows
-        attempt = (delivery.request_id, delivery.item, delivery.attempt)
+        attempt = (delivery.request_id, delivery.item, rows.attempt)
         parts = self.parts.setdefault(attempt, [])
         assert rows.start == sum(map(len, parts)), "rows are missing, or came twice"
         main = torch.full((rows.stop - rows.start, 32), torch.nan)
@@ -225,7 +227,7 @@ class Engine:
 
     def give_back(self, recall: Recall) -> None:
         attempt = (recall.request_id, recall.item, recall.attempt)
-        self.held = [d for d in self.held if (d.request_id, d.item, d.attempt) != attempt]
+        self.held = [d for d in self.held if (d.request_id, d.item, d.rows.attempt) != attempt]
         self.links.handle(Returned(*attempt))
 
     async def item(self, request_id: str, item: int, timeout: float = 20) -> tuple[Tensor, Delivery]:
@@ -238,7 +240,7 @@ class Engine:
             return bool(keys)
 
         await until(has_arrived, timeout, lambda: f"{request_id}/{item}; lost: {self.lost}")
-        last = [d for d in self.deliveries if (d.request_id, d.item, d.attempt) == keys[-1]][-1]
+        last = [d for d in self.deliveries if (d.request_id, d.item, d.rows.attempt) == keys[-1]][-1]
         return torch.cat(self.parts[keys[-1]]), last
 
 
@@ -320,13 +322,13 @@ class System:
     def cancel(self, request_id: str) -> None:
         self.links.handle(Cancel(request_id=request_id))
 
-    async def check(self, request_id: str, *images: bytes, timeout: float = 20) -> list[Delivery]:
-        """All items of a request arrive with the right bits; then it is over. The last delivery of each."""
+    async def check(self, request_id: str, *images: bytes, timeout: float = 20) -> list[ItemTimings]:
+        """All items of a request arrive with the right bits; then it is over. What each took."""
         last = []
         for item, data in enumerate(images):
             rows, delivery = await self.engine.item(request_id, item, timeout)
             assert torch.equal(rows, expect_rows(data)), f"{request_id}/{item} has other rows"
-            last.append(delivery)
+            last.append(delivery.timings)
         self.links.handle(Cancel(request_id=request_id))
         return last
 
