@@ -2,7 +2,7 @@
 
 Its own limits bound what a grammar may take to compile and for each token: an item of its parser, or a unit of a
 lexer's fuel, takes less than a tenth of a microsecond. What compiling may take in seconds is bounded by who lets
-strangers' grammars in (`serving/grammar_check.py`).
+strangers' grammars in (`serving/prepare_child.py`).
 """
 
 from __future__ import annotations

@@ -92,14 +92,22 @@ class AnswerSplitter:
 
     `in_reasoning`: the prompt left `<think>` open. `with_tools`: calls are looked for. A call is `<tool_call>`, what
     `read_calls` knows, and `</tool_call>`, another call, or the end of the answer; a `<tool_call>` that begins none is
-    text, and the search goes on right behind it. Line breaks around reasoning, and before a call or after the last one,
-    are dropped, as a template puts them there. `stops`: strings that end the content, as it is given out; one that is
-    complete within a piece with `may_stop` false is text. An answer with none of all this comes out as it is. Each push
-    takes time for its own length, save that what was held for a call is read again where it is none.
+    text, and the search goes on right behind it. `calls_alone`: none are looked for behind other text. Line breaks
+    around reasoning, and before a call or after the last one, are dropped, as a template puts them there. `stops`:
+    strings that end the content, as it is given out; one that is complete within a piece with `may_stop` false is text.
+    An answer with none of all this comes out as it is. Each push takes time for its own length, save that what was held
+    for a call is read again where it is none.
     """
 
-    def __init__(self, *, in_reasoning: bool = False, with_tools: bool = False, stops: Sequence[str] = ()) -> None:
-        self._in_reasoning, self._with_tools = in_reasoning, with_tools
+    def __init__(
+        self,
+        *,
+        in_reasoning: bool = False,
+        with_tools: bool = False,
+        calls_alone: bool = False,
+        stops: Sequence[str] = (),
+    ) -> None:
+        self._in_reasoning, self._with_tools, self._calls_alone = in_reasoning, with_tools, calls_alone
         self._state = _State.BEGINNING
         self._text, self._at = "", 0
         self._thoughts = _Lines(strips_start=True)
@@ -177,7 +185,10 @@ class AnswerSplitter:
             case _State.CONTENT if self._with_tools:
                 before, is_there = self._cut(CALL)
                 self._say(before)
-                if is_there and not self.is_stopped:
+                if self._calls_alone and before.strip("\n"):
+                    self._with_tools = False
+                    self._at -= len(CALL) * is_there
+                elif is_there and not self.is_stopped:
                     self._open_call(CALL)
                 return is_there
             case _State.CONTENT:
@@ -302,8 +313,12 @@ class AnswerParts:
         with_tools: bool = False,
     ) -> None:
         self._stream, self._eos_ids, self._min_tokens = tokenizer.stream(), eos_ids, sampling.min_tokens
+        grammar = sampling.grammar
         self._splitter = AnswerSplitter(
-            in_reasoning=opens_reasoning(tokenizer, prompt_ids), with_tools=with_tools, stops=sampling.stop
+            in_reasoning=opens_reasoning(tokenizer, prompt_ids),
+            with_tools=with_tools,
+            calls_alone=grammar is not None and grammar.kind not in ("text", "calls"),
+            stops=sampling.stop,
         )
         self._reasoning: list[str] = []
         self._content: list[str] = []

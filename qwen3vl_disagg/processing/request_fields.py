@@ -108,7 +108,7 @@ _AS_IT_IS = _refused("do_resize do_rescale do_normalize do_convert_rgb", True) |
 
 FIELDS: dict[Place, dict[str, Treatment]] = {
     "request": {
-        **_built("messages model stream stream_options tools tool_choice"),
+        **_built("messages model stream stream_options tools tool_choice parallel_tool_calls"),
         **_built("return_token_ids cache_salt add_generation_prompt continue_final_message"),
         **_built("chat_template_kwargs enable_thinking think reasoning reasoning_effort"),
         **_built("mm_processor_kwargs media_io_kwargs"),
@@ -121,12 +121,13 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         **_refused("length_penalty", 1),
         **_refused("do_sample penalty_alpha guidance_scale negative_prompt"),
         # What the text must look like.
-        **_refused("response_format", {"type": "text"}),
-        **_refused("structured_outputs structural_tag json_schema regex ebnf grammar stop_regex format", "", {}),
-        **_refused("guided_json guided_regex guided_choice guided_grammar guided_decoding_backend"),
+        **_built("response_format structured_outputs json_schema regex ebnf choice grammar format"),
+        **_built("guided_json guided_regex guided_choice guided_grammar guided_json_object"),
+        **_refused("structural_tag stop_regex", "", {}),
+        **_ignored("guided_decoding_backend"),
         **_refused("guided_whitespace_pattern grammar_triggers preserved_tokens", []),
         **_refused("grammar_lazy", False),
-        **_refused("parallel_tool_calls parse_tool_calls", True),
+        **_refused("parse_tool_calls", True),
         **_refused("function_call", "none", "auto"),
         **_refused("functions documents", []),
         **_refused("verbosity", "medium"),

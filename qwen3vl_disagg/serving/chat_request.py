@@ -7,10 +7,12 @@ from typing import Any
 
 import msgspec
 
-from qwen3vl_disagg.core.errors import InputError, NotBuiltYet
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.processing import parse_tools
 from qwen3vl_disagg.processing.prompt_options import PromptOptions
-from qwen3vl_disagg.processing.request_fields import check_fields, is_one_of
+from qwen3vl_disagg.processing.request_fields import check_fields
+from qwen3vl_disagg.serving.grammar_fields import read_grammar, read_tool_choice
 from qwen3vl_disagg.serving.sampling_fields import SamplingFields
 
 
@@ -24,6 +26,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool = False
     has_tools: bool = False
     """The model is shown some."""
+    grammar: Grammar | None = None
     prompt: PromptOptions = PromptOptions()
 
 
@@ -38,7 +41,8 @@ def check_model(model: object, names: Collection[str]) -> None:
 def parse_chat_request(
     raw: dict[str, Any], *, model_names: Collection[str]
 ) -> tuple[ChatRequest, list[dict[str, Any]]]:
-    """The request, every field checked, and the tools that the model is shown. The processor checks the messages.
+    """The request, every field checked, and the tools that the model is shown; with `tool_choice` none it sees none.
+    The processor checks the messages.
 
     InputError with `param`; 404 for another model's name.
     """
@@ -51,7 +55,9 @@ def parse_chat_request(
     if options is not None and not isinstance(options, dict):
         raise InputError("stream_options must be an object", param="stream_options")
     options = options or {}
-    tools = _tools(raw)
+    tools = [] if raw.get("tools") is None else parse_tools(raw["tools"])
+    choice, name = read_tool_choice(raw.get("tool_choice"), tools)
+    shown = [] if choice == "none" else tools
     if _flag(raw, "stream") and "prompt_logprobs" in sampling.values:
         raise InputError("prompt_logprobs are not streamed", param="prompt_logprobs")
     request = ChatRequest(
@@ -60,19 +66,11 @@ def parse_chat_request(
         include_usage=_flag(options, "include_usage", "stream_options."),
         continuous_usage=_flag(options, "continuous_usage_stats", "stream_options."),
         return_token_ids=_flag(raw, "return_token_ids"),
-        has_tools=bool(tools),
+        has_tools=bool(shown),
+        grammar=read_grammar(raw, shown, choice, name),
         prompt=PromptOptions.read(raw),
     )
-    return request, tools
-
-
-def _tools(raw: dict[str, Any]) -> list[dict[str, Any]]:
-    """The tools that the model is shown: with `tool_choice` none it sees none."""
-    choice = raw.get("tool_choice")
-    if choice is not None and not is_one_of(choice, ("none", "auto")):
-        raise NotBuiltYet("tool_choice", param="tool_choice")
-    tools = [] if raw.get("tools") is None else parse_tools(raw["tools"])
-    return [] if choice == "none" else tools
+    return request, shown
 
 
 def _flag(raw: dict[str, Any], name: str, prefix: str = "") -> bool:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -19,10 +20,13 @@ from msgspec import structs
 from starlette.types import Receive
 
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, InputError
+from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.json_text import GivenTwice, unique
 from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.engine.grammars import has_grammars, no_grammars
 from qwen3vl_disagg.media.stop import Stopped, StopSignal
 from qwen3vl_disagg.processing import Processor, Prompt
+from qwen3vl_disagg.processing.answer_parts import opens_reasoning
 from qwen3vl_disagg.processing.json_values import check_json, too_deep
 from qwen3vl_disagg.processing.messages import MediaUrl, has_clips, is_data_uri, put_fetched, urls_in
 from qwen3vl_disagg.processing.processor import SMALL_CHARS
@@ -47,6 +51,8 @@ SMALL_BODY = 2**20
 SMALL_VALUES = 2**13
 """Parsed in this process: to look at so much, images in it included, takes the interpreter's lock for milliseconds. So
 does tokenizing SMALL_CHARS of text."""
+
+MAX_KNOWN_GRAMMARS = 4096
 
 
 async def read_body(receive: Receive, limits: Limits, account: BodyAccount) -> bytearray:
@@ -179,6 +185,7 @@ def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: Sto
         context=processor.max_model_len,
         vocab_size=text.vocab_size,
         cache_salt=request.prompt.cache_salt,
+        grammar=request.grammar,
         max_answer_tokens=rules.max_answer_tokens,
     )
     check_num_scores([prompt.token_ids], sampling.prompt_logprobs, "prompt_logprobs")
@@ -208,6 +215,9 @@ class Children(Protocol):
     def prepare(self, body: bytearray, stop: StopSignal, fetch: Fetch | None) -> Prepared:
         """Empties `body`. InputError, PreparationFailed, UnavailableError; Stopped once `stop` is set."""
 
+    def check_grammar(self, grammar: Grammar, *, in_reasoning: bool, stop: StopSignal) -> None:
+        """InputError for one that ranks would refuse, or that takes too long; the others as above."""
+
 
 class Preparation:
     """Clips may take long to look at, so they have threads of their own: nobody else waits for them.
@@ -228,6 +238,9 @@ class Preparation:
         self._threads = ThreadPoolExecutor(limits.prepare_threads, thread_name_prefix="prepare")
         self._clip_threads = ThreadPoolExecutor(limits.clip_threads, thread_name_prefix="prepare-clips")
         self._large_threads = ThreadPoolExecutor(limits.large_threads, thread_name_prefix="prepare-large")
+        self._grammar_threads = ThreadPoolExecutor(limits.grammar_threads, thread_name_prefix="prepare-grammar")
+        self._known_grammars: OrderedDict[bytes, None] = OrderedDict()
+        """Digests of those that are good."""
         self._children = children
 
     def warm_up(self) -> None:
@@ -236,8 +249,8 @@ class Preparation:
             self._children.warm_up()
 
     async def prepare(self, body: bytearray, account: BodyAccount, deadline: float) -> Prepared:
-        """Empties `body`. InputError, MediaTimeout, PreparationFailed; DeadlineError when `time.monotonic()` reaches
-        `deadline`.
+        """Makes the prompt, and checks the grammar if there is one. Empties `body`. InputError, MediaTimeout,
+        PreparationFailed; DeadlineError when `time.monotonic()` reaches `deadline`.
 
         `account` is not given back while a thread has the body or what was read from it. When this ends, a thread that
         is looking at media is free within 0.3 s, and so is one that waits for a child, which is killed; parsing and
@@ -246,29 +259,50 @@ class Preparation:
         stop = StopSignal(deadline)
         try:
             async with asyncio.timeout(stop.seconds_left()):
-                if self._children is None or _is_small(body):
-                    read = partial(self._read, body, stop)
-                    made = await _on_thread(self._threads, read, body.clear, account, drop=_drop)
-                    if isinstance(made, Prepared):
-                        return made
-                    if isinstance(made, Parsed):
-                        messages = made.raw["messages"]
-                        if self._fetcher is not None and (urls := urls_in(messages)):
-                            put_fetched(messages, await self._fetcher.fetch(urls, account, self._max_fetched))
-                        threads = self._clip_threads if has_clips(messages) else self._threads
-                        finish = partial(self._finish, made, stop)
-                        return await _on_thread(threads, finish, made.raw.clear, account)
-                    body = made
-                # Escapes may hide the word. Then it is one of the large ones that waits for a clip.
-                threads = self._clip_threads if await _speaks_of_clips(body) else self._large_threads
-                work = partial(self._in_child, body, stop, self._blocking_fetch(account, stop))
-                return await _on_thread(threads, work, body.clear, account)
+                prepared = await self._make(body, account, stop)
+                if prepared.sampling.grammar is not None:
+                    await self._check_grammar(prepared.sampling.grammar, prepared.prompt, account, stop)
+                return prepared
         except DisaggError:
             raise
         except (TimeoutError, Stopped):
             raise DeadlineError("making the prompt took longer than the request may") from None
         finally:
             stop.set()
+
+    async def _make(self, body: bytearray, account: BodyAccount, stop: StopSignal) -> Prepared:
+        if self._children is None or _is_small(body):
+            read = partial(self._read, body, stop)
+            made = await _on_thread(self._threads, read, body.clear, account, drop=_drop)
+            if isinstance(made, Prepared):
+                return made
+            if isinstance(made, Parsed):
+                messages = made.raw["messages"]
+                if self._fetcher is not None and (urls := urls_in(messages)):
+                    put_fetched(messages, await self._fetcher.fetch(urls, account, self._max_fetched))
+                threads = self._clip_threads if has_clips(messages) else self._threads
+                finish = partial(self._finish, made, stop)
+                return await _on_thread(threads, finish, made.raw.clear, account)
+            body = made
+        # Escapes may hide the word. Then it is one of the large ones that waits for a clip.
+        threads = self._clip_threads if await _speaks_of_clips(body) else self._large_threads
+        work = partial(self._in_child, body, stop, self._blocking_fetch(account, stop))
+        return await _on_thread(threads, work, body.clear, account)
+
+    async def _check_grammar(self, grammar: Grammar, prompt: Prompt, account: BodyAccount, stop: StopSignal) -> None:
+        """In a child, which can be killed: it may take long. Not again for one that was good."""
+        if not has_grammars():
+            raise no_grammars(grammar.param)
+        in_reasoning = opens_reasoning(self._processor.tokenizer, prompt.token_ids)
+        packed = msgspec.msgpack.encode((structs.replace(grammar, param=""), in_reasoning))
+        digest = hashlib.sha256(packed).digest()
+        if self._children is not None and digest not in self._known_grammars:
+            check = partial(self._children.check_grammar, grammar, in_reasoning=in_reasoning, stop=stop)
+            await _on_thread(self._grammar_threads, check, lambda: None, account)
+        self._known_grammars[digest] = None
+        self._known_grammars.move_to_end(digest)
+        if len(self._known_grammars) > MAX_KNOWN_GRAMMARS:
+            self._known_grammars.popitem(last=False)
 
     def _read(self, body: bytearray, stop: StopSignal) -> Prepared | Parsed | bytearray:
         """To the end, if there are no clips and URLs in it; the body again if it has much text."""

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,8 @@ import numpy as np
 
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.cluster.slots import die_with_parent
-from qwen3vl_disagg.core.errors import DisaggError, Failure, PreparationFailed, UnavailableError
+from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, PreparationFailed, UnavailableError
+from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.logs import start_logging
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.media import sandbox
@@ -54,6 +56,8 @@ _START_S = 120.0
 """It imports much, and the cores may be busy."""
 _FOREVER_S = 1e9
 _MAX_IDLE = 2
+GRAMMAR_CPU_S, GRAMMAR_S = 0.7, 20.0
+"""How long a grammar may take to be checked, in CPU time and by the clock."""
 _SLICE_S = 0.1
 """As long is waited before a StopSignal is looked at again."""
 
@@ -72,10 +76,21 @@ class ChildSetup(msgspec.Struct, frozen=True, kw_only=True):
     rules: Rules
 
 
-class BodyJob(msgspec.Struct, frozen=True):
+class BodyJob(msgspec.Struct, frozen=True, tag="body"):
     """Followed by a body of `num_bytes`."""
 
     num_bytes: int
+
+
+class GrammarJob(msgspec.Struct, frozen=True, tag="grammar"):
+    """Is it a good one? Answered by `Ready` when the check begins, then by `Checked`."""
+
+    grammar: Grammar
+    in_reasoning: bool
+
+
+class Checked(msgspec.Struct, frozen=True, tag="checked"):
+    failure: Failure | None = None
 
 
 class ProbeWanted(msgspec.Struct, frozen=True, tag="probe"):
@@ -115,7 +130,8 @@ class NotMade(msgspec.Struct, frozen=True, tag="not made"):
     failure: Failure
 
 
-ChildReply = Ready | ProbeWanted | FetchWanted | Made | NotMade
+ChildJob = BodyJob | GrammarJob
+ChildReply = Ready | ProbeWanted | FetchWanted | Made | NotMade | Checked
 _REPLIES = msgspec.msgpack.Decoder(ChildReply)
 
 
@@ -175,6 +191,33 @@ class PreparePool:
                 raise made.error()
             return made
         raise PreparationFailed
+
+    def check_grammar(self, grammar: Grammar, *, in_reasoning: bool, stop: StopSignal) -> None:
+        """InputError for a grammar that is wrong, or takes more than it may, of time or memory; Stopped once `stop` is
+        set. The child is killed then."""
+        too_much = InputError("the grammar takes too long", param=grammar.param, code="grammar_too_complex")
+        child = self._take(stop, must_be_new=False)
+        is_begun = False
+        try:
+            child.send(GrammarJob(grammar, in_reasoning), b"", _FOREVER_S, stop)
+            if not isinstance(child.receive(), Ready):
+                raise ChildFailed("nonsense")
+            is_begun = True
+            child.patience_s = GRAMMAR_S
+            checked = child.receive()
+            if not isinstance(checked, Checked):
+                raise ChildFailed("nonsense")
+        except BaseException as error:
+            child.close()
+            self.warm_up()
+            if isinstance(error, ChildFailed) and is_begun:
+                raise too_much from None
+            if isinstance(error, ChildFailed):
+                raise PreparationFailed from error
+            raise
+        self._give_back(child)
+        if checked.failure is not None:
+            raise checked.failure.error().at(grammar.param)
 
     def _next(self, child: ChildProcess, stop: StopSignal, fetch: Fetch | None) -> Made | NotMade:
         """The answer; questions before it are answered."""
@@ -318,6 +361,24 @@ def answer(body: bytearray, processor: Processor, setup: ChildSetup, out: int, p
         return [pack(NotMade(Failure.of(PreparationFailed())))]
 
 
+def make_check(processor: Processor) -> Callable[[Grammar, bool], None]:
+    from qwen3vl_disagg.serving.grammar_check import GrammarCheck
+
+    return GrammarCheck(processor)
+
+
+def check_grammar(job: GrammarJob, check: Callable[[Grammar, bool], None]) -> Checked:
+    """More CPU time than it may have is the end of this process."""
+    sandbox.allow_cpu(GRAMMAR_CPU_S)
+    try:
+        check(job.grammar, job.in_reasoning)
+    except DisaggError as error:
+        return Checked(Failure.of(error))
+    finally:
+        sandbox.allow_cpu(0)
+    return Checked()
+
+
 def main() -> None:
     start_logging("prompts")
     parent = os.getppid()
@@ -338,10 +399,16 @@ def main() -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     sandbox.enter(pages * os.sysconf("SC_PAGE_SIZE") + MAX_MEMORY)
     os.nice(NICENESS)
+    check: Callable[[Grammar, bool], None] | None = None
     try:
         write_all(out, pack(Ready()), parent)
         while True:
-            job = msgspec.msgpack.decode(_read_message(parent), type=BodyJob)
+            job = msgspec.msgpack.decode(_read_message(parent), type=ChildJob)
+            if isinstance(job, GrammarJob):
+                check = check or make_check(processor)
+                write_all(out, pack(Ready()), parent)
+                write_all(out, pack(check_grammar(job, check)), parent)
+                continue
             if not 0 <= job.num_bytes <= MAX_BODY_BYTES:
                 return
             for part in answer(read_exactly(0, job.num_bytes), processor, setup, out, parent):

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.sampling_params import MAX_NEW_TOKENS, OPTIONS, Route, SamplingParams
 from qwen3vl_disagg.processing import GenerationDefaults
 from qwen3vl_disagg.processing.request_fields import is_one_of, read_flag
@@ -51,6 +52,7 @@ class SamplingFields(msgspec.Struct, frozen=True):
         context: int,
         vocab_size: int,
         cache_salt: str = "",
+        grammar: Grammar | None = None,
         max_answer_tokens: int | None = None,
     ) -> SamplingParams:
         """What the engine needs. InputError if the prompt and the tokens asked for do not fit the context.
@@ -69,4 +71,4 @@ class SamplingFields(msgspec.Struct, frozen=True):
                 raise InputError(f"{name} takes token ids from 0 to {vocab_size - 1}", param=self.spelled[name])
         bound = min(room, max_answer_tokens or room, MAX_NEW_TOKENS)
         length = {"max_new_tokens": bound, "is_open_ended": True} if asked is None else {}
-        return defaults.sampling(cache_salt=cache_salt, **self.values | length)
+        return defaults.sampling(cache_salt=cache_salt, grammar=grammar, **self.values | length)

@@ -35,6 +35,7 @@ class Clips(MediaDecoder):
 def with_template(change=lambda source: source) -> Processor:
     processor = copy.copy(tiny_processor())
     processor.decoder = Clips()
+    processor.folder = None  # no children
     source = change(processor.template._source)
     processor.template = ChatTemplate(source, list(processor.tokenizer.special_ids))
     return processor
@@ -85,6 +86,14 @@ REQUEST: dict[str, tuple[dict[str, Any], Any]] = {
     "stream_options": ({"stream": True}, {"include_usage": True}),
     "tools": ({}, [FUNCTION]),
     "tool_choice": ({"tools": [FUNCTION]}, "none"),
+    "parallel_tool_calls": ({"tools": [FUNCTION]}, False),
+    "response_format": ({}, {"type": "json_object"}),
+    "structured_outputs": ({}, {"regex": "a+"}),
+    **{name: ({}, {"type": "object"}) for name in ("json_schema", "format", "guided_json")},
+    **{name: ({}, "a+") for name in ("regex", "guided_regex")},
+    **{name: ({}, ["a", "b"]) for name in ("choice", "guided_choice")},
+    **{name: ({}, 'start: "a"') for name in ("grammar", "ebnf", "guided_grammar")},
+    "guided_json_object": ({}, True),
     "return_token_ids": ({}, True),
     "cache_salt": ({"messages": MEDIA}, "of my own"),
     "add_generation_prompt": ({}, False),

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from qwen3vl_disagg import LLM
+from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.requests import SamplingParams
 from tests.support.clips import encode_clip, noise_frames, png_frames
 from tests.support.images import uri
@@ -82,6 +83,7 @@ def check_split(world: int, encode_ranks: int, asked: list[Asked], expected: lis
                 assert rows * 4 * hidden * 4 <= t["transfer_bytes"] <= 1.1 * rows * 4 * hidden * 4
 
         check_sampling(server, asked[0])
+        check_grammars(server, asked)
         check_clips(server)
         check_media_that_an_encode_rank_refuses(server)
         check_notes_of_files_without_their_end(server)
@@ -154,6 +156,51 @@ def check_sampling(server: Server, entry: Asked) -> None:
     assert answer["usage"]["completion_tokens"] == len(cut.token_ids)
     assert answer["timings"]["prefill"] > 0
     assert len(answer["timings"]["items"]) == len(entry.images)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"left": {"enum": ["red", "blue", None]}, "number": {"type": "integer", "maximum": 99}},
+    "required": ["left", "number"],
+    "additionalProperties": False,
+}
+LOOK = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
+
+
+def check_grammars(server: Server, asked: list[Asked]) -> None:
+    """Answers with and without grammars at once, on all language ranks; the same as in one process."""
+    fields: list[dict[str, Any]] = [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+        {"guided_choice": ["a circle", "a square"], "ignore_eos": True},
+        {},
+        {"tools": [LOOK], "tool_choice": "required", "parallel_tool_calls": False},
+    ]
+    bias = {"logit_bias": {str(i): 20 for i in json_ends()}, "max_tokens": 120, "temperature": 1.0, "seed": 3}
+    with ThreadPoolExecutor(8) as pool:
+        entries = [asked[i % 4].content() for i in range(8)]
+        answers = list(pool.map(lambda i: server.chat(entries[i], **bias, **fields[i % 4]), range(8)))
+    choices = [answer["choices"][0] if status == 200 else answer for status, answer in answers]
+    for i in (0, 4):
+        assert choices[i]["finish_reason"] == "stop", choices[i]
+        found = json.loads(choices[i]["message"]["content"])
+        assert found.keys() == {"left", "number"}
+        assert found["left"] in ("red", "blue", None)
+    assert {choices[i]["message"]["content"] for i in (1, 5)} <= {"a circle", "a square"}
+    for i in (3, 7):
+        assert choices[i]["finish_reason"] == "tool_calls", choices[i]
+        [call] = choices[i]["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]).keys() == {"left", "number"}
+    grammar = Grammar.of_choice(["a circle", "a square"])
+    sampling = SamplingParams(max_new_tokens=64, logprobs=1, grammar=grammar)
+    expected = LLM().chat([asked[0].messages()], sampling)
+    check_equal([server.chat(asked[0].content(), choice=["a circle", "a square"])], expected)
+    status, answer = server.chat("?", guided_json={"not": {}})
+    assert (status, answer["error"]["param"]) == (400, "guided_json")
+
+
+def json_ends() -> list[int]:
+    tokenizer = LLM().processor.tokenizer
+    return [token_id for text in '"}' for token_id in tokenizer.encode(text)]
 
 
 def test_four_ranks_answer_as_one_process(asked, expected):

@@ -1,0 +1,131 @@
+"""Grammars of strangers are checked in a child that can be killed: a bad one is a 400 at once, and nobody waits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import pytest
+
+from tests.support.fake_backend import ASK, PATH, FakeBackend
+from tests.support.http import post_json
+from tests.support.running import Running
+
+
+def deep(num_levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(num_levels):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+def doubled(num_levels: int) -> dict[str, Any]:
+    """Each level has the one below twice."""
+    schema: dict[str, Any] = {"type": "integer"}
+    for i in range(num_levels):
+        schema = {"anyOf": [schema, {"type": "object", "properties": {f"k{i}": schema}}]}
+    return schema
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "deep": {"guided_json": deep(29)},
+    "doubled": {"guided_json": doubled(9)},
+    "many properties": {"guided_json": {"type": "object", "properties": {f"p{i}": {} for i in range(4000)}}},
+    "huge enum": {"guided_json": {"enum": [f"value {i}" for i in range(20_000)]}},
+    "long": {"guided_json": {"enum": ["x" * 200_000]}},
+    "multiple of": {"guided_json": {"type": "integer", "multipleOf": 9_999_991}},
+    "patterns together": {"guided_json": {"allOf": [{"pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(2, 14)]}},
+    "recursion": {"guided_json": {"$ref": "#"}},
+    "a reference to elsewhere": {"guided_json": {"$ref": "http://127.0.0.1:1/x"}},
+    "a file": {"guided_json": {"$ref": "file:///etc/passwd"}},
+    "repetitions": {"regex": "a{100000000}"},
+    "states": {"regex": "(.*a.{2000}b.*){2000}"},
+    "nested repetitions": {"regex": "((((a{0,900}){1,900}b){1,900}){1,900}c{900}){900}"},
+    "brackets": {"ebnf": "start: " + "(" * 30_000 + '"a"' + ")" * 30_000},
+    "doubling rules": {
+        "ebnf": "\n".join(["start: r0"] + [f"r{i}: r{i + 1} r{i + 1}" for i in range(60)] + ['r60: "a"'])
+    },
+    "no end": {"ebnf": "start: start"},
+    "gbnf": {"grammar": "root ::= " + "(" * 20_000},
+    "many choices": {"choice": [f"c{i}" for i in range(8000)]},
+}
+MAY_PASS = ("deep", "nested repetitions", "states", "doubled")
+KILLS = ("many properties", "multiple of", "patterns together", "doubled")
+"""More than they may take: each costs a child, whose successor is there some seconds later."""
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Running(FakeBackend()) as running:
+        yield running
+
+
+def post(server: Running, **fields: Any) -> tuple[int, Any]:
+    reply = post_json(server.url + PATH, {**ASK, **fields})
+    return reply.status, reply.json
+
+
+def make_ready(server: Running, new: Iterator[int] = count(1)) -> None:  # noqa: B008 - numbers go on from call to call
+    """A child is there, and has read the vocabulary: it checks a grammar that nobody had before."""
+    assert post(server, regex=f"a{{{next(new)}}}")[0] == 200
+
+
+def check_hostile(server: Running, name: str, limit_s: float) -> None:
+    make_ready(server)
+    started = time.monotonic()
+    status, body = post(server, **HOSTILE[name])
+    took = time.monotonic() - started
+    assert status == 400 or (status == 200 and name in MAY_PASS), body
+    if status == 400:
+        assert body["error"]["param"].split(".")[0] in HOSTILE[name]
+        assert "root:" not in body["error"]["message"]
+    assert took < limit_s
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name not in KILLS])
+def test_a_hostile_grammar_is_refused_at_once(server, name):
+    check_hostile(server, name, 3.0)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "multiple of" else pytest.mark.slow) for name in KILLS]
+)
+def test_a_grammar_that_takes_too_long_costs_its_child_alone(server, name):
+    check_hostile(server, name, 6.0)
+    assert post(server)[0] == 200
+
+
+def test_nobody_waits_for_a_check(server):
+    """While grammars are checked that take all the time that they may, requests without one and with one that is known
+    are answered, and the event loop turns."""
+    make_ready(server)
+    assert post(server, regex="known+")[0] == 200
+    answers: list[int] = []
+    hostile = [
+        threading.Thread(target=lambda k=k: answers.append(post(server, guided_json={"multipleOf": k})[0]))
+        for k in (9_999_973, 9_999_971, 9_999_943)
+    ]
+    with server.lateness() as late:
+        for thread in hostile:
+            thread.start()
+        for _ in range(5):
+            started = time.monotonic()
+            assert post(server)[0] == 200
+            assert post(server, regex="known+")[0] == 200
+            assert time.monotonic() - started < 2.0
+        alive = [thread.is_alive() for thread in hostile]
+        for thread in hostile:
+            thread.join(60)
+    assert any(alive)
+    assert answers == [400, 400, 400]
+    assert max(late) < 0.2
+
+
+def test_what_a_checked_grammar_is_told_to_the_ranks(server):
+    assert post(server, response_format={"type": "json_object"}, seed=5)[0] == 200
+    [sampling] = [h.sampling for h in server.backend.handles if h.sampling.seed == 5]
+    assert sampling.grammar is not None
+    assert (sampling.grammar.kind, sampling.grammar.param) == ("json", "response_format")
