@@ -16,8 +16,8 @@ from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.readers import Flag, Number, Strings, TokenNumbers, ValueKind
 
-Route = Literal["chat"]
-"""Routes of HTTP that sample: `/v1/chat/completions`."""
+Route = Literal["chat", "completion"]
+"""Routes of HTTP that sample: `/v1/chat/completions` and `/v1/completions`."""
 ROUTES: tuple[Route, ...] = get_args(Route)
 Step = Literal[
     "prompt",
@@ -154,7 +154,10 @@ OPTIONS: dict[str, SamplingOption] = {
         about="tokens of the answer, at most; more than is left of the context is a 400. Not set over HTTP: what is"
         " left of the context, and of the room for keys and values, and at most `--max-answer-tokens`",
         flag="",
-        http={"chat": ("max_completion_tokens", "max_tokens", "max_new_tokens", "n_predict")},
+        http={
+            "chat": ("max_completion_tokens", "max_tokens", "max_new_tokens", "n_predict"),
+            "completion": ("max_tokens", "max_new_tokens", "n_predict"),
+        },
         not_set=(-1, -2),
     ),
     "min_tokens": SamplingOption(
@@ -163,7 +166,7 @@ OPTIONS: dict[str, SamplingOption] = {
         example=3,
         about="no end token before that many, and no stop string complete before them",
         flag="No end token and no stop string before that many tokens.",
-        http={"chat": ("min_tokens", "min_new_tokens")},
+        http=dict.fromkeys(ROUTES, ("min_tokens", "min_new_tokens")),
         not_set=(-1,),
     ),
     "temperature": SamplingOption(
@@ -220,7 +223,7 @@ OPTIONS: dict[str, SamplingOption] = {
         example=1.5,
         about="over the whole prompt and answer, as in transformers",
         flag="Over prompt and answer, as in transformers; 1 is none.",
-        http={"chat": ("repetition_penalty", "repeat_penalty")},
+        http=dict.fromkeys(ROUTES, ("repetition_penalty", "repeat_penalty")),
         is_checkpoints=True,
     ),
     "logit_bias": SamplingOption(

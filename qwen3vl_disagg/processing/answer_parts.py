@@ -292,6 +292,25 @@ class AnswerSplitter:
         self._say(self._tag)
 
 
+class PlainSplitter:
+    """In place of an `AnswerSplitter` where all of an answer is text: tags mean nothing."""
+
+    is_reasoning = False
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = StopMatcher(stops)
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stops.is_complete
+
+    def push(self, text: str, *, may_stop: bool = True) -> Parts:
+        return Parts(content=self._stops.push(text, may_stop=may_stop))
+
+    def finish(self) -> Parts:
+        return Parts(content=self._stops.finish())
+
+
 def opens_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
     """Whether the prompt ends with an open `<think>`: the template wrote it, and the answer begins inside."""
     specials = frozenset(tokenizer.special_ids.values())
@@ -301,25 +320,30 @@ def opens_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
 
 
 class AnswerParts:
-    """Tokens -> parts, piece by piece; end tokens are no text, and after a stop string nothing counts."""
+    """Tokens -> parts, piece by piece; end tokens are no text, and after a stop string nothing counts.
+
+    `prompt_ids`: None where all of the answer is text, whatever stands before it.
+    """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         eos_ids: frozenset[int],
         sampling: SamplingParams,
-        prompt_ids: Sequence[int],
+        prompt_ids: Sequence[int] | None,
         *,
         with_tools: bool = False,
     ) -> None:
         self._stream, self._eos_ids, self._min_tokens = tokenizer.stream(), eos_ids, sampling.min_tokens
         grammar = sampling.grammar
-        self._splitter = AnswerSplitter(
-            in_reasoning=opens_reasoning(tokenizer, prompt_ids),
-            with_tools=with_tools,
-            calls_alone=grammar is not None and grammar.kind not in ("text", "calls"),
-            stops=sampling.stop,
-        )
+        self._splitter: AnswerSplitter | PlainSplitter = PlainSplitter(sampling.stop)
+        if prompt_ids is not None:
+            self._splitter = AnswerSplitter(
+                in_reasoning=opens_reasoning(tokenizer, prompt_ids),
+                with_tools=with_tools,
+                calls_alone=grammar is not None and grammar.kind not in ("text", "calls"),
+                stops=sampling.stop,
+            )
         self._reasoning: list[str] = []
         self._content: list[str] = []
         self.token_ids: list[int] = []

@@ -50,8 +50,8 @@ def _least_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text) // 4
 
 
-def _too_long(what: str, context: int) -> InputError:
-    return InputError(f"{what}, the context is {context}", param="messages", code="context_length_exceeded")
+def _too_long(what: str, context: int, param: str = "messages") -> InputError:
+    return InputError(f"{what}, the context is {context}", param=param, code="context_length_exceeded")
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,23 @@ class Processor:
             raise _too_long(f"the prompt has {len(token_ids)} tokens", context)
         return Prompt(token_ids, items, [entry.data for entry in media])
 
-    def _check_chars(self, values: Any, context: int) -> None:
+    def text_ids(self, text: str, param: str) -> list[int]:
+        """A text as it is; nothing in it becomes a special token. InputError for as much as the context or more."""
+        context = self.max_model_len
+        self._check_chars(text, context, param)
+        if len(text) > SMALL_CHARS and (least := self.tokenizer.num_tokens_at_least(text)) >= context:
+            raise _too_long(f"{param} has at least {least} tokens", context, param)
+        try:
+            token_ids = self.tokenizer.encode(text, at_most=context - 1)
+        except TooManyTokens as error:
+            raise _too_long(f"{param} has more than {error.count - 1} tokens", context, param) from None
+        return token_ids
+
+    def _check_chars(self, values: Any, context: int, param: str = "messages") -> None:
         """InputError for more text than `context` tokens can hold, before anything is made of it."""
         num_chars = sum(_least_bytes(text) for text in strings_of(values))
         if num_chars > SMALL_CHARS and num_chars > context * self.tokenizer.max_token_bytes:
-            raise _too_long(f"the text has at least {num_chars} bytes, more than fit", context)
+            raise _too_long(f"the text has at least {num_chars} bytes, more than fit", context, param)
 
     def _expand(self, pieces: list[PromptPiece], plans: list[Plan]) -> Iterator[PromptPiece | _Run]:
         """Placeholders become runs. Each frame of a clip gets its time before it and its own start and end; the

@@ -154,13 +154,14 @@ class PromptOptions(msgspec.Struct, frozen=True, kw_only=True):
             **flags,
             variables=variables,
             thinking=thinking,
-            cache_salt=_salt(raw.get("cache_salt")),
+            cache_salt=read_salt(raw.get("cache_salt")),
             image=image,
             clip=clip,
         )
 
 
-def _salt(value: object) -> str:
+def read_salt(value: object) -> str:
+    """A digest of it, empty for null. InputError."""
     if value is None:
         return ""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_SALT_CHARS:

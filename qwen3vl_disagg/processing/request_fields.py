@@ -18,6 +18,7 @@ from qwen3vl_disagg.core.sampling_params import body_fields
 
 Place = Literal[
     "request",
+    "completion",
     "message",
     "text part",
     "image part",
@@ -233,6 +234,21 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
     "media_io_kwargs.image": _refused("image_mode", "RGB"),
     "media_io_kwargs.video": _built("fps num_frames"),
 }
+
+_FOR_CHAT = RefusedField(([], {}, "", "none", "auto", {"type": "text"}))
+FIELDS["completion"] = {
+    **{
+        name: _FOR_CHAT if isinstance(treatment, BuiltField) else treatment
+        for name, treatment in FIELDS["request"].items()
+    },
+    **_refused("parallel_tool_calls add_generation_prompt", True),
+    **_refused("continue_final_message do_sample_frames", False),
+    **_refused("suffix", ""),
+    **_ignored("enable_thinking think reasoning reasoning_effort add_special_tokens"),
+    **_built("prompt echo model stream stream_options return_token_ids cache_salt"),
+    **_built(" ".join(body_fields("completion"))),
+}
+"""What is built there for conversations and media, their answers and their forms, is refused here."""
 
 CLOSED: tuple[Place, ...] = (
     "mm_processor_kwargs",

@@ -27,7 +27,7 @@ from qwen3vl_disagg.serving.types import (
 class Answer:
     """One request's answer. `token_ids` and `entries` hold the end token too, the text in `parts` does not.
 
-    `told`: what the client hears of the ranks' timings.
+    `told`: what the client hears of the ranks' timings. `is_plain`: all of it is text, without reasoning and calls.
     """
 
     def __init__(
@@ -37,10 +37,11 @@ class Answer:
         sampling: SamplingParams,
         prompt_ids: list[int],
         *,
-        with_tools: bool,
         told: Callable[[RequestTimings], RequestTimings],
+        with_tools: bool = False,
+        is_plain: bool = False,
     ) -> None:
-        self.parts = AnswerParts(tokenizer, eos_ids, sampling, prompt_ids, with_tools=with_tools)
+        self.parts = AnswerParts(tokenizer, eos_ids, sampling, None if is_plain else prompt_ids, with_tools=with_tools)
         self.prompt_ids = prompt_ids
         self.prompt_scores = PromptScores(prompt_ids)
         self.entries: list[LogprobEntry] = []

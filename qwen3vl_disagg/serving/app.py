@@ -17,11 +17,14 @@ from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.chat import ChatCompletions
 from qwen3vl_disagg.serving.chat_request import check_model
+from qwen3vl_disagg.serving.completions import Completions
 from qwen3vl_disagg.serving.doors import Doors
 from qwen3vl_disagg.serving.errors import JSONResponse, envelope, on_http_exception
 from qwen3vl_disagg.serving.guard import guards
+from qwen3vl_disagg.serving.intake import Intake
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.preparation import Fetcher
+from qwen3vl_disagg.serving.tokenizing import Detokenize, Tokenize
 from qwen3vl_disagg.serving.types import Model, ModelList, Version
 
 
@@ -72,11 +75,14 @@ def create_app(
     async def processes(request: Request) -> Response:
         return JSONResponse({"processes": backend.debug_processes()})
 
-    chat = ChatCompletions(backend, processor, model_names=names, limits=limits, fetcher=fetcher)
+    intake = Intake(backend, processor, model_names=names, limits=limits, fetcher=fetcher)
     if warm_up:
-        chat.warm_up()
+        intake.warm_up()
     routes = [
-        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/chat/completions", ChatCompletions(intake), methods=["POST"]),
+        Route("/v1/completions", Completions(intake), methods=["POST"]),
+        Route("/tokenize", Tokenize(intake), methods=["POST"]),
+        Route("/detokenize", Detokenize(intake), methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/version", version),

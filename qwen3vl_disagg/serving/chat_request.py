@@ -16,7 +16,7 @@ from qwen3vl_disagg.serving.grammar_fields import read_grammar, read_tool_choice
 from qwen3vl_disagg.serving.sampling_fields import SamplingFields
 
 
-class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
+class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, tag="chat"):
     """A checked request, without its messages and tools: they are large, and the prompt made of them lives on."""
 
     sampling: SamplingFields

@@ -11,9 +11,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 from msgspec import structs
@@ -32,7 +32,17 @@ from qwen3vl_disagg.processing.messages import MediaUrl, has_clips, is_data_uri,
 from qwen3vl_disagg.processing.processor import SMALL_CHARS
 from qwen3vl_disagg.processing.template import strings_of
 from qwen3vl_disagg.serving.body import BodyAccount, ClientGone, too_large
-from qwen3vl_disagg.serving.chat_request import ChatRequest, parse_chat_request
+from qwen3vl_disagg.serving.chat_request import ChatRequest, check_model, parse_chat_request
+from qwen3vl_disagg.serving.completion_request import (
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    chat_part,
+    convert,
+    parse_completion,
+    parse_tokenize,
+    read_prompts,
+)
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.prompt_scores import check_num_scores
 
@@ -127,14 +137,19 @@ def _constant(name: str) -> None:
     raise InputError(f"{name} is not JSON", code="invalid_json")
 
 
+BodyRoute = Literal["chat", "completion", "tokenize", "detokenize"]
+Request = ChatRequest | CompletionRequest | TokenizeRequest | DetokenizeRequest
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """A checked request. `seconds` of work went into it."""
+    """A checked request. `seconds` of work went into it. `more`: prompts beside the first, which have no media."""
 
-    request: ChatRequest
+    request: Request
     prompt: Prompt
     sampling: SamplingParams
     seconds: float
+    more: list[tuple[Prompt, SamplingParams]] = field(default_factory=list)
 
     def salted(self, salt: str) -> Prepared:
         """The same request, which shares what is cached with those of the same `salt`, and the same of its own, alone;
@@ -144,16 +159,18 @@ class Prepared:
         both = hashlib.sha256(f"{salt} {self.sampling.cache_salt}".encode()).hexdigest()
         items = [structs.replace(item, salt=both) for item in self.prompt.items]
         sampling = structs.replace(self.sampling, cache_salt=both)
-        return replace(self, prompt=replace(self.prompt, items=items), sampling=sampling)
+        more = [(prompt, structs.replace(other, cache_salt=both)) for prompt, other in self.more]
+        return replace(self, prompt=replace(self.prompt, items=items), sampling=sampling, more=more)
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """A request whose messages, in `raw`, have not been looked at."""
+    """A request whose messages or prompts, in `raw`, have not been looked at. `chat`: how messages become a prompt."""
 
     raw: dict[str, Any]
     tools: list[dict[str, Any]]
-    request: ChatRequest
+    request: Request
+    chat: ChatRequest | None
     seconds: float
 
 
@@ -166,17 +183,35 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """Bound of an answer whose request names none. None: what is left of the context."""
 
 
-def read_request(body: bytes | bytearray, rules: Rules) -> Parsed:
-    """InputError for what is no chat request."""
-    started = time.monotonic()
-    raw = parse_json(body)
-    request, tools = parse_chat_request(raw, model_names=rules.model_names)
-    return Parsed(raw, tools, request, time.monotonic() - started)
+def read_request(body: bytes | bytearray, rules: Rules, route: BodyRoute = "chat") -> Parsed:
+    """InputError for what is no request of the route."""
+    started, tools = time.monotonic(), list[dict[str, Any]]()
+    raw, names = parse_json(body), rules.model_names
+    request: Request
+    chat = None
+    match route:
+        case "chat":
+            chat, tools = parse_chat_request(raw, model_names=names)
+            request = chat
+        case "completion":
+            request = parse_completion(raw, model_names=names)
+        case "tokenize":
+            request = parse_tokenize(raw, model_names=names)
+            if request.messages is not None:
+                chat, tools = parse_chat_request(chat_part(raw), model_names=names)
+                request = structs.replace(request, messages=[])  # they stay in `raw`
+        case "detokenize":
+            request = convert(raw, DetokenizeRequest)
+            check_model(request.model, names)
+    return Parsed(raw, tools, request, chat, time.monotonic() - started)
 
 
 def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: StopSignal) -> Prepared:
-    """InputError for bad messages; Stopped once `stop` is set."""
-    started, request = time.monotonic(), parsed.request
+    """InputError for bad messages or prompts; Stopped once `stop` is set."""
+    started, request = time.monotonic(), parsed.chat
+    if request is None:
+        made = _of_prompts(parsed, processor)
+        return replace(made, seconds=parsed.seconds + time.monotonic() - started)
     prompt = processor.prepare(parsed.raw["messages"], tools=parsed.tools, options=request.prompt, stop=stop)
     text = processor.config.text
     sampling = request.sampling.params(
@@ -189,7 +224,33 @@ def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: Sto
         max_answer_tokens=rules.max_answer_tokens,
     )
     check_num_scores([prompt.token_ids], sampling.prompt_logprobs, "prompt_logprobs")
-    return Prepared(request, prompt, sampling, parsed.seconds + time.monotonic() - started)
+    return Prepared(parsed.request, prompt, sampling, parsed.seconds + time.monotonic() - started)
+
+
+def _of_prompts(parsed: Parsed, processor: Processor) -> Prepared:
+    """Of texts and token ids."""
+    request, size = parsed.request, processor.config.text.vocab_size
+    if isinstance(request, CompletionRequest):
+        prompts = read_prompts(parsed.raw["prompt"], processor)
+        check_num_scores([prompt.token_ids for prompt in prompts], request.num_scores, "logprobs")
+        sampled = [
+            request.sampling.params(
+                processor.generation,
+                num_prompt=len(prompt.token_ids),
+                context=processor.max_model_len,
+                vocab_size=size,
+                cache_salt=request.cache_salt,
+            )
+            for prompt in prompts
+        ]
+        (prompt, sampling), *more = zip(prompts, sampled, strict=True)
+        return Prepared(request, prompt, sampling, 0.0, more)
+    if isinstance(request, DetokenizeRequest):
+        if max(request.tokens, default=0) >= size:
+            raise InputError(f"tokens must be from 0 to {size - 1}", param="tokens")
+        return Prepared(request, Prompt(request.tokens, [], []), SamplingParams(), 0.0)
+    token_ids = processor.text_ids(parsed.raw["prompt"], "prompt")
+    return Prepared(request, Prompt(token_ids, [], []), SamplingParams(), 0.0)
 
 
 class Fetcher(Protocol):
@@ -212,7 +273,7 @@ class Children(Protocol):
     def warm_up(self) -> None:
         """Start in the background, so that the first one does not wait for it."""
 
-    def prepare(self, body: bytearray, stop: StopSignal, fetch: Fetch | None) -> Prepared:
+    def prepare(self, body: bytearray, stop: StopSignal, fetch: Fetch | None, route: BodyRoute) -> Prepared:
         """Empties `body`. InputError, PreparationFailed, UnavailableError; Stopped once `stop` is set."""
 
     def check_grammar(self, grammar: Grammar, *, in_reasoning: bool, stop: StopSignal) -> None:
@@ -248,7 +309,9 @@ class Preparation:
         if self._children is not None:
             self._children.warm_up()
 
-    async def prepare(self, body: bytearray, account: BodyAccount, deadline: float) -> Prepared:
+    async def prepare(
+        self, body: bytearray, account: BodyAccount, deadline: float, route: BodyRoute = "chat"
+    ) -> Prepared:
         """Makes the prompt, and checks the grammar if there is one. Empties `body`. InputError, MediaTimeout,
         PreparationFailed; DeadlineError when `time.monotonic()` reaches `deadline`.
 
@@ -259,7 +322,7 @@ class Preparation:
         stop = StopSignal(deadline)
         try:
             async with asyncio.timeout(stop.seconds_left()):
-                prepared = await self._make(body, account, stop)
+                prepared = await self._make(body, account, stop, route)
                 if prepared.sampling.grammar is not None:
                     await self._check_grammar(prepared.sampling.grammar, prepared.prompt, account, stop)
                 return prepared
@@ -270,9 +333,9 @@ class Preparation:
         finally:
             stop.set()
 
-    async def _make(self, body: bytearray, account: BodyAccount, stop: StopSignal) -> Prepared:
+    async def _make(self, body: bytearray, account: BodyAccount, stop: StopSignal, route: BodyRoute) -> Prepared:
         if self._children is None or _is_small(body):
-            read = partial(self._read, body, stop)
+            read = partial(self._read, body, stop, route)
             made = await _on_thread(self._threads, read, body.clear, account, drop=_drop)
             if isinstance(made, Prepared):
                 return made
@@ -286,7 +349,7 @@ class Preparation:
             body = made
         # Escapes may hide the word. Then it is one of the large ones that waits for a clip.
         threads = self._clip_threads if await _speaks_of_clips(body) else self._large_threads
-        work = partial(self._in_child, body, stop, self._blocking_fetch(account, stop))
+        work = partial(self._in_child, body, stop, self._blocking_fetch(account, stop), route)
         return await _on_thread(threads, work, body.clear, account)
 
     async def _check_grammar(self, grammar: Grammar, prompt: Prompt, account: BodyAccount, stop: StopSignal) -> None:
@@ -304,12 +367,14 @@ class Preparation:
         if len(self._known_grammars) > MAX_KNOWN_GRAMMARS:
             self._known_grammars.popitem(last=False)
 
-    def _read(self, body: bytearray, stop: StopSignal) -> Prepared | Parsed | bytearray:
+    def _read(self, body: bytearray, stop: StopSignal, route: BodyRoute) -> Prepared | Parsed | bytearray:
         """To the end, if there are no clips and URLs in it; the body again if it has much text."""
         stop.check()
-        parsed = read_request(body, self._rules)
+        parsed = read_request(body, self._rules, route)
         if self._children is not None and _num_chars(parsed.raw) > SMALL_CHARS:
             return bytearray(body)
+        if parsed.chat is None:
+            return self._finish(parsed, stop)
         messages = parsed.raw["messages"]
         takes_long = has_clips(messages) or (self._fetcher is not None and urls_in(messages))
         return parsed if takes_long else self._finish(parsed, stop)
@@ -318,11 +383,11 @@ class Preparation:
         stop.check()
         return finish_request(parsed, self._processor, self._rules, stop)
 
-    def _in_child(self, body: bytearray, stop: StopSignal, fetch: Fetch | None) -> Prepared:
+    def _in_child(self, body: bytearray, stop: StopSignal, fetch: Fetch | None, route: BodyRoute) -> Prepared:
         stop.check()
         if self._children is None:
             raise RuntimeError("there are no children")
-        return self._children.prepare(body, stop, fetch)
+        return self._children.prepare(body, stop, fetch, route)
 
     def _blocking_fetch(self, account: BodyAccount, stop: StopSignal) -> Fetch | None:
         """For a thread."""

@@ -43,9 +43,8 @@ from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.processing.messages import MediaUrl, put_fetched, urls_in
-from qwen3vl_disagg.serving.chat_request import ChatRequest
 from qwen3vl_disagg.serving.limits import MAX_BODY_BYTES
-from qwen3vl_disagg.serving.preparation import Fetch, Prepared, Rules, finish_request, read_request
+from qwen3vl_disagg.serving.preparation import BodyRoute, Fetch, Prepared, Request, Rules, finish_request, read_request
 
 logger = logging.getLogger(__name__)
 NICENESS = 10
@@ -80,6 +79,7 @@ class BodyJob(msgspec.Struct, frozen=True, tag="body"):
     """Followed by a body of `num_bytes`."""
 
     num_bytes: int
+    route: BodyRoute
 
 
 class GrammarJob(msgspec.Struct, frozen=True, tag="grammar"):
@@ -118,12 +118,13 @@ class Fetched(msgspec.Struct, frozen=True):
 
 
 class Made(msgspec.Struct, frozen=True, tag="made"):
-    """Followed by as many bytes: a `MadeHead`, the prompt's token ids as int32, and the bytes of each item."""
+    """Followed by as many bytes: a `MadeHead`, the prompts' token ids as int32, and the bytes of each item."""
 
     sizes: list[int]
 
 
-MadeHead = tuple[ChatRequest, SamplingParams, list[VisualItem]]
+MadeHead = tuple[Request, list[tuple[int, SamplingParams]], list[VisualItem]]
+"""Of each prompt, how many token ids it has and how it is answered; the items are the first one's."""
 
 
 class NotMade(msgspec.Struct, frozen=True, tag="not made"):
@@ -164,7 +165,7 @@ class PreparePool:
         """Start a child in the background."""
         self._starter.submit(self._start_idle)
 
-    def prepare(self, body: bytearray, stop: StopSignal, fetch: Fetch | None) -> Prepared:
+    def prepare(self, body: bytearray, stop: StopSignal, fetch: Fetch | None, route: BodyRoute) -> Prepared:
         """Empties `body` once it is not needed any more. What a child says is wrong; Stopped once `stop` is set, whose
         child is killed; PreparationFailed when it ends by itself, UnavailableError when none can be started."""
         started = time.monotonic()
@@ -172,7 +173,7 @@ class PreparePool:
             child = self._take(stop, must_be_new=is_last)
             is_sent = False
             try:
-                child.send(BodyJob(len(body)), body, _FOREVER_S, stop)
+                child.send(BodyJob(len(body), route), body, _FOREVER_S, stop)
                 is_sent = True
                 reply = self._next(child, stop, fetch)
                 body.clear()
@@ -250,9 +251,14 @@ class PreparePool:
     @staticmethod
     def _receive(child: ChildProcess, sizes: list[int], started: float) -> Prepared:
         head, token_ids, *media = [child.receive_bytes(size) for size in sizes]
-        request, sampling, items = msgspec.msgpack.decode(head, type=MadeHead)
-        prompt = Prompt(np.frombuffer(token_ids, "<i4").tolist(), items, media)
-        return Prepared(request, prompt, sampling, time.monotonic() - started)
+        request, prompts, items = msgspec.msgpack.decode(head, type=MadeHead)
+        ids, made, start = np.frombuffer(token_ids, "<i4").tolist(), list[tuple[Prompt, SamplingParams]](), 0
+        for length, sampling in prompts:
+            own = ([], []) if made else (items, media)
+            made.append((Prompt(ids[start : start + length], *own), sampling))
+            start += length
+        (prompt, sampling), *more = made
+        return Prepared(request, prompt, sampling, time.monotonic() - started, more)
 
     def _take(self, stop: StopSignal, *, must_be_new: bool) -> ChildProcess:
         with self._lock:
@@ -334,21 +340,24 @@ def fetched(urls: list[MediaUrl], out: int, parent: int) -> dict[str, bytes]:
 
 def reply(prepared: Prepared) -> list[bytes]:
     """A header and what follows it."""
-    prompt = prepared.prompt
+    made = [(prepared.prompt, prepared.sampling), *prepared.more]
+    prompts = [(len(prompt.token_ids), sampling) for prompt, sampling in made]
     parts = [
-        msgspec.msgpack.encode((prepared.request, prepared.sampling, prompt.items)),
-        np.asarray(prompt.token_ids, dtype="<i4").tobytes(),
-        *prompt.media,
+        msgspec.msgpack.encode((prepared.request, prompts, prepared.prompt.items)),
+        np.concatenate([np.asarray(prompt.token_ids, dtype="<i4") for prompt, _ in made]).tobytes(),
+        *prepared.prompt.media,
     ]
     return [pack(Made([len(part) for part in parts])), *parts]
 
 
-def answer(body: bytearray, processor: Processor, setup: ChildSetup, out: int, parent: int) -> list[bytes]:
+def answer(
+    body: bytearray, route: BodyRoute, processor: Processor, setup: ChildSetup, out: int, parent: int
+) -> list[bytes]:
     """What `reply` makes of a good request, or why there is none."""
     try:
-        parsed = read_request(body, setup.rules)
+        parsed = read_request(body, setup.rules, route)
         body.clear()
-        messages = parsed.raw["messages"]
+        messages = [] if parsed.chat is None else parsed.raw["messages"]
         if setup.fetches and (urls := urls_in(messages)):
             put_fetched(messages, fetched(urls, out, parent))
         return reply(finish_request(parsed, processor, setup.rules, StopSignal()))
@@ -411,7 +420,7 @@ def main() -> None:
                 continue
             if not 0 <= job.num_bytes <= MAX_BODY_BYTES:
                 return
-            for part in answer(read_exactly(0, job.num_bytes), processor, setup, out, parent):
+            for part in answer(read_exactly(0, job.num_bytes), job.route, processor, setup, out, parent):
                 write_all(out, part, parent)
     except (EOFError, BrokenPipeError):
         return  # the parent closed

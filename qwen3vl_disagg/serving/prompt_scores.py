@@ -51,7 +51,7 @@ class PromptScores:
             )
             if part.index != index:
                 break
-            num_top = len(top) // len(own)
+            num_top = len(top) // max(1, len(own))
             for r, (logprob, rank) in enumerate(zip(own, ranks, strict=True)):
                 best = slice(r * num_top, (r + 1) * num_top)
                 pairs = list(zip(top_ids[best], top[best], strict=True))

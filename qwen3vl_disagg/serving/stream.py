@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 
 from starlette.types import Message, Send
 
@@ -44,44 +45,83 @@ def sse(value: object) -> bytes:
     return b"data: " + json_line(value) + b"\n\n"
 
 
+class ChunkSender:
+    """A stream whose status line goes out with its first event: until then errors can still be a 4xx."""
+
+    def __init__(self, send: Send, *, send_timeout_s: float) -> None:
+        self._send_message, self._send_timeout_s = send, send_timeout_s
+        self.is_started = False
+
+    async def run(self, chunks: AsyncGenerator[object | None]) -> None:
+        """Send everything, and that it was all; for None the status line alone. Raises what goes wrong before it; later
+        errors become an event."""
+        async with self.telling_errors():
+            async for chunk in chunks:
+                await self.start()
+                if chunk is not None:
+                    await self.send(sse(chunk))
+            await self.start()
+            await self.send(DONE, last=True)
+
+    @asynccontextmanager
+    async def telling_errors(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except ClientGone:
+            raise
+        except Exception as error:
+            if not self.is_started:
+                raise
+            status, body, _ = describe(error)
+            if status == 500:
+                logger.exception("a stream failed")
+            await self.send(sse(body), last=True)
+
+    async def start(self) -> None:
+        """Send the status line, once."""
+        if not self.is_started:
+            await self._message({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
+            self.is_started = True
+
+    async def send(self, data: bytes, *, last: bool = False) -> None:
+        await self._message({"type": "http.response.body", "body": data, "more_body": not last})
+
+    async def _message(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await self._send_message(message)
+        except (TimeoutError, OSError):
+            raise ClientGone from None
+
+
 class EventStream:
-    """One streamed answer. The status line goes out with the first event: until then errors can still be a 4xx."""
+    """One streamed answer to a chat request."""
 
     def __init__(
         self, send: Send, request: ChatRequest, answer: Answer, *, id: str, model: str, send_timeout_s: float
     ) -> None:
-        self._send_message, self._send_timeout_s = send, send_timeout_s
+        self._sender = ChunkSender(send, send_timeout_s=send_timeout_s)
+        self._send = self._sender.send
         self._request, self._answer = request, answer
         self._id, self._model, self._created = id, model, int(time.time())
-        self._started = False
 
     async def run(self, events: AsyncGenerator[tuple[Event | None, Parts]]) -> None:
         """Send everything. Raises what goes wrong before the status line; later errors become an event."""
-        try:
+        async with self._sender.telling_errors():
             async for event, new in events:
                 if event is None:
-                    if self._started:
+                    if self._sender.is_started:
                         await self._ping()
                     continue
-                if not self._started:
+                if not self._sender.is_started:
                     await self._start()
                 if isinstance(event, TokenEvent):
                     await self._token(event, new)
                 elif isinstance(event, FinishedEvent):
                     await self._finish(event, new)
-        except ClientGone:
-            raise
-        except Exception as error:
-            if not self._started:
-                raise
-            status, body, _ = describe(error)
-            if status == 500:
-                logger.exception("a stream failed")
-            await self._send(sse(body), last=True)
 
     async def _start(self) -> None:
-        await self._message({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
-        self._started = True
+        await self._sender.start()
         chunk = self._chunk(ChunkChoice(delta=Delta(role="assistant", content="")))
         if self._request.return_token_ids:
             chunk.prompt_token_ids = self._answer.prompt_ids
@@ -134,13 +174,3 @@ class EventStream:
         elif self._request.include_usage:
             chunk.usage = None
         return chunk
-
-    async def _send(self, data: bytes, *, last: bool = False) -> None:
-        await self._message({"type": "http.response.body", "body": data, "more_body": not last})
-
-    async def _message(self, message: Message) -> None:
-        try:
-            async with asyncio.timeout(self._send_timeout_s):
-                await self._send_message(message)
-        except (TimeoutError, OSError):
-            raise ClientGone from None

@@ -71,6 +71,44 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     prompt_logprobs: list[dict[str, PromptToken] | None] | msgspec.UnsetType = msgspec.UNSET
 
 
+class CompletionLogprobs(msgspec.Struct, kw_only=True):
+    """A list for each thing, an entry for each token; null where nothing can be said of a prompt's first token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct, kw_only=True):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: AnswerReason | None
+    timings: RequestTimings | msgspec.UnsetType = msgspec.UNSET
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: list[dict[str, PromptToken] | None] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Completion(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: ChatUsage
+
+
+class CompletionChunk(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: ChatUsage | msgspec.UnsetType | None = msgspec.UNSET
+
+
 class ToolCallDelta(ToolCall, frozen=True, kw_only=True):
     """A whole call; `index` counts them."""
 
@@ -118,3 +156,14 @@ class ModelList(msgspec.Struct, kw_only=True):
 
 class Version(msgspec.Struct, kw_only=True):
     version: str
+
+
+class TokenizedText(msgspec.Struct, kw_only=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizedText(msgspec.Struct, kw_only=True):
+    prompt: str

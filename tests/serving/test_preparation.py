@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from qwen3vl_disagg.processing import media_plan
-from qwen3vl_disagg.serving import chat, preparation
+from qwen3vl_disagg.serving import intake, preparation
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.limits import Limits
 from tests.support.asgi import Exchange
@@ -117,7 +117,7 @@ def test_bodies_are_counted_for_as_long_as_they_are_held(part, monkeypatch):
     entered, go = threading.Event(), threading.Event()
     bodies: list[bytearray] = []
     parsed: list[dict] = []
-    read_body, parse_json, make = chat.read_body, preparation.parse_json, tiny_processor().prepare
+    read_body, parse_json, make = intake.read_body, preparation.parse_json, tiny_processor().prepare
 
     async def noted(*args):
         bodies.append(await read_body(*args))
@@ -132,14 +132,14 @@ def test_bodies_are_counted_for_as_long_as_they_are_held(part, monkeypatch):
         go.wait(10)
         return make(*args, **options)
 
-    monkeypatch.setattr(chat, "read_body", noted)
+    monkeypatch.setattr(intake, "read_body", noted)
     monkeypatch.setattr(preparation, "parse_json", noted_json)
     monkeypatch.setattr(tiny_processor(), "prepare", held_up)
     body = body_of([part], pad="data:" + "x" * 10**6)
 
     async def main() -> None:
         app = create_app(FakeBackend(), tiny_processor(), model_name="tiny", limits=FEW)
-        [budget] = [route.endpoint._budget for route in app.routes if route.path == PATH]
+        [budget] = [route.endpoint._intake._budget for route in app.routes if route.path == PATH]
         first = Exchange(app, PATH, body, {"x-request-timeout-ms": "400"})
         others = [Exchange(app, PATH, body, {"x-request-timeout-ms": "50"}) for _ in range(5)]
         tasks = [asyncio.create_task(first.run())]

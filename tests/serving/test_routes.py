@@ -74,8 +74,6 @@ def test_processes_only_with_debug():
         ("GET", "/v1", 404),
         ("GET", "/v1/models/", 404),
         ("GET", "/v1/models/other", 404),
-        ("POST", "/v1/completions", 404),
-        ("POST", "/tokenize", 404),
         ("POST", "/version", 405),
         ("GET", "/metrics", 404),
         ("GET", "/ui", 404),

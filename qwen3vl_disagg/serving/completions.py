@@ -1,0 +1,263 @@
+"""`POST /v1/completions`: text or token ids -> what follows, and how likely the prompt itself is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
+
+from starlette.types import Receive, Scope, Send
+
+from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, RequestHandle, TokenEvent
+from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
+from qwen3vl_disagg.processing import AnswerReason, Parts, Prompt, Tokenizer
+from qwen3vl_disagg.serving.answer import Answer
+from qwen3vl_disagg.serving.completion_request import CompletionRequest
+from qwen3vl_disagg.serving.errors import JSONResponse
+from qwen3vl_disagg.serving.intake import GRACE_S, Arrived, Intake
+from qwen3vl_disagg.serving.prompt_scores import MIN_LOGPROB
+from qwen3vl_disagg.serving.stream import ChunkSender
+from qwen3vl_disagg.serving.types import (
+    ChatUsage,
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionLogprobs,
+    PromptTokensDetails,
+    TopLogprob,
+)
+
+
+class Completions:
+    """The route as an ASGI app."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._intake.run(
+            "completion", scope, receive, lambda arrived: self._answer(arrived, scope, receive, send)
+        )
+
+    async def _answer(self, arrived: Arrived, scope: Scope, receive: Receive, send: Send) -> None:
+        prepared, intake = arrived.prepared, self._intake
+        request = prepared.request
+        assert isinstance(request, CompletionRequest)
+        runs: list[_PromptRun] = []
+        try:
+            for prompt, sampling in [(prepared.prompt, prepared.sampling), *prepared.more]:
+                runs.append(self._start(request, prompt, sampling, arrived))
+            names = {"id": f"cmpl-{runs[0].handle.request_id}", "model": intake.model_name}
+            async with AsyncExitStack() as stack:
+                sources = []
+                for run in runs:
+                    events = run.answer.events(
+                        run.handle, deadline=arrived.deadline + GRACE_S, silence_s=intake.limits.ping_s
+                    )
+                    sources.append(await stack.enter_async_context(aclosing(events)))
+                merged = await stack.enter_async_context(aclosing(_merged(sources)))
+                if request.stream:
+                    sender = ChunkSender(send, send_timeout_s=intake.limits.send_timeout_s)
+                    await sender.run(_chunks(request, runs, merged, **names))
+                    return
+                async for number, event, _ in merged:
+                    if isinstance(event, FinishedEvent):
+                        runs[number].end = event
+            # Up to a second of work where much is told of prompts, which others need not wait for.
+            completion = await asyncio.to_thread(_completion, request, runs, **names)
+            await JSONResponse(completion)(scope, receive, send)
+        finally:
+            for run in runs:
+                run.handle.cancel()
+
+    def _start(
+        self, request: CompletionRequest, prompt: Prompt, sampling: SamplingParams, arrived: Arrived
+    ) -> _PromptRun:
+        processor = self._intake.processor
+        eos_ids = processor.generation.eos_token_ids
+        answer = Answer(processor.tokenizer, eos_ids, sampling, prompt.token_ids, told=arrived.told, is_plain=True)
+        handle = self._intake.submit(prompt, sampling, arrived.deadline)
+        return _PromptRun(handle, answer, processor.tokenizer, request)
+
+
+@dataclass
+class _PromptRun:
+    """One prompt's way."""
+
+    handle: RequestHandle
+    answer: Answer
+    tokenizer: Tokenizer
+    request: CompletionRequest
+    end: FinishedEvent = field(default_factory=lambda: FinishedEvent("stop", RequestTimings()))
+
+    @property
+    def prompt_text(self) -> str:
+        stream = self.tokenizer.stream()
+        return "".join([*map(stream.push, self.answer.prompt_ids), stream.finish()])
+
+    def choice(self, index: int) -> CompletionChoice:
+        """All of it."""
+        request, answer = self.request, self.answer
+        text = "" if request.is_scoring else answer.parts.content
+        choice = CompletionChoice(
+            index=index,
+            text=self.prompt_text + text if request.echo else text,
+            finish_reason="length" if request.is_scoring else self.reason,
+            timings=self.end.timings,
+        )
+        if request.sampling.wants_logprobs:
+            choice.logprobs = self._logprobs()
+        if request.num_scores is not None and not request.echo:
+            choice.prompt_logprobs = answer.prompt_scores.by_token(self.tokenizer)
+        if request.return_token_ids:
+            choice.prompt_token_ids = answer.prompt_ids
+            choice.token_ids = [] if request.is_scoring else answer.token_ids
+        return choice
+
+    @property
+    def reason(self) -> AnswerReason:
+        return self.answer.parts.reason(self.end.finish_reason)
+
+    def _logprobs(self) -> CompletionLogprobs:
+        """Of the answer's tokens, behind those of the prompt where that is part of the text."""
+        request, answer = self.request, self.answer
+        num_top = request.sampling.values["logprobs"]
+        written = LogprobWriter(self.tokenizer)
+        if request.echo:
+            written.add(answer.prompt_ids[0], None, [])
+            for score in answer.prompt_scores.scores():
+                written.add(score.token_id, score.logprob, score.top[:num_top])
+        for entry in [] if request.is_scoring else answer.entries:
+            written.add_entry(entry, entry.top_logprobs[:num_top])
+        return written.logprobs
+
+    def usage(self) -> tuple[int, int, int]:
+        """Tokens of the prompt, of the answer, and those of the prompt that were cached."""
+        num_tokens = 0 if self.request.is_scoring else len(self.answer.token_ids)
+        return len(self.answer.prompt_ids), num_tokens, self.end.timings.cached_tokens
+
+
+class LogprobWriter:
+    """Tokens -> the lists of OpenAI's older form. `offset`: characters of text before the first."""
+
+    def __init__(self, tokenizer: Tokenizer, offset: int = 0) -> None:
+        self._tokenizer, self._stream, self._offset = tokenizer, tokenizer.stream(), offset
+        self.logprobs = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+
+    def add(self, token_id: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> None:
+        """`logprob`: None for a prompt's first token, of which nothing can be said."""
+        told = self.logprobs
+        name = self._name(self._tokenizer.token_bytes(token_id))
+        told.tokens.append(name)
+        told.token_logprobs.append(None if logprob is None else max(logprob, MIN_LOGPROB))
+        told.text_offset.append(self._offset)
+        named = {self._name(self._tokenizer.token_bytes(other)): max(value, MIN_LOGPROB) for other, value in top}
+        told.top_logprobs.append(None if logprob is None else {**named, name: max(logprob, MIN_LOGPROB)})
+        self._offset += len(self._stream.push(token_id))
+
+    def add_entry(self, entry: TopLogprob, top: Sequence[TopLogprob]) -> None:
+        self.add(entry.token_id, entry.logprob, [(other.token_id, other.logprob) for other in top])
+
+    @staticmethod
+    def _name(raw: bytes) -> str:
+        """The text; of a part of a character its bytes, as OpenAI spells them, so that no two have one name."""
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _usage(runs: Sequence[_PromptRun]) -> ChatUsage:
+    num_prompt, num_tokens, num_cached = (sum(column) for column in zip(*(run.usage() for run in runs), strict=True))
+    return ChatUsage(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_tokens,
+        total_tokens=num_prompt + num_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
+    )
+
+
+def _completion(request: CompletionRequest, runs: Sequence[_PromptRun], *, id: str, model: str) -> Completion:
+    choices = [run.choice(index) for index, run in enumerate(runs)]
+    return Completion(id=id, created=int(time.time()), model=model, choices=choices, usage=_usage(runs))
+
+
+async def _chunks(
+    request: CompletionRequest,
+    runs: Sequence[_PromptRun],
+    events: AsyncGenerator[tuple[int, Event | None, Parts]],
+    *,
+    id: str,
+    model: str,
+) -> AsyncGenerator[CompletionChunk | None]:
+    """What a stream consists of; None where nothing is to be said yet but the status line."""
+    created = int(time.time())
+    offsets = [0] * len(runs)
+
+    def chunk(*choices: CompletionChoice) -> CompletionChunk:
+        made = CompletionChunk(id=id, created=created, model=model, choices=list(choices))
+        if request.continuous_usage:
+            made.usage = _usage(runs)
+        elif request.include_usage:
+            made.usage = None
+        return made
+
+    num_running = len(runs)
+    async for number, event, new in events:
+        run = runs[number]
+        choice = CompletionChoice(index=number, text=new.content, finish_reason=None)
+        match event:
+            case AllDecoded():
+                yield None
+                if request.echo:
+                    choice.text = run.prompt_text
+                    offsets[number] += len(choice.text)
+                    yield chunk(choice)
+            case None:
+                yield chunk(choice)
+            case TokenEvent() if not request.is_scoring:
+                if request.sampling.wants_logprobs:
+                    entry = run.answer.entries[-1]
+                    writer = LogprobWriter(run.tokenizer, offsets[number])
+                    writer.add_entry(entry, entry.top_logprobs)
+                    choice.logprobs = writer.logprobs
+                if request.return_token_ids:
+                    choice.token_ids = [event.token_id]
+                offsets[number] += len(new.content)
+                if new or choice.logprobs or request.return_token_ids:
+                    yield chunk(choice)
+            case FinishedEvent():
+                run.end = event
+                if request.is_scoring:
+                    choice.text = ""
+                choice.finish_reason = "length" if request.is_scoring else run.reason
+                choice.timings = event.timings
+                yield chunk(choice)
+                num_running -= 1
+    if request.include_usage:
+        last = chunk()
+        last.usage = _usage(runs)
+        yield last
+
+
+async def _merged(
+    sources: Sequence[AsyncGenerator[tuple[Event | None, Parts]]],
+) -> AsyncGenerator[tuple[int, Event | None, Parts]]:
+    """Events of all sources as they come, each with its source's number. The first that fails ends all."""
+    waiting = {asyncio.ensure_future(anext(source, None)): number for number, source in enumerate(sources)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=waiting.__getitem__):
+                number = waiting.pop(task)
+                found = task.result()
+                if found is not None:
+                    waiting[asyncio.ensure_future(anext(sources[number], None))] = number
+                    yield number, *found
+    finally:
+        for task in waiting:
+            task.cancel()
+        if waiting:
+            await asyncio.wait(waiting)

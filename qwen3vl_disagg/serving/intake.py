@@ -1,0 +1,159 @@
+"""What comes before an answer on every route with a body: its headers, room for it, the body, and what is made of it;
+cancelled at any stage when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope
+
+from qwen3vl_disagg.cluster.backend import Backend, RequestHandle
+from qwen3vl_disagg.core.errors import DeadlineError, InputError, OverloadedError
+from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
+from qwen3vl_disagg.processing import Processor, Prompt
+from qwen3vl_disagg.serving.answer import with_frontend
+from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, check_headers
+from qwen3vl_disagg.serving.guard import SALT
+from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.preparation import BodyRoute, Fetcher, Preparation, Prepared, Rules, read_body
+from qwen3vl_disagg.serving.prepare_child import PreparePool
+
+TIMEOUT_HEADER = "X-Request-Timeout-Ms"
+# The backend keeps the same deadline and knows more about what took so long: its error should come first.
+GRACE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A request that has been prepared, and what was measured and decided on the way. `deadline` is monotonic; `told`:
+    what clients hear of the ranks' timings."""
+
+    prepared: Prepared
+    deadline: float
+    told: Callable[[RequestTimings], RequestTimings]
+
+
+class Intake:
+    """All routes share one: its bounds are those of the server."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        processor: Processor,
+        *,
+        model_names: Sequence[str],
+        limits: Limits,
+        fetcher: Fetcher | None = None,
+    ) -> None:
+        self.backend, self.processor, self.limits = backend, processor, limits
+        self.model_name = model_names[0]
+        """The one in answers."""
+        self._budget = BodyBudget(limits.max_body_memory)
+        rules = Rules(model_names=list(model_names), max_answer_tokens=limits.max_answer_tokens)
+        children = None if processor.folder is None else PreparePool(processor, rules, fetches=fetcher is not None)
+        self._preparation = Preparation(processor, rules, limits, children, fetcher)
+        self._num_running = self._num_preparing = 0
+
+    def warm_up(self) -> None:
+        """Get ready for large requests before the first comes."""
+        self._preparation.warm_up()
+
+    async def run(
+        self, route: BodyRoute, scope: Scope, receive: Receive, work: Callable[[Arrived], Coroutine[None, None, None]]
+    ) -> None:
+        """Read and prepare the request, then let `work` answer it. InputError, OverloadedError, UnavailableError and
+        DeadlineError for what cannot be answered; ClientGone."""
+        headers = Headers(scope=scope)
+        with BodyAccount(self._budget) as account:
+            check_headers(headers, self.limits, account)
+            timeout_s = self._timeout(headers)
+            self._check_room(route)
+            body = await read_body(receive, self.limits, account)
+            self._check_room(route)
+            self._num_running += 1
+            try:
+                salt = scope.get("state", {}).get(SALT, "")
+                await until_disconnect(receive, self._work(route, salt, body, account, timeout_s, work))
+            finally:
+                self._num_running -= 1
+
+    def _check_room(self, route: BodyRoute) -> None:
+        """Raise what the backend would say in the end, before anything is done for the request."""
+        if self._num_running >= self.limits.max_requests:
+            raise OverloadedError(f"{self._num_running} requests are running, the limit is reached")
+        if route in ("chat", "completion") and (refusal := self.backend.refusal(self._num_preparing)):
+            raise refusal
+
+    def _timeout(self, headers: Headers) -> float:
+        text = headers.get(TIMEOUT_HEADER)
+        if text is None:
+            return self.limits.request_timeout_s
+        most = int(self.limits.max_request_timeout_s * 1000)
+        if not (text.isascii() and text.isdecimal() and len(text) < 20 and 1 <= int(text) <= most):
+            raise InputError(f"{TIMEOUT_HEADER} must be a whole number from 1 to {most}", param=TIMEOUT_HEADER)
+        return int(text) / 1000
+
+    async def _work(
+        self,
+        route: BodyRoute,
+        salt: str,
+        body: bytearray,
+        account: BodyAccount,
+        timeout_s: float,
+        work: Callable[[Arrived], Coroutine[None, None, None]],
+    ) -> None:
+        arrival = time.monotonic()
+        deadline = arrival + timeout_s
+        self._num_preparing += 1
+        try:
+            prepared = await self._preparation.prepare(body, account, deadline, route)
+        finally:
+            self._num_preparing -= 1
+        account.release()
+        prepared = prepared.salted(salt)
+        preprocess_ms = prepared.seconds * 1e3
+        told = partial(
+            with_frontend,
+            queue_ms=(time.monotonic() - arrival) * 1e3 - preprocess_ms,
+            preprocess_ms=preprocess_ms,
+            hide_cache_hits=self.limits.hide_cache_hits,
+        )
+        answering = work(Arrived(prepared, deadline, told))
+        del prepared  # images and clips: once they are submitted the backend says how long they are kept
+        await answering
+
+    def submit(self, prompt: Prompt, sampling: SamplingParams, deadline: float) -> RequestHandle:
+        """Start one; what the backend refuses is raised."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineError("making the prompt took longer than the request may")
+        self.backend.media.hold(prompt.items, prompt.media)
+        return self.backend.submit(prompt.token_ids, prompt.items, sampling, left)
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[None, None, None]) -> None:
+    """Run `work` to its end; if the client leaves first, cancel it, let it clean up, and raise ClientGone.
+
+    The body must have been read: `receive` says then nothing but that the connection closed.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for one in (task, watch):
+            one.cancel()
+        await asyncio.wait({task, watch}, timeout=GRACE_S)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
