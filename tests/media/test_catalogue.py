@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 
@@ -69,6 +70,13 @@ def test_what_comes_of_it(decoder, good, entry: Entry):
         started = time.monotonic()
         assert outcome(decoder, entry.kind, good[entry.kind]) == (SIZE, N if entry.kind == "video" else None)
         assert time.monotonic() - started < LIMIT_S
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_its_plugins_decode_a_format(name):
+    """Children import no other one: what is not there at the start is imported under the file's own bounds."""
+    modules = [import_module(f"PIL.{plugin}ImagePlugin") for plugin in FORMATS[name].plugins]
+    assert name in {getattr(value, "format", None) for module in modules for value in vars(module).values()}
 
 
 def test_names_are_names():
