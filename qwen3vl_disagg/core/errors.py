@@ -205,7 +205,8 @@ class Failure(msgspec.Struct, frozen=True):
 
     def error(self) -> DisaggError:
         """The error again, on the other side."""
-        error = KINDS[self.kind](self.message)
+        known = MediaTimeout if self.code == MediaTimeout.code else KINDS[self.kind]
+        error = known(self.message)
         error.code, error.status, error.param = self.code, self.status, self.param
         return error
 

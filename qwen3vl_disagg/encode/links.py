@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.protocol.messages import Frame, Goodbye, LinkAccept, LinkHello, LinkReady, Refused
-from qwen3vl_disagg.transport.control import Address, Connection, ConnectionLost, connect_link
+from qwen3vl_disagg.transport.control import Address, Connection, ConnectionLost, Dial, connect_link
 from qwen3vl_disagg.transport.links import Link, LinkFactory
 
 logger = logging.getLogger(__name__)
@@ -70,18 +70,18 @@ class EncodeLinks:
         """Live links: (language rank, epoch)."""
         return sorted((rank, link.epoch) for rank, link in self._links.items())
 
-    def connect(self, peers: list[tuple[int, str, int]], make_link: LinkFactory) -> None:
+    def connect(self, peers: list[tuple[int, str, int]], make_link: LinkFactory, dial: Dial = connect_link) -> None:
         """Link to these language ranks (rank, host, port); those already known are left alone."""
         for language_rank, host, port in peers:
             key = (language_rank, (host, port))
             if key not in self._keepers:
-                self._keepers[key] = asyncio.create_task(self._keep(language_rank, (host, port), make_link))
+                self._keepers[key] = asyncio.create_task(self._keep(language_rank, (host, port), make_link, dial))
 
-    async def _keep(self, language_rank: int, address: Address, make_link: LinkFactory) -> None:
+    async def _keep(self, language_rank: int, address: Address, make_link: LinkFactory, dial: Dial) -> None:
         pause = 0.05
         while True:
             try:
-                link = await self._open(language_rank, address, make_link)
+                link = await self._open(language_rank, make_link, await dial(address, deadline_s=CONNECT_S))
             except HandshakeError as error:
                 self._on_refused(error)
                 return
@@ -108,8 +108,7 @@ class EncodeLinks:
                 self._lose(link, reason)
             await link.control.close()
 
-    async def _open(self, language_rank: int, address: Address, make_link: LinkFactory) -> EncodeLink:
-        control = await connect_link(address, deadline_s=CONNECT_S)
+    async def _open(self, language_rank: int, make_link: LinkFactory, control: Connection) -> EncodeLink:
         try:
             await control.send(self.hello)
             answer = await control.receive(timeout=CONNECT_S)

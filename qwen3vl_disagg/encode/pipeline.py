@@ -12,11 +12,10 @@ one of them is left, and to its end once it is in the tower.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -47,6 +46,8 @@ class _Encoding:
     key: ContentKey
     visual: VisualItem
     is_alone: bool
+    number: int
+    """In the order in which they began."""
     waiters: dict[object, Callable[[], None]] = field(default_factory=dict)
     stop: StopSignal = field(default_factory=StopSignal)
     """Set when nobody wants it before it is in the tower."""
@@ -81,9 +82,18 @@ class EncodePipeline:
     """From the content of an item to its rows. `cache` and the counts are there to be read."""
 
     def __init__(
-        self, worker: EncodeWorker, pull: Pull, options: EncodeOptions, tell: Callable[[Message], None] = lambda _: None
+        self,
+        worker: EncodeWorker,
+        pull: Pull,
+        options: EncodeOptions,
+        tell: Callable[[Message], None] = lambda _: None,
+        *,
+        tower: Executor | None = None,
+        gathers: bool = False,
     ) -> None:
-        """`tell` gets what the router should know of contents that begin and end."""
+        """`tell` gets what the router should know of contents that begin and end. `tower`: where the tower runs, if not
+        on a thread of its own. With `gathers` a batch waits for what is being decoded: so it does not depend on how
+        long that takes, and what is asked for together goes through the tower together."""
         self.cache = EmbeddingCache[EncodedItem](options.cache_bytes)
         self.num_encodings = self.num_batches = 0
         """What went into the tower."""
@@ -98,7 +108,8 @@ class EncodePipeline:
         """In the order in which the tower looks for its next batch."""
         self._encodings: dict[ContentKey, _Encoding] = {}
         self._is_running = False
-        self._tower = ThreadPoolExecutor(1, thread_name_prefix="tower")
+        self._tower = tower or ThreadPoolExecutor(1, thread_name_prefix="tower")
+        self._gathers, self._num_begun, self._num_decoding = gathers, 0, 0
 
     def close(self) -> None:
         for lane in self.lanes.values():
@@ -108,6 +119,11 @@ class EncodePipeline:
             encoding.task.cancel()
         for executor in (*(lane.decoder for lane in self.lanes.values()), self._tower):
             executor.shutdown(wait=False, cancel_futures=True)
+
+    def join(self) -> None:
+        """After `close`: wait until what was being decoded has stopped."""
+        for lane in self.lanes.values():
+            lane.decoder.shutdown(wait=True)
 
     async def rows(self, visual: VisualItem, on_decoded: Callable[[], None], *, is_alone: bool = False) -> HeldItem:
         """The item's rows, until `release`. `on_decoded` is called as soon as its bytes are known to be good.
@@ -140,7 +156,8 @@ class EncodePipeline:
     # -- one encoding
 
     def _start(self, key: ContentKey, visual: VisualItem, is_alone: bool) -> _Encoding:
-        encoding = self._encodings[key] = _Encoding(key, visual, is_alone)
+        self._num_begun += 1
+        encoding = self._encodings[key] = _Encoding(key, visual, is_alone, self._num_begun)
         encoding.rows = asyncio.get_running_loop().create_future()
         encoding.task = asyncio.create_task(self._encode(encoding))
         encoding.task.add_done_callback(_look_at)
@@ -178,12 +195,18 @@ class EncodePipeline:
             encoding.room = room
             decoding = lane.decoder.submit(self._decode, data, encoding)
             del data
-            encoding.pixels = await asyncio.wrap_future(decoding)
+            self._num_decoding += 1
+            try:
+                encoding.pixels = await asyncio.wrap_future(decoding)
+            finally:
+                self._num_decoding -= 1
             self._give_pulled(encoding)
             encoding.is_decoded = True
             for on_decoded in list(encoding.waiters.values()):
                 on_decoded()
             lane.waiting.append(encoding)
+            if self._gathers:
+                lane.waiting = deque(sorted(lane.waiting, key=lambda entry: entry.number))
             self._feed_tower()
             item = await encoding.rows
             encoding.is_well = True
@@ -192,8 +215,9 @@ class EncodePipeline:
             self._end_when_done(encoding, decoding)
             self._give_pulled(encoding)
             self._give_room(encoding)
-            with contextlib.suppress(ValueError):  # it is not waiting
+            if encoding in lane.waiting:  # a failed `remove` would write out its rows for the error's text
                 lane.waiting.remove(encoding)
+            self._feed_tower()  # others may have waited for it
         if self.cache.put(encoding.key, item, item.num_bytes):
             encoding.is_kept = bool(encoding.waiters)
             if not encoding.waiters:
@@ -229,7 +253,7 @@ class EncodePipeline:
     def _feed_tower(self) -> None:
         """The next batch, unless one is running, of the lane whose turn it is."""
         name = next((name for name, lane in self.lanes.items() if lane.waiting), None)
-        if self._is_running or name is None:
+        if self._is_running or name is None or (self._gathers and self._num_decoding):
             return
         self.lanes[name] = lane = self.lanes.pop(name)  # the last one next time
         count = plan_batch((tower_cost(entry.visual.grid, self._vision) for entry in lane.waiting), self._budget)

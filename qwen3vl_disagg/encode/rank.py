@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+from concurrent.futures import Executor
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,7 @@ class EncodeRank:
     """One encode rank on one event loop. `run` returns the exit status.
 
     `make_link` is given where payloads do not cross processes; otherwise links are process groups over the job's store.
+    `tower`: see `EncodePipeline`.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class EncodeRank:
         hub_address: Address,
         *,
         make_link: LinkFactory | None = None,
+        tower: Executor | None = None,
         host: str = "127.0.0.1",
         limits: SessionLimits | None = None,
         options: EncodeOptions | None = None,
@@ -84,6 +87,7 @@ class EncodeRank:
             on_refused=self._on_refused,
             limits=limits,
             options=options,
+            tower=tower,
         )
 
     async def run(self) -> int:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,7 @@ from qwen3vl_disagg.protocol.session_events import (
     StartEncode,
     Tell,
 )
+from qwen3vl_disagg.transport.control import Dial, connect_link
 from qwen3vl_disagg.transport.links import LinkFactory
 from qwen3vl_disagg.transport.ticks import tick
 
@@ -58,7 +60,8 @@ logger = logging.getLogger(__name__)
 
 
 class EncodeServer:
-    """`tell` gets what the router should know; `pull` fetches an item's bytes."""
+    """`tell` gets what the router should know; `pull` fetches an item's bytes. `tower`, `gathers`: see
+    `EncodePipeline`."""
 
     def __init__(
         self,
@@ -70,10 +73,12 @@ class EncodeServer:
         on_refused: Callable[[HandshakeError], None],
         limits: SessionLimits | None = None,
         options: EncodeOptions | None = None,
+        tower: Executor | None = None,
+        gathers: bool = False,
     ) -> None:
         self.limits = limits or SessionLimits()
         self.sessions = EncodeSessions(self.limits)
-        self.pipeline = EncodePipeline(worker, pull, options or EncodeOptions(), tell)
+        self.pipeline = EncodePipeline(worker, pull, options or EncodeOptions(), tell, tower=tower, gathers=gathers)
         self._tell = tell
         self._links = EncodeLinks(
             hello, on_up=self._on_up, on_down=self._on_down, on_frame=self._on_frame, on_refused=on_refused
@@ -83,11 +88,11 @@ class EncodeServer:
         self._encoded: dict[Attempt, HeldItem] = {}
         self._ticker: asyncio.Task[None] | None = None
 
-    def connect(self, peers: list[tuple[int, str, int]], make_link: LinkFactory) -> None:
+    def connect(self, peers: list[tuple[int, str, int]], make_link: LinkFactory, dial: Dial = connect_link) -> None:
         """Link to these language ranks (rank, host, port); those already known are left alone."""
         if self._ticker is None:
             self._ticker = asyncio.create_task(tick(self.handle))
-        self._links.connect(peers, make_link)
+        self._links.connect(peers, make_link, dial)
 
     def use_number(self, encode_rank: int) -> None:
         """What this rank is called from now on; before the first link."""

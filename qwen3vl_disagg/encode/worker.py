@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -132,7 +131,7 @@ class EncodedItem:
 
 
 class EncodeWorker:
-    """The vision tower and what feeds it. Stateless; `encode` on one thread at a time, holding `turns`."""
+    """The vision tower and what feeds it. Stateless; `encode` on one thread at a time."""
 
     def __init__(
         self,
@@ -145,7 +144,6 @@ class EncodeWorker:
         compile: bool = False,
     ) -> None:
         """`decoder`: where bytes are decoded; without it images are in this process, and there are no videos."""
-        self.turns: AbstractContextManager[None] = nullcontext()
         self.model, self.processor, self.config = vision_model, processor, config
         self.video, self.decoder = video, decoder
         self.device = next(vision_model.parameters()).device
@@ -178,8 +176,7 @@ class EncodeWorker:
         if not batch:
             return []
         try:
-            with self.turns:
-                return self._encode_together(batch, visual_token_ids)
+            return self._encode_together(batch, visual_token_ids)
         except Exception as error:
             if len(batch) == 1:
                 return [error]

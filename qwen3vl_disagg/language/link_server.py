@@ -109,7 +109,7 @@ class LinkServer:
         self._links: dict[tuple[int, int], _PeerLink] = {}
         self._pump = Pump[LanguageEvent, LanguageAction](self._decide, self._perform, time.monotonic)
         self._was_short_of_room = False
-        self._store: dist.TCPStore | None = None
+        self._store: dist.Store | None = None
         self._host, self._make_link = host, make_link
         self._can_meet = asyncio.Event()
         self._server: Doorkeeper | None = None
@@ -121,10 +121,19 @@ class LinkServer:
         self._server = Doorkeeper(
             sock, self._accept, token=self._token, messages=LinkMessage, max_frame=MAX_LINK_FRAME, name="links"
         )
-        self._ticker = asyncio.create_task(tick(self.handle))
+        self.start()
         return sock.getsockname()[:2]
 
-    def use_store(self, store: dist.TCPStore) -> None:
+    def start(self) -> None:
+        """Let time pass. (`serve` does it, too.)"""
+        self._ticker = asyncio.create_task(tick(self.handle))
+
+    async def welcome(self, control: Connection) -> None:
+        """Serve a connection that came by another way than the door, as far as it goes."""
+        await self._accept(await control.receive(), control)
+        await control.close()
+
+    def use_store(self, store: dist.Store) -> None:
         """Where epochs are counted and groups meet; encode ranks wait at the door until it is known."""
         self._store = store
         if self._make_link is None:

@@ -10,11 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -23,29 +18,20 @@ import numpy as np
 from qwen3vl_disagg.cluster.hub_client import enter_hub
 from qwen3vl_disagg.core.errors import DisaggError, Failure, TransferError
 from qwen3vl_disagg.core.faults import fault_point
-from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.engine.engine import Engine, EngineEvent, Preempted
+from qwen3vl_disagg.engine.engine import Engine, EngineEvent
 from qwen3vl_disagg.language.engine_thread import EngineThread
 from qwen3vl_disagg.language.link_server import LinkServer
+from qwen3vl_disagg.language.requests import LanguageRequests
 from qwen3vl_disagg.parallel.lockstep_link import LockstepClient
 from qwen3vl_disagg.protocol.messages import (
     Assign,
     Cancel,
-    Finished,
     Message,
-    NeedItems,
     Peers,
     RankHello,
     RequestFailed,
     Stop,
     Submit,
-)
-from qwen3vl_disagg.protocol.session_events import (
-    Attempt,
-    Consumed,
-    Expect,
-    Recall,
-    Returned,
 )
 from qwen3vl_disagg.transport.control import Connection, ConnectionLost
 from qwen3vl_disagg.transport.store import join_store
@@ -57,19 +43,11 @@ ENGINE_STOP_S = 5.0
 LOST_S = 1.0
 
 
-@dataclass
-class _Request:
-    """What the loop remembers of a running request. `deadline` is on the monotonic clock."""
-
-    items: list[VisualItem]
-    deadline: float
-
-
 class LanguageRank:
     """One language rank on one event loop. `run` returns the exit status.
 
-    `hello` is what the rank says to the hub, each time it connects. `turns`: see `EngineThread`. `lockstep`: where
-    experts are spread, the way to those with whom steps are taken together.
+    `hello` is what the rank says to the hub, each time it connects. `lockstep`: where experts are spread, the way to
+    those with whom steps are taken together.
     """
 
     def __init__(
@@ -80,28 +58,25 @@ class LanguageRank:
         hub_address: tuple[str, int],
         *,
         reconnect_s: float = 30.0,
-        turns: AbstractContextManager[None] | None = None,
         lockstep: LockstepClient | None = None,
     ) -> None:
         self._lockstep, self._is_leaving = lockstep, False
         self._links, self._hello, self._hub_address = links, hello, hub_address
         self._reconnect_s = reconnect_s
         self._hub: Connection | None = None
-        self._requests: dict[str, _Request] = {}
         self._loop = asyncio.get_running_loop()
         self._crash: asyncio.Future[BaseException] = self._loop.create_future()
-        sinks = (self._from_engine(self._on_events), self._from_engine(self._on_crash))
-        self._engine = EngineThread(engine, *sinks, turns, lockstep.report if lockstep is not None else None)
+        report = lockstep.report if lockstep is not None else None
+        self.engine = EngineThread(engine, self._on_engine_events, self._on_engine_crash, report)
+        self._requests = LanguageRequests(links, self.engine.post, self._tell, self._loop)
         if lockstep is not None:
-            lockstep.on_plan = self._engine.take_plan
-        links.on_rows, links.on_recall = self._on_rows, self._on_recall
-        links.on_tell, links.on_short_of_room = self._on_tell, self._on_short_of_room
+            lockstep.on_plan = self.engine.take_plan
 
     async def run(self) -> int:
         """Serve until the hub says Stop (0). Raises if the engine crashes, or the hub stays away or refuses; PeerLost
         if a rank is gone that holds a part of the experts."""
         stepping = None if self._lockstep is None else asyncio.create_task(self._lockstep.run())
-        self._engine.start()
+        self.engine.start()
         serving = asyncio.create_task(self._serve())
         patience_s = 0.0
         try:
@@ -126,7 +101,7 @@ class LanguageRank:
             serving.cancel()
             if stepping is not None:
                 stepping.cancel()
-            self._engine.stop(timeout=patience_s)
+            self.engine.stop(timeout=patience_s)
             await self._links.close()
             if self._hub is not None:
                 await self._hub.close()
@@ -143,14 +118,12 @@ class LanguageRank:
                     await self._handle(message)
             except TransferError:
                 # The frontend died; with it went everybody who waits for these requests.
-                for request_id in list(self._requests):
-                    self._forget(request_id)
+                self._requests.forget_all()
 
     async def _leave(self) -> int:
         """Nobody wants anything any more: everything should come back."""
         self._is_leaving = True
-        for request_id in list(self._requests):
-            self._forget(request_id)
+        self._requests.forget_all()
         left = await self._links.left_over(LEFT_S)
         if left:
             logger.warning("left over: %s", left)
@@ -165,18 +138,18 @@ class LanguageRank:
                 try:
                     self._submit(message)
                 except Exception as error:  # one request's failure is not the rank's
-                    self._fail(message.request_id, error)
+                    self._requests.fail(message.request_id, error)
             case Assign():
                 self._links.handle(message)
             case Peers():
                 if not self._links.has_store:
                     self._links.use_store(await asyncio.to_thread(join_store, message.store_address))
             case Cancel():
-                self._forget(message.request_id)
+                self._requests.forget(message.request_id)
 
     def _submit(self, message: Submit) -> None:
         token_ids = np.frombuffer(message.token_ids, dtype="<i4").tolist()
-        self._requests[message.request_id] = _Request(message.items, time.monotonic() + message.timeout_s)
+        self._requests.begin(message)
         fault_point("admitted")
 
         def add(engine: Engine) -> list[EngineEvent]:
@@ -188,79 +161,21 @@ class LanguageRank:
                 return [RequestFailed(request_id=message.request_id, failure=Failure.of(error))]
             return []
 
-        self._engine.post(add)
+        self.engine.post(add)
 
-    def _on_short_of_room(self, is_short: bool) -> None:
-        """Rows wait for the blocks of those that are here: the engine should use these up."""
-        self._engine.post(lambda engine: engine.set_short_of_room(is_short))
+    # -- on the engine's thread
 
-    def _forget(self, request_id: str) -> None:
-        """Drop a request everywhere; safe for one that is not known."""
-        self._requests.pop(request_id, None)
-        self._engine.post(lambda engine: engine.cancel(request_id))
-        self._links.handle(Cancel(request_id=request_id))
+    def _on_engine_events(self, events: list[EngineEvent]) -> None:
+        self._loop.call_soon_threadsafe(self._requests.on_events, events)
 
-    def _from_engine(self, handler: Callable[[Any], None]) -> Callable[[Any], None]:
-        def call(value: Any) -> None:
-            self._loop.call_soon_threadsafe(handler, value)
+    def _on_engine_crash(self, error: BaseException) -> None:
+        self._loop.call_soon_threadsafe(self._on_crash, error)
 
-        return call
+    # -- on the loop
 
     def _on_crash(self, error: BaseException) -> None:
         if not self._crash.done():
             self._crash.set_result(error)
-
-    def _on_events(self, events: list[EngineEvent]) -> None:
-        for event in events:
-            request = self._requests.get(event.request_id)
-            if request is None:
-                continue  # cancelled while the step ran
-            try:
-                self._on_event(event, request)
-            except Exception as error:  # one request's failure is not the rank's
-                self._fail(event.request_id, error)
-
-    def _on_event(self, event: EngineEvent, request: _Request) -> None:
-        if isinstance(event, Consumed):
-            fault_point("before-free")
-            self._links.handle(event)
-            return
-        if isinstance(event, Preempted):
-            self._links.handle(Expect(event.request_id, request.items, [], request.deadline))
-            return
-        if isinstance(event, NeedItems):
-            needed = event.items, request.deadline, event.first_rows
-            self._links.handle(Expect(event.request_id, request.items, *needed))
-        if isinstance(event, (Finished, RequestFailed)):
-            del self._requests[event.request_id]
-            self._links.handle(Cancel(request_id=event.request_id))
-        self._tell(event)
-
-    def _fail(self, request_id: str, error: Exception) -> None:
-        """Give a request up. The cause goes to the log; clients get no internals."""
-        logger.error("request %s failed", request_id, exc_info=error)
-        self._forget(request_id)
-        self._tell(RequestFailed(request_id=request_id, failure=Failure.of(error)))
-
-    def _on_rows(self, attempt: Attempt) -> None:
-        self._engine.post(partial(self._links.receiver.hand_over, attempt))
-
-    def _on_recall(self, recall: Recall) -> None:
-        """The rows may be read at this moment: only the engine's thread can say when that is over."""
-        returned = self._from_engine(self._links.handle)
-
-        def restart(engine: Engine) -> None:
-            engine.restart_item(recall.request_id, recall.item)
-            returned(Returned(*recall.key))
-
-        self._engine.post(restart)
-
-    def _on_tell(self, message: Message) -> None:
-        """Of the sessions; they have forgotten a request that fails."""
-        if isinstance(message, RequestFailed):
-            self._requests.pop(message.request_id, None)
-            self._engine.post(lambda engine: engine.cancel(message.request_id))
-        self._tell(message)
 
     def _tell(self, message: Message) -> None:
         """Queue a message to the hub; when it is gone, the loop that reads from it finds out and cleans up."""

@@ -12,10 +12,10 @@ from qwen3vl_disagg.cluster.rendezvous import RankContext
 from qwen3vl_disagg.cluster.slots import run_loop
 from qwen3vl_disagg.core.devices import resolve_compile
 from qwen3vl_disagg.core.settings import default_chunk_tokens
-from qwen3vl_disagg.core.turns import Turns
 from qwen3vl_disagg.encode.rank import EncodeRank, load_worker
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.engine.grammars import Grammars
+from qwen3vl_disagg.language.engine_thread import BetweenSteps
 from qwen3vl_disagg.language.expert_group import ExpertGroup, meet, shares_experts
 from qwen3vl_disagg.language.link_server import LinkServer
 from qwen3vl_disagg.language.rank import LanguageRank
@@ -58,20 +58,20 @@ def run_language_rank(context: RankContext) -> int:
 def run_combined_rank(context: RankContext) -> int:
     """Both roles in one process, joined by an in-process link: what a world of one runs.
 
-    They have the same cores (or device), so they take turns: a batch of images, a step of the engine.
+    They have the same cores (or device), so the tower runs between two steps of the engine.
     """
     setup = RankSetup.of(context)
-    engine, worker, turns = load_engine(setup), load_worker(setup), Turns()
-    worker.turns = turns
+    engine, worker = load_engine(setup), load_worker(setup)
 
     async def serve() -> int:
         links = in_process_links()
-        language = await start_language_rank(setup, engine, links, turns)
+        language = await start_language_rank(setup, engine, links)
         encode = EncodeRank(
             worker,
             setup.hello("encode", worker.model),
             context.hub_address,
             make_link=links,
+            tower=BetweenSteps(language.engine.post),
             host=context.host,
             options=context.options.encode,
         )
@@ -149,7 +149,6 @@ async def start_language_rank(
     setup: RankSetup,
     engine: Engine,
     make_link: LinkFactory | None = None,
-    turns: Turns | None = None,
     *,
     group: ExpertGroup | None = None,
     lockstep: LockstepClient | None = None,
@@ -183,4 +182,4 @@ async def start_language_rank(
         store_address=store_address,
         kv_tokens=pool.num_pages * pool.page_size,
     )
-    return LanguageRank(engine, links, hello, context.hub_address, turns=turns, lockstep=lockstep)
+    return LanguageRank(engine, links, hello, context.hub_address, lockstep=lockstep)

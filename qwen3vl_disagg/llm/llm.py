@@ -20,9 +20,10 @@ from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, EngineSet
 from qwen3vl_disagg.encode.worker import EncodeWorker
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.engine.grammars import Grammars
+from qwen3vl_disagg.language.engine_thread import Command
 from qwen3vl_disagg.language.receiver import Receiver
-from qwen3vl_disagg.llm.local import LocalTransfer
 from qwen3vl_disagg.llm.requests import Ended, LocalRequests
+from qwen3vl_disagg.llm.transfer import LocalTransfer
 from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.parallel.kv_room import measured_room
@@ -167,13 +168,14 @@ class LLM:
             image_rows=self.processor.image.max_rows,
         )
         eos_ids = self.processor.generation.eos_token_ids
+        processor = self.processor  # what a thread of the transfer holds must not hold this object
         self.engine = Engine(
             language,
             eos_ids=eos_ids,
             options=engine_options,
             room=room,
             progress=progress,
-            grammars=Grammars.of(lambda: self.processor.tokenizer, self.config, eos_ids),
+            grammars=Grammars.of(lambda: processor.tokenizer, self.config, eos_ids),
         )
         worker = EncodeWorker(
             vision,
@@ -184,14 +186,13 @@ class LLM:
             compile=engine_options.compile,
         )
 
-        def make_transfer() -> LocalTransfer:
+        config, torch_device = self.config, self.device
+
+        def make_transfer(post: Callable[[Command], None]) -> LocalTransfer:
             buffers = MultimodalDataBuffers.from_options(
-                self.config,
-                buffer_options or BufferOptions(),
-                dtype=weight.dtype,
-                device=self.device,
+                config, buffer_options or BufferOptions(), dtype=weight.dtype, device=torch_device
             )
-            return LocalTransfer(worker, Receiver(buffers, self.config), encode_options)
+            return LocalTransfer(worker, Receiver(buffers, config), post, encode_options)
 
         self._requests = LocalRequests(self.engine, make_transfer)
 

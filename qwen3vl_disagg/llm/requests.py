@@ -1,8 +1,9 @@
-"""Requests under way in one process: an engine, the in-process transfer, and who waits for the answers."""
+"""Requests under way in one process: an engine that whoever waits for the answers steps, and the transfer beside it."""
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,15 +11,11 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob
-from qwen3vl_disagg.engine.engine import Engine, EngineEvent, Preempted
-from qwen3vl_disagg.llm.local import ItemError, LocalTransfer, Outcome
+from qwen3vl_disagg.engine.engine import Engine, EngineEvent
+from qwen3vl_disagg.language.engine_thread import Command, EngineSteps
+from qwen3vl_disagg.llm.transfer import LocalTransfer
 from qwen3vl_disagg.processing import AnswerParts, Parts, Prompt
-from qwen3vl_disagg.protocol.messages import Finished, NeedItems, PromptLogprobs, RequestFailed, Tokens
-from qwen3vl_disagg.protocol.session_events import Consumed
-from qwen3vl_disagg.transport.buffers import Delivery
-
-_WAIT_S = 1.0
-"""As long is waited for a grammar before all is looked at again."""
+from qwen3vl_disagg.protocol.messages import Finished, RequestFailed, Tokens
 
 
 @dataclass(frozen=True)
@@ -54,13 +51,23 @@ class _Request:
 
 
 class LocalRequests:
-    """`begin` requests and `step` until they are done. Whoever has begun one gives it up, if it is not done by then."""
+    """`begin` requests and `step` until they are done. Whoever has begun one gives it up, if it is not done by then.
 
-    def __init__(self, engine: Engine, make_transfer: Callable[[], LocalTransfer]) -> None:
+    Tokens stay on the thread that steps; the transfer's thread hears of requests with images or clips alone.
+    """
+
+    def __init__(self, engine: Engine, make_transfer: Callable[[Callable[[Command], None]], LocalTransfer]) -> None:
+        """`make_transfer` is told where commands for the engine go."""
         self.engine, self._make_transfer = engine, make_transfer
-        self.transfer = make_transfer()
         self._requests: dict[str, _Request] = {}
         self._num_begun = 0
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._steps = EngineSteps(self.engine)
+        self.transfer = self._make_transfer(self._steps.post)
+        self._end_transfer = weakref.finalize(self, self.transfer.close)
+        self._end_transfer.atexit = False  # its thread ends with the process
 
     @property
     def media_bytes(self) -> int:
@@ -79,87 +86,58 @@ class LocalRequests:
         """Queue a request; its name. InputError if it can never run."""
         request_id = f"local-{self._num_begun}"
         self._num_begun += 1
+        self._requests[request_id] = _Request(prompt, parts, emit, done)
         try:
             self.engine.add(request_id, prompt.token_ids, prompt.items, sampling)
-            self._requests[request_id] = _Request(prompt, parts, emit, done)
+            if prompt.items:
+                self.transfer.admit(request_id, prompt.items, prompt.media, sampling)
         except BaseException:
-            self.engine.cancel(request_id)
+            self.give_up([request_id])
             raise
         return request_id
 
     def give_up(self, request_ids: Sequence[str]) -> None:
         """Forget these, where they are not done."""
         for request_id in request_ids:
-            if self._requests.pop(request_id, None) is not None:
+            request = self._requests.pop(request_id, None)
+            if request is not None:
                 self.engine.cancel(request_id)
-                self.transfer.forget(request_id)
-        self._move_rows()
+                if request.prompt.items:
+                    self.transfer.forget(request_id)
 
     def step(self) -> None:
         """One step for all that is under way. What is raised on the way ends all of it: a step that was interrupted
         may have left anything behind, so engine and transfer begin anew."""
         try:
-            self._step()
+            self._steps.turn(self._on_events)
         except BaseException as error:
             ended, self._requests = self._requests, {}
             self.engine.reset()
-            self.transfer = self._make_transfer()
+            self._end_transfer()
+            self._begin_anew()
             for request in ended.values():
                 request.done(DisaggError(f"given up: {type(error).__name__} in a step for it and others"))
             raise
 
-    def _step(self) -> None:
-        self.engine.set_short_of_room(self.transfer.is_short_of_room)
-        events = self.engine.step()
+    def _on_events(self, events: list[EngineEvent]) -> None:
+        told = []
         for event in events:
             request = self._requests.get(event.request_id)
             if request is None:
                 continue  # the same step brought the token that completed its stop string
+            if request.prompt.items and not isinstance(event, Tokens):
+                told.append(event)
             ended = self._handle(event, request)
             if ended is not None:
-                self.transfer.forget(event.request_id)
-                self._requests.pop(event.request_id).done(ended)
-        outcomes = self._move_rows()
-        for outcome in outcomes:
-            if isinstance(outcome, ItemError) and outcome.request_id in self._requests:
-                self._requests.pop(outcome.request_id).done(outcome.error)
-        if not events and not outcomes and not self.engine.has_work and not self.engine.wait(_WAIT_S):
-            raise RuntimeError(f"nothing moves, and {len(self._requests)} requests are not answered")
-
-    def _move_rows(self) -> list[Outcome]:
-        """Bring over what can be brought, and give it to the engine."""
-        moved: list[Outcome] = []
-        while outcomes := self.transfer.run():
-            moved += outcomes
-            for outcome in outcomes:
-                match outcome:
-                    case Delivery():
-                        delivered = outcome.request_id, outcome.item, outcome.rows, outcome.timings
-                        for event in self.engine.provide_rows(*delivered):
-                            if isinstance(event, Consumed):
-                                self.transfer.consumed(event.request_id, event.item, event.attempt, event.rows)
-                    case ItemError():
-                        self.engine.cancel(outcome.request_id)
-                        self.transfer.forget(outcome.request_id)
-                    case _:
-                        self.engine.restart_item(outcome.request_id, outcome.item)
-                        self.transfer.returned(outcome)
-        return moved
+                del self._requests[event.request_id]
+                if request.prompt.items and isinstance(event, Tokens):
+                    self.transfer.forget(event.request_id)
+                request.done(ended)
+        if told:
+            self.transfer.events(told)
 
     def _handle(self, event: EngineEvent, request: _Request) -> Ended | DisaggError | None:
         match event:
-            case NeedItems():
-                prompt = request.prompt
-                self.transfer.need(event.request_id, prompt.items, event.items, prompt.media, event.first_rows)
-                return None
-            case Preempted():
-                self.transfer.need(event.request_id, request.prompt.items, [], request.prompt.media)
-                return None
-            case Consumed():
-                self.transfer.consumed(event.request_id, event.item, event.attempt, event.rows)
-                return None
-            case PromptLogprobs():
-                return None  # nobody asks for them
             case Tokens():
                 return self._tokens(event, request)
             case RequestFailed():
@@ -167,6 +145,7 @@ class LocalRequests:
             case Finished():
                 request.emit(request.parts.finish())
                 return request.end(event.finish_reason, event.timings)
+        return None
 
     def _tokens(self, event: Tokens, request: _Request) -> Ended | None:
         """Take tokens in; the end when one of them completes a stop string."""

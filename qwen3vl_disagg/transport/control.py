@@ -9,8 +9,9 @@ says nothing for minutes), so liveness is decided here and never by the payload.
 from __future__ import annotations
 
 import asyncio
+import socket
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -236,3 +237,16 @@ connect_hub = partial(connect, messages=HubMessage, max_frame=MAX_HUB_FRAME)
 """A rank's connection with the frontend process."""
 connect_link = partial(connect, messages=LinkMessage, max_frame=MAX_LINK_FRAME)
 """The control connection of an encode rank with a language rank."""
+
+
+class Dial(Protocol):
+    """How one comes to a link's connection: `connect_link`, or within a process."""
+
+    async def __call__(self, address: Address, *, deadline_s: float) -> Connection: ...
+
+
+async def link_pair() -> tuple[Connection, Connection]:
+    """Both ends of a link's connection within a process; nobody listens."""
+    make = partial(Connection, messages=LinkMessage, max_frame=MAX_LINK_FRAME)
+    near, far = socket.socketpair()
+    return make(*await asyncio.open_connection(sock=near)), make(*await asyncio.open_connection(sock=far))

@@ -111,7 +111,7 @@ class ProcessGroupLink:
         self._group = None
 
 
-def process_group_links(store: dist.TCPStore, *, host: str, timeout_s: float = 20.0) -> LinkFactory:
+def process_group_links(store: dist.Store, *, host: str, timeout_s: float = 20.0) -> LinkFactory:
     """Links over Gloo groups that meet in `store`, on the interface of `host`."""
 
     def make(side: Side, encode_rank: int, language_rank: int, epoch: int) -> Link:

@@ -16,6 +16,7 @@ from qwen3vl_disagg.engine.engine import EngineOptions
 from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.processing.clips import unpack_frames
 from tests.support.clips import encode_clip, noise_frames, png_frames
+from tests.support.local import settled
 from tests.support.oracle import load_oracle
 from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
 from tools.make_checkpoint import write_small_tokenizer
@@ -107,7 +108,7 @@ def test_however_it_is_cut(folder, expected, blocks, chunk):
         check([answer], [whole])
         for item in answer.timings.items:
             assert item.transfer_bytes <= sizes.transfer_bytes(item.rows, item.rows), "a row travelled twice"
-    assert llm.transfer.is_idle
+    assert settled(llm)
 
 
 def test_together_with_too_few_pages(folder, expected):
@@ -118,7 +119,7 @@ def test_together_with_too_few_pages(folder, expected):
     options = EngineOptions(page_size=4, kv_cache_gib=1.3 * longest / 4 * page_bytes / 2**30, chunk_tokens=8)
     llm = LLM(folder, engine_options=options, buffer_options=BufferOptions(block_size=2, blocks=4, deepstack_rows=80))
     check(llm.chat(TURNS, SAMPLING), expected)
-    assert llm.transfer.is_idle
+    assert settled(llm)
 
 
 @pytest.mark.parametrize("page_size", [20, 24])

@@ -1,18 +1,19 @@
-"""Turns: who else takes them comes between two decode steps once."""
+"""What is posted to an engine's thread comes between two decode steps once."""
 
 from __future__ import annotations
 
 import threading
 
-from qwen3vl_disagg.core.turns import Turns
-from qwen3vl_disagg.language.engine_thread import EngineThread
+import pytest
+
+from qwen3vl_disagg.language.engine_thread import BetweenSteps, EngineSteps, EngineThread
 
 
 class FakeEngine:
-    """Prefill and decode in turn, until there is no work."""
+    """Prefill and decode in turn, until there is no work. While it steps, the next batch for the tower is posted."""
 
     def __init__(self, steps: list[str]) -> None:
-        self.steps, self.log = steps, []
+        self.steps, self.log, self.on_step = steps, [], lambda: None
 
     def admit(self):
         return []
@@ -29,49 +30,56 @@ class FakeEngine:
         if not self.steps:
             return []
         self.log.append(self.steps.pop(0))
+        self.on_step()
         return [self.log[-1]]
 
 
-def run(steps: list[str], *, with_turns: bool) -> list[str]:
-    """What happened, in order; `turn` where one began."""
-    engine, done, number = FakeEngine(list(steps)), threading.Event(), len(steps)
-    seen: list[str] = []
-
-    class Logged:
-        def __enter__(self):
-            engine.log.append("turn")
-
-        def __exit__(self, *_):
-            return None
+def test_a_prefill_step_and_the_decode_step_it_owes_are_one_turn():
+    steps = ["prefill", "decode", "decode", "prefill", "decode"]
+    engine, told = FakeEngine(list(steps)), []
+    turns = EngineSteps(engine)
+    tower = BetweenSteps(turns.post)
+    engine.on_step = lambda: tower.submit(engine.log.append, "tower")
 
     def on_events(events):
         assert len(events) == 1  # each step is told before the next one
-        seen.extend(events)
-        if len(seen) == number:
-            done.set()
+        told.extend(events)
 
-    thread = EngineThread(engine, on_events, lambda error: done.set(), Logged() if with_turns else None)
+    for _ in range(3):
+        assert turns.turn(on_events)
+    assert told == steps
+    posted = [entry for entry in engine.log if entry != "tower"]
+    assert posted == steps
+    assert engine.log == ["prefill", "decode", "tower", "tower", "decode", "tower", "prefill", "decode"]
+
+
+def test_what_needs_no_step_waits_for_none():
+    told = threading.Event()
+    thread = EngineThread(FakeEngine([]), lambda events: told.set(), lambda error: None)
     thread.start()
-    assert done.wait(10)
+    thread.post(lambda engine: ["answer"])
+    assert told.wait(10)
     assert thread.stop(10)
-    assert seen == steps
-    return engine.log
 
 
-def test_a_prefill_step_and_the_decode_step_it_owes_are_one_turn():
-    log = run(["prefill", "decode", "decode", "prefill", "decode"], with_turns=True)
-    assert log == ["turn", "prefill", "decode", "turn", "decode", "turn", "prefill", "decode"]
+def test_the_tower_between_steps_tells_what_comes_of_it_and_what_was_cancelled_never_runs():
+    turns, ran = EngineSteps(FakeEngine([])), []
+    tower = BetweenSteps(turns.post)
+    sum_, broken, cancelled = tower.submit(sum, [1, 2]), tower.submit(divmod, 1, 0), tower.submit(ran.append, 1)
+    assert cancelled.cancel()
+    assert turns.turn(lambda events: None)
+    assert sum_.result(0) == 3
+    with pytest.raises(ZeroDivisionError):
+        broken.result(0)
+    assert ran == []
 
 
-def test_what_needs_no_step_waits_for_no_turn():
-    engine, told, taken = FakeEngine([]), threading.Event(), Turns()
-    thread = EngineThread(engine, lambda events: told.set(), lambda error: None, taken)
-    with taken:  # somebody else has it
-        thread.start()
-        thread.post(lambda engine: ["answer"])
-        assert told.wait(10)
-        assert thread.stop(10)
+def test_an_interrupt_in_the_tower_ends_the_turn():
+    turns = EngineSteps(FakeEngine([]))
 
+    def interrupted():
+        raise KeyboardInterrupt
 
-def test_without_turns_there_are_none():
-    assert run(["prefill", "decode", "prefill"], with_turns=False) == ["prefill", "decode", "prefill"]
+    BetweenSteps(turns.post).submit(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        turns.turn(lambda events: None)

@@ -15,15 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.errors import TransferError
-from qwen3vl_disagg.language.rank import LanguageRank, _Request
+from qwen3vl_disagg.language.rank import LanguageRank
+from qwen3vl_disagg.language.requests import _Request
 from qwen3vl_disagg.protocol.allocator import Want
 from qwen3vl_disagg.protocol.messages import Cancel, Grant, HubMessage, NeedItems, RankHello, Resume, Room
-from qwen3vl_disagg.protocol.session_events import Consumed, Expect, Recall
-from qwen3vl_disagg.transport.buffers import Delivery
+from qwen3vl_disagg.protocol.session_events import Consumed, Expect
 from qwen3vl_disagg.transport.links import LinkBroken
 from tests.language.test_receiver import CopyingLink, damaged, receive_over
-from tests.llm.test_local import CONFIG as LOCAL_CONFIG
-from tests.llm.test_local import IMAGES, MAX_BLOCKS, WORKER, make_transfer
 from tests.support.link_scenarios import BLOCK, describe, expect_rows, make_image, run, running, until
 from tests.support.random_model import small_config
 from tests.support.transfer import Transfer, make_encoded, make_receiver, make_visual, split_payload
@@ -206,65 +204,6 @@ def test_an_initial_transfer_that_comes_again_counts_once(first):
     assert receiver.totals(("r", 0, 1)) == (num_bytes, 1)
 
 
-# ---- both roles in one thread ----
-
-
-def read(transfer, request_id: str, item: int, rows: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """Consume one item to its end: (the first row that came, main, DeepStack)."""
-    first, main, deepstack = rows, [], []
-    while outcomes := transfer.run():
-        for outcome in outcomes:
-            assert isinstance(outcome, Delivery)
-            assert outcome.item == item
-            part = outcome.rows
-            first = min(first, part.start)
-            out = [torch.empty(part.stop - part.start, width) for width in (32, LOCAL_CONFIG.num_deepstack_levels * 32)]
-            part.write(part.start, part.stop, *out)
-            main.append(out[0])
-            deepstack.append(out[1])
-            transfer.consumed(request_id, item, part.attempt, part.stop)
-    return first, torch.cat(main), torch.cat(deepstack)
-
-
-@pytest.mark.parametrize("deepstack_blocks", [2, MAX_BLOCKS])
-@pytest.mark.parametrize("first", [0, 1, 7, 22])
-def test_one_thread_brings_the_needed_rows_alone(first, deepstack_blocks):
-    transfer, link = make_transfer(3, deepstack_blocks)
-    (visual, data), (other, other_data) = IMAGES[23], IMAGES[5]
-    transfer.need("r", [other, visual], [1], [other_data, data], [first])
-    start, main, deepstack = read(transfer, "r", 1, 23)
-    encoded = WORKER.encoded[visual.grid]
-    assert start == first
-    assert torch.equal(main, encoded.main[first:])
-    assert torch.equal(deepstack, encoded.deepstack[first:])
-    assert [sum(counts) for counts in zip(*link.payloads, strict=True)] == [1, 23 - first, 23 - first]
-    transfer.forget("r")
-    transfer.run()
-    assert transfer.is_idle
-    assert not transfer._attempts
-
-
-def test_one_thread_brings_rows_once_more_from_another_row():
-    """Preempted after some rows, without its rows for a while, then from another row on: a new attempt."""
-    transfer, _ = make_transfer(3, MAX_BLOCKS)
-    visual, data = IMAGES[9]
-    transfer.need("r", [visual], [0], [data], [4])
-    [delivery] = transfer.run()
-    assert (delivery.rows.attempt, delivery.rows.start, delivery.rows.stop) == (1, 4, 9)
-    transfer.need("r", [visual], [], [data])
-    assert transfer.run() == [Recall("r", 0, 1)]
-    transfer.returned(Recall("r", 0, 1))
-    assert transfer.run() == []
-    assert transfer.receiver.buffers.allocator.is_idle
-    transfer.need("r", [visual], [0], [data], [1])
-    start, main, _ = read(transfer, "r", 0, 9)
-    assert start == 1
-    assert torch.equal(main, WORKER.encoded[visual.grid].main[1:])
-    transfer.forget("r")
-    transfer.run()
-    assert transfer.is_idle
-
-
 # ---- between ranks ----
 
 
@@ -282,9 +221,12 @@ def test_a_language_rank_passes_on_what_its_engine_needs():
         links = SimpleNamespace(handle=events.append)
         hello = RankHello(token="t", role="language", rank=0, pid=1, fingerprint={})
         rank = LanguageRank(Mock(), links, hello, ("", 0))  # type: ignore[arg-type]
-        items = [IMAGES[4][0], IMAGES[9][0]]
-        rank._requests["r"] = _Request(items, 60.0)
-        rank._on_events([NeedItems(request_id="r", items=[1], first_rows=[3]), NeedItems(request_id="r", items=[0, 1])])
+        items = [make_visual(CONFIG, GRIDS[rows]) for rows in (6, 7)]
+        requests = rank._requests
+        requests._requests["r"] = _Request(items, 60.0)
+        requests.on_events(
+            [NeedItems(request_id="r", items=[1], first_rows=[3]), NeedItems(request_id="r", items=[0, 1])]
+        )
         assert events == [Expect("r", items, [1], 60.0, [3]), Expect("r", items, [0, 1], 60.0, [])]
 
     asyncio.run(scenario())

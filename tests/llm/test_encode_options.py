@@ -36,8 +36,8 @@ def test_an_image_that_comes_again_is_not_encoded_and_has_the_same_answer(asked)
         [item], [other] = answer.timings.items, expected.timings.items
         assert (item.cached, other.cached) == (number > 0, False)
         assert (item.encode == 0) is (item.preprocess == 0) is item.cached
-    assert (cached.transfer.num_batches, plain.transfer.num_batches) == (1, 3)
-    assert (cached.transfer.cache.num_hits, len(plain.transfer.cache)) == (2, 0)
+    assert (cached.transfer.pipeline.num_batches, plain.transfer.pipeline.num_batches) == (1, 3)
+    assert (cached.transfer.pipeline.cache.num_hits, len(plain.transfer.pipeline.cache)) == (2, 0)
 
 
 def test_images_that_are_encoded_together_share_the_time_of_their_batch(asked):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import itertools
 import signal
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,6 +16,7 @@ from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.engine.engine import EngineOptions
 from qwen3vl_disagg.llm import llm as llm_module
+from tests.support.local import settled
 from tests.support.scenes import ask_scenes
 
 SHORT = SamplingParams(max_new_tokens=4)
@@ -47,7 +51,7 @@ def check_whole(llm: LLM, question: list, expected: list) -> None:
     pool = llm.engine.scheduler.pool
     assert llm.engine.is_empty
     assert pool.num_free == pool.num_pages
-    assert llm.transfer.is_idle
+    assert settled(llm)
     assert llm.transfer.receiver.buffers.allocator.is_idle
     assert [r.token_ids for r in llm.chat([TEXT, question], SHORT)] == expected
 
@@ -61,9 +65,16 @@ def interrupt(*_, **__):
 
 
 def fail_at(monkeypatch, target, name: str, nth: int, fault) -> None:
-    """The nth call of a method does what `fault` does."""
+    """The nth call of a method does what `fault` does first. (On another thread than the main one an interrupt comes a
+    moment later, and the call goes on.)"""
     calls, real = itertools.count(1), getattr(target, name)
-    monkeypatch.setattr(target, name, lambda *a, **k: fault() if next(calls) == nth else real(*a, **k))
+
+    def faulty(*args, **kwargs):
+        if next(calls) == nth:
+            fault()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(target, name, faulty)
 
 
 @pytest.mark.parametrize("fault", [raise_odd, interrupt])
@@ -97,10 +108,46 @@ def test_whatever_is_raised_on_the_way_leaves_nothing_behind(
         "receiver": llm.transfer.receiver,
     }
     fail_at(monkeypatch, targets[where], name, nth, fault)
-    with pytest.raises((Odd, KeyboardInterrupt, DisaggError)):
-        llm.chat([TEXT, question, TEXT, question], SHORT)
+    if fault is raise_odd and where in ("worker", "receiver"):  # an item is tried again, as on a server
+        assert [r.token_ids for r in llm.chat([TEXT, question] * 2, SHORT)] == expected * 2
+    else:
+        with pytest.raises((Odd, KeyboardInterrupt, DisaggError)):
+            llm.chat([TEXT, question, TEXT, question], SHORT)
     monkeypatch.undo()
     check_whole(llm, question, expected)
+
+
+def test_an_item_that_fails_three_times_fails_its_conversation_alone(llm, question, expected, monkeypatch):
+    llm.engine.reset()  # no prefix is known
+    broken = Mock(side_effect=Odd)
+    monkeypatch.setattr(llm.transfer.worker, "preprocess", broken)
+    text, error = llm.chat_each([TEXT, question], SHORT)
+    assert text.token_ids == expected[0]
+    assert isinstance(error, DisaggError)
+    assert (error.status, error.code, error.param) == (500, "encode_error", "messages[0].content[0]")
+    num_images = sum(part["type"] == "image_url" for part in question[0]["content"])
+    assert 3 <= broken.call_count <= 3 * num_images
+    monkeypatch.undo()
+    check_whole(llm, question, expected)
+
+
+def test_where_the_callers_thread_runs_an_event_loop(llm, question, expected):
+    async def cell() -> list:
+        return llm.chat([TEXT, question], SHORT)
+
+    assert [r.token_ids for r in asyncio.run(cell())] == expected
+    check_whole(llm, question, expected)
+
+
+def test_its_thread_ends_with_it(question):
+    llm = LLM()
+    llm.chat([question], SHORT)
+    thread = llm.transfer._thread
+    assert thread.is_alive()
+    del llm
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_many_calls_that_fail_and_then_a_good_one(llm, question, expected):

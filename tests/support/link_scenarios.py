@@ -93,13 +93,14 @@ def run(scenario: Callable[[], Awaitable[None]], timeout: float = 30) -> None:
         await until(lambda: len(asyncio.all_tasks()) == 1, 5, asyncio.all_tasks)
 
     gc.collect()
-    num_fds = len(os.listdir("/proc/self/fd"))
+    before, num_fds = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))  # an `LLM` of others has its own
     asyncio.run(limited())
     assert not unheard, unheard
     deadline = time.monotonic() + 5
     while True:
         gc.collect()
-        threads = [thread.name for thread in threading.enumerate() if thread.name.startswith(_LINK_THREADS)]
+        new = set(threading.enumerate()) - before
+        threads = [thread.name for thread in new if thread.name.startswith(_LINK_THREADS)]
         extra_fds = len(os.listdir("/proc/self/fd")) - num_fds
         if not threads and extra_fds <= _SPARE_FDS:
             return

@@ -1,0 +1,118 @@
+"""Requests between an engine and the links: what the engine lacks is expected, rows go to it, what it has used or
+given back is said to the sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from qwen3vl_disagg.core.errors import Failure
+from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.engine.engine import Engine, EngineEvent, Preempted
+from qwen3vl_disagg.language.engine_thread import Command
+from qwen3vl_disagg.language.link_server import LinkServer
+from qwen3vl_disagg.protocol.messages import Cancel, Finished, Message, NeedItems, RequestFailed, Submit
+from qwen3vl_disagg.protocol.session_events import Attempt, Consumed, Expect, Recall, Returned
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Request:
+    """What the loop remembers of a running request. `deadline` is on the monotonic clock."""
+
+    items: list[VisualItem]
+    deadline: float
+
+
+class LanguageRequests:
+    """On one event loop, `loop`. `post` takes commands for the engine; its events come to `on_events`. `tell` gets what
+    the router should hear."""
+
+    def __init__(
+        self,
+        links: LinkServer,
+        post: Callable[[Command], None],
+        tell: Callable[[Message], None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._links, self._post, self._tell, self._loop = links, post, tell, loop
+        self._requests: dict[str, _Request] = {}
+        links.on_rows, links.on_recall = self._on_rows, self._on_recall
+        links.on_tell, links.on_short_of_room = self._on_tell, self._on_short_of_room
+
+    def begin(self, message: Submit) -> None:
+        """Remember a request; the engine has it, or is about to."""
+        self._requests[message.request_id] = _Request(message.items, time.monotonic() + message.timeout_s)
+
+    def forget(self, request_id: str) -> None:
+        """Drop a request everywhere; safe for one that is not known."""
+        self._requests.pop(request_id, None)
+        self._post(lambda engine: engine.cancel(request_id))
+        self._links.handle(Cancel(request_id=request_id))
+
+    def forget_all(self) -> None:
+        for request_id in list(self._requests):
+            self.forget(request_id)
+
+    def fail(self, request_id: str, error: Exception) -> None:
+        """Give a request up. The cause goes to the log; clients get no internals."""
+        logger.error("request %s failed", request_id, exc_info=error)
+        self.forget(request_id)
+        self._tell(RequestFailed(request_id=request_id, failure=Failure.of(error)))
+
+    def on_events(self, events: Sequence[EngineEvent]) -> None:
+        for event in events:
+            request = self._requests.get(event.request_id)
+            if request is None:
+                continue  # cancelled while the step ran
+            try:
+                self._on_event(event, request)
+            except Exception as error:  # one request's failure is not the rank's
+                self.fail(event.request_id, error)
+
+    def _on_event(self, event: EngineEvent, request: _Request) -> None:
+        if isinstance(event, Consumed):
+            fault_point("before-free")
+            self._links.handle(event)
+            return
+        if isinstance(event, Preempted):
+            self._links.handle(Expect(event.request_id, request.items, [], request.deadline))
+            return
+        if isinstance(event, NeedItems):
+            needed = event.items, request.deadline, event.first_rows
+            self._links.handle(Expect(event.request_id, request.items, *needed))
+        if isinstance(event, (Finished, RequestFailed)):
+            del self._requests[event.request_id]
+            self._links.handle(Cancel(request_id=event.request_id))
+        self._tell(event)
+
+    # -- what the sessions say
+
+    def _on_short_of_room(self, is_short: bool) -> None:
+        """Rows wait for the blocks of those that are here: the engine should use these up."""
+        self._post(lambda engine: engine.set_short_of_room(is_short))
+
+    def _on_rows(self, attempt: Attempt) -> None:
+        self._post(partial(self._links.receiver.hand_over, attempt))
+
+    def _on_recall(self, recall: Recall) -> None:
+        """The rows may be read at this moment: only the engine's thread can say when that is over."""
+
+        def restart(engine: Engine) -> None:
+            engine.restart_item(recall.request_id, recall.item)
+            self._loop.call_soon_threadsafe(self._links.handle, Returned(*recall.key))
+
+        self._post(restart)
+
+    def _on_tell(self, message: Message) -> None:
+        """Of the sessions; they have forgotten a request that fails."""
+        if isinstance(message, RequestFailed):
+            self._requests.pop(message.request_id, None)
+            self._post(lambda engine: engine.cancel(message.request_id))
+        self._tell(message)
