@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError, report
+from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.json_text import json_line, parse_json
 from qwen3vl_disagg.core.requests import RequestTimings
 from qwen3vl_disagg.core.sampling_params import OPTIONS, SamplingParams
@@ -105,7 +106,22 @@ class Generation:
 def sampling_of(options: GenerateOptions, defaults: GenerationDefaults) -> SamplingParams:
     """InputError for a value out of bounds."""
     given = {name: getattr(options, name) for name, option in OPTIONS.items() if option.flag is not None}
-    return defaults.sampling(**{name: value for name, value in given.items() if value != ()})
+    grammar = read_schema(options)
+    return defaults.sampling(grammar=grammar, **{name: value for name, value in given.items() if value != ()})
+
+
+def read_schema(options: GenerateOptions) -> Grammar | None:
+    """InputError for a file that is no JSON object, or where a schema could not be kept to."""
+    if options.json_schema is None:
+        return None
+    from qwen3vl_disagg.engine.grammars import has_grammars, no_grammars
+
+    if not has_grammars():
+        raise no_grammars("--json-schema")
+    schema = _parse_json(_read(options.json_schema), str(options.json_schema))
+    if not isinstance(schema, dict):
+        raise InputError(f"{options.json_schema}: a JSON Schema must be an object")
+    return Grammar.of_schema(schema, param="--json-schema")
 
 
 class Printer:

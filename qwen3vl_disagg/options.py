@@ -73,6 +73,8 @@ class GenerateOptions:
     """System turn before the question."""
     tools: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
     """Functions that the model may call: a list in OpenAI form."""
+    json_schema: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """What every answer must be: JSON by this schema. Needs the extra `serve`."""
     json: bool = False
     """Print one JSON object in place of text."""
 

@@ -12,6 +12,8 @@ import pytest
 
 from qwen3vl_disagg import LLM, assets, cli
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.grammar import Grammar
+from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.processing.answer_parts import FunctionCall, ToolCall
 from tools.training.make_tokenizer import write_template
 
@@ -85,6 +87,22 @@ def test_tools_are_shown_to_the_model(monkeypatch, capsys, tmp_path):
     assert result.to_dict()["prompt_token_ids"] == json.loads(out)["prompt_token_ids"]
     with pytest.raises(InputError, match="1 to 64"):
         llm.chat([ASK], tools=[{"type": "function", "function": {"name": "a b"}}])
+
+
+def test_answers_keep_to_a_schema(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps({"enum": ["red", "blue"]}))
+    status, out, _ = run(monkeypatch, capsys, "--prompt", "add", "--json-schema", str(path))
+    assert status == 0
+    assert json.loads(out) in ("red", "blue")
+    path.write_text('{"not": {}}')
+    status, out, err = run(monkeypatch, capsys, "--prompt", "add", "--json-schema", str(path))
+    assert (status, out) == (2, "")
+    assert "error: --json-schema: the grammar cannot be used" in err
+    grammar = Grammar.of_choice(["red", "blue"])
+    [result] = LLM().chat([ASK], SamplingParams(grammar=grammar, temperature=1.0, seed=2))
+    assert result.text in ("red", "blue")
+    assert result.finish_reason == "stop"
 
 
 @pytest.mark.parametrize(("text", "lines"), [("", []), ("I add.", ["I add."])])

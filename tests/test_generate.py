@@ -57,6 +57,7 @@ def no_model(monkeypatch) -> None:
         (["--messages", "media.json"], "messages[1].content[1]: no.png: No such file"),
         (["--messages", "remote.json"], "messages[0].content[0]: http://a/b.png: nothing is fetched"),
         (["--tools", "no.json", "--prompt", "a"], "no.json: No such file"),
+        (["--json-schema", "no.json", "--prompt", "a"], "no.json: No such file"),
         (["--batch", "no.jsonl"], "no.jsonl: No such file"),
         (["--batch", "."], "Is a directory"),
         (["--batch", "bad.jsonl"], "bad.jsonl, line 3: not JSON"),

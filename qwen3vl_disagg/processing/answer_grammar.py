@@ -23,8 +23,9 @@ from qwen3vl_disagg.core.json_text import parse_json
 MAX_DEPTH, MAX_SCHEMA_VALUES, MAX_CHOICES, MAX_REPEATS = 64, 2**14, 2**12, 2000
 _REPEATS = re.compile(r"[{,~.]\s*([0-9]+)")
 """Numbers of `{3}`, `{2,30}`, and Lark's `~ 2..30`."""
-_SPACE = r"[ \n\r\t]{1,64}"
-"""Between two tokens of JSON, if anything: enough to indent it, and not the whole answer."""
+_SPACE = r"( |\r?\n[ \t]{0,48})"
+"""Between two tokens of JSON, if anything: a blank, or a line break and what indents the next line. A model that is not
+sure could fill its answer with any number of them."""
 _FORMATS = frozenset(["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"])
 """Those that are held. Any other says nothing, as JSON Schema has it."""
 _LITERAL = ("enum", "const", "default", "example", "examples")

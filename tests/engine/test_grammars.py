@@ -218,6 +218,25 @@ def test_text_with_one_call_behind_it():
     assert allowed(grammar, 'so <tool_call>\n{"name": "other"') == (False, False)
 
 
+def test_json_is_written_in_one_line_or_indented():
+    grammar = Grammar.of_schema({"type": "object"})
+    for text in ('{"a":1,"b":[2]}', '{"a": 1, "b": [2]}', '{\n  "a": [\n    1,\n    2\n  ]\n}', '{\r\n\t"a": 1\r\n}'):
+        assert allowed(grammar, text) == (True, True), text
+    assert allowed(grammar, '{\n\n"a": 1}') == (False, False)
+    assert allowed(grammar, '{"a":  1}') == (False, False)
+
+
+def test_placeholders_never_come():
+    grammar = Grammar.of_lark('start: <|image_pad|> | "a"')
+    matcher = compiler()(grammar, PROMPT)
+    bits = np.unpackbits(matcher.mask().bits, bitorder="little")
+    assert not bits[tokenizer().token_id("<|image_pad|>")]
+    assert bits[tokenizer().encode("a")[0]]
+    with pytest.raises(InputError) as caught:
+        compiler()(Grammar.of_lark("start: <|image_pad|>"), PROMPT).mask()
+    assert caught.value.code == "grammar_stuck"
+
+
 def test_calls_in_place_of_json():
     grammar = Grammar(kind="json", text='{"type": "object"}', tools=TOOLS)
     assert allowed(grammar, '{"a": 1}') == (True, True)
