@@ -150,6 +150,20 @@ def test_a_bad_item_fails_for_all_who_wanted_it_and_for_nobody_else():
         caller.end()
 
 
+def test_a_bad_item_that_takes_longest_holds_up_nobody_who_waited_for_it():
+    damaged = IMAGES[0][:200]
+    bad = msgspec.structs.replace(
+        describe(IMAGES[0]), digest=hashlib.sha256(damaged).hexdigest(), num_bytes=len(damaged)
+    )
+    with local() as (caller, worker):
+        worker.slow_first_s = 0.1
+        need(caller, "a", [damaged], [bad])
+        need(caller, "b", [IMAGES[1]])
+        caller.run()
+        assert (list(caller.errors), list(caller.rows)) == (["a"], [("b", 0)])
+        caller.end()
+
+
 def test_rows_that_are_not_finite_fail_one_item_of_a_batch(monkeypatch):
     tower, sizes = MODEL.visual.forward, []
 
