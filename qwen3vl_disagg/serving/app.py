@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from importlib import metadata
+from typing import Literal
 
+from msgspec import structs
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -23,9 +25,10 @@ from qwen3vl_disagg.serving.errors import JSONResponse, envelope, on_http_except
 from qwen3vl_disagg.serving.guard import guards
 from qwen3vl_disagg.serving.intake import Intake
 from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.openapi import document
 from qwen3vl_disagg.serving.preparation import Fetcher
 from qwen3vl_disagg.serving.tokenizing import Detokenize, Tokenize
-from qwen3vl_disagg.serving.types import Model, ModelList, Version
+from qwen3vl_disagg.serving.types import Health, Model, ModelList, NotReady, ReadyState, Version
 
 
 def create_app(
@@ -60,17 +63,24 @@ def create_app(
         return JSONResponse(Version(version=_version()))
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return JSONResponse(Health())
 
     async def ready(request: Request) -> Response:
         state = backend.readiness()
-        status = "degraded" if state.ready and state.degraded else "ready" if state.ready else "not_ready"
-        body = {"status": status, "ready": state.ready, "degraded": state.degraded, "reasons": state.reasons}
+        status: Literal["ready", "degraded", "not_ready"] = "not_ready"
+        if state.ready:
+            status = "degraded" if state.degraded else "ready"
+        body = ReadyState(status=status, ready=state.ready, degraded=state.degraded, reasons=state.reasons)
         if state.ready:
             return JSONResponse(body)
         reasons = "; ".join(state.reasons) or "starting"
         error = envelope(503, f"the server is not ready: {reasons}", code="unavailable").error
-        return JSONResponse({"error": error, **body}, 503, {"Retry-After": "1"})
+        return JSONResponse(NotReady(**structs.asdict(body), error=error), 503, {"Retry-After": "1"})
+
+    described = document(names, _version(), has_keys=bool(keys))
+
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(described)
 
     async def processes(request: Request) -> Response:
         return JSONResponse({"processes": backend.debug_processes()})
@@ -86,6 +96,7 @@ def create_app(
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/version", version),
+        Route("/openapi.json", openapi),
         Route("/health", health),
         Route("/ready", ready),
     ]

@@ -44,8 +44,8 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True, tag="completi
         return max((number for number in asked if number is not None), default=None)
 
 
-class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, tag="tokenize"):
-    """Text, or a conversation in the form of a chat request."""
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """Text, or a conversation in the form of a chat request, which has more fields."""
 
     model: str | None = None
     prompt: str | None = None
@@ -55,9 +55,19 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, tag="tokenize")
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, tag="detokenize"):
+class DetokenizeBody(msgspec.Struct, kw_only=True):
     model: str | None = None
     tokens: list[TokenId]
+
+
+class TokenizeRequest(msgspec.Struct, frozen=True, tag="tokenize"):
+    """Checked; what becomes tokens is looked at apart."""
+
+    with_strings: bool = False
+
+
+class DetokenizeRequest(msgspec.Struct, frozen=True, tag="detokenize"):
+    pass
 
 
 def convert(raw: Mapping[str, Any], kind: type[T]) -> T:
@@ -108,11 +118,11 @@ def parse_completion(raw: dict[str, Any], *, model_names: Collection[str]) -> Co
 
 def parse_tokenize(raw: dict[str, Any], *, model_names: Collection[str]) -> TokenizeRequest:
     """InputError with `param`; 404 for another model's name."""
-    request = convert(raw, TokenizeRequest)
-    check_model(request.model, model_names)
-    if (request.prompt is None) == (request.messages is None):
+    body = convert(raw, TokenizeBody)
+    check_model(body.model, model_names)
+    if (body.prompt is None) == (body.messages is None):
         raise InputError("there must be either a prompt or messages", param="prompt")
-    return request
+    return TokenizeRequest(bool(body.return_token_strs))
 
 
 def chat_part(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from qwen3vl_disagg.serving.body import BodyAccount, ClientGone, too_large
 from qwen3vl_disagg.serving.chat_request import ChatRequest, check_model, parse_chat_request
 from qwen3vl_disagg.serving.completion_request import (
     CompletionRequest,
+    DetokenizeBody,
     DetokenizeRequest,
     TokenizeRequest,
     chat_part,
@@ -197,12 +198,11 @@ def read_request(body: bytes | bytearray, rules: Rules, route: BodyRoute = "chat
             request = parse_completion(raw, model_names=names)
         case "tokenize":
             request = parse_tokenize(raw, model_names=names)
-            if request.messages is not None:
+            if raw.get("messages") is not None:
                 chat, tools = parse_chat_request(chat_part(raw), model_names=names)
-                request = structs.replace(request, messages=[])  # they stay in `raw`
         case "detokenize":
-            request = convert(raw, DetokenizeRequest)
-            check_model(request.model, names)
+            check_model(convert(raw, DetokenizeBody).model, names)
+            request = DetokenizeRequest()
     return Parsed(raw, tools, request, chat, time.monotonic() - started)
 
 
@@ -246,9 +246,10 @@ def _of_prompts(parsed: Parsed, processor: Processor) -> Prepared:
         (prompt, sampling), *more = zip(prompts, sampled, strict=True)
         return Prepared(request, prompt, sampling, 0.0, more)
     if isinstance(request, DetokenizeRequest):
-        if max(request.tokens, default=0) >= size:
+        tokens = convert(parsed.raw, DetokenizeBody).tokens
+        if max(tokens, default=0) >= size:
             raise InputError(f"tokens must be from 0 to {size - 1}", param="tokens")
-        return Prepared(request, Prompt(request.tokens, [], []), SamplingParams(), 0.0)
+        return Prepared(request, Prompt(tokens, [], []), SamplingParams(), 0.0)
     token_ids = processor.text_ids(parsed.raw["prompt"], "prompt")
     return Prepared(request, Prompt(token_ids, [], []), SamplingParams(), 0.0)
 

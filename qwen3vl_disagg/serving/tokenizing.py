@@ -24,7 +24,7 @@ class Tokenize:
             assert isinstance(request, TokenizeRequest)
             processor = self._intake.processor
             told = TokenizedText(count=len(token_ids), max_model_len=processor.max_model_len, tokens=token_ids)
-            if request.return_token_strs:
+            if request.with_strings:
                 told.token_strs = [processor.tokenizer.backend.id_to_token(i) or "" for i in token_ids]
             await JSONResponse(told)(scope, receive, send)
 

@@ -8,6 +8,7 @@ import msgspec
 
 from qwen3vl_disagg.core.requests import RequestTimings
 from qwen3vl_disagg.processing import AnswerReason, ToolCall
+from qwen3vl_disagg.serving.errors import ErrorBody
 from qwen3vl_disagg.serving.prompt_scores import PromptToken
 
 
@@ -156,6 +157,21 @@ class ModelList(msgspec.Struct, kw_only=True):
 
 class Version(msgspec.Struct, kw_only=True):
     version: str
+
+
+class Health(msgspec.Struct, kw_only=True):
+    status: Literal["ok"] = "ok"
+
+
+class ReadyState(msgspec.Struct, kw_only=True):
+    status: Literal["ready", "degraded", "not_ready"]
+    ready: bool
+    degraded: bool
+    reasons: list[str]
+
+
+class NotReady(ReadyState, kw_only=True):
+    error: ErrorBody
 
 
 class TokenizedText(msgspec.Struct, kw_only=True):

@@ -77,7 +77,6 @@ def test_processes_only_with_debug():
         ("POST", "/version", 405),
         ("GET", "/metrics", 404),
         ("GET", "/ui", 404),
-        ("GET", "/openapi.json", 404),
         ("POST", "/v1/chat/completions/", 404),
         ("GET", "/v1/chat/completions", 405),
         ("OPTIONS", "/v1/chat/completions", 405),

@@ -1,0 +1,204 @@
+"""`GET /openapi.json`: what the server takes and answers, made from what reads and writes it.
+
+Answers are the msgspec types that are sent. Bodies of chat and completion requests follow from the table of fields and
+that of sampling options; of what these leave to a reader of its own the document says no more than it must. A body that
+fits it may still be refused: an image that cannot be decoded, a prompt that is too long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from qwen3vl_disagg.core.readers import Flag, Number, OneOf, Strings, TokenNumbers
+from qwen3vl_disagg.core.sampling_params import OPTIONS, Route
+from qwen3vl_disagg.processing.request_fields import FIELDS, BuiltField, Place, RefusedField
+from qwen3vl_disagg.serving.completion_request import MAX_PROMPTS, DetokenizeBody, TokenizeBody
+from qwen3vl_disagg.serving.errors import ErrorEnvelope
+from qwen3vl_disagg.serving.types import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
+    DetokenizedText,
+    Health,
+    Model,
+    ModelList,
+    NotReady,
+    ReadyState,
+    TokenizedText,
+    Version,
+)
+
+_REF = "#/components/schemas/{name}"
+_ANYWHERE = {
+    401: "The server has keys, and the request shows none of them.",
+    403: "A Host or an Origin that is not served.",
+    405: "This path does not take this method.",
+    431: "The headers are too large.",
+    500: "A fault of the server.",
+    503: "Not ready, going down, or full.",
+}
+_OF_BODIES = {
+    400: "Something of the request is wrong; `param` names the place.",
+    404: "No model of this name.",
+    408: "The headers or the body came too slowly.",
+    413: "The body, or something in it, is too large.",
+    415: "No Content-Type, or another than JSON.",
+    429: "Too much at once.",
+    504: "The request took longer than it may.",
+}
+_TEXT: dict[str, Any] = {"type": "string"}
+_TYPES = (
+    *(ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk, TokenizedText, DetokenizedText),
+    *(Model, ModelList, Version, Health, ReadyState, NotReady, ErrorEnvelope, TokenizeBody, DetokenizeBody),
+)
+
+
+def document(model_names: Sequence[str], version: str, *, has_keys: bool) -> dict[str, Any]:
+    """The whole of it, as JSON."""
+    _, schemas = msgspec.json.schema_components(_TYPES, ref_template=_REF)
+    model = {"enum": [*model_names, None]}
+    for name in ("TokenizeBody", "DetokenizeBody"):
+        schemas[name]["properties"]["model"] = model
+    messages = {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["role"]}}
+    ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+    prompts = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": {"anyOf": [_TEXT, ids]}}
+    schemas["ChatBody"] = _body("request", "chat", {"model": model, "messages": messages}, ["messages"])
+    prompt = {"anyOf": [_TEXT, ids, prompts]}
+    schemas["CompletionBody"] = _body("completion", "completion", {"model": model, "prompt": prompt}, ["prompt"])
+    which = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": list(model_names)}}
+    paths: dict[str, Any] = {
+        "/v1/chat/completions": {"post": _post("chat", "ChatBody", "ChatCompletion", is_streamed=True)},
+        "/v1/completions": {"post": _post("completion", "CompletionBody", "Completion", is_streamed=True)},
+        "/tokenize": {"post": _post("tokenize", "TokenizeBody", "TokenizedText")},
+        "/detokenize": {"post": _post("detokenize", "DetokenizeBody", "DetokenizedText")},
+        "/v1/models": {"get": _get("models", "ModelList")},
+        "/v1/models/{name}": {"parameters": [which], "get": _get("model", "Model", {404: _OF_BODIES[404]})},
+        "/version": {"get": _get("version", "Version")},
+        "/health": {"get": _get("health", "Health") | {"security": []}},
+        "/ready": {"get": _ready() | {"security": []}},
+    }
+    components: dict[str, Any] = {"schemas": schemas}
+    whole: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "qwen3vl-disagg", "version": version},
+        "paths": paths,
+        "components": components,
+    }
+    if has_keys:
+        key = {"type": "apiKey", "in": "header", "name": "x-api-key"}
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}, "key": key}
+        whole["security"] = [{"bearer": []}, {"key": []}]
+    return whole
+
+
+# ---- operations ----
+
+
+def _answer(text: str, kind: str, *, more: Sequence[str] = (), is_streamed: bool = False) -> dict[str, Any]:
+    headers = {name: {"schema": _TEXT} for name in ("X-Request-ID", *more)}
+    content: dict[str, Any] = {"application/json": {"schema": {"$ref": _REF.format(name=kind)}}}
+    if is_streamed:
+        content["text/event-stream"] = {"schema": _TEXT}
+    return {"description": text, "headers": headers, "content": content}
+
+
+def _errors(texts: Mapping[int, str]) -> dict[str, Any]:
+    more = {401: ["WWW-Authenticate"], 405: ["Allow"], 429: ["Retry-After"], 503: ["Retry-After"]}
+    return {
+        str(status): _answer(text, "ErrorEnvelope", more=more.get(status, [])) for status, text in sorted(texts.items())
+    }
+
+
+def _get(name: str, kind: str, errors: Mapping[int, str] | None = None) -> dict[str, Any]:
+    return {"operationId": name, "responses": {"200": _answer("OK", kind), **_errors({**_ANYWHERE, **(errors or {})})}}
+
+
+def _ready() -> dict[str, Any]:
+    made = _get("ready", "ReadyState")
+    made["responses"]["503"] = _answer("Not ready; `reasons` say why.", "NotReady", more=["Retry-After"])
+    return made
+
+
+def _post(name: str, body: str, kind: str, *, is_streamed: bool = False) -> dict[str, Any]:
+    text = f"With `stream: true` events, each a {kind}Chunk in one `data:` line." if is_streamed else "OK"
+    limit = {"type": "integer", "minimum": 1, "maximum": 86_400_000}
+    return {
+        "operationId": name,
+        "parameters": [{"name": "X-Request-Timeout-Ms", "in": "header", "schema": limit}],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": _REF.format(name=body)}}},
+        },
+        "responses": {
+            "200": _answer(text, kind, is_streamed=is_streamed),
+            **_errors({**_ANYWHERE, **_OF_BODIES}),
+        },
+    }
+
+
+# ---- bodies ----
+
+
+def _body(place: Place, route: Route, own: Mapping[str, Any], required: Sequence[str]) -> dict[str, Any]:
+    """What the tables say of a body; `own`: fields that they do not say more of than that they are there."""
+    flags = ("stream", "return_token_ids", "echo", *(option.switch.get(route) for option in OPTIONS.values()))
+    objects = ("stream_options", "chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs")
+    properties: dict[str, Any] = {}
+    for name, treatment in FIELDS[place].items():
+        if isinstance(treatment, RefusedField):
+            properties[name] = {"enum": [None, *treatment.neutral]}
+        elif isinstance(treatment, BuiltField):
+            kind = _schema(treatment.read)
+            kind = {"type": "boolean"} if name in flags else {"type": "object"} if name in objects else kind
+            properties[name] = _or_null(kind)
+    for name, option in OPTIONS.items():
+        for spelling in option.spellings(name, route):
+            choices = [_widened(option.means, _schema(option.kind))]
+            choices += [{"enum": list(option.not_set)}] if option.not_set else []
+            properties[spelling] = {"anyOf": [*choices, {"type": "null"}]}
+    return {"type": "object", "properties": {**properties, **own}, "required": list(required)}
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "null"}]} if schema else {}
+
+
+def _schema(kind: object) -> dict[str, Any]:
+    """Of values as a reader takes them; of those of a reader that is not known here nothing."""
+    match kind:
+        case Number():
+            number = "integer" if kind.is_whole else "number"
+            return {"type": number, "minimum": kind.low, "maximum": kind.high}
+        case Flag():
+            return {"type": "boolean"}
+        case OneOf():
+            return {"enum": list(kind.words)}
+        case Strings():
+            one = {"type": "string", "minLength": 1, "maxLength": kind.most_chars}
+            return {"anyOf": [one, {"type": "array", "maxItems": kind.most, "items": one}]}
+        case TokenNumbers():
+            names = {"pattern": "^[0-9]{1,9}$"}
+            number_of = {"type": "number"}
+            return {
+                "type": "object",
+                "maxProperties": kind.most,
+                "propertyNames": names,
+                "additionalProperties": number_of,
+            }
+    return {}
+
+
+def _widened(means: Any, schema: dict[str, Any]) -> dict[str, Any]:
+    """Where other values stand for some below the least one, down to the lowest of these."""
+    if means is None or "minimum" not in schema:
+        return schema
+    low = schema["minimum"]
+    for value in (0, -1, -(2**63)):
+        meant = means(value)
+        if value < low and isinstance(meant, (int, float)) and schema["minimum"] <= meant <= schema["maximum"]:
+            low = value
+    return {**schema, "minimum": low}

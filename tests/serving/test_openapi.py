@@ -1,0 +1,87 @@
+"""`/openapi.json` is true: schemathesis sends what it allows and what it does not, and checks every answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from qwen3vl_disagg.core.sampling_params import OPTIONS
+from qwen3vl_disagg.serving.access import ApiKeys
+from qwen3vl_disagg.serving.app import create_app
+from tests.support.fake_backend import ASK, PATH, FakeBackend, serve, tiny_processor
+
+MANY = pytest.mark.acceptance
+cheap = settings(
+    max_examples=3, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+thorough = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def document(**options: Any) -> dict[str, Any]:
+    return serve(FakeBackend(), **options).get("/openapi.json", headers={"x-api-key": "k"}).json()
+
+
+APP = create_app(FakeBackend(), tiny_processor(), model_name="tiny", more_names=["Org/Model"])
+SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
+
+
+def check(case: schemathesis.Case) -> None:
+    """All of schemathesis's checks but one: a body that fits the document may have an image that is none. Times that a
+    request could not keep are not asked for."""
+    if str(case.headers.get("X-Request-Timeout-Ms", "")).isdecimal():
+        del case.headers["X-Request-Timeout-Ms"]
+    case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+
+@SCHEMA.parametrize()
+@cheap
+def test_answers_are_as_described(case):
+    check(case)
+
+
+@MANY
+@SCHEMA.parametrize()
+@thorough
+def test_answers_are_as_described_whatever_is_sent(case):
+    check(case)
+
+
+def test_every_route_is_described():
+    described = set(document()["paths"])
+    served = {route.path.replace("{name:path}", "{name}") for route in APP.routes}
+    assert described == served - {"/openapi.json"}
+
+
+def test_bodies_name_every_option():
+    schemas = document()["components"]["schemas"]
+    for name, option in OPTIONS.items():
+        for body, route in (("ChatBody", "chat"), ("CompletionBody", "completion")):
+            for spelling in option.spellings(name, route):
+                assert spelling in schemas[body]["properties"]
+    temperature = schemas["ChatBody"]["properties"]["temperature"]["anyOf"]
+    assert temperature == [{"type": "number", "minimum": 0, "maximum": 100}, {"type": "null"}]
+    assert schemas["ChatBody"]["properties"]["n"] == {"enum": [None, 1]}
+    assert schemas["ChatBody"]["properties"]["seed"]["anyOf"][0]["minimum"] == -(2**63)
+    assert schemas["TokenizeBody"]["properties"]["model"] == {"enum": ["tiny", None]}
+
+
+def test_keys_are_described_where_there_are_some():
+    assert "security" not in document()
+    told = document(keys=ApiKeys(["k"]))
+    assert told["security"] == [{"bearer": []}, {"key": []}]
+    assert told["paths"]["/health"]["get"]["security"] == []
+    assert serve(FakeBackend(), keys=ApiKeys(["k"])).get("/openapi.json").status_code == 401
+
+
+def test_it_is_json_of_the_form():
+    told = document()
+    assert told["openapi"].startswith("3.1")
+    text = json.dumps(told)
+    for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
+        assert name in told["components"]["schemas"]
+    assert serve(FakeBackend()).post(PATH, json=ASK).status_code == 200
