@@ -4,6 +4,7 @@
     python recipes/bench.py overlap [--rounds 5] [--picture overlap.png]
     python recipes/bench.py engine [--vllm-python PYTHON] [--rounds 5] [--picture DIR]
     python recipes/bench.py host [--contexts 1024 32768 131072] [--sequences 32]
+    python recipes/bench.py grammars [--batch 8] [--bound 0 4]
     python recipes/bench.py gaps [--rounds 2] [--picture DIR]
     python recipes/bench.py repeat [--rounds 7]
     python recipes/bench.py start [--ranks 8] [--rounds 2]
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.bench_engine import engine
 from tools.bench_gaps import gaps_under_load
+from tools.bench_grammars import grammars
 from tools.bench_host import host
 from tools.bench_overlap import overlap
 from tools.bench_parallel import parallel
@@ -40,6 +42,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "overlap": overlap,
     "engine": engine,
     "host": host,
+    "grammars": grammars,
     "gaps": gaps_under_load,
     "repeat": repeat,
     "start": start,
