@@ -111,6 +111,30 @@ class Strings(ValueKind):
 
 
 @dataclass(frozen=True)
+class TokenIdList(ValueKind):
+    """A list of token ids."""
+
+    most: int
+
+    @property
+    def values(self) -> str:
+        return f"up to {self.most} token ids"
+
+    @property
+    def flag_type(self) -> Any:
+        return tuple[int, ...]
+
+    def check(self, value: Any, where: str) -> list[int]:
+        good = isinstance(value, (list, tuple)) and len(value) <= self.most
+        if not good or not all(type(token_id) is int and 0 <= token_id < 2**31 for token_id in value):
+            raise InputError(f"{where} must be a list of up to {self.most} token ids", param=where)
+        return list(value)
+
+    def tokens(self, value: list[int]) -> Iterable[int]:
+        return value
+
+
+@dataclass(frozen=True)
 class TokenNumbers(ValueKind):
     """Token id (JSON: a string of digits) -> a finite number."""
 

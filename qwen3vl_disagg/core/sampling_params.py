@@ -14,7 +14,7 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import Grammar
-from qwen3vl_disagg.core.readers import Flag, Number, Strings, TokenNumbers, ValueKind
+from qwen3vl_disagg.core.readers import Flag, Number, Strings, TokenIdList, TokenNumbers, ValueKind
 
 Route = Literal["chat", "completion"]
 """Routes of HTTP that sample: `/v1/chat/completions` and `/v1/completions`."""
@@ -66,6 +66,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Token id -> what is added to its logit, from -100 to 100."""
     stop: list[str] = msgspec.field(default_factory=list)
     """The text ends before the first of these. Whoever makes the text looks for them: the engine has no tokenizer."""
+    stop_token_ids: list[int] = msgspec.field(default_factory=list)
+    """The answer ends with the first of these, as with an end token; it is no text."""
     seed: int | None = None
     ignore_eos: bool = False
     """Ban the end tokens, so that exactly `max_new_tokens` come."""
@@ -240,6 +242,14 @@ OPTIONS: dict[str, SamplingOption] = {
         about="the text ends before the first that is complete, `finish_reason` is `stop`, and `token_ids` end with the"
         " token that completed it",
         flag="The answer ends before this text; repeat for several.",
+    ),
+    "stop_token_ids": SamplingOption(
+        kind=TokenIdList(64),
+        step="length",
+        example=[11],
+        about="the answer ends with the first of these, `finish_reason` is `stop`; it is in `token_ids`, but no text."
+        " Not before `min_tokens`",
+        flag="The answer ends with this token; repeat for several.",
     ),
     "seed": SamplingOption(
         kind=Number(0, 2**63 - 1, is_whole=True),

@@ -184,8 +184,9 @@ class Engine:
             )
         self._check_placeholders(token_ids, items)
         positions, delta = mrope_positions(len(token_ids), items, self.config.vision.spatial_merge_size)
-        if sampling.logit_bias and not (min(sampling.logit_bias) >= 0 and max(sampling.logit_bias) < text.vocab_size):
-            raise InputError(f"logit_bias takes token ids from 0 to {text.vocab_size - 1}", param="logit_bias")
+        for name, named in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            if named and not (min(named) >= 0 and max(named) < text.vocab_size):
+                raise InputError(f"{name} takes token ids from 0 to {text.vocab_size - 1}", param=name)
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         sequence = Sequence(
             request_id=request_id,
@@ -421,7 +422,7 @@ class Engine:
                     timings=sequence.timings(now, self.language_rank) if len(sequence.generated) == 1 else None,
                 )
             )
-            if token_id in self.eos_ids:
+            if token_id in self.eos_ids or token_id in sequence.sampling.stop_token_ids:
                 sequence.finish_reason = "stop"
             elif len(sequence.generated) >= sequence.sampling.max_new_tokens:
                 sequence.finish_reason = "length"

@@ -127,6 +127,8 @@ class SamplingPlan:
                 penalized.append(b)
             if row.bans_end and not (mask is not None and mask.is_end_only):
                 bans += [b * vocab_size + token_id for token_id in eos_ids]
+            if row.index < params.min_tokens and not (mask is not None and mask.is_end_only):
+                bans += [b * vocab_size + token_id for token_id in params.stop_token_ids]
             if params.logprobs is not None:
                 told.append(b)
                 num_top.append(min(params.logprobs, vocab_size))

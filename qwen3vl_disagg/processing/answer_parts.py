@@ -334,7 +334,8 @@ class AnswerParts:
         *,
         with_tools: bool = False,
     ) -> None:
-        self._stream, self._eos_ids, self._min_tokens = tokenizer.stream(), eos_ids, sampling.min_tokens
+        self._stream, self._min_tokens = tokenizer.stream(), sampling.min_tokens
+        self._end_ids = eos_ids.union(sampling.stop_token_ids)
         grammar = sampling.grammar
         self._splitter: AnswerSplitter | PlainSplitter = PlainSplitter(sampling.stop)
         if prompt_ids is not None:
@@ -376,7 +377,7 @@ class AnswerParts:
         if self.is_stopped:
             return Parts()
         self.token_ids.append(token_id)
-        if token_id in self._eos_ids:
+        if token_id in self._end_ids:
             return Parts()
         new = self._split(self._stream.push(token_id))
         if self._splitter.is_reasoning:

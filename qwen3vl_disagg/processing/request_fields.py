@@ -135,7 +135,7 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         **_refused("prediction web_search_options"),
         **_refused("modalities", ["text"]),
         # Which tokens may come.
-        **_refused("stop_token_ids allowed_token_ids bad_words bad_words_ids", []),
+        **_refused("allowed_token_ids bad_words bad_words_ids", []),
         **_refused("logits_processors custom_logit_processor custom_params vllm_xargs", [], {}),
         **_refused("samplers sampler_seed"),
         **_refused("typical_p typical tfs_z dynatemp_exponent encoder_repetition_penalty", 1),

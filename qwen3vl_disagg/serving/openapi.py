@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from qwen3vl_disagg.core.readers import Flag, Number, OneOf, Strings, TokenNumbers
+from qwen3vl_disagg.core.readers import Flag, Number, OneOf, Strings, TokenIdList, TokenNumbers
 from qwen3vl_disagg.core.sampling_params import OPTIONS, Route
 from qwen3vl_disagg.processing.request_fields import FIELDS, BuiltField, Place, RefusedField
 from qwen3vl_disagg.serving.completion_request import MAX_PROMPTS, DetokenizeBody, TokenizeBody
@@ -180,6 +180,8 @@ def _schema(kind: object) -> dict[str, Any]:
         case Strings():
             one = {"type": "string", "minLength": 1, "maxLength": kind.most_chars}
             return {"anyOf": [one, {"type": "array", "maxItems": kind.most, "items": one}]}
+        case TokenIdList():
+            return {"type": "array", "maxItems": kind.most, "items": {"type": "integer", "minimum": 0}}
         case TokenNumbers():
             names = {"pattern": "^[0-9]{1,9}$"}
             number_of = {"type": "number"}

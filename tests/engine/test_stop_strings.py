@@ -63,6 +63,22 @@ def test_a_stop_string_ends_the_answer_and_the_request(llm, question):
     assert is_at_rest(llm)
 
 
+def test_a_stop_token_ends_the_answer_and_is_no_text(llm, question):
+    [plain] = llm.chat([question], PLAIN)
+    stop = next(token for token in plain.token_ids[4:] if plain.token_ids.index(token) >= 4)
+    count = plain.token_ids.index(stop) + 1
+    [result] = llm.chat([question], with_(stop_token_ids=[stop]))
+    assert result.token_ids == plain.token_ids[:count]
+    assert result.text == llm.processor.tokenizer.decode(plain.token_ids[: count - 1])
+    assert result.finish_reason == "stop"
+    [later] = llm.chat([question], with_(stop_token_ids=[stop], min_tokens=count + 1))
+    assert later.token_ids[:count] != plain.token_ids[:count], "not before so many"
+    assert stop not in later.token_ids[:count]
+    with pytest.raises(InputError):
+        llm.chat([question], with_(stop_token_ids=[10**6]))
+    assert is_at_rest(llm)
+
+
 def test_others_go_on_when_one_stops(llm, question):
     [plain] = llm.chat([question], PLAIN)
     stop = plain.text[:3]
