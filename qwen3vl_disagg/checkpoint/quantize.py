@@ -51,6 +51,8 @@ def quantize_into(weight: Tensor, quantized: Tensor, scales: Tensor) -> None:
     A row's numbers depend on that row alone, so experts are rows of one matrix, and a large matrix goes in blocks.
     """
     torchao = load_torchao()
+    if quantized.dtype not in QUANTIZED_DTYPES.values():
+        raise ValueError(f"weights are not quantized to {quantized.dtype}")
     is_int8 = quantized.dtype == torch.int8
     settings = torchao.Int8WeightOnlyConfig if is_int8 else torchao.Float8WeightOnlyConfig
     matrix = weight.detach().reshape(-1, weight.shape[-1])

@@ -124,9 +124,11 @@ class PagePool:
         return page
 
     def free(self, pages: list[int]) -> None:
-        """Give a sequence's pages back, in their order. ValueError if one of them was not handed out.
+        """Give a sequence's pages back, in their order, when it ends or is preempted (`Scheduler`). ValueError if one
+        of them was not handed out.
 
-        Those that others have stay taken; those with known content are kept, the beginning of the sequence longest.
+        Those that others have stay taken; those with known content are kept until a page is short, the beginning of the
+        sequence longest.
         """
         stray = [page for page in pages if page not in self._users]
         if stray or len(set(pages)) != len(pages):

@@ -81,7 +81,10 @@ def test_level_i_follows_layer_i_and_no_other(folders, name):
     for i in range(len(layers)):
         level = dense[:, i * hidden : (i + 1) * hidden]
         expected = left[i] + level if i < config.num_deepstack_levels else left[i]
-        assert torch.equal(entered[i + 1], expected)
+        told = f"what leaves layer {i} is not followed by " + (
+            "level" if i < config.num_deepstack_levels else "nothing"
+        )
+        assert torch.equal(entered[i + 1], expected), told
 
 
 @pytest.mark.parametrize("levels", [(), (1,), (0, 1)])

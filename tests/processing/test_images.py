@@ -174,7 +174,7 @@ def test_an_animation_shows_its_first_frame():
         (b"hello, I am a png", "not an image", 400),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image", 400),
         (b"%PDF-1.4", "not an image", 400),
-        (encode(noise(64, 64), "ICO"), "not an image", 400),
+        (encode(noise(64, 64), "PCX"), "not an image", 400),
         (png_claiming(40000, 30000), "pixels", 400),
         (png_claiming(9000, 8000), "pixels, the limit", 400),
         (encode(noise(1, 300)), "200 times", 400),

@@ -244,7 +244,7 @@ BAD_IMAGES: dict[str, Bad] = {
     "tiff whose directory is nowhere": (lambda: b"II*\0\xff\xff\xff\xff" + bytes(100), 400, NO_IMAGE),
     "avif cut": (lambda: cut(encode(picture(), "AVIF"), 0.9), 400, DAMAGED),
     "avif of a million boxes": (lambda: encode(picture(), "AVIF")[:32] + b"\0\0\0\x08free" * 1_000_000, 400, NO_IMAGE),
-    "ico": (lambda: encode(picture((32, 32)), "ICO"), 400, NO_IMAGE),
+    "pcx": (lambda: encode(picture(), "PCX"), 400, NO_IMAGE),
     "ppm": (lambda: encode(picture(), "PPM"), 400, NO_IMAGE),
     "tga": (lambda: encode(picture(), "TGA"), 400, NO_IMAGE),
     "jpeg 2000": (lambda: b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(100), 400, NO_IMAGE),
