@@ -16,8 +16,8 @@ from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.readers import Flag, Number, Strings, TokenIdList, TokenNumbers, ValueKind
 
-Route = Literal["chat", "completion"]
-"""Routes of HTTP that sample: `/v1/chat/completions` and `/v1/completions`."""
+Route = Literal["chat", "completion", "response", "messages"]
+"""Routes of HTTP that sample: `/v1/chat/completions`, `/v1/completions`, `/v1/responses` and `/v1/messages`."""
 ROUTES: tuple[Route, ...] = get_args(Route)
 Step = Literal[
     "prompt",
@@ -159,6 +159,8 @@ OPTIONS: dict[str, SamplingOption] = {
         http={
             "chat": ("max_completion_tokens", "max_tokens", "max_new_tokens", "n_predict"),
             "completion": ("max_tokens", "max_new_tokens", "n_predict"),
+            "response": ("max_output_tokens",),
+            "messages": ("max_tokens",),
         },
         not_set=(-1, -2),
     ),
@@ -242,6 +244,7 @@ OPTIONS: dict[str, SamplingOption] = {
         about="the text ends before the first that is complete, `finish_reason` is `stop`, and `token_ids` end with the"
         " token that completed it",
         flag="The answer ends before this text; repeat for several.",
+        http={"messages": ("stop_sequences",)},
     ),
     "stop_token_ids": SamplingOption(
         kind=TokenIdList(64),
@@ -275,7 +278,7 @@ OPTIONS: dict[str, SamplingOption] = {
         about="each token's log probability, and so many alternatives, from the distribution before all else; the end"
         " token has an entry too. Over HTTP as OpenAI's, each entry with its `token_id`",
         flag="Give each token's log probability and this many alternatives (with --json or --batch).",
-        http={"chat": ("top_logprobs",)},
+        http={"chat": ("top_logprobs",), "response": ("top_logprobs",)},
         switch={"chat": "logprobs"},
     ),
     "prompt_logprobs": SamplingOption(

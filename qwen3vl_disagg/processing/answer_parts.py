@@ -135,6 +135,10 @@ class AnswerSplitter:
         """A stop string is complete: nothing comes any more."""
         return self._state is _State.STOPPED
 
+    @property
+    def stop_string(self) -> str | None:
+        return self._stops.complete
+
     def push(self, piece: str, *, may_stop: bool = True) -> Parts:
         """What became certain."""
         self._text, self._at, self._may_stop = self._text[self._at :] + piece, 0, may_stop
@@ -304,6 +308,10 @@ class PlainSplitter:
     def is_stopped(self) -> bool:
         return self._stops.is_complete
 
+    @property
+    def stop_string(self) -> str | None:
+        return self._stops.complete
+
     def push(self, text: str, *, may_stop: bool = True) -> Parts:
         return Parts(content=self._stops.push(text, may_stop=may_stop))
 
@@ -357,6 +365,11 @@ class AnswerParts:
     def is_stopped(self) -> bool:
         """A stop string is complete: the answer ends here, with reason `stop`."""
         return self._splitter.is_stopped
+
+    @property
+    def stop_string(self) -> str | None:
+        """The one that is."""
+        return self._splitter.stop_string
 
     @property
     def reasoning(self) -> str:

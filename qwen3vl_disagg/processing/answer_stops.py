@@ -22,7 +22,12 @@ class StopMatcher:
         self._beginnings = frozenset(stop[:n] for stop in stops for n in range(1, len(stop)))
         self._longest = max(map(len, stops), default=0)
         self._held = ""
-        self.is_complete = False
+        self.complete: str | None = None
+        """The one that ended the text."""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.complete is not None
 
     def push(self, piece: str, *, may_stop: bool = True) -> str:
         """The text that became certain. With `may_stop` false, a stop string complete within this piece is text."""
@@ -31,10 +36,10 @@ class StopMatcher:
         text, before = self._held + piece, len(self._held)
         if may_stop and piece:
             # What ends within the piece begins at most its length - 1 before it.
-            starts = [(text.find(stop, max(0, before - len(stop) + 1)), len(stop)) for stop in self._stops]
-            found = min(((start + length, start) for start, length in starts if start >= 0), default=None)
+            starts = [(text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._stops]
+            found = min(((start + len(stop), start, stop) for start, stop in starts if start >= 0), default=None)
             if found is not None:
-                self.is_complete, self._held = True, ""
+                self.complete, self._held = found[2], ""
                 return text[: found[1]]
         longest = min(self._longest - 1, len(text))
         num_held = next((n for n in range(longest, 0, -1) if text[-n:] in self._beginnings), 0)

@@ -75,6 +75,19 @@ class Media:
     """What its part says about how it is looked at."""
 
 
+class Placed(dict[str, Any]):
+    """A message or part that was made of something else, and where that stood."""
+
+    def __init__(self, where: str, fields: Mapping[str, Any]) -> None:
+        super().__init__(fields)
+        self.where = where
+
+
+def _place(value: object, where: str) -> str:
+    """`where`, unless it was made of something else."""
+    return value.where if isinstance(value, Placed) else where
+
+
 def parse_messages(raw: object, *, allow_paths: bool = False) -> tuple[list[dict[str, Any]], list[Media]]:
     """Checked messages (content a string, or parts of text, images and clips) and their images and clips, in order.
 
@@ -85,7 +98,7 @@ def parse_messages(raw: object, *, allow_paths: bool = False) -> tuple[list[dict
     if len(raw) > MAX_MESSAGES:
         raise InputError(f"{len(raw)} messages, the limit is {MAX_MESSAGES}", param="messages")
     media: list[Media] = []
-    messages = [_message(entry, f"messages[{i}]", media, allow_paths) for i, entry in enumerate(raw)]
+    messages = [_message(entry, _place(entry, f"messages[{i}]"), media, allow_paths) for i, entry in enumerate(raw)]
     return messages, media
 
 
@@ -100,7 +113,7 @@ def _parts(raw: object) -> Iterator[tuple[str, dict[str, Any]]]:
         content = turn.get("content") if isinstance(turn, dict) else None
         for j, part in enumerate(content if isinstance(content, list) else []):
             if isinstance(part, dict):
-                yield f"messages[{i}].content[{j}]", part
+                yield _place(part, f"{_place(turn, f'messages[{i}]')}.content[{j}]"), part
 
 
 def _message(raw: object, where: str, media: list[Media], allow_paths: bool) -> dict[str, Any]:
@@ -121,7 +134,7 @@ def _message(raw: object, where: str, media: list[Media], allow_paths: bool) -> 
         raise InputError("content must be a string or a list of parts", param=f"{where}.content")
     parts = []
     for j, part in enumerate(content):
-        place = f"{where}.content[{j}]"
+        place = _place(part, f"{where}.content[{j}]")
         kind = _kind(part)
         if isinstance(part, str):
             parts.append({"type": "text", "text": check_text(part, place)})

@@ -19,6 +19,8 @@ from qwen3vl_disagg.core.sampling_params import body_fields
 Place = Literal[
     "request",
     "completion",
+    "response",
+    "messages",
     "message",
     "text part",
     "image part",
@@ -249,6 +251,33 @@ FIELDS["completion"] = {
     **_built(" ".join(body_fields("completion"))),
 }
 """What is built there for conversations and media, their answers and their forms, is refused here."""
+
+FIELDS["response"] = {
+    **FIELDS["request"],
+    **_refused(" ".join(set(body_fields("chat")) - set(body_fields("response")))),
+    **_refused("logprobs return_token_ids continue_final_message background", False),
+    **_refused("messages context_management", []),
+    **_refused("truncation", "disabled"),
+    **_refused("response_format moderation"),
+    **_ignored("max_tool_calls"),
+    **_built("input instructions text include metadata"),
+    **_built(" ".join(body_fields("response"))),
+    **_refused("prompt_logprobs"),
+}
+"""A conversation in another form: what that spells otherwise is refused in the chat's spelling."""
+
+FIELDS["messages"] = {
+    **FIELDS["request"],
+    **_refused(" ".join(set(body_fields("chat")) - set(body_fields("messages")))),
+    **_refused("logprobs return_token_ids continue_final_message", False),
+    **_refused("container mcp_servers context_management prefill", [], {}),
+    **_refused("parallel_tool_calls", True),
+    **_refused("response_format"),
+    **_ignored("cache_control inference_geo speed diagnostics user_profile_id workspace_id anthropic_version"),
+    **_built("messages system thinking output_config"),
+    **_built(" ".join(body_fields("messages"))),
+    **_refused("prompt_logprobs logprobs"),
+}
 
 CLOSED: tuple[Place, ...] = (
     "mm_processor_kwargs",

@@ -18,15 +18,18 @@ from qwen3vl_disagg.cluster.backend import Backend
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.chat import ChatCompletions
+from qwen3vl_disagg.serving.chat_forms import ChatForm
 from qwen3vl_disagg.serving.chat_request import check_model
 from qwen3vl_disagg.serving.completions import Completions
 from qwen3vl_disagg.serving.doors import Doors
-from qwen3vl_disagg.serving.errors import JSONResponse, envelope, on_http_exception
+from qwen3vl_disagg.serving.errors import MESSAGES_PATH, JSONResponse, envelope, on_http_exception
 from qwen3vl_disagg.serving.guard import guards
 from qwen3vl_disagg.serving.intake import Intake
 from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.messages_answer import CountTokens, MessagesWriter
 from qwen3vl_disagg.serving.openapi import document
 from qwen3vl_disagg.serving.preparation import Fetcher
+from qwen3vl_disagg.serving.responses import ResponseWriter
 from qwen3vl_disagg.serving.tokenizing import Detokenize, Tokenize
 from qwen3vl_disagg.serving.types import Health, Model, ModelList, NotReady, ReadyState, Version
 
@@ -91,6 +94,9 @@ def create_app(
     routes = [
         Route("/v1/chat/completions", ChatCompletions(intake), methods=["POST"]),
         Route("/v1/completions", Completions(intake), methods=["POST"]),
+        Route("/v1/responses", ChatForm(intake, "response", ResponseWriter), methods=["POST"]),
+        Route(MESSAGES_PATH, ChatForm(intake, "messages", MessagesWriter), methods=["POST"]),
+        Route(f"{MESSAGES_PATH}/count_tokens", CountTokens(intake), methods=["POST"]),
         Route("/tokenize", Tokenize(intake), methods=["POST"]),
         Route("/detokenize", Detokenize(intake), methods=["POST"]),
         Route("/v1/models", models),

@@ -9,6 +9,7 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import Grammar
+from qwen3vl_disagg.core.sampling_params import Route
 from qwen3vl_disagg.processing import parse_tools
 from qwen3vl_disagg.processing.prompt_options import PromptOptions
 from qwen3vl_disagg.processing.request_fields import check_fields
@@ -39,18 +40,19 @@ def check_model(model: object, names: Collection[str]) -> None:
 
 
 def parse_chat_request(
-    raw: dict[str, Any], *, model_names: Collection[str]
+    raw: dict[str, Any], *, model_names: Collection[str], route: Route = "chat"
 ) -> tuple[ChatRequest, list[dict[str, Any]]]:
     """The request, every field checked, and the tools that the model is shown; with `tool_choice` none it sees none.
-    The processor checks the messages.
+    The processor checks the messages. Other routes than chat check which fields may be there.
 
     InputError with `param`; 404 for another model's name.
     """
     check_model(raw.get("model"), model_names)
     if "messages" not in raw:
         raise InputError("messages is missing", param="messages")
-    check_fields(raw, "request")
-    sampling = SamplingFields.read(raw, "chat")
+    if route == "chat":
+        check_fields(raw, "request")
+    sampling = SamplingFields.read(raw, route)
     options = raw.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise InputError("stream_options must be an object", param="stream_options")

@@ -24,6 +24,16 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+_MESSAGES_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+MESSAGES_PATH = "/v1/messages"
 _HTTP_MESSAGES = {
     404: ("there is nothing at this path", "not_found"),
     405: ("this path does not take this method", "method_not_allowed"),
@@ -40,6 +50,19 @@ class ErrorBody(msgspec.Struct, kw_only=True):
 
 class ErrorEnvelope(msgspec.Struct):
     error: ErrorBody
+
+
+class MessagesErrorBody(msgspec.Struct, kw_only=True):
+    type: str
+    message: str
+    param: str | None
+    code: str | None
+
+
+class MessagesError(msgspec.Struct, tag_field="type", tag="error"):
+    """Anthropic's envelope, of errors of its routes."""
+
+    error: MessagesErrorBody
 
 
 class JSONResponse(Response):
@@ -82,14 +105,28 @@ def _retry_after(seconds: float) -> str:
     return str(math.ceil(min(max(seconds * random.uniform(1.0, 1.2), MIN_RETRY_S), MAX_RETRY_S)))
 
 
-def error_response(error: Exception) -> JSONResponse:
+def messages_error(status: int, body: ErrorEnvelope) -> MessagesError:
+    """The same in Anthropic's form, with its names."""
+    kind = _MESSAGES_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    error = body.error
+    return MessagesError(MessagesErrorBody(type=kind, message=error.message, param=error.param, code=error.code))
+
+
+def _formed(status: int, body: ErrorEnvelope, path: str) -> ErrorEnvelope | MessagesError:
+    is_messages = path == MESSAGES_PATH or path.startswith(MESSAGES_PATH + "/")
+    return messages_error(status, body) if is_messages else body
+
+
+def error_response(error: Exception, path: str = "") -> JSONResponse:
+    """In the form of the API that the path belongs to."""
     status, body, headers = describe(error)
-    return JSONResponse(body, status, headers)
+    return JSONResponse(_formed(status, body, path), status, headers)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own errors: no route, wrong method."""
     if not isinstance(error, HTTPException):
-        return error_response(error)
+        return error_response(error, request.url.path)
     message, code = _HTTP_MESSAGES.get(error.status_code, ("the request was refused", "refused"))
-    return JSONResponse(envelope(error.status_code, message, code=code), error.status_code, dict(error.headers or {}))
+    body = _formed(error.status_code, envelope(error.status_code, message, code=code), request.url.path)
+    return JSONResponse(body, error.status_code, dict(error.headers or {}))

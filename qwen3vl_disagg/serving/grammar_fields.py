@@ -55,6 +55,12 @@ def _text(value: Any, param: str) -> str:
 
 
 def _response_format(value: Any, param: str) -> Grammar | None:
+    """A Grammar, on a route where it stands elsewhere, has been read already."""
+    return value if isinstance(value, Grammar) else read_format(value, param)
+
+
+def read_format(value: Any, param: str, *, is_flat: bool = False) -> Grammar | None:
+    """`is_flat`: a schema and its name stand beside the type. InputError naming the place below `param`."""
     if not isinstance(value, dict):
         raise InputError(f"{param} must be an object", param=param)
     match value.get("type"):
@@ -63,6 +69,8 @@ def _response_format(value: Any, param: str) -> Grammar | None:
         case "json_object":
             return _schema(value.get("schema") or _ANY_OBJECT, param)
         case "json_schema":
+            if is_flat:
+                return _named_schema(value, param)
             return _named_schema(value.get("json_schema"), f"{param}.json_schema")
         case "structural_tag":
             raise NotBuiltYet(f"{param} structural_tag", param=f"{param}.type")

@@ -108,7 +108,7 @@ class RequestGuard:
                 raise
             if not isinstance(failure, DisaggError):
                 logger.exception("request %s failed", request_id)
-            await error_response(failure)(scope, receive, send_noted)
+            await error_response(failure, scope["path"])(scope, receive, send_noted)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """InputError for a request that no route may see."""

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope
 from qwen3vl_disagg.cluster.backend import Backend, RequestHandle
 from qwen3vl_disagg.core.errors import DeadlineError, InputError, OverloadedError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
+from qwen3vl_disagg.core.sampling_params import ROUTES
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.serving.answer import with_frontend
 from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, check_headers
@@ -86,7 +87,7 @@ class Intake:
         """Raise what the backend would say in the end, before anything is done for the request."""
         if self._num_running >= self.limits.max_requests:
             raise OverloadedError(f"{self._num_running} requests are running, the limit is reached")
-        if route in ("chat", "completion") and (refusal := self.backend.refusal(self._num_preparing)):
+        if route in ROUTES and (refusal := self.backend.refusal(self._num_preparing)):
             raise refusal
 
     def _timeout(self, headers: Headers) -> float:

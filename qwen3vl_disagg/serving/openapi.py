@@ -16,7 +16,9 @@ from qwen3vl_disagg.core.readers import Flag, Number, OneOf, Strings, TokenIdLis
 from qwen3vl_disagg.core.sampling_params import OPTIONS, Route
 from qwen3vl_disagg.processing.request_fields import FIELDS, BuiltField, Place, RefusedField
 from qwen3vl_disagg.serving.completion_request import MAX_PROMPTS, DetokenizeBody, TokenizeBody
-from qwen3vl_disagg.serving.errors import ErrorEnvelope
+from qwen3vl_disagg.serving.errors import ErrorEnvelope, MessagesError
+from qwen3vl_disagg.serving.messages_answer import MessagesBody, TokenCount
+from qwen3vl_disagg.serving.responses import ResponseBody
 from qwen3vl_disagg.serving.types import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -51,9 +53,11 @@ _OF_BODIES = {
     504: "The request took longer than it may.",
 }
 _TEXT: dict[str, Any] = {"type": "string"}
+_CHUNKS = "events, each a {kind}Chunk in one `data:` line"
 _TYPES = (
-    *(ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk, TokenizedText, DetokenizedText),
+    *(ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk, ResponseBody, TokenizedText, DetokenizedText),
     *(Model, ModelList, Version, Health, ReadyState, NotReady, ErrorEnvelope, TokenizeBody, DetokenizeBody),
+    *(MessagesBody, TokenCount, MessagesError),
 )
 
 
@@ -69,10 +73,20 @@ def document(model_names: Sequence[str], version: str, *, has_keys: bool) -> dic
     schemas["ChatBody"] = _body("request", "chat", {"model": model, "messages": messages}, ["messages"])
     prompt = {"anyOf": [_TEXT, ids, prompts]}
     schemas["CompletionBody"] = _body("completion", "completion", {"model": model, "prompt": prompt}, ["prompt"])
+    items = {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": {"type": "object"}}]}
+    schemas["ResponseRequestBody"] = _body("response", "response", {"model": model, "input": items}, ["input"])
+    own = {"model": model, "messages": messages}
+    schemas["CountBody"] = _body("messages", "messages", own, ["messages"])
+    schemas["MessagesRequestBody"] = {**schemas["CountBody"], "required": ["messages", "max_tokens"]}
     which = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": list(model_names)}}
     paths: dict[str, Any] = {
-        "/v1/chat/completions": {"post": _post("chat", "ChatBody", "ChatCompletion", is_streamed=True)},
-        "/v1/completions": {"post": _post("completion", "CompletionBody", "Completion", is_streamed=True)},
+        "/v1/chat/completions": {"post": _post("chat", "ChatBody", "ChatCompletion", events=_CHUNKS)},
+        "/v1/completions": {"post": _post("completion", "CompletionBody", "Completion", events=_CHUNKS)},
+        "/v1/responses": {"post": _post("response", "ResponseRequestBody", "ResponseBody", events="typed events")},
+        "/v1/messages": {
+            "post": _post("messages", "MessagesRequestBody", "MessagesBody", events="events", error="MessagesError")
+        },
+        "/v1/messages/count_tokens": {"post": _post("count", "CountBody", "TokenCount", error="MessagesError")},
         "/tokenize": {"post": _post("tokenize", "TokenizeBody", "TokenizedText")},
         "/detokenize": {"post": _post("detokenize", "DetokenizeBody", "DetokenizedText")},
         "/v1/models": {"get": _get("models", "ModelList")},
@@ -106,11 +120,9 @@ def _answer(text: str, kind: str, *, more: Sequence[str] = (), is_streamed: bool
     return {"description": text, "headers": headers, "content": content}
 
 
-def _errors(texts: Mapping[int, str]) -> dict[str, Any]:
+def _errors(texts: Mapping[int, str], kind: str = "ErrorEnvelope") -> dict[str, Any]:
     more = {401: ["WWW-Authenticate"], 405: ["Allow"], 429: ["Retry-After"], 503: ["Retry-After"]}
-    return {
-        str(status): _answer(text, "ErrorEnvelope", more=more.get(status, [])) for status, text in sorted(texts.items())
-    }
+    return {str(status): _answer(text, kind, more=more.get(status, [])) for status, text in sorted(texts.items())}
 
 
 def _get(name: str, kind: str, errors: Mapping[int, str] | None = None) -> dict[str, Any]:
@@ -123,8 +135,9 @@ def _ready() -> dict[str, Any]:
     return made
 
 
-def _post(name: str, body: str, kind: str, *, is_streamed: bool = False) -> dict[str, Any]:
-    text = f"With `stream: true` events, each a {kind}Chunk in one `data:` line." if is_streamed else "OK"
+def _post(name: str, body: str, kind: str, *, events: str = "", error: str = "ErrorEnvelope") -> dict[str, Any]:
+    """`events`: what a stream consists of, where there is one."""
+    text = f"With `stream: true` {events.format(kind=kind)}." if events else "OK"
     limit = {"type": "integer", "minimum": 1, "maximum": 86_400_000}
     return {
         "operationId": name,
@@ -134,8 +147,8 @@ def _post(name: str, body: str, kind: str, *, is_streamed: bool = False) -> dict
             "content": {"application/json": {"schema": {"$ref": _REF.format(name=body)}}},
         },
         "responses": {
-            "200": _answer(text, kind, is_streamed=is_streamed),
-            **_errors({**_ANYWHERE, **_OF_BODIES}),
+            "200": _answer(text, kind, is_streamed=bool(events)),
+            **_errors({**_ANYWHERE, **_OF_BODIES}, error),
         },
     }
 

@@ -45,7 +45,9 @@ from qwen3vl_disagg.serving.completion_request import (
     read_prompts,
 )
 from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.messages_request import MessagesRequest, parse_messages_request
 from qwen3vl_disagg.serving.prompt_scores import check_num_scores
+from qwen3vl_disagg.serving.response_request import ResponseRequest, parse_response
 
 T = TypeVar("T")
 
@@ -138,8 +140,8 @@ def _constant(name: str) -> None:
     raise InputError(f"{name} is not JSON", code="invalid_json")
 
 
-BodyRoute = Literal["chat", "completion", "tokenize", "detokenize"]
-Request = ChatRequest | CompletionRequest | TokenizeRequest | DetokenizeRequest
+BodyRoute = Literal["chat", "completion", "response", "messages", "count", "tokenize", "detokenize"]
+Request = ChatRequest | CompletionRequest | ResponseRequest | MessagesRequest | TokenizeRequest | DetokenizeRequest
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,11 @@ def read_request(body: bytes | bytearray, rules: Rules, route: BodyRoute = "chat
             request = chat
         case "completion":
             request = parse_completion(raw, model_names=names)
+        case "response":
+            request, chat, tools, raw = parse_response(raw, model_names=names)
+        case "messages" | "count":
+            is_count = route == "count"
+            request, chat, tools, raw = parse_messages_request(raw, model_names=names, is_count=is_count)
         case "tokenize":
             request = parse_tokenize(raw, model_names=names)
             if raw.get("messages") is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.types import Message, Send
 
@@ -16,7 +17,7 @@ from qwen3vl_disagg.processing import Parts
 from qwen3vl_disagg.serving.answer import Answer
 from qwen3vl_disagg.serving.body import ClientGone
 from qwen3vl_disagg.serving.chat_request import ChatRequest
-from qwen3vl_disagg.serving.errors import describe
+from qwen3vl_disagg.serving.errors import ErrorEnvelope, describe
 from qwen3vl_disagg.serving.types import (
     ChatCompletionChunk,
     ChunkChoice,
@@ -45,11 +46,28 @@ def sse(value: object) -> bytes:
     return b"data: " + json_line(value) + b"\n\n"
 
 
-class ChunkSender:
-    """A stream whose status line goes out with its first event: until then errors can still be a 4xx."""
+def typed_sse(event: dict[str, Any]) -> bytes:
+    """One event that has a type, which stands before its `data:` line too."""
+    return b"event: " + event["type"].encode() + b"\n" + sse(event)
 
-    def __init__(self, send: Send, *, send_timeout_s: float) -> None:
+
+class ChunkSender:
+    """A stream whose status line goes out with its first event: until then errors can still be a 4xx.
+
+    `frame`: an event on the wire; `failed`: the event of an error with this status; `done`: what stands at the end.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        *,
+        send_timeout_s: float,
+        frame: Callable[[Any], bytes] = sse,
+        failed: Callable[[int, ErrorEnvelope], object] = lambda _, body: body,
+        done: bytes = DONE,
+    ) -> None:
         self._send_message, self._send_timeout_s = send, send_timeout_s
+        self._frame, self._failed, self._done = frame, failed, done
         self.is_started = False
 
     async def run(self, chunks: AsyncGenerator[object | None]) -> None:
@@ -59,9 +77,9 @@ class ChunkSender:
             async for chunk in chunks:
                 await self.start()
                 if chunk is not None:
-                    await self.send(sse(chunk))
+                    await self.send(self._frame(chunk))
             await self.start()
-            await self.send(DONE, last=True)
+            await self.send(self._done, last=True)
 
     @asynccontextmanager
     async def telling_errors(self) -> AsyncIterator[None]:
@@ -75,7 +93,7 @@ class ChunkSender:
             status, body, _ = describe(error)
             if status == 500:
                 logger.exception("a stream failed")
-            await self.send(sse(body), last=True)
+            await self.send(self._frame(self._failed(status, body)), last=True)
 
     async def start(self) -> None:
         """Send the status line, once."""

@@ -58,6 +58,14 @@ NAMES = [
         "min_tokens",
     ),
 ]
+_OWN = st.sampled_from(
+    [
+        *("instructions", "text", "include", "metadata", "max_output_tokens", "system"),
+        "thinking",
+        "output_config",
+        "tools",
+    ]
+)
 BIAS = st.dictionaries(st.integers(-2, 2**40).map(str) | TEXT, NUMBER, max_size=4)
 FIELDS = st.dictionaries(st.sampled_from([*NAMES, *TABLE["request"]]) | TEXT, FIELD, max_size=4)
 
@@ -78,6 +86,49 @@ def check(reply) -> None:
 def test_random_requests(client, messages, fields):
     body = json.dumps({"messages": messages, **fields})
     check(client.post(PATH, content=body.encode(), headers={"content-type": "application/json"}))
+
+
+ITEM = (
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["message", "reasoning", "function_call", "function_call_output"]) | VALUE},
+        optional={
+            **{name: st.lists(PART, max_size=2) | TEXT | VALUE for name in ("content", "output", "summary")},
+            **dict.fromkeys(("role", "call_id", "name", "arguments"), TEXT | VALUE),
+        },
+    )
+    | MESSAGE
+)
+SOURCE = st.fixed_dictionaries({"type": st.sampled_from(["base64", "url"]), "data": TEXT, "url": URL}) | VALUE
+INNER = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image", "thinking"]), "text": TEXT, "source": SOURCE},
+    optional={"thinking": TEXT},
+)
+BLOCK = st.fixed_dictionaries(
+    {"type": st.sampled_from(["tool_use", "tool_result"])},
+    optional={
+        **dict.fromkeys(("id", "name", "tool_use_id"), TEXT | VALUE),
+        "input": st.just({}) | VALUE,
+        "content": TEXT | st.lists(INNER, max_size=2) | VALUE,
+    },
+)
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant"]), "content": TEXT | st.lists(INNER | BLOCK | VALUE, max_size=3)}
+)
+TOOLS = st.lists(st.fixed_dictionaries({"name": st.just("f") | TEXT}, optional={"type": VALUE, "input_schema": VALUE}))
+
+
+@given(items=st.lists(ITEM, max_size=4) | VALUE, fields=FIELDS, own=st.dictionaries(_OWN, VALUE, max_size=3))
+def test_random_items(client, items, fields, own):
+    body = json.dumps({**fields, **own, "input": items})
+    check(client.post("/v1/responses", content=body.encode(), headers={"content-type": "application/json"}))
+
+
+@given(
+    turns=st.lists(TURN, max_size=4) | VALUE, fields=FIELDS, own=st.dictionaries(_OWN, VALUE, max_size=3), tools=TOOLS
+)
+def test_random_blocks(client, turns, fields, own, tools):
+    body = json.dumps({"max_tokens": 9, "tools": tools, **fields, **own, "messages": turns})
+    check(client.post("/v1/messages", content=body.encode(), headers={"content-type": "application/json"}))
 
 
 @given(body=st.binary(max_size=60) | VALUE.map(lambda value: json.dumps(value).encode()))
