@@ -33,12 +33,16 @@ async def submitted(backend: FakeBackend, num_sent: int) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
-def test_leaving_cancels(stage, stream):
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [(PATH, ASK), ("/v1/responses", {"input": "what is it?"}), ("/v1/messages", {**ASK, "max_tokens": 9})],
+)
+def test_leaving_cancels(path, asked, stage, stream):
     async def main() -> None:
         scripts = [STAGES[stage]]
         backend = FakeBackend(lambda p, sampling: scripts.pop() if scripts else answer_steps("red", sampling))
         app = create_app(backend, tiny_processor(), model_name="tiny")
-        exchange = Exchange(app, PATH, body(stream=stream))
+        exchange = Exchange(app, path, [json.dumps({**asked, "stream": stream}).encode()])
         task = asyncio.create_task(exchange.run())
         await submitted(backend, len(STAGES[stage]) - 1)
         assert not backend.handles[0].was_cancelled.is_set()

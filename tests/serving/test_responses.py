@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qwen3vl_disagg.cluster.backend import AllDecoded, TokenEvent
-from qwen3vl_disagg.core.errors import DeadlineError
+from qwen3vl_disagg.core.errors import DeadlineError, InputError
 from qwen3vl_disagg.processing import ChatTemplate
 from qwen3vl_disagg.serving.limits import Limits
 from tests.support.fake_backend import PATH as CHAT
@@ -271,6 +271,15 @@ def test_a_failure_in_a_stream_is_its_last_event():
     assert last["response"]["status"] == "failed"
     assert last["response"]["error"] == {"code": "server_error", "message": "too late"}
     assert client.post(PATH, json={"input": "?"}).status_code == 504
+
+
+@pytest.mark.parametrize(("path", "asked"), [(PATH, {}), ("/v1/messages", {"max_tokens": 9})])
+def test_a_broken_image_is_a_400_also_where_it_is_streamed(path, asked):
+    broken = InputError("the image cannot be decoded", param="there")
+    client = serve(FakeBackend(lambda prompt, sampling: [0.0, broken]))
+    turns = [{"role": "user", "content": "?"}]
+    reply = client.post(path, json={"input" if path == PATH else "messages": turns, **asked, "stream": True})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "there")
 
 
 def test_silence_is_filled():
