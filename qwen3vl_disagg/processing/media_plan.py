@@ -49,11 +49,6 @@ class Plan:
     num_pixels: int = 0
     """What has to be decoded: of a file all frames up to the last one that is looked at."""
 
-    @classmethod
-    def of(cls, media: Media, grid: Grid, **others: Any) -> Plan:
-        digest = hashlib.sha256(media.data).hexdigest()
-        return cls(media.modality, digest, len(media.data), media.param, media.is_frame_list, grid, **others)
-
     def run_rows(self, vision: VisionConfig) -> int:
         return self.grid[1] * self.grid[2] // vision.merge_unit
 
@@ -96,6 +91,8 @@ class MediaPlanner:
         self._decoder, self._stop = decoder, stop
         self._images: dict[bytes, ImageInfo] = {}
         self._clips: dict[bytes, VideoInfo] = {}
+        self._digests: dict[int, tuple[str, bytes]] = {}
+        """By the identity of bytes, which are kept here: those of one URL may stand in every part."""
 
     def plan_all(self, media: Iterable[Media], max_rows: int) -> list[Plan]:
         """InputError where an item stands that cannot be had, or brings more rows than fit the context."""
@@ -127,12 +124,22 @@ class MediaPlanner:
             self._clips[data] = self._decoder.probe_video(data, stop=self._stop)
         return self._clips[data]
 
+    def _digest(self, data: bytes) -> str:
+        if id(data) not in self._digests:
+            self._stop.check()
+            self._digests[id(data)] = hashlib.sha256(data).hexdigest(), data
+        return self._digests[id(data)][0]
+
+    def _made(self, media: Media, grid: Grid, **others: Any) -> Plan:
+        digest = self._digest(media.data)
+        return Plan(media.modality, digest, len(media.data), media.param, media.is_frame_list, grid, **others)
+
     def _plan(self, entry: Media) -> Plan:
         if entry.modality == "image":
             info = self._look_at_image(entry.data)
             grid = self._image_grid(entry.options.over(self._of_images), info)
             size = info.height, info.width
-            return Plan.of(entry, grid, size=size, num_pixels=info.width * info.height)
+            return self._made(entry, grid, size=size, num_pixels=info.width * info.height)
         if self._video is None:
             raise InputError(f"this checkpoint takes no videos: it has no {VIDEO_FILE}")
         options, seconds = entry.options.over(self._of_clips), tuple[float, ...]()
@@ -154,7 +161,7 @@ class MediaPlanner:
         grid = _clip_grid(options, self._video, len(frames), width, height)
         num_pixels = (frames[-1] + 1) * width * height
         size = height, width
-        return Plan.of(entry, grid, frames=tuple(frames), times=tuple(times), size=size, num_pixels=num_pixels)
+        return self._made(entry, grid, frames=tuple(frames), times=tuple(times), size=size, num_pixels=num_pixels)
 
     def _image_grid(self, options: MediaOptions, info: ImageInfo) -> Grid:
         image, own, patch = self._image, self._image.bounds, self._config.patch_size

@@ -45,6 +45,8 @@ IMAGE_KINDS = ("image_url", "image", "input_image")
 VIDEO_KINDS = ("video_url", "video", "input_video")
 MAX_FRAMES_BYTES = MAX_VIDEO_BYTES - 8 * MAX_LIST_FRAMES
 """Of a list, so that with its framing it is no larger than a file may be."""
+MAX_LISTS_BYTES = 64 * 2**20
+"""Of all lists of a request that came over HTTP: what one URL names may stand in every frame, copied for each."""
 _JPEGS = "video/jpeg"
 """Frames as still images behind one head of this type, separated by commas: the way some clients send them."""
 _RAW = ("base64", "data")
@@ -149,7 +151,10 @@ def _message(raw: object, where: str, media: list[Media], allow_paths: bool) -> 
                 raise InputError(f"images and videos are for user and tool turns, not for {role} turns", param=place)
             if len(media) == MAX_MEDIA:
                 raise InputError(f"more than {MAX_MEDIA} images and videos", param=place)
-            media.append(read_media(part, kind, place, allow_paths))
+            room = MAX_FRAMES_BYTES
+            if kind in VIDEO_KINDS and not allow_paths:
+                room = MAX_LISTS_BYTES - sum(len(entry.data) for entry in media if entry.is_frame_list)
+            media.append(read_media(part, kind, place, allow_paths, room))
             parts.append({"type": media[-1].modality})
         else:
             raise InputError("type must be text, image_url or video_url", param=f"{place}.type")
@@ -187,8 +192,9 @@ def _extras(raw: dict[str, Any], role: str, where: str) -> dict[str, Any]:
 # -- images and clips
 
 
-def read_media(part: dict[str, Any], kind: str, where: str, allow_paths: bool) -> Media:
-    """The media of an image or video part. `allow_paths`: also what `local_bytes` takes.
+def read_media(part: dict[str, Any], kind: str, where: str, allow_paths: bool, room: int) -> Media:
+    """The media of an image or video part. `allow_paths`: also what `local_bytes` takes. `room`: bytes that a list of
+    frames may have.
 
     InputError naming `where` if it cannot be had.
     """
@@ -208,7 +214,7 @@ def read_media(part: dict[str, Any], kind: str, where: str, allow_paths: bool) -
     read: Callable[..., bytes] = read_base64 if is_raw else partial(_bytes_of, allow_paths=allow_paths)
     if place == "image part":
         return Media(read(source, where=where, what="image", limit=MAX_BYTES), where, options=options)
-    frames = None if is_raw else _frames(source, where, allow_paths)
+    frames = None if is_raw else _frames(source, where, allow_paths, room)
     if frames is not None:
         if options.num_frames is not None or options.do_sample_frames or options.video_start or options.video_end:
             raise InputError("num_frames is for files: a list of frames is looked at as it is", param=where)
@@ -227,7 +233,7 @@ def _source_of(part: dict[str, Any], names: Sequence[str], where: str) -> str:
     return given[0] if given else names[0]
 
 
-def _frames(source: object, where: str, allow_paths: bool) -> bytes | None:
+def _frames(source: object, where: str, allow_paths: bool, room: int) -> bytes | None:
     """A list of frames, packed; None for what is no list."""
     parts: Sequence[object]
     head, body = "", ""
@@ -254,6 +260,9 @@ def _frames(source: object, where: str, allow_paths: bool) -> bytes | None:
         num_bytes += len(frames[-1])
         if num_bytes > MAX_FRAMES_BYTES:
             raise InputError(f"the frames have more than {MAX_FRAMES_BYTES} bytes", param=where, status=413)
+        if num_bytes > room:
+            reason = f"the frames of all lists up to here have more than {MAX_LISTS_BYTES} bytes"
+            raise InputError(reason, param=where, status=413)
     return pack_frames(frames)
 
 

@@ -250,8 +250,10 @@ class PreparePool:
 
     @staticmethod
     def _receive(child: ChildProcess, sizes: list[int], started: float) -> Prepared:
-        head, token_ids, *media = [child.receive_bytes(size) for size in sizes]
+        head, token_ids, *distinct = [child.receive_bytes(size) for size in sizes]
         request, prompts, items = msgspec.msgpack.decode(head, type=MadeHead)
+        by_digest = dict(zip(dict.fromkeys(item.digest for item in items), distinct, strict=True))
+        media = [by_digest[item.digest] for item in items]
         ids, made, start = np.frombuffer(token_ids, "<i4").tolist(), list[tuple[Prompt, SamplingParams]](), 0
         for length, sampling in prompts:
             own = ([], []) if made else (items, media)
@@ -339,13 +341,14 @@ def fetched(urls: list[MediaUrl], out: int, parent: int) -> dict[str, bytes]:
 
 
 def reply(prepared: Prepared) -> list[bytes]:
-    """A header and what follows it."""
+    """A header and what follows it: of media that are equal one."""
+    distinct = {item.digest: data for item, data in zip(prepared.prompt.items, prepared.prompt.media, strict=True)}
     made = [(prepared.prompt, prepared.sampling), *prepared.more]
     prompts = [(len(prompt.token_ids), sampling) for prompt, sampling in made]
     parts = [
         msgspec.msgpack.encode((prepared.request, prompts, prepared.prompt.items)),
         np.concatenate([np.asarray(prompt.token_ids, dtype="<i4") for prompt, _ in made]).tobytes(),
-        *prepared.prompt.media,
+        *distinct.values(),
     ]
     return [pack(Made([len(part) for part in parts])), *parts]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import importlib
 import io
 import time
@@ -30,7 +31,7 @@ from qwen3vl_disagg.processing import (
     media_plan,
 )
 from qwen3vl_disagg.processing.clips import VideoProcessor
-from qwen3vl_disagg.processing.messages import has_clips
+from qwen3vl_disagg.processing.messages import has_clips, parse_messages, put_fetched
 from qwen3vl_disagg.processing.patches import PixelSettings
 from tests.support.clips import VISION, encode_clip, noise_frames, png_frames
 from tests.support.random_model import small_config
@@ -347,3 +348,42 @@ def test_a_passed_deadline_stops(make):
     messages = [{"role": "user", "content": [clip_part(9, 1, 64, 64)]}]
     with pytest.raises(Stopped):
         make(False).prepare(messages, allow_paths=True, stop=StopSignal(deadline=time.monotonic()))
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_bytes_of_one_url_are_read_once_however_many_parts_name_it(probed, is_stopped, monkeypatch):
+    processor, seen = probed
+    stop, digested = StopSignal(), list[bytes]()
+
+    def sha256(data: bytes):
+        digested.append(data)
+        if is_stopped:
+            stop.set()
+        return hashlib.sha256(data)
+
+    monkeypatch.setattr(media_plan, "hashlib", SimpleNamespace(sha256=sha256))
+    one, other = (png_frames(noise_frames(1, 64, size))[0] for size in (64, 96))
+    urls = ["https://a/1", "https://a/2"] * 50
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}} for url in urls]}]
+    put_fetched(messages, {"https://a/1": one, "https://a/2": other})
+    if is_stopped:
+        with pytest.raises(Stopped):
+            processor.prepare(messages, stop=stop)
+        assert digested == [one]
+        return
+    prompt = processor.prepare(messages, stop=stop)
+    assert digested == seen == [one, other]
+    assert [item.digest for item in prompt.items] == [hashlib.sha256(data).hexdigest() for data in (one, other)] * 50
+
+
+def test_the_lists_of_a_request_are_bounded_together():
+    """Each alone has no more bytes than a list may."""
+    frame = bytes(60 * 2**10)
+    clips = [{"type": "video", "video": ["https://a/1"] * 760} for _ in range(2)]
+    messages = [{"role": "user", "content": clips}]
+    put_fetched(messages, {"https://a/1": frame})
+    with pytest.raises(InputError, match=f"all lists up to here have more than {64 * 2**20} bytes") as caught:
+        parse_messages(messages)
+    assert (caught.value.param, caught.value.status) == ("messages[0].content[1]", 413)
+    assert len(parse_messages([{"role": "user", "content": clips[:1]}])[1]) == 1
+    assert len(parse_messages(messages, allow_paths=True)[1]) == 2

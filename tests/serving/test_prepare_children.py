@@ -20,6 +20,7 @@ from starlette.applications import Starlette
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.core.errors import MediaTimeout
+from qwen3vl_disagg.media.child import ChildProcess
 from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
@@ -168,6 +169,26 @@ def test_a_child_makes_the_same_prompt(app, backend, processor, content):
     asyncio.run(ask(create_app(here, alone, model_name="long"), body_of(content, **fields)))
     assert (handle.prompt, handle.sampling) == (here.handles[0].prompt, here.handles[0].sampling)
     assert handle.prompt.token_ids
+
+
+def test_of_equal_media_a_child_sends_one(app, backend, monkeypatch):
+    """A URL's bytes may stand in every part."""
+    one, other = png((128, 64)), png((64, 128))
+    sizes = list[int]()
+    receive = ChildProcess.receive_bytes
+
+    def noted(self: ChildProcess, size: int) -> bytes:
+        sizes.append(size)
+        return receive(self, size)
+
+    monkeypatch.setattr(ChildProcess, "receive_bytes", noted)
+    pictures = [one, other, one, one, other]
+    content = [WORDS, *({"type": "image", "image": uri(data)} for data in pictures)]
+    exchange = asyncio.run(ask(app, body_of(content)))
+    assert exchange.status == 200, exchange.body
+    assert backend.handles[-1].prompt.media == pictures
+    assert sizes[-2:] == [len(one), len(other)]
+    assert len(sizes) == 4  # behind a header and the ids
 
 
 WORST = {
