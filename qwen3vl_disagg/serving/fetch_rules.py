@@ -12,6 +12,8 @@ from qwen3vl_disagg.core.errors import InputError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+CLOUDS = [ipaddress.ip_network(name) for name in ("192.0.0.0/24", "168.63.129.16/32")]
+"""Where hosts of Oracle's and Microsoft's clouds ask about themselves; `ipaddress` takes parts of it for public."""
 _RULE = re.compile(r"\*|(\*\.)?[a-z0-9-]+(\.[a-z0-9-]+)*")
 
 
@@ -55,4 +57,6 @@ def is_public(address: Address) -> bool:
         inner = (address.ipv4_mapped, address.sixtofour, *(address.teredo or ()))
         if address.is_site_local or not all(is_public(one) for one in inner if one is not None):
             return False
+    if any(address in network for network in CLOUDS):
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved

@@ -14,26 +14,28 @@ import re
 import socket
 import stat
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from ssl import SSLContext
+from typing import BinaryIO
 from urllib.parse import unquote, urljoin
 
 import httpx2
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.processing.messages import MediaUrl
+from qwen3vl_disagg.processing.messages import MAX_URL_CHARS, MediaUrl
 from qwen3vl_disagg.serving.body import BodyAccount
 from qwen3vl_disagg.serving.fetch_rules import Address, FetchRules, is_public
 
 Resolve = Callable[[str, int], Awaitable[list[Address]]]
 
-MAX_URL_CHARS = 4096
 MAX_HOPS = 3
 """Redirects that are followed."""
-MAX_AT_ONCE = 16
-"""Fetches of all requests; more wait."""
+MAX_AT_ONCE, MAX_OF_ONE = 16, 4
+"""Fetches of all requests, and of one; more wait."""
 CONNECT_S, SILENCE_S, FETCH_S = 5.0, 5.0, 30.0
 """For a connection; without a byte; for all of one file."""
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -78,11 +80,28 @@ class _Target:
         return f"{self.scheme}://{self.authority}{self.path}"
 
 
+_RESOLVERS = ThreadPoolExecutor(4, thread_name_prefix="resolve")
+"""Threads of their own: a name server that is silent holds one for longer than anybody waits."""
+
+
 async def resolve(host: str, port: int) -> list[Address]:
     """All addresses of a host. OSError if it has none."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+    ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+    found = await asyncio.get_running_loop().run_in_executor(_RESOLVERS, ask)
     return [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+
+
+def is_elsewhere(address: Address) -> bool:
+    """Whether it is public, and not one of this host's own."""
+    if not is_public(address):
+        return False
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as own:
+        try:
+            own.bind((str(address), 0))
+        except OSError:
+            return True
+    return False
 
 
 class MediaFetcher:
@@ -97,7 +116,7 @@ class MediaFetcher:
         rules: FetchRules,
         *,
         resolver: Resolve = resolve,
-        is_allowed: Callable[[Address], bool] = is_public,
+        is_allowed: Callable[[Address], bool] = is_elsewhere,
         verify: SSLContext | bool = True,
         fetch_s: float = FETCH_S,
     ) -> None:
@@ -122,39 +141,44 @@ class MediaFetcher:
 
         InputError naming the place of the first that cannot be had; OverloadedError.
         """
-        first: dict[str, MediaUrl] = {}
-        for url in urls:
-            known = first.setdefault(url.url, url)
-            if known.limit < url.limit:
-                first[url.url] = url
-        left = [max_bytes]
+        left, own_places = max_bytes, asyncio.Semaphore(MAX_OF_ONE)
 
         def take(num_bytes: int, where: str) -> None:
-            left[0] -= num_bytes
-            if left[0] < 0:
+            nonlocal left
+            left -= num_bytes
+            if left < 0:
                 message = f"the images and clips by URL have more than {max_bytes} bytes"
                 raise InputError(message, param=where, status=413)
             account.take(num_bytes)
 
-        tasks = {url: asyncio.ensure_future(self._one(wanted, take)) for url, wanted in first.items()}
+        async def one(wanted: MediaUrl) -> bytes:
+            async with own_places, self._places:
+                return await self._one(wanted, take)
+
+        account.hold()
+        once = {wanted.url: wanted for wanted in urls}
+        tasks = {url: asyncio.ensure_future(one(wanted)) for url, wanted in once.items()}
         try:
             return {url: await task for url, task in tasks.items()}
         finally:
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
+            account.let_go()
 
     async def _one(self, wanted: MediaUrl, take: Callable[[int, str], None]) -> bytes:
-        async with self._places:
-            if wanted.url[:5].lower() == "file:":
-                data = await asyncio.to_thread(self._file, wanted)
-                take(len(data), wanted.where)
-                return data
-            try:
-                async with asyncio.timeout(self._fetch_s):
-                    return await self._hops(wanted, take)
-            except TimeoutError:
-                raise _failed(f"took longer than {self._fetch_s:g} s", wanted) from None
+        if wanted.url[:5].lower() == "file:":
+            with await asyncio.to_thread(self._open, wanted) as file:
+                take(os.fstat(file.fileno()).st_size, wanted.where)
+                data = await asyncio.to_thread(file.read, wanted.limit + 1)
+            if len(data) > wanted.limit:  # it has grown meanwhile
+                raise _too_large(wanted)
+            return data
+        try:
+            async with asyncio.timeout(self._fetch_s):
+                return await self._hops(wanted, take)
+        except TimeoutError:
+            raise _failed(f"took longer than {self._fetch_s:g} s", wanted) from None
 
     async def _hops(self, wanted: MediaUrl, take: Callable[[int, str], None]) -> bytes:
         target = _Target.of(wanted.url, wanted.where)
@@ -163,7 +187,11 @@ class MediaFetcher:
             answer = await self._get(target, addresses, wanted, take)
             if isinstance(answer, bytes):
                 return answer
-            following = _Target.of(urljoin(str(target), answer), wanted.where)
+            try:
+                place = urljoin(str(target), answer)
+            except ValueError:  # no URL at all
+                raise _failed("a redirect leads nowhere", wanted) from None
+            following = _Target.of(place, wanted.where)
             if (target.scheme, following.scheme) == ("https", "http"):
                 raise _failed("a redirect leads from https to http", wanted)
             target = following
@@ -224,30 +252,33 @@ class MediaFetcher:
                 data += chunk
             return bytes(data)
 
-    def _file(self, wanted: MediaUrl) -> bytes:
+    def _open(self, wanted: MediaUrl) -> BinaryIO:
         """A file below one of the folders. What leads out of them, also by links, is as if it were not there."""
         match = _FILE.fullmatch(wanted.url) if len(wanted.url) <= MAX_URL_CHARS else None
         if not self.rules.folders or match is None:
             raise InputError("a file: URL must be file:///path", param=wanted.where, code="unsupported_url")
         missing = InputError("there is no such file in the folders of this server", param=wanted.where)
         try:
-            path = Path(unquote(match[1], errors="strict"))
-            handle = os.open(path.resolve(strict=True), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            path = Path(unquote(match[1], errors="strict")).resolve(strict=True)
+            if not self._is_below(path) or not path.is_file():  # to open a device may do something
+                raise missing
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, ValueError, RuntimeError):
             raise missing from None
         try:
             # What was opened counts, not what the name meant a moment before.
-            opened = Path(os.readlink(f"/proc/self/fd/{handle}"))
-            is_below = any(opened.is_relative_to(folder) for folder in self.rules.folders)
-            if not is_below or not stat.S_ISREG(os.fstat(handle).st_mode):
+            opened, found = Path(os.readlink(f"/proc/self/fd/{handle}")), os.fstat(handle)
+            if not self._is_below(opened) or not stat.S_ISREG(found.st_mode):
                 raise missing
-            with open(handle, "rb", closefd=False) as file:
-                data = file.read(wanted.limit + 1)
-        finally:
+            if found.st_size > wanted.limit:
+                raise _too_large(wanted)
+            return open(handle, "rb")
+        except BaseException:
             os.close(handle)
-        if len(data) > wanted.limit:
-            raise _too_large(wanted)
-        return data
+            raise
+
+    def _is_below(self, path: Path) -> bool:
+        return any(path.is_relative_to(folder) for folder in self.rules.folders)
 
 
 def _failed(why: str, wanted: MediaUrl) -> InputError:

@@ -403,14 +403,19 @@ class Preparation:
         if fetcher is None:
             return None
 
+        left = self._max_fetched
+
         def fetch(urls: Sequence[MediaUrl]) -> Mapping[str, bytes]:
-            work = asyncio.run_coroutine_threadsafe(fetcher.fetch(urls, account, self._max_fetched), loop)
+            nonlocal left
+            work = asyncio.run_coroutine_threadsafe(fetcher.fetch(urls, account, left), loop)
             try:
                 while not wait([work], timeout=_SLICE_S).done:
                     stop.check()
-                return work.result()
+                found = work.result()
             finally:
                 work.cancel()
+            left -= sum(map(len, found.values()))
+            return found
 
         return fetch
 

@@ -55,6 +55,8 @@ _START_S = 120.0
 """It imports much, and the cores may be busy."""
 _FOREVER_S = 1e9
 _MAX_IDLE = 2
+URLS_AT_ONCE = 64
+"""Of MAX_URL_CHARS each they fit into one header."""
 GRAMMAR_CPU_S, GRAMMAR_S = 0.7, 20.0
 """How long a grammar may take to be checked, in CPU time and by the clock."""
 _SLICE_S = 0.1
@@ -111,9 +113,9 @@ class FetchWanted(msgspec.Struct, frozen=True, tag="fetch"):
 
 
 class Fetched(msgspec.Struct, frozen=True):
-    """Followed by the bytes of each URL, as often as it was there."""
+    """Of one URL, in their order; followed by its bytes. A failure ends all."""
 
-    sizes: list[int]
+    size: int
     failure: Failure | None = None
 
 
@@ -243,10 +245,10 @@ class PreparePool:
         try:
             found = fetch(urls)
         except DisaggError as error:
-            child.send(Fetched([], Failure.of(error)), b"", _FOREVER_S, stop)
+            child.send(Fetched(0, Failure.of(error)), b"", _FOREVER_S, stop)
             return
-        data = [found[one.url] for one in urls]
-        child.send(Fetched([len(one) for one in data]), b"".join(data), _FOREVER_S, stop)
+        for one in urls:
+            child.send(Fetched(len(found[one.url])), found[one.url], _FOREVER_S, stop)
 
     @staticmethod
     def _receive(child: ChildProcess, sizes: list[int], started: float) -> Prepared:
@@ -333,11 +335,16 @@ def _read_message(parent: int) -> bytearray:
 
 def fetched(urls: list[MediaUrl], out: int, parent: int) -> dict[str, bytes]:
     """What the parent fetches. What it says is wrong."""
-    write_all(out, pack(FetchWanted(urls)), parent)
-    found = msgspec.msgpack.decode(_read_message(parent), type=Fetched)
-    if found.failure is not None:
-        raise found.failure.error()
-    return {one.url: bytes(read_exactly(0, size)) for one, size in zip(urls, found.sizes, strict=True)}
+    found = {}
+    for start in range(0, len(urls), URLS_AT_ONCE):
+        some = urls[start : start + URLS_AT_ONCE]
+        write_all(out, pack(FetchWanted(some)), parent)
+        for one in some:
+            answer = msgspec.msgpack.decode(_read_message(parent), type=Fetched)
+            if answer.failure is not None:
+                raise answer.failure.error()
+            found[one.url] = bytes(read_exactly(0, answer.size))
+    return found
 
 
 def reply(prepared: Prepared) -> list[bytes]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,73 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError, OverloadedError
-from qwen3vl_disagg.processing.messages import MediaUrl, put_fetched, urls_in
-from qwen3vl_disagg.serving.app import create_app
+from qwen3vl_disagg.processing.messages import MediaUrl
+from qwen3vl_disagg.serving import media_fetch
 from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget
 from qwen3vl_disagg.serving.fetch_rules import FetchRules, is_public
-from qwen3vl_disagg.serving.media_fetch import MAX_HOPS, MediaFetcher
-from tests.support.asgi import Exchange
-from tests.support.fake_backend import PATH, FakeBackend, tiny_processor
+from qwen3vl_disagg.serving.media_fetch import MAX_HOPS, MAX_OF_ONE, MediaFetcher, is_elsewhere
 from tests.support.fake_ranks import in_loop
-from tests.support.images import png, uri
-
-LIMIT, HOST = 1000, "pictures.example.org"
-LOOPBACK = ipaddress.ip_address("127.0.0.1")
-Answer = Callable[[str, asyncio.StreamWriter], Coroutine[Any, Any, None]]
-
-
-def head(status: int = 200, **fields: str) -> bytes:
-    lines = [f"HTTP/1.1 {status} X", "Connection: close", *(f"{k.replace('_', '-')}: {v}" for k, v in fields.items())]
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-class Origin:
-    """A server on loopback that answers by path. `requests` has the head of each."""
-
-    def __init__(self, answers: dict[str, bytes | Answer]) -> None:
-        self.answers, self.requests, self.port = answers, list[str](), 0
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            request = (await reader.readuntil(b"\r\n\r\n")).decode()
-            self.requests.append(request)
-            answer = self.answers[request.split()[1]]
-            if isinstance(answer, bytes):
-                writer.write(answer)
-                await writer.drain()
-            else:
-                await answer(request, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            return  # the client had enough
-        finally:
-            writer.close()
-
-    def url(self, path: str, host: str = HOST) -> str:
-        return f"http://{host}:{self.port}{path}"
-
-
-@asynccontextmanager
-async def origin(answers: dict[str, bytes | Answer]) -> AsyncIterator[Origin]:
-    one = Origin(answers)
-    server = await asyncio.start_server(one.serve, "127.0.0.1", 0)
-    one.port = server.sockets[0].getsockname()[1]
-    async with server:
-        yield one
-
-
-@asynccontextmanager
-async def fetcher(*domains: str, folders: tuple[Path, ...] = (), **settings: Any) -> AsyncIterator[MediaFetcher]:
-    """Every name is this host, and this host is public."""
-
-    async def here(host: str, port: int) -> list[Any]:
-        return [LOOPBACK]
-
-    given = {"resolver": here, "is_allowed": lambda address: True, **settings}
-    one = MediaFetcher(FetchRules.of(domains or (HOST,), folders), **given)
-    try:
-        yield one
-    finally:
-        await one.close()
+from tests.support.media_origin import HOST, LIMIT, LOOPBACK, Answer, fetcher, head, origin
 
 
 def wanted(url: str, limit: int = LIMIT, where: str = "messages[0].content[0]") -> MediaUrl:
@@ -172,6 +109,8 @@ async def test_urls_that_two_readers_could_read_differently_are_refused(url: str
         "172.16.0.1",
         "192.168.0.1",
         "169.254.169.254",
+        "168.63.129.16",
+        "192.0.0.192",
         "100.64.0.1",
         "0.0.0.0",
         "224.0.0.1",
@@ -247,6 +186,7 @@ async def test_redirects_are_looked_at_like_urls() -> None:
             "/file": head(308, Location="file:///etc/passwd"),
             "/loop": head(302, Location="/loop"),
             "/nowhere": head(302),
+            "/bracket": head(302, Location="http://[::1"),
         }
         assert await fetch(one, site.url("/next")) == {site.url("/next"): b"ok"}
         for path in ("/away", "/slashes", "/file"):
@@ -254,7 +194,8 @@ async def test_redirects_are_looked_at_like_urls() -> None:
         before = len(site.requests)
         assert "redirects" in str(await refusal(one, site.url("/loop")))
         assert len(site.requests) - before == MAX_HOPS + 1
-        assert "nowhere" in str(await refusal(one, site.url("/nowhere")))
+        for path in ("/nowhere", "/bracket"):
+            assert "nowhere" in str(await refusal(one, site.url(path)))
 
 
 @in_loop
@@ -341,6 +282,55 @@ async def test_a_request_that_is_given_up_fetches_nothing_more() -> None:
 
 
 @in_loop
+async def test_addresses_of_this_host_are_not_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media_fetch, "is_public", lambda address: True)
+    assert not is_elsewhere(LOOPBACK)
+    assert is_elsewhere(ipaddress.ip_address("8.8.8.8"))
+
+
+@in_loop
+async def test_what_is_fetched_for_nobody_is_not_counted_for_ever() -> None:
+    """The request has ended, its account is closed, and a chunk still comes."""
+    gate = asyncio.Event()
+
+    async def late(request: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(head())
+        await gate.wait()
+        writer.write(b"x")
+        await writer.drain()
+
+    budget = BodyBudget(1000)
+    account = BodyAccount(budget)
+    async with origin({"/": late}) as site, fetcher() as one:
+        task = asyncio.create_task(one.fetch([wanted(site.url("/"))], account, LIMIT))
+        while not site.requests:
+            await asyncio.sleep(0.01)
+        account.release()
+        gate.set()
+        await task
+    assert budget.used == 0
+
+
+@in_loop
+async def test_one_request_does_not_take_all_places() -> None:
+    gate = asyncio.Event()
+
+    async def wait(request: str, writer: asyncio.StreamWriter) -> None:
+        await gate.wait()
+        writer.write(head())
+
+    answers: dict[str, bytes | Answer] = {f"/{i}": wait for i in range(30)}
+    async with origin({**answers, "/quick": head(Content_Length="1") + b"x"}) as site, fetcher() as one:
+        many = asyncio.create_task(fetch(one, *(site.url(f"/{i}") for i in range(30))))
+        while len(site.requests) < MAX_OF_ONE:
+            await asyncio.sleep(0.01)
+        assert await fetch(one, site.url("/quick")) == {site.url("/quick"): b"x"}
+        assert len(site.requests) == MAX_OF_ONE + 1
+        gate.set()
+        assert len(await many) == 30
+
+
+@in_loop
 async def test_files_below_the_folders_and_nothing_else(tmp_path: Path) -> None:
     folder, secret = tmp_path / "shared", tmp_path / "secret"
     (folder / "sub").mkdir(parents=True)
@@ -373,60 +363,3 @@ def test_rules_that_name_no_host_are_refused(domain: str, tmp_path: Path) -> Non
         FetchRules.of((domain,), ())
     with pytest.raises(DisaggError, match="not a folder"):
         FetchRules.of((), (tmp_path / "missing",))
-
-
-# -- through the application
-
-
-def turn(*parts: dict[str, Any]) -> bytes:
-    content = [*parts, {"type": "text", "text": "what?"}]
-    return json.dumps({"model": "m", "messages": [{"role": "user", "content": content}]}).encode()
-
-
-@pytest.mark.parametrize("blanks", [0, 2**20], ids=["in this process", "in a child"])
-@in_loop
-async def test_a_picture_by_url_is_the_picture_of_its_bytes(blanks: int) -> None:
-    processor = tiny_processor()
-    data, backend = png((64, 96)), FakeBackend()
-    answers = {"/a.png": head(Content_Length=str(len(data))) + data, "/bad": head(404)}
-    async with origin(answers) as site, fetcher() as one:
-        app = create_app(backend, processor, model_name="m", fetcher=one)
-        places = [site.url("/a.png"), uri(data)]
-        for spelling in (lambda url: {"url": url}, lambda url: url):
-            for url in places:
-                part = {"type": "image_url", "image_url": spelling(url)}
-                exchange = Exchange(app, PATH, [turn(part) + b" " * blanks])
-                await exchange.run()
-                assert exchange.status == 200, exchange.body
-        prompts = [handle.prompt for handle in backend.handles]
-        assert len({tuple(prompt.token_ids) for prompt in prompts}) == 1
-        assert {prompt.media[0] for prompt in prompts} == {data}
-        for url, code in [
-            (site.url("/bad"), "media_fetch_failed"),
-            (site.url("/a.png", "evil.org"), "unsupported_url"),
-            ("file:///etc/passwd", "unsupported_url"),
-            ("ftp://pictures.example.org/a.png", "unsupported_url"),
-        ]:
-            exchange = Exchange(app, PATH, [turn({"type": "image_url", "image_url": {"url": url}}) + b" " * blanks])
-            await exchange.run()
-            assert exchange.status == 400
-            assert (exchange.json["error"]["code"], exchange.json["error"]["param"]) == (code, "messages[0].content[0]")
-
-
-@in_loop
-async def test_frames_by_url_and_a_server_that_fetches_nothing() -> None:
-    messages = [{"content": [{"type": "video_url", "video_url": ["http://a.org/1", "data:,x", "https://a.org/2"]}]}]
-    assert [(one.url, one.what) for one in urls_in(messages)] == [
-        ("http://a.org/1", "frame"),
-        ("https://a.org/2", "frame"),
-    ]
-    put_fetched(messages, {"http://a.org/1": b"1", "https://a.org/2": b"2"})
-    first, other, second = messages[0]["content"][0]["video_url"]
-    assert (first.data, other, second.data) == (b"1", "data:,x", b"2")
-    assert not urls_in(messages)
-    async with origin({}) as site:
-        app = create_app(FakeBackend(), tiny_processor(), model_name="m")
-        exchange = Exchange(app, PATH, [turn({"type": "image_url", "image_url": {"url": site.url("/")}})])
-        await exchange.run()
-        assert (exchange.status, exchange.json["error"]["code"]) == (400, "unsupported_url")
-        assert not site.requests
