@@ -217,14 +217,8 @@ def test_answers_stay(scenes, dtype, kind):
     assert sum(a == b for a, b in zip(said["none"], said[kind], strict=True)) >= 0.98 * len(scenes)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kind"),
-    [
-        pytest.param("float32", "int8", marks=pytest.mark.slow),
-        ("bfloat16", "int8"),
-        pytest.param("bfloat16", "float8", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "int8"), ("bfloat16", "int8"), ("bfloat16", "float8")])
 def test_compiled(scenes, dtype, kind):
     """As many graphs as for plain weights, none broken, none made later, and the same answers."""
     torch._dynamo.reset()

@@ -11,7 +11,11 @@ from qwen3vl_disagg.core.faults import ACTIONS, POINTS
 from qwen3vl_disagg.core.requests import SamplingParams
 from tests.support.crash import content, make_model, picture, run_fault
 
-QUICK = [("mid-payload-sent", "kill"), ("payload-received", "stop"), ("blocks-full", "raise")]
+QUICK = [
+    ("mid-payload-sent", "kill"),
+    ("payload-received", "stop"),
+    pytest.param("blocks-full", "raise", marks=pytest.mark.slow),
+]
 ALL = [(point, action) for point in POINTS for action in ACTIONS]
 
 

@@ -212,6 +212,7 @@ def test_processes_that_are_gone_use_nothing():
     assert memory({child.pid}) == {"private": 0, "peak": 0}
 
 
+@pytest.mark.slow
 def test_a_run_with_a_tiny_model():
     command = [sys.executable, str(ROOT / "recipes" / "bench.py"), "engine", "--json", "--preset", "tiny-random"]
     command += ["--rounds", "1", "--contestants", "this", "vllm", "--batches", "1", "2", "--threads", "1"]
