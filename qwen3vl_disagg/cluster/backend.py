@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -64,9 +64,17 @@ class Backend(Protocol):
         """Why a request would not be taken now, whatever it is. `num_coming`: those that will be submitted before."""
 
     def submit(
-        self, token_ids: list[int], items: list[VisualItem], sampling: SamplingParams, timeout_s: float
+        self,
+        token_ids: list[int],
+        items: list[VisualItem],
+        sampling: SamplingParams,
+        timeout_s: float,
+        more: Sequence[tuple[int, SamplingParams]] | None = (),
     ) -> RequestHandle:
         """Start a request whose bytes `media` holds; it may take `timeout_s` seconds in all. Does not wait.
+
+        `more`: lengths and sampling of its further prompts, which are submitted right after it, each with None, and
+        are not refused for what waits if this one is not.
 
         The bytes are released when the request ends, or is not taken: OverloadedError, UnavailableError or InputError.
         """

@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from qwen3vl_disagg.cluster.rendezvous import Layout
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError, UnavailableError
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.model import ModelConfig
+from qwen3vl_disagg.protocol.admission import Admission
 from qwen3vl_disagg.protocol.messages import (
     Decoded,
     EndJob,
@@ -169,7 +170,12 @@ class Hub:
     # ---- for the HTTP app ----
 
     def submit(
-        self, token_ids: list[int], items: list[VisualItem], sampling: SamplingParams, timeout_s: float
+        self,
+        token_ids: list[int],
+        items: list[VisualItem],
+        sampling: SamplingParams,
+        timeout_s: float,
+        more: Sequence[tuple[int, SamplingParams]] | None = (),
     ) -> _Handle:
         self._num_requests += 1
         request_id = f"{self._prefix}-{self._num_requests}"
@@ -183,6 +189,7 @@ class Hub:
                 items,
                 sampling,
                 timeout_s,
+                None if more is None else sum(Admission.cost(length, _num_expected(other)) for length, other in more),
             )
         )
         if request_id not in self._handles:

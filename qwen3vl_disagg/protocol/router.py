@@ -151,7 +151,8 @@ class Router:
     def _admit(self, event: Admit, now: float) -> None:
         num_prompt = len(event.token_ids) // TOKEN_ID_BYTES
         cost = Admission.cost(num_prompt, event.num_tokens - num_prompt)
-        if error := self._condemned(event, now) or self.refusal(now, cost=cost):
+        refusal = self._absence() if event.cost_of_more is None else self.refusal(now, cost=cost + event.cost_of_more)
+        if error := self._condemned(event, now) or refusal:
             self._actions.append(End(event.request_id, error))
             return
         # For images, a rank that some encode rank can send to, if there is one.
@@ -180,13 +181,18 @@ class Router:
 
     def refusal(self, now: float, *, cost: int = 0, num_coming: int = 0) -> DisaggError | None:
         """Why a request of this cost would not be taken. `num_coming`: how many others will be admitted before it."""
+        refusal = self._absence()
+        return refusal or self._admission.refusal(now, kv_tokens=self._kv_tokens, cost=cost, num_coming=num_coming)
+
+    def _absence(self) -> DisaggError | None:
+        """Why nothing is taken at all."""
         if self.is_draining:
             return UnavailableError("the server is shutting down")
         if missing := self.required - self._language.keys():
             return UnavailableError(f"language rank {min(missing)} is missing")
         if not self._language:
             return UnavailableError("no language rank is ready")
-        return self._admission.refusal(now, kv_tokens=self._kv_tokens, cost=cost, num_coming=num_coming)
+        return None
 
     @property
     def _kv_tokens(self) -> int:

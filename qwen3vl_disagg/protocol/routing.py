@@ -29,6 +29,8 @@ class Admit:
     items: list[VisualItem]
     sampling: SamplingParams
     timeout_s: float
+    cost_of_more: int | None = 0
+    """Of prompts of the same request that come right after it, and are taken if it is. None: it is one of these."""
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,10 @@ class Completions:
         assert isinstance(request, CompletionRequest)
         runs: list[_PromptRun] = []
         try:
+            more: Sequence[tuple[Prompt, SamplingParams]] | None = prepared.more
             for prompt, sampling in [(prepared.prompt, prepared.sampling), *prepared.more]:
-                runs.append(self._start(request, prompt, sampling, arrived))
+                runs.append(self._start(request, prompt, sampling, arrived, more))
+                more = None
             names = {"id": f"cmpl-{runs[0].handle.request_id}", "model": intake.model_name}
             async with AsyncExitStack() as stack:
                 sources = []
@@ -73,12 +75,17 @@ class Completions:
                 run.handle.cancel()
 
     def _start(
-        self, request: CompletionRequest, prompt: Prompt, sampling: SamplingParams, arrived: Arrived
+        self,
+        request: CompletionRequest,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        arrived: Arrived,
+        more: Sequence[tuple[Prompt, SamplingParams]] | None,
     ) -> _PromptRun:
         processor = self._intake.processor
         eos_ids = processor.generation.eos_token_ids
         answer = Answer(processor.tokenizer, eos_ids, sampling, prompt.token_ids, told=arrived.told, is_plain=True)
-        handle = self._intake.submit(prompt, sampling, arrived.deadline)
+        handle = self._intake.submit(prompt, sampling, arrived.deadline, more)
         return _PromptRun(handle, answer, processor.tokenizer, request)
 
 
@@ -92,8 +99,7 @@ class _PromptRun:
     request: CompletionRequest
     end: FinishedEvent = field(default_factory=lambda: FinishedEvent("stop", RequestTimings()))
 
-    @property
-    def prompt_text(self) -> str:
+    def read_prompt(self) -> str:
         stream = self.tokenizer.stream()
         return "".join([*map(stream.push, self.answer.prompt_ids), stream.finish()])
 
@@ -103,7 +109,7 @@ class _PromptRun:
         text = "" if request.is_scoring else answer.parts.content
         choice = CompletionChoice(
             index=index,
-            text=self.prompt_text + text if request.echo else text,
+            text=self.read_prompt() + text if request.echo else text,
             finish_reason="length" if request.is_scoring else self.reason,
             timings=self.end.timings,
         )
@@ -212,7 +218,7 @@ async def _chunks(
             case AllDecoded():
                 yield None
                 if request.echo:
-                    choice.text = run.prompt_text
+                    choice.text = await asyncio.to_thread(run.read_prompt)  # up to half a second
                     offsets[number] += len(choice.text)
                     yield chunk(choice)
             case None:

@@ -128,13 +128,21 @@ class Intake:
         del prepared  # images and clips: once they are submitted the backend says how long they are kept
         await answering
 
-    def submit(self, prompt: Prompt, sampling: SamplingParams, deadline: float) -> RequestHandle:
-        """Start one; what the backend refuses is raised."""
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        deadline: float,
+        more: Sequence[tuple[Prompt, SamplingParams]] | None = (),
+    ) -> RequestHandle:
+        """Start one; what the backend refuses is raised. `more`: prompts that follow and are taken with it, each with
+        None."""
         left = deadline - time.monotonic()
         if left <= 0:
             raise DeadlineError("making the prompt took longer than the request may")
         self.backend.media.hold(prompt.items, prompt.media)
-        return self.backend.submit(prompt.token_ids, prompt.items, sampling, left)
+        lengths = None if more is None else [(len(one.token_ids), other) for one, other in more]
+        return self.backend.submit(prompt.token_ids, prompt.items, sampling, left, lengths)
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[None, None, None]) -> None:

@@ -25,7 +25,8 @@ class Tokenize:
             processor = self._intake.processor
             told = TokenizedText(count=len(token_ids), max_model_len=processor.max_model_len, tokens=token_ids)
             if request.with_strings:
-                told.token_strs = [processor.tokenizer.backend.id_to_token(i) or "" for i in token_ids]
+                name = processor.tokenizer.backend.id_to_token
+                told.token_strs = await asyncio.to_thread(lambda: [name(i) or "" for i in token_ids])
             await JSONResponse(told)(scope, receive, send)
 
         await self._intake.run("tokenize", scope, receive, answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 
@@ -249,6 +250,27 @@ def test_a_request_longer_than_the_bound_is_taken_when_nothing_waits():
     script = Script(max_waiting_tokens=10)
     script.do(admit("a", num_tokens=1000))
     assert script.sent(Submit)
+
+
+def test_prompts_of_one_request_are_refused_together_or_not_at_all():
+    script = Script(max_waiting=1, max_waiting_tokens=300)
+    script.do(replace(admit("a"), cost_of_more=300))
+    script.do(replace(admit("a2", num_tokens=300), cost_of_more=None))
+    assert len(script.router._requests) == 2
+    script.do(admit("b"))
+    assert isinstance(script.ends()[0].error, OverloadedError)
+    rank = script.router._requests["a2"].language_rank
+    script.language_says(rank, Tokens(request_id="a2", index=0, token_ids=[5]))
+    script.do(Abandon("a"))
+    assert script.router.refusal(0.0) is None
+    script = Script(max_waiting_tokens=300)
+    script.do(admit("a"))
+    script.do(replace(admit("b"), cost_of_more=101))
+    assert isinstance(script.ends()[0].error, OverloadedError)
+    script.do(replace(admit("b"), cost_of_more=100))
+    script.do(Drain())
+    script.do(replace(admit("b2"), cost_of_more=None))
+    assert isinstance(script.ends()[0].error, UnavailableError)
 
 
 def test_what_an_old_attempt_or_a_finished_request_says_changes_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, TokenEvent
 from qwen3vl_disagg.core.errors import OverloadedError
 from qwen3vl_disagg.core.requests import TokenLogprob
+from qwen3vl_disagg.processing.tokenizer import TextStream
 from qwen3vl_disagg.serving import prompt_scores
+from tests.support.asgi import is_on_a_loop
 from tests.support.fake_backend import FakeBackend, answer_of, serve, timings, tiny_processor
 
 PATH = "/v1/completions"
@@ -260,6 +263,21 @@ def test_what_is_refused(fields, param):
 )
 def test_what_asks_for_nothing(fields):
     ok({"prompt": TEXT, **fields})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_text_of_a_long_prompt_is_not_put_together_on_the_loop(stream, monkeypatch):
+    pushed, push = Counter[bool](), TextStream.push
+
+    def noted(self: TextStream, token_id: int) -> str:
+        pushed[is_on_a_loop()] += 1
+        return push(self, token_id)
+
+    monkeypatch.setattr(TextStream, "push", noted)
+    body = {"prompt": IDS * 100, "echo": True, "max_tokens": 1}
+    text = events(body)[0]["choices"][0]["text"] if stream else ok(body)["choices"][0]["text"]
+    assert text.startswith(TEXT * 100)
+    assert pushed[False] >= 100 * len(IDS) > 10 * pushed[True]
 
 
 def test_other_models_and_salts():

@@ -113,6 +113,37 @@ async def test_the_queue_of_the_hub():
         await asyncio.gather(first, second, return_exceptions=True)
 
 
+@in_loop
+async def test_the_prompts_of_one_request_do_not_stand_in_each_others_way():
+    """They are taken together where nothing waits, though there are more of them than may wait; then they wait."""
+    async with System(world=2, num_encode=1, limits=RouterLimits(max_waiting=2, max_waiting_tokens=100)) as system:
+        _, language = await system.join_all()
+        app = create_app(system.hub, tiny_processor(), model_name="tiny")
+        body = [json.dumps({"prompt": [[7] * 60] * 5, "max_tokens": 3}).encode()]
+        first = asyncio.create_task(Exchange(app, "/v1/completions", body).run())
+        submits = [await language[1].expect(Submit) for _ in range(5)]
+        assert len({submit.request_id for submit in submits}) == 5
+        other = Exchange(app, "/v1/completions", body)
+        await other.run()
+        assert other.json["error"]["code"] == "overloaded"
+        # Of six that wait, five go; for all of another request there is no room yet.
+        for submit in submits[1:]:
+            await language[1].tell(Tokens(request_id=submit.request_id, index=0, token_ids=[5]))
+        await system.until(lambda: system.hub.refusal() is None)
+        for prompts, is_taken in (([[7] * 10] * 5, False), ([[7] * 10], True)):
+            body = [json.dumps({"prompt": prompts, "max_tokens": 3}).encode()]
+            other = Exchange(app, "/v1/completions", body)
+            task = asyncio.create_task(other.run())
+            if is_taken:
+                await language[1].expect(Submit)
+            else:
+                await task
+                assert other.json["error"]["code"] == "overloaded"
+        for running in (first, task):
+            running.cancel()
+        await asyncio.gather(first, task, return_exceptions=True)
+
+
 def test_a_hundred_questions_at_once_are_no_overload():
     backend = FakeBackend(lambda prompt, sampling: [0.2, *FakeBackend().script(prompt, sampling)])
     with Running(backend) as running:

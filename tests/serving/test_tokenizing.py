@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from qwen3vl_disagg.cluster.backend import Readiness
+from tests.support.asgi import is_on_a_loop
 from tests.support.fake_backend import ASK, FakeBackend, serve, tiny_processor
 from tests.support.images import png, uri
 
@@ -27,6 +28,25 @@ def test_a_text():
     strings = post("/tokenize", {"prompt": TEXT, "return_token_strs": True}).json()["token_strs"]
     assert strings == [PROCESSOR.tokenizer.backend.id_to_token(i) for i in ids]
     assert post("/tokenize", {"prompt": ""}).json()["tokens"] == []
+
+
+def test_names_of_many_tokens_keep_no_loop_from_its_work(monkeypatch):
+    named_on_the_loop = list[int]()
+
+    class Named:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def id_to_token(self, token_id: int) -> str | None:
+            if is_on_a_loop():
+                named_on_the_loop.append(token_id)
+            return real.id_to_token(token_id)
+
+    real = PROCESSOR.tokenizer.backend
+    monkeypatch.setattr(PROCESSOR.tokenizer, "backend", Named())
+    body = post("/tokenize", {"prompt": TEXT, "return_token_strs": True}).json()
+    assert len(body["token_strs"]) == body["count"] > 0
+    assert not named_on_the_loop
 
 
 def test_a_conversation_is_what_a_chat_request_makes_of_it():

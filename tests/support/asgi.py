@@ -9,6 +9,15 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 
 
+def is_on_a_loop() -> bool:
+    """Whether the caller runs on the thread of an event loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 class Exchange:
     """One request without a server. `leave` closes the connection; `sent` holds what the app answered so far."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,12 @@ class FakeBackend:
         return self.refused
 
     def submit(
-        self, token_ids: list[int], items: list[VisualItem], sampling: SamplingParams, timeout_s: float
+        self,
+        token_ids: list[int],
+        items: list[VisualItem],
+        sampling: SamplingParams,
+        timeout_s: float,
+        more: Sequence[tuple[int, SamplingParams]] | None = (),
     ) -> FakeHandle:
         prompt = Prompt(token_ids, items, [self.media.get(item.digest) or b"" for item in items])
         self.media.release(items)
