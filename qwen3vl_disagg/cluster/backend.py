@@ -73,8 +73,8 @@ class Backend(Protocol):
     ) -> RequestHandle:
         """Start a request whose bytes `media` holds; it may take `timeout_s` seconds in all. Does not wait.
 
-        `more`: lengths and sampling of its further prompts, which are submitted right after it, each with None, and
-        are not refused for what waits if this one is not.
+        `more`: lengths and sampling of its further prompts, which are submitted after it, each with None, and are
+        not refused for what waits if this one is not.
 
         The bytes are released when the request ends, or is not taken: OverloadedError, UnavailableError or InputError.
         """

@@ -30,7 +30,7 @@ class Admit:
     sampling: SamplingParams
     timeout_s: float
     cost_of_more: int | None = 0
-    """Of prompts of the same request that come right after it, and are taken if it is. None: it is one of these."""
+    """Of prompts of the same request that come after it, and are taken if it is. None: it is one of these."""
 
 
 @dataclass(frozen=True)

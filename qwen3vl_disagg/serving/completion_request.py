@@ -17,6 +17,8 @@ from qwen3vl_disagg.serving.sampling_fields import SamplingFields
 
 T = TypeVar("T")
 MAX_PROMPTS = 128
+MAX_PROMPT_TOKENS = 2**21
+"""Of several prompts together: they are admitted as one request, whatever the queue's own bound is."""
 DEFAULT_TOKENS = 16
 """Of an answer whose request names no number, as OpenAI's."""
 
@@ -139,12 +141,16 @@ def read_prompts(given: Any, processor: Processor) -> list[Prompt]:
     if not isinstance(prompts, list) or not 1 <= len(prompts) <= MAX_PROMPTS:
         reason = f"prompt must be a text or a list of token ids, or a list of 1 to {MAX_PROMPTS} of these"
         raise InputError(reason, param="prompt")
-    found = []
+    found, num_tokens = list[Prompt](), 0
     for number, prompt in enumerate(prompts):
         where = "prompt" if is_one else f"prompt[{number}]"
         token_ids = processor.text_ids(prompt, where) if isinstance(prompt, str) else _ids(prompt, processor, where)
         if not token_ids:
             raise InputError(f"{where} is empty", param=where)
+        num_tokens += len(token_ids)
+        if number and num_tokens > MAX_PROMPT_TOKENS:
+            reason = f"the prompts up to here have {num_tokens} tokens, those of a request may have {MAX_PROMPT_TOKENS}"
+            raise InputError(reason, param=where)
         found.append(Prompt(token_ids, [], []))
     return found
 

@@ -51,6 +51,7 @@ class Completions:
             for prompt, sampling in [(prepared.prompt, prepared.sampling), *prepared.more]:
                 runs.append(self._start(request, prompt, sampling, arrived, more))
                 more = None
+                await asyncio.sleep(0)  # a long prompt takes milliseconds to start
             names = {"id": f"cmpl-{runs[0].handle.request_id}", "model": intake.model_name}
             async with AsyncExitStack() as stack:
                 sources = []

@@ -12,7 +12,7 @@ from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, TokenEvent
 from qwen3vl_disagg.core.errors import OverloadedError
 from qwen3vl_disagg.core.requests import TokenLogprob
 from qwen3vl_disagg.processing.tokenizer import TextStream
-from qwen3vl_disagg.serving import prompt_scores
+from qwen3vl_disagg.serving import completion_request, prompt_scores
 from tests.support.asgi import is_on_a_loop
 from tests.support.fake_backend import FakeBackend, answer_of, serve, timings, tiny_processor
 
@@ -293,6 +293,14 @@ def test_numbers_of_all_prompts_count_together(monkeypatch):
     assert post({"prompt": [IDS, IDS], "logprobs": 1, "echo": True}).status_code == 200
     reply = post({"prompt": [IDS, IDS], "logprobs": 2, "echo": True})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "logprobs")
+
+
+def test_tokens_of_all_prompts_are_bounded_together(monkeypatch):
+    monkeypatch.setattr(completion_request, "MAX_PROMPT_TOKENS", 2 * len(IDS))
+    for prompt in (IDS * 3, [IDS, IDS], [IDS * 3]):
+        assert post({"prompt": prompt}).status_code == 200
+    reply = post({"prompt": [TEXT, IDS, IDS[:1]]})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prompt[2]")
 
 
 def test_a_large_body_is_prepared_in_a_child():
