@@ -139,7 +139,7 @@ class Engine:
         """Requests whose grammars are not there yet; they are queued when they are."""
         self._is_ready = threading.Event()
         self.on_ready: Callable[[], None] = self._is_ready.set
-        """Called by other threads, when a grammar is compiled or a mask is there that a step did not wait for."""
+        """Called by other threads, when a grammar's first mask, or one that a step did not wait for, is there."""
         self._notes: dict[object, str] = {}
         """By content address: items whose rows are in the cache are not sent again, and what is missing of them stays.
         """
@@ -206,7 +206,7 @@ class Engine:
         self.scheduler.check(sequence)
         sequence.masks = self.grammars.start(sampling.grammar, token_ids)
         self._compiling[request_id] = sequence
-        sequence.masks.on_compiled(self.on_ready)
+        sequence.masks.on_started(self.on_ready)
 
     def _check_placeholders(self, token_ids: list[int], items: list[VisualItem]) -> None:
         kinds = {"image": self.config.image_token_id, "video": self.config.video_token_id}
@@ -289,7 +289,7 @@ class Engine:
         """Queue those whose grammars are there, and fail those whose grammars are none."""
         events: list[EngineEvent] = []
         for sequence in list(self._compiling.values()):
-            if sequence.masks is None or not sequence.masks.is_compiled:
+            if sequence.masks is None or not sequence.masks.is_started:
                 continue
             del self._compiling[sequence.request_id]
             try:
@@ -317,11 +317,11 @@ class Engine:
             self._take_part(dispatch)
             return events
         if step.prefill:
-            return events + self._prefill(step.prefill, dispatch)
+            return events + self._prefill(step.prefill, plan, dispatch)
         try:
             with span("decode", tokens=len(step.decode)), _fatal_where(dispatch):
                 logits = self.runner.decode(step.decode, dispatch)
-            picks, broken = self._pick(logits, step.decode, None if len(step.decode) == 1 else PATIENCE_S)
+            picks, broken = self._pick(logits, step.decode, plan)
         except (RuntimeError, ValueError) as error:
             return events + self._fail(step.decode, error)
         for sequence, _, _ in picks:
@@ -334,7 +334,7 @@ class Engine:
             with span("take part", tokens=0), _fatal_where(dispatch):
                 self.runner.take_part(dispatch)
 
-    def _prefill(self, chunks: list[Chunk], dispatch: DispatchPlan | None) -> list[EngineEvent]:
+    def _prefill(self, chunks: list[Chunk], plan: StepPlan | None, dispatch: DispatchPlan | None) -> list[EngineEvent]:
         """Run chunks of prompts; those that end one give its first token."""
         started = time.monotonic()
         events: list[EngineEvent] = []
@@ -351,11 +351,12 @@ class Engine:
                     if not chunks:
                         self._take_part(dispatch)
                         return events
-            picks, broken = self._pick(logits, [chunk.sequence for chunk in chunks if chunk.is_last], None)
+            picks, broken = self._pick(logits, [chunk.sequence for chunk in chunks if chunk.is_last], plan)
             is_sound = is_sound_M.tolist()  # for chunks that end no prompt this is the wait
         except (RuntimeError, ValueError) as error:
             return events + self._fail([chunk.sequence for chunk in chunks], error)
         now = time.monotonic()
+        answered = {pick[0].request_id for pick in picks}
         others = [chunk.sequence for chunk in chunks if not chunk.is_last]
         broken += [(sequence, NotFinite()) for sequence, ok in zip(others, is_sound, strict=True) if not ok]
         lost = {sequence.request_id for sequence, _ in broken}
@@ -367,13 +368,13 @@ class Engine:
         for chunk in chunks:
             chunk.sequence.prefill_s += now - started
             if chunk.sequence.request_id not in lost:
-                events += self._advance(chunk)
+                events += self._advance(chunk, is_late=chunk.is_last and chunk.sequence.request_id not in answered)
         return events + self._accept(picks) + self._fail_each(broken)
 
-    def _advance(self, chunk: Chunk) -> list[EngineEvent]:
-        """The chunk is in the cache: its rows are used."""
+    def _advance(self, chunk: Chunk, *, is_late: bool) -> list[EngineEvent]:
+        """The chunk is in the cache: its rows are used. `is_late`: its last token comes again."""
         sequence, events = chunk.sequence, list[EngineEvent]()
-        sequence.num_cached = chunk.stop
+        sequence.num_cached = chunk.stop - is_late
         self.scheduler.remember(sequence)
         for index, _, stop in sequence.touched(chunk.start, chunk.stop):
             rows = sequence.rows[index]
@@ -382,11 +383,14 @@ class Engine:
                 del sequence.rows[index]
         return events
 
-    def _pick(self, logits: Tensor, batch: list[Sequence], patience_s: float | None) -> tuple[list[Pick], list[Broken]]:
+    def _pick(self, logits: Tensor, batch: list[Sequence], plan: StepPlan | None) -> tuple[list[Pick], list[Broken]]:
         """The next token of each sequence from `[B, V]`, and those that have none because logits are not finite or a
-        grammar cannot go on. One whose mask is not there within `patience_s` has none yet, and is in neither."""
+        grammar cannot go on. One whose mask is not there in time has none yet, and is in neither: all time there is
+        where nobody else waits, neither a request nor a rank."""
         if not batch:
             return [], []
+        is_alone = plan is None and len(self.scheduler.admitted) == 1 and not self.scheduler.waiting
+        deadline = None if is_alone and not self._compiling else time.monotonic() + PATIENCE_S
         masks: list[Mask | None] = []
         broken: list[Broken] = []
         skipped: set[str] = set()
@@ -394,7 +398,7 @@ class Engine:
             mask = None
             if sequence.masks is not None:
                 try:
-                    mask = sequence.masks.take(patience_s, self.on_ready)
+                    mask = sequence.masks.take(deadline, self.on_ready)
                 except Exception as error:  # one request's grammar is not the batch's
                     broken.append((sequence, error))
                 if mask is None:

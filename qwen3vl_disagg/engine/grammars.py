@@ -1,13 +1,14 @@
 """Which tokens a request's grammar lets come next: worked out on threads, beside the steps.
 
-A grammar is compiled before its request is admitted. From then on there is a mask for each token: as soon as a token is
+A grammar is compiled, and the first token's mask made, before its request is queued. Then, as soon as a token is
 picked, a thread takes it in and makes the next one's mask, while the model computes that token's logits. A step that is
-done before a mask is leaves that request out, if others are in it: it comes with a later step.
+done before a mask is leaves that request out, if there is anything else to do: it comes with a later step.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotReady
@@ -20,7 +21,7 @@ from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.processing.tokenizer import Tokenizer
 
 PATIENCE_S = 0.01
-"""How long a step waits for a mask."""
+"""How long a step waits for masks, all of them together."""
 _COMPILERS, _MAX_WORKERS = 2, 4
 
 
@@ -36,36 +37,37 @@ def has_grammars() -> bool:
 class AnswerMasks:
     """The masks of one request, one for each token of its answer: `take` one, then `advance` with the token."""
 
-    def __init__(self, threads: ThreadPoolExecutor, compiling: Future[TokenMatcher]) -> None:
-        self._threads, self._matcher = threads, compiling
+    def __init__(self, threads: ThreadPoolExecutor, starting: Future[tuple[TokenMatcher, Mask]]) -> None:
+        self._threads, self._starting = threads, starting
         self._pending: Future[Mask] | None = None
         self._is_late = False
 
     @property
-    def is_compiled(self) -> bool:
-        return self._matcher.done()
+    def is_started(self) -> bool:
+        """The first mask is there, or an error in its place."""
+        return self._starting.done()
 
     @property
     def is_late(self) -> bool:
         """A step went without this request, and its mask is still not there."""
         return self._is_late and self._pending is not None and not self._pending.done()
 
-    def on_compiled(self, call: Callable[[], None]) -> None:
-        """`call`, on some thread, as soon as there is a matcher, or an error in its place."""
-        self._matcher.add_done_callback(lambda _: call())
+    def on_started(self, call: Callable[[], None]) -> None:
+        """`call`, on some thread, as soon as `is_started`."""
+        self._starting.add_done_callback(lambda _: call())
 
     def begin(self) -> None:
-        """Once compiled. Raises what went wrong."""
-        self._matcher.result(0)
-        self._pending = self._threads.submit(self._next, None)
+        """Once `is_started`. Raises what went wrong."""
+        self._pending = Future()
+        self._pending.set_result(self._starting.result(0)[1])
 
-    def take(self, patience_s: float | None, on_ready: Callable[[], None]) -> Mask | None:
-        """The next token's; None if it is not there in time, then `on_ready` is called when it is. InputError when the
-        grammar takes more work than it may."""
+    def take(self, deadline: float | None, on_ready: Callable[[], None]) -> Mask | None:
+        """The next token's; None if it is not there when `time.monotonic()` reaches `deadline`, then `on_ready` is
+        called when it is. InputError when the grammar takes more work than it may."""
         if self._pending is None:
-            raise RuntimeError("a mask before the grammar is compiled")
+            raise RuntimeError("a mask before the first one is made")
         try:
-            mask = self._pending.result(patience_s)
+            mask = self._pending.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
         except NotReady:
             self._is_late = True
             self._pending.add_done_callback(lambda _: on_ready())
@@ -78,14 +80,13 @@ class AnswerMasks:
 
     def drop(self) -> None:
         """Its request is gone."""
-        self._matcher.cancel()
+        self._starting.cancel()
         if self._pending is not None:
             self._pending.cancel()
 
-    def _next(self, token_id: int | None) -> Mask:
-        matcher = self._matcher.result(0)
-        if token_id is not None:
-            matcher.consume(token_id)
+    def _next(self, token_id: int) -> Mask:
+        matcher, _ = self._starting.result(0)
+        matcher.consume(token_id)
         return matcher.mask()
 
 
@@ -115,8 +116,13 @@ class Grammars:
         return cls(make)
 
     def start(self, grammar: Grammar, prompt_ids: Sequence[int]) -> AnswerMasks:
-        """Compile a grammar on a thread."""
+        """Compile a grammar on a thread, and make its first mask."""
         if self._making is None:
             self._making = self._compilers.submit(self._make)
         making = self._making
-        return AnswerMasks(self._threads, self._compilers.submit(lambda: making.result()(grammar, prompt_ids)))
+
+        def begin() -> tuple[TokenMatcher, Mask]:
+            matcher = making.result()(grammar, prompt_ids)
+            return matcher, matcher.mask()
+
+        return AnswerMasks(self._threads, self._compilers.submit(begin))

@@ -20,7 +20,7 @@ from msgspec import structs
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.engine.masks import Mask
-from qwen3vl_disagg.processing.answer_grammar import answer_grammar
+from qwen3vl_disagg.processing.answer_grammar import MAX_CHOICES, answer_grammar
 from qwen3vl_disagg.processing.answer_parts import opens_reasoning
 from qwen3vl_disagg.processing.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ _MAX_SHOWN = 200
 
 def _limits() -> LLParserLimits:
     return LLParserLimits(
-        max_items_in_row=4000,
+        max_items_in_row=MAX_CHOICES + 400,
         initial_lexer_fuel=500_000,
         step_lexer_fuel=100_000,
         step_max_items=30_000,
@@ -141,7 +141,7 @@ class LlguidanceMatcher:
         bits &= ~self._compiler.banned
         if not bits.any():
             raise InputError("the grammar lets no token come", param=self._grammar.param, code="grammar_stuck")
-        return Mask(bits, is_end_only=not (bits & ~self._compiler.ends).any())
+        return Mask(bits)
 
     def _fill(self) -> np.ndarray:
         bits = np.zeros_like(self._compiler.banned)

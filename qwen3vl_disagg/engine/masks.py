@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,8 +16,12 @@ class Mask:
     """Which tokens may come, at least one: bit i % 8 of byte i // 8 of `bits`, uint8, for token i."""
 
     bits: np.ndarray
-    is_end_only: bool
-    """Nothing but an end token may come."""
+
+    def lets_other_than(self, token_ids: Iterable[int]) -> bool:
+        """Whether something may come that is none of these."""
+        bits = np.unpackbits(self.bits, bitorder="little")
+        bits[list(token_ids)] = 0
+        return bool(bits.any())
 
 
 class TokenMatcher(Protocol):

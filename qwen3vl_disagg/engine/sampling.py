@@ -89,7 +89,7 @@ class SamplingPlan:
     """Rows with penalties or a bias, and `requests`: whose they are."""
     requests: list[SamplingRow]
     bans: list[int]
-    """Places (b * V + token id) of end tokens that may not come."""
+    """Places (b * V + token id) of tokens that end an answer and may not come."""
     masked: list[int]
     """Rows of which only some tokens may come, and `masks`: which."""
     masks: list[Mask]
@@ -115,7 +115,7 @@ class SamplingPlan:
         eos_ids: Sequence[int],
         masks: Sequence[Mask | None] | None = None,
     ) -> SamplingPlan:
-        """`masks`: for each row which tokens may come, None for all. Where nothing but an end may, it is not banned."""
+        """`masks`: for each row which tokens may come, None for all. Bans that leave none do not hold."""
         settings = {name: list[float]() for name in FILTERS}
         penalized, bans, picked, told, num_top = (list[int]() for _ in range(5))
         numbers = list[float]()
@@ -125,10 +125,11 @@ class SamplingPlan:
             params = row.params
             if row.has_penalties:
                 penalized.append(b)
-            if row.bans_end and not (mask is not None and mask.is_end_only):
-                bans += [b * vocab_size + token_id for token_id in eos_ids]
-            if row.index < params.min_tokens and not (mask is not None and mask.is_end_only):
-                bans += [b * vocab_size + token_id for token_id in params.stop_token_ids]
+            banned = [*eos_ids] if row.bans_end else []
+            if row.index < params.min_tokens:
+                banned += params.stop_token_ids
+            if banned and (mask is None or mask.lets_other_than(banned)):
+                bans += [b * vocab_size + token_id for token_id in banned]
             if params.logprobs is not None:
                 told.append(b)
                 num_top.append(min(params.logprobs, vocab_size))

@@ -30,6 +30,8 @@ _FORMATS = frozenset(["date-time", "time", "date", "duration", "email", "hostnam
 """Those that are held. Any other says nothing, as JSON Schema has it."""
 _LITERAL = ("enum", "const", "default", "example", "examples")
 """In a schema: what holds values, not schemas."""
+_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+"""What holds schemas by names, which may be any word."""
 _REASONING = 'reasoning[suffix="</think>"]: /(.|\\n)*/\n'
 _BREAKS = "/\\n{0,2}/ "
 """What templates and models put between reasoning and what follows it, which is no part of the content."""
@@ -157,11 +159,15 @@ def _without_formats(value: Any) -> Any:
         return [_without_formats(entry) for entry in value]
     if not isinstance(value, dict):
         return value
-    return {
-        key: entry if key in _LITERAL else _without_formats(entry)
-        for key, entry in value.items()
-        if not (key == "format" and isinstance(entry, str) and entry not in _FORMATS)
-    }
+    known = dict(value)
+    for key, entry in value.items():
+        if key == "format" and isinstance(entry, str) and entry not in _FORMATS:
+            del known[key]
+        elif key in _NAMED and isinstance(entry, dict):
+            known[key] = {name: _without_formats(schema) for name, schema in entry.items()}
+        elif key not in _LITERAL:
+            known[key] = _without_formats(entry)
+    return known
 
 
 def _json(text: str) -> Any:

@@ -28,7 +28,7 @@ class GrammarCheck:
         matcher = LlguidanceMatcher(self._compiler, compiled, grammar, in_reasoning=in_reasoning)
         for _ in range(_NUM_TOKENS):
             mask = matcher.mask()
-            if mask.is_end_only:
-                return
             may_come = np.flatnonzero(np.unpackbits(mask.bits & ~self._compiler.ends, bitorder="little"))
+            if not len(may_come):
+                return
             matcher.consume(int(may_come[0]))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-import time
 
 import jsonschema
 import numpy as np
@@ -21,8 +19,8 @@ from qwen3vl_disagg.engine.engine import Engine
 from qwen3vl_disagg.engine.masks import Mask
 from qwen3vl_disagg.engine.sampler import Sampler, apply_masks, fill_by_bits
 from qwen3vl_disagg.engine.sampling import SamplingRow
-from qwen3vl_disagg.language.engine_thread import EngineThread
-from qwen3vl_disagg.protocol.messages import Finished, Tokens
+from qwen3vl_disagg.processing.answer_grammar import MAX_CHOICES
+from qwen3vl_disagg.protocol.messages import Tokens
 from tests.support.grammars import answer, compiler, end_ids, make_engine, model, run, text_of, to_an_end, tokenizer
 
 SCHEMA = {
@@ -139,6 +137,21 @@ def test_an_answer_that_can_go_on_keeps_to_min_tokens_and_ignore_eos():
     assert re.fullmatch("[a-z ]+", text_of(ids))
 
 
+@pytest.mark.parametrize(("allowed", "more"), [([5], {}), ([5, 6], {}), ([1, 5], {}), ([1, 5], {"ignore_eos": True})])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bans_that_would_leave_nothing_of_a_mask_do_not_hold(allowed, more, temperature):
+    """All that the mask allows are ends and stop tokens, for which it is too early."""
+    sampler, logits = Sampler(banned_ids=[0], eos_ids=[1]), torch.randn(3, 40)
+    params = SamplingParams(min_tokens=4, stop_token_ids=[5, 6], temperature=temperature, seed=4, **more)
+    [mask] = masks_of(allowed, vocab_size=40)
+    rows = [SamplingRow(params, seed) for seed in range(3)]
+    picked, _ = sampler.sample(logits, rows, [None, mask, None])
+    assert picked[1] in allowed
+    assert {picked[0], picked[2]}.isdisjoint([1, 5, 6])
+    [wider] = masks_of([*allowed, 9], vocab_size=40)
+    assert sampler.sample(logits, rows, [None, wider, None])[0] == [picked[0], 9, picked[2]]
+
+
 def test_a_preempted_answer_goes_on_with_its_grammar():
     """Two requests have room together only at their beginnings; chunks of 8 compute the second again."""
     requests = {
@@ -237,11 +250,29 @@ def test_placeholders_never_come():
     assert caught.value.code == "grammar_stuck"
 
 
+@pytest.mark.parametrize("tools", [(), TOOLS])
+def test_a_choice_may_have_as_many_texts_as_is_said(tools):
+    texts = [f"c{number}" for number in range(MAX_CHOICES)]
+    grammar = Grammar(kind="choice", text=json.dumps(texts), tools=tools)
+    assert allowed(grammar, texts[-1]) == (True, True)
+    assert allowed(grammar, "c5") == (True, True)
+    with pytest.raises(InputError, match=f"it may have {MAX_CHOICES}"):
+        compiler()(Grammar.of_choice([*texts, "d"]), PROMPT)
+
+
 def test_calls_in_place_of_json():
     grammar = Grammar(kind="json", text='{"type": "object"}', tools=TOOLS)
     assert allowed(grammar, '{"a": 1}') == (True, True)
     assert allowed(grammar, f"{CALL}\n{CALL}") == (True, True)
     assert allowed(grammar, f'{{"a": 1}}{CALL}') == (False, False)
+
+
+@pytest.mark.parametrize("name", ["default", "example", "const", "enum", "properties", "format"])
+def test_a_property_may_have_any_name(name):
+    schema = {"$defs": {name: {"type": "string", "format": "password"}}, "properties": {name: {"format": "phone"}}}
+    grammar = Grammar.of_schema({"type": "object", **schema, "required": [name]})
+    assert allowed(grammar, json.dumps({name: "x"})) == (True, True)
+    assert allowed(Grammar.of_schema({"const": {"format": "phone"}}), '{"format": "phone"}') == (True, True)
 
 
 BAD = {
@@ -291,124 +322,6 @@ def test_a_grammar_that_becomes_too_much_ends_its_own_request(monkeypatch):
         check(name, answer(events[name])[0])
 
 
-class Scripted:
-    """Takes `red pen` alone; `slow` is waited for before each mask but the first."""
-
-    def __init__(self, slow: threading.Event | None = None, broken_at: int = -1) -> None:
-        self._ids = [*tokenizer().encode("red pen"), min(end_ids())]
-        self._slow, self._broken_at, self._at = slow, broken_at, 0
-
-    def mask(self) -> Mask:
-        if self._slow is not None and self._at:
-            assert self._slow.wait(30)
-        if self._at == self._broken_at:
-            raise InputError("too much", param="grammar", code="grammar_too_complex")
-        bits = np.zeros_like(compiler().banned)
-        bits[self._ids[self._at] // 8] = 1 << self._ids[self._at] % 8
-        return Mask(bits, is_end_only=self._at == len(self._ids) - 1)
-
-    def consume(self, token_id: int) -> None:
-        assert token_id == self._ids[self._at]
-        self._at += 1
-
-
-def test_a_step_does_not_wait_for_a_mask_that_is_late():
-    slow = threading.Event()
-    engine = make_engine(lambda grammar, prompt_ids: Scripted(slow if grammar.text == "s" else None))
-    engine.add("slow", PROMPT, [], SamplingParams(grammar=Grammar.of_regex("s")))
-    engine.add("quick", PROMPT, [], SamplingParams(grammar=Grammar.of_regex("q")))
-    engine.add("plain", PROMPT, [], SamplingParams(ignore_eos=True, max_new_tokens=30))
-    events = {"slow": [], "quick": [], "plain": []}
-
-    def step() -> None:
-        new = engine.step()
-        for event in new:
-            events[event.request_id].append(event)
-        if not new and not engine.has_work:
-            assert engine.wait(10.0)
-
-    while not all(any(isinstance(event, Finished) for event in events[name]) for name in ("plain", "quick")):
-        step()
-    assert len(events["slow"]) == 1  # its first token
-    assert not engine.has_work
-    assert engine.outlook(1).decode == 0
-    slow.set()
-    while not engine.is_empty:
-        step()
-    for name in ("slow", "quick"):
-        assert text_of(answer(events[name])[0]) == "red pen"
-
-
-def test_a_mask_that_fails_ends_its_own_request():
-    engine = make_engine(lambda grammar, prompt_ids: Scripted(broken_at=int(grammar.text)))
-    params = [SamplingParams(grammar=Grammar.of_regex(str(at))) for at in range(6)]
-    events = run(engine, {str(at): (PROMPT, param) for at, param in enumerate(params)})
-    num_tokens = len(tokenizer().encode("red pen")) + 1
-    for at in range(6):
-        ids, code = answer(events[str(at)])
-        if at < num_tokens:
-            assert (len(ids), code) == (at, "grammar_too_complex")
-        else:
-            assert (len(ids), code) == (num_tokens, "stop")
-
-
-def test_a_request_that_is_cancelled_while_its_grammar_is_compiled():
-    gate = threading.Event()
-
-    def compile(grammar: Grammar, prompt_ids) -> Scripted:
-        assert gate.wait(30)
-        return Scripted()
-
-    engine = make_engine(compile)
-    for name in "abc":
-        engine.add(name, PROMPT, [], SamplingParams(grammar=Grammar.of_regex("r")))
-    engine.add("plain", PROMPT, [], SamplingParams(max_new_tokens=2))
-    while not any(isinstance(event, Finished) for event in engine.step()):
-        pass  # nobody waits for a grammar
-    engine.cancel("a")
-    engine.cancel("c")
-    assert not engine.is_empty
-    gate.set()
-    events = []
-    while not engine.is_empty:
-        events += engine.step()
-        if not engine.has_work:
-            engine.wait(10.0)
-    assert {event.request_id for event in events} == {"b"}
-    assert text_of(answer(events)[0]) == "red pen"
-
-
-def test_the_engines_thread_wakes_up_for_a_grammar_and_for_a_late_mask():
-    gate, slow, done = threading.Event(), threading.Event(), threading.Event()
-    seen: list = []
-
-    def compile(grammar: Grammar, prompt_ids) -> Scripted:
-        assert gate.wait(30)
-        return Scripted(slow)
-
-    def on_events(events) -> None:
-        seen.extend(events)
-        if any(isinstance(event, Finished) for event in events):
-            done.set()
-
-    thread = EngineThread(make_engine(compile), on_events, lambda error: done.set())
-    thread.start()
-    params = SamplingParams(grammar=Grammar.of_regex("r"))
-    for name in "ab":
-        thread.post(lambda engine, name=name: engine.add(name, PROMPT, [], params))
-    time.sleep(0.1)
-    assert seen == []
-    gate.set()
-    deadline = time.monotonic() + 20
-    while len(seen) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    assert len(seen) == 2
-    slow.set()
-    assert done.wait(20)
-    assert thread.stop(10)
-
-
 def test_without_the_library_a_grammar_is_refused():
     engine = Engine(model(), eos_ids=end_ids())
     with pytest.raises(InputError, match="needs llguidance") as caught:
@@ -420,7 +333,7 @@ def masks_of(*rows: list[int], vocab_size: int) -> list[Mask]:
     bits = np.zeros((len(rows), vocab_size + 7 & -8), np.uint8)
     for number, ids in enumerate(rows):
         bits[number, ids] = 1
-    return [Mask(row, is_end_only=False) for row in np.packbits(bits, axis=1, bitorder="little")]
+    return [Mask(row) for row in np.packbits(bits, axis=1, bitorder="little")]
 
 
 def test_masks_are_the_same_on_a_device():

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from qwen3vl_disagg.checkpoint.download import resolve_model_folder
+from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent, EngineOptions
 from qwen3vl_disagg.engine.grammars import Grammars
 from qwen3vl_disagg.engine.llguidance_matcher import LlguidanceCompiler
-from qwen3vl_disagg.engine.masks import Compiler
+from qwen3vl_disagg.engine.masks import Compiler, Mask
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.processing.tokenizer import IM_END, IMAGE_PAD, VIDEO_PAD, Tokenizer
 from qwen3vl_disagg.protocol.messages import Finished, RequestFailed, Tokens
@@ -42,6 +46,27 @@ def end_ids() -> frozenset[int]:
 def compiler() -> LlguidanceCompiler:
     banned = [tokenizer().token_id(name) for name in (IMAGE_PAD, VIDEO_PAD)]
     return LlguidanceCompiler(tokenizer(), VOCAB_SIZE, eos_ids=end_ids(), banned_ids=banned)
+
+
+class Scripted:
+    """Takes `red pen` alone; `slow` is waited for before each mask but the first."""
+
+    def __init__(self, slow: threading.Event | None = None, broken_at: int = -1) -> None:
+        self._ids = [*tokenizer().encode("red pen"), min(end_ids())]
+        self._slow, self._broken_at, self._at = slow, broken_at, 0
+
+    def mask(self) -> Mask:
+        if self._slow is not None and self._at:
+            assert self._slow.wait(30)
+        if self._at == self._broken_at:
+            raise InputError("too much", param="grammar", code="grammar_too_complex")
+        bits = np.zeros_like(compiler().banned)
+        bits[self._ids[self._at] // 8] = 1 << self._ids[self._at] % 8
+        return Mask(bits)
+
+    def consume(self, token_id: int) -> None:
+        assert token_id == self._ids[self._at]
+        self._at += 1
 
 
 def make_engine(compile: Compiler | None = None, **options) -> Engine:
