@@ -251,11 +251,13 @@ LONG = body_of("a" * 6 * 2**20)
 
 
 async def settled(app: Starlette) -> None:
-    """Until a child is there, and none is being started."""
+    """Until a child is there, and none is being started, or still loading."""
     assert (await ask(app, body_of(WORDS))).status == 200
+    used = dict[int, float]()
     async with asyncio.timeout(30):
-        while any(map(is_starting, children())):
-            await asyncio.sleep(0.02)
+        while any(map(is_starting, children())) or used != {pid: cpu_seconds(pid) for pid in children()}:
+            used = {pid: cpu_seconds(pid) for pid in children()}
+            await asyncio.sleep(0.3)
 
 
 async def start(app: Starlette, body: bytes) -> tuple[Exchange, asyncio.Task[None], int]:
