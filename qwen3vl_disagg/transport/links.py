@@ -132,7 +132,8 @@ class InProcessLink:
     hands out the very same ones: nothing is copied."""
 
     def __init__(self) -> None:
-        self._sent: queue.Queue[list[Tensor]] = queue.Queue()
+        self._sent: queue.Queue[list[Tensor] | None] = queue.Queue()
+        """None: the link is closed."""
 
     def send(self, tensors: Sequence[Tensor], timeout: float) -> None:
         self._sent.put(list(tensors), timeout=timeout)
@@ -142,6 +143,9 @@ class InProcessLink:
             sent = self._sent.get(timeout=timeout)
         except queue.Empty:
             raise LinkBroken(f"nothing was sent within {timeout:g} s") from None
+        if sent is None:
+            self._sent.put(None)  # for the next one
+            raise LinkBroken("the link is closed")
         if len(sent) != len(tensors):
             raise LinkBroken(f"{len(sent)} tensors were sent, {len(tensors)} expected")
         for target, source in zip(tensors, sent, strict=True):
@@ -152,7 +156,8 @@ class InProcessLink:
             yield source
 
     def close(self) -> None:
-        """Nothing to release."""
+        """What was sent before can still be received."""
+        self._sent.put(None)
 
 
 def in_process_links() -> LinkFactory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -232,6 +233,20 @@ def test_a_wrong_number_of_tensors_breaks_the_link_in_process():
     link.send([torch.ones(4)], 1)
     with pytest.raises(LinkBroken):
         list(link.receive([torch.zeros(4), torch.zeros(4)], 1))
+
+
+def test_a_link_that_is_closed_wakes_whoever_waits_in_process():
+    link = InProcessLink()
+    link.send([torch.ones(4)], 1)
+    closing = threading.Timer(0.2, link.close)
+    closing.start()
+    assert len(list(link.receive([torch.zeros(4)], 1))) == 1
+    started = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(LinkBroken, match="closed"):
+            list(link.receive([torch.zeros(4)], 20))
+    assert time.monotonic() - started < 10
+    closing.join()
 
 
 def test_one_broken_link_leaves_the_others_alone():
