@@ -135,7 +135,8 @@ class EncodeServer:
             case SendPayload():
                 self._send_payload(action)
             case StartEncode():
-                self._tasks[action.attempt] = asyncio.create_task(self._produce(action))
+                task = self._tasks[action.attempt] = asyncio.create_task(self._produce(action))
+                task.add_done_callback(_must_succeed)
             case Release():
                 self._release(action.attempt)
             case Tell():
@@ -222,3 +223,9 @@ class EncodeServer:
         if isinstance(frame.body, Resume):
             fault_point("resume-received")
         self.handle(FrameIn(link.language_rank, frame))
+
+
+def _must_succeed(task: asyncio.Task[None]) -> None:
+    """What it raises goes to the loop's handler now, and not when the task is collected: it is kept."""
+    if not task.cancelled():
+        task.result()

@@ -13,6 +13,8 @@ from qwen3vl_disagg.parallel.lockstep import Outlook, StepPlan
 
 Command = Callable[[Engine], list[EngineEvent] | None]
 EventSink = Callable[[list[EngineEvent]], None]
+CHECK_S = 2.0
+"""How often whoever waits for something to do looks whether it can still come."""
 
 
 class EngineSteps:
@@ -44,10 +46,11 @@ class EngineSteps:
             self._plan = plan
             self._wake.notify()
 
-    def turn(self, on_events: EventSink) -> bool:
+    def turn(self, on_events: EventSink, check: Callable[[], None] | None = None) -> bool:
         """What was posted, then a step, and the decode step that a prefill step owes: what is posted meanwhile, the
-        tower's batch above all, comes between two tokens once. Waits while there is nothing to do. False: stop."""
-        work = self._next()
+        tower's batch above all, comes between two tokens once. Waits while there is nothing to do, and calls `check`
+        every CHECK_S: what it raises ends that. False: stop."""
+        work = self._next(check)
         if work is None:
             return False
         commands, plan = work
@@ -73,11 +76,12 @@ class EngineSteps:
             self._outlook = outlook
             report(outlook)
 
-    def _next(self) -> tuple[list[Command], StepPlan | None] | None:
+    def _next(self, check: Callable[[], None] | None) -> tuple[list[Command], StepPlan | None] | None:
         """Commands to run before the next step, and its plan; waits while there is nothing to do. None: stop."""
         with self._wake:
             while not (self._stopping or self._commands or self._plan or self._has_own_work):
-                self._wake.wait()
+                if not self._wake.wait(None if check is None else CHECK_S) and check is not None:
+                    check()
             if self._stopping and self._plan is None:  # others count on a step that was agreed on
                 return None
             commands, plan = list(self._commands), self._plan

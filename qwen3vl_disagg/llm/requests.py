@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from qwen3vl_disagg.language.engine_thread import Command, EngineSteps
 from qwen3vl_disagg.llm.transfer import LocalTransfer
 from qwen3vl_disagg.processing import AnswerParts, Parts, Prompt
 from qwen3vl_disagg.protocol.messages import Finished, RequestFailed, Tokens
+
+_IS_DEAD = "the thread that brings images and clips has ended"
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,47 @@ class LocalRequests:
         self.engine, self._make_transfer = engine, make_transfer
         self._requests: dict[str, _Request] = {}
         self._num_begun = 0
-        self._begin_anew()
+        self._pid = os.getpid()
+        self._broken_by = ""
+        """Why all has to begin anew; "" for no reason."""
+        self._renew()
 
-    def _begin_anew(self) -> None:
-        self._steps = EngineSteps(self.engine)
-        self.transfer = self._make_transfer(self._steps.post)
-        self._end_transfer = weakref.finalize(self, self.transfer.close)
-        self._end_transfer.atexit = False  # its thread ends with the process
+    def _renew(self) -> None:
+        steps = EngineSteps(self.engine)
+        if not self._is_forked:
+            transfer = self._make_transfer(steps.post)
+            end_transfer = weakref.finalize(self, transfer.close)
+            end_transfer.atexit = False  # its thread ends with the process
+            self.transfer, self._end_transfer = transfer, end_transfer
+        self._steps = steps
+
+    def _begin_anew(self, why: str) -> None:
+        """Engine and transfer without what was under way, which is told. Where that is interrupted itself, the next
+        call does it once more."""
+        self._broken_by = why
+        self.engine.reset()
+        if not self._is_forked:
+            self.transfer.close()
+            self._end_transfer.detach()
+        self._renew()
+        for request_id, request in list(self._requests.items()):
+            request.done(DisaggError(f"given up: {why}"))
+            self._requests.pop(request_id, None)
+        self._broken_by = ""
+
+    def _mend(self) -> bool:
+        """Begin anew if that has to be; whether it had."""
+        why = self._broken_by
+        if not why and not self._is_forked and self.transfer.is_dead:
+            why = _IS_DEAD
+        if why:
+            self._begin_anew(why)
+        return bool(why)
+
+    @property
+    def _is_forked(self) -> bool:
+        """This is a child of the process that has the transfer's thread."""
+        return os.getpid() != self._pid
 
     @property
     def media_bytes(self) -> int:
@@ -83,7 +120,10 @@ class LocalRequests:
         emit: Callable[[Parts], None],
         done: Callable[[Ended | DisaggError], None],
     ) -> str:
-        """Queue a request; its name. InputError if it can never run."""
+        """Queue a request; its name. InputError if it can never run, DisaggError for images or clips after a fork."""
+        if prompt.items and self._is_forked:
+            raise DisaggError("a forked process has no use of its parent's LLM for images and clips: make one there")
+        self._mend()
         request_id = f"local-{self._num_begun}"
         self._num_begun += 1
         self._requests[request_id] = _Request(prompt, parts, emit, done)
@@ -98,26 +138,33 @@ class LocalRequests:
 
     def give_up(self, request_ids: Sequence[str]) -> None:
         """Forget these, where they are not done."""
-        for request_id in request_ids:
-            request = self._requests.pop(request_id, None)
-            if request is not None:
+        try:
+            for request_id in request_ids:
+                request = self._requests.pop(request_id, None)
+                if request is None or self._broken_by:
+                    continue
                 self.engine.cancel(request_id)
                 if request.prompt.items:
                     self.transfer.forget(request_id)
+        except BaseException as error:
+            self._broken_by = f"{type(error).__name__} while others were given up"
+            raise
 
     def step(self) -> None:
         """One step for all that is under way. What is raised on the way ends all of it: a step that was interrupted
         may have left anything behind, so engine and transfer begin anew."""
+        if self._mend():
+            return  # nothing is under way any more
         try:
-            self._steps.turn(self._on_events)
+            self._steps.turn(self._on_events, self._check_transfer)
         except BaseException as error:
-            ended, self._requests = self._requests, {}
-            self.engine.reset()
-            self._end_transfer()
-            self._begin_anew()
-            for request in ended.values():
-                request.done(DisaggError(f"given up: {type(error).__name__} in a step for it and others"))
+            self._begin_anew(f"{type(error).__name__} in a step for it and others")
             raise
+
+    def _check_transfer(self) -> None:
+        """DisaggError if something waits for images or clips that nobody brings."""
+        if self.transfer.is_dead and any(request.prompt.items for request in self._requests.values()):
+            raise DisaggError(_IS_DEAD)
 
     def _on_events(self, events: list[EngineEvent]) -> None:
         told = []
@@ -129,10 +176,10 @@ class LocalRequests:
                 told.append(event)
             ended = self._handle(event, request)
             if ended is not None:
+                request.done(ended)  # before it is forgotten: an interrupt in between must not lose it
                 del self._requests[event.request_id]
                 if request.prompt.items and isinstance(event, Tokens):
                     self.transfer.forget(event.request_id)
-                request.done(ended)
         if told:
             self.transfer.events(told)
 

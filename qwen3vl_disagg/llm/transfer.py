@@ -39,6 +39,7 @@ from qwen3vl_disagg.protocol.routing import (
     RouterLimits,
     Send,
 )
+from qwen3vl_disagg.protocol.session_events import SessionLimits
 from qwen3vl_disagg.transport.control import Address, Connection, link_pair
 from qwen3vl_disagg.transport.links import in_process_links
 from qwen3vl_disagg.transport.ticks import TICK_S, tick
@@ -47,6 +48,9 @@ _ENCODE_RANK = _LANGUAGE_RANK = 0
 _NO_TOKEN = "none"
 _LIMITS = RouterLimits(max_waiting=sys.maxsize, max_waiting_tokens=sys.maxsize)
 """Whoever asks decides how much waits."""
+_SESSION_LIMITS = SessionLimits(grant_s=1e9, lease_s=1e9)
+"""Whoever asks may pause between two steps for as long as they like. Finite: what has waited longest is the first to be
+dropped."""
 
 
 class LocalTransfer:
@@ -78,6 +82,7 @@ class LocalTransfer:
             token=_NO_TOKEN,
             language_rank=_LANGUAGE_RANK,
             make_link=self._make_link,
+            limits=_SESSION_LIMITS,
         )
         self._requests = LanguageRequests(self.links, post, self._told_by("language", _LANGUAGE_RANK), self._loop)
         self.encode = EncodeServer(
@@ -86,6 +91,7 @@ class LocalTransfer:
             tell=self._told_by("encode", _ENCODE_RANK),
             pull=self._pull,
             on_refused=self._refused,
+            limits=_SESSION_LIMITS,
             options=options,
             tower=BetweenSteps(post),
             gathers=True,
@@ -93,12 +99,20 @@ class LocalTransfer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._awake = threading.Event()
         self._is_closing = False
+        self._loop.set_exception_handler(self._uncaught)
+        self._pump.handle(RankUp("language", _LANGUAGE_RANK))  # before anything is admitted
+        self._pump.handle(RankUp("encode", _ENCODE_RANK))
         self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
         self._thread.start()
 
     @property
     def pipeline(self) -> EncodePipeline:
         return self.encode.pipeline
+
+    @property
+    def is_dead(self) -> bool:
+        """Its thread has ended, and nothing is brought any more."""
+        return not self._thread.is_alive()
 
     @property
     def is_idle(self) -> bool:
@@ -138,7 +152,10 @@ class LocalTransfer:
             except Exception as error:  # nobody else would hear of it
                 self._post(_raising(error))
 
-        self._loop.call_soon_threadsafe(call)
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:  # the loop is closed: why has been posted
+            return
         self._awake.set()
 
     def _run(self) -> None:
@@ -151,14 +168,20 @@ class LocalTransfer:
                     self._runner.run(self._work())
                 self._runner.run(self._end())
                 self.pipeline.join()
-        except Exception as error:  # the thread ends here; who waits for rows must know
+        except BaseException as error:  # the thread ends here; who waits for rows must know
+            self._post(_raising(error))
+
+    def _uncaught(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Of a callback or a task: whoever waits for what it was about would wait forever."""
+        error = context.get("exception")
+        if error is None:
+            loop.default_exception_handler(context)
+        else:
             self._post(_raising(error))
 
     async def _open(self) -> None:
         self.links.use_store(dist.HashStore())
         self.links.start()
-        self._pump.handle(RankUp("language", _LANGUAGE_RANK))
-        self._pump.handle(RankUp("encode", _ENCODE_RANK))
         self._start(tick(self._pump.handle))
         self.encode.connect([(_LANGUAGE_RANK, "", 0)], self._make_link, self._dial)
         while not (self._is_closing or self._router.encode_ranks):
@@ -210,13 +233,19 @@ class LocalTransfer:
 
 
 def _failing(request_id: str, error: DisaggError) -> Command:
-    return lambda _: [RequestFailed(request_id=request_id, failure=Failure.of(error))]
+    def fail(engine: Engine) -> list[EngineEvent]:
+        engine.cancel(request_id)
+        return [RequestFailed(request_id=request_id, failure=Failure.of(error))]
+
+    return fail
 
 
-def _raising(error: Exception) -> Command:
+def _raising(error: BaseException) -> Command:
     """Ends the step, and with it all that is under way."""
 
     def fail(_: Engine) -> None:
-        raise error
+        if isinstance(error, Exception):
+            raise error
+        raise DisaggError(f"{type(error).__name__} in the thread that brings images and clips") from error
 
     return fail

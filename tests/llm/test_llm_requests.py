@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import os
 import signal
+import sys
+import threading
 from unittest.mock import Mock
 
 import pytest
 
 from qwen3vl_disagg import LLM
-from qwen3vl_disagg.core.errors import DisaggError, InputError
+from qwen3vl_disagg.core.errors import DisaggError, InputError, UnavailableError
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.engine.engine import EngineOptions
+from qwen3vl_disagg.language import engine_thread
 from qwen3vl_disagg.llm import llm as llm_module
-from tests.support.local import settled
+from qwen3vl_disagg.llm import requests as requests_module
+from qwen3vl_disagg.protocol.session_events import Encoded, PayloadEnd, PayloadSent
+from tests.support.local import comes, settled
 from tests.support.scenes import ask_scenes
 
 SHORT = SamplingParams(max_new_tokens=4)
@@ -113,6 +119,105 @@ def test_whatever_is_raised_on_the_way_leaves_nothing_behind(
     else:
         with pytest.raises((Odd, KeyboardInterrupt, DisaggError)):
             llm.chat([TEXT, question, TEXT, question], SHORT)
+    monkeypatch.undo()
+    check_whole(llm, question, expected)
+
+
+@pytest.mark.parametrize("where", ["reset", "close", "steps", "transfer"])
+def test_a_second_interrupt_while_the_first_is_handled(llm, question, expected, monkeypatch, where):
+    other = llm.chat_iter([TEXT, question], SHORT, ahead=2)
+    next(other)
+    target, name = {
+        "reset": (llm.engine, "reset"),
+        "close": (llm.transfer, "close"),
+        "steps": (requests_module, "EngineSteps"),
+        "transfer": (llm._requests, "_make_transfer"),
+    }[where]
+    fail_at(monkeypatch, target, name, 1, interrupt)
+    fail_at(monkeypatch, llm.engine, "step", 1, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llm.chat([TEXT, question], SHORT)
+    monkeypatch.undo()
+    [rest] = other
+    assert isinstance(rest, DisaggError)
+    assert "KeyboardInterrupt" in str(rest)
+    check_whole(llm, question, expected)
+
+
+def test_an_interrupt_while_an_iterator_is_closed(llm, question, expected, monkeypatch):
+    iterator = llm.chat_iter([TEXT, question, TEXT], SHORT)
+    next(iterator)
+    fail_at(monkeypatch, llm.engine, "cancel", 1, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        iterator.close()
+    monkeypatch.undo()
+    llm.chat([TEXT], SHORT)
+    check_whole(llm, question, expected)
+
+
+def test_a_forked_child_answers_text_and_refuses_images(llm, question, expected):
+    pid = os.fork()
+    if not pid:
+        is_well = False
+        try:
+            text, image = llm.chat_each([TEXT, question], SHORT)
+            is_well = text.token_ids == expected[0] and isinstance(image, DisaggError) and "forked" in str(image)
+        finally:
+            os._exit(0 if is_well else 1)
+    if not comes(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), 30):
+        os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    check_whole(llm, question, expected)
+
+
+def kill_transfer(llm: LLM) -> None:
+    """End its thread without a word to anybody."""
+    llm.transfer.close()
+    llm.transfer._thread.join(10)
+    assert llm.transfer.is_dead
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile", "exit"])
+def test_a_transfer_whose_thread_ended_is_made_anew(llm, question, expected, monkeypatch, when):
+    llm.engine.reset()
+    monkeypatch.setattr(engine_thread, "CHECK_S", 0.1)
+    if when == "before":
+        kill_transfer(llm)
+    elif when == "exit":
+        transfer = llm.transfer
+        transfer._call(sys.exit)
+        assert comes(lambda: transfer.is_dead)
+    else:
+        timer = threading.Timer(0.3, kill_transfer, [llm])
+        monkeypatch.setattr(llm.transfer, "admit", lambda *_: timer.start())
+        with pytest.raises(DisaggError, match="images and clips has ended"):
+            llm.chat([question], SHORT)
+    check_whole(llm, question, expected)
+
+
+@pytest.mark.parametrize(
+    ("where", "event"),
+    [("encode", Encoded), ("encode", PayloadSent), ("links", PayloadEnd), ("pipeline", None)],
+)
+def test_what_no_coroutine_of_the_transfer_catches_is_raised(llm, question, expected, monkeypatch, where, event):
+    transfer = llm.transfer
+    if event is None:
+        monkeypatch.setattr(transfer.pipeline, "_come_out", raise_odd)
+    else:
+        server = getattr(transfer, where)
+        real = server.handle
+        monkeypatch.setattr(server, "handle", lambda it: raise_odd() if isinstance(it, event) else real(it))
+    llm.engine.reset()  # no prefix is known
+    with pytest.raises(Odd):
+        llm.chat([TEXT, question], SHORT)
+    check_whole(llm, question, expected)
+
+
+def test_a_request_that_the_router_refuses_leaves_the_engine(llm, question, expected, monkeypatch):
+    monkeypatch.setattr(llm.transfer._router, "refusal", lambda *_, **__: UnavailableError("no"))
+    text, error = llm.chat_each([TEXT, question], SHORT)
+    assert text.token_ids == expected[0]
+    assert isinstance(error, UnavailableError)
     monkeypatch.undo()
     check_whole(llm, question, expected)
 

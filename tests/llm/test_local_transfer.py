@@ -7,7 +7,9 @@ import io
 import math
 import os
 import threading
+import time
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -19,9 +21,13 @@ from PIL import Image
 from qwen3vl_disagg.core.errors import MediaTimeout
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
+from qwen3vl_disagg.encode import server
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker
+from qwen3vl_disagg.language import link_server
+from qwen3vl_disagg.llm.transfer import LocalTransfer
 from qwen3vl_disagg.processing import ImageProcessor
 from qwen3vl_disagg.processing.patches import PixelSettings
+from qwen3vl_disagg.protocol.session_events import SessionLimits
 from qwen3vl_disagg.transport import links
 from qwen3vl_disagg.transport.links import InProcessLink
 from tests.support.local import Caller, calling, comes
@@ -343,4 +349,40 @@ def test_its_thread_sleeps_while_nothing_is_wanted():
         need(caller, "again", [4])
         caller.run()
         check(caller, "again", [4])
+        caller.end()
+
+
+def test_whoever_steps_may_pause_for_longer_than_a_rank_waits(monkeypatch):
+    """Before the tower runs, and while rows wait for blocks that nobody uses up."""
+    for module in (link_server, server):
+        monkeypatch.setattr(module, "SessionLimits", partial(SessionLimits, grant_s=0.2, lease_s=0.2))
+    with local(2, MAX_BLOCKS) as caller:
+        caller.holds = True
+        need(caller, "r", [9])
+        time.sleep(0.8)
+        caller.run(lambda: caller.deliveries)
+        time.sleep(0.8)
+        caller.holds = False
+        caller.read()
+        caller.run()
+        check(caller, "r", [9])
+        assert not caller.errors
+        assert {part.attempt for _, part in caller.deliveries} == {1}
+        caller.end()
+
+
+def test_a_request_may_come_before_the_thread_runs(monkeypatch):
+    gate, run = threading.Event(), LocalTransfer._run
+
+    def late(transfer: LocalTransfer) -> None:
+        gate.wait(10)
+        run(transfer)
+
+    monkeypatch.setattr(LocalTransfer, "_run", late)
+    with local(4, 4) as caller:
+        need(caller, "r", [4])
+        gate.set()
+        caller.run()
+        assert not caller.errors
+        check(caller, "r", [4])
         caller.end()
