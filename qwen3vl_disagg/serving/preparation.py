@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -44,6 +43,7 @@ from qwen3vl_disagg.serving.completion_request import (
     parse_tokenize,
     read_prompts,
 )
+from qwen3vl_disagg.serving.known_grammars import KnownGrammars
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.messages_request import MessagesRequest, parse_messages_request
 from qwen3vl_disagg.serving.prompt_scores import check_num_scores
@@ -64,8 +64,6 @@ SMALL_BODY = 2**20
 SMALL_VALUES = 2**13
 """Parsed in this process: to look at so much, images in it included, takes the interpreter's lock for milliseconds. So
 does tokenizing SMALL_CHARS of text."""
-
-MAX_KNOWN_GRAMMARS = 4096
 
 
 async def read_body(receive: Receive, limits: Limits, account: BodyAccount) -> bytearray:
@@ -308,8 +306,7 @@ class Preparation:
         self._clip_threads = ThreadPoolExecutor(limits.clip_threads, thread_name_prefix="prepare-clips")
         self._large_threads = ThreadPoolExecutor(limits.large_threads, thread_name_prefix="prepare-large")
         self._grammar_threads = ThreadPoolExecutor(limits.grammar_threads, thread_name_prefix="prepare-grammar")
-        self._known_grammars: OrderedDict[bytes, None] = OrderedDict()
-        """Digests of those that are good."""
+        self._known_grammars = KnownGrammars()
         self._children = children
 
     def warm_up(self) -> None:
@@ -361,19 +358,17 @@ class Preparation:
         return await _on_thread(threads, work, body.clear, account)
 
     async def _check_grammar(self, grammar: Grammar, prompt: Prompt, account: BodyAccount, stop: StopSignal) -> None:
-        """In a child, which can be killed: it may take long. Not again for one that was good."""
+        """In a child, which can be killed: it may take long. Not again for one that is known."""
         if not has_grammars():
             raise no_grammars(grammar.param)
         in_reasoning = opens_reasoning(self._processor.tokenizer, prompt.token_ids)
-        packed = msgspec.msgpack.encode((structs.replace(grammar, param=""), in_reasoning))
-        digest = hashlib.sha256(packed).digest()
-        if self._children is not None and digest not in self._known_grammars:
-            check = partial(self._children.check_grammar, grammar, in_reasoning=in_reasoning, stop=stop)
-            await _on_thread(self._grammar_threads, check, lambda: None, account)
-        self._known_grammars[digest] = None
-        self._known_grammars.move_to_end(digest)
-        if len(self._known_grammars) > MAX_KNOWN_GRAMMARS:
-            self._known_grammars.popitem(last=False)
+        known = self._known_grammars
+        if self._children is None or known.is_good(grammar, in_reasoning=in_reasoning):
+            return
+        known.queue()
+        in_child = partial(self._children.check_grammar, in_reasoning=in_reasoning, stop=stop)
+        check = partial(known.check, grammar, in_child, in_reasoning=in_reasoning)
+        await _on_thread(self._grammar_threads, check, known.leave, account)
 
     def _read(self, body: bytearray, stop: StopSignal, route: BodyRoute) -> Prepared | Parsed | bytearray:
         """To the end, if there are no clips and URLs in it; the body again if it has much text."""

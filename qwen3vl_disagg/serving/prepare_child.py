@@ -197,30 +197,34 @@ class PreparePool:
 
     def check_grammar(self, grammar: Grammar, *, in_reasoning: bool, stop: StopSignal) -> None:
         """InputError for a grammar that is wrong, or takes more than it may, of time or memory; Stopped once `stop` is
-        set. The child is killed then."""
-        too_much = InputError("the grammar takes too long", param=grammar.param, code="grammar_too_complex")
-        child = self._take(stop, must_be_new=False)
-        is_begun = False
-        try:
-            child.send(GrammarJob(grammar, in_reasoning), b"", _FOREVER_S, stop)
-            if not isinstance(child.receive(), Ready):
-                raise ChildFailed("nonsense")
-            is_begun = True
-            child.patience_s = GRAMMAR_S
-            checked = child.receive()
-            if not isinstance(checked, Checked):
-                raise ChildFailed("nonsense")
-        except BaseException as error:
-            child.close()
-            self.warm_up()
-            if isinstance(error, ChildFailed) and is_begun:
-                raise too_much from None
-            if isinstance(error, ChildFailed):
-                raise PreparationFailed from error
-            raise
-        self._give_back(child)
-        if checked.failure is not None:
-            raise checked.failure.error().at(grammar.param)
+        set. The child is killed then. PreparationFailed when a new one does not begin either."""
+        for is_last in (False, True):
+            child = self._take(stop, must_be_new=is_last)
+            is_begun = False
+            try:
+                child.send(GrammarJob(grammar, in_reasoning), b"", _FOREVER_S, stop)
+                if not isinstance(child.receive(), Ready):
+                    raise ChildFailed("nonsense")
+                is_begun = True
+                child.patience_s = GRAMMAR_S
+                checked = child.receive()
+                if not isinstance(checked, Checked):
+                    raise ChildFailed("nonsense")
+            except BaseException as error:
+                child.close()
+                self.warm_up()
+                if not isinstance(error, ChildFailed):
+                    raise
+                if is_begun:
+                    problem = "the grammar takes too long"
+                    raise InputError(problem, param=grammar.param, code="grammar_too_complex") from None
+                if is_last:
+                    raise PreparationFailed from error
+                continue  # it had ended before this request
+            self._give_back(child)
+            if checked.failure is not None:
+                raise checked.failure.error().at(grammar.param)
+            return
 
     def _next(self, child: ChildProcess, stop: StopSignal, fetch: Fetch | None) -> Made | NotMade:
         """The answer; questions before it are answered."""

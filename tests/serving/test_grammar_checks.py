@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.grammar import Grammar
+from qwen3vl_disagg.serving import known_grammars
+from qwen3vl_disagg.serving.known_grammars import KnownGrammars
 from tests.support.fake_backend import ASK, PATH, FakeBackend
 from tests.support.http import post_json
-from tests.support.running import Running
+from tests.support.running import Running, wait_for
 
 
 def deep(num_levels: int) -> dict[str, Any]:
@@ -55,6 +62,13 @@ HOSTILE: dict[str, dict[str, Any]] = {
 MAY_PASS = ("deep", "nested repetitions", "states", "doubled")
 KILLS = ("many properties", "multiple of", "patterns together", "doubled")
 """More than they may take: each costs a child, whose successor is there some seconds later."""
+
+
+def children() -> list[int]:
+    """Preparing children of this process, those that have ended but not been waited for among them not."""
+    lists = [(task / "children").read_text() for task in Path("/proc/self/task").iterdir()]
+    pids = [int(pid) for pids in lists for pid in pids.split()]
+    return [pid for pid in pids if b"serving.prepare_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +136,84 @@ def test_nobody_waits_for_a_check(server):
     assert any(alive)
     assert answers == [400, 400, 400]
     assert max(late) < 0.2
+
+
+def test_one_that_was_refused_is_not_checked_again(server):
+    make_ready(server)
+    bad = {"guided_json": {"multipleOf": 9_999_937}}
+    assert post(server, **bad)[0] == 400
+    started = time.monotonic()
+    for _ in range(5):
+        status, body = post(
+            server, response_format={"type": "json_schema", "json_schema": {"schema": bad["guided_json"]}}
+        )
+        assert (status, body["error"]["code"]) == (400, "grammar_too_complex")
+        assert body["error"]["param"].startswith("response_format")
+    assert time.monotonic() - started < 0.5
+
+
+def test_a_child_that_died_between_two_grammars_is_no_fault(server):
+    make_ready(server)
+    for pid in children():
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not children())
+    assert post(server, regex="after+")[0] == 200
+
+
+GRAMMAR = Grammar.of_regex("a", param="regex")
+
+
+def refuse(_: Grammar) -> None:
+    raise InputError("bad", code="grammar_too_complex")
+
+
+def test_verdicts_are_kept_by_what_a_grammar_says(monkeypatch):
+    known, seen = KnownGrammars(), list[Grammar]()
+    assert not known.is_good(GRAMMAR, in_reasoning=False)
+    for _ in range(2):
+        known.check(GRAMMAR, seen.append, in_reasoning=False)
+    assert len(seen) == 1
+    assert known.is_good(Grammar.of_regex("a", param="ebnf"), in_reasoning=False)
+    assert not known.is_good(GRAMMAR, in_reasoning=True)
+    with pytest.raises(InputError):
+        known.check(GRAMMAR, refuse, in_reasoning=True)
+    with pytest.raises(InputError) as caught:
+        known.check(Grammar.of_regex("a", param="ebnf"), seen.append, in_reasoning=True)
+    assert (caught.value.param, caught.value.code, len(seen)) == ("ebnf", "grammar_too_complex", 1)
+    monkeypatch.setattr(known_grammars, "REFUSED_S", 0.0)
+    with pytest.raises(InputError):
+        known.check(Grammar.of_regex("b"), refuse, in_reasoning=False)
+    known.check(Grammar.of_regex("b"), seen.append, in_reasoning=False)
+    assert len(seen) == 2
+
+
+def test_verdicts_and_those_who_wait_are_bounded(monkeypatch):
+    monkeypatch.setattr(known_grammars, "MAX_KNOWN", 2)
+    known = KnownGrammars()
+    for text in "abc":
+        known.check(Grammar.of_regex(text), lambda _: None, in_reasoning=False)
+        with pytest.raises(InputError):
+            known.check(Grammar.of_regex(text), refuse, in_reasoning=True)
+    assert [known.is_good(Grammar.of_regex(text), in_reasoning=False) for text in "abc"] == [False, True, True]
+    assert not known.is_good(Grammar.of_regex("a"), in_reasoning=True)
+    with pytest.raises(InputError):
+        known.is_good(Grammar.of_regex("b"), in_reasoning=True)
+
+
+def test_too_many_new_grammars_are_a_429(server, monkeypatch):
+    make_ready(server)
+    monkeypatch.setattr(known_grammars, "MAX_WAITING", 2)
+    answers: list[int] = []
+    slow = [
+        threading.Thread(target=lambda k=k: answers.append(post(server, guided_json={"multipleOf": k})[0]))
+        for k in (9_999_931, 9_999_929, 9_999_907, 9_999_901)
+    ]
+    for thread in slow:
+        thread.start()
+    for thread in slow:
+        thread.join(60)
+    assert sorted(answers) == [400, 400, 429, 429]
+    make_ready(server)
 
 
 def test_what_a_checked_grammar_is_told_to_the_ranks(server):
