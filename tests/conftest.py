@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 _SLOW_MACHINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("dev", max_examples=30, deadline=None, suppress_health_check=_SLOW_MACHINE)
-settings.register_profile("ci", max_examples=60, deadline=None, derandomize=True, suppress_health_check=_SLOW_MACHINE)
+settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, suppress_health_check=_SLOW_MACHINE)
 settings.register_profile(
     "nightly", max_examples=2000, stateful_step_count=100, deadline=None, suppress_health_check=_SLOW_MACHINE
 )

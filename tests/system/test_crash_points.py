@@ -13,7 +13,7 @@ from tests.support.crash import content, make_model, picture, run_fault
 
 QUICK = [
     ("mid-payload-sent", "kill"),
-    ("payload-received", "stop"),
+    pytest.param("payload-received", "stop", marks=pytest.mark.slow),
     pytest.param("blocks-full", "raise", marks=pytest.mark.slow),
 ]
 ALL = [(point, action) for point in POINTS for action in ACTIONS]

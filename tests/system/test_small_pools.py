@@ -59,6 +59,7 @@ def check_competing_albums(server: Server, asked: list[Asked], llm: LLM) -> None
         check_equal(list(pool.map(server.chat, albums)), expected)
 
 
+@pytest.mark.slow
 def test_deepstack_that_never_fits_its_pool_is_ranged(asked, llm):
     """The same bits, and not one byte more: each DeepStack row travels once, with its row."""
     some = asked[:12]
