@@ -36,7 +36,7 @@ class Served:
     ) -> None:
         self.ready_s = ready_s
         self.port = free_port()
-        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 - till the end
         launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
         launch += [f"--master-port={free_port()}", "recipes/serve.py", "--port", str(self.port), *options]
         allowed = os.sched_getaffinity(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,22 +15,23 @@ Reader = Callable[[object, str], Any]
 _LARGEST = sys.float_info.max
 
 
-class ValueKind:
+class ValueKind(ABC):
     """What an option's values may be. Called, it is a `Reader` of values as JSON has them; `check` takes what Python
     has: the same, but 5.0 is no whole number."""
 
     @property
+    @abstractmethod
     def values(self) -> str:
         """What they are, for documents."""
-        raise NotImplementedError
 
     @property
     def flag_type(self) -> Any:
         """Type of a flag of the command line; None where no flag could say it."""
         return None
 
+    @abstractmethod
     def check(self, value: Any, where: str) -> Any:
-        raise NotImplementedError
+        """The value, as it is kept. InputError naming `where`."""
 
     def __call__(self, value: Any, where: str) -> Any:
         return self.check(value, where)

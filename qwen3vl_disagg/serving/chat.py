@@ -28,7 +28,8 @@ class ChatCompletions:
 
     async def _answer(self, arrived: Arrived, scope: Scope, receive: Receive, send: Send) -> None:
         request, prompt, sampling = arrived.prepared.request, arrived.prepared.prompt, arrived.prepared.sampling
-        assert isinstance(request, ChatRequest)
+        if not isinstance(request, ChatRequest):
+            raise TypeError(f"{type(request).__name__} on this route")
         handle = self._intake.submit(prompt, sampling, arrived.deadline)
         prompt_ids, deadline, told = prompt.token_ids, arrived.deadline, arrived.told
         del arrived, prompt  # images and clips: from here on the backend says how long they are kept

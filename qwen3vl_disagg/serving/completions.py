@@ -44,7 +44,8 @@ class Completions:
     async def _answer(self, arrived: Arrived, scope: Scope, receive: Receive, send: Send) -> None:
         prepared, intake = arrived.prepared, self._intake
         request = prepared.request
-        assert isinstance(request, CompletionRequest)
+        if not isinstance(request, CompletionRequest):
+            raise TypeError(f"{type(request).__name__} on this route")
         runs: list[_PromptRun] = []
         try:
             more: Sequence[tuple[Prompt, SamplingParams]] | None = prepared.more

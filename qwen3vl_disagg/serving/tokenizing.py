@@ -21,7 +21,8 @@ class Tokenize:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def answer(arrived: Arrived) -> None:
             request, token_ids = arrived.prepared.request, arrived.prepared.prompt.token_ids
-            assert isinstance(request, TokenizeRequest)
+            if not isinstance(request, TokenizeRequest):
+                raise TypeError(f"{type(request).__name__} on this route")
             processor = self._intake.processor
             told = TokenizedText(count=len(token_ids), max_model_len=processor.max_model_len, tokens=token_ids)
             if request.with_strings:

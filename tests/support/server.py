@@ -42,7 +42,7 @@ class Job:
         torchrun: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
     ) -> None:
-        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log", prefix=f"{script}-", delete=False)  # noqa: SIM115
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log", prefix=f"{script}-", delete=False)  # noqa: SIM115 - till the end
         launch = [*prefix, sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
         launch += torchrun or [f"--master-port={free_port()}"]
         self.started = time.monotonic()

@@ -191,7 +191,7 @@ def test_an_encode_rank_of_another_host_is_cut_off_and_comes_back_under_its_numb
                     wait_until(lambda: 2 in used(asking, time.monotonic() - 2))
                     hosts.cut(seconds)
                     healed = time.monotonic()
-                    wait_until(lambda: 2 in used(asking, healed))  # noqa: B023
+                    wait_until(lambda: 2 in used(asking, healed))  # noqa: B023 - called in this turn
             for question, _, status, body in asking.answers:
                 check((status, body), expected[question])
             assert job.output().count("joined") == 1

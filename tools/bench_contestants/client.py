@@ -43,7 +43,7 @@ class Process:
 
     def __init__(self, name: str, command: Sequence[str], setup: Setup, env: dict[str, str]) -> None:
         self.name = name
-        self.log = tempfile.NamedTemporaryFile("w+", prefix="bench-", suffix=".log")  # noqa: SIM115
+        self.log = tempfile.NamedTemporaryFile("w+", prefix="bench-", suffix=".log")  # noqa: SIM115 - till the end
         self.process = subprocess.Popen(
             [*command, json.dumps(asdict(setup))],
             cwd=REPO,
