@@ -13,7 +13,7 @@ from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import Slots, Stopped, StopSignal
 from tests.support.media_bytes import clip
-from tests.support.media_children import is_there, num_open, once_ready, runs, with_each_job
+from tests.support.media_children import is_there, once_ready, open_files, runs, with_each_job
 from tests.support.media_clips import N
 from tests.support.media_images import jpeg
 
@@ -84,7 +84,7 @@ def test_frames_that_nobody_has_asked_for_start_nothing(decoder, started):
     ],
 )
 def test_a_job_that_runs_ends_at_once(monkeypatch, decoder, started, job, act):
-    before, stop, ended = num_open(), StopSignal(), []
+    before, stop, ended = open_files(), StopSignal(), []
 
     def end_it() -> None:
         while not started or not (decoder._busy or act.startswith("runs")):
@@ -105,7 +105,7 @@ def test_a_job_that_runs_ends_at_once(monkeypatch, decoder, started, job, act):
     (child,) = started
     assert child.process.returncode is not None
     assert not is_there(child.process.pid)
-    assert num_open() == before
+    assert open_files() <= before
     if job == "frames":
         assert len(list(decoder.video_frames(clip(), range(N)))) == N  # in a new one, without waiting
         assert len(started) == 2

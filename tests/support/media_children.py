@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,11 @@ def is_there(pid: int) -> bool:
         return False
 
 
-def num_open() -> int:
-    """Descriptors of this process."""
-    return len(os.listdir("/proc/self/fd"))
+def open_files() -> set[tuple[str, str]]:
+    """Descriptors of this process, each with what it is: those of other tests may be closed by the garbage collector
+    at any moment, so that only what is new counts."""
+    found = set()
+    for entry in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # that of the listing itself
+            found.add((entry, os.readlink(f"/proc/self/fd/{entry}")))
+    return found
