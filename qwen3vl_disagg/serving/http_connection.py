@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,10 @@ class TurnParser(h11.Connection):
         self._num_left -= 1
         if self.their_state is h11.IDLE:
             self._check_header_lines()
-        event = self.last = super().next_event()
+        try:
+            event = self.last = super().next_event()
+        except h11.RemoteProtocolError as error:
+            raise error.with_traceback(None) from None  # h11's frames hold the error that holds them
         if isinstance(event, h11.Request):
             self.num_requests += 1
             self.num_body_bytes = self._num_wire_bytes = 0
@@ -113,7 +117,8 @@ class _Socket(asyncio.Transport):
 
     def __init__(self, transport: asyncio.Transport, connection: HttpConnection) -> None:
         super().__init__()
-        self.transport, self._connection = transport, connection
+        # No circle of the two, so that what an ended connection has in memory does not wait for the garbage collector.
+        self.transport, self._connection = transport, weakref.proxy(connection)
         self._is_paused, self._is_held = False, False
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:

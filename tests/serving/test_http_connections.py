@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import socket
 import time
 
 import pytest
 
-from qwen3vl_disagg.cluster.backend import AllDecoded, TokenEvent
+from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, TokenEvent
 from qwen3vl_disagg.serving import http_connection, http_places, http_server
-from qwen3vl_disagg.serving.http_connection import PHASES, Patience
+from qwen3vl_disagg.serving.http_connection import PHASES, HttpConnection, Patience
 from qwen3vl_disagg.serving.http_places import PlaceLimits
 from tests.support import http_attacks as attacks
-from tests.support.fake_backend import ASK, PATH, FakeBackend
+from tests.support.fake_backend import ASK, PATH, FakeBackend, timings
 from tests.support.http import post_json, request
 from tests.support.running import Running, wait_for
 
@@ -274,3 +275,28 @@ def test_nobody_is_dropped_because_the_server_had_no_time():
             loop.call_soon_threadsafe(time.sleep, 0.6)
             with running.connect():
                 assert first.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+ENDED = {
+    **SILENT,
+    "answers": GOOD * 3,
+    "many headers": attacks.many_headers(3_000),
+    "trailers": attacks.trailers(200_000),
+    "wasteful chunks": attacks.one_byte_chunks(250_000),
+    "a body that nobody reads": attacks.unread_bodies(1_000_000),
+    "a stream": STREAM_REQUEST,
+}
+
+
+def test_what_has_ended_is_freed_at_once(quick):
+    """Nothing waits for the garbage collector: before that looks, thousands may come, each with full buffers."""
+    steps = [AllDecoded(), 0.3, *[TokenEvent(40)] * 30, FinishedEvent("stop", timings())]
+    with Running(FakeBackend(lambda prompt, sampling: list(steps))) as running:
+        gc.collect()
+        gc.disable()
+        try:
+            attacks.send_all(running.port, [*ENDED.values()] * 3, hold_s=1.0)
+            wait_for(lambda: not running.server.num_connections, 10.0)
+            wait_for(lambda: not [one for one in gc.get_objects() if type(one) is HttpConnection])
+        finally:
+            gc.enable()
