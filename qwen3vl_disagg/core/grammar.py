@@ -31,13 +31,15 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     * `calls`: nothing. The answer is calls of `tools`.
     * `text`: nothing. The answer is any text, and behind it calls of `tools`.
 
-    `max_calls`: at most so many calls; 0: any number. `param`: where the caller said it.
+    `max_calls`: at most so many calls; 0: any number. `is_from_start`: it begins with the first token, also where the
+    prompt ends within reasoning. `param`: where the caller said it.
     """
 
     kind: GrammarKind
     text: str = ""
     tools: tuple[GrammarTool, ...] = ()
     max_calls: int = 0
+    is_from_start: bool = False
     param: str = "grammar"
 
     def __post_init__(self) -> None:

@@ -113,23 +113,45 @@ class Strings(ValueKind):
 
 
 @dataclass(frozen=True)
+class Words(Strings):
+    """The same, of which each text may be told by the ids of its tokens."""
+
+    @property
+    def values(self) -> str:
+        return f"{super().values}; in place of one also a list of as many token ids"
+
+    def check(self, value: Any, where: str) -> list[Any]:
+        if not isinstance(value, (list, tuple)):
+            return super().check(value, where)
+        super().check([word for word in value if not isinstance(word, (list, tuple))], where)
+        if len(value) > self.most:
+            raise InputError(f"{where} takes up to {self.most} words", param=where)
+        ids = TokenIdList(self.most_chars, least=1)
+        return [word if isinstance(word, str) else ids.check(word, where) for word in value]
+
+    def tokens(self, value: list[Any]) -> Iterable[int]:
+        return [token_id for word in value if not isinstance(word, str) for token_id in word]
+
+
+@dataclass(frozen=True)
 class TokenIdList(ValueKind):
     """A list of token ids."""
 
     most: int
+    least: int = 0
 
     @property
     def values(self) -> str:
-        return f"up to {self.most} token ids"
+        return f"{self.least} to {self.most} token ids" if self.least else f"up to {self.most} token ids"
 
     @property
     def flag_type(self) -> Any:
         return tuple[int, ...]
 
     def check(self, value: Any, where: str) -> list[int]:
-        good = isinstance(value, (list, tuple)) and len(value) <= self.most
+        good = isinstance(value, (list, tuple)) and self.least <= len(value) <= self.most
         if not good or not all(type(token_id) is int and 0 <= token_id < 2**31 for token_id in value):
-            raise InputError(f"{where} must be a list of up to {self.most} token ids", param=where)
+            raise InputError(f"{where} must be a list of {self.values}", param=where)
         return list(value)
 
     def tokens(self, value: list[int]) -> Iterable[int]:

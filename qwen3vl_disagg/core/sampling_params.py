@@ -14,7 +14,7 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import Grammar
-from qwen3vl_disagg.core.readers import Flag, Number, Strings, TokenIdList, TokenNumbers, ValueKind
+from qwen3vl_disagg.core.readers import Flag, Number, Strings, TokenIdList, TokenNumbers, ValueKind, Words
 
 Route = Literal["chat", "completion", "response", "messages"]
 """Routes of HTTP that sample: `/v1/chat/completions`, `/v1/completions`, `/v1/responses` and `/v1/messages`."""
@@ -64,6 +64,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Positive logits of tokens of prompt and output are divided by it, others multiplied."""
     logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
     """Token id -> what is added to its logit, from -100 to 100."""
+    allowed_token_ids: list[int] | None = None
+    """No other token may come, no end token either; but see `grammar`."""
+    bad_words: list[str | list[int]] = msgspec.field(default_factory=list)
+    """Texts, or the ids of their tokens, the last of which may not come behind the others. Whoever has the tokenizer
+    makes ids of texts (`processing/bad_words.py`): the engine takes ids."""
     stop: list[str] = msgspec.field(default_factory=list)
     """The text ends before the first of these. Whoever makes the text looks for them: the engine has no tokenizer."""
     stop_token_ids: list[int] = msgspec.field(default_factory=list)
@@ -78,8 +83,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     """The same of the prompt's tokens but the first."""
     grammar: Grammar | None = None
-    """What the answer must be. An end token comes only where it is whole, and there also in spite of `min_tokens` and
-    `ignore_eos` if nothing else may. An answer that is cut, by its length or a stop string, may not be whole."""
+    """What the answer must be. An end token comes only where it is whole, and there also in spite of `min_tokens`,
+    `ignore_eos`, `allowed_token_ids` and `bad_words` if nothing else may. An answer that is cut, by its length or a
+    stop string, may not be whole."""
 
     def __post_init__(self) -> None:
         for name, option in OPTIONS.items():
@@ -236,6 +242,23 @@ OPTIONS: dict[str, SamplingOption] = {
         example={5: 1.0},
         about="what is added to the logits of tokens; beyond -100 and 100 it is clamped",
         flag=None,
+    ),
+    "allowed_token_ids": SamplingOption(
+        kind=TokenIdList(4096, least=1),
+        step="bans",
+        example=[2, 3],
+        about="no other token may come: an end token only if it is among them, or where nothing else may come because a"
+        " grammar is at its end",
+        flag="No other token may come; repeat for several.",
+    ),
+    "bad_words": SamplingOption(
+        kind=Words(1024, 256),
+        step="bans",
+        example=["circle"],
+        about="of the tokens of each, as it stands and with a blank before it, the last one may not come behind the"
+        " others. The same letters may come in other tokens, as in vLLM",
+        flag="This text may not come, as it is tokenized; repeat for several.",
+        http=dict.fromkeys(ROUTES, ("bad_words", "bad_words_ids")),
     ),
     "stop": SamplingOption(
         kind=Strings(16, 256),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, ServerError
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, TokenLogprob, VisualItem
+from qwen3vl_disagg.core.sampling_params import OPTIONS
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.engine.grammars import PATIENCE_S, Grammars, no_grammars
@@ -184,8 +185,9 @@ class Engine:
             )
         self._check_placeholders(token_ids, items)
         positions, delta = mrope_positions(len(token_ids), items, self.config.vision.spatial_merge_size)
-        for name, named in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-            if named and not (min(named) >= 0 and max(named) < text.vocab_size):
+        for name, option in OPTIONS.items():
+            value = getattr(sampling, name)
+            if value and max(option.kind.tokens(value), default=0) >= text.vocab_size:
                 raise InputError(f"{name} takes token ids from 0 to {text.vocab_size - 1}", param=name)
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         sequence = Sequence(
@@ -197,6 +199,7 @@ class Engine:
             delta=delta,
             seed=seed,
         )
+        self.sampler.narrowed(sequence.sampling_row, None, text.vocab_size)  # so that it may come at all
         for index, item in enumerate(items):
             if note := self._notes.get(item.content):
                 sequence.item_timings[index] = ItemTimings(rows=item.num_rows, note=note)
@@ -384,9 +387,9 @@ class Engine:
         return events
 
     def _pick(self, logits: Tensor, batch: list[Sequence], plan: StepPlan | None) -> tuple[list[Pick], list[Broken]]:
-        """The next token of each sequence from `[B, V]`, and those that have none because logits are not finite or a
-        grammar cannot go on. One whose mask is not there in time has none yet, and is in neither: all time there is
-        where nobody else waits, neither a request nor a rank."""
+        """The next token of each sequence from `[B, V]`, and those that have none because logits are not finite, a
+        grammar cannot go on, or nothing may come. One whose mask is not there in time has none yet, and is in neither:
+        all time there is where nobody else waits, neither a request nor a rank."""
         if not batch:
             return [], []
         is_alone = plan is None and len(self.scheduler.admitted) == 1 and not self.scheduler.waiting
@@ -395,14 +398,18 @@ class Engine:
         broken: list[Broken] = []
         skipped: set[str] = set()
         for sequence in batch:
-            mask = None
-            if sequence.masks is not None:
-                try:
+            mask, is_here = None, True
+            try:
+                if sequence.masks is not None:
                     mask = sequence.masks.take(deadline, self.on_ready)
-                except Exception as error:  # one request's grammar is not the batch's
-                    broken.append((sequence, error))
-                if mask is None:
-                    skipped.add(sequence.request_id)
+                    is_here = mask is not None
+                if is_here:
+                    mask = self.sampler.narrowed(sequence.sampling_row, mask, logits.shape[1])
+            except Exception as error:  # one request's grammar is not the batch's
+                broken.append((sequence, error))
+                is_here = False
+            if not is_here:
+                skipped.add(sequence.request_id)
             masks.append(mask)
         token_ids, entries = self.sampler.sample(logits, [s.sampling_row for s in batch], masks)
         rows = [row for row in zip(batch, token_ids, entries, strict=True) if row[0].request_id not in skipped]

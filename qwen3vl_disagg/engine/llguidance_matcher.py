@@ -20,8 +20,7 @@ from msgspec import structs
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.engine.masks import Mask
-from qwen3vl_disagg.processing.answer_grammar import MAX_CHOICES, answer_grammar
-from qwen3vl_disagg.processing.answer_parts import opens_reasoning
+from qwen3vl_disagg.processing.answer_grammar import MAX_CHOICES, answer_grammar, begins_in_reasoning
 from qwen3vl_disagg.processing.tokenizer import Tokenizer
 
 MAX_KEPT = 8
@@ -82,7 +81,7 @@ class LlguidanceCompiler:
         self._lock = threading.Lock()
 
     def __call__(self, grammar: Grammar, prompt_ids: Sequence[int]) -> LlguidanceMatcher:
-        key = structs.replace(grammar, param=""), opens_reasoning(self._tokenizer, prompt_ids)
+        key = structs.replace(grammar, param=""), begins_in_reasoning(grammar, self._tokenizer, prompt_ids)
         with self._lock:
             kept = self._kept.get(key)
         if kept is None:

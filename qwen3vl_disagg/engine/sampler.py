@@ -4,7 +4,8 @@ The steps, in the order of vLLM's sampler (v1/sample/sampler.py), whose filters 
 
 1. logprobs, for those who want them, from the raw logits
 2. logit bias, then the penalties: repetition, frequency, presence
-3. bans: placeholders always, end tokens where they are ignored or come too early, and what a grammar does not let come
+3. bans: placeholders always, end tokens where they are ignored or come too early, and what a grammar or the request
+   itself does not let come
 4. greedy rows: the largest logit
 5. the others: temperature, top-k, top-p, min-p; then the request's one random number picks from what is left
 
@@ -19,12 +20,14 @@ Dims: B rows, S sampled rows, R rows with logprobs, V vocabulary, K sorted logit
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.requests import TokenLogprob
+from qwen3vl_disagg.engine.allowed import AllowedTokens
 from qwen3vl_disagg.engine.masks import Mask
 from qwen3vl_disagg.engine.penalties import Penalties, upload
 from qwen3vl_disagg.engine.sampling import SamplingPlan, SamplingRow, SortedRows
@@ -46,15 +49,29 @@ class Sampler:
         self.banned_ids, self.eos_ids = sorted(set(banned_ids)), sorted(set(eos_ids))
         self._banned = torch.tensor(self.banned_ids, dtype=torch.long)
         self._penalties = Penalties()
+        self._allowed: WeakKeyDictionary[SamplingRow, AllowedTokens] = WeakKeyDictionary()
+
+    def narrowed(self, row: SamplingRow, grammar: Mask | None, vocab_size: int) -> Mask | None:
+        """Which tokens may come in this row, None for all; `grammar`: those that its grammar lets come. InputError
+        where that leaves none."""
+        if not row.is_narrowed:
+            return grammar
+        allowed = self._allowed.get(row)
+        if allowed is None:
+            ids = {"banned_ids": self.banned_ids, "eos_ids": self.eos_ids}
+            self._allowed[row] = allowed = AllowedTokens(row.params, vocab_size=vocab_size, **ids)
+        return allowed.mask(row.generated, grammar)
 
     def sample(
         self, logits_BV: Tensor, rows: Sequence[SamplingRow], masks: Sequence[Mask | None] | None = None
     ) -> tuple[list[int | None], list[TokenLogprob | None]]:
         """Token ids, None where a logit of the row is not finite, and, where asked for, logprobs of the raw
-        distribution. `masks`: see `SamplingPlan.of`."""
+        distribution. `masks`: what `narrowed` says of each row, if that is known."""
         if len(rows) != len(logits_BV):
             raise ValueError(f"{len(logits_BV)} rows of logits for {len(rows)} requests")
-        plan = SamplingPlan.of(rows, vocab_size=logits_BV.shape[1], eos_ids=self.eos_ids, masks=masks)
+        vocab_size = logits_BV.shape[1]
+        masks = [self.narrowed(row, None, vocab_size) for row in rows] if masks is None else masks
+        plan = SamplingPlan.of(rows, vocab_size=vocab_size, eos_ids=self.eos_ids, masks=masks)
         # The step's only wait for the device, after all of its work is queued: the next step's input and the answer
         # both need the ids on the host.
         return unpack(self.run(logits_BV, plan).tolist(), plan)
@@ -103,7 +120,7 @@ def apply_masks(logits_BV: Tensor, rows: Sequence[int], masks: Sequence[Mask]) -
             is_out = np.unpackbits(~mask.bits, count=vocab_size, bitorder="little").view(np.bool_)
             logits_BV[b].masked_fill_(torch.from_numpy(is_out), float("-inf"))
         return
-    bits_GW = torch.from_numpy(np.stack([mask.bits for mask in masks]))
+    bits_GW = torch.from_numpy(np.stack([mask.bits[: vocab_size + 7 >> 3] for mask in masks]))
     fill_by_bits(logits_BV, torch.tensor(rows), bits_GW.pin_memory() if logits_BV.is_cuda else bits_GW)
 
 

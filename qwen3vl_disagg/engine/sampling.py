@@ -64,6 +64,11 @@ class SamplingRow:
         )
 
     @property
+    def is_narrowed(self) -> bool:
+        """Whether it lets only some tokens come, beside its grammar."""
+        return self.params.allowed_token_ids is not None or bool(self.params.bad_words)
+
+    @property
     def bans_end(self) -> bool:
         """Whether no end token may come now."""
         return self.params.ignore_eos or self.index < self.params.min_tokens

@@ -28,6 +28,7 @@ from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.parallel.kv_room import measured_room
 from qwen3vl_disagg.processing import AnswerParts, AnswerReason, Parts, Processor, ToolCall, parse_tools
+from qwen3vl_disagg.processing.bad_words import with_ids
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 
 TextCallback = Callable[[int, str], None]
@@ -319,4 +320,5 @@ class LLM:
         prompt = self.processor.prepare(conversation, tools=tools, allow_paths=True)
         eos_ids, is_given = self.engine.eos_ids, bool(tools)
         parts = AnswerParts(self.processor.tokenizer, eos_ids, params, prompt.token_ids, with_tools=is_given)
-        return self._requests.begin(prompt, parts, params, emit=emit, done=done)
+        sampling = with_ids(params, self.processor.tokenizer)
+        return self._requests.begin(prompt, parts, sampling, emit=emit, done=done)

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import Grammar, GrammarTool
 from qwen3vl_disagg.core.json_text import parse_json
+from qwen3vl_disagg.processing.answer_parts import opens_reasoning
+from qwen3vl_disagg.processing.tokenizer import Tokenizer
 
 MAX_DEPTH, MAX_SCHEMA_VALUES, MAX_CHOICES, MAX_REPEATS = 64, 2**14, 2**12, 2000
 _REPEATS = re.compile(r"[{,~.]\s*([0-9]+)")
@@ -40,6 +42,11 @@ _ANY_TEXT = "ANY_TEXT: /(.|\\n)*/\n"
 
 ToLark = Callable[[str, str], str]
 """(`regex` or `lark`, its text) -> a grammar in Lark's form."""
+
+
+def begins_in_reasoning(grammar: Grammar, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
+    """Whether an answer to this prompt does, so that the grammar begins behind it."""
+    return not grammar.is_from_start and opens_reasoning(tokenizer, prompt_ids)
 
 
 def answer_grammar(grammar: Grammar, *, in_reasoning: bool, to_lark: ToLark) -> str:

@@ -107,6 +107,11 @@ _CLIP_REST = {
     **_built("total_pixels", COUNT),
     **_built("video_start video_end", SECONDS),
 }
+_FORM = _built(
+    "response_format structured_outputs json_schema regex ebnf choice grammar format"
+    " guided_json guided_regex guided_choice guided_grammar guided_json_object"
+)
+"""What the text must look like."""
 _AS_IT_IS = _refused("do_resize do_rescale do_normalize do_convert_rgb", True) | _ignored("return_tensors use_fast")
 
 FIELDS: dict[Place, dict[str, Treatment]] = {
@@ -123,9 +128,7 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         **_refused("use_beam_search early_stopping", False),
         **_refused("length_penalty", 1),
         **_refused("do_sample penalty_alpha guidance_scale negative_prompt"),
-        # What the text must look like.
-        **_built("response_format structured_outputs json_schema regex ebnf choice grammar format"),
-        **_built("guided_json guided_regex guided_choice guided_grammar guided_json_object"),
+        **_FORM,
         **_refused("structural_tag stop_regex", "", {}),
         **_ignored("guided_decoding_backend"),
         **_refused("guided_whitespace_pattern grammar_triggers preserved_tokens", []),
@@ -137,7 +140,6 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         **_refused("prediction web_search_options"),
         **_refused("modalities", ["text"]),
         # Which tokens may come.
-        **_refused("allowed_token_ids bad_words bad_words_ids", []),
         **_refused("logits_processors custom_logit_processor custom_params vllm_xargs", [], {}),
         **_refused("samplers sampler_seed"),
         **_refused("typical_p typical tfs_z dynatemp_exponent encoder_repetition_penalty", 1),
@@ -247,10 +249,11 @@ FIELDS["completion"] = {
     **_refused("continue_final_message do_sample_frames", False),
     **_refused("suffix", ""),
     **_ignored("enable_thinking think reasoning reasoning_effort add_special_tokens"),
+    **_FORM,
     **_built("prompt echo model stream stream_options return_token_ids cache_salt"),
     **_built(" ".join(body_fields("completion"))),
 }
-"""What is built there for conversations and media, their answers and their forms, is refused here."""
+"""What is built there for conversations and media, and for their answers, is refused here."""
 
 FIELDS["response"] = {
     **FIELDS["request"],

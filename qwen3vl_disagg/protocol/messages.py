@@ -19,7 +19,7 @@ import msgspec
 from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -9,10 +9,12 @@ import msgspec
 from msgspec import Meta
 
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.processing.prompt_options import read_salt
 from qwen3vl_disagg.processing.request_fields import check_fields, is_one_of, read_flag
 from qwen3vl_disagg.serving.chat_request import check_model
+from qwen3vl_disagg.serving.grammar_fields import read_grammar
 from qwen3vl_disagg.serving.sampling_fields import SamplingFields
 
 T = TypeVar("T")
@@ -37,6 +39,7 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True, tag="completi
     echo: bool = False
     is_scoring: bool = False
     cache_salt: str = ""
+    grammar: Grammar | None = None
 
     @property
     def num_scores(self) -> int | None:
@@ -97,6 +100,7 @@ def parse_completion(raw: dict[str, Any], *, model_names: Collection[str]) -> Co
     options = raw.get("stream_options") or {}
     if not isinstance(options, dict):
         raise InputError("stream_options must be an object", param="stream_options")
+    grammar = None if is_scoring else read_grammar(raw, (), "auto", "")
     request = CompletionRequest(
         sampling=sampling,
         stream=stream,
@@ -106,6 +110,7 @@ def parse_completion(raw: dict[str, Any], *, model_names: Collection[str]) -> Co
         echo=echo,
         is_scoring=is_scoring,
         cache_salt=read_salt(raw.get("cache_salt")),
+        grammar=grammar and msgspec.structs.replace(grammar, is_from_start=True),
     )
     values = dict(sampling.values)
     if is_scoring:

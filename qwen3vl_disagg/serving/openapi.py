@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from qwen3vl_disagg.core.readers import Flag, Number, OneOf, Strings, TokenIdList, TokenNumbers
+from qwen3vl_disagg.core.readers import Flag, Number, OneOf, Strings, TokenIdList, TokenNumbers, Words
 from qwen3vl_disagg.core.sampling_params import OPTIONS, Route
 from qwen3vl_disagg.processing.request_fields import FIELDS, BuiltField, Place, RefusedField
 from qwen3vl_disagg.serving.completion_request import MAX_PROMPTS, DetokenizeBody, TokenizeBody
@@ -192,9 +192,11 @@ def _schema(kind: object) -> dict[str, Any]:
             return {"enum": list(kind.words)}
         case Strings():
             one = {"type": "string", "minLength": 1, "maxLength": kind.most_chars}
-            return {"anyOf": [one, {"type": "array", "maxItems": kind.most, "items": one}]}
+            each = {"anyOf": [one, _schema(TokenIdList(kind.most_chars, least=1))]} if isinstance(kind, Words) else one
+            return {"anyOf": [one, {"type": "array", "maxItems": kind.most, "items": each}]}
         case TokenIdList():
-            return {"type": "array", "maxItems": kind.most, "items": {"type": "integer", "minimum": 0}}
+            ids = {"type": "integer", "minimum": 0}
+            return {"type": "array", "minItems": kind.least, "maxItems": kind.most, "items": ids}
         case TokenNumbers():
             names = {"pattern": "^[0-9]{1,9}$"}
             number_of = {"type": "number"}

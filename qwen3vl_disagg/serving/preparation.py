@@ -25,7 +25,7 @@ from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.grammars import has_grammars, no_grammars
 from qwen3vl_disagg.media.stop import Stopped, StopSignal
 from qwen3vl_disagg.processing import Processor, Prompt
-from qwen3vl_disagg.processing.answer_parts import opens_reasoning
+from qwen3vl_disagg.processing.answer_grammar import begins_in_reasoning
 from qwen3vl_disagg.processing.json_values import check_json, too_deep
 from qwen3vl_disagg.processing.messages import MediaUrl, has_clips, is_data_uri, put_fetched, urls_in
 from qwen3vl_disagg.processing.processor import SMALL_CHARS
@@ -218,12 +218,9 @@ def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: Sto
         made = _of_prompts(parsed, processor)
         return replace(made, seconds=parsed.seconds + time.monotonic() - started)
     prompt = processor.prepare(parsed.raw["messages"], tools=parsed.tools, options=request.prompt, stop=stop)
-    text = processor.config.text
     sampling = request.sampling.params(
-        processor.generation,
+        processor,
         num_prompt=len(prompt.token_ids),
-        context=processor.max_model_len,
-        vocab_size=text.vocab_size,
         cache_salt=request.prompt.cache_salt,
         grammar=request.grammar,
         max_answer_tokens=rules.max_answer_tokens,
@@ -240,11 +237,10 @@ def _of_prompts(parsed: Parsed, processor: Processor) -> Prepared:
         check_num_scores([prompt.token_ids for prompt in prompts], request.num_scores, "logprobs")
         sampled = [
             request.sampling.params(
-                processor.generation,
+                processor,
                 num_prompt=len(prompt.token_ids),
-                context=processor.max_model_len,
-                vocab_size=size,
                 cache_salt=request.cache_salt,
+                grammar=request.grammar,
             )
             for prompt in prompts
         ]
@@ -361,7 +357,7 @@ class Preparation:
         """In a child, which can be killed: it may take long. Not again for one that is known."""
         if not has_grammars():
             raise no_grammars(grammar.param)
-        in_reasoning = opens_reasoning(self._processor.tokenizer, prompt.token_ids)
+        in_reasoning = begins_in_reasoning(grammar, self._processor.tokenizer, prompt.token_ids)
         known = self._known_grammars
         if self._children is None or known.is_good(grammar, in_reasoning=in_reasoning):
             return

@@ -10,7 +10,8 @@ import msgspec
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.sampling_params import MAX_NEW_TOKENS, OPTIONS, Route, SamplingParams
-from qwen3vl_disagg.processing import GenerationDefaults
+from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.processing.bad_words import with_ids
 from qwen3vl_disagg.processing.request_fields import is_one_of, read_flag
 
 
@@ -46,11 +47,9 @@ class SamplingFields(msgspec.Struct, frozen=True):
 
     def params(
         self,
-        defaults: GenerationDefaults,
+        processor: Processor,
         *,
         num_prompt: int,
-        context: int,
-        vocab_size: int,
         cache_salt: str = "",
         grammar: Grammar | None = None,
         max_answer_tokens: int | None = None,
@@ -59,6 +58,7 @@ class SamplingFields(msgspec.Struct, frozen=True):
 
         `max_answer_tokens`: bound of an answer whose request names none.
         """
+        context, vocab_size = processor.max_model_len, processor.config.text.vocab_size
         room, asked = context - num_prompt, self.values.get("max_new_tokens")
         if asked is not None and asked > room:
             raise InputError(
@@ -71,4 +71,5 @@ class SamplingFields(msgspec.Struct, frozen=True):
                 raise InputError(f"{name} takes token ids from 0 to {vocab_size - 1}", param=self.spelled[name])
         bound = min(room, max_answer_tokens or room, MAX_NEW_TOKENS)
         length = {"max_new_tokens": bound, "is_open_ended": True} if asked is None else {}
-        return defaults.sampling(cache_salt=cache_salt, grammar=grammar, **self.values | length)
+        sampling = processor.generation.sampling(cache_salt=cache_salt, grammar=grammar, **self.values | length)
+        return with_ids(sampling, processor.tokenizer)

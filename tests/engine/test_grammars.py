@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from llguidance import LLParserLimits
+from msgspec import structs
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import Grammar, GrammarTool
@@ -179,6 +180,14 @@ def test_the_grammar_begins_behind_the_reasoning():
     assert tag
     assert before
     assert fits_schema(behind.lstrip("\n"))
+
+
+def test_or_with_the_first_token_whatever_the_prompt_ends_with():
+    prompt = [tokenizer().token_id("<|im_start|>"), *tokenizer().encode("assistant\n<think>\n")]
+    grammar = structs.replace(Grammar.of_choice(["red", "blue"]), is_from_start=True)
+    ids, reason = answer(run(make_engine(), {"a": (prompt, to_an_end(grammar=grammar))})["a"])
+    assert reason == "stop"
+    assert text_of(ids) in ("red", "blue")
 
 
 TOOLS = (GrammarTool("look", json.dumps(SCHEMA)), GrammarTool("wait"))

@@ -28,6 +28,12 @@ DRAWN = {
     "frequency_penalty": st.floats(-2, 2),
     "repetition_penalty": st.floats(0.5, 2),
     "logit_bias": st.dictionaries(st.integers(0, 7), st.floats(-200, 200), max_size=3),
+    # Of eight tokens 6 and 7 may always come: where nothing may is `test_allowed.py`'s.
+    "allowed_token_ids": st.lists(st.integers(0, 7), max_size=4).map(lambda ids: [*ids, 6, 7]),
+    "bad_words": st.lists(
+        st.tuples(st.lists(st.integers(0, 7), max_size=2), st.integers(0, 5)).map(lambda word: [*word[0], word[1]]),
+        max_size=4,
+    ),
     "min_tokens": st.integers(0, 5),
     "ignore_eos": st.booleans(),
     "logprobs": st.integers(0, 20),
@@ -55,7 +61,8 @@ def test_an_option_makes_a_difference(name):
         one = SamplingParams(**{"temperature": 1.0, **fields})
         return [SamplingRow(one, n + (one.seed or 0), [2, 2], [4, 6]) for n in range(200)]
 
-    with_it, without = rows(**{name: OPTIONS[name].example}), rows()
+    example = [[6, 2]] if name == "bad_words" else OPTIONS[name].example  # the engine has no tokenizer
+    with_it, without = rows(**{name: example}), rows()
     assert sampler.sample(logits_BV, with_it) != sampler.sample(logits_BV, without), "engine/sampler.py"
     if OPTIONS[name].step in SAMPLERS:
         by_definition = [[next_token(logits_BV[0], row, [1], [0, 3]) for row in some] for some in (with_it, without)]

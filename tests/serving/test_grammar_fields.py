@@ -6,11 +6,13 @@ import json
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import MAX_GRAMMAR_CHARS, Grammar, GrammarTool
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.processing import AnswerParts, Prompt
+from qwen3vl_disagg.processing.answer_grammar import begins_in_reasoning
 from qwen3vl_disagg.serving.chat_request import parse_chat_request
 from qwen3vl_disagg.serving.grammar_fields import GRAMMAR_FIELDS
 from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_of, answer_steps, serve, tiny_processor
@@ -22,6 +24,15 @@ WAIT = {"type": "function", "function": {"name": "wait"}}
 TOOLS = (GrammarTool("add", SPELLED), GrammarTool("wait", "{}"))
 ANY_OBJECT = '{"type": "object"}'
 LARK = 'start: "a"'
+EXAMPLES = [
+    ("response_format", {"type": "json_object"}),
+    ("structured_outputs", {"regex": "a+"}),
+    *((name, SCHEMA) for name in ("json_schema", "guided_json", "format")),
+    *((name, "a+") for name in ("regex", "guided_regex")),
+    *((name, ["a", "b"]) for name in ("choice", "guided_choice")),
+    *((name, LARK) for name in ("grammar", "ebnf", "guided_grammar")),
+    ("guided_json_object", True),
+]
 
 
 def grammar(**fields: Any) -> Grammar | None:
@@ -66,6 +77,25 @@ def test_a_spelling_of_the_content(fields, kind, text):
     assert found is not None
     assert (found.kind, found.text, found.tools) == (kind, text, ())
     assert found.param.startswith(next(iter(fields)))
+
+
+@pytest.mark.parametrize("name", GRAMMAR_FIELDS)
+def test_a_completion_has_the_same_from_its_first_token_on(name, unchecked):
+    fields = {name: dict(EXAMPLES)[name]}
+    backend = FakeBackend()
+    tokenizer = tiny_processor().tokenizer
+    prompts = [[5, 6, 7], [tokenizer.token_id("<|im_start|>"), *tokenizer.encode("assistant\n<think>\n")]]
+    reply = serve(backend).post("/v1/completions", json={"prompt": prompts, "max_tokens": 3, **fields})
+    assert reply.status_code == 200, reply.text
+    expected = grammar(**fields)
+    assert expected is not None
+    found = [handle.sampling.grammar for handle in backend.handles]
+    assert found == [structs.replace(expected, is_from_start=True)] * 2
+    assert not begins_in_reasoning(found[0], tokenizer, prompts[1])
+    assert begins_in_reasoning(expected, tokenizer, prompts[1])
+    scored = {"prompt": [5, 6], "echo": True, "logprobs": 1, "max_tokens": 0, **fields}
+    assert serve(backend).post("/v1/completions", json=scored).status_code == 200
+    assert backend.handles[-1].sampling.grammar is None
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,13 @@ def penalties(draw: Draw) -> None:
 
 
 def bans(draw: Draw) -> None:
-    params = draw.row.params
-    ends = draw.eos_ids if params.ignore_eos or len(draw.row.generated) < params.min_tokens else ()
-    for i in (*draw.banned, *ends):
+    params, generated = draw.row.params, list(draw.row.generated)
+    ends = draw.eos_ids if params.ignore_eos or len(generated) < params.min_tokens else ()
+    others = set(range(len(draw.logits))).difference(params.allowed_token_ids or range(len(draw.logits)))
+    for *before, last in params.bad_words:
+        if [None, *generated][-len(before) :] == before or not before:
+            others.add(last)
+    for i in (*draw.banned, *ends, *others):
         draw.logits[i] = float("-inf")
 
 
