@@ -141,7 +141,8 @@ class HttpOptions:
     """A file with keys, one a line."""
     allow_media_domain: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="HOST")] = ()
     """A host from which images and clips may be fetched by URL; may be repeated; `*.example.org`: all below it; `*`:
-    all. Its addresses must be public ones. Without it URLs are refused."""
+    all. Ports 80 and 443, or the one that is named (`example.org:8443`). Its addresses must be public ones. Without it
+    URLs are refused."""
     allow_media_path: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
     """A folder whose files clients may name as `file:///..` URLs; may be repeated."""
     served_model_name: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()

@@ -14,15 +14,17 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 CLOUDS = [ipaddress.ip_network(name) for name in ("192.0.0.0/24", "168.63.129.16/32")]
 """Where hosts of Oracle's and Microsoft's clouds ask about themselves; `ipaddress` takes parts of it for public."""
-_RULE = re.compile(r"\*|(\*\.)?[a-z0-9-]+(\.[a-z0-9-]+)*")
+PORTS = (80, 443)
+"""Where no rule names one: other services of a host are nobody's pictures."""
+_RULE = re.compile(r"(\*|(?:\*\.)?[a-z0-9-]+(?:\.[a-z0-9-]+)*)\.?(?::(\*|[0-9]{1,5}))?")
 
 
 @dataclass(frozen=True)
 class FetchRules:
-    """What the operator allows. `domains`: hosts; `*.a.org` for all below a.org, `*` for all. `folders`: for `file:`
-    URLs."""
+    """What the operator allows. `domains`: hosts, `*.a.org` for all below a.org, `*` for all; each with a port, `*` for
+    any, empty for `PORTS`. `folders`: for `file:` URLs."""
 
-    domains: tuple[str, ...] = ()
+    domains: tuple[tuple[str, str], ...] = ()
     folders: tuple[Path, ...] = ()
 
     @classmethod
@@ -30,11 +32,13 @@ class FetchRules:
         """InputError for what is no host, and for a folder that is not there."""
         hosts = []
         for domain in domains:
-            host = domain.lower().rstrip(".")
-            if not _RULE.fullmatch(host):
-                message = f"{domain!r} is not a host name (example.org, or *.example.org for all below it)"
+            match = _RULE.fullmatch(domain.lower())
+            if match is None:
+                message = (
+                    f"{domain!r} is not a host name (example.org, *.example.org for all below it, example.org:8443)"
+                )
                 raise InputError(message, param="allow_media_domain")
-            hosts.append(host)
+            hosts.append((match[1], match[2] or ""))
         found = []
         for folder in folders:
             if not folder.is_dir():
@@ -45,8 +49,12 @@ class FetchRules:
     def __bool__(self) -> bool:
         return bool(self.domains or self.folders)
 
-    def has_host(self, host: str) -> bool:
-        return any(rule in ("*", host) or (rule.startswith("*.") and host.endswith(rule[1:])) for rule in self.domains)
+    def has(self, host: str, port: int) -> bool:
+        return any(
+            (name in ("*", host) or (name.startswith("*.") and host.endswith(name[1:])))
+            and (port in PORTS if not of_port else of_port in ("*", str(port)))
+            for name, of_port in self.domains
+        )
 
 
 def is_public(address: Address) -> bool:

@@ -199,8 +199,8 @@ class MediaFetcher:
 
     async def _addresses(self, target: _Target, wanted: MediaUrl) -> list[Address]:
         """Where to connect to. InputError unless the host is allowed and all that it resolves to is public."""
-        if not self.rules.has_host(target.host):
-            message = f"this server does not fetch from {target.host[:80]}"
+        if not self.rules.has(target.host, target.port):
+            message = f"this server does not fetch from {target.authority[-80:]}"
             raise InputError(message, param=wanted.where, code="unsupported_url")
         try:
             async with asyncio.timeout(CONNECT_S):

@@ -357,7 +357,26 @@ async def test_files_below_the_folders_and_nothing_else(tmp_path: Path) -> None:
         assert (await refusal(one, f"file://{folder}/inner")).code == "unsupported_url"
 
 
-@pytest.mark.parametrize("domain", ["", "http://a.org", "a.org/x", "a b", "*a.org", "a.*", "user@a.org", "a.org:80"])
+@pytest.mark.parametrize(
+    ("rule", "ports"),
+    [
+        ("a.org", {80, 443}),
+        ("*", {80, 443}),
+        ("*.org", {80, 443}),
+        ("A.ORG.:8443", {8443}),
+        ("*.org:22", {22}),
+        ("*:*", {22, 80, 443, 8443}),
+        ("b.org:*", set()),
+    ],
+)
+def test_ports_of_a_rule(rule: str, ports: set[int]) -> None:
+    rules = FetchRules.of((rule,), ())
+    assert {port for port in (22, 80, 443, 8443) if rules.has("a.org", port)} == ports
+
+
+@pytest.mark.parametrize(
+    "domain", ["", "http://a.org", "a.org/x", "a b", "*a.org", "a.*", "user@a.org", "a.org:", "a.org:x", "a.org:8*"]
+)
 def test_rules_that_name_no_host_are_refused(domain: str, tmp_path: Path) -> None:
     with pytest.raises(DisaggError, match="host name"):
         FetchRules.of((domain,), ())

@@ -48,9 +48,9 @@ class Origin:
 
 
 @asynccontextmanager
-async def origin(answers: dict[str, bytes | Answer]) -> AsyncIterator[Origin]:
+async def origin(answers: dict[str, bytes | Answer], address: str = "127.0.0.1") -> AsyncIterator[Origin]:
     one = Origin(answers)
-    server = await asyncio.start_server(one.serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(one.serve, address, 0)
     one.port = server.sockets[0].getsockname()[1]
     async with server:
         yield one
@@ -58,13 +58,13 @@ async def origin(answers: dict[str, bytes | Answer]) -> AsyncIterator[Origin]:
 
 @asynccontextmanager
 async def fetcher(*domains: str, folders: tuple[Path, ...] = (), **settings: Any) -> AsyncIterator[MediaFetcher]:
-    """Every name is this host, and this host is public."""
+    """Every name is this host, this host is public, and all its ports are."""
 
     async def here(host: str, port: int) -> list[Any]:
         return [LOOPBACK]
 
     given = {"resolver": here, "is_allowed": lambda address: True, **settings}
-    one = MediaFetcher(FetchRules.of(domains or (HOST,), folders), **given)
+    one = MediaFetcher(FetchRules.of([f"{domain}:*" for domain in domains or (HOST,)], folders), **given)
     try:
         yield one
     finally:
