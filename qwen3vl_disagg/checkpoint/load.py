@@ -14,10 +14,11 @@ import sys
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Protocol, TypedDict, TypeVar, Unpack
+from typing import Any, Protocol, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from qwen3vl_disagg.checkpoint.download import SMALL_FILES
@@ -184,12 +185,22 @@ def load_as(
     return use_kernels(module)
 
 
+class _Unfilled(TorchFunctionMode):
+    """Parameters are not initialised: they are filled from files, and `normal_` on the meta device imports the whole of
+    torch's compiler, a third of a rank's time to start."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def _plan(
     checkpoint: Checkpoint, build: Callable[[ModelConfig], ModuleT], expert_layout: ExpertLayout | None
 ) -> tuple[ModuleT, dict[str, Recipe]]:
     """The module on the meta device, and how its parameters are filled."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             module, whole = build(checkpoint.config), Qwen3VLMoeForConditionalGeneration(checkpoint.config)
     except (RuntimeError, OverflowError) as error:  # sizes whose product no tensor can have
         raise CheckpointError(checkpoint.folder, [f"config.json: impossible sizes: {error}"]) from error

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from qwen3vl_disagg.kernels.build import load
 
@@ -27,6 +25,8 @@ class GraphCounts:
 
     @staticmethod
     def now() -> GraphCounts:
+        from torch._dynamo.utils import counters
+
         return GraphCounts(counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
 
     def since(self, before: GraphCounts) -> GraphCounts:
@@ -40,6 +40,8 @@ def first_alone(what: str) -> Iterator[None]:
     them. The lock goes with the process that holds it.
     """
     facts = (what, sources_digest(), load() is not None, torch.__version__, sorted(compile_options().items()))
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
     folder = Path(cache_dir())
     mark = folder / f"qwen3vl-disagg-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
     if mark.exists():
