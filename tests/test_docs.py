@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
+from qwen3vl_disagg.options import ServeOptions
 from tools.doc_tables import TABLES, write_tables
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +122,19 @@ def test_the_ways_of_an_image_and_of_its_rows_go_through_functions_that_exist():
 def test_tables_are_those_of_the_code(page):
     text = (ROOT / page).read_text()
     assert write_tables(text, page) == text, f"python -m tools.doc_tables {page}"
+
+
+def flags_of(options: type) -> Iterator[str]:
+    kinds = get_type_hints(options)
+    for field in dataclasses.fields(options):
+        kind = kinds[field.name]
+        yield from flags_of(kind) if dataclasses.is_dataclass(kind) else [field.name.replace("_", "-")]
+
+
+def test_the_servers_options_are_all_told():
+    table = (ROOT / "docs" / "serving.md").read_text().split("\n## ")[0]
+    told = [flag for row in re.findall(r"^\| (`--.*?) \| ", table, re.MULTILINE) for flag in OPTION.findall(row)]
+    assert sorted(told) == sorted(flags_of(ServeOptions))
 
 
 def test_the_death_of_an_encode_rank_goes_through_functions_that_exist():

@@ -91,7 +91,8 @@ class AnswerMasks:
 
 
 class Grammars:
-    """Threads for the grammars of an engine's requests. `make` makes the compiler, when the first one comes."""
+    """Threads for the grammars of an engine's requests. `make` makes the compiler, at `warm_up` or when the first one
+    comes."""
 
     def __init__(self, make: Callable[[], Compiler]) -> None:
         self._make = make
@@ -103,7 +104,7 @@ class Grammars:
     def of(
         cls, read_tokenizer: Callable[[], Tokenizer], config: ModelConfig, eos_ids: frozenset[int]
     ) -> Grammars | None:
-        """None where llguidance is not installed. The tokenizer is read when the first grammar comes."""
+        """None where llguidance is not installed. The tokenizer is read when the compiler is made."""
         if not has_grammars():
             return None
 
@@ -115,11 +116,15 @@ class Grammars:
 
         return cls(make)
 
-    def start(self, grammar: Grammar, prompt_ids: Sequence[int]) -> AnswerMasks:
-        """Compile a grammar on a thread, and make its first mask."""
+    def warm_up(self) -> Future[Compiler]:
+        """Make the compiler on a thread. Of 150,000 tokens it takes the interpreter's lock for most of a second."""
         if self._making is None:
             self._making = self._compilers.submit(self._make)
-        making = self._making
+        return self._making
+
+    def start(self, grammar: Grammar, prompt_ids: Sequence[int]) -> AnswerMasks:
+        """Compile a grammar on a thread, and make its first mask."""
+        making = self.warm_up()
 
         def begin() -> tuple[TokenMatcher, Mask]:
             matcher = making.result()(grammar, prompt_ids)

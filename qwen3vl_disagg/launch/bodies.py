@@ -23,7 +23,7 @@ from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.parallel.kv_room import KvRoom, measured_room, planned_room
 from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, PeerLost
 from qwen3vl_disagg.parallel.sizes import SizedModel
-from qwen3vl_disagg.processing import Processor, Tokenizer
+from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.transport.links import LinkFactory, in_process_links
 from qwen3vl_disagg.transport.store import host_store
@@ -122,6 +122,11 @@ def rank_room(setup: RankSetup) -> KvRoom:
 def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
     """Load the decoder, or with a group this rank's part of it, and nothing else of the weights."""
     context = setup.context
+    processor = Processor.from_folder(setup.folder, setup.config)
+    tokenizer, eos_ids = processor.tokenizer, processor.generation.eos_token_ids
+    grammars = Grammars.of(lambda: tokenizer, setup.config, eos_ids)
+    if grammars is not None:
+        grammars.warm_up()  # beside the weights
     model = load_language_model(
         setup.folder,
         dtype=setup.dtype,
@@ -130,8 +135,6 @@ def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
         progress=context.is_first_language_rank and sys.stderr.isatty(),
         shards=None if group is None else group.shards,
     )
-    processor = Processor.from_folder(setup.folder, setup.config)
-    eos_ids = processor.generation.eos_token_ids
     room = rank_room(setup)
     logger.info("%s", room)
     room.warn_of_images(setup.processor.max_rows)
@@ -141,7 +144,7 @@ def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
         options=engine_options(setup),
         room=room,
         language_rank=context.rank,
-        grammars=Grammars.of(lambda: Tokenizer.from_folder(setup.folder), setup.config, eos_ids),
+        grammars=grammars,
     )
 
 

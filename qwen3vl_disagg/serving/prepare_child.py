@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, Prepara
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.logs import start_logging
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
+from qwen3vl_disagg.engine.grammars import has_grammars
 from qwen3vl_disagg.media import sandbox
 from qwen3vl_disagg.media.child import (
     LENGTH_BYTES,
@@ -59,6 +61,8 @@ URLS_AT_ONCE = 64
 """Of MAX_URL_CHARS each they fit into one header."""
 GRAMMAR_CPU_S, GRAMMAR_S = 0.7, 20.0
 """How long a grammar may take to be checked, in CPU time and by the clock."""
+_IDLE_S = 0.2
+"""Without a job for so long, a child makes its vocabulary for grammars."""
 _SLICE_S = 0.1
 """As long is waited before a StopSignal is looked at again."""
 
@@ -426,6 +430,8 @@ def main() -> None:
     try:
         write_all(out, pack(Ready()), parent)
         while True:
+            if check is None and has_grammars() and not select.select([0], [], [], _IDLE_S)[0]:
+                check = make_check(processor)  # while nobody wants anything
             job = msgspec.msgpack.decode(_read_message(parent), type=ChildJob)
             if isinstance(job, GrammarJob):
                 check = check or make_check(processor)

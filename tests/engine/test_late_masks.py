@@ -9,6 +9,7 @@ import pytest
 
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.engine.grammars import Grammars
 from qwen3vl_disagg.engine.masks import Mask
 from qwen3vl_disagg.language.engine_thread import EngineThread
 from qwen3vl_disagg.parallel.lockstep import Outlook, StepPlan
@@ -16,6 +17,19 @@ from qwen3vl_disagg.protocol.messages import Finished, Tokens
 from tests.support.grammars import Scripted, answer, make_engine, run, text_of, tokenizer
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]
+
+
+def test_the_vocabulary_is_made_once_and_before_the_first_grammar_where_that_is_asked_for():
+    made: list[Scripted] = []
+    grammars = Grammars(lambda: made.append(Scripted()) or (lambda grammar, prompt_ids: made[0]))
+    assert grammars.warm_up() is grammars.warm_up()
+    grammars.warm_up().result(10)
+    assert len(made) == 1
+    masks = grammars.start(Grammar.of_regex("r"), PROMPT)
+    started = threading.Event()
+    masks.on_started(started.set)
+    assert started.wait(10)
+    assert len(made) == 1
 
 
 def test_a_step_does_not_wait_for_a_mask_that_is_late():

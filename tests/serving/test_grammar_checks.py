@@ -87,6 +87,15 @@ def make_ready(server: Running, new: Iterator[int] = count(1)) -> None:  # noqa:
     assert post(server, regex=f"a{{{next(new)}}}")[0] == 200
 
 
+def test_a_child_without_work_reads_the_vocabulary_before_the_first_grammar(server):
+    make_ready(server)
+    for pid in children():
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not children())
+    assert post(server, messages=[{"role": "user", "content": "long " * 4000}])[0] in (200, 400)
+    wait_for(lambda: any(b"llguidance" in Path(f"/proc/{pid}/maps").read_bytes() for pid in children()), 30)
+
+
 def check_hostile(server: Running, name: str, limit_s: float) -> None:
     make_ready(server)
     started = time.monotonic()

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.sampling_params import OPTIONS
+from qwen3vl_disagg.core.sampling_params import OPTIONS, body_fields
 from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import ChatTemplate, Processor, Prompt
 from qwen3vl_disagg.processing.prompt_options import PromptOptions
-from qwen3vl_disagg.processing.request_fields import CLOSED, FIELDS, IGNORED, BuiltField, Place, RefusedField
+from qwen3vl_disagg.processing.request_fields import CHAT, CLOSED, FIELDS, IGNORED, BuiltField, Place, RefusedField
 from tests.support.fake_backend import ASK, PATH, FakeBackend, serve, tiny_processor
 from tests.support.images import png, uri
 
@@ -118,6 +118,10 @@ TOGETHER = {("resized_height", "resized_width"), ("resized_width", "resized_heig
 def test_the_examples_are_all_of_the_built_fields():
     built = {name for name, treatment in FIELDS["request"].items() if isinstance(treatment, BuiltField)}
     assert built == REQUEST.keys() | set(THINKING)
+
+
+def test_what_the_table_of_options_has_is_not_said_otherwise_here():
+    assert CHAT.keys() & set(body_fields("chat")) == set(), "rows that do not hold: processing/request_fields.py"
 
 
 @pytest.mark.parametrize("name", [name for name in REQUEST if name != "model"])

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,9 @@ def rank_pid(server: Server, role: str, rank: int) -> int:
 
 def check_split(world: int, encode_ranks: int, asked: list[Asked], expected: list[Any]) -> None:
     with Server(world, "--encode-ranks", str(encode_ranks)) as server:
+        pids = [process["pid"] for process in server.processes() if process["role"] == "language"]
+        has_vocabulary = ["llguidance" in Path(f"/proc/{pid}/maps").read_text() for pid in pids]
+        assert has_vocabulary == [True] * max(1, world - encode_ranks), "of grammars, before there is one"
         answers = ask_all(server, asked)
         check_equal(answers, expected)
         timings = [answer["timings"] for _, answer in answers]
