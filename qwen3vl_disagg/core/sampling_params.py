@@ -71,6 +71,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     makes ids of texts (`processing/bad_words.py`): the engine takes ids."""
     stop: list[str] = msgspec.field(default_factory=list)
     """The text ends before the first of these. Whoever makes the text looks for them: the engine has no tokenizer."""
+    include_stop_str_in_output: bool = False
+    """The text ends behind it, and with the text of a token of `stop_token_ids`."""
+    skip_special_tokens: bool = True
+    """False: what tokenizer.json calls special is text too, but for the token that ends the answer."""
     stop_token_ids: list[int] = msgspec.field(default_factory=list)
     """The answer ends with the first of these, as with an end token; it is no text."""
     seed: int | None = None
@@ -268,6 +272,22 @@ OPTIONS: dict[str, SamplingOption] = {
         " token that completed it",
         flag="The answer ends before this text; repeat for several.",
         http={"messages": ("stop_sequences",)},
+    ),
+    "include_stop_str_in_output": SamplingOption(
+        kind=Flag(),
+        step="text",
+        example=True,
+        about="the text ends behind the stop string, or with the text of the token of `stop_token_ids`",
+        flag="The text ends behind --stop, not before it.",
+        http=dict.fromkeys(ROUTES, ("include_stop_str_in_output", "no_stop_trim")),
+    ),
+    "skip_special_tokens": SamplingOption(
+        kind=Flag(),
+        step="text",
+        example=False,
+        about="false: special tokens, such as `<\\|box_start\\|>`, are text by their names. The end token only with"
+        " `include_stop_str_in_output`",
+        flag=None,
     ),
     "stop_token_ids": SamplingOption(
         kind=TokenIdList(64),

@@ -105,14 +105,14 @@ class AnswerSplitter:
         in_reasoning: bool = False,
         with_tools: bool = False,
         calls_alone: bool = False,
-        stops: Sequence[str] = (),
+        stops: StopMatcher | None = None,
     ) -> None:
         self._in_reasoning, self._with_tools, self._calls_alone = in_reasoning, with_tools, calls_alone
         self._state = _State.BEGINNING
         self._text, self._at = "", 0
         self._thoughts = _Lines(strips_start=True)
         self._content = _Lines(strips_start=False)
-        self._stops, self._may_stop = StopMatcher(stops), True
+        self._stops, self._may_stop = stops or StopMatcher(()), True
         self._call, self._tag = CallReader(), ""
         """Of the call that is being read, with what it was opened."""
         self._held: list[str] = []
@@ -301,8 +301,8 @@ class PlainSplitter:
 
     is_reasoning = False
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = StopMatcher(stops)
+    def __init__(self, stops: StopMatcher) -> None:
+        self._stops = stops
 
     @property
     def is_stopped(self) -> bool:
@@ -342,16 +342,18 @@ class AnswerParts:
         *,
         with_tools: bool = False,
     ) -> None:
-        self._stream, self._min_tokens = tokenizer.stream(), sampling.min_tokens
-        self._end_ids = eos_ids.union(sampling.stop_token_ids)
-        grammar = sampling.grammar
-        self._splitter: AnswerSplitter | PlainSplitter = PlainSplitter(sampling.stop)
+        self._stream = tokenizer.stream(with_specials=not sampling.skip_special_tokens)
+        self._min_tokens, keeps_stop = sampling.min_tokens, sampling.include_stop_str_in_output
+        self._end_ids = frozenset[int]() if keeps_stop else eos_ids.union(sampling.stop_token_ids)
+        """Those that are no text."""
+        grammar, stops = sampling.grammar, StopMatcher(sampling.stop, keeps_stop=keeps_stop)
+        self._splitter: AnswerSplitter | PlainSplitter = PlainSplitter(stops)
         if prompt_ids is not None:
             self._splitter = AnswerSplitter(
                 in_reasoning=opens_reasoning(tokenizer, prompt_ids),
                 with_tools=with_tools,
                 calls_alone=grammar is not None and grammar.kind not in ("text", "calls"),
-                stops=sampling.stop,
+                stops=stops,
             )
         self._reasoning: list[str] = []
         self._content: list[str] = []

@@ -12,13 +12,13 @@ class StopMatcher:
 
     The text ends before the stop string that is complete first; of two complete at the same character, before the
     longer one. What may be the beginning of a stop string is held back: always less than the longest of them.
-    InputError if one is empty.
+    `keeps_stop`: it ends behind it. InputError if one is empty.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, keeps_stop: bool = False) -> None:
         if not all(stops):
             raise InputError("a stop string is empty", param="stop")
-        self._stops = tuple(stops)
+        self._stops, self._keeps_stop = tuple(stops), keeps_stop
         self._beginnings = frozenset(stop[:n] for stop in stops for n in range(1, len(stop)))
         self._longest = max(map(len, stops), default=0)
         self._held = ""
@@ -40,7 +40,7 @@ class StopMatcher:
             found = min(((start + len(stop), start, stop) for start, stop in starts if start >= 0), default=None)
             if found is not None:
                 self.complete, self._held = found[2], ""
-                return text[: found[1]]
+                return text[: found[0] if self._keeps_stop else found[1]]
         longest = min(self._longest - 1, len(text))
         num_held = next((n for n in range(longest, 0, -1) if text[-n:] in self._beginnings), 0)
         certain = len(text) - num_held

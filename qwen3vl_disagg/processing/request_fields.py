@@ -170,8 +170,6 @@ CHAT: dict[str, Treatment] = {
     **_refused("reasoning_format", "auto", "deepseek"),
     **_refused("thinking_forced_open reasoning_in_content", False),
     # What stands in the answer.
-    **_refused("skip_special_tokens", True),
-    **_refused("include_stop_str_in_output no_stop_trim", False),
     **_refused("n_probs", 0),
     **_refused("logprob_token_ids response_fields", []),
     **_refused("return_tokens_as_token_ids return_prompt_text return_prompt_token_ids return_tokens", False),

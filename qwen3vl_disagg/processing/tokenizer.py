@@ -58,13 +58,13 @@ class TextStream:
     costs its own length, whatever came before. (The library's stream decodes again from the last whole character.)
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, with_specials: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._specials = frozenset(tokenizer.special_ids.values())
+        self._left_out = frozenset[int]() if with_specials else frozenset(tokenizer.special_ids.values())
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        if token_id in self._specials:
+        if token_id in self._left_out:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
@@ -189,5 +189,6 @@ class Tokenizer:
         token = self.backend.id_to_token(token_id) or ""
         return bytes(_BYTE_OF_CHAR[char] for char in token)
 
-    def stream(self) -> TextStream:
-        return TextStream(self)
+    def stream(self, *, with_specials: bool = False) -> TextStream:
+        """`with_specials`: these are text too, by their names."""
+        return TextStream(self, with_specials=with_specials)

@@ -120,9 +120,11 @@ class Answer:
 
     def message(self) -> AnswerMessage:
         parts = self.parts
+        reasoning = parts.reasoning or msgspec.UNSET
         return AnswerMessage(
             content=None if parts.calls and not parts.content else parts.content,
-            reasoning_content=parts.reasoning or msgspec.UNSET,
+            reasoning_content=reasoning,
+            reasoning=reasoning,
             tool_calls=parts.calls or msgspec.UNSET,
         )
 

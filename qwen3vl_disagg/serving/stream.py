@@ -176,7 +176,7 @@ class EventStream:
 
     def _delta(self, new: Parts) -> Delta:
         """All that is new; an empty text if nothing is."""
-        delta = Delta(reasoning_content=new.reasoning or None)
+        delta = Delta(reasoning_content=new.reasoning or None, reasoning=new.reasoning or None)
         if new.content or not new:
             delta.content = new.content
         if new.calls:

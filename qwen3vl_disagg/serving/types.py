@@ -49,6 +49,8 @@ class AnswerMessage(msgspec.Struct, kw_only=True):
     content: str | None
     """None beside tool calls if nothing else was said."""
     reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET
+    """The same, as vLLM's newer versions call it."""
     tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -120,6 +122,8 @@ class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """The same."""
     tool_calls: list[ToolCallDelta] | None = None
 
 

@@ -15,7 +15,11 @@ from qwen3vl_disagg.processing.generation import GenerationDefaults
 
 CHECKPOINTS = GenerationDefaults(frozenset({0}))
 NUMBERS = {name: option.kind for name, option in OPTIONS.items() if isinstance(option.kind, Number)}
-WITHOUT_FLAG = {"logit_bias": "a map", "prompt_logprobs": "an answer of the command line has no place for them"}
+WITHOUT_FLAG = {
+    "logit_bias": "a map",
+    "prompt_logprobs": "an answer of the command line has no place for them",
+    "skip_special_tokens": "true by default, and for programs that read positions of boxes",
+}
 
 
 def test_every_field_is_an_option_or_follows_from_the_rest():

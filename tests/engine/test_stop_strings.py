@@ -8,9 +8,17 @@ import pytest
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.sampling_params import OPTIONS, SamplingParams
+from tests.support.grammars import tokenizer
 from tests.support.scenes import ask_scenes
 
 PLAIN = SamplingParams(max_new_tokens=60, logprobs=0)
+
+
+BESIDE = {
+    "include_stop_str_in_output": {"stop": ["circle", "square", "nothing"]},
+    "skip_special_tokens": {"allowed_token_ids": [tokenizer().token_id("<|vision_start|>")]},
+}
+"""What an option needs to make a difference."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,8 @@ def is_at_rest(llm: LLM) -> bool:
 
 @pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option.step in ("length", "text")])
 def test_an_option_that_is_not_the_samplers_makes_a_difference(llm, question, name):
-    plain, other = llm.chat([question] * 2, [PLAIN, with_(**{name: OPTIONS[name].example})])
+    beside = BESIDE.get(name, {})
+    plain, other = llm.chat([question] * 2, [with_(**beside), with_(**beside, **{name: OPTIONS[name].example})])
     assert (other.text, other.token_ids) != (plain.text, plain.token_ids)
 
 
@@ -77,6 +86,21 @@ def test_a_stop_token_ends_the_answer_and_is_no_text(llm, question):
     with pytest.raises(InputError):
         llm.chat([question], with_(stop_token_ids=[10**6]))
     assert is_at_rest(llm)
+
+
+def test_what_ended_the_answer_may_be_a_part_of_it(llm, question):
+    [plain] = llm.chat([question], PLAIN)
+    stop = plain.text[len(plain.text) // 3 :][:9]
+    [cut] = llm.chat([question], with_(stop=[stop], include_stop_str_in_output=True))
+    assert cut.text == plain.text[: plain.text.index(stop) + len(stop)]
+    token = cut.token_ids[-1]
+    [cut] = llm.chat([question], with_(stop_token_ids=[token], include_stop_str_in_output=True))
+    assert cut.text == llm.processor.tokenizer.decode(cut.token_ids)
+    assert (cut.token_ids[-1], cut.finish_reason) == (token, "stop")
+    for with_name in (False, True):
+        fields = {"include_stop_str_in_output": True, "skip_special_tokens": not with_name}
+        [whole] = llm.chat([question], with_(**fields))
+        assert whole.text == plain.text + "<|im_end|>" * with_name
 
 
 def test_others_go_on_when_one_stops(llm, question):

@@ -14,6 +14,7 @@ from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.processing import AnswerParts, Parts
 from qwen3vl_disagg.processing.answer_calls import CallReader, read_calls
 from qwen3vl_disagg.processing.answer_parts import MAX_SPACE, AnswerSplitter, opens_reasoning
+from qwen3vl_disagg.processing.answer_stops import StopMatcher
 from tests.support.fake_backend import tiny_processor
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
@@ -42,7 +43,7 @@ stop_strings = st.lists(
 
 
 def run(pieces: list[str], *, opened: bool = False, tools: bool = False, stops: Sequence[str] = ()) -> Split:
-    splitter = AnswerSplitter(in_reasoning=opened, with_tools=tools, stops=stops)
+    splitter = AnswerSplitter(in_reasoning=opened, with_tools=tools, stops=StopMatcher(stops))
     whole = Parts()
     for piece in pieces:
         whole += splitter.push(piece)

@@ -57,6 +57,9 @@ def test_by_hand(stops, pieces, out, is_complete):
 def test_the_pieces_make_no_difference(stops, pieces):
     out, is_complete = run(stops, pieces)
     assert ("".join(out), is_complete) == search(stops, "".join(pieces))
+    keeping = StopMatcher(stops, keeps_stop=True)
+    kept = "".join([*map(keeping.push, pieces), keeping.finish()])
+    assert kept == "".join(out) + (keeping.complete or "")
 
 
 @cheap

@@ -168,6 +168,9 @@ def test_any_tokens_stream_to_what_they_decode_to(data):
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3) | specials, max_size=40))
     stream = tokenizer.stream()
     assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids)
+    stream = tokenizer.stream(with_specials=True)
+    whole = tokenizer.backend.decode(ids, skip_special_tokens=False)
+    assert "".join(map(stream.push, ids)) + stream.finish() == whole
 
 
 def test_an_unfinished_character_comes_at_the_end():
