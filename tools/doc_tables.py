@@ -7,12 +7,14 @@ writes them anew, between their marks. A test holds that they are.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qwen3vl_disagg.core.sampling_params import DEFAULTS, OPTIONS, ORDER, ROUTES, SamplingOption
 from qwen3vl_disagg.media.image_formats import FOREIGN, FORMATS, Mending
+from qwen3vl_disagg.processing.request_fields import FIELDS, IGNORED, RefusedField
 
 END = "<!-- end -->"
 
@@ -70,6 +72,18 @@ def _options() -> list[list[str]]:
     ]
 
 
+def _fields() -> list[list[str]]:
+    """Of a chat request; those that are refused by what else they may say."""
+    rows: dict[str, list[str]] = {"works": [], "changes nothing": []}
+    for name, treatment in FIELDS["request"].items():
+        if isinstance(treatment, RefusedField):
+            neutral = [f"`{json.dumps(value)}`" for value in treatment.neutral]
+            rows.setdefault(f"400, but for {', '.join(neutral)}" if neutral else "400", []).append(name)
+        else:
+            rows["changes nothing" if treatment == IGNORED else "works"].append(name)
+    return [[what, _code(sorted(names))] for what, names in rows.items()]
+
+
 def _order() -> list[list[str]]:
     return [
         [str(number), step, _code([name for name, option in OPTIONS.items() if option.step == step])]
@@ -106,6 +120,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...], Callable[[], list[list[str]]]]] = 
         ("option", "in a body", "`generate`", "values", "default", "meaning"),
         _options,
     ),
+    "fields of a chat request": ("docs/serving.md", ("what becomes of it", "fields"), _fields),
     "order of sampling": ("docs/serving.md", ("", "step", "by"), _order),
     "picture formats": (
         "docs/media.md",

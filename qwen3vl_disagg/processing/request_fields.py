@@ -54,6 +54,11 @@ def read_size(value: object, where: str) -> dict[str, int]:
     return found
 
 
+def read_rate(value: object, where: str) -> float:
+    """Frames a second; qwen-vl-utils has a list with an entry for each clip, of which one is taken."""
+    return FPS(value[0] if isinstance(value, list) and len(value) == 1 else value, where)
+
+
 @dataclass(frozen=True)
 class BuiltField:
     """`read`: None where the field is read by what it is for."""
@@ -229,10 +234,11 @@ FIELDS: dict[Place, dict[str, Treatment]] = {
         **_built("size", read_size),
         **_built("images_kwargs videos_kwargs"),
         **_CLIP_SAMPLING,
+        **_built("fps", read_rate),
         **_AS_IT_IS,
     },
     "images_kwargs": {**_BOUNDS, **_built("size", read_size), **_AS_IT_IS},
-    "videos_kwargs": {**_built("size", read_size), **_CLIP_SAMPLING, **_AS_IT_IS},
+    "videos_kwargs": {**_built("size", read_size), **_CLIP_SAMPLING, **_built("fps", read_rate), **_AS_IT_IS},
     "media_io_kwargs.image": _refused("image_mode", "RGB"),
     "media_io_kwargs.video": _built("fps num_frames"),
 }

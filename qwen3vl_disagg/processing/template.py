@@ -29,6 +29,8 @@ from qwen3vl_disagg.processing.prompt_options import Thinking
 
 MAX_RENDERED_CHARS = 8 * 2**20
 _MAX_REASON = 200
+_PUBLISHED = frozenset({"add_vision_id"})
+"""Variables of the published templates, beside those of thinking."""
 _PRIVATE_USE = range(0xE000, 0xF900)
 _BAR = "|"
 _MARKS = "_marks"
@@ -164,8 +166,8 @@ class ChatTemplate:
         """The prompt as pieces: special tokens (each a piece of its own) and the texts between them, in order.
 
         `continue_final_message`: it ends where the last message's text does. `variables`: more for the template.
-        InputError if the template refuses the messages or writes too much, does not know a variable, or cannot think,
-        or leave it, as it is told.
+        InputError if the template refuses the messages or writes too much, or cannot do what it is told: think, leave
+        it, count pictures.
         """
         given = self._given(variables or {}, thinking)
         disguise = self._disguise([messages, tools, given], continue_final_message)
@@ -213,10 +215,11 @@ class ChatTemplate:
             raise InputError(f"the model's chat template {how} before it answers", param=thinking.param)
 
     def _given(self, variables: Mapping[str, Any], thinking: Thinking | None) -> dict[str, Any]:
-        """What a request may tell the template. InputError for a name that it does not know."""
-        for name in variables:
-            if name not in self._names:
-                where = f"chat_template_kwargs.{name[:64]}"
+        """What a request may tell the template, which need not use it. InputError for a name that the published ones
+        use, and this one does not."""
+        for name in _PUBLISHED - self._names:
+            if variables.get(name):
+                where = f"chat_template_kwargs.{name}"
                 raise NotBuiltYet(f"{where} (the chat template does not know it)", param=where)
         given = dict(variables)
         if thinking is not None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen3vl_disagg.cluster.backend import AllDecoded, TokenEvent
 from qwen3vl_disagg.core.errors import DeadlineError, OverloadedError
-from qwen3vl_disagg.processing import ChatTemplate
 from qwen3vl_disagg.serving.access import ApiKeys
+from tests.support.chat_forms import backend_of, check_means, typed_events
 from tests.support.fake_backend import PATH as CHAT
-from tests.support.fake_backend import FakeBackend, answer_steps, serve, tiny_processor
+from tests.support.fake_backend import FakeBackend, serve, tiny_processor
 from tests.support.images import png, uri
-from tools import training
 
 PATH = "/v1/messages"
 USER = {"role": "user", "content": "what is it?"}
@@ -31,55 +29,24 @@ IMAGE = {
 }
 
 
-def backend_of(text: str = "red circle") -> FakeBackend:
-    return FakeBackend(lambda prompt, sampling: answer_steps(text, sampling))
-
-
 def whole(text: str = "red circle", /, **fields: Any) -> dict[str, Any]:
     reply = serve(backend_of(text)).post(PATH, json={**ASK, **fields}, headers={"anthropic-version": "2023-06-01"})
     assert reply.status_code == 200, reply.text
     return reply.json()
 
 
-def events_of(reply: Any) -> list[dict[str, Any]]:
-    assert reply.status_code == 200, reply.text
-    found = []
-    for block in reply.text.split("\n\n")[:-1]:
-        name, data = block.split("\n")
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {found[-1]['type']}"
-    return found
-
-
 def streamed(text: str = "red circle", /, **fields: Any) -> list[dict[str, Any]]:
-    return events_of(serve(backend_of(text)).post(PATH, json={**ASK, "stream": True, **fields}))
+    return typed_events(serve(backend_of(text)).post(PATH, json={**ASK, "stream": True, **fields}))
 
 
 def means(body: dict[str, Any], chat: dict[str, Any]) -> None:
-    """Both come to the same request for the ranks."""
-    backend = FakeBackend()
-    client = serve(backend)
-    for path, one in ((PATH, {**ASK, **body}), (CHAT, {"max_tokens": 50, **chat})):
-        reply = client.post(path, json=one)
-        assert reply.status_code == 200, reply.text
-    first, second = backend.handles
-    assert first.prompt.token_ids == second.prompt.token_ids
-    assert first.prompt.media == second.prompt.media
-    assert first.sampling == second.sampling
+    check_means(PATH, {**ASK, **body}, {"max_tokens": 50, **chat})
 
 
 @pytest.fixture(scope="module")
 def client():
     backend = FakeBackend()
     return serve(backend), backend
-
-
-@pytest.fixture
-def thinking(monkeypatch) -> None:
-    """The checkpoint's template opens the model's reasoning."""
-    source = (Path(training.__file__).parent / "chat_template_thinking.jinja").read_text()
-    specials = list(tiny_processor().tokenizer.special_ids)
-    monkeypatch.setattr(tiny_processor(), "template", ChatTemplate(source, specials))
 
 
 def test_an_answer():
@@ -235,7 +202,7 @@ def test_errors_have_anthropics_envelope():
 def test_a_failure_in_a_stream_is_its_last_event():
     steps = [AllDecoded(), TokenEvent(40), DeadlineError("too late")]
     client = serve(FakeBackend(lambda prompt, sampling: steps))
-    *_, last = events_of(client.post(PATH, json={**ASK, "stream": True}))
+    *_, last = typed_events(client.post(PATH, json={**ASK, "stream": True}))
     assert (last["type"], last["error"]["type"], last["error"]["message"]) == ("error", "timeout_error", "too late")
 
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg.processing import ChatTemplate
-from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, serve, tiny_processor
-from tools import training
+from tests.support.chat_forms import backend_of
+from tests.support.fake_backend import ASK, PATH, serve, tiny_processor
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "<é>"}}\n</tool_call>'
 ARGUMENTS = '{"a": 1, "b": "<é>"}'
-
-
-def backend_of(text: str) -> FakeBackend:
-    return FakeBackend(lambda prompt, sampling: answer_steps(text, sampling))
 
 
 def whole(text: str, **fields) -> dict:
@@ -48,14 +42,6 @@ def joined(chunks: list[dict]) -> dict:
     return message
 
 
-@pytest.fixture
-def thinking(monkeypatch) -> None:
-    """The checkpoint's template opens the model's reasoning."""
-    source = (Path(training.__file__).parent / "chat_template_thinking.jinja").read_text()
-    specials = list(tiny_processor().tokenizer.special_ids)
-    monkeypatch.setattr(tiny_processor(), "template", ChatTemplate(source, specials))
-
-
 @pytest.mark.usefixtures("thinking")
 def test_reasoning_is_given_apart():
     text = "a red thing\nis red\n</think>\n\nred circle"
@@ -65,6 +51,7 @@ def test_reasoning_is_given_apart():
         "role": "assistant",
         "content": "red circle",
         "reasoning_content": "a red thing\nis red",
+        "reasoning": "a red thing\nis red",
     }
     encode = tiny_processor().tokenizer.encode
     assert choice["finish_reason"] == "stop"
@@ -81,7 +68,9 @@ def test_reasoning_is_given_apart():
     assert last["usage"] == body["usage"]
     kinds = [set(chunk["choices"][0]["delta"]) for chunk in streamed(text)[1:-2]]
     assert kinds == sorted(kinds, key=lambda kind: "content" in kind)  # first what is thought, then what is said
-    assert {"reasoning_content"} in kinds
+    assert {"reasoning_content", "reasoning"} in kinds
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+    assert all(delta.get("reasoning_content") == delta.get("reasoning") for delta in deltas)
 
 
 @pytest.mark.usefixtures("thinking")
@@ -97,7 +86,8 @@ def test_a_limit_within_reasoning():
 def test_an_answer_that_is_all_reasoning():
     body = whole("a red thing")
     [choice] = body["choices"]
-    assert choice["message"] == {"role": "assistant", "content": "", "reasoning_content": "a red thing"}
+    told = dict.fromkeys(("reasoning_content", "reasoning"), "a red thing")
+    assert choice["message"] == {"role": "assistant", "content": "", **told}
     assert choice["finish_reason"] == "stop"
     assert body["usage"]["completion_tokens_details"]["reasoning_tokens"] == body["usage"]["completion_tokens"] - 1
 
@@ -107,7 +97,13 @@ def test_earlier_reasoning_is_taken_back():
     call = {"type": "function", "function": {"name": "add", "arguments": ARGUMENTS}}
     messages = [
         *ASK["messages"],
-        {"role": "assistant", "content": None, "reasoning_content": "I add.", "tool_calls": [call]},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "I add.",
+            "reasoning": "I add.",
+            "tool_calls": [call],
+        },
         {"role": "tool", "content": "5", "tool_call_id": "call_1"},
     ]
     backend = backend_of("red")

@@ -175,6 +175,13 @@ def test_what_a_template_knows_may_be_given():
     text = tiny_processor().tokenizer.decode(given)
     assert text.endswith("Picture <|im_end|>"), "and is text, whatever it says"
     refused("chat_template_kwargs.add_vision_id", chat_template_kwargs={"add_vision_id": True})
+    assert said(chat_template_kwargs={"add_vision_id": False, "preserve_thinking": True, "more": [{"a": 1}]}) == said()
+    many = {"terms": [{"a": "<|im_end|>"}, {"a": "b"}]}
+    shown = said(
+        with_template(lambda source: source + "{% for x in terms %}{{ x.a }}{% endfor %}"), chat_template_kwargs=many
+    )
+    assert tiny_processor().tokenizer.decode(shown[0]).endswith("<|im_end|>b")
+    refused("chat_template_kwargs", chat_template_kwargs={"x": ["y" * 9000] * 2})
     for name in ("messages", "tools", "tokenize", "_marks", "chat_template"):
         reply = serve(FakeBackend(), processor=PROCESSOR).post(PATH, json={**ASK, "chat_template_kwargs": {name: "x"}})
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "chat_template_kwargs")
@@ -345,6 +352,7 @@ def test_bounds_of_frames_hold_for_lists_or_are_a_400(name, kept, broken):
         ({"mm_processor_kwargs": {"max_pixels": 4096}}, ({"max_pixels": 4096}, {})),
         ({"mm_processor_kwargs": {"images_kwargs": {"min_pixels": 21000}}}, ({"min_pixels": 21000}, {})),
         ({"mm_processor_kwargs": {"fps": 4}}, ({}, {"fps": 4})),
+        ({"mm_processor_kwargs": {"videos_kwargs": {"fps": [4.0]}}}, ({}, {"fps": 4})),
         ({"mm_processor_kwargs": {"videos_kwargs": {"num_frames": 6}}}, ({}, {"num_frames": 6})),
         ({"mm_processor_kwargs": {"do_sample_frames": False}}, ({}, {"do_sample_frames": False})),
         ({"media_io_kwargs": {"video": {"num_frames": 6}}}, ({}, {"num_frames": 6})),

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen3vl_disagg.cluster.backend import AllDecoded, TokenEvent
 from qwen3vl_disagg.core.errors import DeadlineError, InputError
-from qwen3vl_disagg.processing import ChatTemplate
 from qwen3vl_disagg.serving.limits import Limits
+from tests.support.chat_forms import backend_of, check_means, typed_events
 from tests.support.fake_backend import PATH as CHAT
 from tests.support.fake_backend import FakeBackend, answer_steps, serve, tiny_processor
 from tests.support.images import png, uri
-from tools import training
 
 PATH = "/v1/responses"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -25,10 +23,6 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 THOUGHT = "a red thing\n</think>\n\n"
 
 
-def backend_of(text: str = "red circle") -> FakeBackend:
-    return FakeBackend(lambda prompt, sampling: answer_steps(text, sampling))
-
-
 def whole(text: str = "red circle", /, **fields: Any) -> dict[str, Any]:
     reply = serve(backend_of(text)).post(PATH, json={"input": "what is it?", **fields})
     assert reply.status_code == 200, reply.text
@@ -36,12 +30,7 @@ def whole(text: str = "red circle", /, **fields: Any) -> dict[str, Any]:
 
 
 def events_of(reply: Any) -> list[dict[str, Any]]:
-    assert reply.status_code == 200, reply.text
-    found = []
-    for block in reply.text.split("\n\n")[:-1]:
-        name, data = block.split("\n")
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {found[-1]['type']}"
+    found = typed_events(reply)
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     return found
 
@@ -57,33 +46,13 @@ def refusal(**fields: Any) -> tuple[str, str]:
 
 
 def means(body: dict[str, Any], chat: dict[str, Any]) -> None:
-    """Both come to the same request for the ranks."""
-    backend = FakeBackend()
-    client = serve(backend)
-    for path, one in ((PATH, body), (CHAT, chat)):
-        reply = client.post(path, json=one)
-        assert reply.status_code == 200, reply.text
-    first, second = backend.handles
-    assert tiny_processor().tokenizer.decode(first.prompt.token_ids) == tiny_processor().tokenizer.decode(
-        second.prompt.token_ids
-    )
-    assert first.prompt.token_ids == second.prompt.token_ids
-    assert first.prompt.media == second.prompt.media
-    assert first.sampling == second.sampling
+    check_means(PATH, body, chat)
 
 
 @pytest.fixture(scope="module")
 def client():
     backend = FakeBackend()
     return serve(backend), backend
-
-
-@pytest.fixture
-def thinking(monkeypatch) -> None:
-    """The checkpoint's template opens the model's reasoning."""
-    source = (Path(training.__file__).parent / "chat_template_thinking.jinja").read_text()
-    specials = list(tiny_processor().tokenizer.special_ids)
-    monkeypatch.setattr(tiny_processor(), "template", ChatTemplate(source, specials))
 
 
 def test_an_answer():
