@@ -14,7 +14,7 @@ from qwen3vl_disagg.processing import Parts
 from qwen3vl_disagg.serving.answer import Answer
 from qwen3vl_disagg.serving.errors import ErrorEnvelope, JSONResponse
 from qwen3vl_disagg.serving.intake import GRACE_S, Arrived, Intake
-from qwen3vl_disagg.serving.preparation import BodyRoute
+from qwen3vl_disagg.serving.prepared import BodyRoute
 from qwen3vl_disagg.serving.stream import ChunkSender, typed_sse
 
 TypedEvent = dict[str, Any]

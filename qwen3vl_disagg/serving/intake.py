@@ -18,11 +18,12 @@ from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
 from qwen3vl_disagg.core.sampling_params import ROUTES
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.serving.answer import with_frontend
-from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, check_headers
+from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, check_headers, too_large
 from qwen3vl_disagg.serving.guard import SALT
 from qwen3vl_disagg.serving.limits import Limits
-from qwen3vl_disagg.serving.preparation import BodyRoute, Fetcher, Preparation, Prepared, Rules, read_body
+from qwen3vl_disagg.serving.preparation import Fetcher, Preparation
 from qwen3vl_disagg.serving.prepare_child import PreparePool
+from qwen3vl_disagg.serving.prepared import BodyRoute, Prepared, Rules
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 # The backend keeps the same deadline and knows more about what took so long: its error should come first.
@@ -37,6 +38,28 @@ class Arrived:
     prepared: Prepared
     deadline: float
     told: Callable[[RequestTimings], RequestTimings]
+
+
+async def read_body(receive: Receive, limits: Limits, account: BodyAccount) -> bytearray:
+    """The whole body. The limit holds while it comes, whether or not its length was declared.
+
+    InputError 408 (too slow), 413 (too large); OverloadedError; ClientGone.
+    """
+    body, is_whole = bytearray(), False
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            while not is_whole:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                chunk, is_whole = message.get("body", b""), not message.get("more_body", False)
+                if len(body) + len(chunk) > limits.max_body_bytes:
+                    raise too_large(limits)
+                account.take(len(chunk))
+                body += chunk
+    except TimeoutError:
+        raise InputError("the body came too slowly", status=408, code="body_timeout") from None
+    return body
 
 
 class Intake:

@@ -46,7 +46,8 @@ from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.processing.messages import MediaUrl, put_fetched, urls_in
 from qwen3vl_disagg.serving.limits import MAX_BODY_BYTES
-from qwen3vl_disagg.serving.preparation import BodyRoute, Fetch, Prepared, Request, Rules, finish_request, read_request
+from qwen3vl_disagg.serving.preparation import Fetch
+from qwen3vl_disagg.serving.prepared import BodyRoute, Prepared, Request, Rules, finish_request, read_request
 
 logger = logging.getLogger(__name__)
 NICENESS = 10

@@ -92,7 +92,7 @@ def test_a_child_without_work_reads_the_vocabulary_before_the_first_grammar(serv
     for pid in children():
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not children())
-    assert post(server, messages=[{"role": "user", "content": "long " * 4000}])[0] in (200, 400)
+    post(server, messages=[{"role": "user", "content": "long " * 4000}])  # finds it dead: another is started
     wait_for(lambda: any(b"llguidance" in Path(f"/proc/{pid}/maps").read_bytes() for pid in children()), 30)
 
 

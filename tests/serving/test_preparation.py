@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from qwen3vl_disagg.processing import media_plan
-from qwen3vl_disagg.serving import intake, preparation
+from qwen3vl_disagg.serving import intake, prepared
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.limits import Limits
 from tests.support.asgi import Exchange
@@ -117,7 +117,7 @@ def test_bodies_are_counted_for_as_long_as_they_are_held(part, monkeypatch):
     entered, go = threading.Event(), threading.Event()
     bodies: list[bytearray] = []
     parsed: list[dict] = []
-    read_body, parse_json, make = intake.read_body, preparation.parse_json, tiny_processor().prepare
+    read_body, parse_json, make = intake.read_body, prepared.parse_json, tiny_processor().prepare
 
     async def noted(*args):
         bodies.append(await read_body(*args))
@@ -133,7 +133,7 @@ def test_bodies_are_counted_for_as_long_as_they_are_held(part, monkeypatch):
         return make(*args, **options)
 
     monkeypatch.setattr(intake, "read_body", noted)
-    monkeypatch.setattr(preparation, "parse_json", noted_json)
+    monkeypatch.setattr(prepared, "parse_json", noted_json)
     monkeypatch.setattr(tiny_processor(), "prepare", held_up)
     body = body_of([part], pad="data:" + "x" * 10**6)
 
