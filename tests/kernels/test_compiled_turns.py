@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from qwen3vl_disagg.kernels import compiling
 
 
 def enter(folder: str, what: str, seconds: float, queue) -> None:
-    compiling.cache_dir = lambda: folder
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     with compiling.first_alone(what):
         queue.put(("in", what, time.monotonic()))
         time.sleep(seconds)
@@ -54,7 +55,7 @@ def test_nobody_waits_where_everything_is_there(tmp_path):
 
 
 def test_a_first_one_that_fails_leaves_it_to_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiling, "cache_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with pytest.raises(RuntimeError), compiling.first_alone("a"):
         raise RuntimeError
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
@@ -62,7 +63,7 @@ def test_a_first_one_that_fails_leaves_it_to_the_next(tmp_path, monkeypatch):
 
 
 def test_artifacts_of_another_number_of_threads_are_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiling, "cache_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
