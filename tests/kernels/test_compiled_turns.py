@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import torch._inductor.runtime.cache_dir_utils  # not in each of the processes anew
 
 from qwen3vl_disagg.kernels import compiling
 
