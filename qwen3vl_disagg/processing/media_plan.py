@@ -96,7 +96,7 @@ class MediaPlanner:
 
     def plan_all(self, media: Iterable[Media], max_rows: int) -> list[Plan]:
         """InputError where an item stands that cannot be had, or brings more rows than fit the context."""
-        plans, num_rows = list[Plan](), 0
+        plans, num_rows, pixels = list[Plan](), 0, _Pixels()
         for entry in media:
             try:
                 plans.append(self._plan(entry))
@@ -109,7 +109,7 @@ class MediaPlanner:
                     param=entry.param,
                     code="context_length_exceeded",
                 )
-        _check_pixels(plans)
+            pixels.add(plans[-1])
         return plans
 
     def _look_at_image(self, data: bytes) -> ImageInfo:
@@ -261,15 +261,21 @@ def _range(options: MediaOptions, clip: VideoInfo) -> tuple[int, int]:
     return start, end
 
 
-def _check_pixels(plans: list[Plan]) -> None:
-    """InputError if decoding all of a request's media would keep an encode rank from everybody else's for long."""
-    for is_file, limit, what in ((False, MAX_STILL_PIXELS, "images and frames"), (True, MAX_FILE_PIXELS, "clips")):
-        total = 0
-        for plan in plans:
-            if is_file == (plan.modality == "video" and not plan.is_frame_list):
-                total += plan.num_pixels
-                if total > limit:
-                    message = (
-                        f"the {what} of this request have {total} pixels to decode up to here, the limit is {limit}"
-                    )
-                    raise InputError(message, param=plan.param, status=413)
+class _Pixels:
+    """What decoding a request's media takes so far, of stills and of files of clips: it must not keep an encode rank
+    from everybody else's for long. Looked at part by part: a thousand of them take a second to plan."""
+
+    def __init__(self) -> None:
+        self._num_stills = self._num_of_files = 0
+
+    def add(self, plan: Plan) -> None:
+        """InputError for too much."""
+        if plan.modality == "video" and not plan.is_frame_list:
+            self._num_of_files += plan.num_pixels
+            total, limit, what = self._num_of_files, MAX_FILE_PIXELS, "clips"
+        else:
+            self._num_stills += plan.num_pixels
+            total, limit, what = self._num_stills, MAX_STILL_PIXELS, "images and frames"
+        if total > limit:
+            message = f"the {what} of this request have {total} pixels to decode up to here, the limit is {limit}"
+            raise InputError(message, param=plan.param, status=413)

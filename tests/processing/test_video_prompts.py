@@ -326,6 +326,22 @@ def test_the_probe_of_a_clip_gets_the_stop(make, monkeypatch):
     assert stops == [stop]
 
 
+@pytest.mark.parametrize(("name", "number"), [("MAX_FILE_PIXELS", 2), ("MAX_STILL_PIXELS", 0)])
+def test_pixels_are_bounded_before_the_next_part_is_planned(make, monkeypatch, name, number):
+    """Of files of clips and of all else; a thousand parts, also of one clip, take a second to plan."""
+    processor, planned, plan = make(False), list[str](), media_plan.MediaPlanner._plan
+    monkeypatch.setattr(media_plan, name, 9 * 64 * 64 * 3)
+    monkeypatch.setattr(media_plan.MediaPlanner, "_plan", lambda self, entry: planned.append("") or plan(self, entry))
+    still = {"type": "image_url", "image_url": {"url": uri(png_frames(noise_frames(1, 256, 512))[0])}}
+    content = [*([clip_part(9, 1, 64, 64)] * 2), clip_part(10, 1, 64, 64), *([clip_part(9, 1, 64, 64)] * 50)]
+    if name == "MAX_STILL_PIXELS":
+        content = [still] * 50
+    with pytest.raises(InputError, match=f"pixels to decode up to here, the limit is {9 * 64 * 64 * 3}") as caught:
+        processor.prepare([{"role": "user", "content": content}], allow_paths=True)
+    assert (caught.value.param, caught.value.status) == (f"messages[0].content[{number}]", 413)
+    assert len(planned) == number + 1
+
+
 TEXT = {"type": "text", "text": "video_url"}
 
 
