@@ -208,7 +208,7 @@ class Program:
         assert not waiting or not orders or waiting[-1] > orders[0], "the first to arrive was stopped"
 
 
-@settings(deadline=None, max_examples=max(500, settings().max_examples))
+@settings(deadline=None, max_examples=max(300, settings().max_examples))
 @given(st.data())
 def test_every_request_gets_its_tokens_and_every_page_comes_back(data):
     program = Program(data.draw, data.draw(st.integers(1, 6)))

@@ -185,14 +185,10 @@ def test_levels_that_are_swapped_within_a_row_show():
 def test_places_that_trade_one_bit_show():
     """Whatever the bit and the distance, also the highest one of two words."""
     for width in (2, 16, 100):
-        x = torch.zeros(1, width, dtype=torch.int64)
+        places = torch.eye(width, dtype=torch.int64)
         for bit in range(64):
-            seen = set()
-            for place in range(width):
-                one = x.clone()
-                one[0, place] = 1 << bit if bit < 63 else -(2**63)
-                seen.add(rows_digest(one))
-            assert len(seen) == width
+            ones = places * (1 << bit if bit < 63 else -(2**63))
+            assert len(row_sums(ones).unique()) == width
 
 
 def test_rows_of_any_length():
@@ -211,7 +207,7 @@ import torch
 from qwen3vl_disagg.transport.digest import row_sums
 rows = [torch.randint(-128, 128, (9, 515), generator=torch.Generator().manual_seed(0), dtype=torch.int8)]
 rows += [torch.full((3, 66), level, dtype=torch.int8) for level in (-128, 127)]
-print([row_sums(part).tolist() for part in rows])
+sums = [row_sums(part).tolist() for part in rows]
 """
 
 
@@ -220,15 +216,14 @@ def test_every_cpu_finds_the_same():
     places = _byte_weights(0, 2**18)
     assert places.abs().max() <= (2**15 - 1) // (2 * 255)
     assert len(places.unique(dim=0)) == 2**18
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", _ON_ANOTHER_CPU],
-            env={**os.environ, "ONEDNN_MAX_CPU_ISA": name},
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        ).stdout
-        for name in ("ALL", "AVX2")
-    }
-    assert len(found) == 1
+    here: dict[str, object] = {}
+    exec(_ON_ANOTHER_CPU, here)
+    there = subprocess.run(
+        [sys.executable, "-c", _ON_ANOTHER_CPU + "print(sums)"],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    assert there == f"{here['sums']}\n"
