@@ -198,6 +198,9 @@ def test_the_last_answer_is_continued():
     assert continued[-1] != tokenizer.token_id("<|im_end|>")
     parts = [turns[0], {"role": "assistant", "content": [{"type": "text", "text": turns[1]["content"]}]}]
     assert ids(parts, continue_final_message=True) == continued
+    seen = ids([*user(PICTURE, TEXT), turns[1]], continue_final_message=True)
+    assert seen.count(tiny_processor().config.image_token_id) == 16
+    assert tokenizer.decode(seen).endswith("It is a <|im_end|> red ")
     for bad, fields in ((turns[:1], {}), (turns, {"add_generation_prompt": True})):
         reply = serve(FakeBackend()).post(PATH, json={"messages": bad, "continue_final_message": True, **fields})
         assert reply.status_code == 400

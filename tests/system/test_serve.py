@@ -151,6 +151,14 @@ def check_sampling(server: Server, entry: Asked) -> None:
     sampling = SamplingParams(max_new_tokens=64, logprobs=1, **fields)
     [plain] = llm.chat([entry.messages()], sampling)
     check_equal([server.chat(entry.content(), **fields)], [plain])
+    words = {
+        "bad_words": [llm.processor.tokenizer.decode(plain.token_ids[:1])],
+        "allowed_token_ids": sorted({*plain.token_ids, *range(40, 90)}),
+    }
+    [narrow] = llm.chat([entry.messages()], SamplingParams(max_new_tokens=64, logprobs=1, **words, **fields))
+    check_equal([server.chat(entry.content(), **words, **fields)], [narrow])
+    assert narrow.token_ids[0] != plain.token_ids[0]
+    assert set(narrow.token_ids) <= set(words["allowed_token_ids"])
     stop = plain.text[2:6]
     [cut] = llm.chat([entry.messages()], SamplingParams(max_new_tokens=64, logprobs=1, stop=[stop], **fields))
     status, answer = server.chat(entry.content(), stop=stop, **fields)
