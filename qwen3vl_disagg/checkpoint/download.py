@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 SMALL_FILES = (
     *("generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.json", "chat_template.jinja", INDEX_FILE),
+    "modules.json",
 )
 _TINY = Path(__file__).parent.parent / "assets" / "tiny"
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")

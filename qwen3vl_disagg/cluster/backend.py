@@ -34,10 +34,11 @@ class TokenEvent(msgspec.Struct, frozen=True):
 
 
 class FinishedEvent(msgspec.Struct, frozen=True):
-    """The last event of a request that was answered."""
+    """The last event of a request that was answered. `vector`: as in `Finished`."""
 
     finish_reason: FinishReason
     timings: RequestTimings
+    vector: bytes = b""
 
 
 Event = AllDecoded | PromptLogprobs | TokenEvent | FinishedEvent

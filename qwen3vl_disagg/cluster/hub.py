@@ -109,7 +109,7 @@ class _Handle:
                     self.events.put_nowait(TokenEvent(token_id, entry, None if i else message.timings))
             case Finished():
                 self._decoded(set(self.undecoded))
-                self.events.put_nowait(FinishedEvent(message.finish_reason, message.timings))
+                self.events.put_nowait(FinishedEvent(message.finish_reason, message.timings, message.vector))
 
     def _decoded(self, items: set[int]) -> None:
         if self.undecoded and items:

@@ -14,6 +14,7 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import Grammar
+from qwen3vl_disagg.core.pooling import Pooling
 from qwen3vl_disagg.core.readers import Flag, Number, Strings, TokenIdList, TokenNumbers, ValueKind, Words
 
 Route = Literal["chat", "completion", "response", "messages"]
@@ -90,6 +91,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """What the answer must be. An end token comes only where it is whole, and there also in spite of `min_tokens`,
     `ignore_eos`, `allowed_token_ids` and `bad_words` if nothing else may. An answer that is cut, by its length or a
     stop string, may not be whole."""
+    pooling: Pooling | None = None
+    """Nothing is sampled: this is wanted of the prompt."""
 
     def __post_init__(self) -> None:
         for name, option in OPTIONS.items():
@@ -109,7 +112,7 @@ DEFAULTS: dict[str, Any] = {
     for field in msgspec.structs.fields(SamplingParams)
 }
 """None: it may be None."""
-NO_OPTIONS: dict[str, type] = {"is_open_ended": bool, "cache_salt": str, "grammar": Grammar}
+NO_OPTIONS: dict[str, type] = {"is_open_ended": bool, "cache_salt": str, "grammar": Grammar, "pooling": Pooling}
 """Fields that follow from the rest of a request; what they are."""
 
 

@@ -13,6 +13,8 @@ from qwen3vl_disagg.core.errors import InputError
 
 Quantize = Literal["none", "int8", "float8"]
 ImageResize = Literal["torch", "pillow"]
+Task = Literal["generate", "embed", "rerank"]
+TaskChoice = Literal["auto", "generate", "embed", "rerank"]
 ExpertLayout = Literal["hub", "v5", "per_expert"]
 Dispatch = Literal["gather", "all_to_all"]
 MAX_REQUEST_TIMEOUT_S = 86_400
@@ -84,6 +86,9 @@ class ModelOptions(EngineSettings, CheckpointOptions):
     """Weights of the decoder; `int8` and `float8` need the extra `quantize`."""
     video_outer_wrapper: bool = False
     """Keep the pair of start and end around a clip besides those of its frames, as transformers 5 does."""
+    task: TaskChoice = "auto"
+    """What the checkpoint is for: to answer, to give vectors, or to score documents. `auto`: as its `modules.json` or
+    its name (Qwen3-VL-Embedding, Qwen3-VL-Reranker) says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +185,8 @@ def check_supported(options: ModelOptions) -> None:
     """InputError for a value that is none of an option's, which only the command line looks at, or is not installed."""
     check_quantize(options.quantize)
     options.check()
+    if options.task not in get_args(TaskChoice):
+        raise InputError(f"--task {options.task}: must be one of {', '.join(get_args(TaskChoice))}", param="task")
     if options.image_resize not in get_args(ImageResize):
         names = ", ".join(get_args(ImageResize))
         raise InputError(f"--image-resize {options.image_resize}: must be one of {names}", param="image_resize")

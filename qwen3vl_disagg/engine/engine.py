@@ -16,13 +16,14 @@ from msgspec import structs
 from torch import Tensor
 
 from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, ServerError
-from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, TokenLogprob, VisualItem
+from qwen3vl_disagg.core.requests import FinishReason, ItemTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.sampling_params import OPTIONS
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.engine.grammars import PATIENCE_S, Grammars, no_grammars
 from qwen3vl_disagg.engine.masks import Mask
 from qwen3vl_disagg.engine.pages import PagePool
+from qwen3vl_disagg.engine.pooling import pool
 from qwen3vl_disagg.engine.runner import AttentionChoice, BadRows, ModelRunner
 from qwen3vl_disagg.engine.sampler import Sampler
 from qwen3vl_disagg.engine.scheduler import Chunk, Scheduler, SchedulerLimits
@@ -189,6 +190,10 @@ class Engine:
             value = getattr(sampling, name)
             if value and max(option.kind.tokens(value), default=0) >= text.vocab_size:
                 raise InputError(f"{name} takes token ids from 0 to {text.vocab_size - 1}", param=name)
+        if (pooling := sampling.pooling) is not None and not (
+            0 <= pooling.dimensions <= text.hidden_size and all(0 <= i < text.vocab_size for i in pooling.tokens or ())
+        ):
+            raise InputError(f"this model has no {pooling}: {text.hidden_size} numbers, {text.vocab_size} tokens")
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         sequence = Sequence(
             request_id=request_id,
@@ -338,7 +343,7 @@ class Engine:
                 self.runner.take_part(dispatch)
 
     def _prefill(self, chunks: list[Chunk], plan: StepPlan | None, dispatch: DispatchPlan | None) -> list[EngineEvent]:
-        """Run chunks of prompts; those that end one give its first token."""
+        """Run chunks of prompts; those that end one give its first token, or what is pooled of it."""
         started = time.monotonic()
         events: list[EngineEvent] = []
         try:
@@ -346,7 +351,7 @@ class Engine:
                 try:
                     tokens = sum(chunk.stop - chunk.start for chunk in chunks)
                     with span("prefill", tokens=tokens), _fatal_where(dispatch):
-                        logits, is_sound_M, scores = self.runner.prefill(chunks, dispatch)
+                        made = self.runner.prefill(chunks, dispatch)
                     break
                 except BadRows as error:  # that request's failure alone; nothing has been computed yet
                     events += self._fail([error.sequence], error)
@@ -354,16 +359,21 @@ class Engine:
                     if not chunks:
                         self._take_part(dispatch)
                         return events
-            picks, broken = self._pick(logits, [chunk.sequence for chunk in chunks if chunk.is_last], plan)
-            is_sound = is_sound_M.tolist()  # for chunks that end no prompt this is the wait
+            ended = [chunk.sequence for chunk in chunks if chunk.is_last]
+            wanted = [(sequence, sequence.sampling.pooling) for sequence in ended if sequence.sampling.pooling]
+            vectors = pool(made.pooled, [pooling for _, pooling in wanted], self.runner.model.lm_head)
+            picks, broken = self._pick(made.logits, [s for s in ended if s.sampling.pooling is None], plan)
+            is_sound = made.is_sound.tolist()  # for chunks that end no prompt this is the wait
         except (RuntimeError, ValueError) as error:
             return events + self._fail([chunk.sequence for chunk in chunks], error)
         now = time.monotonic()
-        answered = {pick[0].request_id for pick in picks}
+        pooled = [(sequence, vector) for (sequence, _), vector in zip(wanted, vectors, strict=True)]
+        answered = {pick[0].request_id for pick in picks} | {sequence.request_id for sequence, _ in pooled}
         others = [chunk.sequence for chunk in chunks if not chunk.is_last]
         broken += [(sequence, NotFinite()) for sequence, ok in zip(others, is_sound, strict=True) if not ok]
+        broken += [(sequence, NotFinite()) for sequence, vector in pooled if vector is None]
         lost = {sequence.request_id for sequence, _ in broken}
-        for told in scores:
+        for told in made.scores:
             sequence = told.chunk.sequence
             if sequence.request_id not in lost:
                 events.append(told.message())
@@ -372,6 +382,10 @@ class Engine:
             chunk.sequence.prefill_s += now - started
             if chunk.sequence.request_id not in lost:
                 events += self._advance(chunk, is_late=chunk.is_last and chunk.sequence.request_id not in answered)
+        for sequence, vector in pooled:
+            if vector is not None:
+                sequence.first_token_at = now
+                events.append(self._finish(sequence, "stop", now, vector))
         return events + self._accept(picks) + self._fail_each(broken)
 
     def _advance(self, chunk: Chunk, *, is_late: bool) -> list[EngineEvent]:
@@ -438,14 +452,15 @@ class Engine:
             elif len(sequence.generated) >= sequence.sampling.max_new_tokens:
                 sequence.finish_reason = "length"
             if sequence.finish_reason:
-                self.scheduler.remove(sequence.request_id)
-                timings = sequence.timings(now, self.language_rank)
-                events.append(
-                    Finished(request_id=sequence.request_id, finish_reason=sequence.finish_reason, timings=timings)
-                )
+                events.append(self._finish(sequence, sequence.finish_reason, now))
             elif sequence.masks is not None:
                 sequence.masks.advance(token_id)
         return events
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, now: float, vector: bytes = b"") -> Finished:
+        self.scheduler.remove(sequence.request_id)
+        timings = sequence.timings(now, self.language_rank)
+        return Finished(request_id=sequence.request_id, finish_reason=reason, timings=timings, vector=vector)
 
     def _fail_each(self, broken: list[Broken]) -> list[EngineEvent]:
         """End these, those of one kind of failure together."""

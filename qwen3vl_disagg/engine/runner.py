@@ -6,7 +6,7 @@ Dims: T packed tokens, B sequences, h hidden size, n DeepStack levels, V vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,22 @@ class BadRows(ServerError):
     def __init__(self, sequence: Sequence, message: str, param: str) -> None:
         super().__init__(message, code="engine_error")
         self.sequence, self.param = sequence, param
+
+
+class Prefilled(NamedTuple):
+    """Of chunks, in their order: logits `[L, V]` of those that end a prompt to be answered, final hidden states
+    `[P, D]` of those that end one to be pooled, whether each of the others is sound, bool, and the log probabilities of
+    their own tokens that are wanted.
+
+    Sound: what the pages hold of it is finite. A number that is not, in the row of a token, stays there through all
+    later layers, so the last layer's keys and values show it; what becomes of a row after them is never read.
+    Logits show the same, as the last token attends to all keys and values.
+    """
+
+    logits: Tensor
+    pooled: Tensor
+    is_sound: Tensor
+    scores: list[ScoredSlice]
 
 
 def resolve_attention(
@@ -96,14 +112,8 @@ class ModelRunner:
         self.model.model.take_part(plan)
 
     @torch.inference_mode()
-    def prefill(self, chunks: Seq[Chunk], plan: DispatchPlan | None = None) -> tuple[Tensor, Tensor, list[ScoredSlice]]:
-        """Pieces of prompts -> logits `[L, V]` of those that end one, whether each of the others is sound, bool, and
-        the log probabilities of their own tokens that are wanted. `plan`: where experts are spread.
-
-        Sound: what the pages hold of it is finite. A number that is not, in the row of a token, stays there through all
-        later layers, so the last layer's keys and values show it; what becomes of a row after them is never read.
-        Logits show the same, as the last token attends to all keys and values.
-        """
+    def prefill(self, chunks: Seq[Chunk], plan: DispatchPlan | None = None) -> Prefilled:
+        """Pieces of prompts. `plan`: where experts are spread."""
         sequences = [chunk.sequence for chunk in chunks]
         ids = [i for chunk in chunks for i in chunk.sequence.tokens(chunk.start, chunk.stop)]
         ids_T = torch.tensor(ids, device=self.device)
@@ -119,10 +129,12 @@ class ModelRunner:
             for slots, chunk in zip(slots_B, chunks, strict=True)
             if not chunk.is_last
         ]
-        if not is_sound:
-            return self.model.lm_head(x_BD), ids_T.new_empty(0, dtype=torch.bool), scores
         ends = [number for number, chunk in enumerate(chunks) if chunk.is_last]
-        return self.model.lm_head(x_BD[ends]), torch.stack(is_sound), scores
+        answered = [number for number in ends if sequences[number].sampling.pooling is None]
+        pooled = [number for number in ends if sequences[number].sampling.pooling is not None]
+        logits = self.model.lm_head(x_BD if len(answered) == len(chunks) else x_BD[answered])
+        sound = torch.stack(is_sound) if is_sound else ids_T.new_empty(0, dtype=torch.bool)
+        return Prefilled(logits, x_BD[pooled], sound, scores)
 
     @torch.inference_mode()
     def clear(self, pages: Seq[int]) -> None:

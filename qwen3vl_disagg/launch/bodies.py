@@ -122,7 +122,7 @@ def rank_room(setup: RankSetup) -> KvRoom:
 def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
     """Load the decoder, or with a group this rank's part of it, and nothing else of the weights."""
     context = setup.context
-    processor = Processor.from_folder(setup.folder, setup.config)
+    processor = Processor.from_folder(setup.folder, setup.config, task=context.options.model.task)
     tokenizer, eos_ids = processor.tokenizer, processor.generation.eos_token_ids
     grammars = Grammars.of(lambda: tokenizer, setup.config, eos_ids)
     if grammars is not None:

@@ -52,6 +52,7 @@ def run_frontend(
         config,
         video_outer_wrapper=context.options.model.video_outer_wrapper,
         max_model_len=options.max_model_len,
+        task=context.options.model.task,
     )
     name, *more_names = options.served_model_name or (model_name(folder),)
     hub = Hub(

@@ -51,7 +51,7 @@ def run_slot(options: JoinOptions, world: World) -> int:
     context = rank_context(replace(options, checkpoint=checkpoint), world)
     folder = resolve_model_folder(checkpoint.model)
     # Said once, and not by every rank.
-    check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=checkpoint.dtype)
+    check_folder(folder, lambda config: Processor.from_folder(folder, config, task="generate"), dtype=checkpoint.dtype)
     check_environment()
     plan_faults()
     body = functools.partial(run_threaded, run_encode_rank, context)

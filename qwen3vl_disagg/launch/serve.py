@@ -68,7 +68,9 @@ def rank_child(context: RankContext) -> Child:
 def check_checkpoint(model: ModelOptions, buffers: BufferOptions, max_model_len: int | None = None) -> None:
     """Everything wrong with the checkpoint, said once, before any rank starts; InputError for more than its context."""
     folder = resolve_model_folder(model.model)
-    config, _ = check_folder(folder, lambda config: Processor.from_folder(folder, config), dtype=model.dtype)
+    config, _ = check_folder(
+        folder, lambda config: Processor.from_folder(folder, config, task=model.task), dtype=model.dtype
+    )
     context = config.text.max_position_embeddings
     if max_model_len is not None and max_model_len > context:
         message = f"--max-model-len {max_model_len}: the checkpoint's context is {context}"

@@ -6,33 +6,50 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, count, repeat
 from pathlib import Path
-from typing import Any, Literal
-
-import msgspec
+from typing import Any, Literal, TypeVar
 
 from qwen3vl_disagg.checkpoint import load_language_model, load_vision_model
 from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.checkpoint.load import check_folder
 from qwen3vl_disagg.core.devices import DTYPES, resolve_compile, resolve_device
 from qwen3vl_disagg.core.errors import DisaggError, InputError
-from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob
-from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, EngineSettings, ModelOptions, check_supported
+from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.core.settings import (
+    BufferOptions,
+    EncodeOptions,
+    EngineSettings,
+    ModelOptions,
+    TaskChoice,
+    check_supported,
+)
 from qwen3vl_disagg.encode.worker import EncodeWorker
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.engine.grammars import Grammars
 from qwen3vl_disagg.language.engine_thread import Command
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.llm.requests import Ended, LocalRequests
+from qwen3vl_disagg.llm.results import ChatResult, EmbedResult, ScoreResult, chat_result, embed_result, score_result
 from qwen3vl_disagg.llm.transfer import LocalTransfer
 from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.parallel.kv_room import measured_room
-from qwen3vl_disagg.processing import AnswerParts, AnswerReason, Parts, Processor, ToolCall, parse_tools
+from qwen3vl_disagg.processing import AnswerParts, Parts, Processor, parse_tools
 from qwen3vl_disagg.processing.bad_words import with_ids
+from qwen3vl_disagg.processing.pooling import (
+    Conversation,
+    check_task,
+    embed_messages,
+    pair_messages,
+    sized,
+    with_instruction,
+)
+from qwen3vl_disagg.processing.prompt_options import PromptOptions
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 
+T = TypeVar("T")
 TextCallback = Callable[[int, str], None]
-Conversation = list[dict[str, Any]]
+_Start = Callable[[dict[int, T | DisaggError], int], str]
+"""Begins a request whose result will be the one of that number; its name. DisaggError if it cannot be answered."""
 MAX_AHEAD_BYTES = 256 << 20
 """Images and clips of conversations that are prepared and not answered; a single one may have more."""
 
@@ -42,49 +59,6 @@ def _emit(on_text: TextCallback | None, on_reasoning: TextCallback | None, i: in
         on_reasoning(i, new.reasoning)
     if new.content and on_text is not None:
         on_text(i, new.content)
-
-
-class Usage(msgspec.Struct, kw_only=True):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class ChatResult(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One answer, as `generate --json` prints it. `token_ids` ends with the end token if it came; `text` has none.
-
-    `text` is without what the model thought and the tools it called; `token_ids` and `logprobs` have all of it.
-    """
-
-    text: str
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    token_ids: list[int]
-    prompt_token_ids: list[int]
-    finish_reason: AnswerReason
-    usage: Usage
-    timings: RequestTimings
-    logprobs: list[TokenLogprob] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; each logprobs entry is `{"token_id", "logprob", "top": [[id, logprob], ..]}`."""
-        return msgspec.to_builtins(self)
-
-
-def _result(ended: Ended) -> ChatResult:
-    parts = ended.parts
-    num_prompt, num_new = len(ended.prompt.token_ids), len(parts.token_ids)
-    return ChatResult(
-        text=parts.content,
-        reasoning_content=parts.reasoning or None,
-        tool_calls=parts.calls or None,
-        token_ids=parts.token_ids,
-        prompt_token_ids=ended.prompt.token_ids,
-        finish_reason=parts.reason(ended.finish_reason),
-        usage=Usage(prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new),
-        timings=ended.timings,
-        logprobs=ended.logprobs or None,
-    )
 
 
 class LLM:
@@ -98,6 +72,7 @@ class LLM:
         kv_cache_gib, max_running, max_prefill_tokens, page_size: as on the command line.
         video_outer_wrapper: see `Processor.from_folder`.
         decoder: where images and clips are decoded, if not in processes of its own.
+        task: as on the command line.
     """
 
     def __init__(
@@ -119,6 +94,7 @@ class LLM:
         max_running: int = EngineSettings.max_running,
         max_prefill_tokens: int = EngineSettings.max_prefill_tokens,
         page_size: int = EngineSettings.page_size,
+        task: TaskChoice = "auto",
     ) -> None:
         name = None if model is None else str(model)
         options = ModelOptions(
@@ -132,6 +108,7 @@ class LLM:
             max_running=max_running,
             max_prefill_tokens=max_prefill_tokens,
             page_size=page_size,
+            task=task,
         )
         check_supported(options)
         encode_options = encode_options or EncodeOptions()
@@ -152,6 +129,7 @@ class LLM:
                 decoder=decoder,
                 video_outer_wrapper=video_outer_wrapper,
                 image_resize=options.image_resize,
+                task=options.task,
             )
 
         self.config, self.processor = check_folder(self.folder, make_processor, dtype=options.dtype)
@@ -254,6 +232,7 @@ class LLM:
         a conversation stays in its place. When the iterator is closed, or something is raised on the way, all that is
         under way is given up.
         """
+        check_task(self.processor.task, "generate", "a chat")
         if sampling is None:
             sampling = self.processor.generation.sampling()
         ahead = 2 * self.engine.options.max_running if ahead is None else ahead
@@ -261,29 +240,81 @@ class LLM:
             raise InputError(f"ahead is {ahead}: must be at least 1", param="ahead")
         params = repeat(sampling) if isinstance(sampling, SamplingParams) else chain(sampling, repeat(None))
         pairs = zip(conversations, params, strict=False)
-        return self._answer(pairs, parse_tools(list(tools)), partial(_emit, on_text, on_reasoning), ahead)
+        shown, emit = parse_tools(list(tools)), partial(_emit, on_text, on_reasoning)
+        return self._answer((partial(self._begin, *pair, shown, emit) for pair in pairs), ahead)
 
-    def _answer(
+    def embed(
         self,
-        pairs: Iterator[tuple[Conversation | DisaggError, SamplingParams | None]],
-        tools: list[dict[str, Any]],
-        emit: Callable[[int, Parts], None],
-        ahead: int,
-    ) -> Iterator[ChatResult | DisaggError]:
+        inputs: Sequence[str | dict[str, Any] | Conversation],
+        *,
+        instruction: str | None = None,
+        dimensions: int | None = None,
+    ) -> list[EmbedResult]:
+        """A vector of each input: a text, an object with `text`, `image` and `video`, or a conversation.
+
+        `instruction`: what the vectors are for; an object may have its own. `dimensions`: so many numbers of each, the
+        first ones. Raises the error of the first input that has none.
+        """
+        check_task(self.processor.task, "embed", "embed")
+        sampling = SamplingParams(max_new_tokens=1, pooling=self.processor.pooling(dimensions))
+
+        def make(number: int) -> Any:
+            given = inputs[number]
+            if isinstance(given, list):
+                return with_instruction(given, instruction)
+            return embed_messages(given, instruction, f"inputs[{number}]")
+
+        return list(map(embed_result, self._pool(make, range(len(inputs)), sampling)))
+
+    def score(
+        self, query: str | dict[str, Any], documents: Sequence[str | dict[str, Any]], *, instruction: str | None = None
+    ) -> list[ScoreResult]:
+        """How well each document answers the query; both are texts, or objects with `text`, `image` and `video`.
+
+        `instruction`: what is looked for. Raises the error of the first document that has no score.
+        """
+        check_task(self.processor.task, "rerank", "score")
+        sampling = SamplingParams(max_new_tokens=1, pooling=self.processor.pooling())
+
+        def make(number: int) -> Conversation:
+            return pair_messages(query, documents[number], instruction, ("query", f"documents[{number}]"))
+
+        # What all begin with is computed for the first one, and found by the others.
+        numbers = range(len(documents))
+        return [score_result(one) for some in (numbers[:1], numbers[1:]) for one in self._pool(make, some, sampling)]
+
+    def _pool(self, make: Callable[[int], Conversation], numbers: range, sampling: SamplingParams) -> list[Ended]:
+        """What becomes of the conversations of these numbers. Raises the error of the first that fails."""
+
+        def begin(number: int, results: dict[int, Ended | DisaggError], place: int) -> str:
+            prompt = self.processor.prepare(make(number), allow_paths=True, options=sized(PromptOptions()))
+            parts = AnswerParts(self.processor.tokenizer, self.engine.eos_ids, sampling, None)
+            return self._requests.begin(
+                prompt, parts, sampling, emit=lambda _: None, done=partial(results.__setitem__, place)
+            )
+
+        found = []
+        for ended in self._answer((partial(begin, number) for number in numbers), 2 * self.engine.options.max_running):
+            if isinstance(ended, DisaggError):
+                raise ended
+            found.append(ended)
+        return found
+
+    def _answer(self, starts: Iterator[_Start[T]], ahead: int) -> Iterator[T | DisaggError]:
         requests = self._requests
-        results: dict[int, ChatResult | DisaggError] = {}
+        results: dict[int, T | DisaggError] = {}
         begun: dict[int, str] = {}
         num_taken, is_more = 0, True
         try:
             for number in count():
                 while number not in results:
                     if is_more and num_taken < number + ahead and requests.media_bytes < MAX_AHEAD_BYTES:
-                        pair = next(pairs, None)
-                        if pair is None:
+                        start = next(starts, None)
+                        if start is None:
                             is_more = False
                             continue
                         try:
-                            begun[num_taken] = self._begin(*pair, tools, partial(emit, num_taken), results, num_taken)
+                            begun[num_taken] = start(results, num_taken)
                         except DisaggError as error:
                             results[num_taken] = error
                         num_taken += 1
@@ -301,11 +332,11 @@ class LLM:
         conversation: Conversation | DisaggError,
         params: SamplingParams | None,
         tools: list[dict[str, Any]],
-        emit: Callable[[Parts], None],
+        emit: Callable[[int, Parts], None],
         results: dict[int, ChatResult | DisaggError],
         number: int,
     ) -> str:
-        """Prepare and queue one, whose result will be `results[number]`. DisaggError if it cannot be answered."""
+        """A `_Start` of a conversation."""
         if isinstance(conversation, DisaggError):
             raise conversation
         if not isinstance(params, SamplingParams):
@@ -315,10 +346,10 @@ class LLM:
             raise InputError("prompt_logprobs are for HTTP only", param="prompt_logprobs")
 
         def done(ended: Ended | DisaggError) -> None:
-            results[number] = ended if isinstance(ended, DisaggError) else _result(ended)
+            results[number] = ended if isinstance(ended, DisaggError) else chat_result(ended)
 
         prompt = self.processor.prepare(conversation, tools=tools, allow_paths=True)
         eos_ids, is_given = self.engine.eos_ids, bool(tools)
         parts = AnswerParts(self.processor.tokenizer, eos_ids, params, prompt.token_ids, with_tools=is_given)
         sampling = with_ids(params, self.processor.tokenizer)
-        return self._requests.begin(prompt, parts, sampling, emit=emit, done=done)
+        return self._requests.begin(prompt, parts, sampling, emit=partial(emit, number), done=done)

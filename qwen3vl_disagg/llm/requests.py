@@ -30,6 +30,8 @@ class Ended:
     finish_reason: FinishReason
     timings: RequestTimings
     logprobs: list[TokenLogprob]
+    vector: bytes = b""
+    """As in `Finished`."""
 
 
 @dataclass
@@ -45,8 +47,8 @@ class _Request:
     """As they were at the first token."""
     first_token_at: float = 0.0
 
-    def end(self, finish_reason: FinishReason, timings: RequestTimings) -> Ended:
-        return Ended(self.prompt, self.parts, finish_reason, timings, self.logprobs)
+    def end(self, finish_reason: FinishReason, timings: RequestTimings, vector: bytes = b"") -> Ended:
+        return Ended(self.prompt, self.parts, finish_reason, timings, self.logprobs, vector)
 
     @property
     def media_bytes(self) -> int:
@@ -191,7 +193,7 @@ class LocalRequests:
                 return event.failure.error()
             case Finished():
                 request.emit(request.parts.finish())
-                return request.end(event.finish_reason, event.timings)
+                return request.end(event.finish_reason, event.timings, event.vector)
         return None
 
     def _tokens(self, event: Tokens, request: _Request) -> Ended | None:

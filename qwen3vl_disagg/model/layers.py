@@ -41,6 +41,10 @@ class Linear(nn.Linear):
             return ops.linear(x, [self.weight])
         return F.linear(x, self.weight)
 
+    def rows(self, numbers: list[int]) -> Tensor:
+        """These of the weight's, `[R, D]` float32."""
+        return self.weight[numbers].float()
+
 
 def project(x_TD: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """Several layers of one input; those that the bfloat16 kernel runs in one call."""

@@ -38,6 +38,9 @@ class QuantizedLinear(Linear):
             return torch.ops.q3vl.linear_int8(x, self.weight, self.weight_scale)
         return F.linear(x, dequantize(self.weight, self.weight_scale, x.dtype))
 
+    def rows(self, numbers: list[int]) -> Tensor:
+        return dequantize(self.weight[numbers], self.weight_scale[numbers], torch.float32)
+
 
 def run_experts_dequantized(
     x_TD: Tensor,

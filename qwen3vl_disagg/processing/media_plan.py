@@ -74,7 +74,7 @@ class Plan:
 
 
 class MediaPlanner:
-    """Plans the items of one request; equal bytes are looked at once. Stopped once `stop` is set."""
+    """Plans the items of the prompts of one request; equal bytes are looked at once. Stopped once `stop` is set."""
 
     def __init__(
         self,
@@ -91,12 +91,15 @@ class MediaPlanner:
         self._decoder, self._stop = decoder, stop
         self._images: dict[bytes, ImageInfo] = {}
         self._clips: dict[bytes, VideoInfo] = {}
+        self._pixels = _Pixels()
+        self._planned: set[tuple[str, tuple[int, ...]]] = set()
+        """In earlier prompts of the request."""
         self._digests: dict[int, tuple[str, bytes]] = {}
         """By the identity of bytes, which are kept here: those of one URL may stand in every part."""
 
     def plan_all(self, media: Iterable[Media], max_rows: int) -> list[Plan]:
         """InputError where an item stands that cannot be had, or brings more rows than fit the context."""
-        plans, num_rows, pixels = list[Plan](), 0, _Pixels()
+        plans, num_rows = list[Plan](), 0
         for entry in media:
             try:
                 plans.append(self._plan(entry))
@@ -109,7 +112,9 @@ class MediaPlanner:
                     param=entry.param,
                     code="context_length_exceeded",
                 )
-            pixels.add(plans[-1])
+            if (plans[-1].digest, plans[-1].frames) not in self._planned:
+                self._pixels.add(plans[-1])
+        self._planned |= {(plan.digest, plan.frames) for plan in plans}
         return plans
 
     def _look_at_image(self, data: bytes) -> ImageInfo:

@@ -301,7 +301,7 @@ def urls_in(raw: object) -> list[MediaUrl]:
     InputError for one that is too long, and for too many.
     """
     found: dict[str, MediaUrl] = {}
-    for holder, key, where, what, limit in _url_places(raw):
+    for holder, key, where, what, limit in _places_of(raw, _is_url):
         url = holder[key]
         if len(url) > MAX_URL_CHARS:
             message = f"a URL of {len(url)} characters, the limit is {MAX_URL_CHARS}"
@@ -315,11 +315,24 @@ def urls_in(raw: object) -> list[MediaUrl]:
 
 def put_fetched(raw: object, fetched: Mapping[str, bytes]) -> None:
     """Put the bytes of each URL in its place."""
-    for holder, key, *_ in list(_url_places(raw)):
+    for holder, key, *_ in list(_places_of(raw, _is_url)):
         holder[key] = FetchedBytes(fetched[holder[key]])
 
 
-def _url_places(raw: object) -> Iterator[tuple[Any, Any, str, str, int]]:
+def put_decoded(raw: object) -> None:
+    """Put the bytes of each `data:` URI of an image in its place: of equal ones the same. InputError naming the place
+    of the first that is none."""
+    found: dict[str, FetchedBytes] = {}
+    for holder, key, where, what, limit in list(_places_of(raw, is_data_uri)):
+        uri = holder[key]
+        if what == "image":
+            if uri not in found:
+                found[uri] = FetchedBytes(read_data_uri(uri, where, what, limit))
+            holder[key] = found[uri]
+
+
+def _places_of(raw: object, is_one: Callable[[str], bool]) -> Iterator[tuple[Any, Any, str, str, int]]:
+    """Where media are named by texts of a kind: (what holds it, its key there, place, what it is, its limit)."""
     for where, part in _parts(raw):
         is_clip = _kind(part) in VIDEO_KINDS
         if not is_clip and _kind(part) not in IMAGE_KINDS:
@@ -328,14 +341,15 @@ def _url_places(raw: object) -> Iterator[tuple[Any, Any, str, str, int]]:
         for name in dict.fromkeys((_kind(part), *(_VIDEO_SOURCES if is_clip else _IMAGE_SOURCES))):
             holder, key = (part[name], "url") if isinstance(part.get(name), dict) else (part, name)
             if isinstance(source := holder.get(key), list):
-                places = [(source, k) for k, frame in enumerate(source) if _is_url(frame)] if is_clip else []
+                texts = [(k, frame) for k, frame in enumerate(source) if isinstance(frame, str)] if is_clip else []
+                places = [(source, k) for k, frame in texts if is_one(frame)]
                 yield from ((*place, where, "frame", MAX_BYTES) for place in places)
-            elif _is_url(source):
+            elif isinstance(source, str) and is_one(source):
                 yield holder, key, where, what, limit
 
 
-def _is_url(source: object) -> bool:
-    return isinstance(source, str) and _URL.match(source) is not None
+def _is_url(source: str) -> bool:
+    return _URL.match(source) is not None
 
 
 # -- data: URIs

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qwen3vl_disagg.core.errors import CheckpointError, InputError, attempt
+from qwen3vl_disagg.core.pooling import Pooling
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.core.settings import ImageResize
+from qwen3vl_disagg.core.settings import ImageResize, Task, TaskChoice
 from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.model.config import ModelConfig
@@ -18,6 +20,7 @@ from qwen3vl_disagg.processing.generation import GenerationDefaults
 from qwen3vl_disagg.processing.media_plan import MediaPlanner, Plan
 from qwen3vl_disagg.processing.messages import parse_messages
 from qwen3vl_disagg.processing.patches import ImageProcessor
+from qwen3vl_disagg.processing.pooling import ANSWERS, find_task
 from qwen3vl_disagg.processing.prompt_options import PromptOptions
 from qwen3vl_disagg.processing.template import ChatTemplate, PromptPiece, strings_of
 from qwen3vl_disagg.processing.tokenizer import (
@@ -80,7 +83,9 @@ class Processor:
         decoder: MediaDecoder | None = None,
         video_outer_wrapper: bool = False,
         max_model_len: int | None = None,
+        task: Task = "generate",
     ) -> None:
+        self.task = task
         self.config, self.tokenizer, self.image, self.video = config, tokenizer, image, video
         self.template, self.generation = template, generation
         self.decoder = decoder or MediaDecoder()
@@ -100,13 +105,14 @@ class Processor:
         video_outer_wrapper: bool = False,
         image_resize: ImageResize = "torch",
         max_model_len: int | None = None,
+        task: TaskChoice = "auto",
     ) -> Processor:
         """Read tokenizer, template, image and video settings and sampling defaults. CheckpointError says what is wrong.
 
         `decoder`: for clips, whose headers only a decoder understands. `video_outer_wrapper`: whether a clip keeps
         the pair of start and end that templates write around it, besides those of its frames. The models were made
         without it; transformers 5 has it. `image_resize`: as on the command line; it changes pixels, not prompts.
-        `max_model_len`: default the checkpoint's context, which it must not exceed.
+        `max_model_len`: default the checkpoint's context, which it must not exceed. `task`: as on the command line.
         """
         problems: list[str] = []
         tokenizer = attempt(problems, lambda: _read_tokenizer(folder, config))
@@ -116,13 +122,17 @@ class Processor:
         names = STRUCTURAL if tokenizer is None else list(tokenizer.special_ids)
         end = 0 if tokenizer is None else tokenizer.token_id(IM_END)
         template = attempt(problems, lambda: ChatTemplate.from_folder(folder, names))
+        found = attempt(problems, lambda: find_task(folder, task))
+        if found == "rerank" and tokenizer is not None:
+            lacking = [name for name in ANSWERS if tokenizer.backend.token_to_id(name) is None]
+            problems += [f"tokenizer.json: no token {name!r}, which a reranker needs" for name in lacking]
         generation = attempt(problems, lambda: GenerationDefaults.from_folder(folder, default_eos=end))
         if generation is not None:
             size = config.text.vocab_size
             strange = sorted(i for i in generation.eos_token_ids if not 0 <= i < size)
             reason = f"is not in the vocabulary of {size}"
             problems += [f"generation_config.json: eos_token_id {i} {reason}" for i in strange]
-        if problems or tokenizer is None or image is None or template is None or generation is None:
+        if problems or found is None or tokenizer is None or image is None or template is None or generation is None:
             raise CheckpointError(folder, problems)
         processor = cls(
             config,
@@ -134,6 +144,7 @@ class Processor:
             decoder=decoder,
             video_outer_wrapper=video_outer_wrapper,
             max_model_len=max_model_len,
+            task=found,
         )
         processor.folder = folder
         return processor
@@ -146,19 +157,19 @@ class Processor:
         allow_paths: bool = False,
         options: PromptOptions | None = None,
         stop: StopSignal | None = None,
+        planner: MediaPlanner | None = None,
     ) -> Prompt:
         """Check, render, tokenize and expand. InputError names the place of whatever is wrong.
 
         `messages` in OpenAI chat form; images and videos are data: URIs, and with `allow_paths` also local files or
-        bytes. Setting `stop` from another thread ends the look at the media with Stopped, in 0.2 s.
+        bytes. Setting `stop` from another thread ends the look at the media with Stopped, in 0.2 s. `planner`: that of
+        other prompts of the same request.
         """
         options = options or PromptOptions()
         context = self.max_model_len
         checked, media = parse_messages(messages, allow_paths=allow_paths)
         self._check_chars([checked, tools], context)
-        planner = MediaPlanner(
-            self.image, self.video, self.decoder, stop or StopSignal(), of_images=options.image, of_clips=options.clip
-        )
+        planner = planner or self.planner(options, stop)
         plans = planner.plan_all(media, context)
         pieces = self.template.render(
             checked,
@@ -175,9 +186,30 @@ class Processor:
                 param="messages",
             )
         token_ids, items = self._lay_out(list(self._expand(pieces, plans)), plans, context, options.cache_salt)
+        token_ids += self._ending if self.task != "generate" else []
         if len(token_ids) >= context:
             raise _too_long(f"the prompt has {len(token_ids)} tokens", context)
         return Prompt(token_ids, items, [entry.data for entry in media])
+
+    def planner(self, options: PromptOptions, stop: StopSignal | None = None) -> MediaPlanner:
+        stop = stop or StopSignal()
+        return MediaPlanner(self.image, self.video, self.decoder, stop, of_images=options.image, of_clips=options.clip)
+
+    @cached_property
+    def _ending(self) -> list[int]:
+        """What the tokenizer itself puts behind a text that is read and not answered."""
+        return self.tokenizer.backend.encode("").ids
+
+    def pooling(self, dimensions: int | None = None) -> Pooling:
+        """What is wanted of a prompt, where the model does not answer. InputError for more numbers than there are."""
+        if self.task == "rerank":
+            ids = map(self.tokenizer.backend.token_to_id, ANSWERS)
+            yes, no = (token_id for token_id in ids if token_id is not None)
+            return Pooling(tokens=(yes, no))
+        size = self.config.text.hidden_size
+        if dimensions is not None and not 1 <= dimensions <= size:
+            raise InputError(f"dimensions is {dimensions}: must be from 1 to {size}", param="dimensions")
+        return Pooling(dimensions=dimensions or 0)
 
     def text_ids(self, text: str, param: str) -> list[int]:
         """A text as it is; nothing in it becomes a special token. InputError for as much as the context or more."""

@@ -19,7 +19,7 @@ import msgspec
 from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
-PROTOCOL_VERSION = 11
+PROTOCOL_VERSION = 12
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -168,9 +168,12 @@ class Tokens(Message, frozen=True):
 
 
 class Finished(Message, frozen=True):
+    """`vector`: of a request for a vector or a score, which has no tokens: little-endian float32."""
+
     request_id: str
     finish_reason: Literal["stop", "length"]
     timings: RequestTimings
+    vector: bytes = b""
 
 
 class RequestFailed(Message, frozen=True):

@@ -431,6 +431,7 @@ class Router:
             case Tokens():
                 self._tokens(request, message)
             case Finished():
+                self._admission.leave(message.request_id, self._now, is_served=True)  # one without tokens
                 self._actions.append(Deliver(message.request_id, message))
                 self._end(message.request_id, by_language_rank=True)
             case RequestFailed():

@@ -27,6 +27,7 @@ from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, Prepara
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.logs import start_logging
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
+from qwen3vl_disagg.core.settings import Task
 from qwen3vl_disagg.engine.grammars import has_grammars
 from qwen3vl_disagg.media import sandbox
 from qwen3vl_disagg.media.child import (
@@ -77,6 +78,7 @@ class ChildSetup(msgspec.Struct, frozen=True, kw_only=True):
     folder: str
     video_outer_wrapper: bool
     max_model_len: int
+    task: Task
     fetches: bool
     """Whether URLs are asked for."""
     rules: Rules
@@ -157,6 +159,7 @@ class PreparePool:
             folder=str(processor.folder),
             video_outer_wrapper=processor.video_outer_wrapper,
             max_model_len=processor.max_model_len,
+            task=processor.task,
             fetches=fetches,
             rules=rules,
         )
@@ -422,6 +425,7 @@ def main() -> None:
         decoder=ParentsDecoder(out, parent),
         video_outer_wrapper=setup.video_outer_wrapper,
         max_model_len=setup.max_model_len,
+        task=setup.task,
     )
     processor.tokenizer.num_tokens_at_least("ready")  # tables that are made on first use
     pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -292,7 +292,7 @@ def test_chunks_of_one_token_alone_and_beside_longer_ones():
             batch = [b for b in range(2) if stops[b] > starts[b]]
             if batch:
                 chunks = [Chunk(sequences[b], starts[b], stops[b]) for b in batch]
-                logits, is_sound, _ = engine.runner.prefill(chunks)
+                logits, _, is_sound, _ = engine.runner.prefill(chunks)
                 assert is_sound.all()
                 assert len(is_sound) + len(logits) == len(chunks)
                 ends[[b for b, chunk in zip(batch, chunks, strict=True) if chunk.is_last]] = logits

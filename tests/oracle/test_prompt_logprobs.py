@@ -8,11 +8,9 @@ import torch
 
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams
 from qwen3vl_disagg.engine import prompt_logprobs
-from qwen3vl_disagg.model import separate_deepstack
 from qwen3vl_disagg.protocol.messages import Finished, NeedItems, PromptLogprobs, Tokens
-from qwen3vl_disagg.transport.buffers import VisualRows
 from tests.support.engine import make_engine, run
-from tests.support.oracle import CONFIGS, Prompt, make_prompt, run_oracle
+from tests.support.oracle import CONFIGS, Prompt, engine_requests, make_prompt, run_oracle
 
 NUM_TOP = 3
 SCORED = SamplingParams(max_new_tokens=1, prompt_logprobs=NUM_TOP)
@@ -31,22 +29,6 @@ def expected(pool, prompts) -> dict[str, torch.Tensor]:
     logits = run_oracle(pool.oracle("moe"), CONFIG, list(prompts.values())).logits.float()
     parts = logits.split([len(prompt.ids) for prompt in prompts.values()])
     return {name: part.log_softmax(-1) for name, part in zip(prompts, parts, strict=True)}
-
-
-def requests(model, prompts):
-    """name -> (token ids, items, rows), as the engine's tests have them."""
-    made = {}
-    for name, prompt in prompts.items():
-        rows = []
-        for item, pixels in zip(
-            prompt.items, prompt.pixels.split([t * h * w for t, h, w in prompt.grids]), strict=True
-        ):
-            with torch.no_grad():
-                features = model.get_image_feature(pixels, [item.grid])
-            main, deepstack = separate_deepstack(features, CONFIG.text.hidden_size)
-            rows.append(VisualRows(1, 0, item.num_rows, ((0, main),), ((0, deepstack),)))
-        made[name] = (prompt.ids.tolist(), list(prompt.items), rows)
-    return made
 
 
 def check(events, log_probs: torch.Tensor, ids: list[int], num_top: int = NUM_TOP) -> None:
@@ -74,7 +56,7 @@ def check(events, log_probs: torch.Tensor, ids: list[int], num_top: int = NUM_TO
 @pytest.mark.parametrize("budget", [1000, 40, 7, 1])
 def test_in_chunks_of_any_size(pool, prompts, expected, budget):
     model = pool.ours("moe")
-    made = requests(model, prompts)
+    made = engine_requests(model, prompts)
     engine = make_engine(model.language_model, max_prefill_tokens=budget, chunk_tokens=budget, min_overlap_tokens=1)
     for name, events in run(engine, made, SCORED).items():
         check(events, expected[name], made[name][0])
@@ -83,7 +65,7 @@ def test_in_chunks_of_any_size(pool, prompts, expected, budget):
 def test_sums_are_those_of_the_oracle(pool, prompts, expected):
     """What a harness adds up for one of several choices."""
     model = pool.ours("moe")
-    made = requests(model, prompts)
+    made = engine_requests(model, prompts)
     for name, events in run(make_engine(model.language_model), made, SCORED).items():
         ids = made[name][0]
         own = np.concatenate([np.frombuffer(e.own, "<f4") for e in events if isinstance(e, PromptLogprobs)] or [[]])
@@ -93,7 +75,7 @@ def test_sums_are_those_of_the_oracle(pool, prompts, expected):
 
 def test_nothing_of_a_scored_prompt_is_taken_from_the_cache(pool, prompts, expected):
     model = pool.ours("moe")
-    made = requests(model, {"r0": prompts["r0"]})
+    made = engine_requests(model, {"r0": prompts["r0"]})
     engine = make_engine(model.language_model)
     plain = SamplingParams(max_new_tokens=1)
     run(engine, made, plain)
@@ -109,7 +91,7 @@ def test_nothing_of_a_scored_prompt_is_taken_from_the_cache(pool, prompts, expec
 def test_a_preempted_request_tells_each_once(pool, prompts, expected):
     """Two answers that do not fit beside one another: one of them begins again."""
     model = pool.ours("moe")
-    made = requests(model, {name: prompts[name] for name in ("r0", "r5")})
+    made = engine_requests(model, {name: prompts[name] for name in ("r0", "r5")})
     text = CONFIG.text
     page_bytes = 4 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
     engine = make_engine(model.language_model, kv_cache_gib=30 * page_bytes / 2**30, prefix_cache=True)
@@ -122,7 +104,7 @@ def test_a_preempted_request_tells_each_once(pool, prompts, expected):
 
 def test_an_item_that_is_sent_again_tells_nothing_twice(pool, prompts, expected):
     model = pool.ours("moe")
-    ids, items, rows = requests(model, {"r1": prompts["r1"]})["r1"]
+    ids, items, rows = engine_requests(model, {"r1": prompts["r1"]})["r1"]
     engine = make_engine(model.language_model, max_prefill_tokens=2, min_overlap_tokens=1)
     engine.add("r1", ids, items, SCORED)
     events, num_restarts = [], 0
@@ -143,7 +125,7 @@ def test_an_item_that_is_sent_again_tells_nothing_twice(pool, prompts, expected)
 
 def test_the_head_sees_a_few_rows_at_a_time(pool, prompts, expected, monkeypatch):
     model = pool.ours("moe")
-    made = requests(model, {"r0": prompts["r0"]})
+    made = engine_requests(model, {"r0": prompts["r0"]})
     engine = make_engine(model.language_model)
     monkeypatch.setattr(prompt_logprobs, "MAX_LOGITS", 5 * CONFIG.text.vocab_size)
     sizes, head = [], engine.runner.model.lm_head.forward
@@ -160,7 +142,7 @@ def test_the_head_sees_a_few_rows_at_a_time(pool, prompts, expected, monkeypatch
 
 def test_none_and_no_alternatives(pool, prompts, expected):
     model = pool.ours("moe")
-    made = requests(model, {"r0": prompts["r0"]})
+    made = engine_requests(model, {"r0": prompts["r0"]})
     engine = make_engine(model.language_model)
     check(
         run(engine, made, SamplingParams(max_new_tokens=1, prompt_logprobs=0))["r0"], expected["r0"], made["r0"][0], 0

@@ -20,6 +20,7 @@ from qwen3vl_disagg.checkpoint import load_model
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.model import ForwardBatch, ModelConfig, Qwen3VLMoeForConditionalGeneration, separate_deepstack
 from qwen3vl_disagg.processing.positions import mrope_positions
+from qwen3vl_disagg.transport.buffers import VisualRows
 from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
 
 logging.set_verbosity_error()
@@ -215,6 +216,22 @@ def run_oracle(oracle: Any, config: ModelConfig, prompts: Sequence[Prompt]) -> O
         torch.cat(main) if main else torch.empty(0, config.text.hidden_size),
         list(torch.cat(levels, dim=1)) if levels else [],
     )
+
+
+def engine_requests(model: Qwen3VLMoeForConditionalGeneration, prompts: dict[str, Prompt]) -> dict[str, Any]:
+    """name -> (token ids, items, rows), as the engine's tests have them."""
+    made = {}
+    for name, prompt in prompts.items():
+        rows = []
+        for item, pixels in zip(
+            prompt.items, prompt.pixels.split([t * h * w for t, h, w in prompt.grids]), strict=True
+        ):
+            with torch.no_grad():
+                features = model.get_image_feature(pixels, [item.grid])
+            main, deepstack = separate_deepstack(features, model.config.text.hidden_size)
+            rows.append(VisualRows(1, 0, item.num_rows, ((0, main),), ((0, deepstack),)))
+        made[name] = (prompt.ids.tolist(), list(prompt.items), rows)
+    return made
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from qwen3vl_disagg.core.errors import UnavailableError
+from qwen3vl_disagg.core.pooling import Pooling
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.messages import Frame, Leaving, LinkMessage, Message
@@ -177,7 +178,8 @@ class Cluster:
     # ---- clients ----
 
     def submit(self, request_id: str, rows: list[int], num_tokens: int, timeout_s: float, wrong: str | None) -> None:
-        """`wrong`: the first image is `bad`, or `poison`."""
+        """`wrong`: the first image is `bad`, or `poison`. A request for one token is one for a vector in its place."""
+        pooling = Pooling() if num_tokens == 1 else None
         items = [
             VisualItem(
                 modality="image",
@@ -193,14 +195,15 @@ class Cluster:
         now = self.world.now
         client = Client(
             len(items),
-            num_tokens,
+            0 if pooling else num_tokens,
             bool(wrong and rows),
             now,
             now + timeout_s,
             digests=tuple(item.digest for item in items),
+            lacks_vector=pooling is not None,
         )
         self.clients[request_id] = client
-        sampling = SamplingParams(max_new_tokens=num_tokens)
+        sampling = SamplingParams(max_new_tokens=num_tokens, pooling=pooling)
         if self.hub.is_dead:
             client.end(UnavailableError("nobody listens"))
         else:

@@ -20,6 +20,7 @@ from qwen3vl_disagg.protocol.session_events import Attempt, Consumed, Expect, Re
 from tools.simulation import checks
 
 MAX_RUNNING = 3
+VECTOR = bytes(4)
 MAX_PREEMPTED = 2
 """Of one request."""
 
@@ -140,8 +141,9 @@ class SimEngine:
     def _token(self, request_id: str, index: int) -> None:
         self.rank.tell(Tokens(request_id=request_id, index=index, token_ids=[index]))
 
-    def _finished(self, request_id: str) -> None:
-        self.rank.tell(Finished(request_id=request_id, finish_reason="length", timings=RequestTimings()))
+    def _finished(self, request_id: str, vector: bytes) -> None:
+        end = Finished(request_id=request_id, finish_reason="length", timings=RequestTimings(), vector=vector)
+        self.rank.tell(end)
         del self.requests[request_id]
         self.rank.handle(Cancel(request_id=request_id))
 
@@ -266,8 +268,10 @@ class SimEngine:
 
     def _give_token(self, sequence: _Sequence) -> None:
         request_id, index = sequence.submit.request_id, sequence.tokens
+        sampling = sequence.submit.sampling
         sequence.tokens += 1
-        self._say(request_id, self._token, index)
-        if sequence.tokens == sequence.submit.sampling.max_new_tokens:
+        if sampling.pooling is None:
+            self._say(request_id, self._token, index)
+        if sequence.tokens == sampling.max_new_tokens:
             self._remove(request_id)
-            self._say(request_id, self._finished)
+            self._say(request_id, self._finished, b"" if sampling.pooling is None else VECTOR)

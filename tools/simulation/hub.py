@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3vl_disagg.core.errors import DisaggError, OverloadedError
-from qwen3vl_disagg.protocol.messages import Decoded, Message, Tokens
+from qwen3vl_disagg.protocol.messages import Decoded, Finished, Message, Tokens
 from qwen3vl_disagg.protocol.router import Router
 from qwen3vl_disagg.protocol.routing import Deliver, End, Event, Send
 from qwen3vl_disagg.protocol.session_events import Tick
@@ -25,6 +25,8 @@ class Client:
     sent_at: float
     deadline: float
     digests: tuple[str, ...] = ()
+    lacks_vector: bool = False
+    """It wants one, and has none yet."""
     tokens: int = 0
     decoded: set[int] = field(default_factory=set)
     """Items that were said to be good images."""
@@ -72,6 +74,10 @@ class SimHub:
             if message.token_ids != list(range(client.tokens, client.tokens + len(message.token_ids))):
                 raise Violation("I14", f"{request_id} got tokens {message.token_ids} after {client.tokens}")
             client.tokens += len(message.token_ids)
+        elif isinstance(message, Finished):
+            if bool(message.vector) != client.lacks_vector:
+                raise Violation("I14", f"{request_id} ended with {len(message.vector)} bytes of a vector")
+            client.lacks_vector = False
         elif isinstance(message, Decoded):
             if message.item in client.decoded:
                 raise Violation("I14", f"{request_id} heard twice that item {message.item} is good")
@@ -82,7 +88,8 @@ class SimHub:
         if client.is_ended:
             raise Violation("I14", f"{request_id} ended twice")
         client.end(error)
-        if error is None and not client.is_abandoned and client.tokens != client.num_tokens:
+        is_whole = client.tokens == client.num_tokens and not client.lacks_vector
+        if error is None and not client.is_abandoned and not is_whole:
             raise Violation("I14", f"{request_id} ended well after {client.tokens} tokens")
         if isinstance(error, OverloadedError) and not self.cluster.num_waiting:
             raise Violation("I11", f"{request_id} was refused for overload, and nobody waits")
