@@ -7,6 +7,7 @@
     python recipes/bench.py grammars [--batch 8] [--bound 0 4]
     python recipes/bench.py gaps [--rounds 2] [--picture DIR]
     python recipes/bench.py repeat [--rounds 7]
+    python recipes/bench.py pooling [--vllm-python PYTHON] [--rounds 5]
     python recipes/bench.py start [--ranks 8] [--rounds 2]
     python recipes/bench.py parallel [--model DIR] [--ranks 1 2 3 6]
     python recipes/bench.py splits [--model DIR] [--splits 1+1 1+3 2+4] [--out FILE.json]
@@ -32,6 +33,7 @@ from tools.bench_grammars import grammars
 from tools.bench_host import host
 from tools.bench_overlap import overlap
 from tools.bench_parallel import parallel
+from tools.bench_pooling import pooling
 from tools.bench_repeat import repeat
 from tools.bench_split import splits
 from tools.bench_start import start
@@ -45,6 +47,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "grammars": grammars,
     "gaps": gaps_under_load,
     "repeat": repeat,
+    "pooling": pooling,
     "start": start,
     "parallel": parallel,
     "splits": splits,

@@ -103,6 +103,11 @@ RANDOM_PRESETS: dict[str, ModelConfig] = {
     "tiny-random-dense": _TINY_DENSE,
     "tiny-random-mixed": replace(_TINY, text=replace(_TINY.text, mlp_only_layers=(3,))),
     "mid": _MID,
+    "mid-dense": replace(
+        _MID,
+        architecture="Qwen3VLForConditionalGeneration",
+        text=replace(_MID.text, num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0),
+    ),
 }
 
 

@@ -26,6 +26,7 @@ from tools.training.make_tokenizer import (
     write_template,
 )
 
+Preset = Literal["tiny-random", "tiny-random-dense", "tiny-random-mixed", "mid", "mid-dense", "30b-a3b"]
 ON_DEVICE = ("30b-a3b",)
 LARGE_VOCAB = 1024
 """A tokenizer as large as this is not learned from a short text."""
@@ -35,8 +36,9 @@ LARGE_VOCAB = 1024
 class Options:
     out: Path
     """Folder to write."""
-    preset: Literal["tiny-random", "tiny-random-dense", "tiny-random-mixed", "mid", "30b-a3b"] = "tiny-random"
-    """`mid` is what `recipes/bench.py engine` measures; 30b-a3b is made by that bench on a GPU and never written."""
+    preset: Preset = "tiny-random"
+    """`mid` is what `recipes/bench.py engine` measures, `mid-dense` what `pooling` does; 30b-a3b is made by the former
+    on a GPU and never written."""
     seed: int = 0
     std: float = 0.04
     """Standard deviation of the weights."""
@@ -46,7 +48,7 @@ class Options:
     """Which of the two spellings of config.json."""
     num_shards: int = 1
     max_pixels: int | None = None
-    """Largest area of a resized image. Default: 65536, of `mid` 1048576."""
+    """Largest area of a resized image. Default: 65536, of `mid` and `mid-dense` 1048576."""
     tokenizer: bool = True
     """Write tokenizer and chat template too; the vision token ids must then leave room for 256 bytes and the merges."""
     thinking: bool = False
@@ -77,7 +79,7 @@ def main() -> None:
         std=options.std,
         layout=options.layout,
         num_shards=options.num_shards,
-        max_pixels=options.max_pixels or (1 << 20 if options.preset == "mid" else 1 << 16),
+        max_pixels=options.max_pixels or (1 << 20 if options.preset.startswith("mid") else 1 << 16),
         spelling=options.spelling,
     )
     if options.tokenizer:

@@ -28,8 +28,9 @@ class ThisProject:
         if setup.is_random:
             self.engine, self.worker = _random(setup)
         else:
-            llm = LLM(setup.folder, device=setup.device, compile=setup.compile, quantize=setup.quantize)
-            self.engine, self.worker = llm.engine, llm.transfer.worker
+            options: dict[str, Any] = {"device": setup.device, "compile": setup.compile, "quantize": setup.quantize}
+            self.llm = LLM(setup.folder, **options, task="embed" if setup.task == "embed" else "auto")
+            self.engine, self.worker = self.llm.engine, self.llm.transfer.worker
 
     def facts(self) -> dict[str, Any]:
         return {"torch": torch.__version__, "compile": self.setup.compile, "quantize": self.setup.quantize}
@@ -63,6 +64,11 @@ class ThisProject:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - started
+
+    def embed(self, files: list[str]) -> dict[str, Any]:
+        started = time.perf_counter()
+        found = self.llm.embed([{"image": file} for file in files])
+        return {"seconds": time.perf_counter() - started, "first": found[0].embedding}
 
 
 def _random(setup: Setup) -> tuple[Engine, EncodeWorker]:

@@ -11,10 +11,16 @@ from typing import Any
 
 import torch
 import vllm  # type: ignore[import-not-found]
+from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 
 from tools.bench_contestants.worker import Setup, serve
+
+EMBED = (
+    "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n"
+    "<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n"
+)
 
 
 class Vllm:
@@ -22,6 +28,7 @@ class Vllm:
         self.setup, self._num_requests = setup, 0
         self.llm = LLM(
             setup.folder,
+            runner="pooling" if setup.task == "embed" else "auto",
             load_format="dummy" if setup.is_random else "auto",
             enforce_eager=setup.compile == "off",
             max_model_len=setup.max_tokens,
@@ -64,6 +71,12 @@ class Vllm:
 
     def vision(self, grid: tuple[int, int, int], patch_dim: int, seed: int) -> float:
         return self.llm.collective_rpc("time_tower", args=(list(grid), patch_dim, seed))[0]
+
+    def embed(self, files: list[str]) -> dict[str, Any]:
+        started = time.perf_counter()
+        prompts = [{"prompt": EMBED, "multi_modal_data": {"image": Image.open(file)}} for file in files]
+        found = self.llm.embed(prompts, use_tqdm=False)
+        return {"seconds": time.perf_counter() - started, "first": list(found[0].outputs.embedding)}
 
 
 if __name__ == "__main__":

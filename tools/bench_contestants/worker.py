@@ -29,6 +29,8 @@ class Setup:
     is_random: bool = False
     max_batch: int = 32
     max_tokens: int = 2048
+    task: str = "generate"
+    """`embed`: nothing but `embed` is asked."""
 
 
 class Contestant(Protocol):
@@ -45,6 +47,9 @@ class Contestant(Protocol):
 
     def vision(self, grid: tuple[int, int, int], patch_dim: int, seed: int) -> float:
         """Seconds of the vision tower over one image, from patches in memory to rows; noise serves as the image."""
+
+    def embed(self, files: list[str]) -> dict[str, Any]:
+        """A vector of each of these images: `seconds` from their bytes on, and the `first` vector."""
 
 
 def serve(load: Callable[[Setup], Any]) -> None:
