@@ -87,7 +87,10 @@ def with_instruction(messages: list[Any], instruction: object) -> Conversation:
     """A conversation that becomes a vector: with a system turn, if it has none."""
     said = _sentence(_instruction(instruction, "instruction")) or EMBED_INSTRUCTION
     roles = [turn.get("role") for turn in messages if isinstance(turn, dict)]
-    return messages if "system" in roles or "developer" in roles else [_system(said), *messages]
+    if "system" in roles or "developer" in roles:
+        return messages
+    placed = [Placed(f"messages[{n}]", one) if isinstance(one, dict) else one for n, one in enumerate(messages)]
+    return [_system(said), *placed]
 
 
 def pair_messages(query: object, document: object, instruction: object, places: tuple[str, str]) -> Conversation:

@@ -21,6 +21,9 @@ Place = Literal[
     "completion",
     "response",
     "messages",
+    "embeddings",
+    "rerank",
+    "score",
     "message",
     "text part",
     "image part",
@@ -285,6 +288,27 @@ FIELDS["messages"] = {
     **_built(" ".join(body_fields("messages"))),
     **_refused("prompt_logprobs logprobs"),
 }
+
+_OF_PROMPTS = ("model", "cache_salt", "mm_processor_kwargs", *_IMAGE_SIZE, *_CLIP_SAMPLING, *_CLIP_REST)
+_POOLED = {
+    **{name: _FOR_CHAT if isinstance(row, BuiltField) else row for name, row in FIELDS["request"].items()},
+    **{name: FIELDS["request"][name] for name in (*_OF_PROMPTS, "media_io_kwargs")},
+    **_refused("stream return_token_ids continue_final_message", False),
+    **_refused("add_generation_prompt normalize use_activation activation softmax", True),
+    **_refused("max_tokens_per_doc max_chunks_per_doc truncation"),
+    **_ignored("add_special_tokens"),
+    **_built("instruction"),
+}
+FIELDS["embeddings"] = {
+    **_POOLED,
+    **_built("input messages dimensions encoding_format"),
+    **_built("add_generation_prompt continue_final_message chat_template_kwargs"),
+    **_refused("embed_dtype", "float32"),
+    **_refused("endianness", "native", "little"),
+}
+FIELDS["rerank"] = {**_POOLED, **_built("query documents top_n return_documents")}
+FIELDS["score"] = {**_POOLED, **_built("queries documents items text_1 text_2 data_1 data_2")}
+"""What a prompt is made of; answers and their forms are refused."""
 
 CLOSED: tuple[Place, ...] = (
     "mm_processor_kwargs",

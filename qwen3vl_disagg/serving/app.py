@@ -28,6 +28,7 @@ from qwen3vl_disagg.serving.intake import Intake
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.messages_answer import CountTokens, MessagesWriter
 from qwen3vl_disagg.serving.openapi import document
+from qwen3vl_disagg.serving.pooling import Pooled
 from qwen3vl_disagg.serving.preparation import Fetcher
 from qwen3vl_disagg.serving.responses import ResponseWriter
 from qwen3vl_disagg.serving.tokenizing import Detokenize, Tokenize
@@ -97,6 +98,9 @@ def create_app(
         Route("/v1/responses", ChatForm(intake, "response", ResponseWriter), methods=["POST"]),
         Route(MESSAGES_PATH, ChatForm(intake, "messages", MessagesWriter), methods=["POST"]),
         Route(f"{MESSAGES_PATH}/count_tokens", CountTokens(intake), methods=["POST"]),
+        Route("/v1/embeddings", Pooled(intake, "embeddings"), methods=["POST"]),
+        Route("/v1/rerank", Pooled(intake, "rerank"), methods=["POST"]),
+        Route("/v1/score", Pooled(intake, "score"), methods=["POST"]),
         Route("/tokenize", Tokenize(intake), methods=["POST"]),
         Route("/detokenize", Detokenize(intake), methods=["POST"]),
         Route("/v1/models", models),

@@ -149,7 +149,7 @@ def read_prompts(given: Any, processor: Processor) -> list[Prompt]:
     found, num_tokens = list[Prompt](), 0
     for number, prompt in enumerate(prompts):
         where = "prompt" if is_one else f"prompt[{number}]"
-        token_ids = processor.text_ids(prompt, where) if isinstance(prompt, str) else _ids(prompt, processor, where)
+        token_ids = processor.text_ids(prompt, where) if isinstance(prompt, str) else read_ids(prompt, processor, where)
         if not token_ids:
             raise InputError(f"{where} is empty", param=where)
         num_tokens += len(token_ids)
@@ -160,7 +160,8 @@ def read_prompts(given: Any, processor: Processor) -> list[Prompt]:
     return found
 
 
-def _ids(given: Any, processor: Processor, where: str) -> list[int]:
+def read_ids(given: Any, processor: Processor, where: str) -> list[int]:
+    """A prompt's token ids. InputError naming the place."""
     config, context = processor.config, processor.max_model_len
     size = config.text.vocab_size
     if not isinstance(given, list) or not all(type(token) is int and 0 <= token < size for token in given):

@@ -17,10 +17,12 @@ from qwen3vl_disagg.core.errors import DeadlineError, InputError, OverloadedErro
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
 from qwen3vl_disagg.core.sampling_params import ROUTES
 from qwen3vl_disagg.processing import Processor, Prompt
+from qwen3vl_disagg.processing.pooling import check_task
 from qwen3vl_disagg.serving.answer import with_frontend
 from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, check_headers, too_large
 from qwen3vl_disagg.serving.guard import SALT
 from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.pooling_request import POOL_ROUTES, TASKS
 from qwen3vl_disagg.serving.preparation import Fetcher, Preparation
 from qwen3vl_disagg.serving.prepare_child import PreparePool
 from qwen3vl_disagg.serving.prepared import BodyRoute, Prepared, Rules
@@ -96,6 +98,8 @@ class Intake:
         with BodyAccount(self._budget) as account:
             check_headers(headers, self.limits, account)
             timeout_s = self._timeout(headers)
+            if route in (*ROUTES, *POOL_ROUTES):
+                check_task(self.processor.task, TASKS.get(route, "generate"), scope["path"])
             self._check_room(route)
             body = await read_body(receive, self.limits, account)
             self._check_room(route)
@@ -110,7 +114,7 @@ class Intake:
         """Raise what the backend would say in the end, before anything is done for the request."""
         if self._num_running >= self.limits.max_requests:
             raise OverloadedError(f"{self._num_running} requests are running, the limit is reached")
-        if route in ROUTES and (refusal := self.backend.refusal(self._num_preparing)):
+        if route in (*ROUTES, *POOL_ROUTES) and (refusal := self.backend.refusal(self._num_preparing)):
             raise refusal
 
     def _timeout(self, headers: Headers) -> float:

@@ -18,6 +18,7 @@ from qwen3vl_disagg.processing.request_fields import FIELDS, BuiltField, Place, 
 from qwen3vl_disagg.serving.completion_request import MAX_PROMPTS, DetokenizeBody, TokenizeBody
 from qwen3vl_disagg.serving.errors import ErrorEnvelope, MessagesError
 from qwen3vl_disagg.serving.messages_answer import MessagesBody, TokenCount
+from qwen3vl_disagg.serving.pooling_request import MAX_INPUTS
 from qwen3vl_disagg.serving.responses import ResponseBody
 from qwen3vl_disagg.serving.types import (
     ChatCompletion,
@@ -25,11 +26,14 @@ from qwen3vl_disagg.serving.types import (
     Completion,
     CompletionChunk,
     DetokenizedText,
+    Embeddings,
     Health,
     Model,
     ModelList,
     NotReady,
+    Ranking,
     ReadyState,
+    Scores,
     TokenizedText,
     Version,
 )
@@ -57,7 +61,7 @@ _CHUNKS = "events, each a {kind}Chunk in one `data:` line"
 _TYPES = (
     *(ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk, ResponseBody, TokenizedText, DetokenizedText),
     *(Model, ModelList, Version, Health, ReadyState, NotReady, ErrorEnvelope, TokenizeBody, DetokenizeBody),
-    *(MessagesBody, TokenCount, MessagesError),
+    *(MessagesBody, TokenCount, MessagesError, Embeddings, Ranking, Scores),
 )
 
 
@@ -78,6 +82,12 @@ def document(model_names: Sequence[str], version: str, *, has_keys: bool) -> dic
     own = {"model": model, "messages": messages}
     schemas["CountBody"] = _body("messages", "messages", own, ["messages"])
     schemas["MessagesRequestBody"] = {**schemas["CountBody"], "required": ["messages", "max_tokens"]}
+    one = {"anyOf": [_TEXT, {"type": "object"}]}
+    several = {"anyOf": [one, {"type": "array", "minItems": 1, "maxItems": MAX_INPUTS, "items": one}]}
+    inputs = {"anyOf": [prompt, several]}
+    schemas["EmbeddingsBody"] = _body("embeddings", None, {"model": model, "input": inputs}, [])
+    schemas["RerankBody"] = _body("rerank", None, {"model": model, "query": one, "documents": several}, ["documents"])
+    schemas["ScoreBody"] = _body("score", None, {"model": model, "documents": several}, [])
     which = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": list(model_names)}}
     paths: dict[str, Any] = {
         "/v1/chat/completions": {"post": _post("chat", "ChatBody", "ChatCompletion", events=_CHUNKS)},
@@ -87,6 +97,9 @@ def document(model_names: Sequence[str], version: str, *, has_keys: bool) -> dic
             "post": _post("messages", "MessagesRequestBody", "MessagesBody", events="events", error="MessagesError")
         },
         "/v1/messages/count_tokens": {"post": _post("count", "CountBody", "TokenCount", error="MessagesError")},
+        "/v1/embeddings": {"post": _post("embeddings", "EmbeddingsBody", "Embeddings")},
+        "/v1/rerank": {"post": _post("rerank", "RerankBody", "Ranking")},
+        "/v1/score": {"post": _post("score", "ScoreBody", "Scores")},
         "/tokenize": {"post": _post("tokenize", "TokenizeBody", "TokenizedText")},
         "/detokenize": {"post": _post("detokenize", "DetokenizeBody", "DetokenizedText")},
         "/v1/models": {"get": _get("models", "ModelList")},
@@ -156,9 +169,10 @@ def _post(name: str, body: str, kind: str, *, events: str = "", error: str = "Er
 # ---- bodies ----
 
 
-def _body(place: Place, route: Route, own: Mapping[str, Any], required: Sequence[str]) -> dict[str, Any]:
+def _body(place: Place, route: Route | None, own: Mapping[str, Any], required: Sequence[str]) -> dict[str, Any]:
     """What the tables say of a body; `own`: fields that they do not say more of than that they are there."""
-    flags = ("stream", "return_token_ids", "echo", *(option.switch.get(route) for option in OPTIONS.values()))
+    switches = () if route is None else (option.switch.get(route) for option in OPTIONS.values())
+    flags = ("stream", "return_token_ids", "echo", "return_documents", *switches)
     objects = ("stream_options", "chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs")
     properties: dict[str, Any] = {}
     for name, treatment in FIELDS[place].items():
@@ -169,7 +183,7 @@ def _body(place: Place, route: Route, own: Mapping[str, Any], required: Sequence
             kind = {"type": "boolean"} if name in flags else {"type": "object"} if name in objects else kind
             properties[name] = _or_null(kind)
     for name, option in OPTIONS.items():
-        for spelling in option.spellings(name, route):
+        for spelling in () if route is None else option.spellings(name, route):
             choices = [_widened(option.means, _schema(option.kind))]
             choices += [{"enum": list(option.not_set)}] if option.not_set else []
             properties[spelling] = {"anyOf": [*choices, {"type": "null"}]}

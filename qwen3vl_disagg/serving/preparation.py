@@ -30,6 +30,7 @@ _STRETCH = 2**20
 _SLICE_S = 0.1
 """As long is waited before a StopSignal is looked at again."""
 SMALL_BODY = 2**20
+SMALL_PROMPTS = 16
 SMALL_VALUES = 2**13
 """Parsed in this process: to look at so much, images in it included, takes the interpreter's lock for milliseconds. So
 does tokenizing SMALL_CHARS of text."""
@@ -121,12 +122,12 @@ class Preparation:
             if isinstance(made, Prepared):
                 return made
             if isinstance(made, Parsed):
-                messages = made.raw["messages"]
+                messages = made.messages
                 if self._fetcher is not None and (urls := urls_in(messages)):
                     put_fetched(messages, await self._fetcher.fetch(urls, account, self._max_fetched))
                 threads = self._clip_threads if has_clips(messages) else self._threads
                 finish = partial(self._finish, made, stop)
-                return await _on_thread(threads, finish, made.raw.clear, account)
+                return await _on_thread(threads, finish, made.clear, account)
             body = made
         # Escapes may hide the word. Then it is one of the large ones that waits for a clip.
         threads = self._clip_threads if await _speaks_of_clips(body) else self._large_threads
@@ -150,11 +151,9 @@ class Preparation:
         """To the end, if there are no clips and URLs in it; the body again if it has much text."""
         stop.check()
         parsed = read_request(body, self._rules, route)
-        if self._children is not None and _num_chars(parsed.raw) > SMALL_CHARS:
+        if self._children is not None and _is_much(parsed):
             return bytearray(body)
-        if parsed.chat is None:
-            return self._finish(parsed, stop)
-        messages = parsed.raw["messages"]
+        messages = parsed.messages
         takes_long = has_clips(messages) or (self._fetcher is not None and urls_in(messages))
         return parsed if takes_long else self._finish(parsed, stop)
 
@@ -193,7 +192,14 @@ class Preparation:
 
 def _drop(made: Prepared | Parsed | bytearray) -> None:
     if isinstance(made, Parsed):
-        made.raw.clear()
+        made.clear()
+
+
+def _is_much(parsed: Parsed) -> bool:
+    """More than is made into prompts in a few milliseconds."""
+    if parsed.pooled is None:
+        return _num_chars(parsed.raw) > SMALL_CHARS
+    return len(parsed.pooled.sizes) > SMALL_PROMPTS or _num_chars(parsed.pooled.messages) > SMALL_CHARS
 
 
 def _is_small(body: bytearray) -> bool:

@@ -127,13 +127,14 @@ class Fetched(msgspec.Struct, frozen=True):
 
 
 class Made(msgspec.Struct, frozen=True, tag="made"):
-    """Followed by as many bytes: a `MadeHead`, the prompts' token ids as int32, and the bytes of each item."""
+    """Followed by as many bytes: a `MadeHead`, the prompts' token ids as int32, and the bytes of each item, of equal
+    ones once."""
 
     sizes: list[int]
 
 
-MadeHead = tuple[Request, list[tuple[int, SamplingParams]], list[VisualItem]]
-"""Of each prompt, how many token ids it has and how it is answered; the items are the first one's."""
+MadeHead = tuple[Request, list[tuple[int, SamplingParams, list[VisualItem]]]]
+"""Of each prompt, how many token ids it has, how it is answered, and its items."""
 
 
 class NotMade(msgspec.Struct, frozen=True, tag="not made"):
@@ -265,13 +266,13 @@ class PreparePool:
     @staticmethod
     def _receive(child: ChildProcess, sizes: list[int], started: float) -> Prepared:
         head, token_ids, *distinct = [child.receive_bytes(size) for size in sizes]
-        request, prompts, items = msgspec.msgpack.decode(head, type=MadeHead)
-        by_digest = dict(zip(dict.fromkeys(item.digest for item in items), distinct, strict=True))
-        media = [by_digest[item.digest] for item in items]
+        request, prompts = msgspec.msgpack.decode(head, type=MadeHead)
+        digests = dict.fromkeys(item.digest for _, _, items in prompts for item in items)
+        by_digest = dict(zip(digests, distinct, strict=True))
         ids, made, start = np.frombuffer(token_ids, "<i4").tolist(), list[tuple[Prompt, SamplingParams]](), 0
-        for length, sampling in prompts:
-            own = ([], []) if made else (items, media)
-            made.append((Prompt(ids[start : start + length], *own), sampling))
+        for length, sampling, items in prompts:
+            media = [by_digest[item.digest] for item in items]
+            made.append((Prompt(ids[start : start + length], items, media), sampling))
             start += length
         (prompt, sampling), *more = made
         return Prepared(request, prompt, sampling, time.monotonic() - started, more)
@@ -361,11 +362,14 @@ def fetched(urls: list[MediaUrl], out: int, parent: int) -> dict[str, bytes]:
 
 def reply(prepared: Prepared) -> list[bytes]:
     """A header and what follows it: of media that are equal one."""
-    distinct = {item.digest: data for item, data in zip(prepared.prompt.items, prepared.prompt.media, strict=True)}
     made = [(prepared.prompt, prepared.sampling), *prepared.more]
-    prompts = [(len(prompt.token_ids), sampling) for prompt, sampling in made]
+    distinct: dict[str, bytes] = {}
+    for prompt, _ in made:
+        for item, data in zip(prompt.items, prompt.media, strict=True):
+            distinct.setdefault(item.digest, data)
+    prompts = [(len(prompt.token_ids), sampling, prompt.items) for prompt, sampling in made]
     parts = [
-        msgspec.msgpack.encode((prepared.request, prompts, prepared.prompt.items)),
+        msgspec.msgpack.encode((prepared.request, prompts)),
         np.concatenate([np.asarray(prompt.token_ids, dtype="<i4") for prompt, _ in made]).tobytes(),
         *distinct.values(),
     ]
@@ -379,7 +383,7 @@ def answer(
     try:
         parsed = read_request(body, setup.rules, route)
         body.clear()
-        messages = [] if parsed.chat is None else parsed.raw["messages"]
+        messages = parsed.messages
         if setup.fetches and (urls := urls_in(messages)):
             put_fetched(messages, fetched(urls, out, parent))
         return reply(finish_request(parsed, processor, setup.rules, StopSignal()))

@@ -28,16 +28,24 @@ from qwen3vl_disagg.serving.completion_request import (
 )
 from qwen3vl_disagg.serving.json_body import parse_json
 from qwen3vl_disagg.serving.messages_request import MessagesRequest, parse_messages_request
+from qwen3vl_disagg.serving.pooling_request import (
+    PooledInputs,
+    PoolingRequest,
+    PoolRoute,
+    parse_pooling,
+    pooled_prompts,
+)
 from qwen3vl_disagg.serving.prompt_scores import check_num_scores
 from qwen3vl_disagg.serving.response_request import ResponseRequest, parse_response
 
-BodyRoute = Literal["chat", "completion", "response", "messages", "count", "tokenize", "detokenize"]
-Request = ChatRequest | CompletionRequest | ResponseRequest | MessagesRequest | TokenizeRequest | DetokenizeRequest
+BodyRoute = Literal["chat", "completion", "response", "messages", "count", "tokenize", "detokenize"] | PoolRoute
+_Answered = ChatRequest | CompletionRequest | ResponseRequest | MessagesRequest
+Request = _Answered | PoolingRequest | TokenizeRequest | DetokenizeRequest
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked request. `seconds` of work went into it. `more`: prompts beside the first, which have no media."""
+    """A checked request. `seconds` of work went into it. `more`: prompts beside the first."""
 
     request: Request
     prompt: Prompt
@@ -51,21 +59,37 @@ class Prepared:
         if not salt:
             return self
         both = hashlib.sha256(f"{salt} {self.sampling.cache_salt}".encode()).hexdigest()
-        items = [structs.replace(item, salt=both) for item in self.prompt.items]
-        sampling = structs.replace(self.sampling, cache_salt=both)
-        more = [(prompt, structs.replace(other, cache_salt=both)) for prompt, other in self.more]
-        return replace(self, prompt=replace(self.prompt, items=items), sampling=sampling, more=more)
+        made = []
+        for prompt, sampling in [(self.prompt, self.sampling), *self.more]:
+            items = [structs.replace(item, salt=both) for item in prompt.items]
+            made.append((replace(prompt, items=items), structs.replace(sampling, cache_salt=both)))
+        (prompt, sampling), *more = made
+        return replace(self, prompt=prompt, sampling=sampling, more=more)
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """A request whose messages or prompts, in `raw`, have not been looked at. `chat`: how messages become a prompt."""
+    """A request whose messages or prompts, in `raw`, have not been looked at. `chat`: how messages become a prompt.
+    `pooled`: messages of many prompts, in place of `raw`."""
 
     raw: dict[str, Any]
     tools: list[dict[str, Any]]
     request: Request
     chat: ChatRequest | None
     seconds: float
+    pooled: PooledInputs | None = None
+
+    @property
+    def messages(self) -> Any:
+        """In which media may stand."""
+        if self.pooled is not None:
+            return self.pooled.messages
+        return [] if self.chat is None else self.raw["messages"]
+
+    def clear(self) -> None:
+        self.raw.clear()
+        if self.pooled is not None:
+            self.pooled.clear()
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,7 +106,7 @@ def read_request(body: bytes | bytearray, rules: Rules, route: BodyRoute = "chat
     started, tools = time.monotonic(), list[dict[str, Any]]()
     raw, names = parse_json(body), rules.model_names
     request: Request
-    chat = None
+    chat = pooled = None
     match route:
         case "chat":
             chat, tools = parse_chat_request(raw, model_names=names)
@@ -101,14 +125,17 @@ def read_request(body: bytes | bytearray, rules: Rules, route: BodyRoute = "chat
         case "detokenize":
             check_model(convert(raw, DetokenizeBody).model, names)
             request = DetokenizeRequest()
-    return Parsed(raw, tools, request, chat, time.monotonic() - started)
+        case "embeddings" | "rerank" | "score":
+            request, pooled = parse_pooling(raw, route, model_names=names)
+            raw = {}
+    return Parsed(raw, tools, request, chat, time.monotonic() - started, pooled)
 
 
 def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: StopSignal) -> Prepared:
     """InputError for bad messages or prompts; Stopped once `stop` is set."""
     started, request = time.monotonic(), parsed.chat
     if request is None:
-        made = _of_prompts(parsed, processor)
+        made = _of_prompts(parsed, processor, stop)
         return replace(made, seconds=parsed.seconds + time.monotonic() - started)
     prompt = processor.prepare(parsed.raw["messages"], tools=parsed.tools, options=request.prompt, stop=stop)
     sampling = request.sampling.params(
@@ -122,8 +149,8 @@ def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: Sto
     return Prepared(parsed.request, prompt, sampling, parsed.seconds + time.monotonic() - started)
 
 
-def _of_prompts(parsed: Parsed, processor: Processor) -> Prepared:
-    """Of texts and token ids."""
+def _of_prompts(parsed: Parsed, processor: Processor, stop: StopSignal) -> Prepared:
+    """Of texts and token ids, and of many conversations."""
     request, size = parsed.request, processor.config.text.vocab_size
     if isinstance(request, CompletionRequest):
         prompts = read_prompts(parsed.raw["prompt"], processor)
@@ -138,6 +165,9 @@ def _of_prompts(parsed: Parsed, processor: Processor) -> Prepared:
             for prompt in prompts
         ]
         (prompt, sampling), *more = zip(prompts, sampled, strict=True)
+        return Prepared(request, prompt, sampling, 0.0, more)
+    if isinstance(request, PoolingRequest) and parsed.pooled is not None:
+        (prompt, sampling), *more = pooled_prompts(request, parsed.pooled, processor, stop)
         return Prepared(request, prompt, sampling, 0.0, more)
     if isinstance(request, DetokenizeRequest):
         tokens = convert(parsed.raw, DetokenizeBody).tokens

@@ -146,6 +146,63 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
+class PoolingUsage(msgspec.Struct, kw_only=True):
+    prompt_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, num_tokens: int) -> PoolingUsage:
+        return cls(prompt_tokens=num_tokens, total_tokens=num_tokens)
+
+
+class Embedding(msgspec.Struct, kw_only=True):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+    """A text: base64 of little-endian float32."""
+
+
+class Embeddings(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Embedding]
+    usage: PoolingUsage
+
+
+class RankedDocument(msgspec.Struct, kw_only=True):
+    text: str | None
+
+
+class RankingResult(msgspec.Struct, kw_only=True):
+    index: int
+    document: RankedDocument | msgspec.UnsetType = msgspec.UNSET
+    relevance_score: float
+
+
+class Ranking(msgspec.Struct, kw_only=True):
+    id: str
+    model: str
+    results: list[RankingResult]
+    usage: PoolingUsage
+
+
+class ScoreOfPair(msgspec.Struct, kw_only=True):
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class Scores(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[ScoreOfPair]
+    usage: PoolingUsage
+
+
 class Model(msgspec.Struct, kw_only=True):
     id: str
     object: Literal["model"] = "model"

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import base64
 
+import numpy as np
 import openai
 import pytest
 
+from qwen3vl_disagg.checkpoint import read_config
+from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent
+from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.app import create_app
-from tests.support.fake_backend import FakeBackend, tiny_processor
+from tests.support.fake_backend import FakeBackend, timings, tiny_processor
 from tests.support.images import png
+from tests.support.pooling import write_pooler
 from tests.support.running import RunningApp
 
 QUESTION = [{"role": "user", "content": "what is it?"}]
@@ -62,6 +67,21 @@ def test_completions(client):
     assert len(first.logprobs.tokens) == len(first.logprobs.text_offset) > len(second.logprobs.tokens)
     with client.completions.create(model="Org/tiny", prompt="a", stream=True) as stream:
         assert "".join(chunk.choices[0].text for chunk in stream) == "red circle"
+
+
+def test_embeddings(tmp_path):
+    folder = write_pooler(tmp_path / "m", "embed")
+    vector = np.arange(64, dtype="<f4")
+    backend = FakeBackend(lambda *_: [AllDecoded(), FinishedEvent("stop", timings(), vector.tobytes())])
+    app = create_app(backend, Processor.from_folder(folder, read_config(folder)), model_name="m")
+    with RunningApp(app) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="k") as client:
+        for form in ({}, {"encoding_format": "float"}):
+            answer = client.embeddings.create(model="m", input=["a", "b"], **form)
+            assert [entry.embedding for entry in answer.data] == [vector.tolist()] * 2
+            assert answer.usage.total_tokens == answer.usage.prompt_tokens > 2
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="m", messages=QUESTION)
+        assert caught.value.code == "unsupported_task"
 
 
 @pytest.mark.parametrize(

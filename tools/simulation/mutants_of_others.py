@@ -14,7 +14,7 @@ from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.layout import RowSizes, blocks_for
 from qwen3vl_disagg.protocol.link_state import LinkState
-from qwen3vl_disagg.protocol.messages import Frame, Nack, Resume, Tokens
+from qwen3vl_disagg.protocol.messages import Finished, Frame, Nack, Resume, Tokens
 from qwen3vl_disagg.protocol.router import Router
 from qwen3vl_disagg.protocol.routing import Deliver
 from qwen3vl_disagg.protocol.session import GRANTED, WAITING, Session
@@ -112,6 +112,18 @@ def _() -> Iterator[None]:
             self._actions.append(Deliver(message.request_id, message))
 
     with swap(Router, "_from_language", pass_on):
+        yield
+
+
+@mutant("vector-is-lost", "I14", "the end of a request for a vector is passed on without it")
+def _() -> Iterator[None]:
+    from_language = method(Router, "_from_language")
+
+    def without(self: Router, rank: int, message: Any, now: float) -> None:
+        is_end = isinstance(message, Finished)
+        from_language(self, rank, msgspec.structs.replace(message, vector=b"") if is_end else message, now)
+
+    with swap(Router, "_from_language", without):
         yield
 
 

@@ -1,0 +1,126 @@
+"""`POST /v1/embeddings`, `/v1/rerank` and `/v1/score`: prompts -> the backend's vectors -> the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from qwen3vl_disagg.cluster.backend import FinishedEvent, RequestHandle
+from qwen3vl_disagg.core.errors import DeadlineError, DisaggError
+from qwen3vl_disagg.core.pooling import read_score, read_vector
+from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.processing import Prompt
+from qwen3vl_disagg.serving.errors import JSONResponse
+from qwen3vl_disagg.serving.intake import GRACE_S, Arrived, Intake
+from qwen3vl_disagg.serving.pooling_request import PoolingRequest, PoolRoute
+from qwen3vl_disagg.serving.types import (
+    Embedding,
+    Embeddings,
+    PoolingUsage,
+    RankedDocument,
+    Ranking,
+    RankingResult,
+    ScoreOfPair,
+    Scores,
+)
+
+
+class Pooled:
+    """A route as an ASGI app."""
+
+    def __init__(self, intake: Intake, route: PoolRoute) -> None:
+        self._intake, self._route = intake, route
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._intake.run(self._route, scope, receive, lambda arrived: self._answer(arrived, scope, receive, send))
+
+    async def _answer(self, arrived: Arrived, scope: Scope, receive: Receive, send: Send) -> None:
+        request = arrived.prepared.request
+        if not isinstance(request, PoolingRequest):
+            raise TypeError(f"{type(request).__name__} on this route")
+        prompts = [(arrived.prepared.prompt, arrived.prepared.sampling), *arrived.prepared.more]
+        deadline = arrived.deadline
+        del arrived  # images and clips: each is the backend's once its prompt is submitted
+        usage = PoolingUsage.of(sum(len(prompt.token_ids) for prompt, _ in prompts))
+        handles: list[RequestHandle] = []
+        try:
+            async with asyncio.timeout(deadline + GRACE_S - time.monotonic()):
+                vectors = await self._run(prompts, deadline, handles, is_led=request.has_one_query)
+        except DisaggError:
+            raise
+        except TimeoutError:
+            raise DeadlineError("the request took longer than it may") from None
+        finally:
+            for handle in handles:
+                handle.cancel()
+        write, names = _WRITERS[self._route], (handles[0].request_id, self._intake.model_name)
+        # Up to a second of work where there are many numbers, which others need not wait for.
+        answer = await asyncio.to_thread(write, request, vectors, usage, *names)
+        await JSONResponse(answer)(scope, receive, send)
+
+    async def _run(
+        self,
+        prompts: list[tuple[Prompt, SamplingParams]],
+        deadline: float,
+        handles: list[RequestHandle],
+        *,
+        is_led: bool,
+    ) -> list[bytes]:
+        """What comes of the prompts, which are used up, in their order. `is_led`: they begin the same way, so the first
+        one goes alone, and the others find what is computed of it."""
+        ends: list[asyncio.Future[bytes]] = []
+        more: Sequence[tuple[Prompt, SamplingParams]] | None = prompts[1:]
+        prompts.reverse()
+        try:
+            while prompts:
+                handle = self._intake.submit(*prompts.pop(), deadline, more)
+                handles.append(handle)
+                ends.append(asyncio.ensure_future(_end(handle)))
+                if is_led and more is not None:
+                    await ends[0]
+                more = None
+                await asyncio.sleep(0)  # a long prompt takes milliseconds to start
+            return await asyncio.gather(*ends)
+        finally:
+            for end in ends:
+                end.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
+
+
+async def _end(handle: RequestHandle) -> bytes:
+    async for event in handle:
+        if isinstance(event, FinishedEvent):
+            return event.vector
+    raise DisaggError("the request ended without a result")
+
+
+def _embeddings(
+    request: PoolingRequest, vectors: Sequence[bytes], usage: PoolingUsage, id: str, model: str
+) -> Embeddings:
+    def spelled(vector: bytes) -> str | list[float]:
+        return base64.b64encode(vector).decode() if request.is_base64 else list(read_vector(vector))
+
+    data = [Embedding(index=index, embedding=spelled(vector)) for index, vector in enumerate(vectors)]
+    return Embeddings(id=f"embd-{id}", created=int(time.time()), model=model, data=data, usage=usage)
+
+
+def _ranking(request: PoolingRequest, vectors: Sequence[bytes], usage: PoolingUsage, id: str, model: str) -> Ranking:
+    scores = list(map(read_score, vectors))
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    results = [RankingResult(index=index, relevance_score=scores[index]) for index in order[: request.top_n or None]]
+    for result in results if request.texts is not None else []:
+        result.document = RankedDocument(text=request.texts[result.index] if request.texts else None)
+    return Ranking(id=f"rerank-{id}", model=model, results=results, usage=usage)
+
+
+def _scores(request: PoolingRequest, vectors: Sequence[bytes], usage: PoolingUsage, id: str, model: str) -> Scores:
+    data = [ScoreOfPair(index=index, score=read_score(vector)) for index, vector in enumerate(vectors)]
+    return Scores(id=f"score-{id}", created=int(time.time()), model=model, data=data, usage=usage)
+
+
+_WRITERS: dict[PoolRoute, Callable[..., Any]] = {"embeddings": _embeddings, "rerank": _ranking, "score": _scores}

@@ -1,0 +1,324 @@
+"""`/v1/embeddings`, `/v1/rerank`, `/v1/score` over a backend that gives vectors."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import math
+import struct
+
+import pytest
+
+from qwen3vl_disagg.checkpoint import read_config
+from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent
+from qwen3vl_disagg.core.errors import InputError, OverloadedError
+from qwen3vl_disagg.core.pooling import Pooling
+from qwen3vl_disagg.media.stop import StopSignal
+from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.serving.access import ApiKeys
+from qwen3vl_disagg.serving.app import create_app
+from qwen3vl_disagg.serving.pooling_request import MAX_INPUTS, parse_pooling, pooled_prompts
+from tests.support.asgi import Exchange
+from tests.support.fake_backend import ASK, PATH, FakeBackend, serve, timings
+from tests.support.images import png, uri
+from tests.support.pooling import EMBED, EMBED_DEFAULT, IMAGE, JUDGE, RERANK_DEFAULT, write_pooler
+
+PICTURE = png((64, 64))
+IMAGE_PART = {"type": "image_url", "image_url": {"url": uri(PICTURE)}}
+CHAT = [{"role": "user", "content": ["see ", IMAGE_PART]}]
+
+
+def read(folder) -> Processor:
+    return Processor.from_folder(folder, read_config(folder))
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory):
+    return read(write_pooler(tmp_path_factory.mktemp("embed") / "m", "embed"))
+
+
+@pytest.fixture(scope="module")
+def reranker(tmp_path_factory):
+    return read(write_pooler(tmp_path_factory.mktemp("rerank") / "m", "rerank"))
+
+
+def vector_of(number: int, size: int) -> bytes:
+    return struct.pack(f"<{size}f", *(number + n / 8 for n in range(size)))
+
+
+def pooler() -> FakeBackend:
+    """The first request gets 0, 1/8, 2/8, .., the next one 1, 9/8, ..; of scores the difference 0, 1, 2, ..."""
+    backend = FakeBackend()
+
+    def steps(prompt, sampling):
+        size = 1 if sampling.pooling.tokens else sampling.pooling.dimensions or 64
+        return [AllDecoded(), FinishedEvent("stop", timings(), vector_of(len(backend.handles), size))]
+
+    backend.script = steps
+    return backend
+
+
+def post(backend, processor, path, body, **options):
+    reply = serve(backend, processor=processor, **options).post(path, json=body)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def shown(processor: Processor, handle) -> str:
+    """The prompt, with one placeholder for each image."""
+    names = b"".join(map(processor.tokenizer.token_bytes, handle.prompt.token_ids)).decode()
+    for item in handle.prompt.items:
+        names = names.replace("<|image_pad|>" * item.num_rows, "<|image_pad|>", 1)
+    return names
+
+
+def embed_prompt(content: str, instruction: str = EMBED_DEFAULT) -> str:
+    return EMBED.format(instruction=instruction, content=content)
+
+
+@pytest.mark.parametrize(
+    ("body", "prompts"),
+    [
+        ({"input": "a b"}, [embed_prompt("a b")]),
+        ({"input": ["a", "b"], "user": "me"}, [embed_prompt("a"), embed_prompt("b")]),
+        ({"input": "a", "instruction": "Find"}, [embed_prompt("a", "Find.")]),
+        ({"input": [65, 66]}, None),
+        ({"input": [[65, 66], [67]]}, None),
+        ({"input": {"text": "a", "image": uri(PICTURE)}}, [embed_prompt(f"{IMAGE}a")]),
+        ({"input": ["a", {"image": [uri(PICTURE)] * 2}]}, [embed_prompt("a"), embed_prompt(IMAGE + IMAGE)]),
+        ({"input": [{"content": ["a", IMAGE_PART], "instruction": "So"}]}, [embed_prompt(f"a{IMAGE}", "So.")]),
+        ({"messages": CHAT}, [embed_prompt(f"see {IMAGE}")]),
+        ({"messages": [{"role": "system", "content": "Be."}, *CHAT]}, [embed_prompt(f"see {IMAGE}", "Be.")]),
+        (
+            {"messages": [*CHAT, {"role": "assistant", "content": [{"type": "text", "text": ""}]}]}
+            | {"continue_final_message": True, "add_special_tokens": True},
+            [embed_prompt(f"see {IMAGE}")],
+        ),
+    ],
+)
+def test_what_an_input_may_be(embedder, body, prompts):
+    backend = pooler()
+    answer = post(backend, embedder, "/v1/embeddings", {"model": "tiny", **body})
+    if prompts is None:
+        ids = body["input"] if isinstance(body["input"][0], list) else [body["input"]]
+        assert [handle.prompt.token_ids for handle in backend.handles] == ids
+    else:
+        assert [shown(embedder, handle) for handle in backend.handles] == prompts
+    assert answer["object"] == "list"
+    assert [entry["index"] for entry in answer["data"]] == list(range(len(backend.handles)))
+    assert [entry["embedding"][0] for entry in answer["data"]] == list(range(len(backend.handles)))
+    num_tokens = sum(len(handle.prompt.token_ids) for handle in backend.handles)
+    assert answer["usage"] == {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    assert all(handle.sampling.max_new_tokens == 1 for handle in backend.handles)
+    assert all(handle.sampling.pooling == Pooling() for handle in backend.handles)
+
+
+def test_numbers_and_base64(embedder):
+    body = {"input": ["a", "b"], "dimensions": 5}
+    floats = post(pooler(), embedder, "/v1/embeddings", body)["data"]
+    coded = post(pooler(), embedder, "/v1/embeddings", {**body, "encoding_format": "base64"})["data"]
+    for plain, other in zip(floats, coded, strict=True):
+        assert list(struct.unpack("<5f", base64.b64decode(other["embedding"]))) == plain["embedding"]
+
+
+def test_sizes_of_images(embedder):
+    """Those of the published code where nothing is said."""
+    large = {"input": {"image": uri(png((2000, 1500)))}}
+    grids = []
+    for more in ({}, {"mm_processor_kwargs": {"max_pixels": 4096}}):
+        backend = pooler()
+        post(backend, embedder, "/v1/embeddings", {**large, **more})
+        grids.append(math.prod(backend.handles[0].prompt.items[0].grid) * 256)
+    assert 4096 < grids[0] <= 65536, "the checkpoint takes no more"
+    assert grids[1] <= 4096
+
+
+def rerank_prompt(query: str, document: str, instruction: str = RERANK_DEFAULT) -> str:
+    return JUDGE.format(instruction=instruction, query=query, document=document)
+
+
+def test_ranking(reranker):
+    backend = pooler()
+    inner = backend.script
+
+    def steps(prompt, sampling):
+        assert not backend.handles or backend.handles[0].finished, "the first pair goes alone"
+        return inner(prompt, sampling)
+
+    backend.script = steps
+    documents = ["a", {"image": uri(PICTURE)}, {"text": "c", "image": uri(PICTURE)}]
+    body = {"query": {"text": "q", "image": uri(PICTURE)}, "documents": documents, "top_n": 2, "instruction": "I"}
+    answer = post(backend, reranker, "/v1/rerank", body)
+    contents = ["a", IMAGE, f"{IMAGE}c"]
+    assert [shown(reranker, handle) for handle in backend.handles] == [
+        rerank_prompt(f"{IMAGE}q", content, "I") for content in contents
+    ]
+    assert [result["index"] for result in answer["results"]] == [2, 1], "best first, and no more than top_n"
+    assert [result["document"] for result in answer["results"]] == [{"text": None}, {"text": None}]
+    for result in answer["results"]:
+        assert result["relevance_score"] == pytest.approx(1 / (1 + math.exp(-result["index"])))
+    yes, no = (reranker.tokenizer.backend.token_to_id(word) for word in ("yes", "no"))
+    assert all(handle.sampling.pooling == Pooling(tokens=(yes, no)) for handle in backend.handles)
+    whole = post(pooler(), reranker, "/v1/rerank", {"query": "q", "documents": ["a", "b"]})
+    assert [result["document"]["text"] for result in whole["results"]] == ["b", "a"]
+    bare = post(pooler(), reranker, "/v1/rerank", {"query": "q", "documents": "a", "return_documents": False})
+    assert "document" not in bare["results"][0]
+
+
+@pytest.mark.parametrize(
+    ("body", "pairs"),
+    [
+        ({"text_1": "q", "text_2": "a"}, [("q", "a")]),
+        ({"queries": "q", "documents": ["a", "b"]}, [("q", "a"), ("q", "b")]),
+        ({"queries": ["q", "r"], "documents": ["a", "b"]}, [("q", "a"), ("r", "b")]),
+        (
+            {"data_1": "q", "data_2": {"content": [{"type": "text", "text": "a"}, IMAGE_PART]}},
+            [("q", "a"), ("q", IMAGE)],
+        ),
+        ({"queries": {"text": "q"}, "items": [{"content": [IMAGE_PART, "x"]}]}, [("q", f"{IMAGE}x")]),
+    ],
+)
+def test_scores(reranker, body, pairs):
+    backend = pooler()
+    answer = post(backend, reranker, "/v1/score", body)
+    assert [shown(reranker, handle) for handle in backend.handles] == [rerank_prompt(*pair) for pair in pairs]
+    expected = [1 / (1 + math.exp(-n)) for n in range(len(pairs))]
+    assert [entry["score"] for entry in answer["data"]] == pytest.approx(expected)
+    assert answer["data"][0]["object"] == "score"
+
+
+GOOD = {"/v1/embeddings": {"input": "a"}, "/v1/rerank": {"query": "q", "documents": ["a"]}}
+GOOD["/v1/score"] = {"queries": "q", "documents": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/embeddings", {"input": None}, "input"),
+        ("/v1/embeddings", {"messages": CHAT}, "input"),
+        ("/v1/embeddings", {"input": []}, "input"),
+        ("/v1/embeddings", {"input": ["a"] * (MAX_INPUTS + 1)}, "input"),
+        ("/v1/embeddings", {"input": [[]]}, "input[0]"),
+        ("/v1/embeddings", {"input": [[1], "a"]}, "input[1]"),
+        ("/v1/embeddings", {"input": ["a", 5]}, "input[1]"),
+        ("/v1/embeddings", {"input": [[10**6]]}, "input[0]"),
+        ("/v1/embeddings", {"input": ["a", {"image": "data:image/png;base64,AAAA"}]}, "input[1].image"),
+        ("/v1/embeddings", {"input": {"image": "http://a.example/b.png"}}, "input.image"),
+        ("/v1/embeddings", {"input": {"picture": "a"}}, "input.picture"),
+        ("/v1/embeddings", {"input": ["a", "a b " * 5000]}, "input[1]"),
+        ("/v1/embeddings", {"dimensions": 65}, "dimensions"),
+        ("/v1/embeddings", {"dimensions": 0}, "dimensions"),
+        ("/v1/embeddings", {"encoding_format": "hex"}, "encoding_format"),
+        ("/v1/embeddings", {"normalize": False}, "normalize"),
+        ("/v1/embeddings", {"temperature": 1}, "temperature"),
+        ("/v1/embeddings", {"stream": True}, "stream"),
+        ("/v1/embeddings", {"instruction": 5}, "instruction"),
+        ("/v1/embeddings", {"input": None, "messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ("/v1/rerank", {"query": None}, "query"),
+        ("/v1/rerank", {"documents": []}, "documents"),
+        ("/v1/rerank", {"documents": ["a", {"image": "x"}]}, "documents[1].image"),
+        ("/v1/rerank", {"top_n": -1}, "top_n"),
+        ("/v1/score", {"queries": ["a", "b", "c"], "documents": ["a", "b"]}, "queries"),
+        ("/v1/score", {"text_1": "q"}, "text_1"),
+    ],
+)
+def test_bad_requests(embedder, reranker, path, body, param):
+    backend = pooler()
+    processor = embedder if path == "/v1/embeddings" else reranker
+    reply = serve(backend, processor=processor).post(path, json={**GOOD[path], **body})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
+    assert not backend.handles
+
+
+def test_what_a_model_is_not_for_is_refused(embedder, reranker):
+    for processor, path, body in (
+        (None, "/v1/embeddings", GOOD["/v1/embeddings"]),
+        (None, "/v1/rerank", GOOD["/v1/rerank"]),
+        (embedder, "/v1/score", GOOD["/v1/score"]),
+        (reranker, "/v1/embeddings", GOOD["/v1/embeddings"]),
+        (embedder, PATH, ASK),
+        (reranker, "/v1/completions", {"prompt": "a"}),
+    ):
+        reply = serve(FakeBackend(), processor=processor).post(path, json=body)
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"]) == (400, "unsupported_task")
+        assert path in error["message"]
+    assert serve(FakeBackend(), processor=embedder).post("/tokenize", json={"prompt": "a"}).status_code == 200
+    full = FakeBackend()
+    full.refused = OverloadedError("full")
+    assert serve(full, processor=embedder).post("/v1/embeddings", json={"input": "a"}).status_code == 429
+
+
+def test_equal_images_are_read_and_kept_once(reranker):
+    request, inputs = parse_pooling(
+        {"query": {"image": uri(PICTURE)}, "documents": [{"image": uri(PICTURE)}, "b", "c"]}, "rerank", model_names=[]
+    )
+    made = pooled_prompts(request, inputs, reranker, StopSignal())
+    assert len({id(data) for prompt, _ in made for data in prompt.media}) == 1
+    assert len({item.digest for prompt, _ in made for item in prompt.items}) == 1
+
+
+def test_a_child_makes_the_same_prompts(reranker):
+    """Many documents are no work for this process."""
+    documents = [*(f"d{n}" for n in range(20)), {"image": uri(PICTURE)}]
+    body = {"query": {"image": uri(PICTURE)}, "documents": documents}
+    near, far = pooler(), pooler()
+    alone = Processor.from_folder(reranker.folder, reranker.config)
+    alone.folder = None  # no children
+    answers = [post(near, alone, "/v1/rerank", body), post(far, reranker, "/v1/rerank", body)]
+    assert answers[0]["results"] == answers[1]["results"]
+    assert [handle.prompt for handle in near.handles] == [handle.prompt for handle in far.handles]
+
+
+def test_keys_share_no_cache(reranker):
+    salts = []
+    for key in ("a", "b"):
+        backend = pooler()
+        client = serve(backend, processor=reranker, keys=ApiKeys(["a", "b"]))
+        body = {"query": {"image": uri(PICTURE)}, "documents": ["x", "y"]}
+        assert client.post("/v1/rerank", json=body, headers={"authorization": f"Bearer {key}"}).status_code == 200
+        own = {handle.sampling.cache_salt for handle in backend.handles}
+        assert own == {item.salt for handle in backend.handles for item in handle.prompt.items}
+        salts.append(own)
+    assert all(len(own) == 1 for own in salts)
+    assert salts[0] != salts[1]
+
+
+def exchange(backend, processor, body, headers=None) -> Exchange:
+    app = create_app(backend, processor, model_name="tiny")
+    return Exchange(app, "/v1/embeddings", [json.dumps(body).encode()], headers)
+
+
+def test_who_leaves_and_who_fails_ends_all_of_a_request(embedder):
+    async def leave() -> None:
+        backend = FakeBackend(lambda *_: [AllDecoded(), 60.0])
+        asked = exchange(backend, embedder, {"input": ["a", "b", "c"]})
+        running = asyncio.create_task(asked.run())
+        async with asyncio.timeout(10):
+            while len(backend.handles) < 3:
+                await asyncio.sleep(0.01)
+            asked.leave()
+            await running
+        assert all(handle.was_cancelled.is_set() for handle in backend.handles)
+
+    async def fail() -> None:
+        backend = FakeBackend(lambda prompt, _: [AllDecoded(), 60.0])
+        second = [AllDecoded(), InputError("broken", param="input[1]")]
+        backend.script = lambda *_: [*second] if len(backend.handles) == 1 else [AllDecoded(), 60.0]
+        asked = exchange(backend, embedder, {"input": ["a", "b", "c"]})
+        async with asyncio.timeout(10):
+            await asked.run()
+        assert (asked.status, asked.json["error"]["param"]) == (400, "input[1]")
+        assert all(handle.was_cancelled.is_set() for handle in backend.handles)
+
+    async def be_late() -> None:
+        backend = FakeBackend(lambda *_: [60.0])
+        asked = exchange(backend, embedder, {"input": "a"}, {"x-request-timeout-ms": "300"})
+        async with asyncio.timeout(10):
+            await asked.run()
+        assert asked.status == 504
+        assert backend.handles[0].was_cancelled.is_set()
+
+    for story in (leave, fail, be_late):
+        asyncio.run(story())
