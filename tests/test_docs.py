@@ -26,7 +26,7 @@ OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]+)")
 WAYS = {"Its bytes, from HTTP to the tower": 14, "Its rows, from the tower to the hook": 13}
 """Headings in docs/architecture.md, and how many files that way may go through."""
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-WITH_DATES = {"benchmarks.md", "CHANGELOG.md"}
+WITH_DATES = {"benchmarks.md", "clients.md", "CHANGELOG.md"}
 
 
 def anchors(page: Path) -> set[str]:
