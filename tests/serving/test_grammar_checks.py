@@ -121,6 +121,41 @@ def test_a_grammar_that_takes_too_long_costs_its_child_alone(server, name):
     assert post(server)[0] == 200
 
 
+@pytest.mark.acceptance
+@pytest.mark.parametrize("first", range(0, len(HOSTILE), 8))
+def test_eight_hostile_grammars_at_once(server, first):
+    """Each has its turn with one of two children; what is known, and what has no grammar, waits for none of it."""
+    make_ready(server)
+    assert post(server, regex="known+")[0] == 200
+    took: dict[str, float] = {}
+
+    def ask(name: str) -> None:
+        started = time.monotonic()
+        status, _ = post(server, **{key: varied(value) for key, value in HOSTILE[name].items()})
+        took[name] = time.monotonic() - started if status in (400, 429) or name in MAY_PASS else float("inf")
+
+    names = [*HOSTILE, *HOSTILE][first : first + 8]
+    threads = [threading.Thread(target=ask, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    others = []
+    while any(thread.is_alive() for thread in threads):
+        started = time.monotonic()
+        assert post(server)[0] == post(server, regex="known+")[0] == 200
+        others.append(time.monotonic() - started)
+    print(f"\n{ {name: round(seconds, 2) for name, seconds in took.items()} }, others {max(others, default=0.0):.2f} s")
+    assert len(took) == len(names)
+    assert max(took.values()) < 30.0  # one that costs its child holds up those behind it until there is another
+    assert max(others, default=0.0) < 1.0
+
+
+def varied(value: Any) -> Any:
+    """The same thing that nobody has asked for before."""
+    if isinstance(value, dict):
+        return {**value, "description": "varied"}
+    return [*value, "varied"] if isinstance(value, list) else value + " "
+
+
 def test_nobody_waits_for_a_check(server):
     """While grammars are checked that take all the time that they may, requests without one and with one that is known
     are answered, and the event loop turns."""
