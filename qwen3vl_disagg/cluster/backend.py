@@ -44,11 +44,20 @@ class FinishedEvent(msgspec.Struct, frozen=True):
 Event = AllDecoded | PromptLogprobs | TokenEvent | FinishedEvent
 
 
+class PromptCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt and how it is answered, `sampling.n` times. `token_ids`: little-endian int32."""
+
+    token_ids: bytes
+    items: list[VisualItem]
+    sampling: SamplingParams
+
+
 class RequestHandle(Protocol):
-    """A running request. Iterated once: AllDecoded and PromptLogprobs, then tokens, then FinishedEvent; or a
-    DisaggError is raised (InputError for a broken image or clip)."""
+    """One answer that is being made. Iterated once: AllDecoded and PromptLogprobs (of a prompt's first answer), then
+    tokens, then FinishedEvent; or a DisaggError is raised (InputError for a broken image or clip)."""
 
     request_id: str
+    """Of the answer's prompt."""
 
     def __aiter__(self) -> AsyncIterator[Event]: ...
 
@@ -64,20 +73,14 @@ class Backend(Protocol):
     def refusal(self, num_coming: int = 0) -> DisaggError | None:
         """Why a request would not be taken now, whatever it is. `num_coming`: those that will be submitted before."""
 
-    def submit(
-        self,
-        token_ids: list[int],
-        items: list[VisualItem],
-        sampling: SamplingParams,
-        timeout_s: float,
-        more: Sequence[tuple[int, SamplingParams]] | None = (),
-    ) -> RequestHandle:
+    def submit(self, prompts: Sequence[PromptCall], timeout_s: float) -> Sequence[RequestHandle]:
         """Start a request whose bytes `media` holds; it may take `timeout_s` seconds in all. Does not wait.
 
-        `more`: lengths and sampling of its further prompts, which are submitted after it, each with None, and are
-        not refused for what waits if this one is not.
+        All of its prompts are taken, or none. A handle for each answer, those to one prompt behind one another. What
+        ends one answer to a prompt with an error ends all to it.
 
-        The bytes are released when the request ends, or is not taken: OverloadedError, UnavailableError or InputError.
+        The bytes of a prompt are released when the last answer to it ends, or it is not taken: OverloadedError,
+        UnavailableError or InputError.
         """
 
     def debug_processes(self) -> list[dict[str, Any]]:

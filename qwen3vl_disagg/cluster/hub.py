@@ -16,9 +16,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, Readiness, TokenEvent
+from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, PromptCall, Readiness, TokenEvent
 from qwen3vl_disagg.cluster.backend import Event as ClientEvent
 from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.media_store import MediaStore
@@ -27,7 +25,6 @@ from qwen3vl_disagg.cluster.rendezvous import Layout
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError, UnavailableError
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.model import ModelConfig
-from qwen3vl_disagg.protocol.admission import Admission
 from qwen3vl_disagg.protocol.messages import (
     Decoded,
     EndJob,
@@ -50,9 +47,11 @@ from qwen3vl_disagg.protocol.messages import (
 from qwen3vl_disagg.protocol.pump import Pump
 from qwen3vl_disagg.protocol.router import Router
 from qwen3vl_disagg.protocol.routing import (
+    TOKEN_ID_BYTES,
     Abandon,
     Action,
     Admit,
+    AdmitTogether,
     Deliver,
     Drain,
     End,
@@ -75,10 +74,11 @@ CLOSE_S = 2.0
 
 @dataclass
 class _Handle:
-    """A request as its HTTP handler sees it."""
+    """An answer as its HTTP handler sees it."""
 
     hub: Hub
     request_id: str
+    sample: int
     items: list[VisualItem]
     events: asyncio.Queue[ClientEvent | DisaggError] = field(default_factory=asyncio.Queue)
     undecoded: set[int] = field(default_factory=set)
@@ -93,9 +93,10 @@ class _Handle:
                 return
 
     def cancel(self) -> None:
-        self.hub.take(Abandon(self.request_id))
+        self.hub.take(Abandon(self.request_id, self.sample))
 
     def deliver(self, message: Decoded | PromptLogprobs | Tokens | Finished) -> None:
+        """What is said of the request's prompt, or of this answer."""
         match message:
             case Decoded():
                 self._decoded({message.item})
@@ -153,7 +154,8 @@ class Hub:
         self._pump = Pump[Event, Action](self._router.handle, self._perform, time.monotonic)
         self.media = MediaStore() if media is None else media
         self._ranks: dict[RankKey, Connection] = {}
-        self._handles: dict[str, _Handle] = {}
+        self._handles: dict[str, list[_Handle]] = {}
+        """Request -> its answers."""
         self._store_is_known = asyncio.Event()
         if self._memory.store_address is not None:
             self._store_is_known.set()
@@ -169,36 +171,28 @@ class Hub:
 
     # ---- for the HTTP app ----
 
-    def submit(
-        self,
-        token_ids: list[int],
-        items: list[VisualItem],
-        sampling: SamplingParams,
-        timeout_s: float,
-        more: Sequence[tuple[int, SamplingParams]] | None = (),
-    ) -> _Handle:
-        self._num_requests += 1
-        request_id = f"{self._prefix}-{self._num_requests}"
-        handle = _Handle(self, request_id, items, undecoded=set(range(len(items))))
-        self._handles[request_id] = handle
-        self.take(
-            Admit(
-                request_id,
-                np.asarray(token_ids, dtype="<i4").tobytes(),
-                len(token_ids) + _num_expected(sampling),
-                items,
-                sampling,
-                timeout_s,
-                None if more is None else sum(Admission.cost(length, _num_expected(other)) for length, other in more),
-            )
-        )
-        if request_id not in self._handles:
-            refusal = handle.events.get_nowait()
+    def submit(self, prompts: Sequence[PromptCall], timeout_s: float) -> list[_Handle]:
+        admits, handles = list[Admit](), list[_Handle]()
+        for prompt in prompts:
+            items, sampling = prompt.items, prompt.sampling
+            self._num_requests += 1
+            request_id = f"{self._prefix}-{self._num_requests}"
+            num_tokens = len(prompt.token_ids) // TOKEN_ID_BYTES + _num_expected(sampling)
+            admits.append(Admit(request_id, prompt.token_ids, num_tokens, items, sampling, timeout_s))
+            self._handles[request_id] = [
+                _Handle(self, request_id, sample, items, undecoded=set(range(len(items))))
+                for sample in range(sampling.n)
+            ]
+            handles += self._handles[request_id]
+        self.take(AdmitTogether(admits))
+        if admits[0].request_id not in self._handles:
+            refusal = handles[0].events.get_nowait()
             if isinstance(refusal, DisaggError):
                 raise refusal
-        if not items:
-            handle.events.put_nowait(AllDecoded())
-        return handle
+        for handle in handles:
+            if not handle.items:
+                handle.events.put_nowait(AllDecoded())
+        return handles
 
     def refusal(self, num_coming: int = 0) -> DisaggError | None:
         readiness = self.readiness()
@@ -283,14 +277,21 @@ class Hub:
                 if connection is not None:
                     self._post(connection, action.message)
             case Deliver():
-                handle = self._handles.get(action.request_id)
-                if handle is not None:
+                handles = self._handles.get(action.request_id, [])
+                match action.message:
+                    case Decoded():
+                        concerned = handles
+                    case PromptLogprobs():
+                        concerned = handles[:1]
+                    case Tokens(sample=sample) | Finished(sample=sample):
+                        concerned = handles[sample : sample + 1]
+                for handle in concerned:
                     handle.deliver(action.message)
             case End():
-                handle = self._handles.pop(action.request_id, None)
-                if handle is not None:
-                    self.media.release(handle.items)
-                    if action.error is not None:
+                handles = self._handles.pop(action.request_id, [])
+                self.media.release(handles[0].items if handles else [])
+                if action.error is not None:
+                    for handle in handles:
                         handle.events.put_nowait(action.error)
 
     @staticmethod

@@ -38,6 +38,8 @@ ORDER: tuple[Step, ...] = get_args(Step)
 """How a token comes about. `engine/sampler.py` draws it, without temperature the largest is taken; the engine counts
 tokens, and whoever makes the text looks for stop strings in it."""
 MAX_NEW_TOKENS = 2**20
+MAX_SAMPLES = 128
+"""Answers to one request, as OpenAI's."""
 _LEAST_TOP_P = 1e-6
 
 
@@ -48,6 +50,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stand for a list of one.
     """
 
+    n: int = 1
+    """So many answers to the prompt, which is computed once. Answer i is that of the seed + i."""
     max_new_tokens: int = 128
     is_open_ended: bool = False
     """Nobody asked for so many: `max_new_tokens` is a bound, and shrinks to what there is room for."""
@@ -162,6 +166,13 @@ def _from_below_zero(value: Any) -> Any:
 _PENALTY = Number(-2, 2)
 
 OPTIONS: dict[str, SamplingOption] = {
+    "n": SamplingOption(
+        kind=Number(1, MAX_SAMPLES, is_whole=True),
+        step="prompt",
+        example=2,
+        about="so many answers to the one prompt ([below](#several-answers)); chat requests and completions only",
+        flag=None,
+    ),
     "max_new_tokens": SamplingOption(
         kind=Number(1, MAX_NEW_TOKENS, is_whole=True),
         step="length",

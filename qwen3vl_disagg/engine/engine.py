@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from typing import Any
 
-from msgspec import structs
+import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, ServerError
 from qwen3vl_disagg.core.requests import FinishReason, ItemTimings, SamplingParams, TokenLogprob, VisualItem
-from qwen3vl_disagg.core.sampling_params import OPTIONS
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.engine.grammars import PATIENCE_S, Grammars, no_grammars
 from qwen3vl_disagg.engine.masks import Mask
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.pooling import pool
+from qwen3vl_disagg.engine.requests import make_sequences
 from qwen3vl_disagg.engine.runner import AttentionChoice, BadRows, ModelRunner
 from qwen3vl_disagg.engine.sampler import Sampler
 from qwen3vl_disagg.engine.scheduler import Chunk, Scheduler, SchedulerLimits
@@ -32,7 +30,6 @@ from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.moe import DispatchPlan
 from qwen3vl_disagg.parallel.kv_room import KvRoom, measured_room
 from qwen3vl_disagg.parallel.lockstep import Outlook, PaceLimits, StepPlan
-from qwen3vl_disagg.processing import mrope_positions
 from qwen3vl_disagg.protocol.messages import Finished, NeedItems, PromptLogprobs, RequestFailed, Tokens
 from qwen3vl_disagg.protocol.session_events import Consumed
 from qwen3vl_disagg.transport.buffers import VisualRows
@@ -137,8 +134,8 @@ class Engine:
         banned = (self.config.image_token_id, self.config.video_token_id)
         self.sampler = Sampler(banned_ids=banned, eos_ids=eos_ids)
         self.grammars = grammars
-        self._compiling: dict[str, Sequence] = {}
-        """Requests whose grammars are not there yet; they are queued when they are."""
+        self._compiling: dict[str, list[Sequence]] = {}
+        """Requests whose grammars are not there yet; they are queued when they are, all answers together."""
         self._is_ready = threading.Event()
         self.on_ready: Callable[[], None] = self._is_ready.set
         """Called by other threads, when a grammar's first mask, or one that a step did not wait for, is there."""
@@ -169,63 +166,30 @@ class Engine:
 
     def add(self, request_id: str, token_ids: list[int], items: list[VisualItem], sampling: SamplingParams) -> None:
         """Queue a request, one with a grammar once that is compiled. InputError if it can never run."""
-        text = self.config.text
         if sampling.grammar is not None and self.grammars is None:
             raise no_grammars(sampling.grammar.param)
-        if not token_ids or min(token_ids) < 0 or max(token_ids) >= text.vocab_size:
-            raise InputError(f"token ids must be in 0..{text.vocab_size - 1} and at least one", param="messages")
-        if sampling.is_open_ended:
-            pool = self.scheduler.pool
-            room = min(text.max_position_embeddings, pool.num_pages * pool.page_size + 1) - len(token_ids)
-            sampling = structs.replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, room)))
-        if len(token_ids) + sampling.max_new_tokens > text.max_position_embeddings:
-            raise InputError(
-                f"prompt of {len(token_ids)} tokens with {sampling.max_new_tokens} new ones is longer than the "
-                f"context of {text.max_position_embeddings}",
-                param="messages",
-            )
-        self._check_placeholders(token_ids, items)
-        positions, delta = mrope_positions(len(token_ids), items, self.config.vision.spatial_merge_size)
-        for name, option in OPTIONS.items():
-            value = getattr(sampling, name)
-            if value and max(option.kind.tokens(value), default=0) >= text.vocab_size:
-                raise InputError(f"{name} takes token ids from 0 to {text.vocab_size - 1}", param=name)
-        if (pooling := sampling.pooling) is not None and not (
-            0 <= pooling.dimensions <= text.hidden_size and all(0 <= i < text.vocab_size for i in pooling.tokens or ())
-        ):
-            raise InputError(f"this model has no {pooling}: {text.hidden_size} numbers, {text.vocab_size} tokens")
-        seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
-        sequence = Sequence(
-            request_id=request_id,
-            token_ids=token_ids,
-            items=items,
-            sampling=sampling,
-            positions=positions,
-            delta=delta,
-            seed=seed,
-        )
-        self.sampler.narrowed(sequence.sampling_row, None, text.vocab_size)  # so that it may come at all
+        pages = self.scheduler.pool
+        room = pages.num_pages * pages.page_size
+        sequences = make_sequences(self.config, request_id, token_ids, items, sampling, room=room)
+        # So that it may come at all.
+        self.sampler.narrowed(sequences[0].sampling_row, None, self.config.text.vocab_size)
         for index, item in enumerate(items):
             if note := self._notes.get(item.content):
-                sequence.item_timings[index] = ItemTimings(rows=item.num_rows, note=note)
-        if sampling.grammar is None or self.grammars is None:
-            self.scheduler.add(sequence)
+                sequences[0].item_timings[index] = ItemTimings(rows=item.num_rows, note=note)
+        self.scheduler.check(sequences[0])
+        if sampling.grammar is not None and self.grammars is not None:
+            self._compiling[request_id] = sequences
+            for sequence in sequences:
+                sequence.masks = masks = self.grammars.start(sampling.grammar, token_ids)
+                masks.on_started(self.on_ready)
             return
-        self.scheduler.check(sequence)
-        sequence.masks = self.grammars.start(sampling.grammar, token_ids)
-        self._compiling[request_id] = sequence
-        sequence.masks.on_started(self.on_ready)
+        for sequence in sequences:
+            self.scheduler.add(sequence)
 
-    def _check_placeholders(self, token_ids: list[int], items: list[VisualItem]) -> None:
-        kinds = {"image": self.config.image_token_id, "video": self.config.video_token_id}
-        ranges = [(run, run + item.run_rows, kinds[item.modality]) for item in items for run in item.runs]
-        num_pads = sum(token_ids.count(kind) for kind in kinds.values())
-        if any(later < stop for (_, stop, _), (later, _, _) in pairwise(ranges)):
-            raise InputError(f"the items at {ranges} are not in the order of the prompt")
-        if num_pads != sum(stop - start for start, stop, _ in ranges) or any(
-            token_ids[start:stop].count(kind) != stop - start for start, stop, kind in ranges
-        ):
-            raise InputError(f"{num_pads} placeholders in the prompt do not match the items at {ranges}")
+    def _reader(self, request_id: str) -> Sequence | None:
+        """Who of the request's answers reads visual rows; or has the whole prompt, as all that are running."""
+        samples = self.scheduler.samples.get(request_id)
+        return samples.admitted[0] if samples and samples.admitted else None
 
     def provide_rows(
         self, request_id: str, index: int, rows: VisualRows, timings: ItemTimings | None
@@ -235,7 +199,7 @@ class Engine:
         Ignored for requests that are not running (cancelled or preempted meanwhile). Rows that are all in the cache
         are used at once.
         """
-        sequence = self.scheduler.admitted.get(request_id)
+        sequence = self._reader(request_id)
         if sequence is None:
             return []
         item = sequence.items[index]
@@ -258,7 +222,7 @@ class Engine:
 
         Prefill goes back to the item's first needed row. An item that is all in the cache is whole, and stays.
         """
-        sequence = self.scheduler.admitted.get(request_id)
+        sequence = self._reader(request_id)
         if sequence is None:
             return
         if sequence.num_cached < sequence.items[index].stop:
@@ -274,37 +238,65 @@ class Engine:
         """Rows wait for the blocks of those that are here, which should be used up now."""
         self.scheduler.is_short_of_room = is_short
 
-    def cancel(self, request_id: str) -> None:
-        """Forget a request, if it is known."""
-        sequence = self._compiling.pop(request_id, None)
-        if sequence is not None and sequence.masks is not None:
-            sequence.masks.drop()
-        self.scheduler.remove(request_id)
+    def cancel(self, request_id: str, sample: int | None = None) -> None:
+        """Forget a request, or one of its answers, if it is known."""
+        for sequence in list(self._compiling.get(request_id, ())):
+            if sample in (None, sequence.sample):
+                self._compiling[request_id].remove(sequence)
+                if sequence.masks is not None:
+                    sequence.masks.drop()
+        if not self._compiling.get(request_id):
+            self._compiling.pop(request_id, None)
+        self.scheduler.remove(request_id, sample)
 
     def admit(self) -> list[EngineEvent]:
-        """Take in what fits. `step` does it too; this is for those who cannot run a step yet."""
+        """Take in what fits, and begin the answers to prompts that are known. `step` does it too; this is for those who
+        cannot run a step yet."""
         self._is_ready.clear()
         events = self._take_compiled()
-        for sequence in self.scheduler.admit():
-            sequence.admitted_at = sequence.admitted_at or time.monotonic()
-            lacking = [i for i, item in enumerate(sequence.items) if sequence.first_row(i) < item.num_rows]
-            if lacking:
-                first_rows = [sequence.first_row(index) for index in lacking]
-                events.append(NeedItems(request_id=sequence.request_id, items=lacking, first_rows=first_rows))
-        return events
+        while True:
+            for sequence in self.scheduler.admit():
+                events += self._take_in(sequence)
+            starting = [s for s in self.scheduler.admitted.values() if s.can_begin]
+            if not starting:
+                return events
+            events += self._begin(starting)
+
+    def _take_in(self, sequence: Sequence) -> list[EngineEvent]:
+        sequence.admitted_at = sequence.admitted_at or time.monotonic()
+        if sequence.copied is not None:
+            page, count = sequence.copied
+            self.runner.copy(page, sequence.pages[sequence.num_prompt // self.runner.page_size], count)
+        lacking = [i for i, item in enumerate(sequence.items) if sequence.first_row(i) < item.num_rows]
+        if not lacking:
+            return []
+        first_rows = [sequence.first_row(index) for index in lacking]
+        return [NeedItems(request_id=sequence.request_id, items=lacking, first_rows=first_rows)]
+
+    def _begin(self, batch: list[Sequence]) -> list[EngineEvent]:
+        """The first tokens of answers whose prompt another one has computed; no step of the model."""
+        try:
+            logits_BV = torch.stack([sequence.samples.share(sequence) for sequence in batch])
+            picks, broken = self._pick(logits_BV, batch, is_alone=False)
+        except (RuntimeError, ValueError) as error:
+            return self._fail(batch, error)
+        return self._accept(picks) + self._fail_each(broken)
 
     def _take_compiled(self) -> list[EngineEvent]:
         """Queue those whose grammars are there, and fail those whose grammars are none."""
         events: list[EngineEvent] = []
-        for sequence in list(self._compiling.values()):
-            if sequence.masks is None or not sequence.masks.is_started:
+        for request_id, sequences in list(self._compiling.items()):
+            masks = [sequence.masks for sequence in sequences if sequence.masks is not None]
+            if not all(one.is_started for one in masks):
                 continue
-            del self._compiling[sequence.request_id]
+            del self._compiling[request_id]
             try:
-                sequence.masks.begin()
-                self.scheduler.add(sequence)
+                for one in masks:
+                    one.begin()
+                for sequence in sequences:
+                    self.scheduler.add(sequence)
             except Exception as error:
-                events += self._fail([sequence], error)
+                events += self._fail(sequences, error)
         return events
 
     def outlook(self, step: int) -> Outlook:
@@ -320,7 +312,9 @@ class Engine:
         events = self.admit()
         dispatch = None if plan is None else DispatchPlan(plan.num_rows, plan.kind)
         step, preempted = self.scheduler.schedule(plan)
-        events += [Preempted(sequence.request_id) for sequence in preempted]
+        # Those who stay have the whole prompt, and whoever comes back has it from them.
+        gone = dict.fromkeys(sequence.request_id for sequence in preempted if not sequence.samples.admitted)
+        events += [Preempted(request_id) for request_id in gone]
         if step is None:
             self._take_part(dispatch)
             return events
@@ -329,7 +323,7 @@ class Engine:
         try:
             with span("decode", tokens=len(step.decode)), _fatal_where(dispatch):
                 logits = self.runner.decode(step.decode, dispatch)
-            picks, broken = self._pick(logits, step.decode, plan)
+            picks, broken = self._pick(logits, step.decode, is_alone=self._is_alone(plan))
         except (RuntimeError, ValueError) as error:
             return events + self._fail(step.decode, error)
         for sequence, _, _ in picks:
@@ -362,26 +356,29 @@ class Engine:
             ended = [chunk.sequence for chunk in chunks if chunk.is_last]
             wanted = [(sequence, sequence.sampling.pooling) for sequence in ended if sequence.sampling.pooling]
             vectors = pool(made.pooled, [pooling for _, pooling in wanted], self.runner.model.lm_head)
-            picks, broken = self._pick(made.logits, [s for s in ended if s.sampling.pooling is None], plan)
+            answering = [sequence for sequence in ended if sequence.sampling.pooling is None]
+            for sequence, logits_V in zip(answering, made.logits, strict=True):
+                sequence.samples.keep(sequence, logits_V)
+            picks, broken = self._pick(made.logits, answering, is_alone=self._is_alone(plan))
             is_sound = made.is_sound.tolist()  # for chunks that end no prompt this is the wait
         except (RuntimeError, ValueError) as error:
             return events + self._fail([chunk.sequence for chunk in chunks], error)
         now = time.monotonic()
         pooled = [(sequence, vector) for (sequence, _), vector in zip(wanted, vectors, strict=True)]
-        answered = {pick[0].request_id for pick in picks} | {sequence.request_id for sequence, _ in pooled}
+        answered = {pick[0].name for pick in picks} | {sequence.name for sequence, _ in pooled}
         others = [chunk.sequence for chunk in chunks if not chunk.is_last]
         broken += [(sequence, NotFinite()) for sequence, ok in zip(others, is_sound, strict=True) if not ok]
         broken += [(sequence, NotFinite()) for sequence, vector in pooled if vector is None]
-        lost = {sequence.request_id for sequence, _ in broken}
+        lost = {sequence.name for sequence, _ in broken}
         for told in made.scores:
             sequence = told.chunk.sequence
-            if sequence.request_id not in lost:
+            if sequence.name not in lost:
                 events.append(told.message())
                 sequence.num_scored = told.first + len(told.own_R)
         for chunk in chunks:
             chunk.sequence.prefill_s += now - started
-            if chunk.sequence.request_id not in lost:
-                events += self._advance(chunk, is_late=chunk.is_last and chunk.sequence.request_id not in answered)
+            if chunk.sequence.name not in lost:
+                events += self._advance(chunk, is_late=chunk.is_last and chunk.sequence.name not in answered)
         for sequence, vector in pooled:
             if vector is not None:
                 sequence.first_token_at = now
@@ -400,14 +397,18 @@ class Engine:
                 del sequence.rows[index]
         return events
 
-    def _pick(self, logits: Tensor, batch: list[Sequence], plan: StepPlan | None) -> tuple[list[Pick], list[Broken]]:
+    def _is_alone(self, plan: StepPlan | None) -> bool:
+        """Nobody waits for the one request that is here."""
+        others = self._compiling or self.scheduler.waiting
+        return plan is None and len(self.scheduler.admitted) == 1 and not others
+
+    def _pick(self, logits: Tensor, batch: list[Sequence], *, is_alone: bool) -> tuple[list[Pick], list[Broken]]:
         """The next token of each sequence from `[B, V]`, and those that have none because logits are not finite, a
         grammar cannot go on, or nothing may come. One whose mask is not there in time has none yet, and is in neither:
         all time there is where nobody else waits, neither a request nor a rank."""
         if not batch:
             return [], []
-        is_alone = plan is None and len(self.scheduler.admitted) == 1 and not self.scheduler.waiting
-        deadline = None if is_alone and not self._compiling else time.monotonic() + PATIENCE_S
+        deadline = None if is_alone else time.monotonic() + PATIENCE_S
         masks: list[Mask | None] = []
         broken: list[Broken] = []
         skipped: set[str] = set()
@@ -423,10 +424,10 @@ class Engine:
                 broken.append((sequence, error))
                 is_here = False
             if not is_here:
-                skipped.add(sequence.request_id)
+                skipped.add(sequence.name)
             masks.append(mask)
         token_ids, entries = self.sampler.sample(logits, [s.sampling_row for s in batch], masks)
-        rows = [row for row in zip(batch, token_ids, entries, strict=True) if row[0].request_id not in skipped]
+        rows = [row for row in zip(batch, token_ids, entries, strict=True) if row[0].name not in skipped]
         picks = [(sequence, token_id, entry) for sequence, token_id, entry in rows if token_id is not None]
         return picks, broken + [(sequence, NotFinite()) for sequence, token_id, _ in rows if token_id is None]
 
@@ -438,9 +439,11 @@ class Engine:
             if not sequence.generated:
                 sequence.first_token_at = now
             sequence.generated.append(token_id)
+            sequence.samples.begun()
             events.append(
                 Tokens(
                     request_id=sequence.request_id,
+                    sample=sequence.sample,
                     index=len(sequence.generated) - 1,
                     token_ids=[token_id],
                     logprobs=None if entry is None else [entry],
@@ -458,9 +461,14 @@ class Engine:
         return events
 
     def _finish(self, sequence: Sequence, reason: FinishReason, now: float, vector: bytes = b"") -> Finished:
-        self.scheduler.remove(sequence.request_id)
-        timings = sequence.timings(now, self.language_rank)
-        return Finished(request_id=sequence.request_id, finish_reason=reason, timings=timings, vector=vector)
+        self.scheduler.remove(sequence.request_id, sequence.sample)
+        return Finished(
+            request_id=sequence.request_id,
+            sample=sequence.sample,
+            finish_reason=reason,
+            timings=sequence.timings(now, self.language_rank),
+            vector=vector,
+        )
 
     def _fail_each(self, broken: list[Broken]) -> list[EngineEvent]:
         """End these, those of one kind of failure together."""
@@ -471,19 +479,19 @@ class Engine:
         return events
 
     def _fail(self, batch: list[Sequence], error: Exception) -> list[EngineEvent]:
-        """End requests that could not run. The cause goes to the log; clients get no internals. Their pages come back
-        clean, whatever was written before it failed."""
+        """End requests that could not run, with all of their answers. The cause goes to the log; clients get no
+        internals. Their pages come back clean, whatever was written before it failed."""
         if not batch:
             return []
+        names = list(dict.fromkeys(sequence.request_id for sequence in batch))
         if isinstance(error, NotFinite):
-            names = ", ".join(sequence.request_id for sequence in batch)
-            logger.error("numbers that are not finite: %s", names)
+            logger.error("numbers that are not finite: %s", ", ".join(names))
         elif not isinstance(error, InputError):
             logger.error("a step failed", exc_info=error)
         if not isinstance(error, DisaggError):
             error = ServerError("the language model failed on this request", code="engine_error")
         pool = self.scheduler.pool
         self.runner.clear([page for sequence in batch for page in pool.unknown(sequence.pages)])
-        for sequence in batch:
-            self.scheduler.remove(sequence.request_id)
-        return [RequestFailed(request_id=s.request_id, failure=Failure.of(error)) for s in batch]
+        for name in names:
+            self.scheduler.remove(name)
+        return [RequestFailed(request_id=name, failure=Failure.of(error)) for name in names]

@@ -145,6 +145,14 @@ class ModelRunner:
                 pool.unflatten(0, (-1, self.page_size)).index_fill_(0, pages_P, 0)
 
     @torch.inference_mode()
+    def copy(self, source: int, target: int, count: int) -> None:
+        """The first `count` tokens of a page, to the beginning of another."""
+        for keys, values in self.caches:
+            for pool in (keys, values):
+                pages = pool.unflatten(0, (-1, self.page_size))
+                pages[target, :count] = pages[source, :count]
+
+    @torch.inference_mode()
     def decode(self, sequences: Seq[Sequence], plan: DispatchPlan | None = None) -> Tensor:
         """The last token of each sequence -> logits `[B, V]`."""
         contexts = [s.num_cached + 1 for s in sequences]

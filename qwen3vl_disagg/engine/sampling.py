@@ -40,6 +40,11 @@ def uniform(seed: int, index: int) -> float:
     return (splitmix64((splitmix64(seed & _MASK) + index * _GAMMA) & _MASK) >> 11) * 2.0**-53
 
 
+def sample_seed(seed: int, number: int) -> int:
+    """Of a request's answer `number`, from 0: what a request for it alone would have to ask for."""
+    return (seed + number) % 2**63
+
+
 @dataclass(frozen=True, eq=False)
 class SamplingRow:
     """One request as the sampler sees it. Keep it as long as the request: `generated` may be the list that grows, and

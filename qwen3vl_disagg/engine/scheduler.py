@@ -7,17 +7,21 @@ waits to be admitted again: what it had is computed anew, its visual rows are as
 first is never stopped, so every request ends.
 
 What full pages hold is remembered, and a prompt that begins the same way starts behind them.
+
+The answers to one prompt (`Samples`) are sequences that come in one by one. The first computes the prompt; while it is
+at it the others are passed over, and then each shares its pages, also where nothing is remembered. When no admitted one
+has them any more, they are held for those that wait, until somebody who runs needs a page.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.engine.pages import PagePool, Prefix
-from qwen3vl_disagg.engine.sequence import Sequence
+from qwen3vl_disagg.engine.sequence import Samples, Sequence
 from qwen3vl_disagg.parallel.lockstep import StepPlan
 
 
@@ -41,6 +45,17 @@ class Step:
 
     prefill: list[Chunk] = field(default_factory=list)
     decode: list[Sequence] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a sequence that comes in gets: pages that are there, and new ones. `num_found`: tokens it has then."""
+
+    shared: list[int]
+    num_found: int
+    node: int | None
+    num_new: int = 0
+    copied: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +84,8 @@ class Scheduler:
         """Set from outside: rows wait for the blocks of those that are here, which should be used up now."""
         self.waiting: list[Sequence] = []  # both in order of arrival
         self.admitted: dict[str, Sequence] = {}
+        self.samples: dict[str, Samples] = {}
+        """Request -> its answers."""
         self.num_preempted = 0
         self._num_arrived = 0
         self._prefilled_last = False
@@ -78,6 +95,8 @@ class Scheduler:
         self.check(sequence)
         self._num_arrived += 1
         sequence.order = self._num_arrived
+        sequence.samples.members.append(sequence)
+        self.samples[sequence.request_id] = sequence.samples
         self.waiting.append(sequence)
 
     def check(self, sequence: Sequence) -> None:
@@ -95,45 +114,81 @@ class Scheduler:
         """Whether `admit` or `schedule` could do something now."""
         if self._next() is not None:
             return True
-        return any(s.can_decode or self._chunk_end(s) for s in self.admitted.values())
+        return any(s.can_decode or s.can_begin or self._chunk_end(s) for s in self.admitted.values())
 
     # ---- admission ----
 
     def admit(self) -> list[Sequence]:
-        """Move requests from the queue in, first come first served, as far as there is room."""
+        """Move requests from the queue in, first come first served, as far as there is room. What they copy comes
+        before anything else is written, in their order."""
         new = []
-        while (place := self._next()) is not None:
-            sequence = self.waiting.pop(0)
-            found, count = place
-            sequence.pages = self.pool.allocate(count, found.pages) or []
-            sequence.num_found = sequence.num_cached = len(found.pages) * self.pool.page_size
-            sequence.node, sequence.num_remembered = found.node, len(found.pages)
+        while (entry := self._next()) is not None:
+            sequence, place = entry
+            samples = sequence.samples
+            self.waiting.remove(sequence)
+            sequence.pages = self.pool.allocate(place.num_new, place.shared) or []
+            sequence.num_found = sequence.num_cached = place.num_found
+            sequence.copied = place.copied
+            sequence.node, sequence.num_remembered = place.node, len(place.shared)
             sequence.cached_tokens = sequence.cached_tokens if sequence.num_preempted else sequence.num_found
-            self.admitted[sequence.request_id] = sequence
+            self.admitted[sequence.name] = sequence
+            samples.admitted.append(sequence)
+            self._drop(samples)
             new.append(sequence)
         if new:
-            self.admitted = {s.request_id: s for s in sorted(self.admitted.values(), key=lambda s: s.order)}
+            self.admitted = {s.name: s for s in sorted(self.admitted.values(), key=lambda s: s.order)}
         return new
 
-    def _next(self) -> tuple[Prefix, int] | None:
-        """(pages that are there already, new pages) for the first in the queue, if it can come in now."""
-        if not self.waiting or len(self.admitted) >= self.limits.max_running:
+    def _next(self) -> tuple[Sequence, _Place] | None:
+        """The first in the queue that waits for nobody else to compute its prompt, if it can come in now. Where nobody
+        is in, the prompts that are held go, the last to arrive first, until it can."""
+        if len(self.admitted) >= self.limits.max_running:
             return None
-        sequence, pool = self.waiting[0], self.pool
+        sequence = next((s for s in self.waiting if not s.samples.is_computing), None)
+        if sequence is None:
+            return None
+        while (place := self._place(sequence)) is None and not self.admitted and self._drop_last():
+            continue
+        return None if place is None else (sequence, place)
+
+    def _place(self, sequence: Sequence) -> _Place | None:
+        pool, size = self.pool, self.pool.page_size
         # The last token has to be computed in any case: its logits are wanted.
         found = sequence.prefix
         if pool.keep and not sequence.lacks_scores:
-            stop = (sequence.num_tokens - 1) // pool.page_size
-            pool.find(sequence.page_contents(pool.page_size, stop), stop, found)
-        count = pool.pages_for(sequence.num_tokens) - len(found.pages)
+            stop = (sequence.num_tokens - 1) // size
+            pool.find(sequence.page_contents(size, stop), stop, found)
+        place = _Place(found.pages, len(found.pages) * size, found.node)
+        if sequence.samples.pages and place.num_found < sequence.num_prompt:
+            place = self._beside(sequence, found)
+        count = pool.pages_for(sequence.num_tokens) - len(place.shared)
         # Those that are in may each want a page soon: who comes in now should not be the next to go.
         spare = sum(1 for s in self.admitted.values() if s.num_tokens < s.max_tokens)
         if sequence.num_preempted and pool.pages_for(sequence.max_tokens) > pool.pages_for(sequence.num_tokens):
             spare += 1  # nor should it go again before it has gained a page of tokens
         if count + spare > pool.num_free:
             return None
-        kept = sum(1 for page in found.pages if pool.is_kept(page))
-        return (found, count) if count + spare + kept <= pool.num_free else None
+        kept = sum(1 for page in place.shared if pool.is_kept(page))
+        return replace(place, num_new=count) if count + spare + kept <= pool.num_free else None
+
+    def _beside(self, sequence: Sequence, found: Prefix) -> _Place:
+        """Behind a prompt of 37 tokens that another answer has on pages of 16: two pages shared, 5 tokens copied."""
+        num_full, rest = divmod(sequence.num_prompt, self.pool.page_size)
+        pages = sequence.samples.pages
+        shared = found.pages + pages[len(found.pages) : num_full]
+        node = found.node if len(found.pages) == num_full else None  # what follows a page that is not known cannot be
+        return _Place(shared, sequence.num_prompt, node, copied=(pages[num_full], rest) if rest else None)
+
+    def _drop_last(self) -> bool:
+        """Let go of a prompt that is held for answers that wait: one of them will compute it again."""
+        held = [samples for samples in self.samples.values() if samples.stem]
+        if held:
+            self._drop(max(held, key=lambda samples: samples.members[0].order))
+        return bool(held)
+
+    def _drop(self, samples: Samples) -> None:
+        self.pool.free(samples.stem)
+        samples.stem = []
 
     # ---- steps ----
 
@@ -167,7 +222,7 @@ class Scheduler:
         for sequence in list(self.admitted.values()):
             if plan is not None and len(running) == plan.num_rows:
                 break
-            if sequence.request_id in self.admitted and sequence.can_decode and self._grow(sequence, preempted):
+            if sequence.name in self.admitted and sequence.can_decode and self._grow(sequence, preempted):
                 running.append(sequence)
         return (Step(decode=running) if running else None), preempted
 
@@ -199,11 +254,14 @@ class Scheduler:
         return reach if must or may else 0
 
     def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
-        """A page for the next token, if one is needed; False when the sequence itself was the last to arrive."""
+        """A page for the next token, if one is needed; False when the sequence itself was the last to arrive. Prompts
+        that are held go first."""
         while len(sequence.pages) * self.pool.page_size < sequence.num_tokens:
             pages = self.pool.allocate(1)
             if pages is not None:
                 sequence.pages += pages
+                continue
+            if self._drop_last():
                 continue
             last = max(self.admitted.values(), key=lambda s: s.order)
             self._preempt(last)
@@ -213,8 +271,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        del self.admitted[sequence.request_id]
-        self.pool.free(sequence.pages)
+        self._give_back(sequence)
         sequence.leave()
         sequence.num_preempted += 1
         self.num_preempted += 1
@@ -235,15 +292,28 @@ class Scheduler:
                 return
             sequence.num_remembered = number + 1
 
-    def remove(self, request_id: str) -> bool:
-        """Take a request out, at whatever stage, and free its pages. False if it is not here."""
-        sequence = self.admitted.pop(request_id, None)
-        if sequence is not None:
-            self.pool.free(sequence.pages)
-            sequence.pages = []
-            return True
-        for queued in self.waiting:
-            if queued.request_id == request_id:
-                self.waiting.remove(queued)
-                return True
-        return False
+    def _give_back(self, sequence: Sequence) -> None:
+        """The pages of an admitted one; those of the prompt are held where others of its answers will need them."""
+        samples = sequence.samples
+        samples.admitted.remove(sequence)
+        if sequence.has_prompt and not samples.admitted and any(s is not sequence for s in samples.members):
+            samples.stem = self.pool.allocate(0, sequence.pages[: self.pool.pages_for(sequence.num_prompt)]) or []
+        del self.admitted[sequence.name]
+        self.pool.free(sequence.pages)
+        sequence.pages = []
+
+    def remove(self, request_id: str, sample: int | None = None) -> bool:
+        """Take a request, or one of its answers, out, at whatever stage, and free its pages. False if it is not
+        here."""
+        samples = self.samples.get(request_id, Samples())
+        leaving = [s for s in samples.members if sample in (None, s.sample)]
+        samples.members = [s for s in samples.members if s not in leaving]
+        for sequence in leaving:
+            if sequence.name in self.admitted:
+                self._give_back(sequence)
+            else:
+                self.waiting.remove(sequence)
+        if leaving and not samples.members:
+            self._drop(samples)
+            del self.samples[request_id]
+        return bool(leaving)

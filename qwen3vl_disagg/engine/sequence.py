@@ -1,4 +1,4 @@
-"""One request inside the engine."""
+"""One answer of a request inside the engine, and what the answers to one prompt share."""
 
 from __future__ import annotations
 
@@ -18,6 +18,53 @@ from qwen3vl_disagg.transport.buffers import VisualRows
 
 
 @dataclass(eq=False)
+class Samples:
+    """The answers to one request's prompt, which one of them computes while the others wait.
+
+    Whoever comes in when the prompt is whole shares its full pages, copies what the last page has of it, and picks its
+    first token from the logits that are kept here: nothing of the prompt is computed again, no visual row needed again.
+    """
+
+    members: list[Sequence] = field(default_factory=list)
+    """That have not ended, and of these"""
+    admitted: list[Sequence] = field(default_factory=list)
+    """those that have pages. While the prompt is not whole, there is one at most."""
+    stem: list[int] = field(default_factory=list)
+    """Pages of the prompt, held for members that wait when no admitted one has them."""
+    first: Sequence | None = None
+    """Who has computed the prompt, and"""
+    logits_V: Tensor | None = None
+    """what came of it, until every member has a token."""
+
+    @property
+    def is_computing(self) -> bool:
+        """One is at the prompt, for all others."""
+        return bool(self.admitted) and not self.admitted[0].has_prompt
+
+    @property
+    def pages(self) -> list[int]:
+        """Those that begin with the whole prompt; none while it is not whole."""
+        return self.stem if not self.admitted or self.is_computing else self.admitted[0].pages
+
+    def keep(self, first: Sequence, logits_V: Tensor) -> None:
+        """The prompt is whole, and this is what follows it."""
+        if not first.generated and len(self.members) > 1:
+            self.first, self.logits_V = first, logits_V
+
+    def share(self, sequence: Sequence) -> Tensor:
+        """The logits that follow the prompt; its times become those of `sequence`, too."""
+        if self.first is None or self.logits_V is None:
+            raise RuntimeError(f"what follows the prompt of {sequence.name} is not known")
+        sequence.prefill_s, sequence.cached_tokens = self.first.prefill_s, self.first.cached_tokens
+        return self.logits_V
+
+    def begun(self) -> None:
+        """One more has its first token."""
+        if self.logits_V is not None and all(member.generated for member in self.members):
+            self.first = self.logits_V = None
+
+
+@dataclass(eq=False)
 class Sequence:
     """Prompt, what has been generated, and where its keys and values lie.
 
@@ -33,6 +80,9 @@ class Sequence:
     positions: Tensor
     delta: int
     seed: int
+    sample: int = 0
+    """Which of the request's answers."""
+    samples: Samples = field(default_factory=Samples)
     arrival: float = field(default_factory=time.monotonic)
     order: int = 0
     """Number of its arrival at the scheduler."""
@@ -44,6 +94,8 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
     """Tokens whose keys and values are in pages."""
+    copied: tuple[int, int] | None = None
+    """A page of another answer whose first so many tokens begin this one's first page that is not shared."""
     num_scored: int = 1
     """Tokens of the prompt whose log probabilities have been told, where they are wanted; the first has none."""
     num_found: int = 0
@@ -70,6 +122,22 @@ class Sequence:
     def sampling_row(self) -> SamplingRow:
         """What the sampler needs; it sees `generated` grow."""
         return SamplingRow(self.sampling, self.seed, self.token_ids, self.generated)
+
+    @property
+    def name(self) -> str:
+        """Among all sequences."""
+        return f"{self.request_id}/{self.sample}" if self.sample else self.request_id
+
+    @property
+    def has_prompt(self) -> bool:
+        """All of its prompt is in its pages."""
+        return self.num_cached >= self.num_prompt
+
+    @property
+    def can_begin(self) -> bool:
+        """Its first token can be picked from what is known of its prompt."""
+        is_late = self.masks is not None and self.masks.is_late
+        return not self.generated and self.has_prompt and self.samples.logits_V is not None and not is_late
 
     @property
     def num_prompt(self) -> int:

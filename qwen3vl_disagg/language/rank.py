@@ -145,7 +145,7 @@ class LanguageRank:
                 if not self._links.has_store:
                     self._links.use_store(await asyncio.to_thread(join_store, message.store_address))
             case Cancel():
-                self._requests.forget(message.request_id)
+                self._requests.forget(message.request_id, message.sample)
 
     def _submit(self, message: Submit) -> None:
         token_ids = np.frombuffer(message.token_ids, dtype="<i4").tolist()

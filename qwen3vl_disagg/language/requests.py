@@ -28,6 +28,8 @@ class _Request:
 
     items: list[VisualItem]
     deadline: float
+    open: set[int]
+    """Answers that have not ended."""
 
 
 class LanguageRequests:
@@ -48,10 +50,16 @@ class LanguageRequests:
 
     def begin(self, message: Submit) -> None:
         """Remember a request; the engine has it, or is about to."""
-        self._requests[message.request_id] = _Request(message.items, time.monotonic() + message.timeout_s)
+        answers = set(range(message.sampling.n))
+        self._requests[message.request_id] = _Request(message.items, time.monotonic() + message.timeout_s, answers)
 
-    def forget(self, request_id: str) -> None:
-        """Drop a request everywhere; safe for one that is not known."""
+    def forget(self, request_id: str, sample: int | None = None) -> None:
+        """Drop a request, or one of its answers, everywhere; safe for one that is not known."""
+        request = self._requests.get(request_id)
+        if sample is not None and request is not None and request.open - {sample}:
+            request.open.discard(sample)
+            self._post(lambda engine: engine.cancel(request_id, sample))
+            return
         self._requests.pop(request_id, None)
         self._post(lambda engine: engine.cancel(request_id))
         self._links.handle(Cancel(request_id=request_id))
@@ -87,7 +95,9 @@ class LanguageRequests:
         if isinstance(event, NeedItems):
             needed = event.items, request.deadline, event.first_rows
             self._links.handle(Expect(event.request_id, request.items, *needed))
-        if isinstance(event, (Finished, RequestFailed)):
+        if isinstance(event, Finished):
+            request.open.discard(event.sample)
+        if isinstance(event, RequestFailed) or not request.open:
             del self._requests[event.request_id]
             self._links.handle(Cancel(request_id=event.request_id))
         self._tell(event)

@@ -193,7 +193,8 @@ class LLM:
 
         `sampling`: one for all, one for each, or None for the checkpoint's own. `tools`: what the model may call, in
         OpenAI form, in all conversations. `on_text(i, piece)` gets conversation i's text as it comes, `on_reasoning`
-        what is thought before it. Raises the error of the first conversation that cannot be answered.
+        what is thought before it; both of its first answer only. Raises the error of the first conversation that cannot
+        be answered.
         """
         results = self.chat_each(conversations, sampling, tools=tools, on_text=on_text, on_reasoning=on_reasoning)
         for result in results:
@@ -288,7 +289,7 @@ class LLM:
 
         def begin(number: int, results: dict[int, Ended | DisaggError], place: int) -> str:
             prompt = self.processor.prepare(make(number), allow_paths=True, options=sized(PromptOptions()))
-            parts = AnswerParts(self.processor.tokenizer, self.engine.eos_ids, sampling, None)
+            parts = [AnswerParts(self.processor.tokenizer, self.engine.eos_ids, sampling, None)]
             return self._requests.begin(
                 prompt, parts, sampling, emit=lambda _: None, done=partial(results.__setitem__, place)
             )
@@ -350,6 +351,7 @@ class LLM:
 
         prompt = self.processor.prepare(conversation, tools=tools, allow_paths=True)
         eos_ids, is_given = self.engine.eos_ids, bool(tools)
-        parts = AnswerParts(self.processor.tokenizer, eos_ids, params, prompt.token_ids, with_tools=is_given)
-        sampling = with_ids(params, self.processor.tokenizer)
+        tokenizer, ids = self.processor.tokenizer, prompt.token_ids
+        parts = [AnswerParts(tokenizer, eos_ids, params, ids, with_tools=is_given) for _ in range(params.n)]
+        sampling = with_ids(params, tokenizer)
         return self._requests.begin(prompt, parts, sampling, emit=partial(emit, number), done=done)

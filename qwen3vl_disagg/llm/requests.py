@@ -21,34 +21,38 @@ from qwen3vl_disagg.protocol.messages import Finished, RequestFailed, Tokens
 _IS_DEAD = "the thread that brings images and clips has ended"
 
 
+@dataclass
+class LocalAnswer:
+    """One answer as it grows; `finish_reason` and `timings` are its own once it has ended."""
+
+    parts: AnswerParts
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    timings: RequestTimings = field(default_factory=RequestTimings)
+    """Up to its end as they were at the first token."""
+    first_token_at: float = 0.0
+    vector: bytes = b""
+    """As in `Finished`."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """All that came of a request."""
 
     prompt: Prompt
-    parts: AnswerParts
-    finish_reason: FinishReason
-    timings: RequestTimings
-    logprobs: list[TokenLogprob]
-    vector: bytes = b""
-    """As in `Finished`."""
+    answers: list[LocalAnswer]
 
 
 @dataclass
 class _Request:
-    """A request under way. `emit` gets its text as it comes, `done` what becomes of it, once."""
+    """A request under way. `emit` gets the first answer's text as it comes, `done` what becomes of it, once."""
 
     prompt: Prompt
-    parts: AnswerParts
+    answers: list[LocalAnswer]
     emit: Callable[[Parts], None]
     done: Callable[[Ended | DisaggError], None]
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    first_timings: RequestTimings = field(default_factory=RequestTimings)
-    """As they were at the first token."""
-    first_token_at: float = 0.0
-
-    def end(self, finish_reason: FinishReason, timings: RequestTimings, vector: bytes = b"") -> Ended:
-        return Ended(self.prompt, self.parts, finish_reason, timings, self.logprobs, vector)
+    is_cut: bool = False
+    """The engine was told to leave an answer at its stop string."""
 
     @property
     def media_bytes(self) -> int:
@@ -116,19 +120,20 @@ class LocalRequests:
     def begin(
         self,
         prompt: Prompt,
-        parts: AnswerParts,
+        parts: Sequence[AnswerParts],
         sampling: SamplingParams,
         *,
         emit: Callable[[Parts], None],
         done: Callable[[Ended | DisaggError], None],
     ) -> str:
-        """Queue a request; its name. InputError if it can never run, DisaggError for images or clips after a fork."""
+        """Queue a request; its name. `parts`: for each of its answers. InputError if it can never run, DisaggError for
+        images or clips after a fork."""
         if prompt.items and self._is_forked:
             raise DisaggError("a forked process has no use of its parent's LLM for images and clips: make one there")
         self._mend()
         request_id = f"local-{self._num_begun}"
         self._num_begun += 1
-        self._requests[request_id] = _Request(prompt, parts, emit, done)
+        self._requests[request_id] = _Request(prompt, [LocalAnswer(one) for one in parts], emit, done)
         try:
             self.engine.add(request_id, prompt.token_ids, prompt.items, sampling)
             if prompt.items:
@@ -174,13 +179,15 @@ class LocalRequests:
             request = self._requests.get(event.request_id)
             if request is None:
                 continue  # the same step brought the token that completed its stop string
+            if isinstance(event, (Tokens, Finished)) and request.answers[event.sample].finish_reason:
+                continue  # or that of this answer
             if request.prompt.items and not isinstance(event, Tokens):
                 told.append(event)
             ended = self._handle(event, request)
             if ended is not None:
                 request.done(ended)  # before it is forgotten: an interrupt in between must not lose it
                 del self._requests[event.request_id]
-                if request.prompt.items and isinstance(event, Tokens):
+                if request.prompt.items and request.is_cut:
                     self.transfer.forget(event.request_id)
         if told:
             self.transfer.events(told)
@@ -192,20 +199,36 @@ class LocalRequests:
             case RequestFailed():
                 return event.failure.error()
             case Finished():
-                request.emit(request.parts.finish())
-                return request.end(event.finish_reason, event.timings, event.vector)
+                answer = request.answers[event.sample]
+                self._emit(request, answer, answer.parts.finish())
+                answer.finish_reason, answer.timings, answer.vector = event.finish_reason, event.timings, event.vector
+                return self._ended(request)
         return None
+
+    @staticmethod
+    def _emit(request: _Request, answer: LocalAnswer, new: Parts) -> None:
+        if answer is request.answers[0]:
+            request.emit(new)
+
+    @staticmethod
+    def _ended(request: _Request) -> Ended | None:
+        is_over = all(answer.finish_reason for answer in request.answers)
+        return Ended(request.prompt, request.answers) if is_over else None
 
     def _tokens(self, event: Tokens, request: _Request) -> Ended | None:
         """Take tokens in; the end when one of them completes a stop string."""
+        answer = request.answers[event.sample]
         if event.timings is not None:
-            request.first_timings, request.first_token_at = event.timings, time.monotonic()
+            answer.timings, answer.first_token_at = event.timings, time.monotonic()
         for number, token_id in enumerate(event.token_ids):
-            request.emit(request.parts.push(token_id))
+            self._emit(request, answer, answer.parts.push(token_id))
             if event.logprobs:
-                request.logprobs.append(event.logprobs[number])
-            if request.parts.is_stopped:
-                self.engine.cancel(event.request_id)
-                decode_ms = (time.monotonic() - request.first_token_at) * 1e3
-                return request.end("stop", msgspec.structs.replace(request.first_timings, decode=decode_ms))
+                answer.logprobs.append(event.logprobs[number])
+            if answer.parts.is_stopped:
+                self.engine.cancel(event.request_id, event.sample)
+                decode_ms = (time.monotonic() - answer.first_token_at) * 1e3
+                answer.finish_reason = "stop"
+                answer.timings = msgspec.structs.replace(answer.timings, decode=decode_ms)
+                request.is_cut = True
+                return self._ended(request)
         return None

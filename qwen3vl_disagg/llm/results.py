@@ -8,8 +8,8 @@ import msgspec
 
 from qwen3vl_disagg.core.pooling import read_score, read_vector
 from qwen3vl_disagg.core.requests import RequestTimings, TokenLogprob
-from qwen3vl_disagg.llm.requests import Ended
-from qwen3vl_disagg.processing import AnswerReason, ToolCall
+from qwen3vl_disagg.llm.requests import Ended, LocalAnswer
+from qwen3vl_disagg.processing import AnswerReason, Prompt, ToolCall
 
 
 class Usage(msgspec.Struct, kw_only=True):
@@ -33,6 +33,8 @@ class ChatResult(msgspec.Struct, kw_only=True, omit_defaults=True):
     usage: Usage
     timings: RequestTimings
     logprobs: list[TokenLogprob] | None = None
+    others: list[ChatResult] | None = None
+    """With `SamplingParams(n=..)`: the further answers to the same conversation, whose prompt was computed once."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; each logprobs entry is `{"token_id", "logprob", "top": [[id, logprob], ..]}`."""
@@ -40,18 +42,24 @@ class ChatResult(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 def chat_result(ended: Ended) -> ChatResult:
-    parts = ended.parts
-    num_prompt, num_new = len(ended.prompt.token_ids), len(parts.token_ids)
+    first, *others = (_of_answer(ended.prompt, answer) for answer in ended.answers)
+    first.others = others or None
+    return first
+
+
+def _of_answer(prompt: Prompt, answer: LocalAnswer) -> ChatResult:
+    parts = answer.parts
+    num_prompt, num_new = len(prompt.token_ids), len(parts.token_ids)
     return ChatResult(
         text=parts.content,
         reasoning_content=parts.reasoning or None,
         tool_calls=parts.calls or None,
         token_ids=parts.token_ids,
-        prompt_token_ids=ended.prompt.token_ids,
-        finish_reason=parts.reason(ended.finish_reason),
+        prompt_token_ids=prompt.token_ids,
+        finish_reason=parts.reason(answer.finish_reason or "stop"),
         usage=Usage(prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new),
-        timings=ended.timings,
-        logprobs=ended.logprobs or None,
+        timings=answer.timings,
+        logprobs=answer.logprobs or None,
     )
 
 
@@ -75,8 +83,10 @@ def _usage(ended: Ended) -> Usage:
 
 
 def embed_result(ended: Ended) -> EmbedResult:
-    return EmbedResult(embedding=list(read_vector(ended.vector)), usage=_usage(ended), timings=ended.timings)
+    [pooled] = ended.answers
+    return EmbedResult(embedding=list(read_vector(pooled.vector)), usage=_usage(ended), timings=pooled.timings)
 
 
 def score_result(ended: Ended) -> ScoreResult:
-    return ScoreResult(score=read_score(ended.vector), usage=_usage(ended), timings=ended.timings)
+    [pooled] = ended.answers
+    return ScoreResult(score=read_score(pooled.vector), usage=_usage(ended), timings=pooled.timings)

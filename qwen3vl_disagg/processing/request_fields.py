@@ -130,8 +130,9 @@ CHAT: dict[str, Treatment] = {
     **_IMAGE_SIZE,
     **_CLIP_SAMPLING,
     **_CLIP_REST,
-    # More answers than one, or other ways to search for one.
-    **_refused("n best_of n_cmpl num_beams num_return_sequences", 1),
+    # Other ways to come to several answers, or to one.
+    **_refused("best_of"),
+    **_refused("n_cmpl num_beams num_return_sequences", 1),
     **_refused("use_beam_search early_stopping", False),
     **_refused("length_penalty", 1),
     **_refused("do_sample penalty_alpha guidance_scale negative_prompt"),
@@ -266,6 +267,7 @@ FIELDS["response"] = {
     **FIELDS["request"],
     **_refused(" ".join(set(body_fields("chat")) - set(body_fields("response")))),
     **_refused("logprobs return_token_ids continue_final_message background", False),
+    **_refused("best_of", 1),
     **_refused("messages context_management", []),
     **_refused("truncation", "disabled"),
     **_refused("response_format moderation"),
@@ -273,6 +275,7 @@ FIELDS["response"] = {
     **_built("input instructions text include metadata"),
     **_built(" ".join(body_fields("response"))),
     **_refused("prompt_logprobs"),
+    **_refused("n", 1),
 }
 """A conversation in another form: what that spells otherwise is refused in the chat's spelling."""
 
@@ -280,6 +283,7 @@ FIELDS["messages"] = {
     **FIELDS["request"],
     **_refused(" ".join(set(body_fields("chat")) - set(body_fields("messages")))),
     **_refused("logprobs return_token_ids continue_final_message", False),
+    **_refused("best_of", 1),
     **_refused("container mcp_servers context_management prefill", [], {}),
     **_refused("parallel_tool_calls", True),
     **_refused("response_format"),
@@ -287,6 +291,7 @@ FIELDS["messages"] = {
     **_built("messages system thinking output_config"),
     **_built(" ".join(body_fields("messages"))),
     **_refused("prompt_logprobs logprobs"),
+    **_refused("n", 1),
 }
 
 _OF_PROMPTS = ("model", "cache_salt", "mm_processor_kwargs", *_IMAGE_SIZE, *_CLIP_SAMPLING, *_CLIP_REST)
@@ -295,6 +300,7 @@ _POOLED = {
     **{name: FIELDS["request"][name] for name in (*_OF_PROMPTS, "media_io_kwargs")},
     **_refused("stream return_token_ids continue_final_message", False),
     **_refused("add_generation_prompt normalize use_activation activation softmax", True),
+    **_refused("n best_of", 1),
     **_refused("max_tokens_per_doc max_chunks_per_doc truncation"),
     **_ignored("add_special_tokens"),
     **_built("instruction"),
@@ -324,6 +330,11 @@ _ABOUT_MEDIA = re.compile(
 )
 """In a part of media, a name that is not in the table but has one of these is taken for one that changes the answer."""
 _MEDIA_PARTS: frozenset[Place] = frozenset({"image part", "clip part"})
+
+
+def no_choice(given: Mapping[str, Any]) -> Collection[str]:
+    """`best_of` where it is `n`: there is nothing to choose."""
+    return ("best_of",) if is_one_of(given.get("best_of"), (given.get("n") or 1,)) else ()
 
 
 def check_fields(given: Mapping[str, Any], place: Place, *, where: str = "", besides: Collection[str] = ()) -> None:

@@ -19,7 +19,7 @@ import msgspec
 from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
-PROTOCOL_VERSION = 12
+PROTOCOL_VERSION = 13
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -157,23 +157,29 @@ class PromptLogprobs(Message, frozen=True):
 
 
 class Tokens(Message, frozen=True):
-    """New tokens of a request, in order; `index` is the number of the first one, from 0. `timings` come with the first
-    token: a client's end (a stop string, which ranks do not know) has no other."""
+    """New tokens of an answer, in order; `index` is the number of the first one, from 0. `timings` come with the first
+    token: a client's end (a stop string, which ranks do not know) has no other.
+
+    `sample`: which of the `sampling.n` answers to the request's prompt, from 0."""
 
     request_id: str
     index: int
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
     timings: RequestTimings | None = None
+    sample: int = 0
 
 
 class Finished(Message, frozen=True):
-    """`vector`: of a request for a vector or a score, which has no tokens: little-endian float32."""
+    """The end of an answer; that of the last one is the request's.
+
+    `vector`: of a request for a vector or a score, which has no tokens: little-endian float32."""
 
     request_id: str
     finish_reason: Literal["stop", "length"]
     timings: RequestTimings
     vector: bytes = b""
+    sample: int = 0
 
 
 class RequestFailed(Message, frozen=True):
@@ -221,9 +227,10 @@ class Assign(OfAttempt, frozen=True):
 
 
 class Cancel(Message, frozen=True):
-    """To a language rank: the request is no longer wanted."""
+    """To a language rank: the request is no longer wanted, or this one of its answers."""
 
     request_id: str
+    sample: int | None = None
 
 
 class Stop(Message, frozen=True):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from qwen3vl_disagg.core.errors import (
     DisaggError,
@@ -53,6 +53,7 @@ from qwen3vl_disagg.protocol.routing import (
     Abandon,
     Action,
     Admit,
+    AdmitTogether,
     Deliver,
     Drain,
     End,
@@ -124,9 +125,11 @@ class Router:
         self._now = now
         match event:
             case Admit():
-                self._admit(event, now)
+                self._admit([event], now)
+            case AdmitTogether():
+                self._admit(event.admits, now)
             case Abandon():
-                self._end(event.request_id)
+                self._abandon(event)
             case RankUp():
                 self._rank_up(event, now)
             case RankDown():
@@ -148,22 +151,29 @@ class Router:
 
     # ---- requests ----
 
-    def _admit(self, event: Admit, now: float) -> None:
-        num_prompt = len(event.token_ids) // TOKEN_ID_BYTES
-        cost = Admission.cost(num_prompt, event.num_tokens - num_prompt)
-        refusal = self._absence() if event.cost_of_more is None else self.refusal(now, cost=cost + event.cost_of_more)
-        if error := self._condemned(event, now) or refusal:
-            self._actions.append(End(event.request_id, error))
+    def _admit(self, events: Sequence[Admit], now: float) -> None:
+        """All of them or none."""
+        costs = [Admission.costs(len(e.token_ids) // TOKEN_ID_BYTES, e.num_tokens, e.sampling.n) for e in events]
+        num_new, cost = sum(map(len, costs)), sum(map(sum, costs))
+        error = next((error for e in events if (error := self._condemned(e, now))), None)
+        if error := error or self.refusal(now, cost=cost, num_new=num_new):
+            self._actions += [End(event.request_id, error) for event in events]
             return
+        for event, of_answers in zip(events, costs, strict=True):
+            self._begin(event, now)
+            self._admission.add(event.request_id, of_answers, now)
+
+    def _begin(self, event: Admit, now: float) -> None:
         # For images, a rank that some encode rank can send to, if there is one.
         reachable = self.linked_language_ranks if event.items else set()
         rank = choose_language_rank(self._language, reachable or self.language_ranks)
         self._num_submitted += 1
         self._language[rank].last_used = self._num_submitted
-        self._language[rank].requests[event.request_id] = event.num_tokens
-        items = [Item(visual) for visual in event.items]
-        self._requests[event.request_id] = Request(rank, items, event.num_tokens, now + event.timeout_s)
-        self._admission.add(event.request_id, cost, now)
+        num_output = event.num_tokens - len(event.token_ids) // TOKEN_ID_BYTES
+        num_tokens = event.num_tokens + (event.sampling.n - 1) * num_output
+        self._language[rank].requests[event.request_id] = num_tokens
+        items, received = [Item(visual) for visual in event.items], dict.fromkeys(range(event.sampling.n), 0)
+        self._requests[event.request_id] = Request(rank, items, num_tokens, now + event.timeout_s, received)
         submit = Submit(
             request_id=event.request_id,
             token_ids=event.token_ids,
@@ -179,10 +189,13 @@ class Router:
                 return harmful(visual)
         return None
 
-    def refusal(self, now: float, *, cost: int = 0, num_coming: int = 0) -> DisaggError | None:
-        """Why a request of this cost would not be taken. `num_coming`: how many others will be admitted before it."""
+    def refusal(self, now: float, *, cost: int = 0, num_coming: int = 0, num_new: int = 1) -> DisaggError | None:
+        """Why `num_new` answers of this cost would not be taken. `num_coming`: how many will be admitted before."""
+        kv_tokens = self._kv_tokens
         refusal = self._absence()
-        return refusal or self._admission.refusal(now, kv_tokens=self._kv_tokens, cost=cost, num_coming=num_coming)
+        return refusal or self._admission.refusal(
+            now, kv_tokens=kv_tokens, cost=cost, num_coming=num_coming, num_new=num_new
+        )
 
     def _absence(self) -> DisaggError | None:
         """Why nothing is taken at all."""
@@ -197,6 +210,23 @@ class Router:
     @property
     def _kv_tokens(self) -> int:
         return sum(rank.kv_tokens for rank in self._language.values())
+
+    def _abandon(self, event: Abandon) -> None:
+        """The last answer that is wanted takes its request with it."""
+        request = self._requests.get(event.request_id)
+        if request is None:
+            return
+        if event.sample is None or request.num_received.keys() == {event.sample}:
+            self._end(event.request_id)
+        elif event.sample in request.num_received:
+            self._close(event.request_id, request, event.sample)
+            cancel = Cancel(request_id=event.request_id, sample=event.sample)
+            self._actions.append(Send("language", request.language_rank, cancel))
+
+    def _close(self, request_id: str, request: Request, sample: int) -> None:
+        """Nothing more comes of this answer."""
+        del request.num_received[sample]
+        self._admission.leave(request_id, self._now, sample=sample, is_served=False)
 
     def _end(self, request_id: str, error: DisaggError | None = None, *, by_language_rank: bool = False) -> None:
         request = self._requests.pop(request_id, None)
@@ -430,18 +460,24 @@ class Router:
                 self._actions.append(Deliver(message.request_id, message))
             case Tokens():
                 self._tokens(request, message)
-            case Finished():
-                self._admission.leave(message.request_id, self._now, is_served=True)  # one without tokens
+            case Finished() if message.sample in request.num_received:
+                # One without tokens is served now.
+                self._admission.leave(message.request_id, self._now, sample=message.sample, is_served=True)
                 self._actions.append(Deliver(message.request_id, message))
-                self._end(message.request_id, by_language_rank=True)
+                self._close(message.request_id, request, message.sample)
+                if not request.num_received:
+                    self._end(message.request_id, by_language_rank=True)
             case RequestFailed():
                 self._end(message.request_id, message.failure.error(), by_language_rank=True)
 
     def _tokens(self, request: Request, message: Tokens) -> None:
         """Pass on what continues the answer; a repetition is dropped, a gap ends the request."""
-        if message.index > request.num_received_tokens:
+        num_received = request.num_received.get(message.sample)
+        if num_received is None:  # nobody wants that answer any more
+            return
+        if message.index > num_received:
             self._end(message.request_id, ServerError("part of the answer was lost"))
-        elif message.index == request.num_received_tokens and message.token_ids:
-            request.num_received_tokens += len(message.token_ids)
-            self._admission.leave(message.request_id, self._now, is_served=True)
+        elif message.index == num_received and message.token_ids:
+            request.num_received[message.sample] += len(message.token_ids)
+            self._admission.leave(message.request_id, self._now, sample=message.sample, is_served=True)
             self._actions.append(Deliver(message.request_id, message))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +22,8 @@ TOKEN_ID_BYTES = 4
 
 @dataclass(frozen=True)
 class Admit:
-    """A new request. `token_ids` are little-endian int32; `num_tokens` counts prompt and output at most."""
+    """A new request: a prompt and `sampling.n` answers. `token_ids` are little-endian int32; `num_tokens` counts prompt
+    and one answer at most."""
 
     request_id: str
     token_ids: bytes
@@ -29,15 +31,21 @@ class Admit:
     items: list[VisualItem]
     sampling: SamplingParams
     timeout_s: float
-    cost_of_more: int | None = 0
-    """Of prompts of the same request that come after it, and are taken if it is. None: it is one of these."""
+
+
+@dataclass(frozen=True)
+class AdmitTogether:
+    """All of these, or none."""
+
+    admits: Sequence[Admit]
 
 
 @dataclass(frozen=True)
 class Abandon:
-    """The client no longer wants the request."""
+    """The client no longer wants the request, or this one of its answers."""
 
     request_id: str
+    sample: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class EndAll:
     error: DisaggError
 
 
-Event = Admit | Abandon | RankUp | RankDown | FromRank | Tick | Drain | EndAll
+Event = Admit | AdmitTogether | Abandon | RankUp | RankDown | FromRank | Tick | Drain | EndAll
 
 
 # ---- actions ----
@@ -156,7 +164,8 @@ class Request:
     items: list[Item]
     num_tokens: int
     deadline: float
-    num_received_tokens: int = 0
+    num_received: dict[int, int]
+    """Tokens of each answer that has not ended."""
 
 
 def harmful(visual: VisualItem) -> InputError:

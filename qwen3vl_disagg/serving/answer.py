@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 import msgspec
 
 from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, RequestHandle, TokenEvent
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
-from qwen3vl_disagg.processing import AnswerParts, Parts, Tokenizer
+from qwen3vl_disagg.processing import AnswerParts, AnswerReason, Parts, Tokenizer
 from qwen3vl_disagg.protocol.messages import PromptLogprobs
 from qwen3vl_disagg.serving.prompt_scores import MIN_LOGPROB, PromptScores
 from qwen3vl_disagg.serving.types import (
@@ -28,6 +28,7 @@ class Answer:
     """One request's answer. `token_ids` and `entries` hold the end token too, the text in `parts` does not.
 
     `told`: what the client hears of the ranks' timings. `is_plain`: all of it is text, without reasoning and calls.
+    `first`: the first answer to the same prompt, which hears what is said of that.
     """
 
     def __init__(
@@ -40,10 +41,14 @@ class Answer:
         told: Callable[[RequestTimings], RequestTimings],
         with_tools: bool = False,
         is_plain: bool = False,
+        first: Answer | None = None,
     ) -> None:
         self.parts = AnswerParts(tokenizer, eos_ids, sampling, None if is_plain else prompt_ids, with_tools=with_tools)
         self.prompt_ids = prompt_ids
-        self.prompt_scores = PromptScores(prompt_ids)
+        self.is_first = first is None
+        self.prompt_scores: PromptScores = PromptScores(prompt_ids) if first is None else first.prompt_scores
+        self.end = FinishedEvent("stop", RequestTimings())
+        """What it has come to, once it has."""
         self.entries: list[LogprobEntry] = []
         self._tokenizer, self._told = tokenizer, told
         self._first_timings, self._first_token_at = RequestTimings(), 0.0
@@ -84,13 +89,15 @@ class Answer:
                         handle.cancel()
                     yield event, new
                     if self.parts.is_stopped:
-                        yield self._stop_event(), Parts()
+                        self.end = self._stop_event()
+                        yield self.end, Parts()
                         return
                 case FinishedEvent():
                     rest = self.parts.finish()
                     # What an unfinished character shows as may complete a stop string, too.
                     reason = "stop" if self.parts.is_stopped else event.finish_reason
-                    yield FinishedEvent(reason, self._told(event.timings)), rest
+                    self.end = FinishedEvent(reason, self._told(event.timings))
+                    yield self.end, rest
                     return
 
     def _push(self, event: TokenEvent) -> Parts:
@@ -118,6 +125,11 @@ class Answer:
     def token_ids(self) -> list[int]:
         return self.parts.token_ids
 
+    @property
+    def reason(self) -> AnswerReason:
+        """Why it ended."""
+        return self.parts.reason(self.end.finish_reason)
+
     def message(self) -> AnswerMessage:
         parts = self.parts
         reasoning = parts.reasoning or msgspec.UNSET
@@ -128,17 +140,24 @@ class Answer:
             tool_calls=parts.calls or msgspec.UNSET,
         )
 
-    def usage(self, cached_tokens: int = 0) -> ChatUsage:
-        num_prompt, num_tokens = len(self.prompt_ids), len(self.token_ids)
-        usage = ChatUsage(
-            prompt_tokens=num_prompt,
-            completion_tokens=num_tokens,
-            total_tokens=num_prompt + num_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
-        )
-        if self.parts.reasoning_tokens:
-            usage.completion_tokens_details = CompletionTokensDetails(reasoning_tokens=self.parts.reasoning_tokens)
-        return usage
+    def usage(self) -> ChatUsage:
+        return usage_of([self])
+
+
+def usage_of(answers: Sequence[Answer], *, is_scoring: bool = False) -> ChatUsage:
+    """Of one request: each prompt counts once. `is_scoring`: what follows the prompts is not told."""
+    firsts = [answer for answer in answers if answer.is_first]
+    num_prompt = sum(len(answer.prompt_ids) for answer in firsts)
+    num_tokens = 0 if is_scoring else sum(len(answer.token_ids) for answer in answers)
+    usage = ChatUsage(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_tokens,
+        total_tokens=num_prompt + num_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(one.end.timings.cached_tokens for one in firsts)),
+    )
+    if num_reasoning := sum(answer.parts.reasoning_tokens for answer in answers):
+        usage.completion_tokens_details = CompletionTokensDetails(reasoning_tokens=num_reasoning)
+    return usage
 
 
 async def _next(iterator: AsyncIterator[Event]) -> Event | None:

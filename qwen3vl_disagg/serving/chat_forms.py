@@ -58,7 +58,7 @@ class ChatForm:
     async def _answer(self, arrived: Arrived, scope: Scope, receive: Receive, send: Send) -> None:
         request: Any = arrived.prepared.request
         prompt, sampling = arrived.prepared.prompt, arrived.prepared.sampling
-        handle = self._intake.submit(prompt, sampling, arrived.deadline)
+        [handle] = await self._intake.submit(arrived.prepared.prompts, arrived.deadline)
         prompt_ids, deadline, told = prompt.token_ids, arrived.deadline, arrived.told
         del arrived, prompt  # images and clips: from here on the backend says how long they are kept
         processor, limits = self._intake.processor, self._intake.limits

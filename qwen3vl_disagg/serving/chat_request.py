@@ -12,7 +12,7 @@ from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.sampling_params import Route
 from qwen3vl_disagg.processing import parse_tools
 from qwen3vl_disagg.processing.prompt_options import PromptOptions
-from qwen3vl_disagg.processing.request_fields import check_fields
+from qwen3vl_disagg.processing.request_fields import check_fields, no_choice
 from qwen3vl_disagg.serving.grammar_fields import read_grammar, read_tool_choice
 from qwen3vl_disagg.serving.sampling_fields import SamplingFields
 
@@ -51,7 +51,7 @@ def parse_chat_request(
     if "messages" not in raw:
         raise InputError("messages is missing", param="messages")
     if route == "chat":
-        check_fields(raw, "request")
+        check_fields(raw, "request", besides=no_choice(raw))
     sampling = SamplingFields.read(raw, route)
     options = raw.get("stream_options")
     if options is not None and not isinstance(options, dict):

@@ -12,13 +12,14 @@ from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.processing.prompt_options import read_salt
-from qwen3vl_disagg.processing.request_fields import check_fields, is_one_of, read_flag
+from qwen3vl_disagg.processing.request_fields import check_fields, is_one_of, no_choice, read_flag
 from qwen3vl_disagg.serving.chat_request import check_model
 from qwen3vl_disagg.serving.grammar_fields import read_grammar
 from qwen3vl_disagg.serving.sampling_fields import SamplingFields
 
 T = TypeVar("T")
 MAX_PROMPTS = 128
+"""Of a request, and so many answers to all of them."""
 MAX_PROMPT_TOKENS = 2**21
 """Of several prompts together: they are admitted as one request, whatever the queue's own bound is."""
 DEFAULT_TOKENS = 16
@@ -90,7 +91,7 @@ def parse_completion(raw: dict[str, Any], *, model_names: Collection[str]) -> Co
     check_model(raw.get("model"), model_names)
     if raw.get("prompt") is None:
         raise InputError("prompt is missing", param="prompt")
-    check_fields(raw, "completion")
+    check_fields(raw, "completion", besides=no_choice(raw))
     echo, stream = _flag(raw, "echo"), _flag(raw, "stream")
     is_scoring = echo and is_one_of(raw.get("max_tokens"), (0,))
     sampling = SamplingFields.read({**raw, "max_tokens": None if is_scoring else raw.get("max_tokens")}, "completion")

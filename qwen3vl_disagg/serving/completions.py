@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field
+from contextlib import aclosing
+from dataclasses import dataclass
 
 from starlette.types import Receive, Scope, Send
 
-from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, RequestHandle, TokenEvent
-from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
-from qwen3vl_disagg.processing import AnswerReason, Parts, Prompt, Tokenizer
-from qwen3vl_disagg.serving.answer import Answer
+from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, TokenEvent
+from qwen3vl_disagg.processing import Parts, Tokenizer
+from qwen3vl_disagg.serving.answer import Answer, usage_of
+from qwen3vl_disagg.serving.answers import Answers
 from qwen3vl_disagg.serving.completion_request import CompletionRequest
 from qwen3vl_disagg.serving.errors import JSONResponse
-from qwen3vl_disagg.serving.intake import GRACE_S, Arrived, Intake
+from qwen3vl_disagg.serving.intake import Arrived, Intake
 from qwen3vl_disagg.serving.prompt_scores import MIN_LOGPROB
 from qwen3vl_disagg.serving.stream import ChunkSender
 from qwen3vl_disagg.serving.types import (
@@ -25,7 +25,6 @@ from qwen3vl_disagg.serving.types import (
     CompletionChoice,
     CompletionChunk,
     CompletionLogprobs,
-    PromptTokensDetails,
     TopLogprob,
 )
 
@@ -42,64 +41,34 @@ class Completions:
         )
 
     async def _answer(self, arrived: Arrived, scope: Scope, receive: Receive, send: Send) -> None:
-        prepared, intake = arrived.prepared, self._intake
-        request = prepared.request
+        request, intake = arrived.prepared.request, self._intake
         if not isinstance(request, CompletionRequest):
             raise TypeError(f"{type(request).__name__} on this route")
-        runs: list[_PromptRun] = []
+        answers = await Answers.start(intake, arrived, is_plain=True)
+        runs = [_AnswerForm(answer, intake.processor.tokenizer, request) for answer in answers.all]
+        names = {"id": f"cmpl-{answers.request_id}", "model": intake.model_name}
         try:
-            more: Sequence[tuple[Prompt, SamplingParams]] | None = prepared.more
-            for prompt, sampling in [(prepared.prompt, prepared.sampling), *prepared.more]:
-                runs.append(self._start(request, prompt, sampling, arrived, more))
-                more = None
-                await asyncio.sleep(0)  # a long prompt takes milliseconds to start
-            names = {"id": f"cmpl-{runs[0].handle.request_id}", "model": intake.model_name}
-            async with AsyncExitStack() as stack:
-                sources = []
-                for run in runs:
-                    events = run.answer.events(
-                        run.handle, deadline=arrived.deadline + GRACE_S, silence_s=intake.limits.ping_s
-                    )
-                    sources.append(await stack.enter_async_context(aclosing(events)))
-                merged = await stack.enter_async_context(aclosing(_merged(sources)))
+            async with aclosing(answers.events()) as events:
                 if request.stream:
                     sender = ChunkSender(send, send_timeout_s=intake.limits.send_timeout_s)
-                    await sender.run(_chunks(request, runs, merged, **names))
+                    await sender.run(_chunks(request, runs, events, **names))
                     return
-                async for number, event, _ in merged:
-                    if isinstance(event, FinishedEvent):
-                        runs[number].end = event
+                async for _ in events:
+                    pass
             # Up to a second of work where much is told of prompts, which others need not wait for.
             completion = await asyncio.to_thread(_completion, request, runs, **names)
             await JSONResponse(completion)(scope, receive, send)
         finally:
-            for run in runs:
-                run.handle.cancel()
-
-    def _start(
-        self,
-        request: CompletionRequest,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        arrived: Arrived,
-        more: Sequence[tuple[Prompt, SamplingParams]] | None,
-    ) -> _PromptRun:
-        processor = self._intake.processor
-        eos_ids = processor.generation.eos_token_ids
-        answer = Answer(processor.tokenizer, eos_ids, sampling, prompt.token_ids, told=arrived.told, is_plain=True)
-        handle = self._intake.submit(prompt, sampling, arrived.deadline, more)
-        return _PromptRun(handle, answer, processor.tokenizer, request)
+            answers.cancel()
 
 
 @dataclass
-class _PromptRun:
-    """One prompt's way."""
+class _AnswerForm:
+    """One answer in this route's form."""
 
-    handle: RequestHandle
     answer: Answer
     tokenizer: Tokenizer
     request: CompletionRequest
-    end: FinishedEvent = field(default_factory=lambda: FinishedEvent("stop", RequestTimings()))
 
     def read_prompt(self) -> str:
         stream = self.tokenizer.stream()
@@ -112,21 +81,17 @@ class _PromptRun:
         choice = CompletionChoice(
             index=index,
             text=self.read_prompt() + text if request.echo else text,
-            finish_reason="length" if request.is_scoring else self.reason,
-            timings=self.end.timings,
+            finish_reason="length" if request.is_scoring else answer.reason,
+            timings=answer.end.timings,
         )
         if request.sampling.wants_logprobs:
             choice.logprobs = self._logprobs()
-        if request.num_scores is not None and not request.echo:
+        if request.num_scores is not None and not request.echo and answer.is_first:
             choice.prompt_logprobs = answer.prompt_scores.by_token(self.tokenizer)
         if request.return_token_ids:
             choice.prompt_token_ids = answer.prompt_ids
             choice.token_ids = [] if request.is_scoring else answer.token_ids
         return choice
-
-    @property
-    def reason(self) -> AnswerReason:
-        return self.answer.parts.reason(self.end.finish_reason)
 
     def _logprobs(self) -> CompletionLogprobs:
         """Of the answer's tokens, behind those of the prompt where that is part of the text."""
@@ -140,11 +105,6 @@ class _PromptRun:
         for entry in [] if request.is_scoring else answer.entries:
             written.add_entry(entry, entry.top_logprobs[:num_top])
         return written.logprobs
-
-    def usage(self) -> tuple[int, int, int]:
-        """Tokens of the prompt, of the answer, and those of the prompt that were cached."""
-        num_tokens = 0 if self.request.is_scoring else len(self.answer.token_ids)
-        return len(self.answer.prompt_ids), num_tokens, self.end.timings.cached_tokens
 
 
 class LogprobWriter:
@@ -177,24 +137,18 @@ class LogprobWriter:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def _usage(runs: Sequence[_PromptRun]) -> ChatUsage:
-    num_prompt, num_tokens, num_cached = (sum(column) for column in zip(*(run.usage() for run in runs), strict=True))
-    return ChatUsage(
-        prompt_tokens=num_prompt,
-        completion_tokens=num_tokens,
-        total_tokens=num_prompt + num_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
-    )
+def _usage(runs: Sequence[_AnswerForm]) -> ChatUsage:
+    return usage_of([run.answer for run in runs], is_scoring=runs[0].request.is_scoring)
 
 
-def _completion(request: CompletionRequest, runs: Sequence[_PromptRun], *, id: str, model: str) -> Completion:
+def _completion(request: CompletionRequest, runs: Sequence[_AnswerForm], *, id: str, model: str) -> Completion:
     choices = [run.choice(index) for index, run in enumerate(runs)]
     return Completion(id=id, created=int(time.time()), model=model, choices=choices, usage=_usage(runs))
 
 
 async def _chunks(
     request: CompletionRequest,
-    runs: Sequence[_PromptRun],
+    runs: Sequence[_AnswerForm],
     events: AsyncGenerator[tuple[int, Event | None, Parts]],
     *,
     id: str,
@@ -237,10 +191,9 @@ async def _chunks(
                 if new or choice.logprobs or request.return_token_ids:
                     yield chunk(choice)
             case FinishedEvent():
-                run.end = event
                 if request.is_scoring:
                     choice.text = ""
-                choice.finish_reason = "length" if request.is_scoring else run.reason
+                choice.finish_reason = "length" if request.is_scoring else run.answer.reason
                 choice.timings = event.timings
                 yield chunk(choice)
                 num_running -= 1
@@ -248,24 +201,3 @@ async def _chunks(
         last = chunk()
         last.usage = _usage(runs)
         yield last
-
-
-async def _merged(
-    sources: Sequence[AsyncGenerator[tuple[Event | None, Parts]]],
-) -> AsyncGenerator[tuple[int, Event | None, Parts]]:
-    """Events of all sources as they come, each with its source's number. The first that fails ends all."""
-    waiting = {asyncio.ensure_future(anext(source, None)): number for number, source in enumerate(sources)}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=waiting.__getitem__):
-                number = waiting.pop(task)
-                found = task.result()
-                if found is not None:
-                    waiting[asyncio.ensure_future(anext(sources[number], None))] = number
-                    yield number, *found
-    finally:
-        for task in waiting:
-            task.cancel()
-        if waiting:
-            await asyncio.wait(waiting)

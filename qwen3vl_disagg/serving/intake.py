@@ -9,11 +9,12 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
-from qwen3vl_disagg.cluster.backend import Backend, RequestHandle
-from qwen3vl_disagg.core.errors import DeadlineError, InputError, OverloadedError
+from qwen3vl_disagg.cluster.backend import Backend, PromptCall, RequestHandle
+from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, InputError, OverloadedError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
 from qwen3vl_disagg.core.sampling_params import ROUTES
 from qwen3vl_disagg.processing import Processor, Prompt
@@ -155,21 +156,29 @@ class Intake:
         del prepared  # images and clips: once they are submitted the backend says how long they are kept
         await answering
 
-    def submit(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        deadline: float,
-        more: Sequence[tuple[Prompt, SamplingParams]] | None = (),
-    ) -> RequestHandle:
-        """Start one; what the backend refuses is raised. `more`: prompts that follow and are taken with it, each with
-        None."""
+    async def submit(
+        self, prompts: Sequence[tuple[Prompt, SamplingParams]], deadline: float
+    ) -> Sequence[RequestHandle]:
+        """Start all or none; a handle for each answer, those to one prompt behind one another. What the backend refuses
+        is raised."""
+        calls = list[PromptCall]()
+        for prompt, sampling in prompts:
+            token_ids = np.asarray(prompt.token_ids, dtype="<i4").tobytes()
+            calls.append(PromptCall(token_ids=token_ids, items=prompt.items, sampling=sampling))
+            await asyncio.sleep(0)  # a long one takes milliseconds
         left = deadline - time.monotonic()
         if left <= 0:
             raise DeadlineError("making the prompt took longer than the request may")
-        self.backend.media.hold(prompt.items, prompt.media)
-        lengths = None if more is None else [(len(one.token_ids), other) for one, other in more]
-        return self.backend.submit(prompt.token_ids, prompt.items, sampling, left, lengths)
+        held = list[PromptCall]()
+        try:
+            for call, (prompt, _) in zip(calls, prompts, strict=True):
+                self.backend.media.hold(prompt.items, prompt.media)
+                held.append(call)
+        except DisaggError:
+            for call in held:
+                self.backend.media.release(call.items)
+            raise
+        return self.backend.submit(calls, left)
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[None, None, None]) -> None:

@@ -184,6 +184,8 @@ def _body(place: Place, route: Route | None, own: Mapping[str, Any], required: S
             properties[name] = _or_null(kind)
     for name, option in OPTIONS.items():
         for spelling in () if route is None else option.spellings(name, route):
+            if isinstance(FIELDS[place].get(spelling), RefusedField):
+                continue
             choices = [_widened(option.means, _schema(option.kind))]
             choices += [{"enum": list(option.not_set)}] if option.not_set else []
             properties[spelling] = {"anyOf": [*choices, {"type": "null"}]}

@@ -43,7 +43,7 @@ class Pooled:
         request = arrived.prepared.request
         if not isinstance(request, PoolingRequest):
             raise TypeError(f"{type(request).__name__} on this route")
-        prompts = [(arrived.prepared.prompt, arrived.prepared.sampling), *arrived.prepared.more]
+        prompts = arrived.prepared.prompts
         deadline = arrived.deadline
         del arrived  # images and clips: each is the backend's once its prompt is submitted
         usage = PoolingUsage.of(sum(len(prompt.token_ids) for prompt, _ in prompts))
@@ -74,17 +74,16 @@ class Pooled:
         """What comes of the prompts, which are used up, in their order. `is_led`: they begin the same way, so the first
         one goes alone, and the others find what is computed of it."""
         ends: list[asyncio.Future[bytes]] = []
-        more: Sequence[tuple[Prompt, SamplingParams]] | None = prompts[1:]
-        prompts.reverse()
+        num_first = 1 if is_led else len(prompts)
         try:
             while prompts:
-                handle = self._intake.submit(*prompts.pop(), deadline, more)
-                handles.append(handle)
-                ends.append(asyncio.ensure_future(_end(handle)))
-                if is_led and more is not None:
+                begun = await self._intake.submit(prompts[:num_first], deadline)
+                del prompts[:num_first]
+                handles += begun
+                ends += [asyncio.ensure_future(_end(handle)) for handle in begun]
+                if prompts:
                     await ends[0]
-                more = None
-                await asyncio.sleep(0)  # a long prompt takes milliseconds to start
+                num_first = len(prompts)
             return await asyncio.gather(*ends)
         finally:
             for end in ends:

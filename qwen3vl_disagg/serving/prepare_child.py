@@ -274,8 +274,7 @@ class PreparePool:
             media = [by_digest[item.digest] for item in items]
             made.append((Prompt(ids[start : start + length], items, media), sampling))
             start += length
-        (prompt, sampling), *more = made
-        return Prepared(request, prompt, sampling, time.monotonic() - started, more)
+        return Prepared(request, made, time.monotonic() - started)
 
     def _take(self, stop: StopSignal, *, must_be_new: bool) -> ChildProcess:
         with self._lock:
@@ -362,15 +361,14 @@ def fetched(urls: list[MediaUrl], out: int, parent: int) -> dict[str, bytes]:
 
 def reply(prepared: Prepared) -> list[bytes]:
     """A header and what follows it: of media that are equal one."""
-    made = [(prepared.prompt, prepared.sampling), *prepared.more]
     distinct: dict[str, bytes] = {}
-    for prompt, _ in made:
+    for prompt, _ in prepared.prompts:
         for item, data in zip(prompt.items, prompt.media, strict=True):
             distinct.setdefault(item.digest, data)
-    prompts = [(len(prompt.token_ids), sampling, prompt.items) for prompt, sampling in made]
+    prompts = [(len(prompt.token_ids), sampling, prompt.items) for prompt, sampling in prepared.prompts]
     parts = [
         msgspec.msgpack.encode((prepared.request, prompts)),
-        np.concatenate([np.asarray(prompt.token_ids, dtype="<i4") for prompt, _ in made]).tobytes(),
+        np.concatenate([np.asarray(prompt.token_ids, dtype="<i4") for prompt, _ in prepared.prompts]).tobytes(),
         *distinct.values(),
     ]
     return [pack(Made([len(part) for part in parts])), *parts]

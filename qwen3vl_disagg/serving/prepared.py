@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
@@ -16,6 +16,7 @@ from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.serving.chat_request import ChatRequest, check_model, parse_chat_request
 from qwen3vl_disagg.serving.completion_request import (
+    MAX_PROMPTS,
     CompletionRequest,
     DetokenizeBody,
     DetokenizeRequest,
@@ -45,13 +46,20 @@ Request = _Answered | PoolingRequest | TokenizeRequest | DetokenizeRequest
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked request. `seconds` of work went into it. `more`: prompts beside the first."""
+    """A checked request. `seconds` of work went into it."""
 
     request: Request
-    prompt: Prompt
-    sampling: SamplingParams
+    prompts: list[tuple[Prompt, SamplingParams]]
     seconds: float
-    more: list[tuple[Prompt, SamplingParams]] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> Prompt:
+        """The first, of most requests the only one."""
+        return self.prompts[0][0]
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.prompts[0][1]
 
     def salted(self, salt: str) -> Prepared:
         """The same request, which shares what is cached with those of the same `salt`, and the same of its own, alone;
@@ -60,11 +68,10 @@ class Prepared:
             return self
         both = hashlib.sha256(f"{salt} {self.sampling.cache_salt}".encode()).hexdigest()
         made = []
-        for prompt, sampling in [(self.prompt, self.sampling), *self.more]:
+        for prompt, sampling in self.prompts:
             items = [structs.replace(item, salt=both) for item in prompt.items]
             made.append((replace(prompt, items=items), structs.replace(sampling, cache_salt=both)))
-        (prompt, sampling), *more = made
-        return replace(self, prompt=prompt, sampling=sampling, more=more)
+        return replace(self, prompts=made)
 
 
 @dataclass(frozen=True)
@@ -146,15 +153,19 @@ def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: Sto
         max_answer_tokens=rules.max_answer_tokens,
     )
     check_num_scores([prompt.token_ids], sampling.prompt_logprobs, "prompt_logprobs")
-    return Prepared(parsed.request, prompt, sampling, parsed.seconds + time.monotonic() - started)
+    return Prepared(parsed.request, [(prompt, sampling)], parsed.seconds + time.monotonic() - started)
 
 
 def _of_prompts(parsed: Parsed, processor: Processor, stop: StopSignal) -> Prepared:
     """Of texts and token ids, and of many conversations."""
     request, size = parsed.request, processor.config.text.vocab_size
     if isinstance(request, CompletionRequest):
-        prompts = read_prompts(parsed.raw["prompt"], processor)
-        check_num_scores([prompt.token_ids for prompt in prompts], request.num_scores, "logprobs")
+        prompts, n = read_prompts(parsed.raw["prompt"], processor), request.sampling.values.get("n", 1)
+        if len(prompts) * n > MAX_PROMPTS:
+            reason = f"{len(prompts)} prompts and n: {n} are more answers than a request may have, {MAX_PROMPTS}"
+            raise InputError(reason, param="n")
+        told = [prompt.token_ids for prompt in prompts] * (n if request.echo else 1)
+        check_num_scores(told, request.num_scores, "logprobs")
         sampled = [
             request.sampling.params(
                 processor,
@@ -164,15 +175,13 @@ def _of_prompts(parsed: Parsed, processor: Processor, stop: StopSignal) -> Prepa
             )
             for prompt in prompts
         ]
-        (prompt, sampling), *more = zip(prompts, sampled, strict=True)
-        return Prepared(request, prompt, sampling, 0.0, more)
+        return Prepared(request, list(zip(prompts, sampled, strict=True)), 0.0)
     if isinstance(request, PoolingRequest) and parsed.pooled is not None:
-        (prompt, sampling), *more = pooled_prompts(request, parsed.pooled, processor, stop)
-        return Prepared(request, prompt, sampling, 0.0, more)
+        return Prepared(request, list(pooled_prompts(request, parsed.pooled, processor, stop)), 0.0)
     if isinstance(request, DetokenizeRequest):
         tokens = convert(parsed.raw, DetokenizeBody).tokens
         if max(tokens, default=0) >= size:
             raise InputError(f"tokens must be from 0 to {size - 1}", param="tokens")
-        return Prepared(request, Prompt(tokens, [], []), SamplingParams(), 0.0)
+        return Prepared(request, [(Prompt(tokens, [], []), SamplingParams())], 0.0)
     token_ids = processor.text_ids(parsed.raw["prompt"], "prompt")
-    return Prepared(request, Prompt(token_ids, [], []), SamplingParams(), 0.0)
+    return Prepared(request, [(Prompt(token_ids, [], []), SamplingParams())], 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from starlette.types import Message, Send
 from qwen3vl_disagg.cluster.backend import Event, FinishedEvent, TokenEvent
 from qwen3vl_disagg.core.json_text import json_line
 from qwen3vl_disagg.processing import Parts
-from qwen3vl_disagg.serving.answer import Answer
+from qwen3vl_disagg.serving.answer import Answer, usage_of
 from qwen3vl_disagg.serving.body import ClientGone
 from qwen3vl_disagg.serving.chat_request import ChatRequest
 from qwen3vl_disagg.serving.errors import ErrorEnvelope, describe
@@ -113,82 +113,91 @@ class ChunkSender:
 
 
 class EventStream:
-    """One streamed answer to a chat request."""
+    """The streamed answers to a chat request, each chunk with the number of its answer."""
 
     def __init__(
-        self, send: Send, request: ChatRequest, answer: Answer, *, id: str, model: str, send_timeout_s: float
+        self, send: Send, request: ChatRequest, answers: Sequence[Answer], *, id: str, model: str, send_timeout_s: float
     ) -> None:
         self._sender = ChunkSender(send, send_timeout_s=send_timeout_s)
         self._send = self._sender.send
-        self._request, self._answer = request, answer
+        self._request, self._answers = request, answers
+        self._num_running = len(answers)
         self._id, self._model, self._created = id, model, int(time.time())
 
-    async def run(self, events: AsyncGenerator[tuple[Event | None, Parts]]) -> None:
+    async def run(self, events: AsyncGenerator[tuple[int, Event | None, Parts]]) -> None:
         """Send everything. Raises what goes wrong before the status line; later errors become an event."""
         async with self._sender.telling_errors():
-            async for event, new in events:
+            async for number, event, new in events:
                 if event is None:
                     if self._sender.is_started:
-                        await self._ping()
+                        await self._ping(number)
                     continue
                 if not self._sender.is_started:
                     await self._start()
                 if isinstance(event, TokenEvent):
-                    await self._token(event, new)
+                    await self._token(number, event, new)
                 elif isinstance(event, FinishedEvent):
-                    await self._finish(event, new)
+                    await self._finish(number, new)
 
     async def _start(self) -> None:
         await self._sender.start()
-        chunk = self._chunk(ChunkChoice(delta=Delta(role="assistant", content="")))
-        if self._request.return_token_ids:
-            chunk.prompt_token_ids = self._answer.prompt_ids
-        await self._send(sse(chunk))
+        for number in range(len(self._answers)):
+            chunk = self._chunk(ChunkChoice(index=number, delta=Delta(role="assistant", content="")))
+            if self._request.return_token_ids and not number:
+                chunk.prompt_token_ids = self._answers[0].prompt_ids
+            await self._send(sse(chunk))
 
-    async def _ping(self) -> None:
+    async def _ping(self, number: int) -> None:
         """A chunk that says nothing, in the form of the first one, so that no proxy takes the silence for the end."""
-        await self._send(sse(self._chunk(ChunkChoice(delta=Delta(content="")))))
+        await self._send(sse(self._chunk(ChunkChoice(index=number, delta=Delta(content="")))))
 
-    async def _token(self, event: TokenEvent, new: Parts) -> None:
-        entries = self._answer.entries[-1:] if self._request.sampling.wants_logprobs else []
+    async def _token(self, number: int, event: TokenEvent, new: Parts) -> None:
+        entries = self._answers[number].entries[-1:] if self._request.sampling.wants_logprobs else []
         if new or entries or self._request.return_token_ids:
-            await self._send(sse(self._chunk(self._content(new, entries, [event.token_id]))))
+            await self._send(sse(self._chunk(self._content(number, new, entries, [event.token_id]))))
 
-    async def _finish(self, event: FinishedEvent, rest: Parts) -> None:
+    async def _finish(self, number: int, rest: Parts) -> None:
+        """The end of one; that of the last says how much and how long it was."""
         if rest:
-            await self._send(sse(self._chunk(self._content(rest, [], []))))
-        last = self._chunk(ChunkChoice(delta=Delta(), finish_reason=self._answer.parts.reason(event.finish_reason)))
+            await self._send(sse(self._chunk(self._content(number, rest, [], []))))
+        answer = self._answers[number]
+        last = self._chunk(ChunkChoice(index=number, delta=Delta(), finish_reason=answer.reason))
+        self._num_running -= 1
+        if self._num_running:
+            await self._send(sse(last))
+            return
         if self._request.include_usage:
             await self._send(sse(last))
             last = self._chunk()
-            last.usage = self._answer.usage(event.timings.cached_tokens)
-        last.timings = event.timings
+            last.usage = usage_of(self._answers)
+        last.timings = answer.end.timings
         await self._send(sse(last))
         await self._send(DONE, last=True)
 
-    def _content(self, new: Parts, entries: list[LogprobEntry], token_ids: list[int]) -> ChunkChoice:
-        choice = ChunkChoice(delta=self._delta(new))
+    def _content(self, number: int, new: Parts, entries: list[LogprobEntry], token_ids: list[int]) -> ChunkChoice:
+        choice = ChunkChoice(index=number, delta=self._delta(number, new))
         if entries:
             choice.logprobs = Logprobs(content=entries)
         if self._request.return_token_ids:
             choice.token_ids = token_ids
         return choice
 
-    def _delta(self, new: Parts) -> Delta:
+    def _delta(self, number: int, new: Parts) -> Delta:
         """All that is new; an empty text if nothing is."""
         delta = Delta(reasoning_content=new.reasoning or None, reasoning=new.reasoning or None)
         if new.content or not new:
             delta.content = new.content
         if new.calls:
-            first = len(self._answer.parts.calls) - len(new.calls)
-            calls = enumerate(self._answer.parts.calls[first:], first)
-            delta.tool_calls = [ToolCallDelta(index=i, id=call.id, function=call.function) for i, call in calls]
+            calls = self._answers[number].parts.calls
+            first = len(calls) - len(new.calls)
+            numbered = enumerate(calls[first:], first)
+            delta.tool_calls = [ToolCallDelta(index=i, id=call.id, function=call.function) for i, call in numbered]
         return delta
 
     def _chunk(self, *choices: ChunkChoice) -> ChatCompletionChunk:
         chunk = ChatCompletionChunk(id=self._id, created=self._created, model=self._model, choices=list(choices))
         if self._request.continuous_usage:
-            chunk.usage = self._answer.usage()
+            chunk.usage = usage_of(self._answers)
         elif self._request.include_usage:
             chunk.usage = None
         return chunk

@@ -74,6 +74,30 @@ async def test_text_flows_to_a_language_rank_and_tokens_flow_back():
 
 
 @in_loop
+async def test_answers_to_one_prompt_are_one_request_of_one_rank():
+    media = MediaStore()
+    async with System(media=media) as system:
+        _, language = await system.join_all()
+        first, second, third = system.submit_all(b"a", n=3)
+        rank, submit = await submitted_to(language, first.request_id)
+        assert submit.sampling.n == 3
+        third.cancel()
+        assert (await rank.expect(Cancel)).sample == 2
+        await rank.answer(submit, 7, 8, sample=1)
+        assert (await collect(second))[:3] == [AllDecoded(), TokenEvent(7), TokenEvent(8)]
+        assert media.num_bytes == 1
+        await rank.answer(submit, 9)
+        assert (await collect(first))[:2] == [AllDecoded(), TokenEvent(9)]
+        assert media.num_bytes == 0
+        handles = system.submit_all(n=2)
+        rank, submit = await submitted_to(language, handles[0].request_id)
+        rank.die()
+        for handle in handles:
+            *_, error = await collect(handle)
+            assert isinstance(error, UnavailableError)
+
+
+@in_loop
 async def test_images_go_through_encode_ranks_which_pull_the_bytes():
     async with System() as system:
         encode, language = await system.join_all()

@@ -16,6 +16,7 @@ from qwen3vl_disagg.processing.generation import GenerationDefaults
 CHECKPOINTS = GenerationDefaults(frozenset({0}))
 NUMBERS = {name: option.kind for name, option in OPTIONS.items() if isinstance(option.kind, Number)}
 WITHOUT_FLAG = {
+    "n": "the command line gives one answer",
     "logit_bias": "a map",
     "prompt_logprobs": "an answer of the command line has no place for them",
     "skip_special_tokens": "true by default, and for programs that read positions of boxes",

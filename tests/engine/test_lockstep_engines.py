@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from torch import Tensor
 
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams
@@ -20,7 +22,7 @@ from qwen3vl_disagg.model.moe import Experts
 from qwen3vl_disagg.parallel.dispatch import ExpertDispatcher
 from qwen3vl_disagg.parallel.expert_placement import shard_rows
 from qwen3vl_disagg.parallel.lockstep import Lockstep, Outlook, PaceLimits, StepPlan
-from qwen3vl_disagg.protocol.messages import NeedItems, RequestFailed
+from qwen3vl_disagg.protocol.messages import NeedItems, RequestFailed, Tokens
 from tests.support.engine import make_engine, make_requests, run, token_ids
 from tests.support.random_model import random_language_model, small_config
 from tests.support.thread_ranks import WAIT_S, ThreadCollectives, on_ranks
@@ -70,15 +72,17 @@ class Rounds:
         return self.plan
 
 
-def run_together(num_ranks: int, rank_of: dict[str, int], choose, **options) -> tuple[dict[str, list], Rounds]:
-    """Each request on its rank; their events."""
+def run_together(
+    num_ranks: int, rank_of: dict[str, int], choose, *, n: int = 1, **options
+) -> tuple[dict[str, list], Rounds]:
+    """Each request on its rank, with `n` answers; their events."""
     rounds = Rounds(num_ranks, choose)
 
     def body(collectives: ThreadCollectives) -> dict[str, list]:
         engine = make_engine(part_of_model(collectives), **options)
         events: dict[str, list] = {name: [] for name, rank in rank_of.items() if rank == collectives.rank}
         for name in events:
-            engine.add(name, REQUESTS[name][0], REQUESTS[name][1], GREEDY)
+            engine.add(name, REQUESTS[name][0], REQUESTS[name][1], structs.replace(GREEDY, n=n))
         new = engine.admit()
         while True:
             for event in new:
@@ -102,9 +106,11 @@ def test_any_ranks_give_the_tokens_of_one_engine(data):
     kinds = data.draw(st.sampled_from([("gather",), ("all_to_all",), ("gather", "all_to_all")]))
     turn = iter(range(10_000))
     pages = data.draw(st.sampled_from([{}, {"max_running": 1}, {"max_prefill_tokens": 8}]))
-    together, _ = run_together(num_ranks, rank_of, lambda rows, num_rows: kinds[next(turn) % len(kinds)], **pages)
-    for name in REQUESTS:
-        assert token_ids(together[name]) == token_ids(ALONE[name])
+    n = data.draw(st.sampled_from([1, 3]))
+    together, _ = run_together(num_ranks, rank_of, lambda rows, num_rows: kinds[next(turn) % len(kinds)], n=n, **pages)
+    for name, sample in itertools.product(REQUESTS, range(n)):
+        own = [event for event in together[name] if isinstance(event, Tokens) and event.sample == sample]
+        assert token_ids(own) == token_ids(ALONE[name])
 
 
 @pytest.mark.parametrize("kind", ["gather", "all_to_all"])

@@ -1,7 +1,8 @@
 """The scheduler over a stub model: the next token is a hash of all that came before, rows included, read from pages.
 
-Random arrivals, cancels, page pressure, rows that come late and in parts. A page in two hands, a page found for another
-content, a chunk that starts at the wrong token or a row of another item gives another token somewhere.
+Random arrivals, several answers to a prompt, cancels, page pressure, rows that come late and in parts. A page in two
+hands, a page found for another content, a chunk that starts at the wrong token or a row of another item gives another
+token somewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.scheduler import Scheduler, SchedulerLimits
-from qwen3vl_disagg.engine.sequence import Sequence
+from qwen3vl_disagg.engine.sequence import Samples, Sequence
 from qwen3vl_disagg.transport.buffers import VisualRows
 
 PAD = 0
@@ -41,8 +42,8 @@ class StubModel:
         self.page_size = page_size
         self.slots: dict[int, object] = {}
 
-    def run(self, sequence: Sequence, start: int, stop: int) -> int:
-        """Write tokens [start, stop), then the token that follows all that the pages hold."""
+    def run(self, sequence: Sequence, start: int, stop: int) -> tuple:
+        """Write tokens [start, stop); then all that the pages hold."""
         size, pages = self.page_size, sequence.pages
         assert len(pages) * size >= stop, "no page for a token"
         for item, low, high in sequence.touched(start, stop):
@@ -51,20 +52,31 @@ class StubModel:
             assert high <= rows.stop, "a row that is not here"
         for index in range(start, stop):
             self.slots[pages[index // size] * size + index % size] = content_of(sequence, index)
-        return next_token(tuple(self.slots[pages[i // size] * size + i % size] for i in range(stop)))
+        return tuple(self.slots[pages[i // size] * size + i % size] for i in range(stop))
+
+    def copy(self, sequence: Sequence) -> None:
+        if sequence.copied is not None:
+            page, count = sequence.copied
+            target = sequence.pages[sequence.num_prompt // self.page_size]
+            for slot in range(count):
+                self.slots[target * self.page_size + slot] = self.slots[page * self.page_size + slot]
 
 
-def answer(token_ids: list[int], items: list[VisualItem], new: int) -> list[int]:
+def answer(token_ids: list[int], items: list[VisualItem], new: int, sample: int) -> list[int]:
     """The right tokens, without pages or steps."""
     alone = make_sequence("", token_ids, items, new)
     for _ in range(new):
         context = tuple(content_of(alone, i) for i in range(alone.num_tokens))
-        alone.generated.append(next_token(context))
+        alone.generated.append(next_token((context, sample)))
     return alone.generated
 
 
-def make_sequence(name: str, token_ids: list[int], items: list[VisualItem], new: int) -> Sequence:
+def make_sequence(
+    name: str, token_ids: list[int], items: list[VisualItem], new: int, sample: int = 0, samples: Samples | None = None
+) -> Sequence:
     return Sequence(
+        sample=sample,
+        samples=samples or Samples(),
         request_id=name,
         token_ids=token_ids,
         items=items,
@@ -84,8 +96,8 @@ def make_clip(offset: int) -> VisualItem:
 
 
 @st.composite
-def prompts(draw) -> tuple[list[int], list[VisualItem], int]:
-    """Few different texts, images and clips, so that beginnings are shared."""
+def prompts(draw) -> tuple[list[int], list[VisualItem], int, int]:
+    """Few different texts, images and clips, so that beginnings are shared; tokens of an answer, and answers."""
     token_ids, items = [], []
     for kind in draw(st.lists(st.sampled_from(["a", "b", "x", "y", "v"]), min_size=1, max_size=4)):
         if kind == "v":
@@ -106,7 +118,7 @@ def prompts(draw) -> tuple[list[int], list[VisualItem], int]:
             token_ids += [PAD] * rows
         else:
             token_ids += [7, 8, 9] if kind == "a" else [7, 9]
-    return token_ids, items, draw(st.integers(1, 8))
+    return token_ids, items, draw(st.integers(1, 8)), draw(st.sampled_from([1, 1, 2, 3]))
 
 
 class Program:
@@ -116,7 +128,7 @@ class Program:
         self.draw = draw
         size = draw(st.integers(1, 5))
         self.requests = {str(i): draw(prompts()) for i in range(num_requests)}
-        longest = max(len(ids) + new - 1 for ids, _, new in self.requests.values())
+        longest = max(len(ids) + new - 1 for ids, _, new, _ in self.requests.values())
         least = -(-longest // size)
         self.pool = PagePool(draw(st.integers(least, 3 * least)), size, keep=draw(st.booleans()))
         limits = SchedulerLimits(
@@ -135,12 +147,16 @@ class Program:
         self.first_tokens: list[int] = []
 
     def add(self, name: str) -> None:
-        self.alive[name] = make_sequence(name, *self.requests[name])
-        self.scheduler.add(self.alive[name])
+        *prompt, count = self.requests[name]
+        samples = Samples()
+        for sample in range(count):
+            sequence = make_sequence(name, *prompt, sample, samples)
+            self.alive[sequence.name] = sequence
+            self.scheduler.add(sequence)
 
     def cancel(self, name: str) -> None:
         sequence = self.alive.pop(name)
-        assert self.scheduler.remove(name)
+        assert self.scheduler.remove(sequence.request_id, sequence.sample)
         self.lacking = [entry for entry in self.lacking if entry[0] is not sequence]
         self.cancelled.add(name)
 
@@ -157,11 +173,16 @@ class Program:
         had_step = scheduler.has_step
         admitted = scheduler.admit()
         for sequence in admitted:
-            assert sequence.num_cached == sequence.num_found < sequence.num_tokens
+            assert sequence.num_cached == sequence.num_found <= sequence.num_tokens
+            self.model.copy(sequence)
             lacking = [i for i, item in enumerate(sequence.items) if sequence.first_row(i) < item.num_rows]
+            assert not lacking or sequence.samples.admitted == [sequence], "two of a request read rows"
             self.lacking += [(sequence, index) for index in lacking]
+        starting = [sequence for sequence in scheduler.admitted.values() if sequence.can_begin]
+        for sequence in starting:
+            self.accept(sequence, sequence.samples.share(sequence))
         step, preempted = scheduler.schedule()
-        assert had_step == bool(admitted or step or preempted)
+        assert had_step == bool(admitted or starting or step or preempted)
         for sequence in preempted:
             assert all(sequence.order > other.order for other in scheduler.admitted.values())
             self.lacking = [entry for entry in self.lacking if entry[0] is not sequence]
@@ -178,7 +199,7 @@ class Program:
         return True
 
     def advance(self, sequence: Sequence, start: int, stop: int, is_last: bool) -> None:
-        token = self.model.run(sequence, start, stop)
+        context = self.model.run(sequence, start, stop)
         touched = sequence.touched(start, stop)
         sequence.num_cached = stop
         self.scheduler.remember(sequence)
@@ -191,21 +212,31 @@ class Program:
                 if high < sequence.items[index].num_rows:
                     self.lacking.append((sequence, index))
         if is_last:
-            sequence.generated.append(token)
-            if len(sequence.generated) == sequence.sampling.max_new_tokens:
-                assert self.scheduler.remove(sequence.request_id)
-                self.finished[sequence.request_id] = sequence.generated
-                del self.alive[sequence.request_id]
+            sequence.samples.keep(sequence, context)
+            self.accept(sequence, context)
+
+    def accept(self, sequence: Sequence, context: tuple) -> None:
+        sequence.generated.append(next_token((context, sequence.sample)))
+        sequence.samples.begun()
+        if len(sequence.generated) == sequence.sampling.max_new_tokens:
+            assert self.scheduler.remove(sequence.request_id, sequence.sample)
+            self.finished[sequence.name] = sequence.generated
+            del self.alive[sequence.name]
 
     def check(self) -> None:
         in_use = {page for s in self.scheduler.admitted.values() for page in s.pages}
+        held = [samples for samples in self.scheduler.samples.values() if samples.stem]
+        assert not any(samples.admitted for samples in held), "a prompt is held that somebody has"
+        in_use |= {page for samples in held for page in samples.stem}
         assert self.pool.num_free == self.pool.num_pages - len(in_use), "a page is lost"
         assert len(self.scheduler.admitted) <= self.scheduler.limits.max_running
         orders = [s.order for s in self.scheduler.admitted.values()]
         waiting = [s.order for s in self.scheduler.waiting]
         assert orders == sorted(orders)
         assert waiting == sorted(waiting)
-        assert not waiting or not orders or waiting[-1] > orders[0], "the first to arrive was stopped"
+        # Nobody comes in before who is not passed over for another answer to the same prompt.
+        single = [s.order for s in self.scheduler.waiting if self.requests[s.request_id][-1] == 1]
+        assert not single or not orders or single[-1] > orders[0], "the first to arrive was stopped"
 
 
 @settings(deadline=None, max_examples=max(300, settings().max_examples))
@@ -232,7 +263,13 @@ def test_every_request_gets_its_tokens_and_every_page_comes_back(data):
                 program.add(to_come.pop(0))
         program.check()
     assert not program.alive, "a request does not end"
-    assert set(program.finished) | program.cancelled == set(program.requests)
+    right = {
+        make_sequence(name, *prompt, sample).name: answer(*prompt, sample)
+        for name, (*prompt, count) in program.requests.items()
+        for sample in range(count)
+    }
+    assert set(program.finished) | program.cancelled == set(right)
     for name, tokens in program.finished.items():
-        assert tokens == answer(*program.requests[name])
+        assert tokens == right[name]
+    assert not program.scheduler.samples
     assert program.pool.num_free == program.pool.num_pages

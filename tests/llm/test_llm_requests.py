@@ -11,6 +11,7 @@ import sys
 import threading
 from unittest.mock import Mock
 
+import msgspec
 import pytest
 
 from qwen3vl_disagg import LLM
@@ -60,6 +61,36 @@ def check_whole(llm: LLM, question: list, expected: list) -> None:
     assert settled(llm)
     assert llm.transfer.receiver.buffers.allocator.is_idle
     assert [r.token_ids for r in llm.chat([TEXT, question], SHORT)] == expected
+
+
+def test_several_answers_encode_and_prefill_once(llm, question, expected, monkeypatch):
+    """As many as run at once, and more; each as a conversation alone with its seed."""
+    prefilled, encoded = [], []
+    prefill, encode = llm.engine.runner.prefill, llm.transfer.worker.encode
+
+    def counting(chunks, plan=None):
+        prefilled.extend(chunk.stop - chunk.start for chunk in chunks)
+        return prefill(chunks, plan)
+
+    def encoding(items, *args, **kwargs):
+        encoded.extend(items)
+        return encode(items, *args, **kwargs)
+
+    params = SamplingParams(n=6, max_new_tokens=6, temperature=20.0, seed=11, logprobs=1, ignore_eos=True, stop=["e"])
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.engine.runner, "prefill", counting)
+        patched.setattr(llm.transfer.worker, "encode", encoding)
+        llm.engine.reset()  # nothing of the question is cached
+        [result] = llm.chat([question], params)
+    assert sum(prefilled) == len(result.prompt_token_ids)
+    assert len(encoded) == len(result.timings.items) > 0
+    alone = [llm.chat([question], msgspec.structs.replace(params, n=1, seed=11 + i))[0] for i in range(6)]
+    assert [r.token_ids for r in (result, *result.others)] == [r.token_ids for r in alone]
+    assert [r.text for r in (result, *result.others)] == [r.text for r in alone]
+    assert [r.finish_reason for r in (result, *result.others)] == [r.finish_reason for r in alone]
+    assert len({str(r.token_ids) for r in alone}) > 1
+    assert "stop" in {r.finish_reason for r in alone}, "a stop string ends some of them"
+    check_whole(llm, question, expected)
 
 
 def raise_odd(*_, **__):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
 
 import pytest
 
@@ -32,8 +31,10 @@ from qwen3vl_disagg.protocol.messages import (
 )
 from qwen3vl_disagg.protocol.routing import (
     Abandon,
+    AdmitTogether,
     Deliver,
     Drain,
+    End,
     EndAll,
     RankDown,
     RankUp,
@@ -254,8 +255,7 @@ def test_a_request_longer_than_the_bound_is_taken_when_nothing_waits():
 
 def test_prompts_of_one_request_are_refused_together_or_not_at_all():
     script = Script(max_waiting=1, max_waiting_tokens=300)
-    script.do(replace(admit("a"), cost_of_more=300))
-    script.do(replace(admit("a2", num_tokens=300), cost_of_more=None))
+    script.do(AdmitTogether([admit("a"), admit("a2", num_tokens=300)]))
     assert len(script.router._requests) == 2
     script.do(admit("b"))
     assert isinstance(script.ends()[0].error, OverloadedError)
@@ -265,12 +265,51 @@ def test_prompts_of_one_request_are_refused_together_or_not_at_all():
     assert script.router.refusal(0.0) is None
     script = Script(max_waiting_tokens=300)
     script.do(admit("a"))
-    script.do(replace(admit("b"), cost_of_more=101))
-    assert isinstance(script.ends()[0].error, OverloadedError)
-    script.do(replace(admit("b"), cost_of_more=100))
+    script.do(AdmitTogether([admit("b"), admit("b2", num_tokens=101)]))
+    assert [(end.request_id, type(end.error)) for end in script.ends()] == [
+        ("b", OverloadedError),
+        ("b2", OverloadedError),
+    ]
+    script.do(AdmitTogether([admit("b"), admit("b2")]))
+    assert [send.message.request_id for send in script.sent(Submit)] == ["b", "b2"]
     script.do(Drain())
-    script.do(replace(admit("b2"), cost_of_more=None))
-    assert isinstance(script.ends()[0].error, UnavailableError)
+    script.do(AdmitTogether([admit("c"), admit("c2")]))
+    assert [type(end.error) for end in script.ends()] == [UnavailableError] * 2
+
+
+def test_a_request_ends_with_the_last_of_its_answers():
+    script = Script(max_waiting=3)
+    script.do(admit("a", n=3))
+    [submit] = script.sent(Submit)
+    rank = script.router._requests["a"].language_rank
+    assert submit.message.sampling.n == 3
+    # 4 bytes of a prompt are one token; three answers of 99 besides
+    assert script.router._language[rank].requests == {"a": 1 + 3 * 99}
+    assert script.router.refusal(0.0) is not None
+    said = [Tokens(request_id="a", index=0, token_ids=[5], sample=sample) for sample in (2, 0)]
+    for message in said:
+        assert script.language_says(rank, message) == [Deliver("a", message)]
+        assert script.language_says(rank, message) == []
+    assert script.router.refusal(0.0, num_new=2) is None
+    assert script.language_says(rank, finished("a", 2)) == [Deliver("a", finished("a", 2))]
+    assert script.language_says(rank, finished("a", 2)) == []
+    assert script.do(Abandon("a", 0)) == [Send("language", rank, Cancel(request_id="a", sample=0))]
+    assert script.do(Abandon("a", 0)) == []
+    late = Tokens(request_id="a", index=1, token_ids=[5], sample=0)
+    assert script.language_says(rank, late) == []
+    assert script.do(Abandon("a", 1)) == [Send("language", rank, Cancel(request_id="a")), End("a")]
+    assert not script.router.num_requests
+
+
+def test_part_of_an_answer_that_is_lost_ends_all_of_its_request():
+    script = Script()
+    script.do(admit("a", n=2))
+    rank = script.router._requests["a"].language_rank
+    script.language_says(rank, Tokens(request_id="a", index=0, token_ids=[5], sample=1))
+    script.language_says(rank, Tokens(request_id="a", index=1, token_ids=[5], sample=0))
+    [end] = script.ends()
+    assert isinstance(end.error, ServerError)
+    assert script.sent(Cancel)
 
 
 def test_what_an_old_attempt_or_a_finished_request_says_changes_nothing():

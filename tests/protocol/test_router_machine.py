@@ -60,7 +60,8 @@ class RouterMachine(RuleBasedStateMachine):
         self.live: dict[str, int] = {}  # admitted and not ended -> number of items
         self.ended: dict[str, DisaggError | None] = {}
         self.home: dict[str, int] = {}
-        self.tokens: dict[str, int] = defaultdict(int)
+        self.tokens: dict[tuple[str, int], int] = defaultdict(int)
+        self.open: dict[str, set[int]] = {}  # answers that have not ended
         self.attempts: dict[tuple[str, int], list[int]] = defaultdict(list)  # encode rank of attempt 1, 2, ...
         self.decoded: set[tuple[str, int]] = set()
         self.counter = 0
@@ -75,8 +76,9 @@ class RouterMachine(RuleBasedStateMachine):
                 case Deliver(request_id, message):
                     assert request_id in self.live, "delivered to a request that has ended"
                     if isinstance(message, Tokens):
-                        assert message.index == self.tokens[request_id], "tokens repeated or lost"
-                        self.tokens[request_id] += len(message.token_ids)
+                        assert message.sample in self.open[request_id], "tokens of an answer that has ended"
+                        assert message.index == self.tokens[request_id, message.sample], "tokens repeated or lost"
+                        self.tokens[request_id, message.sample] += len(message.token_ids)
                     if isinstance(message, Decoded):
                         assert (request_id, message.item) not in self.decoded, "decoded twice"
                         self.decoded.add((request_id, message.item))
@@ -104,13 +106,15 @@ class RouterMachine(RuleBasedStateMachine):
         timeout=st.sampled_from([100.0, 100.0, 100.0, 5.0]),
         tokens=st.integers(1, 50),
         needs=st.sampled_from([True, True, False]),
+        n=st.sampled_from([1, 1, 3]),
     )
-    def submit(self, num_items: int, timeout: float, tokens: int, needs: bool) -> None:
+    def submit(self, num_items: int, timeout: float, tokens: int, needs: bool, n: int) -> None:
         request_id = f"r{self.counter}"
         self.counter += 1
         self.live[request_id] = num_items
+        self.open[request_id] = set(range(n))
         names = [f"{request_id}-{k % 2}" for k in range(num_items)]
-        self.do(admit(request_id, *names, num_tokens=tokens, timeout_s=timeout))
+        self.do(admit(request_id, *names, num_tokens=tokens, timeout_s=timeout, n=n))
         if request_id in self.ended:
             assert isinstance(self.ended[request_id], OverloadedError | UnavailableError)
         elif needs:
@@ -219,8 +223,9 @@ class RouterMachine(RuleBasedStateMachine):
     @rule(data=st.data(), back=st.sampled_from([0, 0, 0, 1]), count=st.integers(1, 3))
     def tokens_come(self, data, back: int, count: int) -> None:
         if (request_id := self.pick(data)) is not None:
-            index = max(0, self.tokens[request_id] - back)
-            message = Tokens(request_id=request_id, index=index, token_ids=[1] * count)
+            sample = data.draw(st.integers(0, 2))
+            index = max(0, self.tokens[request_id, sample] - back)
+            message = Tokens(request_id=request_id, index=index, token_ids=[1] * count, sample=sample)
             self.do(FromRank("language", self.home[request_id], message))
 
     @rule(data=st.data(), how=st.sampled_from(["not", "not", "not", "abandoned", "finished", "failed"]))
@@ -229,12 +234,21 @@ class RouterMachine(RuleBasedStateMachine):
         if request_id is None or how == "not":
             return
         failed = RequestFailed(request_id=request_id, failure=Failure.of(ServerError("?", code="x")))
+        sample = (
+            None if how == "failed" else data.draw(st.sampled_from([0, 1, 2, *([None] if how != "finished" else [])]))
+        )
+        is_heard = how == "abandoned" or ("language", self.home[request_id]) in self.up
+        if is_heard and sample is not None and how == "abandoned":  # nothing of it may come any more
+            self.open[request_id].discard(sample)
         if how == "abandoned":
-            self.do(Abandon(request_id))
+            self.do(Abandon(request_id, sample))
         else:
-            self.do(FromRank("language", self.home[request_id], failed if how == "failed" else finished(request_id)))
-        if how == "abandoned" or ("language", self.home[request_id]) in self.up:
-            assert request_id not in self.live
+            said = failed if sample is None else finished(request_id, sample)
+            self.do(FromRank("language", self.home[request_id], said))
+        if is_heard and sample is not None:
+            self.open[request_id].discard(sample)
+        if is_heard:
+            assert (request_id in self.live) <= bool(sample is not None and self.open[request_id])
 
     @rule(seconds=st.sampled_from([0.1, 0.1, 0.1, 1.0, 6.0]))
     def time_passes(self, seconds: float) -> None:

@@ -196,7 +196,7 @@ def test_a_failure_ends_all(monkeypatch):
     refusing.script = lambda prompt, sampling: [OverloadedError("full")] if refusing.handles else [30.0]
     reply = post({"prompt": [TEXT, TEXT]}, refusing)
     assert reply.status_code == 429
-    assert refusing.handles[0].was_cancelled.is_set()
+    assert not refusing.handles, "none of it is started"
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_failure_ends_all(monkeypatch):
         ({"echo": True, "logprobs": 1, "stream": True}, "logprobs"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"best_of": 2}, "best_of"),
-        ({"n": 2}, "n"),
+        ({"n": 129}, "n"),
         ({"suffix": "x"}, "suffix"),
         ({"messages": [{}]}, "messages"),
         ({"images": ["x"]}, "images"),

@@ -84,6 +84,22 @@ def test_embeddings(tmp_path):
         assert caught.value.code == "unsupported_task"
 
 
+def test_several_answers(client):
+    answer = client.chat.completions.create(model="Org/tiny", messages=QUESTION, n=2)
+    assert [(choice.index, choice.message.content) for choice in answer.choices] == [
+        (0, "red circle"),
+        (1, "red circle"),
+    ]
+    texts = ["", ""]
+    with client.chat.completions.create(model="Org/tiny", messages=QUESTION, n=2, stream=True) as stream:
+        for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+    assert texts == ["red circle"] * 2
+    answer = client.completions.create(model="Org/tiny", prompt=["a red", "a"], n=2)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("key", "fields", "kind", "param"),
     [

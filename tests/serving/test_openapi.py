@@ -70,7 +70,7 @@ def test_bodies_name_every_option():
                 assert spelling in schemas[body]["properties"]
     temperature = schemas["ChatBody"]["properties"]["temperature"]["anyOf"]
     assert temperature == [{"type": "number", "minimum": 0, "maximum": 100}, {"type": "null"}]
-    assert schemas["ChatBody"]["properties"]["n"] == {"enum": [None, 1]}
+    assert schemas["ResponseRequestBody"]["properties"]["n"] == {"enum": [None, 1]}
     assert schemas["ChatBody"]["properties"]["seed"]["anyOf"][0]["minimum"] == -(2**63)
     assert schemas["TokenizeBody"]["properties"]["model"] == {"enum": ["tiny", None]}
 

@@ -53,7 +53,7 @@ def asked(processor: Processor = PROCESSOR, **fields: Any) -> tuple[Any, ...]:
     backend = FakeBackend()
     reply = serve(backend, processor=processor).post(PATH, json={**ASK, **fields})
     assert reply.status_code == 200, reply.text
-    [handle] = backend.handles
+    handle = backend.handles[0]
     text = "".join(line for line in reply.text.splitlines() if "data:" in line) if fields.get("stream") else ""
     body = text or {k: v for k, v in reply.json().items() if k not in ("id", "created", "timings")}
     return handle.prompt.token_ids, handle.prompt.items, handle.prompt.media, handle.sampling, body, reply.headers

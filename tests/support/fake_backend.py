@@ -13,10 +13,10 @@ from starlette.testclient import TestClient
 
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.download import resolve_model_folder
-from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, Readiness, TokenEvent
+from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, PromptCall, Readiness, TokenEvent
 from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.core.errors import DisaggError, UnavailableError
-from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, SamplingParams, TokenLogprob, VisualItem
+from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, SamplingParams, TokenLogprob
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.protocol.messages import PromptLogprobs
 from qwen3vl_disagg.serving.app import create_app
@@ -79,24 +79,22 @@ class FakeBackend:
             return UnavailableError("the server is not ready: " + "; ".join(self.state.reasons))
         return self.refused
 
-    def submit(
-        self,
-        token_ids: list[int],
-        items: list[VisualItem],
-        sampling: SamplingParams,
-        timeout_s: float,
-        more: Sequence[tuple[int, SamplingParams]] | None = (),
-    ) -> FakeHandle:
-        prompt = Prompt(token_ids, items, [self.media.get(item.digest) or b"" for item in items])
-        self.media.release(items)
-        steps = self.script(prompt, sampling)
-        if steps and isinstance(steps[0], Exception):
-            raise steps[0]
-        if sampling.prompt_logprobs is not None and steps and isinstance(steps[0], AllDecoded):
-            steps.insert(1, prompt_logprobs(prompt, sampling.prompt_logprobs))
-        handle = FakeHandle(f"r{len(self.handles)}", prompt, sampling, timeout_s, steps)
-        self.handles.append(handle)
-        return handle
+    def submit(self, prompts: Sequence[PromptCall], timeout_s: float) -> list[FakeHandle]:
+        num_before = len(self.handles)
+        for call in prompts:
+            token_ids = np.frombuffer(call.token_ids, "<i4").tolist()
+            prompt = Prompt(token_ids, call.items, [self.media.get(item.digest) or b"" for item in call.items])
+            self.media.release(call.items)
+            for sample in range(call.sampling.n):
+                steps = self.script(prompt, call.sampling)
+                if steps and isinstance(steps[0], Exception):
+                    del self.handles[num_before:]  # none of them, then
+                    raise steps[0]
+                num_scores = None if sample else call.sampling.prompt_logprobs
+                if num_scores is not None and steps and isinstance(steps[0], AllDecoded):
+                    steps.insert(1, prompt_logprobs(prompt, num_scores))
+                self.handles.append(FakeHandle(f"r{len(self.handles)}", prompt, call.sampling, timeout_s, steps))
+        return self.handles[num_before:]
 
     def debug_processes(self) -> list[dict[str, Any]]:
         return [{"pid": 1, "role": "encode", "rank": 0}]

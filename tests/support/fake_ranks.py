@@ -10,8 +10,11 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import numpy as np
+
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.download import resolve_model_folder
+from qwen3vl_disagg.cluster.backend import PromptCall
 from qwen3vl_disagg.cluster.hub import Hub
 from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.media_store import MediaStore
@@ -118,12 +121,13 @@ class FakeRank:
     async def tell(self, message: Message) -> None:
         await self.connection.send(message)
 
-    async def answer(self, submit: Submit, *token_ids: int) -> None:
+    async def answer(self, submit: Submit, *token_ids: int, sample: int = 0) -> None:
         """Tokens one by one, then the end."""
+        name = submit.request_id
         for index, token_id in enumerate(token_ids):
-            await self.tell(Tokens(request_id=submit.request_id, index=index, token_ids=[token_id]))
+            await self.tell(Tokens(request_id=name, index=index, token_ids=[token_id], sample=sample))
         timings = RequestTimings(language_rank=self.rank)
-        await self.tell(Finished(request_id=submit.request_id, finish_reason="stop", timings=timings))
+        await self.tell(Finished(request_id=name, finish_reason="stop", timings=timings, sample=sample))
 
     async def need_all(self, submit: Submit) -> None:
         await self.tell(NeedItems(request_id=submit.request_id, items=list(range(len(submit.items)))))
@@ -197,9 +201,15 @@ class System:
                 await asyncio.sleep(0.005)
 
     def submit(self, *images: bytes, timeout_s: float = 100.0) -> Any:
-        prompt = prompt_with(*images)
+        [handle] = self.submit_all(*images, timeout_s=timeout_s)
+        return handle
+
+    def submit_all(self, *images: bytes, timeout_s: float = 100.0, n: int = 1) -> Any:
+        """`n` answers to one prompt."""
+        prompt, sampling = prompt_with(*images), SamplingParams(max_new_tokens=5, n=n)
         self.hub.media.hold(prompt.items, prompt.media)
-        return self.hub.submit(prompt.token_ids, prompt.items, SamplingParams(max_new_tokens=5), timeout_s)
+        token_ids = np.asarray(prompt.token_ids, dtype="<i4").tobytes()
+        return self.hub.submit([PromptCall(token_ids=token_ids, items=prompt.items, sampling=sampling)], timeout_s)
 
 
 async def collect(handle: Any) -> list[Any]:

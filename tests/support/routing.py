@@ -33,9 +33,9 @@ def visual(name: str, side: int = 8) -> VisualItem:
     )
 
 
-def admit(request_id: str, *names: str, num_tokens: int = 100, timeout_s: float = 100.0) -> Admit:
+def admit(request_id: str, *names: str, num_tokens: int = 100, timeout_s: float = 100.0, n: int = 1) -> Admit:
     items = [visual(name) for name in names]
-    return Admit(request_id, b"\0\0\0\0", num_tokens, items, SamplingParams(), timeout_s)
+    return Admit(request_id, b"\0\0\0\0", num_tokens, items, SamplingParams(n=n), timeout_s)
 
 
 class Script:
@@ -81,5 +81,5 @@ class Script:
         return [a for a in self.actions if isinstance(a, End)]
 
 
-def finished(request_id: str) -> Finished:
-    return Finished(request_id=request_id, finish_reason="stop", timings=RequestTimings())
+def finished(request_id: str, sample: int = 0) -> Finished:
+    return Finished(request_id=request_id, finish_reason="stop", timings=RequestTimings(), sample=sample)

@@ -73,6 +73,10 @@ def check_split(world: int, encode_ranks: int, asked: list[Asked], expected: lis
         assert has_vocabulary == [True] * max(1, world - encode_ranks), "of grammars, before there is one"
         answers = ask_all(server, asked)
         check_equal(answers, expected)
+        sampled = {"temperature": 1.5, "max_tokens": 8}
+        several = server.chat(asked[0].content(), **sampled, seed=5, n=2)[1]
+        single = [server.chat(asked[0].content(), **sampled, seed=seed)[1]["choices"][0] for seed in (5, 6)]
+        assert [one["token_ids"] for one in several["choices"]] == [one["token_ids"] for one in single]
         timings = [answer["timings"] for _, answer in answers]
         pairs = [t for t, entry in zip(timings, asked, strict=True) if len(entry.images) == 2]
         if encode_ranks > 1:

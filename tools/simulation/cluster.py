@@ -153,9 +153,10 @@ class Cluster:
     # ---- what checks ask ----
 
     @property
-    def num_waiting(self) -> int:
-        """Requests that have no token yet."""
-        return sum(1 for client in self.clients.values() if not client.is_ended and not client.tokens)
+    def num_waiting(self) -> list[int]:
+        """Of each request that has some: answers that have no token yet."""
+        running = [client.tokens.values() for client in self.clients.values() if not client.is_ended]
+        return [count for tokens in running if (count := list(tokens).count(0))]
 
     def is_at_work(self, attempt: Attempt) -> bool:
         """An encode rank has the attempt, or is asked for it or will be, or it needs nobody any more."""
@@ -177,9 +178,13 @@ class Cluster:
 
     # ---- clients ----
 
-    def submit(self, request_id: str, rows: list[int], num_tokens: int, timeout_s: float, wrong: str | None) -> None:
-        """`wrong`: the first image is `bad`, or `poison`. A request for one token is one for a vector in its place."""
+    def submit(
+        self, request_id: str, rows: list[int], num_tokens: int, timeout_s: float, wrong: str | None, n: int = 1
+    ) -> None:
+        """`wrong`: the first image is `bad`, or `poison`. `n`: answers. A request for one token is one for a vector in
+        its place."""
         pooling = Pooling() if num_tokens == 1 else None
+        n = n if pooling is None else 1
         items = [
             VisualItem(
                 modality="image",
@@ -201,16 +206,22 @@ class Cluster:
             now + timeout_s,
             digests=tuple(item.digest for item in items),
             lacks_vector=pooling is not None,
+            tokens=dict.fromkeys(range(n), 0),
         )
         self.clients[request_id] = client
-        sampling = SamplingParams(max_new_tokens=num_tokens, pooling=pooling)
+        sampling = SamplingParams(max_new_tokens=num_tokens, n=n, pooling=pooling)
         if self.hub.is_dead:
             client.end(UnavailableError("nobody listens"))
         else:
             self.hub.take(Admit(request_id, b"", sum(rows) + num_tokens, items, sampling, timeout_s))
 
-    def abandon(self, request_id: str) -> None:
+    def abandon(self, request_id: str, sample: int | None = None) -> None:
+        """The request, or one of its answers."""
         client = self.clients[request_id]
-        if not client.is_ended:
+        if client.is_ended:
+            return
+        if sample is None or client.tokens.keys() <= {sample}:
             client.is_abandoned = True
-            self.hub.take(Abandon(request_id))
+        else:
+            client.tokens.pop(sample, None)  # nothing of it may come any more
+        self.hub.take(Abandon(request_id, sample))

@@ -1,5 +1,5 @@
 """A model of the engine and of the loop beside it: admits, finds part of a prompt in its cache, reads rows in order,
-gives tokens, is preempted. What it reads it compares with what was encoded.
+gives the tokens of all answers, is preempted. What it reads it compares with what was encoded.
 
 As with the real ones, what the loop has to say to the engine waits for the end of a step, and what the engine has to
 say waits for the loop; both keep their order. So rows may come to a request that has been preempted and admitted again
@@ -48,7 +48,8 @@ class _Sequence:
     attempts: dict[int, int] = field(default_factory=dict)
     """Item -> whose rows of it were read since the last admission or restart."""
     windows: dict[int, Window] = field(default_factory=dict)
-    tokens: int = 0
+    tokens: dict[int, int] = field(init=False)
+    """Of each answer that has not ended."""
     num_preempted: int = 0
     waits_until: float = 0.0
     text_s: float = 0.0
@@ -58,6 +59,7 @@ class _Sequence:
     """Of each item's first row, and of what is behind the last one."""
 
     def __post_init__(self) -> None:
+        self.tokens = dict.fromkeys(range(self.submit.sampling.n), 0)
         self.offsets = [0, *itertools.accumulate(item.num_rows for item in self.items)]
 
     @property
@@ -93,6 +95,8 @@ class SimEngine:
     def __init__(self, rank: Any) -> None:
         self.rank, self.world = rank, rank.world
         self.requests: dict[str, tuple[list[VisualItem], float]] = {}
+        self.open: dict[str, set[int]] = {}
+        """Answers of these that have not ended."""
         self.known: dict[str, _Sequence] = {}
         self._commands: list[tuple[Callable[..., None], Any]] = []
         self._is_stepping = False
@@ -102,13 +106,18 @@ class SimEngine:
 
     def submit(self, message: Submit) -> None:
         self.requests[message.request_id] = (message.items, self.world.now + message.timeout_s)
+        self.open[message.request_id] = set(range(message.sampling.n))
         self._command(self._add, message)
 
     def cancel(self, request_id: str) -> None:
         self.requests.pop(request_id, None)
         self._command(self._remove, request_id)
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request_id: str, sample: int | None = None) -> None:
+        if sample is not None and request_id in self.requests and self.open[request_id] - {sample}:
+            self.open[request_id].discard(sample)
+            self._command(self._remove_answer, (request_id, sample))
+            return
         self.cancel(request_id)
         self.rank.handle(Cancel(request_id=request_id))
 
@@ -138,14 +147,17 @@ class SimEngine:
     def _consumed(self, request_id: str, attempt: Attempt, rows: int) -> None:
         self.rank.handle(Consumed(*attempt, rows))
 
-    def _token(self, request_id: str, index: int) -> None:
-        self.rank.tell(Tokens(request_id=request_id, index=index, token_ids=[index]))
+    def _token(self, request_id: str, sample: int, index: int) -> None:
+        self.rank.tell(Tokens(request_id=request_id, index=index, token_ids=[index], sample=sample))
 
-    def _finished(self, request_id: str, vector: bytes) -> None:
-        end = Finished(request_id=request_id, finish_reason="length", timings=RequestTimings(), vector=vector)
+    def _finished(self, request_id: str, sample: int, vector: bytes) -> None:
+        timings = RequestTimings()
+        end = Finished(request_id=request_id, finish_reason="length", timings=timings, vector=vector, sample=sample)
         self.rank.tell(end)
-        del self.requests[request_id]
-        self.rank.handle(Cancel(request_id=request_id))
+        self.open[request_id].discard(sample)
+        if not self.open[request_id]:
+            del self.requests[request_id]
+            self.rank.handle(Cancel(request_id=request_id))
 
     # ---- the engine: what it is told ----
 
@@ -164,6 +176,13 @@ class SimEngine:
 
     def _remove(self, request_id: str) -> None:
         self.known.pop(request_id, None)
+
+    def _remove_answer(self, answer: tuple[str, int]) -> None:
+        request_id, sample = answer
+        if request_id in self.known:
+            self.known[request_id].tokens.pop(sample, None)
+            if not self.known[request_id].tokens:
+                self._remove(request_id)
 
     def _take_rows(self, window: Window) -> None:
         """Rows that are all in the cache are used at once; those that do not follow on what is there can only be of an
@@ -250,7 +269,7 @@ class SimEngine:
     def _end(self, work: list[tuple[_Sequence, Window | None]]) -> None:
         for sequence, window in work:
             if window is None:
-                self._give_token(sequence)
+                self._give_tokens(sequence)
             else:
                 checks.read(self.rank, window, sequence.next_row(window.attempt[1]), window.stop)
                 self._consume(sequence, window)
@@ -266,12 +285,15 @@ class SimEngine:
         del sequence.windows[item]
         self._say(request_id, self._consumed, window.attempt, window.stop)
 
-    def _give_token(self, sequence: _Sequence) -> None:
-        request_id, index = sequence.submit.request_id, sequence.tokens
-        sampling = sequence.submit.sampling
-        sequence.tokens += 1
-        if sampling.pooling is None:
-            self._say(request_id, self._token, index)
-        if sequence.tokens == sampling.max_new_tokens:
-            self._remove(request_id)
-            self._say(request_id, self._finished, b"" if sampling.pooling is None else VECTOR)
+    def _give_tokens(self, sequence: _Sequence) -> None:
+        """One to most of the answers: others may have been preempted."""
+        request_id, sampling = sequence.submit.request_id, sequence.submit.sampling
+        for sample, index in list(sequence.tokens.items()):
+            if len(sequence.tokens) > 1 and self.world.random() < 0.3:
+                continue
+            sequence.tokens[sample] += 1
+            if sampling.pooling is None:
+                self._say(request_id, self._token, sample, index)
+            if index + 1 == sampling.max_new_tokens:
+                self._remove_answer((request_id, sample))
+                self._say(request_id, self._finished, sample, b"" if sampling.pooling is None else VECTOR)

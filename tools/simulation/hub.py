@@ -20,6 +20,7 @@ class Client:
 
     num_items: int
     num_tokens: int
+    """Of each answer."""
     has_bad_image: bool
     """Or one that ends the process that encodes it."""
     sent_at: float
@@ -27,7 +28,8 @@ class Client:
     digests: tuple[str, ...] = ()
     lacks_vector: bool = False
     """It wants one, and has none yet."""
-    tokens: int = 0
+    tokens: dict[int, int] = field(default_factory=lambda: {0: 0})
+    """Of each answer that has not ended."""
     decoded: set[int] = field(default_factory=set)
     """Items that were said to be good images."""
     is_ended: bool = False
@@ -70,13 +72,21 @@ class SimHub:
         client = self.cluster.clients[request_id]
         if client.is_ended:
             raise Violation("I14", f"{request_id} got {type(message).__name__} after its end")
+        if isinstance(message, (Tokens, Finished)) and message.sample not in client.tokens:
+            raise Violation(
+                "I14", f"{request_id} got {type(message).__name__} of answer {message.sample} after its end"
+            )
         if isinstance(message, Tokens):
-            if message.token_ids != list(range(client.tokens, client.tokens + len(message.token_ids))):
-                raise Violation("I14", f"{request_id} got tokens {message.token_ids} after {client.tokens}")
-            client.tokens += len(message.token_ids)
+            num_before = client.tokens[message.sample]
+            if message.token_ids != list(range(num_before, num_before + len(message.token_ids))):
+                raise Violation("I14", f"{request_id} got tokens {message.token_ids} after {num_before}")
+            client.tokens[message.sample] += len(message.token_ids)
         elif isinstance(message, Finished):
             if bool(message.vector) != client.lacks_vector:
                 raise Violation("I14", f"{request_id} ended with {len(message.vector)} bytes of a vector")
+            num_tokens = client.tokens.pop(message.sample)
+            if num_tokens != client.num_tokens:
+                raise Violation("I14", f"answer {message.sample} of {request_id} ended well after {num_tokens} tokens")
             client.lacks_vector = False
         elif isinstance(message, Decoded):
             if message.item in client.decoded:
@@ -88,9 +98,9 @@ class SimHub:
         if client.is_ended:
             raise Violation("I14", f"{request_id} ended twice")
         client.end(error)
-        is_whole = client.tokens == client.num_tokens and not client.lacks_vector
+        is_whole = not client.tokens and not client.lacks_vector
         if error is None and not client.is_abandoned and not is_whole:
-            raise Violation("I14", f"{request_id} ended well after {client.tokens} tokens")
+            raise Violation("I14", f"{request_id} ended well, and answers {[*client.tokens]} did not")
         if isinstance(error, OverloadedError) and not self.cluster.num_waiting:
             raise Violation("I11", f"{request_id} was refused for overload, and nobody waits")
         self.checks.ended(request_id, error)

@@ -276,7 +276,7 @@ class SimLanguage:
         elif isinstance(message, Assign):
             self.handle(message)
         elif isinstance(message, Cancel):
-            self.engine.forget(message.request_id)
+            self.engine.forget(message.request_id, message.sample)
 
     def lost_hub(self) -> None:
         for request_id in list(self.engine.requests):

@@ -8,10 +8,10 @@ from typing import Any
 
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.protocol.admission import Admission
-from qwen3vl_disagg.protocol.messages import Decoded, Stop
+from qwen3vl_disagg.protocol.messages import Decoded, Stop, Tokens
 from qwen3vl_disagg.protocol.placement import EncodeRankState
 from qwen3vl_disagg.protocol.router import Router
-from qwen3vl_disagg.protocol.routing import Item, RankDown, Send
+from qwen3vl_disagg.protocol.routing import Deliver, Item, RankDown, Request, Send
 from qwen3vl_disagg.protocol.suspects import Suspects
 from tools.simulation.mutants import method, mutant, swap
 
@@ -209,7 +209,9 @@ def _() -> Iterator[None]:
 
 @mutant("queue-without-bound", "I12", "any number of requests may wait")
 def _() -> Iterator[None]:
-    def lax(self: Admission, now: float, *, kv_tokens: int, cost: int = 0, num_coming: int = 0) -> None:
+    def lax(
+        self: Admission, now: float, *, kv_tokens: int, cost: int = 0, num_coming: int = 0, num_new: int = 1
+    ) -> None:
         return None
 
     with swap(Admission, "refusal", lax):
@@ -222,5 +224,30 @@ def _() -> Iterator[None]:
         yield
 
 
-def _keep(self: Admission, request_id: str, now: float, *, is_served: bool) -> None:
+def _keep(self: Admission, request_id: str, now: float, *, is_served: bool, sample: int | None = None) -> None:
     return None
+
+
+@mutant("the-first-answer-ends-the-request", "I14", "a request is over when the first of its answers is")
+def _() -> Iterator[None]:
+    close = method(Router, "_close")
+
+    def close_all(self: Router, request_id: str, request: Request, sample: int) -> None:
+        close(self, request_id, request, sample)
+        request.num_received.clear()
+
+    with swap(Router, "_close", close_all):
+        yield
+
+
+@mutant("answers-go-on-after-their-end", "I14", "tokens of an answer that nobody wants any more are passed on")
+def _() -> Iterator[None]:
+    tokens = method(Router, "_tokens")
+
+    def pass_on(self: Router, request: Request, message: Tokens) -> None:
+        if message.sample not in request.num_received:
+            self._actions.append(Deliver(message.request_id, message))
+        tokens(self, request, message)
+
+    with swap(Router, "_tokens", pass_on):
+        yield

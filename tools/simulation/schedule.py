@@ -112,9 +112,11 @@ def _submit(cluster: Cluster, request_id: str, may_fail: bool) -> None:
         wrong = "poison"
     has_faults = may_fail and bool(cluster.world.faults)
     timeout_s = rng.choice((TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, 2.5, 6.0)) if has_faults else TIMEOUT_S
-    cluster.submit(request_id, rows, rng.randint(1, 3), timeout_s, wrong)
+    n = rng.choice((1, 1, 2, 3))
+    cluster.submit(request_id, rows, rng.randint(1, 3), timeout_s, wrong, n)
     if may_fail and rng.random() < 0.12:
-        cluster.world.at(2.0 * rng.random(), None, cluster.abandon, request_id)
+        sample = None if rng.random() < 0.5 else rng.randrange(n)
+        cluster.world.at(2.0 * rng.random(), None, cluster.abandon, request_id, sample)
 
 
 def _strike(cluster: Cluster) -> None:

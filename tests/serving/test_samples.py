@@ -1,0 +1,154 @@
+"""`n`: several answers to one prompt over HTTP, on both routes that have it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+
+from qwen3vl_disagg.cluster.backend import AllDecoded, TokenEvent
+from qwen3vl_disagg.core.errors import UnavailableError
+from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, serve, tiny_processor
+
+COMPLETIONS = "/v1/completions"
+TEXTS = ["red circle", "blue", "purple square, black circle"]
+TOKENIZER = tiny_processor().tokenizer
+
+
+def backend(texts: list[str] = TEXTS) -> FakeBackend:
+    """Which answers them in turn."""
+    left = itertools.cycle(texts)
+    return FakeBackend(lambda prompt, sampling: answer_steps(next(left), sampling))
+
+
+def post(path: str, body: dict[str, Any], on: FakeBackend | None = None) -> dict[str, Any]:
+    reply = serve(on or backend()).post(path, json=body)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def stream(path: str, body: dict[str, Any], on: FakeBackend | None = None) -> list[dict[str, Any]]:
+    """Its chunks, which are followed by one [DONE]."""
+    reply = serve(on or backend()).post(path, json={**body, "stream": True})
+    assert reply.status_code == 200, reply.text
+    *lines, done = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
+    assert done == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def length(text: str) -> int:
+    return len(TOKENIZER.encode(text)) + 1
+
+
+def test_a_chat_has_a_choice_for_each():
+    on = backend()
+    body = post(PATH, {**ASK, "n": 3, "logprobs": True, "return_token_ids": True}, on)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert [choice["message"]["content"] for choice in body["choices"]] == TEXTS
+    assert [len(choice["logprobs"]["content"]) for choice in body["choices"]] == list(map(length, TEXTS))
+    assert [len(choice["token_ids"]) for choice in body["choices"]] == list(map(length, TEXTS))
+    usage = body["usage"]
+    assert usage["prompt_tokens"] == len(body["prompt_token_ids"])
+    assert usage["completion_tokens"] == sum(map(length, TEXTS))
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert all(handle.was_cancelled.is_set() for handle in on.handles)
+
+
+def test_a_streamed_chat_numbers_its_chunks():
+    chunks = stream(PATH, {**ASK, "n": 3, "stream_options": {"include_usage": True}})
+    *chunks, last = chunks
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == sum(map(length, TEXTS))
+    assert all(chunk["usage"] is None for chunk in chunks)
+    texts, reasons = ["", "", ""], [[], [], []]
+    for chunk in chunks:
+        [choice] = chunk["choices"]
+        texts[choice["index"]] += choice["delta"].get("content") or ""
+        reasons[choice["index"]].append(choice["finish_reason"])
+    assert texts == TEXTS
+    assert [[reason for reason in some if reason] for some in reasons] == [["stop"]] * 3
+    assert all(some[-1] for some in reasons), "nothing comes of an answer after its end"
+    assert [c["choices"][0]["index"] for c in chunks if c["choices"][0]["delta"].get("role")] == [0, 1, 2]
+    assert len({chunk["id"] for chunk in [*chunks, last]}) == 1
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_completions_go_prompt_by_prompt(is_streamed):
+    body = {"prompt": ["a red", "a"], "n": 2, "echo": True, "return_token_ids": True}
+    on = backend([*TEXTS, "black"])
+    if is_streamed:
+        chunks = stream(COMPLETIONS, {**body, "stream_options": {"include_usage": True}}, on)
+        usage, texts = chunks[-1]["usage"], [""] * 4
+        for chunk in chunks[:-1]:
+            texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    else:
+        answer = post(COMPLETIONS, body, on)
+        usage, texts = answer["usage"], [choice["text"] for choice in answer["choices"]]
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert texts == ["a red" + TEXTS[0], "a red" + TEXTS[1], "a" + TEXTS[2], "ablack"]
+    assert usage["prompt_tokens"] == len(TOKENIZER.encode("a red")) + len(TOKENIZER.encode("a"))
+    assert usage["completion_tokens"] == sum(map(length, [*TEXTS, "black"]))
+
+
+def test_what_is_said_of_the_prompt_is_said_once():
+    body = post(PATH, {**ASK, "n": 2, "prompt_logprobs": 1})
+    assert len(body["prompt_logprobs"]) == body["usage"]["prompt_tokens"]
+    first, second, third = post(COMPLETIONS, {"prompt": ["a red", "a b"], "n": 2, "prompt_logprobs": 0})["choices"][:3]
+    assert "prompt_logprobs" in first
+    assert "prompt_logprobs" not in second
+    assert "prompt_logprobs" in third
+    scored = post(COMPLETIONS, {"prompt": "a red", "n": 2, "echo": True, "logprobs": 1, "max_tokens": 0})
+    one, other = scored["choices"]
+    assert one["logprobs"] == other["logprobs"]
+    assert one["logprobs"]["token_logprobs"][1] == -0.125
+    assert scored["usage"]["completion_tokens"] == 0
+
+
+def test_each_answer_has_its_own_calls_reasoning_and_stop_string():
+    calls = ['<tool_call>{"name": "f", "arguments": {}}</tool_call>', "no call, stop here"]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    body = {**ASK, "n": 2, "tools": tools, "stop": ["stop"]}
+    on = backend(calls)
+    one, other = post(PATH, body, on)["choices"]
+    assert (one["finish_reason"], one["message"]["content"]) == ("tool_calls", None)
+    assert (other["finish_reason"], other["message"]["content"]) == ("stop", "no call, ")
+    assert not on.handles[1].finished, "its rank is told to end"
+    deltas = [chunk["choices"][0] for chunk in stream(PATH, body, backend(calls))]
+    assert [choice["index"] for choice in deltas if choice["delta"].get("tool_calls")] == [0]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_what_goes_wrong_with_one_ends_all_with_one_error(is_streamed):
+    scripts = iter([[AllDecoded(), TokenEvent(5), 60.0], [AllDecoded(), 0.05, UnavailableError("gone")]])
+    on = FakeBackend(lambda prompt, sampling: next(scripts))
+    reply = serve(on).post(PATH, json={**ASK, "n": 2, "stream": is_streamed})
+    assert all(handle.was_cancelled.is_set() for handle in on.handles)
+    if is_streamed:
+        events = [json.loads(line[6:]) for line in reply.text.splitlines() if line]
+        assert [event["error"]["message"] for event in events if "error" in event] == ["gone"]
+        assert "error" in events[-1]
+    else:
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "unavailable")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (PATH, {"n": 129}, "n"),
+        (PATH, {"n": 2, "best_of": 3}, "best_of"),
+        (PATH, {"n": 2, "best_of": 1}, "best_of"),
+        (PATH, {"best_of": True}, "best_of"),
+        (COMPLETIONS, {"n": 2, "prompt": ["a"] * 65}, "n"),
+        (COMPLETIONS, {"n": 64, "echo": True, "logprobs": 20, "prompt": [5] * 200}, "logprobs"),
+    ],
+)
+def test_what_is_refused(path, fields, param):
+    reply = serve(backend()).post(path, json={**(ASK if path == PATH else {"prompt": "a"}), **fields})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+def test_best_of_may_say_the_same():
+    assert len(post(PATH, {**ASK, "n": 3, "best_of": 3})["choices"]) == 3
+    assert len(post(COMPLETIONS, {"prompt": "a", "n": 3, "best_of": 3})["choices"]) == 3
