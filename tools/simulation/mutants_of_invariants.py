@@ -281,7 +281,10 @@ def _() -> Iterator[None]:
 @mutant("tokens-repeat", "I14", "tokens that came before are passed on again")
 def _() -> Iterator[None]:
     def tokens(self: Router, request: Any, message: Any) -> None:
-        request.num_received_tokens = max(request.num_received_tokens, message.index + len(message.token_ids))
+        if message.sample not in request.num_received:
+            return
+        num_before = request.num_received[message.sample]
+        request.num_received[message.sample] = max(num_before, message.index + len(message.token_ids))
         self._actions.append(Deliver(message.request_id, message))
         if message.index:
             self._actions.append(Deliver(message.request_id, message))

@@ -209,9 +209,9 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     admit = method(Router, "_admit")
 
-    def drop(self: Router, event: Any, now: float) -> None:
+    def drop(self: Router, events: Any, now: float) -> None:
         if self.num_requests < 3:
-            admit(self, event, now)
+            admit(self, events, now)
 
     with swap(Router, "_admit", drop):
         yield

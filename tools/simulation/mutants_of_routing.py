@@ -184,9 +184,9 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     refusal = method(Router, "refusal")
 
-    def lax(self: Router, now: float, *, cost: int = 0, num_coming: int = 0) -> Any:
+    def lax(self: Router, now: float, *, cost: int = 0, num_coming: int = 0, num_new: int = 1) -> Any:
         required, self.required = self.required, frozenset()
-        error = refusal(self, now, cost=cost, num_coming=num_coming)
+        error = refusal(self, now, cost=cost, num_coming=num_coming, num_new=num_new)
         self.required = required
         return error
 
