@@ -30,7 +30,7 @@ def empty():
 async def later():
     return True
 
-run({"chat": later, "completions": empty, "responses": refusal, "embeddings": refused("404 not_found", refusal)})
+run({"chat": later, "completions": empty, "responses": refusal, "messages": refused("404 not_found", refusal)})
 """
 
 
@@ -67,7 +67,7 @@ def test_cells(tmp_path, script, told):
         ("chat", "y", "y"),
         ("completions", "wrong", "y"),
         ("responses", "404 not_found", "y"),
-        ("embeddings", "404 not_found", "404 not_found"),
+        ("messages", "404 not_found", "404 not_found"),
     ]
     assert "wrapped" in cells[2].detail
 
@@ -75,7 +75,7 @@ def test_cells(tmp_path, script, told):
 def test_what_is_not_expected_is_wrong(tmp_path, script, told):
     environment(tmp_path / "env" / "a")
     cells, wrong = try_client(script(FAILS), tmp_path / "env", told)
-    assert cells == {"chat": "y", "completions": "wrong", "responses": "404 not_found", "embeddings": "404 not_found"}
+    assert cells == {"chat": "y", "completions": "wrong", "responses": "404 not_found", "messages": "404 not_found"}
     assert [text.partition("\n")[0] for text in wrong] == [
         "a: completions: wrong, y expected",
         "a: responses: 404 not_found, y expected",
