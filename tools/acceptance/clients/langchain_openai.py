@@ -94,7 +94,7 @@ run(
         "log probabilities": lambda: (
             chat.bind(logprobs=True, top_logprobs=2).invoke(QUESTION).response_metadata["logprobs"]["content"]
         ),
-        "n = 2": refused("400 not_built_yet", lambda: model(n=2, temperature=1).invoke(QUESTION)),
+        "n = 2": lambda: len(model(n=2, temperature=1).generate([[HumanMessage(QUESTION)]]).generations[0]) == 2,
         "sampling options": lambda: (
             model(seed=3, top_p=0.9, presence_penalty=0.5).invoke(QUESTION).content
             and chat.bind(stop=["e"]).invoke(QUESTION).response_metadata["finish_reason"] == "stop"
