@@ -401,14 +401,34 @@ def make_check(processor: Processor) -> Callable[[Grammar, bool], None]:
 
 
 def check_grammar(job: GrammarJob, check: Callable[[Grammar, bool], None]) -> Checked:
-    """More CPU time than it may have is the end of this process."""
-    sandbox.allow_cpu(GRAMMAR_CPU_S)
+    """In a fork, which more CPU time or memory than it may have ends: this process, and its vocabulary, stay."""
+    reader, writer = os.pipe()
+    this = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            die_with_parent(this)
+            sandbox.start_nothing()
+            sandbox.allow_cpu(GRAMMAR_CPU_S)
+            os.write(writer, msgspec.msgpack.encode(_checked(job, check)))  # less than a pipe takes at once
+        except Exception:
+            logger.exception("a grammar could not be checked")
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        verdict = pipe.read()
+    os.waitpid(pid, 0)
+    if verdict:
+        return msgspec.msgpack.decode(verdict, type=Checked)
+    return Checked(Failure.of(InputError("the grammar takes too long", code="grammar_too_complex")))
+
+
+def _checked(job: GrammarJob, check: Callable[[Grammar, bool], None]) -> Checked:
     try:
         check(job.grammar, job.in_reasoning)
     except DisaggError as error:
         return Checked(Failure.of(error))
-    finally:
-        sandbox.allow_cpu(0)
     return Checked()
 
 
@@ -431,7 +451,7 @@ def main() -> None:
     )
     processor.tokenizer.num_tokens_at_least("ready")  # tables that are made on first use
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    sandbox.enter(pages * os.sysconf("SC_PAGE_SIZE") + MAX_MEMORY)
+    sandbox.enter(pages * os.sysconf("SC_PAGE_SIZE") + MAX_MEMORY, may_fork=True)
     os.nice(NICENESS)
     check: Callable[[Grammar, bool], None] | None = None
     try:

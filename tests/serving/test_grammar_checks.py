@@ -61,7 +61,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 }
 MAY_PASS = ("deep", "nested repetitions", "states", "doubled")
 KILLS = ("many properties", "multiple of", "patterns together", "doubled")
-"""More than they may take: each costs a child, whose successor is there some seconds later."""
+"""More than they may take."""
 
 
 def children() -> list[int]:
@@ -110,21 +110,24 @@ def check_hostile(server: Running, name: str, limit_s: float) -> None:
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name not in KILLS])
 def test_a_hostile_grammar_is_refused_at_once(server, name):
-    check_hostile(server, name, 3.0)
+    check_hostile(server, name, 2.0)
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name == "multiple of" else pytest.mark.slow) for name in KILLS]
 )
-def test_a_grammar_that_takes_too_long_costs_its_child_alone(server, name):
-    check_hostile(server, name, 6.0)
+def test_a_grammar_that_takes_too_long_costs_no_child(server, name):
+    make_ready(server)
+    before = children()
+    check_hostile(server, name, 2.0)
+    assert children() == before
     assert post(server)[0] == 200
 
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("first", range(0, len(HOSTILE), 8))
 def test_eight_hostile_grammars_at_once(server, first):
-    """Each has its turn with one of two children; what is known, and what has no grammar, waits for none of it."""
+    """Each has its turn with a child; what is known, and what has no grammar, waits for none of it."""
     make_ready(server)
     assert post(server, regex="known+")[0] == 200
     took: dict[str, float] = {}
@@ -145,7 +148,7 @@ def test_eight_hostile_grammars_at_once(server, first):
         others.append(time.monotonic() - started)
     print(f"\n{ {name: round(seconds, 2) for name, seconds in took.items()} }, others {max(others, default=0.0):.2f} s")
     assert len(took) == len(names)
-    assert max(took.values()) < 30.0  # one that costs its child holds up those behind it until there is another
+    assert max(took.values()) < 15.0  # of CPU time 8 x 0.7 s at the most, beside whatever else runs
     assert max(others, default=0.0) < 1.0
 
 
