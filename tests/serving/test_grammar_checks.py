@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,20 @@ HOSTILE: dict[str, dict[str, Any]] = {
 MAY_PASS = ("deep", "nested repetitions", "states", "doubled")
 KILLS = ("many properties", "multiple of", "patterns together", "doubled")
 """More than they may take."""
+SOON_S = 15.0
+"""By the clock, beside whatever else runs; alone it is less than one."""
 
 
 def children() -> list[int]:
     """Preparing children of this process, those that have ended but not been waited for among them not."""
     lists = [(task / "children").read_text() for task in Path("/proc/self/task").iterdir()]
     pids = [int(pid) for pids in lists for pid in pids.split()]
-    return [pid for pid in pids if b"serving.prepare_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = []
+    for pid in pids:
+        with suppress(OSError):  # it has just ended
+            if b"serving.prepare_child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +99,7 @@ def test_a_child_without_work_reads_the_vocabulary_before_the_first_grammar(serv
     make_ready(server)
     for pid in children():
         os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not children())
+    wait_for(lambda: not children(), 10)
     post(server, messages=[{"role": "user", "content": "long " * 4000}])  # finds it dead: another is started
     wait_for(lambda: any(b"llguidance" in Path(f"/proc/{pid}/maps").read_bytes() for pid in children()), 30)
 
@@ -110,7 +118,7 @@ def check_hostile(server: Running, name: str, limit_s: float) -> None:
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name not in KILLS])
 def test_a_hostile_grammar_is_refused_at_once(server, name):
-    check_hostile(server, name, 2.0)
+    check_hostile(server, name, SOON_S)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +127,7 @@ def test_a_hostile_grammar_is_refused_at_once(server, name):
 def test_a_grammar_that_takes_too_long_costs_no_child(server, name):
     make_ready(server)
     before = children()
-    check_hostile(server, name, 2.0)
+    check_hostile(server, name, SOON_S)
     assert children() == before
     assert post(server)[0] == 200
 
@@ -203,7 +211,7 @@ def test_a_child_that_died_between_two_grammars_is_no_fault(server):
     make_ready(server)
     for pid in children():
         os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not children())
+    wait_for(lambda: not children(), 10)
     assert post(server, regex="after+")[0] == 200
 
 

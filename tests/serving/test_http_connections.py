@@ -296,7 +296,7 @@ def test_what_has_ended_is_freed_at_once(quick):
         gc.disable()
         try:
             attacks.send_all(running.port, [*ENDED.values()] * 3, hold_s=1.0)
-            wait_for(lambda: not running.server.num_connections, 10.0)
-            wait_for(lambda: not [one for one in gc.get_objects() if type(one) is HttpConnection])
+            wait_for(lambda: not running.server.num_connections, 30.0)
+            wait_for(lambda: not [one for one in gc.get_objects() if type(one) is HttpConnection], 30.0)
         finally:
             gc.enable()

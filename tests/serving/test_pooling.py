@@ -314,7 +314,7 @@ def test_who_leaves_and_who_fails_ends_all_of_a_request(embedder):
 
     async def be_late() -> None:
         backend = FakeBackend(lambda *_: [60.0])
-        asked = exchange(backend, embedder, {"input": "a"}, {"x-request-timeout-ms": "300"})
+        asked = exchange(backend, embedder, {"input": "a"}, {"x-request-timeout-ms": "2000"})
         async with asyncio.timeout(10):
             await asked.run()
         assert asked.status == 504
