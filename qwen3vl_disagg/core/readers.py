@@ -114,19 +114,22 @@ class Strings(ValueKind):
 
 @dataclass(frozen=True)
 class Words(Strings):
-    """The same, of which each text may be told by the ids of its tokens."""
+    """The same, of which each text may be told by the ids of its tokens: `most_ids` of all of these together."""
+
+    most_ids: int
 
     @property
     def values(self) -> str:
-        return f"{super().values}; in place of one also a list of as many token ids"
+        return f"{super().values}; in place of one also a list of token ids, {self.most_ids} of all together"
 
     def check(self, value: Any, where: str) -> list[Any]:
         if not isinstance(value, (list, tuple)):
             return super().check(value, where)
         super().check([word for word in value if not isinstance(word, (list, tuple))], where)
-        if len(value) > self.most:
-            raise InputError(f"{where} takes up to {self.most} words", param=where)
-        ids = TokenIdList(self.most_chars, least=1)
+        num_ids = sum(len(word) for word in value if not isinstance(word, str))
+        if num_ids > self.most_ids:
+            raise InputError(f"{where} have {num_ids} tokens, up to {self.most_ids} may be", param=where)
+        ids = TokenIdList(self.most_ids, least=1)
         return [word if isinstance(word, str) else ids.check(word, where) for word in value]
 
     def tokens(self, value: list[Any]) -> Iterable[int]:

@@ -106,6 +106,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         if self.min_tokens > self.max_new_tokens:
             problem = f"min_tokens is {self.min_tokens}, but only {self.max_new_tokens} may come"
             raise InputError(problem, param="min_tokens")
+        if self.pooling is not None and self.n > 1:
+            raise InputError("what is pooled of a prompt is one thing: n must be 1", param="n")
         for name, kind in NO_OPTIONS.items():
             if getattr(self, name) is not DEFAULTS[name] and not isinstance(getattr(self, name), kind):
                 raise InputError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}", param=name)
@@ -270,7 +272,7 @@ OPTIONS: dict[str, SamplingOption] = {
         flag="No other token may come; repeat for several.",
     ),
     "bad_words": SamplingOption(
-        kind=Words(1024, 256),
+        kind=Words(1024, 256, 16384),
         step="bans",
         example=["circle"],
         about="of the tokens of each, as it stands and with a blank before it, the last one may not come behind the"

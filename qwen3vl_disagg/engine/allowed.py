@@ -12,8 +12,8 @@ from qwen3vl_disagg.engine.masks import Mask
 
 
 class AllowedTokens:
-    """Of one request, whose bad words are ids. What a step costs depends on how many lengths these have, not on their
-    number."""
+    """Of one request, for all of its answers, whose bad words are ids. What a step costs depends on how many lengths
+    these have, not on their number."""
 
     def __init__(
         self, params: SamplingParams, *, vocab_size: int, banned_ids: Sequence[int], eos_ids: Sequence[int]
@@ -26,7 +26,7 @@ class AllowedTokens:
             *before, last = word
             self._behind.setdefault(tuple(before), []).append(last)
         named = params.allowed_token_ids
-        self._always = _bits(range(vocab_size) if named is None else named, vocab_size)
+        self._always = _bits(named, vocab_size)
         self._always &= ~_bits([*banned_ids, *self._behind.pop((), [])], vocab_size)
         self._ends = _bits(eos_ids, vocab_size)
         self._lengths = sorted({len(before) for before in self._behind})
@@ -48,8 +48,11 @@ class AllowedTokens:
         return Mask(bits)
 
 
-def _bits(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
-    """A mask's, as long as the vocabulary needs."""
+def _bits(token_ids: Sequence[int] | None, vocab_size: int) -> np.ndarray:
+    """A mask's, as long as the vocabulary needs; None: all of it."""
     places = np.zeros(vocab_size + 7 & -8, np.uint8)
-    places[list(token_ids)] = 1
+    if token_ids is None:
+        places[:vocab_size] = 1
+    else:
+        places[list(token_ids)] = 1
     return np.packbits(places, bitorder="little")

@@ -205,9 +205,8 @@ class Engine:
         item = sequence.items[index]
         if item.rows_before(sequence.num_cached) >= rows.stop:
             return [Consumed(request_id, index, rows.attempt, rows.stop)]
-        if rows.start > sequence.first_row(index) and index in sequence.restarted:
-            return []  # of the attempt before; it was on its way when the item was restarted
-        sequence.restarted.discard(index)
+        if rows.start > item.rows_before(sequence.num_cached):
+            return []  # of an attempt before, on its way when the item was restarted or another answer came to read it
         sequence.rows[index] = rows
         if timings is not None:
             sequence.item_timings[index] = timings

@@ -34,6 +34,10 @@ class Prefix:
         """Of the last page."""
         return self.nodes[-1] if self.nodes else ROOT
 
+    def shorten(self, stop: int) -> None:
+        """To so many pages at most."""
+        del self.pages[stop:], self.nodes[stop:]
+
 
 @dataclass
 class PagePool:

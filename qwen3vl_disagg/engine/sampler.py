@@ -49,17 +49,18 @@ class Sampler:
         self.banned_ids, self.eos_ids = sorted(set(banned_ids)), sorted(set(eos_ids))
         self._banned = torch.tensor(self.banned_ids, dtype=torch.long)
         self._penalties = Penalties()
-        self._allowed: WeakKeyDictionary[SamplingRow, AllowedTokens] = WeakKeyDictionary()
+        self._allowed: WeakKeyDictionary[object, AllowedTokens] = WeakKeyDictionary()
 
     def narrowed(self, row: SamplingRow, grammar: Mask | None, vocab_size: int) -> Mask | None:
         """Which tokens may come in this row, None for all; `grammar`: those that its grammar lets come. InputError
         where that leaves none."""
         if not row.is_narrowed:
             return grammar
-        allowed = self._allowed.get(row)
+        whose = row.request or row
+        allowed = self._allowed.get(whose)
         if allowed is None:
             ids = {"banned_ids": self.banned_ids, "eos_ids": self.eos_ids}
-            self._allowed[row] = allowed = AllowedTokens(row.params, vocab_size=vocab_size, **ids)
+            self._allowed[whose] = allowed = AllowedTokens(row.params, vocab_size=vocab_size, **ids)
         return allowed.mask(row.generated, grammar)
 
     def sample(

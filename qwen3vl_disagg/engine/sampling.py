@@ -54,6 +54,8 @@ class SamplingRow:
     seed: int
     prompt_ids: Sequence[int] = ()
     generated: Sequence[int] = ()
+    request: object | None = None
+    """What the rows of a request have in common, if there may be others: what its options let come is kept for that."""
 
     @property
     def index(self) -> int:

@@ -153,13 +153,14 @@ class Scheduler:
 
     def _place(self, sequence: Sequence) -> _Place | None:
         pool, size = self.pool, self.pool.page_size
-        # The last token has to be computed in any case: its logits are wanted.
-        found = sequence.prefix
+        # The last token has to be computed in any case, for its logits; but not where these are kept.
+        found, is_known = sequence.prefix, bool(sequence.samples.pages)
+        stop = max((sequence.num_tokens - 1) // size, sequence.num_prompt // size if is_known else 0)
         if pool.keep and not sequence.lacks_scores:
-            stop = (sequence.num_tokens - 1) // size
             pool.find(sequence.page_contents(size, stop), stop, found)
+        found.shorten(stop)
         place = _Place(found.pages, len(found.pages) * size, found.node)
-        if sequence.samples.pages and place.num_found < sequence.num_prompt:
+        if is_known and place.num_found < sequence.num_prompt:
             place = self._beside(sequence, found)
         count = pool.pages_for(sequence.num_tokens) - len(place.shared)
         # Those that are in may each want a page soon: who comes in now should not be the next to go.

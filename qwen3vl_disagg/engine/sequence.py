@@ -48,8 +48,8 @@ class Samples:
 
     def keep(self, first: Sequence, logits_V: Tensor) -> None:
         """The prompt is whole, and this is what follows it."""
-        if not first.generated and len(self.members) > 1:
-            self.first, self.logits_V = first, logits_V
+        if not first.generated and any(s is not first and not s.generated for s in self.members):
+            self.first, self.logits_V = first, logits_V.clone()  # of all that the step gave it was a view
 
     def share(self, sequence: Sequence) -> Tensor:
         """The logits that follow the prompt; its times become those of `sequence`, too."""
@@ -89,8 +89,6 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     rows: dict[int, VisualRows] = field(default_factory=dict)
     """Item -> its rows that are here now; the rows before them have been consumed."""
-    restarted: set[int] = field(default_factory=set)
-    """Items whose next rows must begin with the first one that is needed."""
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
     """Tokens whose keys and values are in pages."""
@@ -121,7 +119,7 @@ class Sequence:
     @cached_property
     def sampling_row(self) -> SamplingRow:
         """What the sampler needs; it sees `generated` grow."""
-        return SamplingRow(self.sampling, self.seed, self.token_ids, self.generated)
+        return SamplingRow(self.sampling, self.seed, self.token_ids, self.generated, self.samples)
 
     @property
     def name(self) -> str:
@@ -217,7 +215,6 @@ class Sequence:
     def restart(self, index: int) -> None:
         """Go back to the first needed row of an item that is not all in the cache."""
         self.rows.pop(index, None)
-        self.restarted.add(index)
         self.num_cached = min(self.num_cached, self.items[index].token_of(self.first_row(index)))
 
     def leave(self) -> None:
@@ -226,7 +223,6 @@ class Sequence:
         self.node, self.num_remembered = ROOT, 0
         self.__dict__.pop("sampling_row", None)  # and with it what the sampler keeps of it
         self.rows.clear()
-        self.restarted.clear()
 
     def touched(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Items with rows among the prompt's tokens [start, stop): (index, first row, row after the last).

@@ -166,7 +166,6 @@ async def _chunks(
             made.usage = None
         return made
 
-    num_running = len(runs)
     async for number, event, new in events:
         run = runs[number]
         choice = CompletionChoice(index=number, text=new.content, finish_reason=None)
@@ -196,7 +195,6 @@ async def _chunks(
                 choice.finish_reason = "length" if request.is_scoring else run.answer.reason
                 choice.timings = event.timings
                 yield chunk(choice)
-                num_running -= 1
     if request.include_usage:
         last = chunk()
         last.usage = _usage(runs)

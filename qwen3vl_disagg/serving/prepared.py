@@ -166,8 +166,9 @@ def _of_prompts(parsed: Parsed, processor: Processor, stop: StopSignal) -> Prepa
             raise InputError(reason, param="n")
         told = [prompt.token_ids for prompt in prompts] * (n if request.echo else 1)
         check_num_scores(told, request.num_scores, "logprobs")
+        fields = request.sampling.told_by_ids(processor)
         sampled = [
-            request.sampling.params(
+            fields.params(
                 processor,
                 num_prompt=len(prompt.token_ids),
                 cache_salt=request.cache_salt,

@@ -11,7 +11,7 @@ from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.sampling_params import MAX_NEW_TOKENS, OPTIONS, Route, SamplingParams
 from qwen3vl_disagg.processing import Processor
-from qwen3vl_disagg.processing.bad_words import with_ids
+from qwen3vl_disagg.processing.bad_words import with_ids, word_ids
 from qwen3vl_disagg.processing.request_fields import is_one_of, read_flag
 
 
@@ -44,6 +44,12 @@ class SamplingFields(msgspec.Struct, frozen=True):
     @property
     def wants_logprobs(self) -> bool:
         return "logprobs" in self.values
+
+    def told_by_ids(self, processor: Processor) -> SamplingFields:
+        """The same with ids for bad words: once for all prompts of a request."""
+        if not (words := self.values.get("bad_words")):
+            return self
+        return SamplingFields(self.values | {"bad_words": word_ids(words, processor.tokenizer)}, self.spelled)
 
     def params(
         self,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.pooling import Pooling
 from qwen3vl_disagg.core.readers import Number
 from qwen3vl_disagg.core.sampling_params import DEFAULTS, NO_OPTIONS, OPTIONS, ORDER, ROUTES, SamplingParams
 from qwen3vl_disagg.processing.generation import GenerationDefaults
@@ -116,3 +117,16 @@ def test_spellings_that_mean_the_same():
     given[9] = math.nan
     assert params.logit_bias == {7: 1.0, 8: 2.0}
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+
+
+def test_ids_of_bad_words_are_bounded_together():
+    most = [[5] * 4096] * 4
+    assert SamplingParams(bad_words=[*most, "a"]).bad_words[:4] == most
+    with pytest.raises(InputError, match="bad_words have 16385 tokens, up to 16384 may be"):
+        SamplingParams(bad_words=[*most, [5]])
+
+
+def test_what_is_pooled_of_a_prompt_is_one_thing():
+    with pytest.raises(InputError, match="n must be 1") as caught:
+        SamplingParams(n=2, pooling=Pooling())
+    assert caught.value.param == "n"

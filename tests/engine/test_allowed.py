@@ -11,6 +11,7 @@ import torch
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.engine.allowed import AllowedTokens
 from qwen3vl_disagg.engine.sampler import Sampler, apply_masks, fill_by_bits
 from qwen3vl_disagg.engine.sampling import SamplingRow
 from qwen3vl_disagg.processing.bad_words import with_ids
@@ -196,3 +197,31 @@ def test_a_word_is_taken_as_it_begins_and_within_a_text():
     assert [words.encode(text) for text in texts[:4]] == params.bad_words[:4]
     assert len(params.bad_words[2]) > 1
     assert with_ids(params, words) is params
+
+
+def test_words_of_ordinary_texts_are_never_too_many_ids():
+    words = tokenizer()
+    many = [f"word {number}" for number in range(512)]
+    assert len(with_ids(SamplingParams(bad_words=[*many, *map(str, range(88))]), words).bad_words) == 1200
+    long = "".join(chr(0x1F600 + number % 64) for number in range(120))
+    assert max(map(len, with_ids(SamplingParams(bad_words=[long]), words).bad_words)) > 256
+    with pytest.raises(InputError, match=r"bad_words have \d+ tokens, up to 16384") as caught:
+        with_ids(SamplingParams(bad_words=[long] + [f"{number}{long}" for number in range(99)]), words)
+    assert caught.value.param == "bad_words"
+
+
+def test_what_may_come_is_worked_out_once_for_all_answers_and_after_a_preemption(monkeypatch):
+    made = []
+
+    def counting(*args, **options):
+        made.append(AllowedTokens(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr("qwen3vl_disagg.engine.sampler.AllowedTokens", counting)
+    engine = make_engine()
+    pool = engine.scheduler.pool
+    assert pool.allocate(pool.num_free - pool.pages_for(len(PROMPT) + 60))
+    several = SamplingParams(n=3, seed=1, temperature=1.0, max_new_tokens=60, ignore_eos=True, bad_words=[[40], [7, 8]])
+    run(engine, {"several": (PROMPT, several)})
+    assert engine.scheduler.num_preempted > 0
+    assert len(made) == 1

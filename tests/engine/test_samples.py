@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from msgspec import structs
 
@@ -10,6 +12,7 @@ from qwen3vl_disagg.engine.engine import Engine, Preempted
 from qwen3vl_disagg.engine.sampling import sample_seed
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.protocol.messages import Finished, NeedItems, PromptLogprobs, RequestFailed, Tokens
+from qwen3vl_disagg.protocol.session_events import Consumed
 from tests.support.engine import make_engine, make_requests, run
 from tests.support.random_model import random_language_model, small_config
 
@@ -183,3 +186,73 @@ def test_the_sessions_hear_of_a_preemption_when_nobody_has_the_prompt(model):
     assert scheduler.num_preempted >= 1
     assert not any(isinstance(event, (Preempted, NeedItems)) for event in events), "one of them had the prompt"
     pool.free(taken)
+
+
+def test_rows_on_their_way_to_an_answer_that_is_gone_are_dropped(model):
+    """The next one computes the prompt from its first row."""
+    ids, [item], [rows] = make_requests(model, 2)["r1"]
+    engine = make_engine(model, min_overlap_tokens=1)
+    engine.add("r1", ids, [item], SamplingParams(n=2, max_new_tokens=3))
+    engine.admit()
+    engine.provide_rows("r1", 0, replace(rows, stop=3), ItemTimings())
+    assert [event.rows for event in engine.step() if isinstance(event, Consumed)] == [3]
+    engine.cancel("r1", 0)
+    assert [type(event) for event in engine.admit()] == [NeedItems]
+    assert engine.provide_rows("r1", 0, replace(rows, start=3), ItemTimings()) == []
+    assert not [event for _ in range(3) for event in engine.step()]
+    engine.provide_rows("r1", 0, replace(rows, attempt=2), ItemTimings())
+    events = [event for _ in range(4) for event in engine.step()]
+    assert not any(isinstance(event, RequestFailed) for event in events)
+    assert len([event for event in events if isinstance(event, Tokens)]) == 3
+
+
+def test_what_follows_a_prompt_is_kept_alone_and_as_long_as_answers_wait_for_it(model):
+    requests = make_requests(model, 4)
+    engine = make_engine(model, max_running=4)
+    for name, (ids, items, _) in requests.items():
+        engine.add(name, ids, items, structs.replace(SAMPLED, n=2))
+    engine.admit()
+    samples = engine.scheduler.samples["r0"]
+    feed(engine, requests, 1)
+    assert samples.logits_V.untyped_storage().nbytes() == samples.logits_V.nbytes
+    others = [s for s in samples.members if s is not samples.first]
+    for sequence in others:
+        sequence.generated.append(5)
+    samples.first.generated.clear()
+    logits_V, samples.logits_V = samples.logits_V, None
+    samples.keep(samples.first, logits_V)
+    assert samples.logits_V is None
+
+
+@pytest.mark.parametrize("num_tokens", [8, 9])
+def test_pages_behind_a_shared_prompt_are_remembered(model, num_tokens):
+    """Also where the prompt ends with a page; the answers are found by who goes on with one of them."""
+    ids = list(range(10, 10 + num_tokens))
+    engine = make_engine(model)
+    found = answers(run(engine, {"r": (ids, [], [])}, SAMPLED)["r"])
+    for answer in found:
+        engine.add("next", [*ids, *(t for t, _ in answer)], [], SamplingParams(max_new_tokens=1))
+        engine.admit()
+        assert engine.scheduler.admitted["next"].num_found == (num_tokens + len(answer) - 1) // 4 * 4
+        engine.cancel("next")
+
+
+def test_the_sessions_hear_once_that_nobody_has_the_prompt_and_rows_are_asked_for_once_more(model):
+    requests = make_requests(model, 2)
+    engine = make_engine(model, max_running=3, prefix_cache=False)
+    engine.add("r0", *requests["r0"][:2], SamplingParams(max_new_tokens=28, ignore_eos=True))
+    engine.add("r1", *requests["r1"][:2], structs.replace(SAMPLED, n=2, max_new_tokens=40, ignore_eos=True))
+    feed(engine, requests, 4)
+    pool, scheduler = engine.scheduler.pool, engine.scheduler
+    assert len(scheduler.admitted) == 3
+    taken = pool.allocate(pool.num_free)
+    events = []
+    events += feed(engine, requests, 80)
+    assert "r0" not in scheduler.samples
+    pool.free(taken)
+    events += feed(engine, requests, 100)
+    kinds = [type(event) for event in events if isinstance(event, (Preempted, NeedItems))]
+    assert kinds[:2] == [Preempted, NeedItems]
+    assert kinds == kinds[:2] * (len(kinds) // 2), "once for both answers, each time"
+    assert engine.is_empty
+    assert len([e for e in events if isinstance(e, Finished)]) == 3

@@ -22,6 +22,13 @@ from qwen3vl_disagg.transport.buffers import VisualRows
 PAD = 0
 
 
+class Context(tuple):
+    """What a next token follows from, in place of logits."""
+
+    def clone(self) -> Context:
+        return self
+
+
 def next_token(context: tuple) -> int:
     return 1 + int.from_bytes(hashlib.blake2b(repr(context).encode(), digest_size=4).digest(), "little") % 5
 
@@ -212,7 +219,7 @@ class Program:
                 if high < sequence.items[index].num_rows:
                     self.lacking.append((sequence, index))
         if is_last:
-            sequence.samples.keep(sequence, context)
+            sequence.samples.keep(sequence, Context(context))
             self.accept(sequence, context)
 
     def accept(self, sequence: Sequence, context: tuple) -> None:

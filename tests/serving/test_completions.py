@@ -11,7 +11,7 @@ import pytest
 from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, TokenEvent
 from qwen3vl_disagg.core.errors import OverloadedError
 from qwen3vl_disagg.core.requests import TokenLogprob
-from qwen3vl_disagg.processing.tokenizer import TextStream
+from qwen3vl_disagg.processing.tokenizer import TextStream, Tokenizer
 from qwen3vl_disagg.serving import completion_request, prompt_scores
 from tests.support.asgi import is_on_a_loop
 from tests.support.fake_backend import FakeBackend, answer_of, serve, timings, tiny_processor
@@ -314,3 +314,17 @@ def test_a_large_body_is_prepared_in_a_child():
     assert [handle.prompt.token_ids for handle in on.handles] == body["prompt"]
     assert {handle.sampling.cache_salt for handle in on.handles} != {""}
     assert on.handles[99].sampling.logit_bias == {3: 1.0}
+
+
+def test_bad_words_are_tokenized_once_for_all_prompts(monkeypatch):
+    encoded, encode = Counter(), Tokenizer.encode
+
+    def counting(self, text, *args, **options):
+        encoded[text] += 1
+        return encode(self, text, *args, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", counting)
+    on = backend()
+    ok({"prompt": ["a", "b", "c"], "bad_words": ["purple"]}, on)
+    assert (encoded["purple"], encoded[" purple"]) == (1, 1)
+    assert all(handle.sampling.bad_words for handle in on.handles)
