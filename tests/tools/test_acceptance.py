@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.scripted_server import CITY, answer
+from tools.acceptance import run
 from tools.acceptance.catalogue import CLIENTS, FEATURES, Client
-from tools.acceptance.run import Cell, run_script, table, try_client
+from tools.acceptance.run import Cell, fits, main, prepare, run_script, scripted, table, try_client
 
 HEAD = "from tools.acceptance.checks import refused, run\n"
 FAILS = """
@@ -89,6 +90,69 @@ def test_a_script_that_hangs_is_ended(tmp_path, script, told):
     client = Client(**{**script("import time\ntime.sleep(60)").__dict__, "limit_s": 1})
     [cell] = run_script(client, "", environment(tmp_path / "env" / "a"), told)
     assert cell == Cell("(the script)", "exit not done after 1 s", "exit 0", "")
+
+
+@pytest.mark.parametrize("text", ["", "run({})", "run({'chat': lambda: os._exit(0), 'n = 2': int})"])
+def test_a_script_without_its_cells_is_wrong(tmp_path, script, told, text):
+    environment(tmp_path / "env" / "a")
+    _, wrong = try_client(script("import os\n" + text), tmp_path / "env", told)
+    assert wrong[0].startswith("a: (the script): 0 cells")
+
+
+def test_a_script_of_whom_nothing_is_asked_has_no_cells(tmp_path, script, told):
+    environment(tmp_path / "env" / "a")
+    only = told | {"ACCEPTANCE_ONLY": "n = 2"}
+    assert try_client(script("run({'chat': int})"), tmp_path / "env", only) == ({}, [])
+
+
+def test_fits():
+    assert fits("y", "y")
+    assert fits("401 invalid_api_key", "401 invalid_api_key")
+    assert fits("401", "401 invalid_api_key")
+    for result in ("400", "401 other", "wrong", "", "y"):
+        assert not fits(result, "401 invalid_api_key")
+    assert not fits("401", "y")
+
+
+def test_a_dead_environment_is_one_line(tmp_path, monkeypatch):
+    client = Client("a", "a.py", ("a",))
+    monkeypatch.setattr(run, "install", lambda *_: None)
+    ready, [line] = prepare([client], tmp_path)
+    assert ready == {}
+    assert line.startswith(f"a: no environment at {tmp_path / 'a'}: ")
+    assert "\n" not in line
+
+
+def test_a_scripted_server_that_dies_is_told(tmp_path, monkeypatch):
+    for name in ("tests", "tests/support"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+    (tmp_path / "tests" / "support" / "scripted_server.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(run, "REPO", tmp_path)
+    with pytest.raises(RuntimeError, match=r"did not come up .*exit 3"), scripted(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--only", "dance"], "no feature has 'dance'"),
+        (["--write", "x.md", "llm"], "--write puts the whole table"),
+        (["--write", "x.md", "--only", "chat"], "--write puts the whole table"),
+        (["--write", "not-there.md"], "--write: "),
+    ],
+)
+def test_options_that_are_refused(options, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(options)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_page_has_the_features_in_their_order():
+    page = (Path(__file__).parent.parent.parent / "docs" / "clients.md").read_text()
+    rows = page.partition("<!-- table: clients -->")[2].partition("<!-- end -->")[0].strip().splitlines()[2:]
+    assert tuple(row.split("|")[1].strip() for row in rows) == FEATURES
 
 
 def test_rows_are_features_in_their_order():

@@ -25,6 +25,7 @@ FEATURES = (
     "tool_choice: by name",
     "parallel_tool_calls: false",
     "json_object",
+    "json_object (s)",
     "json_schema",
     "typed answer",
     "typed answer by a tool",

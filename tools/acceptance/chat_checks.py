@@ -38,14 +38,17 @@ def chat_checks(chat: Callable[..., Any]) -> dict[str, Check]:
 
     def logprobs() -> bool:
         told = chat(logprobs=True, top_logprobs=3).choices[0].logprobs.content
-        return all(len(entry.top_logprobs) == 3 and entry.logprob <= 0 for entry in told)
+        return bool(told) and all(len(entry.top_logprobs) == 3 and entry.logprob <= 0 for entry in told)
 
     def sampling() -> bool:
         text = said(chat())
-        seeded = {said(chat(temperature=1, top_p=0.9, seed=5, max_tokens=20)) for _ in range(2)}
-        short = chat(max_tokens=None, max_completion_tokens=3).usage.completion_tokens
+        before, piece = text.partition(text[3:6])[:2]
+        same, *others = [said(chat(temperature=2, seed=seed, max_tokens=20)) for seed in (5, 5, 6, 7, 8)]
+        one = chat(max_tokens=None, max_completion_tokens=1).usage.completion_tokens
         chat(presence_penalty=0.5, frequency_penalty=0.5, logit_bias={"50": -100}, user="me")
-        return len(seeded) == 1 and short <= 3 and chat(stop=text[1:3]).choices[0].finish_reason == "stop"
+        assert others[0] == same
+        assert set(others) != {same}
+        return one == 1 and before != "" and said(chat(stop=piece)) == before
 
     return {
         "chat": lambda: said(chat([{"role": "system", "content": "Be brief."}, *user()])),

@@ -75,6 +75,11 @@ def city(found: Any) -> bool:
     return set(value) == {"city", "warm"} and value["city"] in ("Paris", "Rome") and isinstance(value["warm"], bool)
 
 
+def unit(vector: Any) -> bool:
+    """Whether it has length 1."""
+    return abs(sum(value * value for value in vector) - 1) < 1e-3
+
+
 def raised(kind: type[BaseException], check: Check) -> Any:
     """What the check raises. AssertionError if it does not."""
     try:
@@ -114,10 +119,10 @@ def _late(*_: object) -> None:
 def run(checks: Mapping[str, Check | tuple[Check, str]]) -> None:
     """Run all checks, or those whose feature has what ACCEPTANCE_ONLY says."""
     signal.signal(signal.SIGALRM, _late)
-    for feature, one in checks.items():
+    chosen = {name: one for name, one in checks.items() if os.environ.get("ACCEPTANCE_ONLY", "") in name}
+    print(f"\nCHECKS {len(chosen)}", flush=True)
+    for feature, one in chosen.items():
         check, expect = one if isinstance(one, tuple) else (one, "y")
-        if os.environ.get("ACCEPTANCE_ONLY", "") not in feature:
-            continue
         result, detail = "y", ""
         signal.alarm(LIMIT_S)
         try:

@@ -3,7 +3,7 @@ import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { Output, embed, generateObject, generateText, stepCountIs, streamObject, streamText, tool } from "ai";
 import { z } from "zod";
-import { IMAGE, KEY, MODEL, QUESTION, SCRIPTED_URL, SEEN, URL, VECTORS_URL, city, raised, refused, run } from "./checks.mjs";
+import { IMAGE, KEY, MODEL, QUESTION, SCRIPTED_URL, SEEN, URL, VECTORS_URL, city, raised, run, unit } from "./checks.mjs";
 
 const options = { name: "here", apiKey: KEY, includeUsage: true, supportsStructuredOutputs: true };
 const here = createOpenAICompatible({ ...options, baseURL: URL });
@@ -82,7 +82,7 @@ await run({
   "responses: tools": async () => city((await respond({ tools, toolChoice: "required" })).toolCalls[0].input),
   "responses: typed answer": async () => city((await generateObject({ ...byResponse, schema })).object),
   "embeddings (e)": async () =>
-    (await embed({ maxRetries: 0, model: vectors.embeddingModel(MODEL), value: "a" })).embedding.length > 0,
+    unit((await embed({ maxRetries: 0, model: vectors.embeddingModel(MODEL), value: "a" })).embedding),
   "an error's class, code and place": async () =>
     (await raised(ask({ temperature: -1 }))).data.error.param === "temperature",
 });

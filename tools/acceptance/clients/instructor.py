@@ -55,7 +55,7 @@ run(
         "chat, streamed": lambda: city(list(ask(Mode.TOOLS, response_model=instructor.Partial[City], stream=True))[-1]),
         "two calls (s)": two_calls,
         "tool_choice: by name": lambda: city(ask(Mode.TOOLS)),
-        "json_object": lambda: city(ask(Mode.JSON, scripted=True)),
+        "json_object (s)": lambda: city(ask(Mode.JSON, scripted=True)),
         "json_schema": lambda: city(ask(Mode.JSON_SCHEMA)),
         "typed answer by a tool": lambda: city(ask(Mode.TOOLS_STRICT)),
         "typed answer by the prompt (s)": lambda: city(ask(Mode.MD_JSON, scripted=True)),

@@ -21,6 +21,7 @@ from tools.acceptance.checks import (
     look,
     refused,
     run,
+    unit,
 )
 from tools.acceptance.city import City
 
@@ -85,7 +86,7 @@ run(
         "parallel_tool_calls: false": lambda: (
             len(forced.bind(parallel_tool_calls=False).invoke(QUESTION).tool_calls) == 1
         ),
-        "json_object": lambda: city(script.with_structured_output(City, method="json_mode").invoke("JSON, please")),
+        "json_object (s)": lambda: city(script.with_structured_output(City, method="json_mode").invoke("JSON, please")),
         "json_schema": lambda: city(chat.with_structured_output(City, method="json_schema").invoke(QUESTION)),
         "typed answer": lambda: city(chat.with_structured_output(City).invoke(QUESTION)),
         "typed answer by a tool": lambda: city(
@@ -106,9 +107,11 @@ run(
             new.bind_tools([weather], tool_choice="any", strict=True).invoke(QUESTION).tool_calls[0]["args"]
         ),
         "responses: typed answer": lambda: city(new.with_structured_output(City).invoke(QUESTION)),
-        "embeddings (e)": lambda: OpenAIEmbeddings(
-            model=MODEL, base_url=VECTORS_URL, check_embedding_ctx_length=False, max_retries=0
-        ).embed_query("a"),
+        "embeddings (e)": lambda: unit(
+            OpenAIEmbeddings(
+                model=MODEL, base_url=VECTORS_URL, check_embedding_ctx_length=False, max_retries=0
+            ).embed_query("a")
+        ),
         "an error's class, code and place": refused(
             "400 invalid_request", lambda: chat.bind(temperature=-1).invoke(QUESTION)
         ),

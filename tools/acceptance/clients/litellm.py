@@ -24,6 +24,7 @@ from tools.acceptance.checks import (
     raised,
     refused,
     run,
+    unit,
     user,
 )
 from tools.acceptance.city import City
@@ -73,7 +74,11 @@ run(
         ),
         "messages": lambda: litellm.anthropic.messages.create(**GIVEN, messages=user(), max_tokens=32)["content"][0],
         "embeddings (e)": lambda: (
-            len(litellm.embedding(**{**GIVEN, "api_base": VECTORS_URL}, input=["a", "b"]).data) == 2
+            [
+                unit(one["embedding"])
+                for one in litellm.embedding(**{**GIVEN, "api_base": VECTORS_URL}, input=["a", "b"]).data
+            ]
+            == [True, True]
         ),
         "an error's class, code and place": lambda: (
             "temperature" in str(raised(litellm.BadRequestError, lambda: chat(temperature=-1)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -19,12 +20,12 @@ def entry(name: str, url: str, *more: str) -> str:
     return "\n  ".join(lines) + "\n"
 
 
-def llm(model: str, *args: str) -> str:
+def llm(model: str, *args: str, stream: str = "stdout") -> str:
     env = os.environ | {"LLM_USER_PATH": str(HOME)}
     done = subprocess.run(["llm", "-m", model, *args], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    return done.stdout.strip()
+    return getattr(done, stream).strip()
 
 
 HOME.mkdir()
@@ -37,19 +38,19 @@ run(
         "quick start": lambda: llm("here", "Ten fun names for a pet pelican"),
         "chat": lambda: llm("here", "--no-stream", "-s", "Be brief.", QUESTION),
         "chat, streamed": lambda: llm("here", QUESTION) == llm("here", "--no-stream", QUESTION),
-        "usage in a stream": lambda: llm("here", "-u", QUESTION),
-        "image sent along": lambda: llm("here", "-a", str(IMAGE), QUESTION),
+        "usage in a stream": lambda: re.search(r"[1-9]\d* input, [1-9]", llm("here", "-u", QUESTION, stream="stderr")),
+        "image sent along": lambda: llm("here", "-a", str(IMAGE), QUESTION) == SEEN,
         "image by http: URL (s)": lambda: llm("script", "--at", IMAGE_URL, "image/png", QUESTION) == SEEN,
         "tools offered": lambda: llm("here", "-T", "llm_version", QUESTION),
         "tool loop (s)": lambda: llm("script", "--functions", FUNCTION, QUESTION) == SEEN,
-        "json_object": lambda: city(llm("script", "-o", "json_object", "1", "JSON, please")),
+        "json_object (s)": lambda: city(llm("script", "-o", "json_object", "1", "JSON, please")),
         "json_schema": lambda: city(llm("here", "--schema", SCHEMA, QUESTION)),
         "sampling options": lambda: llm(
             "here", "-o", "seed", "3", "-o", "temperature", "0.5", "-o", "max_tokens", "9", QUESTION
         ),
         "completions": lambda: llm("old", "-o", "max_tokens", "4", "a red"),
         "responses": lambda: llm("new", "--no-stream", QUESTION),
-        "responses, streamed": lambda: llm("new", "-a", str(IMAGE), QUESTION),
+        "responses, streamed": lambda: llm("new", "-a", str(IMAGE), QUESTION) == SEEN,
         "responses: typed answer": lambda: city(llm("new", "--schema", SCHEMA, QUESTION)),
     }
 )

@@ -2,7 +2,7 @@
 import OpenAI from "openai";
 import { zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
 import { z } from "zod";
-import { CITY, DATA_URI, IMAGE_URL, MODEL, QUESTION, SCRIPTED_URL, SEEN, VECTORS_URL, city, raised, refused, run } from "./checks.mjs";
+import { CITY, DATA_URI, IMAGE_URL, MODEL, QUESTION, SCRIPTED_URL, SEEN, VECTORS_URL, city, raised, refused, run, unit } from "./checks.mjs";
 
 const client = new OpenAI({ maxRetries: 0 });
 const script = new OpenAI({ maxRetries: 0, baseURL: SCRIPTED_URL });
@@ -39,7 +39,7 @@ async function quickStart() {
       { role: "user", content: "Are semicolons optional in JavaScript?" },
     ],
   });
-  return ["completed", "incomplete"].includes(response.status) && completion.choices[0].message;
+  return ["completed", "incomplete"].includes(response.status) && typeof completion.choices[0].message.content === "string";
 }
 
 async function loop() {
@@ -50,10 +50,14 @@ async function loop() {
 }
 
 async function cancelled() {
+  // 32 streams, twice as many as the server has places
   const abort = new AbortController();
-  const body = { model: MODEL, messages: user(), max_tokens: 500, ignore_eos: true, stream: true };
-  for await (const _ of await client.chat.completions.create(body, { signal: abort.signal })) break;
+  const body = { model: MODEL, messages: user(), max_tokens: 1000, ignore_eos: true, stream: true };
+  const begin = () => client.chat.completions.create(body, { signal: abort.signal });
+  const streams = [...Array(32)].map(begin);
+  for await (const _ of await streams[0]) break;
   abort.abort();
+  await Promise.allSettled(streams);
   const began = Date.now();
   await ask({ max_tokens: 1 });
   return Date.now() - began < 2000;
@@ -94,7 +98,8 @@ await run({
     (await chunks({ stream: true, messages: user("think") }, script))
       .map((one) => one.choices[0].delta.reasoning_content ?? "").join("") === "I look.",
   "log probabilities": async () =>
-    (await ask({ logprobs: true, top_logprobs: 2 })).choices[0].logprobs.content.every((one) => one.top_logprobs[1]),
+    (await ask({ logprobs: true, top_logprobs: 2 })).choices[0].logprobs.content
+      .map((one) => one.top_logprobs.length).every((count, _, all) => all.length > 1 && count === 2),
   "n = 2": async () => (await ask({ n: 2, temperature: 1 })).choices.length === 2,
   "completions": async () =>
     (await client.completions.create({ model: MODEL, prompt: "a red", max_tokens: 3 })).choices[0].text,
@@ -107,7 +112,8 @@ await run({
     return city((await client.responses.parse({ model: MODEL, input: QUESTION, text })).output_parsed);
   },
   "embeddings (e)": async () =>
-    (await client.withOptions({ baseURL: VECTORS_URL }).embeddings.create({ model: MODEL, input: ["a", "b"] })).data[1],
+    (await client.withOptions({ baseURL: VECTORS_URL }).embeddings.create({ model: MODEL, input: ["a", "b"] }))
+      .data.map((one) => unit(one.embedding)).join() === "true,true",
   "an error's class, code and place": errors,
   "wrong key": refused("401 invalid_api_key", () => ask({}, client.withOptions({ apiKey: "sk-other" }))),
   "32 at once": async () =>
