@@ -99,7 +99,7 @@ class Preparation:
 
         `account` is not given back while a thread has the body or what was read from it. When this ends, a thread that
         is looking at media is free within 0.3 s, and so is one that waits for a child, which is killed; parsing and
-        tokenizing of small bodies go on to their end.
+        tokenizing of small bodies, and the check of a grammar that has begun, go on to their end.
         """
         stop = StopSignal(deadline)
         try:

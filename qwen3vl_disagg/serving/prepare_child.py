@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -63,6 +64,8 @@ URLS_AT_ONCE = 64
 """Of MAX_URL_CHARS each they fit into one header."""
 GRAMMAR_CPU_S, GRAMMAR_S = 0.7, 20.0
 """How long a grammar may take to be checked, in CPU time and by the clock."""
+_TOO_MUCH = (signal.SIGPROF, signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV)
+"""What ends a check that took all its CPU time, or memory."""
 _IDLE_S = 0.2
 """Without a job for so long, a child makes its vocabulary for grammars."""
 _SLICE_S = 0.1
@@ -205,8 +208,9 @@ class PreparePool:
         raise PreparationFailed
 
     def check_grammar(self, grammar: Grammar, *, in_reasoning: bool, stop: StopSignal) -> None:
-        """InputError for a grammar that is wrong, or takes more than it may, of time or memory; Stopped once `stop` is
-        set. The child is killed then. PreparationFailed when a new one does not begin either."""
+        """InputError for a grammar that is wrong, or takes more than it may, of time or memory; PreparationFailed when
+        it could not be checked, or a new child does not begin either. Stopped once `stop` is set, whose child is killed
+        unless the check has begun: that goes on to its end, and the child with its vocabulary stays."""
         for is_last in (False, True):
             child = self._take(stop, must_be_new=is_last)
             is_begun = False
@@ -215,7 +219,7 @@ class PreparePool:
                 if not isinstance(child.receive(), Ready):
                     raise ChildFailed("nonsense")
                 is_begun = True
-                child.patience_s = GRAMMAR_S
+                child.patience_s, child.stop = GRAMMAR_S, StopSignal()
                 checked = child.receive()
                 if not isinstance(checked, Checked):
                     raise ChildFailed("nonsense")
@@ -224,15 +228,14 @@ class PreparePool:
                 self.warm_up()
                 if not isinstance(error, ChildFailed):
                     raise
-                if is_begun:
-                    problem = "the grammar takes too long"
-                    raise InputError(problem, param=grammar.param, code="grammar_too_complex") from None
-                if is_last:
+                if is_begun and error.why == "slow":
+                    raise _takes_too_long() from None
+                if is_begun or is_last:
                     raise PreparationFailed from error
                 continue  # it had ended before this request
             self._give_back(child)
             if checked.failure is not None:
-                raise checked.failure.error().at(grammar.param)
+                raise checked.failure.error()
             return
 
     def _next(self, child: ChildProcess, stop: StopSignal, fetch: Fetch | None) -> Made | NotMade:
@@ -400,33 +403,46 @@ def make_check(processor: Processor) -> Callable[[Grammar, bool], None]:
     return GrammarCheck(processor)
 
 
+def _takes_too_long() -> InputError:
+    return InputError("the grammar takes too long", code="grammar_too_complex")
+
+
 def check_grammar(job: GrammarJob, check: Callable[[Grammar, bool], None]) -> Checked:
     """In a fork, which more CPU time or memory than it may have ends: this process, and its vocabulary, stay."""
     reader, writer = os.pipe()
     this = os.getpid()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:  # no process more, or no memory
+        logger.exception("no grammar can be checked")
+        os.close(reader)
+        os.close(writer)
+        return Checked(Failure.of(PreparationFailed()))
     if pid == 0:
         try:
             die_with_parent(this)
             sandbox.start_nothing()
             sandbox.allow_cpu(GRAMMAR_CPU_S)
             os.write(writer, msgspec.msgpack.encode(_checked(job, check)))  # less than a pipe takes at once
-        except Exception:
+        except BaseException:
             logger.exception("a grammar could not be checked")
         finally:
             os._exit(0)
     os.close(writer)
     with open(reader, "rb") as pipe:
         verdict = pipe.read()
-    os.waitpid(pid, 0)
+    _, status = os.waitpid(pid, 0)
     if verdict:
         return msgspec.msgpack.decode(verdict, type=Checked)
-    return Checked(Failure.of(InputError("the grammar takes too long", code="grammar_too_complex")))
+    is_too_much = os.WIFSIGNALED(status) and os.WTERMSIG(status) in _TOO_MUCH
+    return Checked(Failure.of(_takes_too_long() if is_too_much else PreparationFailed()))
 
 
 def _checked(job: GrammarJob, check: Callable[[Grammar, bool], None]) -> Checked:
     try:
         check(job.grammar, job.in_reasoning)
+    except MemoryError:
+        return Checked(Failure.of(_takes_too_long()))
     except DisaggError as error:
         return Checked(Failure.of(error))
     return Checked()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -14,11 +16,15 @@ from typing import Any
 
 import pytest
 
-from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.errors import Failure, InputError, PreparationFailed
 from qwen3vl_disagg.core.grammar import Grammar
-from qwen3vl_disagg.serving import known_grammars
+from qwen3vl_disagg.media.child import ChildProcess, Ready, pack
+from qwen3vl_disagg.media.stop import StopSignal
+from qwen3vl_disagg.serving import known_grammars, prepare_child
 from qwen3vl_disagg.serving.known_grammars import KnownGrammars
-from tests.support.fake_backend import ASK, PATH, FakeBackend
+from qwen3vl_disagg.serving.prepare_child import Checked, GrammarJob, PreparePool
+from qwen3vl_disagg.serving.prepared import Rules
+from tests.support.fake_backend import ASK, PATH, FakeBackend, tiny_processor
 from tests.support.http import post_json
 from tests.support.running import Running, wait_for
 
@@ -215,7 +221,87 @@ def test_a_child_that_died_between_two_grammars_is_no_fault(server):
     assert post(server, regex="after+")[0] == 200
 
 
+SLOW_CHILD = """
+import os, sys, time
+ready, checked = map(bytes.fromhex, sys.argv[1:])
+os.write(1, ready)
+while size := os.read(0, 4):
+    os.read(0, int.from_bytes(size, "big"))
+    os.write(1, ready)
+    time.sleep(0.5)
+    os.write(1, checked)
+"""
+
+
+def test_a_client_that_hangs_up_in_a_check_costs_no_child(monkeypatch):
+    """The check goes on to its end and has its verdict; the child checks the next one."""
+    pool = PreparePool(tiny_processor(), Rules(model_names=["tiny"]))
+    words = [pack(Ready()).hex(), pack(Checked(Failure.of(InputError("bad")))).hex()]
+    monkeypatch.setattr(pool, "_command", (sys.executable, "-S", "-c", SLOW_CHILD, *words))
+    begun, stop = list[ChildProcess](), StopSignal()
+    receive = ChildProcess.receive
+
+    def receive_and_leave(child: ChildProcess) -> Any:
+        """The client leaves when the check has begun."""
+        word = receive(child)
+        if isinstance(word, Ready) and child.stop is stop:
+            begun.append(child)
+            stop.set()
+        return word
+
+    monkeypatch.setattr(ChildProcess, "receive", receive_and_leave)
+    for signal_ in (stop, StopSignal()):
+        with pytest.raises(InputError, match="bad"):
+            pool.check_grammar(GRAMMAR, in_reasoning=False, stop=signal_)
+    [child] = begun
+    assert pool._idle == [child]
+    assert child.process.poll() is None
+    child.close()
+
+
 GRAMMAR = Grammar.of_regex("a", param="regex")
+FORKS = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # which has threads
+
+
+def code_of(check: Callable[[Grammar, bool], None]) -> str:
+    checked = prepare_child.check_grammar(GrammarJob(GRAMMAR, False), check)
+    assert checked.failure is not None
+    return checked.failure.code
+
+
+def test_a_process_that_cannot_fork_says_so(monkeypatch):
+    def refuse_fork() -> int:
+        raise BlockingIOError("too many processes")
+
+    num_files = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "fork", refuse_fork)
+    assert code_of(lambda *_: None) == PreparationFailed().code
+    assert len(os.listdir("/proc/self/fd")) == num_files
+
+
+@FORKS
+def test_a_check_that_goes_wrong_is_our_fault_and_its_traceback_is_shown(capfd):
+    def fail(grammar: Grammar, in_reasoning: bool) -> None:
+        raise ZeroDivisionError("of ours")
+
+    logging.getLogger(prepare_child.__name__).addHandler(handler := logging.StreamHandler())
+    try:
+        assert code_of(fail) == PreparationFailed().code
+    finally:
+        logging.getLogger(prepare_child.__name__).removeHandler(handler)
+    assert "ZeroDivisionError: of ours" in capfd.readouterr().err
+
+
+@FORKS
+@pytest.mark.parametrize("ending", [signal.SIGPROF, signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, None])
+def test_a_check_that_took_all_that_it_may_is_the_grammars_fault(ending):
+    def end(grammar: Grammar, in_reasoning: bool) -> None:
+        if ending is None:
+            raise MemoryError
+        signal.signal(ending, signal.SIG_DFL) if ending != signal.SIGKILL else None
+        os.kill(os.getpid(), ending)
+
+    assert code_of(end) == "grammar_too_complex"
 
 
 def refuse(_: Grammar) -> None:
