@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 
-from qwen3vl_disagg.cluster.backend import Event, RequestHandle
+from qwen3vl_disagg.cluster.backend import Event, FinishedEvent, RequestHandle
 from qwen3vl_disagg.processing import Parts
 from qwen3vl_disagg.serving.answer import Answer
 from qwen3vl_disagg.serving.intake import GRACE_S, Arrived, Intake
@@ -17,6 +17,8 @@ class Answers:
 
     def __init__(self, handles: Sequence[RequestHandle], answers: list[Answer], deadline: float, silence_s: float):
         self.all, self._handles = answers, handles
+        self.last = answers[0]
+        """The one that ended last."""
         self._deadline, self._silence_s = deadline + GRACE_S, silence_s
 
     @classmethod
@@ -63,8 +65,10 @@ class Answers:
                 async for event, new in sources[0]:
                     yield 0, event, new
                 return
-            async for entry in await stack.enter_async_context(aclosing(_merged(sources))):
-                yield entry
+            async for number, event, new in await stack.enter_async_context(aclosing(_merged(sources))):
+                if isinstance(event, FinishedEvent):
+                    self.last = self.all[number]
+                yield number, event, new
 
 
 async def _merged(
@@ -75,13 +79,12 @@ async def _merged(
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in sorted(done, key=waiting.__getitem__):
-                number = waiting.pop(task)
                 found = task.result()
+                number = waiting.pop(task)
                 if found is not None:
                     waiting[asyncio.ensure_future(anext(sources[number], None))] = number
                     yield number, *found
     finally:
         for task in waiting:
             task.cancel()
-        if waiting:
-            await asyncio.wait(waiting)
+        await asyncio.gather(*waiting, return_exceptions=True)  # several may have failed, with one error told

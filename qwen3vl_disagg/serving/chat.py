@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 from starlette.types import Receive, Scope, Send
 
-from qwen3vl_disagg.serving.answer import Answer, usage_of
+from qwen3vl_disagg.serving.answer import usage_of
 from qwen3vl_disagg.serving.answers import Answers
 from qwen3vl_disagg.serving.chat_request import ChatRequest
 from qwen3vl_disagg.serving.errors import JSONResponse
@@ -41,7 +41,7 @@ class ChatCompletions:
                 else:
                     async for _ in events:
                         pass
-                    completion = _completion(request, answers.all, **names)
+                    completion = _completion(request, answers, **names)
                     if sampling.prompt_logprobs is not None:
                         # Up to a second of work, which others need not wait for.
                         scores = answers.all[0].prompt_scores.by_token
@@ -51,17 +51,17 @@ class ChatCompletions:
             answers.cancel()
 
 
-def _completion(request: ChatRequest, answers: list[Answer], *, id: str, model: str) -> ChatCompletion:
-    choices = [Choice(index=i, message=one.message(), finish_reason=one.reason) for i, one in enumerate(answers)]
+def _completion(request: ChatRequest, answers: Answers, *, id: str, model: str) -> ChatCompletion:
+    choices = [Choice(index=i, message=one.message(), finish_reason=one.reason) for i, one in enumerate(answers.all)]
     completion = ChatCompletion(
         id=id,
         created=int(time.time()),
         model=model,
         choices=choices,
-        usage=usage_of(answers),
-        timings=max((answer.end.timings for answer in answers), key=lambda timings: timings.decode),
+        usage=usage_of(answers.all),
+        timings=answers.last.end.timings,
     )
-    for choice, answer in zip(choices, answers, strict=True):
+    for choice, answer in zip(choices, answers.all, strict=True):
         if request.sampling.wants_logprobs:
             choice.logprobs = Logprobs(content=answer.entries)
         if request.return_token_ids:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 from typing import Any
 
 import pytest
 
-from qwen3vl_disagg.cluster.backend import AllDecoded, TokenEvent
+from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, TokenEvent
 from qwen3vl_disagg.core.errors import UnavailableError
+from qwen3vl_disagg.core.requests import RequestTimings
 from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, serve, tiny_processor
 
 COMPLETIONS = "/v1/completions"
@@ -131,6 +133,24 @@ def test_what_goes_wrong_with_one_ends_all_with_one_error(is_streamed):
         assert "error" in events[-1]
     else:
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "unavailable")
+
+
+def test_all_that_fail_at_once_tell_one_error_and_log_nothing(caplog):
+    on = FakeBackend(lambda prompt, sampling: [AllDecoded(), UnavailableError("gone")])
+    assert serve(on).post(PATH, json={**ASK, "n": 8}).status_code == 503
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+def test_the_timings_are_those_of_the_answer_that_ended_last():
+    first, last = (RequestTimings(decode=ms) for ms in (9.0, 1.0))
+    scripts = iter(
+        [
+            [AllDecoded(), TokenEvent(5), FinishedEvent("stop", first)],
+            [AllDecoded(), TokenEvent(5), 0.1, FinishedEvent("stop", last)],
+        ]
+    )
+    assert post(PATH, {**ASK, "n": 2}, FakeBackend(lambda *_: next(scripts)))["timings"]["decode"] == 1.0
 
 
 @pytest.mark.parametrize(
