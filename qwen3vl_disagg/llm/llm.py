@@ -40,6 +40,7 @@ from qwen3vl_disagg.processing.pooling import (
     check_task,
     embed_messages,
     pair_messages,
+    parts_of,
     sized,
     with_instruction,
 )
@@ -276,9 +277,11 @@ class LLM:
         """
         check_task(self.processor.task, "rerank", "score")
         sampling = SamplingParams(max_new_tokens=1, pooling=self.processor.pooling())
+        asked = parts_of(query, "query")
 
         def make(number: int) -> Conversation:
-            return pair_messages(query, documents[number], instruction, ("query", f"documents[{number}]"))
+            where = f"documents[{number}]"
+            return pair_messages(asked, parts_of(documents[number], where), instruction, where)
 
         # What all begin with is computed for the first one, and found by the others.
         numbers = range(len(documents))

@@ -49,6 +49,11 @@ class Plan:
     num_pixels: int = 0
     """What has to be decoded: of a file all frames up to the last one that is looked at."""
 
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What encode ranks tell it by, within a request."""
+        return self.digest, self.grid, self.frames, self.is_frame_list
+
     def run_rows(self, vision: VisionConfig) -> int:
         return self.grid[1] * self.grid[2] // vision.merge_unit
 
@@ -92,8 +97,8 @@ class MediaPlanner:
         self._images: dict[bytes, ImageInfo] = {}
         self._clips: dict[bytes, VideoInfo] = {}
         self._pixels = _Pixels()
-        self._planned: set[tuple[str, tuple[int, ...]]] = set()
-        """In earlier prompts of the request."""
+        self._planned: set[tuple[object, ...]] = set()
+        """In earlier prompts of the request: what is encoded once."""
         self._digests: dict[int, tuple[str, bytes]] = {}
         """By the identity of bytes, which are kept here: those of one URL may stand in every part."""
 
@@ -112,9 +117,9 @@ class MediaPlanner:
                     param=entry.param,
                     code="context_length_exceeded",
                 )
-            if (plans[-1].digest, plans[-1].frames) not in self._planned:
+            if plans[-1].content not in self._planned:
                 self._pixels.add(plans[-1])
-        self._planned |= {(plan.digest, plan.frames) for plan in plans}
+        self._planned |= {plan.content for plan in plans}
         return plans
 
     def _look_at_image(self, data: bytes) -> ImageInfo:

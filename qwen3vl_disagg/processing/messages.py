@@ -314,9 +314,10 @@ def urls_in(raw: object) -> list[MediaUrl]:
 
 
 def put_fetched(raw: object, fetched: Mapping[str, bytes]) -> None:
-    """Put the bytes of each URL in its place."""
+    """Put the bytes of each URL in its place. A part may stand at several places."""
     for holder, key, *_ in list(_places_of(raw, _is_url)):
-        holder[key] = FetchedBytes(fetched[holder[key]])
+        if isinstance(url := holder[key], str):
+            holder[key] = FetchedBytes(fetched[url])
 
 
 def put_decoded(raw: object) -> None:
@@ -325,7 +326,7 @@ def put_decoded(raw: object) -> None:
     found: dict[str, FetchedBytes] = {}
     for holder, key, where, what, limit in list(_places_of(raw, is_data_uri)):
         uri = holder[key]
-        if what == "image":
+        if what == "image" and isinstance(uri, str):  # a part may stand at several places
             if uri not in found:
                 found[uri] = FetchedBytes(read_data_uri(uri, where, what, limit))
             holder[key] = found[uri]

@@ -16,6 +16,7 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import CheckpointError, InputError
 from qwen3vl_disagg.core.settings import Task, TaskChoice
+from qwen3vl_disagg.processing.json_values import check_text
 from qwen3vl_disagg.processing.messages import Placed
 from qwen3vl_disagg.processing.prompt_options import MediaOptions, PromptOptions
 
@@ -33,6 +34,8 @@ OF_IMAGES = MediaOptions(min_pixels=4096, max_pixels=1_843_200)
 OF_CLIPS = MediaOptions(total_pixels=7_864_320, fps=1.0, max_frames=64)
 """Where a request says nothing of sizes and frames."""
 MAX_INSTRUCTION_CHARS = 2**14
+MAX_PARTS = 1024
+"""Of an input."""
 MODULES_FILE = "modules.json"
 _BY_MODULE: dict[str, Task] = {"Pooling": "embed", "LogitScore": "rerank"}
 """Last word of a module's type in sentence-transformers' list of them."""
@@ -80,7 +83,7 @@ def embed_messages(given: object, instruction: object, where: str) -> Conversati
     """Of an input that becomes a vector; its own `instruction` goes before that of all. InputError naming the place."""
     own = given.get("instruction") if isinstance(given, Mapping) else None
     said = _instruction(own, f"{where}.instruction") or _instruction(instruction, "instruction")
-    return [_system(_sentence(said) or EMBED_INSTRUCTION), _user(where, _content_of(given, where, "instruction"))]
+    return [_system(_sentence(said) or EMBED_INSTRUCTION), _user(where, parts_of(given, where, "instruction"))]
 
 
 def with_instruction(messages: list[Any], instruction: object) -> Conversation:
@@ -93,11 +96,11 @@ def with_instruction(messages: list[Any], instruction: object) -> Conversation:
     return [_system(said), *placed]
 
 
-def pair_messages(query: object, document: object, instruction: object, places: tuple[str, str]) -> Conversation:
-    """Of a query and a document, at these places, that are scored. InputError naming the place."""
+def pair_messages(query: Sequence[Any], document: Sequence[Any], instruction: object, where: str) -> Conversation:
+    """Of the parts of a query and of a document, that stood at `where`, which are scored."""
     said = _instruction(instruction, "instruction") or RERANK_INSTRUCTION
-    parts = [f"<Instruct>: {said}", "<Query>:", *_content_of(query, places[0])]
-    return [_system(_JUDGE), _user(places[1], [*parts, "\n<Document>:", *_content_of(document, places[1])])]
+    parts = [f"<Instruct>: {said}", "<Query>:", *query, "\n<Document>:", *document]
+    return [_system(_JUDGE), _user(where, parts)]
 
 
 def _system(text: str) -> dict[str, Any]:
@@ -122,10 +125,11 @@ def _sentence(text: str) -> str:
     return f"{text}." if text and not unicodedata.category(text[-1]).startswith("P") else text
 
 
-def _content_of(given: object, where: str, *more: str) -> list[Any]:
-    """The parts of an input: clips, then images, then texts, or as `content` has them."""
-    if isinstance(given, str):
-        return [given]
+def parts_of(given: object, where: str, *more: str) -> list[Any]:
+    """The parts of an input: clips, then images, then texts, or as `content` has them. What is Placed is a part itself.
+    InputError naming the place."""
+    if isinstance(given, str | Placed):
+        return [_part(given, where)]
     if not isinstance(given, Mapping):
         reason = f"{where} must be a text, or an object with text, image, video or content"
         raise InputError(reason, param=where)
@@ -136,16 +140,36 @@ def _content_of(given: object, where: str, *more: str) -> list[Any]:
             reason = f"{where} takes text, image and video, or content alone"
             raise InputError(reason, param=f"{where}.{str(name)[:64]}")
     if "content" in said:
-        parts = [said["content"]] if isinstance(said["content"], str) else said["content"]
-        if not isinstance(parts, list):
+        found = [said["content"]] if isinstance(said["content"], str) else said["content"]
+        if not isinstance(found, list):
             raise InputError("content must be a string or a list of parts", param=f"{where}.content")
-        found = enumerate(parts)
-        return [Placed(f"{where}.content[{j}]", one) if isinstance(one, dict) else one for j, one in found]
+        _check_num_parts(len(found), f"{where}.content")
+        return [_part(one, f"{where}.content[{j}]") for j, one in enumerate(found)] or [NOTHING]
     parts = []
     if "video" in said:
         options = {name: said[name] for name in _SAMPLING if name in said}
         parts.append(Placed(f"{where}.video", {"type": "video", "video": said["video"], **options}))
     for name in ("image", "text"):
         several = said[name] if isinstance(said.get(name), list) else [said[name]] if name in said else []
-        parts += [Placed(f"{where}.{name}", {"type": name, name: one}) for one in several]
+        place = f"{where}.{name}"
+        _check_num_parts(len(several), place)
+        if name == "image":
+            parts += [Placed(place, {"type": name, name: one}) for one in several]
+        elif all(isinstance(one, str) for one in several):
+            parts += [_part(one, place) for one in several]
+        else:
+            raise InputError("text must be a string, or a list of them", param=place)
     return parts or [NOTHING]
+
+
+def _part(given: object, where: str) -> Any:
+    if isinstance(given, str):
+        return check_text(given, where)
+    if not isinstance(given, dict):
+        raise InputError("a part must be a text or an object", param=where)
+    return given if isinstance(given, Placed) else Placed(where, given)
+
+
+def _check_num_parts(count: int, where: str) -> None:
+    if count > MAX_PARTS:
+        raise InputError(f"{where} has {count} parts, an input may have {MAX_PARTS}", param=where)

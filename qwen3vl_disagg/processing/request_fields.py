@@ -311,9 +311,20 @@ FIELDS["embeddings"] = {
     **_built("add_generation_prompt continue_final_message chat_template_kwargs"),
     **_refused("embed_dtype", "float32"),
     **_refused("endianness", "native", "little"),
+    **_refused("output_dimension output_dtype embedding_type embedding_types input_type prompt_name"),
+    **_refused("late_chunking", False),
 }
-FIELDS["rerank"] = {**_POOLED, **_built("query documents top_n return_documents")}
-FIELDS["score"] = {**_POOLED, **_built("queries documents items text_1 text_2 data_1 data_2")}
+FIELDS["rerank"] = {
+    **_POOLED,
+    **_built("query documents top_n return_documents"),
+    **_refused("rank_fields"),
+    **_refused("raw_scores", False),
+}
+FIELDS["score"] = {
+    **_POOLED,
+    **_built("queries documents items text_1 text_2 data_1 data_2"),
+    **_refused("top_n"),
+}
 """What a prompt is made of; answers and their forms are refused."""
 
 CLOSED: tuple[Place, ...] = (

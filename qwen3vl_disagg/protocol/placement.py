@@ -36,13 +36,22 @@ class LanguageRankState:
     last_used: int = 0
     requests: dict[str, int] = field(default_factory=dict)
     """Request -> tokens."""
+    load: int = 0
+    """The tokens of all of them."""
+
+    def add(self, request_id: str, num_tokens: int) -> None:
+        self.requests[request_id] = num_tokens
+        self.load += num_tokens
+
+    def remove(self, request_id: str) -> None:
+        self.load -= self.requests.pop(request_id)
 
 
 def choose_language_rank(ranks: Mapping[int, LanguageRankState], candidates: Set[int]) -> int:
     """The one with the fewest tokens under way, then the longest unused."""
 
     def load(rank: int) -> tuple[int, int, int]:
-        return sum(ranks[rank].requests.values()), ranks[rank].last_used, rank
+        return ranks[rank].load, ranks[rank].last_used, rank
 
     return min(candidates, key=load)
 

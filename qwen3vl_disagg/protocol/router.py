@@ -171,7 +171,7 @@ class Router:
         self._language[rank].last_used = self._num_submitted
         num_output = event.num_tokens - len(event.token_ids) // TOKEN_ID_BYTES
         num_tokens = event.num_tokens + (event.sampling.n - 1) * num_output
-        self._language[rank].requests[event.request_id] = num_tokens
+        self._language[rank].add(event.request_id, num_tokens)
         items, received = [Item(visual) for visual in event.items], dict.fromkeys(range(event.sampling.n), 0)
         self._requests[event.request_id] = Request(rank, items, num_tokens, now + event.timeout_s, received)
         submit = Submit(
@@ -236,7 +236,7 @@ class Router:
         for index in range(len(request.items)):
             self._take_from_encode_rank(request_id, index, request.items[index])
         if request.language_rank in self._language:
-            del self._language[request.language_rank].requests[request_id]
+            self._language[request.language_rank].remove(request_id)
             if not by_language_rank:
                 self._actions.append(Send("language", request.language_rank, Cancel(request_id=request_id)))
         self._actions.append(End(request_id, error))

@@ -16,7 +16,8 @@ CLOUDS = [ipaddress.ip_network(name) for name in ("192.0.0.0/24", "168.63.129.16
 """Where hosts of Oracle's and Microsoft's clouds ask about themselves; `ipaddress` takes parts of it for public."""
 PORTS = (80, 443)
 """Where no rule names one: other services of a host are nobody's pictures."""
-_RULE = re.compile(r"(\*|(?:\*\.)?[a-z0-9-]+(?:\.[a-z0-9-]+)*)\.?(?::(\*|[0-9]{1,5}))?")
+MAX_PORT = 65535
+_RULE = re.compile(r"(\*|(?:\*\.)?[a-z0-9-]+(?:\.[a-z0-9-]+)*)\.?(?::(\*|[1-9][0-9]{0,4}))?")
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,9 @@ class FetchRules:
         hosts = []
         for domain in domains:
             match = _RULE.fullmatch(domain.lower())
-            if match is None:
-                message = (
-                    f"{domain!r} is not a host name (example.org, *.example.org for all below it, example.org:8443)"
-                )
+            if match is None or ((match[2] or "*") != "*" and int(match[2]) > MAX_PORT):
+                examples = f"example.org, *.example.org for all below it, example.org:8443; ports from 1 to {MAX_PORT}"
+                message = f"{domain!r} is not a host name ({examples})"
                 raise InputError(message, param="allow_media_domain")
             hosts.append((match[1], match[2] or ""))
         found = []

@@ -36,11 +36,13 @@ GRACE_S = 1.0
 @dataclass(frozen=True)
 class Arrived:
     """A request that has been prepared, and what was measured and decided on the way. `deadline` is monotonic; `told`:
-    what clients hear of the ranks' timings."""
+    what clients hear of the ranks' timings. `release`: gives back the room for the body; on routes that submit at once
+    that has been done."""
 
     prepared: Prepared
     deadline: float
     told: Callable[[RequestTimings], RequestTimings]
+    release: Callable[[], None]
 
 
 async def read_body(receive: Receive, limits: Limits, account: BodyAccount) -> bytearray:
@@ -143,7 +145,8 @@ class Intake:
             prepared = await self._preparation.prepare(body, account, deadline, route)
         finally:
             self._num_preparing -= 1
-        account.release()
+        if route not in POOL_ROUTES:
+            account.release()
         prepared = prepared.salted(salt)
         preprocess_ms = prepared.seconds * 1e3
         told = partial(
@@ -152,7 +155,7 @@ class Intake:
             preprocess_ms=preprocess_ms,
             hide_cache_hits=self.limits.hide_cache_hits,
         )
-        answering = work(Arrived(prepared, deadline, told))
+        answering = work(Arrived(prepared, deadline, told, account.release))
         del prepared  # images and clips: once they are submitted the backend says how long they are kept
         await answering
 

@@ -86,7 +86,9 @@ def document(model_names: Sequence[str], version: str, *, has_keys: bool) -> dic
     several = {"anyOf": [one, {"type": "array", "minItems": 1, "maxItems": MAX_INPUTS, "items": one}]}
     inputs = {"anyOf": [prompt, several]}
     schemas["EmbeddingsBody"] = _body("embeddings", None, {"model": model, "input": inputs}, [])
-    schemas["RerankBody"] = _body("rerank", None, {"model": model, "query": one, "documents": several}, ["documents"])
+    schemas["RerankBody"] = _body(
+        "rerank", None, {"model": model, "query": one, "documents": several}, ["query", "documents"]
+    )
     schemas["ScoreBody"] = _body("score", None, {"model": model, "documents": several}, [])
     which = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": list(model_names)}}
     paths: dict[str, Any] = {

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from qwen3vl_disagg.cluster.backend import FinishedEvent, RequestHandle
-from qwen3vl_disagg.core.errors import DeadlineError, DisaggError
+from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, OverloadedError
 from qwen3vl_disagg.core.pooling import read_score, read_vector
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.processing import Prompt
@@ -29,6 +29,11 @@ from qwen3vl_disagg.serving.types import (
     Scores,
 )
 
+SLICE, MAX_UNDER_WAY = 64, 256
+"""So many prompts are submitted in one go, and so many of one request are with the backend at once: others come between
+them."""
+RETRY_S = 0.1
+
 
 class Pooled:
     """A route as an ASGI app."""
@@ -44,13 +49,13 @@ class Pooled:
         if not isinstance(request, PoolingRequest):
             raise TypeError(f"{type(request).__name__} on this route")
         prompts = arrived.prepared.prompts
-        deadline = arrived.deadline
+        deadline, release = arrived.deadline, arrived.release
         del arrived  # images and clips: each is the backend's once its prompt is submitted
         usage = PoolingUsage.of(sum(len(prompt.token_ids) for prompt, _ in prompts))
         handles: list[RequestHandle] = []
         try:
             async with asyncio.timeout(deadline + GRACE_S - time.monotonic()):
-                vectors = await self._run(prompts, deadline, handles, is_led=request.has_one_query)
+                vectors = await self._run(prompts, deadline, handles, release, is_led=request.has_one_query)
         except DisaggError:
             raise
         except TimeoutError:
@@ -60,41 +65,64 @@ class Pooled:
                 handle.cancel()
         write, names = _WRITERS[self._route], (handles[0].request_id, self._intake.model_name)
         # Up to a second of work where there are many numbers, which others need not wait for.
-        answer = await asyncio.to_thread(write, request, vectors, usage, *names)
-        await JSONResponse(answer)(scope, receive, send)
+        response = await asyncio.to_thread(lambda: JSONResponse(write(request, vectors, usage, *names)))
+        await response(scope, receive, send)
 
     async def _run(
         self,
         prompts: list[tuple[Prompt, SamplingParams]],
         deadline: float,
         handles: list[RequestHandle],
+        release: Callable[[], None],
         *,
         is_led: bool,
     ) -> list[bytes]:
-        """What comes of the prompts, which are used up, in their order. `is_led`: they begin the same way, so the first
-        one goes alone, and the others find what is computed of it."""
-        ends: list[asyncio.Future[bytes]] = []
-        num_first = 1 if is_led else len(prompts)
+        """What comes of the prompts, which are used up, in their order; `release` is called when all are submitted.
+        `is_led`: they begin the same way, so the first one goes alone, and the others find what is computed of it."""
+        ends: list[asyncio.Task[bytes]] = []
+        room = asyncio.Semaphore(MAX_UNDER_WAY)
         try:
-            while prompts:
-                begun = await self._intake.submit(prompts[:num_first], deadline)
-                del prompts[:num_first]
-                handles += begun
-                ends += [asyncio.ensure_future(_end(handle)) for handle in begun]
-                if prompts:
-                    await ends[0]
-                num_first = len(prompts)
-            return await asyncio.gather(*ends)
-        finally:
-            for end in ends:
-                end.cancel()
-            await asyncio.gather(*ends, return_exceptions=True)
+            async with asyncio.TaskGroup() as group:
+                while prompts:
+                    num_next = min(1 if is_led and not ends else SLICE, len(prompts))
+                    for _ in range(num_next):
+                        await room.acquire()
+                    begun = await self._begin(prompts[:num_next], deadline, is_first=not ends)
+                    for _ in range(num_next - len(begun)):
+                        room.release()
+                    handles += begun
+                    ends += [group.create_task(_end(handle, room)) for handle in begun]
+                    del prompts[: len(begun)]
+                    if is_led:
+                        await ends[0]
+                release()
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [end.result() for end in ends]
+
+    async def _begin(
+        self, prompts: Sequence[tuple[Prompt, SamplingParams]], deadline: float, *, is_first: bool
+    ) -> Sequence[RequestHandle]:
+        """The first of these, all if there is room. Where there is none, the client hears it while nothing was begun;
+        else it is asked again until the deadline, for half as many each time, down to one."""
+        num_next = len(prompts)
+        while True:
+            try:
+                return await self._intake.submit(prompts[:num_next], deadline)
+            except OverloadedError:
+                if is_first:
+                    raise
+            num_next = max(1, num_next // 2)
+            await asyncio.sleep(RETRY_S)
 
 
-async def _end(handle: RequestHandle) -> bytes:
-    async for event in handle:
-        if isinstance(event, FinishedEvent):
-            return event.vector
+async def _end(handle: RequestHandle, room: asyncio.Semaphore) -> bytes:
+    try:
+        async for event in handle:
+            if isinstance(event, FinishedEvent):
+                return event.vector
+    finally:
+        room.release()
     raise DisaggError("the request ended without a result")
 
 

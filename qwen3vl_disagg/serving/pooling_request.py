@@ -6,7 +6,7 @@ one before.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -17,8 +17,15 @@ from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.core.settings import Task
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.processing import Processor, Prompt
-from qwen3vl_disagg.processing.messages import put_decoded
-from qwen3vl_disagg.processing.pooling import Conversation, embed_messages, pair_messages, sized, with_instruction
+from qwen3vl_disagg.processing.messages import Placed, put_decoded
+from qwen3vl_disagg.processing.pooling import (
+    Conversation,
+    embed_messages,
+    pair_messages,
+    parts_of,
+    sized,
+    with_instruction,
+)
 from qwen3vl_disagg.processing.prompt_options import PromptOptions
 from qwen3vl_disagg.processing.request_fields import check_fields
 from qwen3vl_disagg.serving.chat_request import check_model
@@ -29,8 +36,10 @@ POOL_ROUTES: tuple[PoolRoute, ...] = get_args(PoolRoute)
 TASKS: dict[str, Task] = {"embeddings": "embed", "rerank": "rerank", "score": "rerank"}
 MAX_INPUTS = 2048
 """Of one request, as OpenAI's."""
-MAX_NUMBERS = 2**21
-"""Of an answer that spells them out: 40 MB of text."""
+MAX_NUMBERS, MAX_BASE64_NUMBERS = 2**21, 2**23
+"""Of an answer that spells them out, and of one that does not: 40 MB of text."""
+MAX_PARTS = 2**16
+"""Of all prompts of a request; those of a query count once for each of its documents."""
 MAX_ITEMS = 4096
 """Images and clips of one request, each as often as it comes."""
 _DIMENSIONS, _TOP_N = Number(1, 2**24, is_whole=True), Number(0, 2**31, is_whole=True)
@@ -88,20 +97,22 @@ def parse_pooling(
     many = route == "score"
     queries, query_places = _several(said, _QUERIES if many else ("query",), is_one=not many)
     documents, places = _several(said, _DOCUMENTS if many else ("documents",))
-    if len(queries) == 1:
-        queries, query_places = queries * len(documents), query_places * len(documents)
-    if len(queries) != len(documents):
+    if len(queries) not in (1, len(documents)):
         reason = f"{len(queries)} queries and {len(documents)} documents: there must be one query, or as many"
         raise InputError(reason, param=query_places[0].partition("[")[0])
-    made = list(zip(queries, documents, zip(query_places, places, strict=True), strict=True))
+    asked = list(map(parts_of, queries, query_places))
+    asked *= len(documents) if len(asked) == 1 else 1
+    answers = list(map(parts_of, documents, places))
+    _check_parts((*asked, *answers), places[0].partition("[")[0])
     has_texts = not many and _FLAG(said.get("return_documents", True), "return_documents")
     request = PoolingRequest(
         route=route,
         prompt=options,
         top_n=_TOP_N(said.get("top_n", 0), "top_n"),
         texts=[one if isinstance(one, str) else None for one in documents] if has_texts else None,
-        has_one_query=len(set(query_places)) == 1,
+        has_one_query=len(queries) == 1,
     )
+    made = zip(asked, answers, places, strict=True)
     pairs = [pair_messages(query, one, instruction, where) for query, one, where in made]
     return request, PooledInputs.of(pairs, places)
 
@@ -120,8 +131,9 @@ def _embedded(said: Mapping[str, Any], instruction: object) -> PooledInputs:
     places = [f"input[{n}]" if inputs is given else "input" for n in range(len(inputs))]
     if isinstance(inputs[0], list):
         return PooledInputs([], [], list(inputs), places)
-    pairs = zip(inputs, places, strict=True)
-    return PooledInputs.of([embed_messages(one, instruction, where) for one, where in pairs], places)
+    made = [embed_messages(one, instruction, where) for one, where in zip(inputs, places, strict=True)]
+    _check_parts([turn["content"] for one in made for turn in one], "input")
+    return PooledInputs.of(made, places)
 
 
 def _several(said: Mapping[str, Any], names: Sequence[str], *, is_one: bool = False) -> tuple[list[Any], list[str]]:
@@ -139,7 +151,9 @@ def _several(said: Mapping[str, Any], names: Sequence[str], *, is_one: bool = Fa
         if not isinstance(parts := value.get("content"), list):
             return [value], [name]
         _check_count(parts, f"{name}.content")
-        return [{"content": [part]} for part in parts], [f"{name}.content[{n}]" for n in range(len(parts))]
+        places = [f"{name}.content[{n}]" for n in range(len(parts))]
+        pairs = zip(places, parts, strict=True)
+        return [Placed(where, part) if isinstance(part, Mapping) else part for where, part in pairs], places
     _check_count(value, name)
     return list(value), [f"{name}[{n}]" for n in range(len(value))]
 
@@ -149,6 +163,11 @@ def _check_count(values: object, param: str) -> None:
         raise InputError(f"{param} must be one, or a list of 1 to {MAX_INPUTS}", param=param)
 
 
+def _check_parts(of_inputs: Iterable[Sized], param: str) -> None:
+    if (count := sum(map(len, of_inputs))) > MAX_PARTS:
+        raise InputError(f"the prompts have {count} parts, those of a request may have {MAX_PARTS}", param=param)
+
+
 def pooled_prompts(
     request: PoolingRequest, inputs: PooledInputs, processor: Processor, stop: StopSignal
 ) -> list[tuple[Prompt, SamplingParams]]:
@@ -156,9 +175,10 @@ def pooled_prompts(
     pooling = processor.pooling(request.dimensions)
     num_inputs = len(inputs.sizes) or len(inputs.ids)
     width = pooling.dimensions or processor.config.text.hidden_size
-    if request.route == "embeddings" and not request.is_base64 and num_inputs * width > MAX_NUMBERS:
-        reason = f"{num_inputs} vectors of {width} numbers are more than {MAX_NUMBERS}: ask for base64, or fewer"
-        raise InputError(reason, param="encoding_format")
+    most, hint = (MAX_BASE64_NUMBERS, "") if request.is_base64 else (MAX_NUMBERS, "base64, or ")
+    if request.route == "embeddings" and num_inputs * width > most:
+        reason = f"{num_inputs} vectors of {width} numbers are more than {most}: ask for {hint}fewer"
+        raise InputError(reason, param="encoding_format" if hint else "input")
     options = sized(request.prompt)
     planner = processor.planner(options, stop)
     put_decoded(inputs.messages)

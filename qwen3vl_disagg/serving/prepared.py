@@ -67,10 +67,13 @@ class Prepared:
         if not salt:
             return self
         both = hashlib.sha256(f"{salt} {self.sampling.cache_salt}".encode()).hexdigest()
-        made = []
+        made, last = [], self.sampling
+        salted = structs.replace(last, cache_salt=both)
         for prompt, sampling in self.prompts:
+            if sampling != last:  # what is checked takes its time; of thousands of inputs all are equal
+                last, salted = sampling, structs.replace(sampling, cache_salt=both)
             items = [structs.replace(item, salt=both) for item in prompt.items]
-            made.append((replace(prompt, items=items), structs.replace(sampling, cache_salt=both)))
+            made.append((replace(prompt, items=items), salted))
         return replace(self, prompts=made)
 
 

@@ -199,7 +199,7 @@ def test_what_the_tokenizer_puts_behind_a_text_is_the_last_token(tmp_path):
         ({"content": "a", "text": "b"}, "inputs[1].text"),
         ({"content": 5}, "inputs[1].content"),
         ({"image": "/no/such.png"}, "inputs[1].image"),
-        ({"text": 5}, "inputs[1].text.text"),
+        ({"text": 5}, "inputs[1].text"),
         ({"text": "a", "instruction": 5}, "inputs[1].instruction"),
     ],
 )

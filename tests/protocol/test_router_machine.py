@@ -277,6 +277,7 @@ class RouterMachine(RuleBasedStateMachine):
                     assert not any(request.language_rank in s.links for s in router._encode.values())
         assert jobs == expected
         assert sum(len(state.requests) for state in router._language.values()) == len(self.live)
+        assert all(state.load == sum(state.requests.values()) for state in router._language.values())
 
     def teardown(self) -> None:
         """When the ranks are silent for ever, time alone ends every request."""

@@ -374,8 +374,12 @@ def test_ports_of_a_rule(rule: str, ports: set[int]) -> None:
     assert {port for port in (22, 80, 443, 8443) if rules.has("a.org", port)} == ports
 
 
+NO_PORTS = ["a.org:0", "a.org:08443", "a.org:65536", "*:99999"]
+
+
 @pytest.mark.parametrize(
-    "domain", ["", "http://a.org", "a.org/x", "a b", "*a.org", "a.*", "user@a.org", "a.org:", "a.org:x", "a.org:8*"]
+    "domain",
+    ["", "http://a.org", "a.org/x", "a b", "*a.org", "a.*", "user@a.org", "a.org:", "a.org:x", "a.org:8*", *NO_PORTS],
 )
 def test_rules_that_name_no_host_are_refused(domain: str, tmp_path: Path) -> None:
     with pytest.raises(DisaggError, match="host name"):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import json
 import math
 import struct
+import tracemalloc
 
 import pytest
 
@@ -14,11 +16,18 @@ from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent
 from qwen3vl_disagg.core.errors import InputError, OverloadedError
 from qwen3vl_disagg.core.pooling import Pooling
+from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.media.stop import StopSignal
-from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.processing import Processor, Prompt, media_plan
+from qwen3vl_disagg.processing.pooling import MAX_PARTS as MAX_PARTS_OF_INPUT
+from qwen3vl_disagg.processing.prompt_options import PromptOptions
+from qwen3vl_disagg.serving import pooling, pooling_request
 from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.app import create_app
-from qwen3vl_disagg.serving.pooling_request import MAX_INPUTS, parse_pooling, pooled_prompts
+from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.pooling import MAX_UNDER_WAY, SLICE
+from qwen3vl_disagg.serving.pooling_request import MAX_INPUTS, MAX_PARTS, PoolingRequest, parse_pooling, pooled_prompts
+from qwen3vl_disagg.serving.prepared import Prepared
 from tests.support.asgi import Exchange
 from tests.support.fake_backend import ASK, PATH, FakeBackend, serve, timings
 from tests.support.images import png, uri
@@ -88,6 +97,7 @@ def embed_prompt(content: str, instruction: str = EMBED_DEFAULT) -> str:
         ({"input": {"text": "a", "image": uri(PICTURE)}}, [embed_prompt(f"{IMAGE}a")]),
         ({"input": ["a", {"image": [uri(PICTURE)] * 2}]}, [embed_prompt("a"), embed_prompt(IMAGE + IMAGE)]),
         ({"input": [{"content": ["a", IMAGE_PART], "instruction": "So"}]}, [embed_prompt(f"a{IMAGE}", "So.")]),
+        ({"input": {"content": []}}, [embed_prompt("NULL")]),
         ({"messages": CHAT}, [embed_prompt(f"see {IMAGE}")]),
         ({"messages": [{"role": "system", "content": "Be."}, *CHAT]}, [embed_prompt(f"see {IMAGE}", "Be.")]),
         (
@@ -219,6 +229,16 @@ GOOD["/v1/score"] = {"queries": "q", "documents": ["a"]}
         ("/v1/rerank", {"documents": []}, "documents"),
         ("/v1/rerank", {"documents": ["a", {"image": "x"}]}, "documents[1].image"),
         ("/v1/rerank", {"top_n": -1}, "top_n"),
+        ("/v1/embeddings", {"input": {"text": 5}}, "input.text"),
+        ("/v1/embeddings", {"input": {"text": ["a", 5]}}, "input.text"),
+        ("/v1/embeddings", {"input": {"text": ["a"] * (MAX_PARTS_OF_INPUT + 1)}}, "input.text"),
+        ("/v1/embeddings", {"input": [{"content": ["a"] * 1000}] * 66}, "input"),
+        ("/v1/rerank", {"query": {"text": ["a"] * 1000}, "documents": [""] * 66}, "documents"),
+        ("/v1/rerank", {"query": {"content": ["a", 5]}}, "query.content[1]"),
+        ("/v1/rerank", {"query": {"content": ["a", {"type": "text", "text": 5}]}}, "query.content[1].text"),
+        ("/v1/rerank", {"query": "\0"}, "query"),
+        ("/v1/score", {"documents": {"content": ["a", 5]}}, "documents.content[1]"),
+        ("/v1/score", {"documents": {"content": ["a", {"type": "image"}]}}, "documents.content[1]"),
         ("/v1/score", {"queries": ["a", "b", "c"], "documents": ["a", "b"]}, "queries"),
         ("/v1/score", {"text_1": "q"}, "text_1"),
     ],
@@ -229,6 +249,25 @@ def test_bad_requests(embedder, reranker, path, body, param):
     reply = serve(backend, processor=processor).post(path, json={**GOOD[path], **body})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
     assert not backend.handles
+
+
+def test_parts_are_counted_before_pairs_are_made():
+    body = {"query": {"text": ["a"] * 1000}, "documents": [""] * MAX_INPUTS}
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=f"a request may have {MAX_PARTS}"):
+            parse_pooling(body, "rerank", model_names=[])
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("coding", ["float", "base64"])
+def test_numbers_of_an_answer_are_bounded(embedder, monkeypatch, coding):
+    monkeypatch.setattr(pooling_request, "MAX_NUMBERS" if coding == "float" else "MAX_BASE64_NUMBERS", 128)
+    for count, status in ((2, 200), (3, 400)):
+        body = {"input": ["a"] * count, "encoding_format": coding}
+        assert serve(pooler(), processor=embedder).post("/v1/embeddings", json=body).status_code == status
 
 
 def test_what_a_model_is_not_for_is_refused(embedder, reranker):
@@ -285,6 +324,17 @@ def test_keys_share_no_cache(reranker):
     assert salts[0] != salts[1]
 
 
+def test_of_equal_sampling_one_is_salted(embedder):
+    one = SamplingParams(max_new_tokens=1, pooling=Pooling())
+    other = SamplingParams(max_new_tokens=2)
+    prompts = [(Prompt([1], [], []), copy.copy(sampling)) for sampling in [*[one] * 50, other]]
+    salted = Prepared(PoolingRequest(route="embeddings", prompt=PromptOptions()), prompts, 0.0).salted("key")
+    made = [sampling for _, sampling in salted.prompts]
+    assert len(set(map(id, made))) == 2
+    assert [sampling.max_new_tokens for sampling in made] == [1] * 50 + [2]
+    assert len({sampling.cache_salt for sampling in made}) == 1
+
+
 def exchange(backend, processor, body, headers=None) -> Exchange:
     app = create_app(backend, processor, model_name="tiny")
     return Exchange(app, "/v1/embeddings", [json.dumps(body).encode()], headers)
@@ -322,3 +372,84 @@ def test_who_leaves_and_who_fails_ends_all_of_a_request(embedder):
 
     for story in (leave, fail, be_late):
         asyncio.run(story())
+
+
+class Crowded(FakeBackend):
+    """Takes `most` prompts at a time, and refuses every second time when something was begun."""
+
+    def __init__(self, most: int, script=None) -> None:
+        super().__init__(script)
+        self.most, self.asked = most, 0
+        self.sizes: list[int] = []
+
+    def submit(self, prompts, timeout_s):
+        self.asked += 1
+        if len(prompts) > self.most or self.asked % 2 == 0:
+            for call in prompts:
+                self.media.release(call.items)
+            raise OverloadedError("full")
+        self.sizes.append(len(prompts))
+        return super().submit(prompts, timeout_s)
+
+
+def test_many_prompts_go_in_slices(embedder, monkeypatch):
+    monkeypatch.setattr(pooling, "RETRY_S", 0.01)
+    backend = Crowded(SLICE)
+    backend.script = lambda *_: [
+        AllDecoded(),
+        0.01,
+        FinishedEvent("stop", timings(), vector_of(len(backend.handles), 64)),
+    ]
+    answer = post(backend, embedder, "/v1/embeddings", {"input": ["a"] * 200})
+    assert backend.sizes[:2] == [SLICE, SLICE // 2], "what is refused later is asked again, for less"
+    assert [entry["embedding"][0] for entry in answer["data"]] == list(range(200))
+    small = Crowded(SLICE - 1)
+    reply = serve(small, processor=embedder).post("/v1/embeddings", json={"input": ["a"] * 200})
+    assert (reply.status_code, small.asked) == (429, 1), "nothing was begun"
+
+
+def test_what_waits_in_the_frontend_is_counted(embedder):
+    """Of a request that has more prompts than go at once: its room is given back with the last of them."""
+
+    async def main() -> None:
+        backend = FakeBackend(lambda *_: [AllDecoded(), 60.0])
+        app = create_app(backend, embedder, model_name="tiny", limits=Limits(max_body_memory=3000))
+
+        def ask(count: int) -> Exchange:
+            return Exchange(app, "/v1/embeddings", [json.dumps({"input": ["a"] * count}).encode()])
+
+        for count, status in ((MAX_UNDER_WAY + 100, 429), (MAX_UNDER_WAY, None)):
+            del backend.handles[:]
+            first, second = ask(count), ask(400)
+            running = [asyncio.create_task(first.run())]
+            async with asyncio.timeout(10):
+                while len(backend.handles) < MAX_UNDER_WAY:
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
+                assert len(backend.handles) == MAX_UNDER_WAY
+                running.append(asyncio.create_task(second.run()))
+                while not second.sent and len(backend.handles) == MAX_UNDER_WAY:
+                    await asyncio.sleep(0.01)
+                assert (second.status if second.sent else None) == status
+                first.leave()
+                second.leave()
+                await asyncio.gather(*running)
+            assert all(handle.was_cancelled.is_set() for handle in backend.handles)
+
+    asyncio.run(main())
+
+
+def test_pixels_are_counted_once_for_each_size(reranker, monkeypatch):
+    """As often as an encode rank decodes them."""
+    monkeypatch.setattr(media_plan, "MAX_STILL_PIXELS", 2 * 64 * 64)
+
+    def make(sides: list[int]) -> None:
+        images = [{**IMAGE_PART, "resized_height": side, "resized_width": 64} for side in sides]
+        documents = [{"content": [image]} for image in images]
+        parsed = parse_pooling({"query": "q", "documents": documents}, "rerank", model_names=[])
+        pooled_prompts(*parsed, reranker, StopSignal())
+
+    make([32, 64, 32, 64])
+    with pytest.raises(InputError, match="pixels to decode") as caught:
+        make([32, 64, 96])
+    assert caught.value.param == "documents[2].content[0]"
