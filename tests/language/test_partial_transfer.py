@@ -223,7 +223,7 @@ def test_a_language_rank_passes_on_what_its_engine_needs():
         rank = LanguageRank(Mock(), links, hello, ("", 0))  # type: ignore[arg-type]
         items = [make_visual(CONFIG, GRIDS[rows]) for rows in (6, 7)]
         requests = rank._requests
-        requests._requests["r"] = _Request(items, 60.0)
+        requests._requests["r"] = _Request(items, 60.0, {0})
         requests.on_events(
             [NeedItems(request_id="r", items=[1], first_rows=[3]), NeedItems(request_id="r", items=[0, 1])]
         )
