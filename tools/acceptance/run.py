@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     heads, rows = ["", *columns], table(columns)
     if args.write and not absent:
         page = put_table(page, "clients", heads, rows)
-        args.write.write_text(re.sub(r"(?<=^Tried on )[\d-]+", time.strftime("%Y-%m-%d"), page, flags=re.MULTILINE))
+        args.write.write_text(re.sub(r"(?ms)^Tried on .*?(?=\n\n)", time.strftime("Tried on %Y-%m-%d:"), page))
     else:
         print("\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows]))
     print("\n\n".join(wrong), file=sys.stderr)
