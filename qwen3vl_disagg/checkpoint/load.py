@@ -29,6 +29,7 @@ from qwen3vl_disagg.checkpoint.quantize import BLOCK, make_room, quantize_into
 from qwen3vl_disagg.core.devices import resolve_dtype
 from qwen3vl_disagg.core.errors import CheckpointError, attempt
 from qwen3vl_disagg.core.settings import Quantize, check_quantize
+from qwen3vl_disagg.core.tensors import on_huge_pages
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.model.decoder import Qwen3MoeForCausalLM
 from qwen3vl_disagg.model.deepstack import Qwen3MoeForCausalLMWithDeepStack
@@ -252,7 +253,7 @@ def _fill(
         for name, recipe in recipes.items():
             before = checkpoint.bytes_read
             stored_as = module.get_parameter(name).dtype if name in quantized else dtype
-            weight = torch.empty(len(held[name]), *shapes[name][1:], dtype=stored_as, device=device)
+            weight = on_huge_pages(torch.empty(len(held[name]), *shapes[name][1:], dtype=stored_as, device=device))
             if name in quantized:
                 scale = _read_quantized(checkpoint, recipe, held[name], weight, dtype)
                 made = {name: weight, f"{name}_scale": scale}

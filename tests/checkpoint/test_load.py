@@ -1,5 +1,6 @@
 """Loading: the right numbers in the right places, only the wanted bytes, and every problem named at once."""
 
+import mmap
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from qwen3vl_disagg.checkpoint import (
 from qwen3vl_disagg.checkpoint.folder import Checkpoint
 from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.model import Qwen3MoeForCausalLM, Qwen3MoeForCausalLMWithDeepStack
+from tests.support.memory_maps import asks_for_huge_pages
 from tests.support.weights import SMALLEST, edit_tensors, load_text_model, write_smallest
 from tools.checkpoints import module_tensors, write_checkpoint
 
@@ -121,6 +123,15 @@ def test_weights_are_copies_of_the_file(folder):
         file.seek(size // 2)
         file.write(b"\0" * (size - size // 2))
     assert all(torch.equal(before[name], tensor) for name, tensor in module_tensors(model).items())
+
+
+@pytest.mark.skipif(asks_for_huge_pages(0) is None, reason="the kernel has no huge pages, or does not tell")
+def test_weights_are_asked_for_on_huge_pages(folder, monkeypatch):
+    monkeypatch.setattr("qwen3vl_disagg.core.tensors.HUGE_PAGE", 2 * mmap.PAGESIZE)
+    weights = load_language_model(folder).state_dict().values()
+    large = [weight for weight in weights if weight.nbytes > 4 * mmap.PAGESIZE]
+    assert large
+    assert all(asks_for_huge_pages(weight.data_ptr() + mmap.PAGESIZE) for weight in large)
 
 
 def test_every_problem_is_listed_at_once(folder):

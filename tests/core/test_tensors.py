@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen3vl_disagg.core.tensors import lazy_zeros
+from qwen3vl_disagg.core.tensors import HUGE_PAGE, lazy_zeros, on_huge_pages
+from tests.support.memory_maps import asks_for_huge_pages
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.int32])
@@ -28,3 +29,14 @@ def test_memory_is_taken_only_when_written():
     assert _private_kib() - before < 32 * 1024
     zeros[:32] = 1
     assert _private_kib() - before > 100 * 1024
+
+
+@pytest.mark.skipif(asks_for_huge_pages(0) is None, reason="the kernel has no huge pages, or does not tell")
+def test_large_room_is_asked_for_on_huge_pages():
+    large, small = torch.empty(4 * HUGE_PAGE, dtype=torch.uint8), torch.empty(4096, dtype=torch.uint8)
+    assert on_huge_pages(large) is large
+    assert on_huge_pages(small) is small
+    assert asks_for_huge_pages(large.data_ptr() + HUGE_PAGE)
+    assert not asks_for_huge_pages(small.data_ptr())
+    large.fill_(7)
+    assert (large == 7).all()
