@@ -1,6 +1,7 @@
 """Good bodies of every route, broken at random: an answer or a 4xx with its envelope, and the server goes on.
 
-In this process, over the application alone: a request takes a millisecond or two. Some also over sockets.
+Routes go to a model that they are for, some to one that they are not for. In this process, over the application alone:
+a request takes a millisecond or two. Some also over sockets.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import pytest
 
 from qwen3vl_disagg.core.sampling_params import OPTIONS
 from qwen3vl_disagg.processing.request_fields import FIELDS
-from qwen3vl_disagg.serving.app import create_app
 from tests.support import http_attacks as attacks
 from tests.support.asgi import Exchange
-from tests.support.fake_backend import ASK, PATH, FakeBackend, tiny_processor
+from tests.support.fake_backend import ASK, PATH
 from tests.support.fake_ranks import in_loop
 from tests.support.http import post_json
 from tests.support.images import png, uri
-from tests.support.running import Running
+from tests.support.pooling import EachTask
+from tests.support.running import RunningApp
 
 MANY = pytest.mark.acceptance
 NUM_OF_BATCH, AT_ONCE = 10_000, 8
@@ -54,6 +55,7 @@ ITEMS = [
     {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "red", "annotations": []}]},
     {"role": "user", "content": "so?"},
 ]
+SHOWN = {"text": "what?", "image": uri(png()), "video": [uri(png()), uri(png())], "fps": 1.0, "max_frames": 4}
 BODIES: list[tuple[str, dict[str, Any]]] = [
     (PATH, {"model": "tiny", "messages": TURNS, "tools": [TOOL], "tool_choice": "auto", "max_tokens": 9, **SAMPLED}),
     (PATH, {"messages": TURNS[:2], "stream": True, "stream_options": {"include_usage": True}, "logprobs": True}),
@@ -85,6 +87,12 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/tokenize", {"prompt": "what?", "add_special_tokens": True, "return_token_strs": True}),
     ("/tokenize", {"messages": TURNS, "tools": [TOOL], "add_generation_prompt": True}),
     ("/detokenize", {"tokens": [1, 2, 3]}),
+    ("/v1/embeddings", {"model": "tiny", "input": ["a", SHOWN], "dimensions": 8, "encoding_format": "base64"}),
+    ("/v1/embeddings", {"input": [[1, 2, 3], [4]], "user": "me", "cache_salt": "s"}),
+    ("/v1/embeddings", {"messages": TURNS[4:], "instruction": "so", "mm_processor_kwargs": {"max_pixels": 4096}}),
+    ("/v1/rerank", {"query": SHOWN, "documents": ["a", SHOWN], "top_n": 1, "return_documents": True}),
+    ("/v1/score", {"text_1": "q", "text_2": ["a", "b"], "instruction": "so"}),
+    ("/v1/score", {"queries": ["q", SHOWN], "documents": {"content": [IMAGE, {"type": "text", "text": "a"}]}}),
 ]
 NAMES = [name for table in FIELDS.values() for name in table]
 NAMES += [*OPTIONS, "role", "type", "content", "url", "text", "n", "input", "prompt"]
@@ -176,51 +184,59 @@ def check(path: str, status: int | None, data: bytes, body: bytes) -> None:
         assert " at 0x" not in error["message"]
 
 
-async def run_batch(seed: int, count: int) -> dict[int, int]:
-    """How often each status came."""
-    chance, seen = random.Random(seed), dict[int, int]()
-    app = create_app(FakeBackend(), tiny_processor(), model_name="tiny")
+@pytest.fixture(scope="module")
+def each_task(tmp_path_factory):
+    return EachTask(tmp_path_factory.mktemp("models"))
+
+
+async def run_batch(each_task: EachTask, seed: int, count: int) -> tuple[dict[int, int], dict[str, int]]:
+    """How often each status came, and how often a route answered."""
+    chance, seen, answered = random.Random(seed), dict[int, int](), dict[str, int]()
+    apps = [*each_task.apps.values()]
 
     async def client() -> None:
         nonlocal count
         while count > 0:
             count -= 1
             path, body = mutated(chance)
-            exchange = Exchange(app, path, [body])
+            exchange = Exchange(chance.choice(apps) if chance.random() < 0.05 else each_task, path, [body])
             await asyncio.wait_for(exchange.run(), 60)
             check(path, exchange.status, exchange.body, body)
             assert exchange.status is not None
             seen[exchange.status] = seen.get(exchange.status, 0) + 1
+            answered[path] = answered.get(path, 0) + (exchange.status == 200)
 
     await asyncio.gather(*(client() for _ in range(AT_ONCE)))
     for path, good in BODIES:
-        exchange = Exchange(app, path, [json.dumps(good).encode()])
+        exchange = Exchange(each_task, path, [json.dumps(good).encode()])
         await exchange.run()
         assert exchange.status == 200, (path, exchange.body)
-    return seen
+    return seen, answered
 
 
 @in_loop
-async def test_broken_bodies() -> None:
-    seen = await run_batch(seed=0, count=600)
+async def test_broken_bodies(each_task) -> None:
+    seen, answered = await run_batch(each_task, seed=0, count=600)
     assert seen[200] > 50
     assert seen[400] > 200
+    assert set(answered) == {path for path, _ in BODIES}
+    assert all(answered.values())
 
 
 @MANY
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(1, 11))
-def test_a_hundred_thousand_broken_bodies(seed: int) -> None:
-    seen = asyncio.run(run_batch(seed, NUM_OF_BATCH))
-    print(f"\nseed {seed}: {dict(sorted(seen.items()))}")
+def test_a_hundred_thousand_broken_bodies(each_task, seed: int) -> None:
+    seen, answered = asyncio.run(run_batch(each_task, seed, NUM_OF_BATCH))
+    print(f"\nseed {seed}: {dict(sorted(seen.items()))}, answered {answered}")
     assert sum(seen.values()) == NUM_OF_BATCH
 
 
 @MANY
 @pytest.mark.timeout(900)
-def test_broken_bodies_and_broken_http_over_sockets() -> None:
+def test_broken_bodies_and_broken_http_over_sockets(each_task) -> None:
     chance, seen = random.Random(99), dict[int, int]()
-    with Running(FakeBackend()) as running:
+    with RunningApp(each_task) as running:
         connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
         for _ in range(4000):
             path, body = mutated(chance)

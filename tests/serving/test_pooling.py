@@ -12,8 +12,7 @@ import tracemalloc
 
 import pytest
 
-from qwen3vl_disagg.checkpoint import read_config
-from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent
+from qwen3vl_disagg.cluster.backend import AllDecoded
 from qwen3vl_disagg.core.errors import InputError, OverloadedError
 from qwen3vl_disagg.core.pooling import Pooling
 from qwen3vl_disagg.core.requests import SamplingParams
@@ -29,43 +28,23 @@ from qwen3vl_disagg.serving.pooling import MAX_UNDER_WAY, SLICE
 from qwen3vl_disagg.serving.pooling_request import MAX_INPUTS, MAX_PARTS, PoolingRequest, parse_pooling, pooled_prompts
 from qwen3vl_disagg.serving.prepared import Prepared
 from tests.support.asgi import Exchange
-from tests.support.fake_backend import ASK, PATH, FakeBackend, serve, timings
+from tests.support.fake_backend import ASK, PATH, FakeBackend, serve, vector_steps
 from tests.support.images import png, uri
-from tests.support.pooling import EMBED, EMBED_DEFAULT, IMAGE, JUDGE, RERANK_DEFAULT, write_pooler
+from tests.support.pooling import EMBED, EMBED_DEFAULT, IMAGE, JUDGE, RERANK_DEFAULT, pooling_processor
 
 PICTURE = png((64, 64))
 IMAGE_PART = {"type": "image_url", "image_url": {"url": uri(PICTURE)}}
 CHAT = [{"role": "user", "content": ["see ", IMAGE_PART]}]
 
 
-def read(folder) -> Processor:
-    return Processor.from_folder(folder, read_config(folder))
-
-
 @pytest.fixture(scope="module")
 def embedder(tmp_path_factory):
-    return read(write_pooler(tmp_path_factory.mktemp("embed") / "m", "embed"))
+    return pooling_processor(tmp_path_factory.mktemp("embed") / "m", "embed")
 
 
 @pytest.fixture(scope="module")
 def reranker(tmp_path_factory):
-    return read(write_pooler(tmp_path_factory.mktemp("rerank") / "m", "rerank"))
-
-
-def vector_of(number: int, size: int) -> bytes:
-    return struct.pack(f"<{size}f", *(number + n / 8 for n in range(size)))
-
-
-def pooler() -> FakeBackend:
-    """The first request gets 0, 1/8, 2/8, .., the next one 1, 9/8, ..; of scores the difference 0, 1, 2, ..."""
-    backend = FakeBackend()
-
-    def steps(prompt, sampling):
-        size = 1 if sampling.pooling.tokens else sampling.pooling.dimensions or 64
-        return [AllDecoded(), FinishedEvent("stop", timings(), vector_of(len(backend.handles), size))]
-
-    backend.script = steps
-    return backend
+    return pooling_processor(tmp_path_factory.mktemp("rerank") / "m", "rerank")
 
 
 def post(backend, processor, path, body, **options):
@@ -108,7 +87,7 @@ def embed_prompt(content: str, instruction: str = EMBED_DEFAULT) -> str:
     ],
 )
 def test_what_an_input_may_be(embedder, body, prompts):
-    backend = pooler()
+    backend = FakeBackend()
     answer = post(backend, embedder, "/v1/embeddings", {"model": "tiny", **body})
     if prompts is None:
         ids = body["input"] if isinstance(body["input"][0], list) else [body["input"]]
@@ -126,8 +105,8 @@ def test_what_an_input_may_be(embedder, body, prompts):
 
 def test_numbers_and_base64(embedder):
     body = {"input": ["a", "b"], "dimensions": 5}
-    floats = post(pooler(), embedder, "/v1/embeddings", body)["data"]
-    coded = post(pooler(), embedder, "/v1/embeddings", {**body, "encoding_format": "base64"})["data"]
+    floats = post(FakeBackend(), embedder, "/v1/embeddings", body)["data"]
+    coded = post(FakeBackend(), embedder, "/v1/embeddings", {**body, "encoding_format": "base64"})["data"]
     for plain, other in zip(floats, coded, strict=True):
         assert list(struct.unpack("<5f", base64.b64decode(other["embedding"]))) == plain["embedding"]
 
@@ -137,7 +116,7 @@ def test_sizes_of_images(embedder):
     large = {"input": {"image": uri(png((2000, 1500)))}}
     grids = []
     for more in ({}, {"mm_processor_kwargs": {"max_pixels": 4096}}):
-        backend = pooler()
+        backend = FakeBackend()
         post(backend, embedder, "/v1/embeddings", {**large, **more})
         grids.append(math.prod(backend.handles[0].prompt.items[0].grid) * 256)
     assert 4096 < grids[0] <= 65536, "the checkpoint takes no more"
@@ -149,7 +128,7 @@ def rerank_prompt(query: str, document: str, instruction: str = RERANK_DEFAULT) 
 
 
 def test_ranking(reranker):
-    backend = pooler()
+    backend = FakeBackend()
     inner = backend.script
 
     def steps(prompt, sampling):
@@ -170,9 +149,9 @@ def test_ranking(reranker):
         assert result["relevance_score"] == pytest.approx(1 / (1 + math.exp(-result["index"])))
     yes, no = (reranker.tokenizer.backend.token_to_id(word) for word in ("yes", "no"))
     assert all(handle.sampling.pooling == Pooling(tokens=(yes, no)) for handle in backend.handles)
-    whole = post(pooler(), reranker, "/v1/rerank", {"query": "q", "documents": ["a", "b"]})
+    whole = post(FakeBackend(), reranker, "/v1/rerank", {"query": "q", "documents": ["a", "b"]})
     assert [result["document"]["text"] for result in whole["results"]] == ["b", "a"]
-    bare = post(pooler(), reranker, "/v1/rerank", {"query": "q", "documents": "a", "return_documents": False})
+    bare = post(FakeBackend(), reranker, "/v1/rerank", {"query": "q", "documents": "a", "return_documents": False})
     assert "document" not in bare["results"][0]
 
 
@@ -190,7 +169,7 @@ def test_ranking(reranker):
     ],
 )
 def test_scores(reranker, body, pairs):
-    backend = pooler()
+    backend = FakeBackend()
     answer = post(backend, reranker, "/v1/score", body)
     assert [shown(reranker, handle) for handle in backend.handles] == [rerank_prompt(*pair) for pair in pairs]
     expected = [1 / (1 + math.exp(-n)) for n in range(len(pairs))]
@@ -244,7 +223,7 @@ GOOD["/v1/score"] = {"queries": "q", "documents": ["a"]}
     ],
 )
 def test_bad_requests(embedder, reranker, path, body, param):
-    backend = pooler()
+    backend = FakeBackend()
     processor = embedder if path == "/v1/embeddings" else reranker
     reply = serve(backend, processor=processor).post(path, json={**GOOD[path], **body})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
@@ -267,7 +246,7 @@ def test_numbers_of_an_answer_are_bounded(embedder, monkeypatch, coding):
     monkeypatch.setattr(pooling_request, "MAX_NUMBERS" if coding == "float" else "MAX_BASE64_NUMBERS", 128)
     for count, status in ((2, 200), (3, 400)):
         body = {"input": ["a"] * count, "encoding_format": coding}
-        assert serve(pooler(), processor=embedder).post("/v1/embeddings", json=body).status_code == status
+        assert serve(FakeBackend(), processor=embedder).post("/v1/embeddings", json=body).status_code == status
 
 
 def test_what_a_model_is_not_for_is_refused(embedder, reranker):
@@ -302,7 +281,7 @@ def test_a_child_makes_the_same_prompts(reranker):
     """Many documents are no work for this process."""
     documents = [*(f"d{n}" for n in range(20)), {"image": uri(PICTURE)}]
     body = {"query": {"image": uri(PICTURE)}, "documents": documents}
-    near, far = pooler(), pooler()
+    near, far = FakeBackend(), FakeBackend()
     alone = Processor.from_folder(reranker.folder, reranker.config)
     alone.folder = None  # no children
     answers = [post(near, alone, "/v1/rerank", body), post(far, reranker, "/v1/rerank", body)]
@@ -313,7 +292,7 @@ def test_a_child_makes_the_same_prompts(reranker):
 def test_keys_share_no_cache(reranker):
     salts = []
     for key in ("a", "b"):
-        backend = pooler()
+        backend = FakeBackend()
         client = serve(backend, processor=reranker, keys=ApiKeys(["a", "b"]))
         body = {"query": {"image": uri(PICTURE)}, "documents": ["x", "y"]}
         assert client.post("/v1/rerank", json=body, headers={"authorization": f"Bearer {key}"}).status_code == 200
@@ -395,11 +374,7 @@ class Crowded(FakeBackend):
 def test_many_prompts_go_in_slices(embedder, monkeypatch):
     monkeypatch.setattr(pooling, "RETRY_S", 0.01)
     backend = Crowded(SLICE)
-    backend.script = lambda *_: [
-        AllDecoded(),
-        0.01,
-        FinishedEvent("stop", timings(), vector_of(len(backend.handles), 64)),
-    ]
+    backend.script = lambda _, sampling: [0.01, *vector_steps(len(backend.handles), sampling.pooling)]
     answer = post(backend, embedder, "/v1/embeddings", {"input": ["a"] * 200})
     assert backend.sizes[:2] == [SLICE, SLICE // 2], "what is refused later is asked again, for less"
     assert [entry["embedding"][0] for entry in answer["data"]] == list(range(200))
@@ -422,7 +397,7 @@ def test_what_waits_in_the_frontend_is_counted(embedder):
             del backend.handles[:]
             first, second = ask(count), ask(400)
             running = [asyncio.create_task(first.run())]
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while len(backend.handles) < MAX_UNDER_WAY:
                     await asyncio.sleep(0.01)
                 await asyncio.sleep(0.05)

@@ -16,6 +16,7 @@ from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, PromptCall, Readiness, TokenEvent
 from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.core.errors import DisaggError, UnavailableError
+from qwen3vl_disagg.core.pooling import Pooling
 from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, SamplingParams, TokenLogprob
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.protocol.messages import PromptLogprobs
@@ -64,12 +65,17 @@ class FakeBackend:
     """`script`: what a request's steps are. `handles`: all requests so far."""
 
     def __init__(self, script: Callable[[Prompt, SamplingParams], list[Step]] | None = None) -> None:
-        self.script = script or (lambda prompt, sampling: answer_steps("red circle", sampling))
+        self.script = script or self._answer
         self.state = Readiness(ready=True)
         self.refused: DisaggError | None = None
         """Why everything is refused."""
         self.handles: list[FakeHandle] = []
         self.media = MediaStore()
+
+    def _answer(self, prompt: Prompt, sampling: SamplingParams) -> list[Step]:
+        if sampling.pooling is None:
+            return answer_steps("red circle", sampling)
+        return vector_steps(len(self.handles), sampling.pooling)
 
     def readiness(self) -> Readiness:
         return self.state
@@ -130,6 +136,13 @@ def answer_of(token_ids: list[int], sampling: SamplingParams) -> list[Step]:
         steps.append(TokenEvent(token_id, entry))
     reason = "stop" if len(cut) == len(token_ids) else "length"
     return [*steps, FinishedEvent(reason, timings())]
+
+
+def vector_steps(number: int, pooling: Pooling) -> list[Step]:
+    """A vector number, number + 1/8, number + 2/8, .., or `number` as the difference of two logits."""
+    size = 1 if pooling.tokens else pooling.dimensions or 64
+    vector = (number + np.arange(size) / 8).astype("<f4").tobytes()
+    return [AllDecoded(), FinishedEvent("stop", timings(), vector)]
 
 
 def prompt_logprobs(prompt: Prompt, num_top: int, index: int = 1) -> PromptLogprobs:

@@ -11,10 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from qwen3vl_disagg.checkpoint import read_config
+from qwen3vl_disagg.core.settings import Task
 from qwen3vl_disagg.model.config import ModelConfig
+from qwen3vl_disagg.processing import Processor
+from qwen3vl_disagg.serving.app import create_app
+from qwen3vl_disagg.serving.pooling_request import TASKS
+from tests.support.fake_backend import FakeBackend, tiny_processor
 from tests.support.oracle import image_processor, load_oracle
 from tools.checkpoints import RANDOM_PRESETS, write_random_checkpoint
 from tools.training.make_tokenizer import SPECIAL_TOKENS, build_tokenizer
@@ -41,6 +48,26 @@ def write_pooler(folder: Path, task: str, config: ModelConfig = DENSE) -> Path:
     modules = [{"idx": n, "path": "", "type": f"sentence_transformers.{kind}"} for n, kind in enumerate(kinds)]
     (folder / "modules.json").write_text(json.dumps(modules))
     return folder
+
+
+def pooling_processor(folder: Path, task: Task) -> Processor:
+    write_pooler(folder, task)
+    return Processor.from_folder(folder, read_config(folder))
+
+
+class EachTask:
+    """One application of all: a route goes to a model that it is for. `folder`: for their checkpoints."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        tasks: tuple[Task, ...] = ("embed", "rerank")
+        made = {"generate": tiny_processor(), **{task: pooling_processor(folder / task, task) for task in tasks}}
+        self.apps = {task: create_app(FakeBackend(), one, model_name="tiny", **options) for task, one in made.items()}
+
+    def app_of(self, path: str) -> ASGIApp:
+        return self.apps[TASKS.get(path.removeprefix("/v1/"), "generate")]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app_of(scope["path"])(scope, receive, send)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
