@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 from msgspec import structs
@@ -18,7 +19,31 @@ MAX_KNOWN = 4096
 """Good ones, and as many bad ones."""
 REFUSED_S = 60.0
 """So long a bad one is known: time that it took too much of may have been the machine's."""
-MAX_WAITING = 64
+
+
+def takes_too_long() -> InputError:
+    return InputError("the grammar takes too long", code="grammar_too_complex")
+
+
+class CheckLine:
+    """Of those who wait for a check of up to `cpu_s` of CPU time, `num_threads` of whom have it. Thread-safe."""
+
+    def __init__(self, cpu_s: float, num_threads: int, max_waiting: int) -> None:
+        self.cpu_s, self.max_waiting = cpu_s, max_waiting
+        self.threads = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare-grammar")
+        self._lock = threading.Lock()
+        self._num_waiting = 0
+
+    def enter(self) -> None:
+        """One more waits for its check, or has it. OverloadedError for too many."""
+        with self._lock:
+            if self._num_waiting >= self.max_waiting:
+                raise OverloadedError("too many new grammars wait to be checked")
+            self._num_waiting += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._num_waiting -= 1
 
 
 class KnownGrammars:
@@ -28,7 +53,6 @@ class KnownGrammars:
         self._good: OrderedDict[bytes, None] = OrderedDict()
         self._refused: OrderedDict[bytes, tuple[float, Failure]] = OrderedDict()
         self._lock = threading.Lock()
-        self._num_waiting = 0
 
     def is_good(self, grammar: Grammar, *, in_reasoning: bool) -> bool:
         """False for one that is not known. InputError for one that was refused."""
@@ -42,24 +66,19 @@ class KnownGrammars:
             raise failure.error().at(grammar.param)
         return False
 
-    def queue(self) -> None:
-        """One more waits for its check. OverloadedError for too many."""
-        with self._lock:
-            if self._num_waiting >= MAX_WAITING:
-                raise OverloadedError("too many new grammars wait to be checked")
-            self._num_waiting += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self._num_waiting -= 1
-
-    def check(self, grammar: Grammar, check: Callable[[Grammar], None], *, in_reasoning: bool) -> None:
-        """What `check` raises; an InputError is remembered. It is not called where there is a verdict meanwhile."""
+    def check(
+        self, grammar: Grammar, check: Callable[[Grammar], bool], *, in_reasoning: bool, is_last: bool = True
+    ) -> bool:
+        """What `check` says or raises. An InputError is remembered, and so is that it came to no end, by False, where
+        `is_last`; it is not called where there is a verdict meanwhile."""
         if self.is_good(grammar, in_reasoning=in_reasoning):
-            return
+            return True
         digest = _digest(grammar, in_reasoning)
         try:
-            check(structs.replace(grammar, param=""))
+            if not check(structs.replace(grammar, param="")):
+                if not is_last:
+                    return False
+                raise takes_too_long()
         except InputError as error:
             with self._lock:
                 self._refused.pop(digest, None)
@@ -71,6 +90,7 @@ class KnownGrammars:
             self._good[digest] = None
             if len(self._good) > MAX_KNOWN:
                 self._good.popitem(last=False)
+        return True
 
 
 def _digest(grammar: Grammar, in_reasoning: bool) -> bytes:

@@ -20,7 +20,7 @@ from qwen3vl_disagg.processing.processor import SMALL_CHARS
 from qwen3vl_disagg.processing.template import strings_of
 from qwen3vl_disagg.serving.body import BodyAccount
 from qwen3vl_disagg.serving.json_body import num_values
-from qwen3vl_disagg.serving.known_grammars import KnownGrammars
+from qwen3vl_disagg.serving.known_grammars import CheckLine, KnownGrammars
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.prepared import BodyRoute, Parsed, Prepared, Rules, finish_request, read_request
 
@@ -34,6 +34,10 @@ SMALL_PROMPTS = 16
 SMALL_VALUES = 2**13
 """Parsed in this process: to look at so much, images in it included, takes the interpreter's lock for milliseconds. So
 does tokenizing SMALL_CHARS of text."""
+SHORT_CHECK_S, MAX_SHORT_CHECKS = 0.2, 64
+LONG_CHECK_S, MAX_LONG_CHECKS = 0.7, 3
+"""How much CPU time a grammar's check may take in its first turn, which is enough for nearly all, and in its second;
+and how many wait for each, or have it."""
 
 
 class Fetcher(Protocol):
@@ -59,8 +63,9 @@ class Children(Protocol):
     def prepare(self, body: bytearray, stop: StopSignal, fetch: Fetch | None, route: BodyRoute) -> Prepared:
         """Empties `body`. InputError, PreparationFailed, UnavailableError; Stopped once `stop` is set."""
 
-    def check_grammar(self, grammar: Grammar, *, in_reasoning: bool, stop: StopSignal) -> None:
-        """InputError for one that ranks would refuse, or that takes too long; the others as above."""
+    def check_grammar(self, grammar: Grammar, *, cpu_s: float, in_reasoning: bool, stop: StopSignal) -> bool:
+        """False where it needs more CPU time than `cpu_s`. InputError for one that ranks would refuse, or that takes
+        too much; the others as above."""
 
 
 class Preparation:
@@ -82,8 +87,11 @@ class Preparation:
         self._threads = ThreadPoolExecutor(limits.prepare_threads, thread_name_prefix="prepare")
         self._clip_threads = ThreadPoolExecutor(limits.clip_threads, thread_name_prefix="prepare-clips")
         self._large_threads = ThreadPoolExecutor(limits.large_threads, thread_name_prefix="prepare-large")
-        self._grammar_threads = ThreadPoolExecutor(limits.grammar_threads, thread_name_prefix="prepare-grammar")
         self._known_grammars = KnownGrammars()
+        self._check_lines = (
+            CheckLine(SHORT_CHECK_S, limits.grammar_threads, MAX_SHORT_CHECKS),
+            CheckLine(LONG_CHECK_S, 1, MAX_LONG_CHECKS),
+        )
         self._children = children
 
     def warm_up(self) -> None:
@@ -135,17 +143,21 @@ class Preparation:
         return await _on_thread(threads, work, body.clear, account)
 
     async def _check_grammar(self, grammar: Grammar, prompt: Prompt, account: BodyAccount, stop: StopSignal) -> None:
-        """In a child, which can be killed: it may take long. Not again for one that is known."""
+        """In a child, which can be killed: it may take long. Then it has another turn, in which only such wait for it.
+        Not again for one that is known."""
         if not has_grammars():
             raise no_grammars(grammar.param)
         in_reasoning = begins_in_reasoning(grammar, self._processor.tokenizer, prompt.token_ids)
         known = self._known_grammars
         if self._children is None or known.is_good(grammar, in_reasoning=in_reasoning):
             return
-        known.queue()
-        in_child = partial(self._children.check_grammar, in_reasoning=in_reasoning, stop=stop)
-        check = partial(known.check, grammar, in_child, in_reasoning=in_reasoning)
-        await _on_thread(self._grammar_threads, check, known.leave, account)
+        for line in self._check_lines:
+            line.enter()
+            in_child = partial(self._children.check_grammar, cpu_s=line.cpu_s, in_reasoning=in_reasoning, stop=stop)
+            is_last = line is self._check_lines[-1]
+            check = partial(known.check, grammar, in_child, in_reasoning=in_reasoning, is_last=is_last)
+            if await _on_thread(line.threads, check, line.leave, account):
+                return
 
     def _read(self, body: bytearray, stop: StopSignal, route: BodyRoute) -> Prepared | Parsed | bytearray:
         """To the end, if there are no clips and URLs in it; the body again if it has much text."""

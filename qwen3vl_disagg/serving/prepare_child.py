@@ -24,7 +24,7 @@ import numpy as np
 
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.cluster.slots import die_with_parent
-from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, PreparationFailed, UnavailableError
+from qwen3vl_disagg.core.errors import DisaggError, Failure, PreparationFailed, UnavailableError
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.logs import start_logging
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
@@ -47,6 +47,7 @@ from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.processing.messages import MediaUrl, put_fetched, urls_in
+from qwen3vl_disagg.serving.known_grammars import takes_too_long
 from qwen3vl_disagg.serving.limits import MAX_BODY_BYTES
 from qwen3vl_disagg.serving.preparation import Fetch
 from qwen3vl_disagg.serving.prepared import BodyRoute, Prepared, Request, Rules, finish_request, read_request
@@ -62,10 +63,10 @@ _FOREVER_S = 1e9
 _MAX_IDLE = 2
 URLS_AT_ONCE = 64
 """Of MAX_URL_CHARS each they fit into one header."""
-GRAMMAR_CPU_S, GRAMMAR_S = 0.7, 20.0
-"""How long a grammar may take to be checked, in CPU time and by the clock."""
-_TOO_MUCH = (signal.SIGPROF, signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV)
-"""What ends a check that took all its CPU time, or memory."""
+GRAMMAR_S = 20.0
+"""How long a grammar may take to be checked, by the clock."""
+_TOO_MUCH = (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV)
+"""What ends a check that took all its memory."""
 _IDLE_S = 0.2
 """Without a job for so long, a child makes its vocabulary for grammars."""
 _SLICE_S = 0.1
@@ -99,10 +100,13 @@ class GrammarJob(msgspec.Struct, frozen=True, tag="grammar"):
 
     grammar: Grammar
     in_reasoning: bool
+    cpu_s: float
 
 
 class Checked(msgspec.Struct, frozen=True, tag="checked"):
     failure: Failure | None = None
+    is_whole: bool = True
+    """It did not need more CPU time than it might take."""
 
 
 class ProbeWanted(msgspec.Struct, frozen=True, tag="probe"):
@@ -207,15 +211,16 @@ class PreparePool:
             return made
         raise PreparationFailed
 
-    def check_grammar(self, grammar: Grammar, *, in_reasoning: bool, stop: StopSignal) -> None:
-        """InputError for a grammar that is wrong, or takes more than it may, of time or memory; PreparationFailed when
-        it could not be checked, or a new child does not begin either. Stopped once `stop` is set, whose child is killed
-        unless the check has begun: that goes on to its end, and the child with its vocabulary stays."""
+    def check_grammar(self, grammar: Grammar, *, cpu_s: float, in_reasoning: bool, stop: StopSignal) -> bool:
+        """False where more CPU time is needed than `cpu_s`. InputError for a grammar that is wrong, or takes more than
+        it may, of memory or by the clock; PreparationFailed when it could not be checked, or a new child does not begin
+        either. Stopped once `stop` is set, whose child is killed unless the check has begun: that goes on to its end,
+        and the child with its vocabulary stays."""
         for is_last in (False, True):
             child = self._take(stop, must_be_new=is_last)
             is_begun = False
             try:
-                child.send(GrammarJob(grammar, in_reasoning), b"", _FOREVER_S, stop)
+                child.send(GrammarJob(grammar, in_reasoning, cpu_s), b"", _FOREVER_S, stop)
                 if not isinstance(child.receive(), Ready):
                     raise ChildFailed("nonsense")
                 is_begun = True
@@ -229,14 +234,15 @@ class PreparePool:
                 if not isinstance(error, ChildFailed):
                     raise
                 if is_begun and error.why == "slow":
-                    raise _takes_too_long() from None
+                    raise takes_too_long() from None
                 if is_begun or is_last:
                     raise PreparationFailed from error
                 continue  # it had ended before this request
             self._give_back(child)
             if checked.failure is not None:
                 raise checked.failure.error()
-            return
+            return checked.is_whole
+        raise PreparationFailed
 
     def _next(self, child: ChildProcess, stop: StopSignal, fetch: Fetch | None) -> Made | NotMade:
         """The answer; questions before it are answered."""
@@ -403,10 +409,6 @@ def make_check(processor: Processor) -> Callable[[Grammar, bool], None]:
     return GrammarCheck(processor)
 
 
-def _takes_too_long() -> InputError:
-    return InputError("the grammar takes too long", code="grammar_too_complex")
-
-
 def check_grammar(job: GrammarJob, check: Callable[[Grammar, bool], None]) -> Checked:
     """In a fork, which more CPU time or memory than it may have ends: this process, and its vocabulary, stay."""
     reader, writer = os.pipe()
@@ -422,7 +424,7 @@ def check_grammar(job: GrammarJob, check: Callable[[Grammar, bool], None]) -> Ch
         try:
             die_with_parent(this)
             sandbox.start_nothing()
-            sandbox.allow_cpu(GRAMMAR_CPU_S)
+            sandbox.allow_cpu(job.cpu_s)
             os.write(writer, msgspec.msgpack.encode(_checked(job, check)))  # less than a pipe takes at once
         except BaseException:
             logger.exception("a grammar could not be checked")
@@ -434,15 +436,17 @@ def check_grammar(job: GrammarJob, check: Callable[[Grammar, bool], None]) -> Ch
     _, status = os.waitpid(pid, 0)
     if verdict:
         return msgspec.msgpack.decode(verdict, type=Checked)
-    is_too_much = os.WIFSIGNALED(status) and os.WTERMSIG(status) in _TOO_MUCH
-    return Checked(Failure.of(_takes_too_long() if is_too_much else PreparationFailed()))
+    ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+    if ended_by == signal.SIGPROF:
+        return Checked(is_whole=False)
+    return Checked(Failure.of(takes_too_long() if ended_by in _TOO_MUCH else PreparationFailed()))
 
 
 def _checked(job: GrammarJob, check: Callable[[Grammar, bool], None]) -> Checked:
     try:
         check(job.grammar, job.in_reasoning)
     except MemoryError:
-        return Checked(Failure.of(_takes_too_long()))
+        return Checked(Failure.of(takes_too_long()))
     except DisaggError as error:
         return Checked(Failure.of(error))
     return Checked()

@@ -10,15 +10,21 @@ from collections.abc import Callable
 
 import pytest
 
+from qwen3vl_disagg.core.errors import OverloadedError, PreparationFailed
+from qwen3vl_disagg.core.grammar import Grammar
+from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.processing import media_plan
 from qwen3vl_disagg.serving import intake, prepared
 from qwen3vl_disagg.serving.app import create_app
+from qwen3vl_disagg.serving.known_grammars import CheckLine
 from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.preparation import LONG_CHECK_S, MAX_LONG_CHECKS
+from qwen3vl_disagg.serving.prepared import Prepared
 from tests.support.asgi import Exchange
 from tests.support.fake_backend import PATH, FakeBackend, tiny_processor
 from tests.support.images import png, uri
 
-FEW = Limits(prepare_threads=1, clip_threads=1)
+FEW = Limits(prepare_threads=1, clip_threads=1, grammar_threads=1)
 
 
 async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:
@@ -161,3 +167,69 @@ def test_bodies_are_counted_for_as_long_as_they_are_held(part, monkeypatch):
         assert budget.used == 0
 
     asyncio.run(main())
+
+
+class Checks:
+    """Children of which a grammar that is `hard` takes all the time it may; its second check ends with `go`."""
+
+    def __init__(self) -> None:
+        self.go, self.num_long = threading.Event(), 0
+
+    def warm_up(self) -> None:
+        pass
+
+    def prepare(self, *_: object) -> Prepared:
+        raise PreparationFailed
+
+    def check_grammar(self, grammar: Grammar, *, cpu_s: float, in_reasoning: bool, stop: StopSignal) -> bool:
+        if not grammar.text.startswith("hard"):
+            return True
+        if cpu_s == LONG_CHECK_S:
+            self.num_long += 1
+            self.go.wait(10)
+        return grammar.text.startswith("hard, good") and cpu_s == LONG_CHECK_S
+
+
+def test_a_grammar_that_takes_long_is_waited_for_only_by_its_like(monkeypatch):
+    """It has a second turn, for which few may wait; one that was too much there too is a 400."""
+    checks = Checks()
+    monkeypatch.setattr(intake, "PreparePool", lambda *_, **__: checks)
+
+    async def main() -> None:
+        app = create_app(FakeBackend(), tiny_processor(), model_name="tiny", limits=FEW)
+
+        def ask(regex: str) -> tuple[Exchange, asyncio.Task[None]]:
+            exchange = Exchange(app, PATH, body_of("what is it?", regex=regex))
+            return exchange, asyncio.create_task(exchange.run())
+
+        hard = [ask(f"hard, {'good' if number == 1 else 'bad'} {number}") for number in range(MAX_LONG_CHECKS + 2)]
+        try:
+            await until(lambda: sum(task.done() for _, task in hard) == 2)
+            refused = [exchange for exchange, task in hard if task.done()]
+            assert [exchange.status for exchange in refused] == [429, 429]
+            assert all("retry-after" in exchange.headers for exchange in refused)
+            for number in range(4):
+                easy, task = ask(f"easy {number}")
+                await asyncio.wait_for(task, 5)
+                assert easy.status == 200
+            assert checks.num_long == 1, "one at a time"
+        finally:
+            checks.go.set()
+        await asyncio.wait_for(asyncio.gather(*(task for _, task in hard)), 10)
+        assert sorted(exchange.status or 0 for exchange, _ in hard) == [200, 400, 400, 429, 429]
+        for number in range(MAX_LONG_CHECKS + 1):
+            again, task = ask(f"hard, bad {number}")
+            await asyncio.wait_for(task, 5)
+            assert (again.status, again.json["error"]["code"]) == (400, "grammar_too_complex"), "there is room again"
+
+    asyncio.run(main())
+
+
+def test_those_who_wait_for_a_check_are_bounded():
+    line = CheckLine(0.1, num_threads=1, max_waiting=2)
+    line.enter()
+    line.enter()
+    with pytest.raises(OverloadedError):
+        line.enter()
+    line.leave()
+    line.enter()
