@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from tests.support.scripted_server import CITY, answer
 from tools.acceptance import run
 from tools.acceptance.catalogue import CLIENTS, FEATURES, Client
-from tools.acceptance.run import Cell, fits, main, prepare, run_script, scripted, table, try_client
+from tools.acceptance.run import Cell, fits, main, prepare, run_script, scripted, table, try_client, version
 
 HEAD = "from tools.acceptance.checks import refused, run\n"
 FAILS = """
@@ -121,6 +122,23 @@ def test_a_dead_environment_is_one_line(tmp_path, monkeypatch):
     assert ready == {}
     assert line.startswith(f"a: no environment at {tmp_path / 'a'}: ")
     assert "\n" not in line
+
+
+def test_a_node_client_s_heading_has_what_was_asked_for_as_newest(tmp_path):
+    for name, number in (("ai", "7.0.1"), ("@ai-sdk/openai", "4.0.2"), ("zod", "4.0.0"), ("node", "24.0.0")):
+        (tmp_path / "node_modules" / name).mkdir(parents=True)
+        (tmp_path / "node_modules" / name / "package.json").write_text(json.dumps({"version": number}))
+    client = Client("ai-sdk", "ai.mjs", ("ai@latest", "@ai-sdk/openai@latest", "zod", "node@24"))
+    assert version(client, tmp_path) == "ai-sdk 7.0.1, @ai-sdk/openai 4.0.2"
+
+
+def test_environments_are_made_side_by_side_and_stay_in_order(tmp_path, monkeypatch):
+    both = threading.Barrier(2, timeout=10)
+    monkeypatch.setattr(run, "install", lambda *_: both.wait())
+    monkeypatch.setattr(run, "version", lambda client, _: client.name)
+    clients = [Client(name, "a.py", (name,)) for name in ("b", "a")]
+    ready, wrong = prepare(clients, tmp_path)
+    assert (list(ready), wrong) == (["b", "a"], [])
 
 
 def test_a_scripted_server_that_dies_is_told(tmp_path, monkeypatch):

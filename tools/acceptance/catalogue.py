@@ -67,7 +67,9 @@ FEATURES = (
 @dataclass(frozen=True)
 class Client:
     """A client in an environment of its own. `script`: of tools/acceptance/clients/. `packages`: what is installed, the
-    first of them is the client. `variants`: the script runs with each as its argument."""
+    first of them is the client. `variants`: the script runs with each as its argument. A node client brings the node
+    that it runs on, and asks for `@latest`: else npm takes the newest that the node of the machine is new enough for.
+    """
 
     name: str
     script: str
@@ -80,11 +82,12 @@ class Client:
         return self.script.endswith(".mjs")
 
 
+AI_SDK = ("ai", "@ai-sdk/openai-compatible", "@ai-sdk/openai")
 CLIENTS = (
     Client("openai", "openai.py", ("openai",)),
     Client("openai-2.54.0", "openai.py", ("openai==2.54.0",)),
-    Client("openai-js", "openai.mjs", ("openai", "zod")),
-    Client("ai", "ai.mjs", ("ai", "@ai-sdk/openai-compatible", "@ai-sdk/openai", "zod")),
+    Client("openai-js", "openai.mjs", ("openai@latest", "zod", "node@24")),
+    Client("ai", "ai.mjs", (*(f"{name}@latest" for name in AI_SDK), "zod", "node@24")),
     Client("litellm", "litellm.py", ("litellm", "mcp"), ("hosted_vllm", "openai")),
     Client("langchain-openai", "langchain_openai.py", ("langchain-openai",)),
     Client("pydantic-ai", "pydantic_ai.py", ("pydantic-ai-slim[openai]",), ("openai", "openai-chat")),

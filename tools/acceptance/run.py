@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,8 +42,10 @@ NAMES = ("tiny", "gpt-5.5", "gpt-4o-mini", "claude-opus-5-5")
 """What the model is called: the names that quick starts use, too."""
 PLACES = 16
 """Of the server, for requests that run: fewer than the streams that are cancelled at once."""
-STARTS_S = 60.0
-"""In which the scripted server must be there."""
+INSTALLS = 4
+"""At once: they wait for the registries more than they compute."""
+STARTS_S = 240.0
+"""In which the scripted server must be there, on a machine that others use, too."""
 
 
 class Cell(NamedTuple):
@@ -74,7 +77,7 @@ def install(client: Client, folder: Path) -> None:
 def version(client: Client, folder: Path) -> str:
     """The client's name with its version, and packages that it comes with as plugins."""
     if client.is_node:
-        first, *more = [name for name in client.packages if name != "zod"]
+        first, *more = [name.removesuffix("@latest") for name in client.packages if name.endswith("@latest")]
         said = {client.name: first} | {name: name for name in more}
         files = {name: folder / "node_modules" / package / "package.json" for name, package in said.items()}
         return ", ".join(f"{name} {json.loads(file.read_text())['version']}" for name, file in files.items())
@@ -87,12 +90,17 @@ def version(client: Client, folder: Path) -> str:
 def prepare(chosen: Sequence[Client], environments: Path) -> tuple[dict[str, Client], list[str]]:
     """Those whose environment is there, by heading; a line for each other."""
     ready, wrong = {}, []
-    for client in chosen:
-        try:
-            install(client, environments / client.name)
-            ready[version(client, environments / client.name)] = client
-        except (subprocess.CalledProcessError, OSError) as error:
-            wrong.append(f"{client.name}: no environment at {environments / client.name}: {error}")
+    pool = ThreadPoolExecutor(INSTALLS)
+    try:
+        installs = [pool.submit(install, client, environments / client.name) for client in chosen]
+        for client, installed in zip(chosen, installs, strict=True):
+            try:
+                installed.result()
+                ready[version(client, environments / client.name)] = client
+            except (subprocess.CalledProcessError, OSError) as error:
+                wrong.append(f"{client.name}: no environment at {environments / client.name}: {error}")
+    finally:
+        pool.shutdown(cancel_futures=True)  # on SIGTERM: what has begun is made to its end
     return ready, wrong
 
 
@@ -150,7 +158,7 @@ def run_script(client: Client, variant: str, folder: Path, told: dict[str, str])
         if client.is_node:
             for name in ("checks.mjs", f"clients/{client.script}"):
                 shutil.copy(HERE / name, folder)  # modules are looked for from where a script lies
-            run = ["node", str(folder / client.script), variant]
+            run = [str(folder / "node_modules" / ".bin" / "node"), str(folder / client.script), variant]
         else:
             run = [str(folder / "bin" / "python"), "-P", str(HERE / "clients" / client.script), variant]
             for name in ("checks.py", "chat_checks.py", "city.py"):  # what a script imports, and not the package
