@@ -40,8 +40,10 @@ SIGNATURES = {
     "q3_linear_int8": [_P] * 5 + [_L] * 3 + [_I],
     "q3_experts_int8": [_P] * 12 + [_L] * 5 + [_I],
     "q3_prefill_attention": [_P, _L, _P, _P, _P, _L, _L, _L, _L, _P, _P, _I],
-    "q3_full_attention": [_P, _P, _P, _L, _L, _L, _L, _P, _P, _I],
+    "q3_full_attention": [_P, _P, _P, _L, _L, _L, _L, _P, _P, _I, _I],
     "q3_decode_attention": [_P, _P, _L, _P, _L, _P, _P, _P, _L, _P, _P, _L, _L, _L, _L, _L, _P, _I],
+    "q3_rotate": [_P, _L, _P, _P, _L, _L, _L, _I],
+    "q3_gelu_tanh": [_P, _L, _I],
     "q3_rms_norm": [_P, _P, _F, _P, _L, _L, _I],
     "q3_norm_rotary": [_P, _L, _P, _F, _P, _P, _P, _L, _L, _L, _I],
 }

@@ -322,21 +322,45 @@ def decode_attention(
     return out
 
 
-def full_attention(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, lengths: list[int]) -> Tensor:
-    """Frames of these lengths behind one another, each by itself -> `[P, N, H]`."""
+def full_attention(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, lengths: list[int], tiles: bool = True) -> Tensor:
+    """Frames of these lengths behind one another, each by itself -> `[P, N, H]`. Pieces of one packed product are read
+    where they lie. `tiles`: by AMX, where the processor has it."""
+    q_PNH, k_PNH, v_PNH = _with_whole_rows(q_PNH), _with_whole_rows(k_PNH), _with_whole_rows(v_PNH)
+    if not q_PNH.stride(0) == k_PNH.stride(0) == v_PNH.stride(0):
+        q_PNH, k_PNH, v_PNH = q_PNH.contiguous(), k_PNH.contiguous(), v_PNH.contiguous()
     _, num_heads, size = q_PNH.shape
-    q_PNH, k_PNH, v_PNH = q_PNH.contiguous(), k_PNH.contiguous(), v_PNH.contiguous()
     fits = q_PNH.shape == k_PNH.shape == v_PNH.shape and size in HEAD_SIZES and sum(lengths) == len(q_PNH)
-    fits = fits and min(lengths) >= 0 and is_dense(torch.bfloat16, q_PNH, k_PNH, v_PNH)
+    fits = fits and min(lengths) >= 0 and is_on_cpu(torch.bfloat16, q_PNH, k_PNH, v_PNH)
     need(fits, f"bfloat16 heads of {HEAD_SIZES} and frames of all rows", q_PNH, k_PNH, v_PNH)
-    out = torch.empty_like(q_PNH)
+    out = q_PNH.new_empty(q_PNH.shape)
     packed = q_PNH.new_empty(2 * num_heads * _padded(max(lengths)) * size)
-    start = 0
+    stride, start = q_PNH.stride(0), 0
     for length in lengths:
-        offset = start * num_heads * size * q_PNH.itemsize
-        pointers = (t.data_ptr() + offset for t in (q_PNH, k_PNH, v_PNH))
-        stride = num_heads * size
-        args = (*pointers, stride, length, num_heads, size, packed.data_ptr(), out.data_ptr() + offset)
+        pointers = (t.data_ptr() + start * stride * t.itemsize for t in (q_PNH, k_PNH, v_PNH))
+        to = out.data_ptr() + start * num_heads * size * out.itemsize
+        args = (*pointers, stride, length, num_heads, size, packed.data_ptr(), to, tiles)
         _cpu().q3_full_attention(*args, torch.get_num_threads())
         start += length
     return out
+
+
+# ---- what else a vision block is made of ----
+
+
+def rotate_(x_PNH: Tensor, cos_P1H: Tensor, sin_P1H: Tensor) -> None:
+    """`apply_rotary` in float32, with the result rounded, in place. Rows may lie apart, the heads of one may not."""
+    cos_P1H, sin_P1H = cos_P1H.contiguous(), sin_P1H.contiguous()
+    num_patches, num_heads, size = x_PNH.shape
+    fits = is_on_cpu(torch.bfloat16, x_PNH) and x_PNH.stride(1) == size and x_PNH.stride(2) == 1 and size % 32 == 0
+    fits = fits and is_dense(torch.float32, cos_P1H, sin_P1H)
+    fits = fits and cos_P1H.shape == sin_P1H.shape == (num_patches, 1, size)
+    need(fits, "bfloat16 heads of whole pieces and float32 angles", x_PNH, cos_P1H, sin_P1H)
+    pointers = (x_PNH.data_ptr(), x_PNH.stride(0), cos_P1H.data_ptr(), sin_P1H.data_ptr())
+    _cpu().q3_rotate(*pointers, num_patches, num_heads, size, torch.get_num_threads())
+
+
+def gelu_tanh_(x: Tensor) -> Tensor:
+    """`gelu` with the tanh form, in place."""
+    need(is_dense(torch.bfloat16, x), "bfloat16 in one piece", x)
+    _cpu().q3_gelu_tanh(x.data_ptr(), x.numel(), torch.get_num_threads())
+    return x

@@ -11,7 +11,7 @@ from qwen3vl_disagg.kernels import int8, ops
 from qwen3vl_disagg.model.layers import Linear, RMSNorm
 from qwen3vl_disagg.model.moe import Experts, takes_grouped_mm
 from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear
-from qwen3vl_disagg.model.vision import VisionAttention
+from qwen3vl_disagg.model.vision import VisionAttention, VisionMlp
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -38,6 +38,8 @@ def use_kernels(module: ModuleT) -> ModuleT:
             part.impl = "kernel" if is_kernel else "grouped" if is_grouped else "loop"
         elif isinstance(part, VisionAttention):
             part.use_kernel = _is_plain(part.qkv.weight) and ops.can_attend_frames(part.head_dim, part.qkv.weight)
+        elif isinstance(part, VisionMlp):
+            part.use_kernel = _is_plain(part.linear_fc1.weight) and ops.is_cpu_bf16(part.linear_fc1.weight)
     return module
 
 

@@ -111,21 +111,30 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x_PD: Tensor, cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = self.qkv(x_PD).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        q, k = (apply_rotary(x.float(), *rotary).to(x.dtype) for x in (q, k))
-        is_opaque = self.use_kernel or torch.compiler.is_compiling()
-        attend = torch.ops.q3vl.attend_frames if is_opaque else attend_frames
-        return self.proj(attend(q, k, v, cu_seqlens).flatten(1))
+        qkv_P3NH = self.qkv(x_PD).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv_P3NH.unbind(1)
+        is_compiling = torch.compiler.is_compiling()
+        if self.use_kernel and not is_compiling and ops.can_attend_frames(self.head_dim, qkv_P3NH):
+            ops.rotate_(qkv_P3NH[:, :2].flatten(1, 2), *rotary)
+            out_PNH = ops.full_attention(q, k, v, cu_seqlens.diff().tolist())
+        else:
+            q, k = (apply_rotary(x.float(), *rotary).to(x.dtype) for x in (q, k))
+            out_PNH = (torch.ops.q3vl.attend_frames if is_compiling else attend_frames)(q, k, v, cu_seqlens)
+        return self.proj(out_PNH.flatten(1))
 
 
 class VisionMlp(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
+        self.use_kernel = False
         self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_PD: Tensor) -> Tensor:
-        return self.linear_fc2(F.gelu(self.linear_fc1(x_PD), approximate="tanh"))
+        inner_PF = self.linear_fc1(x_PD)
+        if self.use_kernel and not torch.compiler.is_compiling() and ops.is_cpu_bf16(inner_PF):
+            return self.linear_fc2(ops.gelu_tanh_(inner_PF))
+        return self.linear_fc2(F.gelu(inner_PF, approximate="tanh"))
 
 
 class VisionBlock(nn.Module):

@@ -186,13 +186,49 @@ def test_prefill_attention(new, before, kv_heads, group, size, seed):
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4),
     heads=st.integers(1, 3),
     size=st.sampled_from([64, 128]),
+    tiles=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_full_attention(lengths, heads, size, seed):
+def test_full_attention(lengths, heads, size, tiles, seed):
+    """Also from pieces of one product, with AMX (where it is) and without; a frame gives the same bits in any batch."""
     q, k, v = (bf16(sum(lengths), heads, size, seed=seed + i) for i in range(3))
     frames = zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True)
     expected = [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in frame)).transpose(0, 1) for frame in frames]
-    assert distance(ops.full_attention(q, k, v, lengths), torch.cat(expected)) < 2**-7
+    actual = ops.full_attention(q, k, v, lengths, tiles)
+    assert distance(actual, torch.cat(expected)) < 2**-7
+    assert torch.equal(actual, ops.full_attention(*torch.stack([q, k, v], dim=1).unbind(1), lengths, tiles))
+    assert torch.equal(actual, ops.full_attention(q, torch.stack([k, k], dim=2)[:, :, 0], v, lengths, tiles))
+    first = [x[: lengths[0]] for x in (q, k, v)]
+    assert torch.equal(actual[: lengths[0]], ops.full_attention(*first, lengths[:1], tiles))
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_a_patch_that_is_not_finite_stays_in_its_frame(tiles):
+    q, k, v = (bf16(70, 2, 64, seed=i) for i in range(3))
+    v[69] = float("nan")
+    assert ops.full_attention(q, k, v, [37, 33], tiles).isnan().flatten(1).any(1).tolist() == [False] * 37 + [True] * 33
+
+
+@settings(max_examples=30)
+@given(patches=st.integers(1, 99), heads=st.integers(1, 9), size=st.sampled_from([32, 64, 96]), seed=st.integers(0, 99))
+def test_rotate_the_bits_of_the_module_and_no_others(patches, heads, size, seed):
+    """Of the heads it is given, in rows that are wider."""
+    wide = bf16(patches, heads + 2, size, seed=seed, scale=3.0)
+    angles = torch.randn(patches, 1, size, generator=torch.Generator().manual_seed(seed)) * 9
+    expected = wide.clone()
+    expected[:, :heads] = apply_rotary(wide[:, :heads].float(), angles.cos(), angles.sin()).bfloat16()
+    ops.rotate_(wide[:, :heads], angles.cos(), angles.sin())
+    assert torch.equal(wide, expected)
+
+
+@pytest.mark.parametrize("count", [1, 15, 33, 70_000])
+def test_gelu(count):
+    x = bf16(count + 1, seed=0, scale=4.0)
+    x[: min(count, 4)] = torch.tensor([0.0, 1e30, -60.0, float("nan")])[:count].bfloat16()
+    expected, last = F.gelu(x[:count].double(), approximate="tanh"), x[count].item()
+    actual = ops.gelu_tanh_(x[:count])
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-6, equal_nan=True)
+    assert x[count].item() == last
 
 
 def test_large_scores_do_not_overflow():

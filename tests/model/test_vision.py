@@ -1,5 +1,8 @@
 """The tower by itself: images do not see one another, frames neither, and wrong shapes are refused."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +10,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from qwen3vl_disagg.encode.worker import compile_tower
+from qwen3vl_disagg.kernels import ops
+from qwen3vl_disagg.model.kernels import use_kernels
 from qwen3vl_disagg.model.vision import PositionEmbedding, VisionTower, patch_coordinates
 from tests.support.oracle import CONFIGS
 
@@ -32,6 +37,19 @@ def test_a_batch_equals_its_images_one_by_one(grids):
     torch.testing.assert_close(main, torch.cat([part[0] for part in parts]), atol=1e-5, rtol=1e-4)
     for level, each in zip(levels, zip(*[part[1] for part in parts], strict=True), strict=True):
         torch.testing.assert_close(level, torch.cat(each), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not ops.is_cpu_bf16(torch.zeros(1, dtype=torch.bfloat16)), reason="no kernels here")
+def test_with_the_kernels_a_tower_in_bfloat16_is_as_exact_as_without():
+    torch.manual_seed(1)
+    tower = VisionTower(replace(CONFIG, hidden_size=128, num_heads=2)).eval().requires_grad_(False)
+    grids = [(1, 6, 10), (2, 4, 4)]
+    x = pixels(*grids)
+    rounded = tower.bfloat16()
+    exact = deepcopy(rounded).double()(x, grids)[0]
+    plain = (rounded(x, grids)[0] - exact).norm()
+    assert use_kernels(rounded).blocks[0].attn.use_kernel
+    assert (rounded(x, grids)[0] - exact).norm() < 1.2 * plain
 
 
 def test_frames_of_a_video_do_not_see_one_another():
