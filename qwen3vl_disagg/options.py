@@ -18,6 +18,7 @@ from qwen3vl_disagg.core.settings import (
     EncodeOptions,
     EngineSettings,
     ExpertLayout,
+    GapTarget,
     HttpOptions,
     ModelOptions,
 )
@@ -179,7 +180,11 @@ class ServeOptions:
     """Keep what full pages hold, for prompts that begin the same way."""
     chunk_tokens: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Tokens of prompts in a step while other requests are being answered: fewer disturb those less, and take longer
-    themselves. Default: 64 on CPU, 512 on a GPU."""
+    themselves. Default: as --gap-target-ms has it."""
+    gap_target_ms: Annotated[GapTarget, tyro.conf.arg(metavar="auto|MS")] = "auto"
+    """What the time between two tokens of a request should be while others' prompts are prefilled; how many tokens of
+    these go between follows from what steps take. `auto`: three times that of a step, at least 100 on CPU and 50 on a
+    GPU."""
     spans: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Write what each rank does when as JSON lines into this folder."""
     debug: bool = False

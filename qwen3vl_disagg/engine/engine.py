@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,8 +16,10 @@ from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, ServerE
 from qwen3vl_disagg.core.requests import FinishReason, ItemTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.core.spans import span
+from qwen3vl_disagg.engine.failures import NotFinite, fatal_where
 from qwen3vl_disagg.engine.grammars import PATIENCE_S, Grammars, no_grammars
 from qwen3vl_disagg.engine.masks import Mask
+from qwen3vl_disagg.engine.pace import Pace
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.pooling import pool
 from qwen3vl_disagg.engine.requests import make_sequences
@@ -61,7 +62,7 @@ class EngineOptions(SchedulerLimits):
     """`auto`: FlexAttention in a compiled decoder on CUDA, else the kernels on CPU where they can, else SDPA."""
 
     @property
-    def pace(self) -> PaceLimits:
+    def pace_limits(self) -> PaceLimits:
         return PaceLimits(self.chunk_tokens, self.max_prefill_tokens)
 
     @classmethod
@@ -70,32 +71,10 @@ class EngineOptions(SchedulerLimits):
         return cls(**{field.name: getattr(settings, field.name) for field in fields(EngineSettings)}, **others)
 
 
-class NotFinite(ArithmeticError):
-    """The model's numbers for a sequence are NaN or infinite."""
-
-
 Pick = tuple[Sequence, int, TokenLogprob | None]
 """The token that comes next, and its logprobs where they are asked for."""
 Broken = tuple[Sequence, Exception]
 """A request that cannot go on, and why."""
-
-
-class StepFailed(BaseException):
-    """The model failed in a step that other ranks take part in: they are left waiting. No failure of single requests,
-    so nothing that handles these may catch it."""
-
-
-@contextmanager
-def _fatal_where(dispatch: DispatchPlan | None) -> Iterator[None]:
-    """Failures of the model, but not of rows that were looked at before it ran, where others take part."""
-    try:
-        yield
-    except BadRows:
-        raise
-    except Exception as error:
-        if dispatch is None:
-            raise
-        raise StepFailed(f"{type(error).__name__} in a step that is taken with other ranks") from error
 
 
 class Engine:
@@ -131,6 +110,9 @@ class Engine:
             progress=progress,
         )
         self.scheduler = Scheduler(pool, self.options)
+        target, is_cuda = self.options.gap_target_ms, weight.device.type == "cuda"
+        most = self.options.max_prefill_tokens
+        self._pace = None if target is None else Pace(self.options.chunk_tokens, most, target, is_cuda=is_cuda)
         banned = (self.config.image_token_id, self.config.video_token_id)
         self.sampler = Sampler(banned_ids=banned, eos_ids=eos_ids)
         self.grammars = grammars
@@ -300,7 +282,9 @@ class Engine:
 
     def outlook(self, step: int) -> Outlook:
         """What could be run now, for those with whom steps are taken together."""
-        return Outlook(step=step, prefill=self.scheduler.num_prefill_tokens, decode=self.scheduler.num_decoding)
+        scheduler = self.scheduler
+        prefill, decode, chunk = scheduler.num_prefill_tokens, scheduler.num_decoding, scheduler.chunk_tokens
+        return Outlook(step=step, prefill=prefill, decode=decode, chunk=chunk)
 
     def step(self, plan: StepPlan | None = None) -> list[EngineEvent]:
         """Admit what fits and run one batch. A failure of the batch fails its requests alone.
@@ -319,12 +303,15 @@ class Engine:
             return events
         if step.prefill:
             return events + self._prefill(step.prefill, plan, dispatch)
+        started = time.monotonic()
         try:
-            with span("decode", tokens=len(step.decode)), _fatal_where(dispatch):
+            with span("decode", tokens=len(step.decode)), fatal_where(dispatch):
                 logits = self.runner.decode(step.decode, dispatch)
             picks, broken = self._pick(logits, step.decode, is_alone=self._is_alone(plan))
         except (RuntimeError, ValueError) as error:
             return events + self._fail(step.decode, error)
+        if self._pace is not None and not (plan and plan.prefill):
+            self._pace.decoded(time.monotonic() - started)
         for sequence, _, _ in picks:
             sequence.num_cached += 1
             self.scheduler.remember(sequence)
@@ -332,7 +319,7 @@ class Engine:
 
     def _take_part(self, dispatch: DispatchPlan | None) -> None:
         if dispatch is not None:
-            with span("take part", tokens=0), _fatal_where(dispatch):
+            with span("take part", tokens=0), fatal_where(dispatch):
                 self.runner.take_part(dispatch)
 
     def _prefill(self, chunks: list[Chunk], plan: StepPlan | None, dispatch: DispatchPlan | None) -> list[EngineEvent]:
@@ -343,7 +330,7 @@ class Engine:
             while True:
                 try:
                     tokens = sum(chunk.stop - chunk.start for chunk in chunks)
-                    with span("prefill", tokens=tokens), _fatal_where(dispatch):
+                    with span("prefill", tokens=tokens), fatal_where(dispatch):
                         made = self.runner.prefill(chunks, dispatch)
                     break
                 except BadRows as error:  # that request's failure alone; nothing has been computed yet
@@ -363,6 +350,10 @@ class Engine:
         except (RuntimeError, ValueError) as error:
             return events + self._fail([chunk.sequence for chunk in chunks], error)
         now = time.monotonic()
+        if self._pace is not None:
+            # The step of ranks together is as long as that of the one with most to do.
+            self._pace.prefilled(min(plan.prefill, plan.num_rows) if plan else tokens, now - started)
+            self.scheduler.chunk_tokens = self._pace.chunk
         pooled = [(sequence, vector) for (sequence, _), vector in zip(wanted, vectors, strict=True)]
         answered = {pick[0].name for pick in picks} | {sequence.name for sequence, _ in pooled}
         others = [chunk.sequence for chunk in chunks if not chunk.is_last]

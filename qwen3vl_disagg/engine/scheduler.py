@@ -19,7 +19,7 @@ from bisect import insort
 from dataclasses import dataclass, field, replace
 
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.core.settings import EngineSettings
+from qwen3vl_disagg.core.settings import EngineSettings, GapTarget
 from qwen3vl_disagg.engine.pages import PagePool, Prefix
 from qwen3vl_disagg.engine.sequence import Samples, Sequence
 from qwen3vl_disagg.parallel.lockstep import StepPlan
@@ -64,6 +64,9 @@ class SchedulerLimits(EngineSettings):
     one between two decode steps: that bounds the time between their tokens."""
 
     chunk_tokens: int = 512
+    gap_target_ms: GapTarget | None = None
+    """What the time between two tokens should be while prompts are prefilled: chunks grow and shrink from
+    `chunk_tokens` on. None: they do not."""
     overlap: bool = True
     """Prefill the items that are here while later ones are still on their way."""
     min_overlap_tokens: int = 256
@@ -80,6 +83,8 @@ class Scheduler:
 
     def __init__(self, pool: PagePool, limits: SchedulerLimits | None = None) -> None:
         self.pool, self.limits = pool, limits or SchedulerLimits()
+        self.chunk_tokens = self.limits.chunk_tokens
+        """Of prompts in a step while others are decoded; may be set from outside."""
         self.is_short_of_room = False
         """Set from outside: rows wait for the blocks of those that are here, which should be used up now."""
         self.waiting: list[Sequence] = []  # both in order of arrival
@@ -230,7 +235,7 @@ class Scheduler:
     def _prefill_budget(self) -> int:
         if self.owes_decode:
             return 0
-        return self.limits.chunk_tokens if self.num_decoding else self.limits.max_prefill_tokens
+        return self.chunk_tokens if self.num_decoding else self.limits.max_prefill_tokens
 
     def _chunks(self, budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []

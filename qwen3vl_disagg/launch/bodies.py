@@ -34,13 +34,13 @@ logger = logging.getLogger(__name__)
 def run_language_rank(context: RankContext) -> int:
     """The body of a language rank's process; returns its exit status."""
     setup = RankSetup.of(context)
-    group = asyncio.run(meet(setup, engine_options(setup).pace)) if shares_experts(setup) else None
+    group = asyncio.run(meet(setup, engine_options(setup).pace_limits)) if shares_experts(setup) else None
     engine = load_engine(setup, group)
 
     async def serve() -> int:
         if group is None:
             return await (await start_language_rank(setup, engine)).run()
-        lockstep, server = await group.start_lockstep(setup, engine.options.pace)
+        lockstep, server = await group.start_lockstep(setup, engine.options.pace_limits)
         try:
             return await (await start_language_rank(setup, engine, group=group, lockstep=lockstep)).run()
         finally:
@@ -88,6 +88,7 @@ def engine_options(setup: RankSetup) -> EngineOptions:
         overlap=context.options.overlap == "on",
         prefix_cache=context.options.prefix_cache == "on",
         chunk_tokens=min(chunk_tokens, settings.max_prefill_tokens),
+        gap_target_ms=None if context.options.chunk_tokens else context.options.gap_target_ms,
         compile=resolve_compile(context.options.model.compile, setup.device),
     )
 

@@ -23,6 +23,7 @@ from qwen3vl_disagg.core.environment import TOKEN, check_environment
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.faults import plan_faults
 from qwen3vl_disagg.core.settings import (
+    MAX_GAP_MS,
     BufferOptions,
     HttpOptions,
     ModelOptions,
@@ -229,6 +230,11 @@ def run_slot(options: ServeOptions, world: World) -> int:
         FetchRules.of(options.http.allow_media_domain, options.http.allow_media_path)
     if options.chunk_tokens is not None and options.chunk_tokens < 1:
         raise InputError(f"--chunk-tokens {options.chunk_tokens}: must be at least 1", param="chunk_tokens")
+    target = options.gap_target_ms
+    if target != "auto" and options.chunk_tokens is not None:
+        raise InputError("--gap-target-ms and --chunk-tokens: only one of them decides", param="gap_target_ms")
+    if target != "auto" and not 1 <= target <= MAX_GAP_MS:
+        raise InputError(f"--gap-target-ms {target}: must be auto, or from 1 to {MAX_GAP_MS}", param="gap_target_ms")
     stated_meeting(options, world)
     check_environment()
     plan_faults()

@@ -6,7 +6,7 @@ all what the step is (`StepPlan`). So one message from each rank and one to each
 work sleeps on a socket until another one has some, and none is ever asked.
 
 A prompt's chunk makes a step long for every rank. As on one rank alone, no two such steps follow one another while
-a rank decodes, and then a rank's chunks are `chunk_tokens` together: that bounds the time between two tokens.
+a rank decodes, and then a rank's chunks are the least `chunk` of all together: that bounds the time between two tokens.
 
 Pure: no clock, socket or thread inside.
 """
@@ -34,11 +34,13 @@ class PeerWelcome(Message, frozen=True):
 
 
 class Outlook(Message, frozen=True):
-    """What a rank could do in a step: tokens of prompts, and sequences to decode one token of."""
+    """What a rank could do in a step: tokens of prompts, and sequences to decode one token of. `chunk`: the most tokens
+    of prompts while any rank decodes, as far as this rank's measure goes; 0: the limit's."""
 
     step: int
     prefill: int = 0
     decode: int = 0
+    chunk: int = 0
 
     @property
     def has_work(self) -> bool:
@@ -70,7 +72,8 @@ LockstepMessage = Heartbeat | Refused | PeerHello | PeerWelcome | Outlook | Step
 
 @dataclass(frozen=True)
 class PaceLimits:
-    """`chunk_tokens`: of prompts in a step of a rank while any rank decodes; else `max_prefill_tokens`."""
+    """`chunk_tokens`: of prompts in a step of a rank while any rank decodes, before steps were measured; else
+    `max_prefill_tokens`."""
 
     chunk_tokens: int
     max_prefill_tokens: int
@@ -120,7 +123,8 @@ class Lockstep:
         self._was_prefill = has_prompts and not (self._was_prefill and is_decoding)
         budget = 0
         if self._was_prefill:
-            budget = self.limits.chunk_tokens if is_decoding else self.limits.max_prefill_tokens
+            chunk = min(outlook.chunk or self.limits.chunk_tokens for outlook in outlooks)
+            budget = chunk if is_decoding else self.limits.max_prefill_tokens
         rows = [min(o.prefill, budget) or o.decode for o in outlooks]
         num_rows = padded_rows(max(rows))
         return StepPlan(step=self.step, num_rows=num_rows, prefill=budget, kind=self._choose_kind(rows, num_rows))

@@ -16,7 +16,8 @@ from msgspec import structs
 from torch import Tensor
 
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams
-from qwen3vl_disagg.engine.engine import Engine, EngineOptions, StepFailed
+from qwen3vl_disagg.engine.engine import Engine, EngineOptions
+from qwen3vl_disagg.engine.failures import StepFailed
 from qwen3vl_disagg.language.engine_thread import EngineThread
 from qwen3vl_disagg.model.moe import Experts
 from qwen3vl_disagg.parallel.dispatch import ExpertDispatcher
