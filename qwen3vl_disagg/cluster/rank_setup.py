@@ -14,8 +14,9 @@ from torch import nn
 from qwen3vl_disagg.checkpoint import fingerprint, read_config
 from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.cluster.registry import Fingerprint, link_fingerprint
-from qwen3vl_disagg.cluster.rendezvous import RankContext, host_id
-from qwen3vl_disagg.core.devices import resolve_device, resolve_dtype
+from qwen3vl_disagg.cluster.rendezvous import RankContext, World, host_id
+from qwen3vl_disagg.cluster.shared_cores import SharedCores
+from qwen3vl_disagg.core.devices import resolve_compile, resolve_device, resolve_dtype
 from qwen3vl_disagg.core.spans import write_spans
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.parallel.expert_placement import held_bytes
@@ -53,6 +54,15 @@ class RankSetup:
         )
         return cls(context, folder, config, device, dtype, processor, fields)
 
+    def shared_cores(self) -> SharedCores | None:
+        """The host's cores, where its ranks share them. Compiled code has its number of threads for good."""
+        context = self.context
+        is_compiled = resolve_compile(context.options.model.compile, self.device)
+        if context.cores_file is None or self.device.type != "cpu" or is_compiled:
+            return None
+        cores, share = len(os.sched_getaffinity(0)), share_of_cores(context.world)
+        return SharedCores(context.cores_file, context.world.local_rank, cores=cores, share=share)
+
     def hello(
         self,
         role: Literal["encode", "language"],
@@ -76,10 +86,14 @@ class RankSetup:
         )
 
 
+def share_of_cores(world: World) -> int:
+    """Threads of a rank where all of its host's compute."""
+    return max(1, len(os.sched_getaffinity(0)) // world.num_local_ranks)
+
+
 def run_threaded(body: Callable[[RankContext], int], context: RankContext) -> int:
     """A rank's body with its share of this host's cores; writes spans where the context says so."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // context.world.num_local_ranks))
+    torch.set_num_threads(share_of_cores(context.world))
     if context.options.spans is not None:
         write_spans(context.options.spans, context.rank)
     return body(context)

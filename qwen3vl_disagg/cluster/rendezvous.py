@@ -105,6 +105,8 @@ class RankContext:
     world: World
     host: str = "127.0.0.1"
     is_joining: bool = False
+    cores_file: Path | None = None
+    """Where this host's ranks say who computes; None: each keeps to its share of the cores."""
 
     @property
     def is_first_language_rank(self) -> bool:

@@ -192,6 +192,7 @@ def load_worker(setup: RankSetup) -> EncodeWorker:
         video=VideoProcessor.from_folder(setup.folder, setup.config.vision, resize=setup.processor.resize),
         decoder=decoder,
         compile=resolve_compile(setup.context.options.model.compile, setup.device),
+        cores=setup.shared_cores(),
     )
 
 

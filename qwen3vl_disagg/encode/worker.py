@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from qwen3vl_disagg.cluster.shared_cores import SharedCores
 from qwen3vl_disagg.core.errors import (
     ENCODE_ERROR,
     DisaggError,
@@ -142,13 +143,19 @@ class EncodeWorker:
         video: VideoProcessor | None = None,
         decoder: MediaDecoder | None = None,
         compile: bool = False,
+        cores: SharedCores | None = None,
     ) -> None:
-        """`decoder`: where bytes are decoded; without it images are in this process, and there are no videos."""
+        """`decoder`: where bytes are decoded; without it images are in this process, and there are no videos. `cores`:
+        those of the host, claimed before each block of the tower."""
         self.model, self.processor, self.config = vision_model, processor, config
         self.video, self.decoder = video, decoder
         self.device = next(vision_model.parameters()).device
+        self._cores = cores
         if compile:
             compile_tower(vision_model.visual)
+        if cores is not None:
+            for block in vision_model.visual.blocks:
+                block.register_forward_pre_hook(lambda *_: cores.claim())
 
     def preprocess(self, data: bytes, visual: VisualItem, stop: StopSignal | None = None) -> Pixels:
         """Decode and cut up. InputError for damaged media, MediaTimeout for what takes too long, ServerError if the
@@ -180,6 +187,9 @@ class EncodeWorker:
         except Exception as error:
             if len(batch) == 1:
                 return [error]
+        finally:
+            if self._cores is not None:
+                self._cores.release()
         return [
             result
             for entry, token_id in zip(batch, visual_token_ids, strict=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
+from qwen3vl_disagg.cluster.shared_cores import SharedCores
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent
 from qwen3vl_disagg.parallel.lockstep import Outlook, StepPlan
 
@@ -22,11 +23,16 @@ class EngineSteps:
 
     `post` a command (a function of the engine; the events it returns are passed on) from any thread. With `report`,
     steps are taken together with other ranks: it is told what this one could do, whenever that changes, and each plan
-    that `take_plan` brings is a step.
+    that `take_plan` brings is a step. `cores`: those of the host, claimed before each step.
     """
 
-    def __init__(self, engine: Engine, report: Callable[[Outlook], None] | None = None) -> None:
-        self._engine, self._report = engine, report
+    def __init__(
+        self,
+        engine: Engine,
+        report: Callable[[Outlook], None] | None = None,
+        cores: SharedCores | None = None,
+    ) -> None:
+        self._engine, self._report, self._cores = engine, report, cores
         self._plan: StepPlan | None = None
         self._outlook = Outlook(step=0)
         """As last reported."""
@@ -54,6 +60,8 @@ class EngineSteps:
         if work is None:
             return False
         commands, plan = work
+        if self._cores is not None:
+            self._cores.claim()
         _tell(on_events, [event for command in commands for event in command(self._engine) or []])
         _tell(on_events, self._engine.admit())
         if self._report is not None:
@@ -80,6 +88,8 @@ class EngineSteps:
         """Commands to run before the next step, and its plan; waits while there is nothing to do. None: stop."""
         with self._wake:
             while not (self._stopping or self._commands or self._plan or self._has_own_work):
+                if self._cores is not None:
+                    self._cores.release()
                 if not self._wake.wait(None if check is None else CHECK_S) and check is not None:
                     check()
             if self._stopping and self._plan is None:  # others count on a step that was agreed on
@@ -105,8 +115,9 @@ class EngineThread(EngineSteps):
         on_events: EventSink,
         on_crash: Callable[[BaseException], None],
         report: Callable[[Outlook], None] | None = None,
+        cores: SharedCores | None = None,
     ) -> None:
-        super().__init__(engine, report)
+        super().__init__(engine, report, cores)
         self._on_events, self._on_crash = on_events, on_crash
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 

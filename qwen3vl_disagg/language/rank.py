@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from qwen3vl_disagg.cluster.hub_client import enter_hub
+from qwen3vl_disagg.cluster.shared_cores import SharedCores
 from qwen3vl_disagg.core.errors import DisaggError, Failure, TransferError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent
@@ -47,7 +48,7 @@ class LanguageRank:
     """One language rank on one event loop. `run` returns the exit status.
 
     `hello` is what the rank says to the hub, each time it connects. `lockstep`: where experts are spread, the way to
-    those with whom steps are taken together.
+    those with whom steps are taken together. `cores`: see `EngineSteps`.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class LanguageRank:
         *,
         reconnect_s: float = 30.0,
         lockstep: LockstepClient | None = None,
+        cores: SharedCores | None = None,
     ) -> None:
         self._lockstep, self._is_leaving = lockstep, False
         self._links, self._hello, self._hub_address = links, hello, hub_address
@@ -67,7 +69,7 @@ class LanguageRank:
         self._loop = asyncio.get_running_loop()
         self._crash: asyncio.Future[BaseException] = self._loop.create_future()
         report = lockstep.report if lockstep is not None else None
-        self.engine = EngineThread(engine, self._on_engine_events, self._on_engine_crash, report)
+        self.engine = EngineThread(engine, self._on_engine_events, self._on_engine_crash, report, cores)
         self._requests = LanguageRequests(links, self.engine.post, self._tell, self._loop)
         if lockstep is not None:
             lockstep.on_plan = self.engine.take_plan

@@ -186,4 +186,5 @@ async def start_language_rank(
         store_address=store_address,
         kv_tokens=pool.num_pages * pool.page_size,
     )
-    return LanguageRank(engine, links, hello, context.hub_address, lockstep=lockstep)
+    cores = setup.shared_cores()
+    return LanguageRank(engine, links, hello, context.hub_address, lockstep=lockstep, cores=cores)

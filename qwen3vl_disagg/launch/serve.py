@@ -98,7 +98,13 @@ def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: M
         options,
         world,
         host=own_address(options.address, meeting.hub_address),
+        cores_file=cores_file(world),
     )
+
+
+def cores_file(world: World) -> Path | None:
+    """Where ranks of this host say who computes."""
+    return meeting_path().with_suffix(".cores") if world.num_local_ranks > 1 else None
 
 
 def stated_meeting(options: ServeOptions, world: World) -> Meeting | None:
@@ -243,12 +249,15 @@ def run_slot(options: ServeOptions, world: World) -> int:
     options = replace(options, model=model)
     if world.local_rank == 0:
         check_checkpoint(options.model, options.buffers, options.http.max_model_len)
-    if world.node != 0:
+    if world.local_rank != 0 and world.node == 0:
+        return other_slot(options, world, layout, meeting_path()).run()
+    if world.local_rank != 0:
         return far_slot(options, world, layout).run()
-    path = meeting_path()
-    if world.rank != 0:
-        return other_slot(options, world, layout, path).run()
+    path, cores = meeting_path(), cores_file(world)
     try:
-        return first_slot(options, world, layout, path).run()
+        slot = first_slot(options, world, layout, path) if world.node == 0 else far_slot(options, world, layout)
+        return slot.run()
     finally:
-        path.unlink(missing_ok=True)
+        for file in (path, cores):
+            if file is not None:
+                file.unlink(missing_ok=True)
