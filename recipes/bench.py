@@ -6,6 +6,7 @@
     python recipes/bench.py host [--contexts 1024 32768 131072] [--sequences 32]
     python recipes/bench.py grammars [--batch 8] [--bound 0 4]
     python recipes/bench.py gaps [--rounds 2] [--picture DIR]
+    python recipes/bench.py road [--rounds 3] [--other NAME=COMMAND]
     python recipes/bench.py repeat [--rounds 7]
     python recipes/bench.py pooling [--vllm-python PYTHON] [--rounds 5]
     python recipes/bench.py start [--ranks 8] [--rounds 2]
@@ -35,6 +36,7 @@ from tools.bench_overlap import overlap
 from tools.bench_parallel import parallel
 from tools.bench_pooling import pooling
 from tools.bench_repeat import repeat
+from tools.bench_road import road
 from tools.bench_split import splits
 from tools.bench_start import start
 from tools.bench_transfer import transfer
@@ -46,6 +48,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "host": host,
     "grammars": grammars,
     "gaps": gaps_under_load,
+    "road": road,
     "repeat": repeat,
     "pooling": pooling,
     "start": start,

@@ -61,11 +61,14 @@ def picture(side: int, seed: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def body(text: str, images: Sequence[str], max_tokens: int, *, stream: bool = True, before: str = "") -> bytes:
+def body(
+    text: str, images: Sequence[str], max_tokens: int, *, stream: bool = True, before: str = "", model: str = ""
+) -> bytes:
     """A greedy chat request that does not end before `max_tokens`; the images stand between `before` and `text`."""
     parts: list[dict[str, Any]] = [{"type": "text", "text": before}] if before else []
     parts += [{"type": "image_url", "image_url": {"url": url}} for url in images]
     request = {
+        **({"model": model} if model else {}),
         "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
         "max_tokens": max_tokens,
         "temperature": 0,
@@ -107,5 +110,7 @@ def take(data: bytes, record: Stream) -> None:
     if "error" in event:
         raise LoadError(event["error"]["message"])
     for choice in event["choices"]:
-        record.stamps += [now] * len(choice.get("token_ids", ()))
+        # Servers that know no token ids send a token, or several, with each piece of text.
+        num_tokens = len(choice["token_ids"] or ()) if "token_ids" in choice else bool(choice["delta"].get("content"))
+        record.stamps += [now] * num_tokens
     record.timings = event.get("timings", record.timings)
