@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
-from schemathesis.config import SchemathesisConfig
+from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from starlette.types import ASGIApp
 
@@ -35,10 +34,9 @@ APP = create_app(FakeBackend(), tiny_processor(), model_name="tiny", more_names=
 PATHS = [route.path.replace("{name:path}", "{name}") for route in APP.routes]
 
 
-def described(*, coverage: bool) -> Any:
-    """`coverage`: what is sent of every field, and of every two, is made when tests are collected, for a minute."""
-    config = SchemathesisConfig.from_dict({"phases": {"coverage": {"enabled": coverage}}})
-    return schemathesis.openapi.from_asgi("/openapi.json", APP, config=config).parametrize()
+OPERATIONS = [
+    (method, path) for path, kinds in document()["paths"].items() for method in kinds if method in ("get", "post")
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +52,28 @@ def check(case: schemathesis.Case, app: ASGIApp) -> None:
     case.call_and_validate(app=app, timeout=60, excluded_checks=[positive_data_acceptance])
 
 
-@described(coverage=False)
-@cheap
-def test_answers_are_as_described(case, each_task):
-    check(case, each_task)
+@pytest.fixture(scope="module")
+def schema():
+    return schemathesis.openapi.from_asgi("/openapi.json", APP)
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_answers_are_as_described(method, path, schema, each_task):
+    """Strategies are made here and not when tests are collected, which every worker does."""
+
+    @cheap
+    @given(schema[path][method].as_strategy())
+    def each(case):
+        check(case, each_task)
+
+    each()
 
 
 if os.environ.get("Q3VL_ACCEPTANCE"):
 
     @MANY
     @pytest.mark.timeout(3600)
-    @described(coverage=True)
+    @schemathesis.openapi.from_asgi("/openapi.json", APP).parametrize()  # collected for a minute
     @thorough
     def test_answers_are_as_described_whatever_is_sent(case, each_task):
         """Also by a model that the route is not for."""
