@@ -258,7 +258,7 @@ class LLM:
         first ones. Raises the error of the first input that has none.
         """
         check_task(self.processor.task, "embed", "embed")
-        sampling = SamplingParams(max_new_tokens=1, pooling=self.processor.pooling(dimensions))
+        sampling = self.processor.pooling(dimensions)
 
         def make(number: int) -> Any:
             given = inputs[number]
@@ -276,7 +276,7 @@ class LLM:
         `instruction`: what is looked for. Raises the error of the first document that has no score.
         """
         check_task(self.processor.task, "rerank", "score")
-        sampling = SamplingParams(max_new_tokens=1, pooling=self.processor.pooling())
+        sampling = self.processor.pooling()
         asked = parts_of(query, "query")
 
         def make(number: int) -> Conversation:

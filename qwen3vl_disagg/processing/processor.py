@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen3vl_disagg.core.errors import CheckpointError, InputError, attempt
 from qwen3vl_disagg.core.pooling import Pooling
-from qwen3vl_disagg.core.requests import VisualItem
+from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.core.settings import ImageResize, Task, TaskChoice
 from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
@@ -200,16 +200,16 @@ class Processor:
         """What the tokenizer itself puts behind a text that is read and not answered."""
         return self.tokenizer.backend.encode("").ids
 
-    def pooling(self, dimensions: int | None = None) -> Pooling:
+    def pooling(self, dimensions: int | None = None, *, cache_salt: str = "") -> SamplingParams:
         """What is wanted of a prompt, where the model does not answer. InputError for more numbers than there are."""
+        size, pooling = self.config.text.hidden_size, Pooling(dimensions=dimensions or 0)
         if self.task == "rerank":
             ids = map(self.tokenizer.backend.token_to_id, ANSWERS)
             yes, no = (token_id for token_id in ids if token_id is not None)
-            return Pooling(tokens=(yes, no))
-        size = self.config.text.hidden_size
-        if dimensions is not None and not 1 <= dimensions <= size:
+            pooling = Pooling(tokens=(yes, no))
+        elif dimensions is not None and not 1 <= dimensions <= size:
             raise InputError(f"dimensions is {dimensions}: must be from 1 to {size}", param="dimensions")
-        return Pooling(dimensions=dimensions or 0)
+        return SamplingParams(max_new_tokens=1, pooling=pooling, cache_salt=cache_salt)
 
     def text_ids(self, text: str, param: str) -> list[int]:
         """A text as it is; nothing in it becomes a special token. InputError for as much as the context or more."""

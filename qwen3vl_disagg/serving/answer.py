@@ -10,9 +10,10 @@ import msgspec
 
 from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, RequestHandle, TokenEvent
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError
-from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
+from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob
 from qwen3vl_disagg.processing import AnswerParts, AnswerReason, Parts, Tokenizer
 from qwen3vl_disagg.protocol.messages import PromptLogprobs
+from qwen3vl_disagg.serving.errors import encoded
 from qwen3vl_disagg.serving.prompt_scores import MIN_LOGPROB, PromptScores
 from qwen3vl_disagg.serving.types import (
     AnswerMessage,
@@ -25,7 +26,7 @@ from qwen3vl_disagg.serving.types import (
 
 
 class Answer:
-    """One request's answer. `token_ids` and `entries` hold the end token too, the text in `parts` does not.
+    """One request's answer. `token_ids` and `logprobs` hold the end token too, the text in `parts` does not.
 
     `told`: what the client hears of the ranks' timings. `is_plain`: all of it is text, without reasoning and calls.
     `first`: the first answer to the same prompt, which hears what is said of that.
@@ -49,7 +50,7 @@ class Answer:
         self.prompt_scores: PromptScores = PromptScores(prompt_ids) if first is None else first.prompt_scores
         self.end = FinishedEvent("stop", RequestTimings())
         """What it has come to, once it has."""
-        self.entries: list[LogprobEntry] = []
+        self.logprobs: list[TokenLogprob] = []
         self._tokenizer, self._told = tokenizer, told
         self._first_timings, self._first_token_at = RequestTimings(), 0.0
 
@@ -105,10 +106,17 @@ class Answer:
         if event.timings is not None:
             self._first_timings, self._first_token_at = event.timings, time.monotonic()
         if event.logprob is not None:
-            own = self._named(event.logprob.token_id, event.logprob.logprob)
-            top = [self._named(token_id, logprob) for token_id, logprob in event.logprob.top]
-            self.entries.append(LogprobEntry(**msgspec.structs.asdict(own), top_logprobs=top))
+            self.logprobs.append(event.logprob)
         return self.parts.push(event.token_id)
+
+    def entries(self, start: int = 0) -> list[LogprobEntry]:
+        """What is told of the tokens from `start` on, each encoded. Of many tokens it takes long."""
+        return [encoded(self._entry(one)) for one in self.logprobs[start:]]
+
+    def _entry(self, told: TokenLogprob) -> LogprobEntry:
+        own = self._named(told.token_id, told.logprob)
+        top = [self._named(token_id, logprob) for token_id, logprob in told.top]
+        return LogprobEntry(**msgspec.structs.asdict(own), top_logprobs=top)
 
     def _named(self, token_id: int, logprob: float) -> TopLogprob:
         """Its text, and its exact bytes: a token may hold part of a character."""

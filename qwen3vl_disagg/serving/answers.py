@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 
 from qwen3vl_disagg.cluster.backend import Event, FinishedEvent, RequestHandle
 from qwen3vl_disagg.processing import Parts
 from qwen3vl_disagg.serving.answer import Answer
+from qwen3vl_disagg.serving.errors import JSONResponse
 from qwen3vl_disagg.serving.intake import GRACE_S, Arrived, Intake
+
+SMALL_TOKENS = 2**14
+"""The text of so many is joined and encoded in a few milliseconds."""
 
 
 class Answers:
@@ -48,6 +52,12 @@ class Answers:
     @property
     def request_id(self) -> str:
         return self._handles[0].request_id
+
+    async def response(self, make: Callable[[], object], *, tells_more: bool) -> JSONResponse:
+        """What `make` makes of them; beside the event loop where they are long, or it `tells_more` than their text."""
+        if tells_more or sum(len(answer.token_ids) for answer in self.all) > SMALL_TOKENS:
+            return await JSONResponse.aside(make)
+        return JSONResponse(make())
 
     def cancel(self) -> None:
         """Nobody wants what has not come yet."""

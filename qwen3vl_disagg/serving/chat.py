@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from contextlib import aclosing
+from functools import partial
 
 from starlette.types import Receive, Scope, Send
 
+from qwen3vl_disagg.processing import Tokenizer
 from qwen3vl_disagg.serving.answer import usage_of
 from qwen3vl_disagg.serving.answers import Answers
 from qwen3vl_disagg.serving.chat_request import ChatRequest
-from qwen3vl_disagg.serving.errors import JSONResponse
 from qwen3vl_disagg.serving.intake import Arrived, Intake
 from qwen3vl_disagg.serving.stream import EventStream
 from qwen3vl_disagg.serving.types import ChatCompletion, Choice, Logprobs
@@ -41,17 +41,18 @@ class ChatCompletions:
                 else:
                     async for _ in events:
                         pass
-                    completion = _completion(request, answers, **names)
-                    if sampling.prompt_logprobs is not None:
-                        # Up to a second of work, which others need not wait for.
-                        scores = answers.all[0].prompt_scores.by_token
-                        completion.prompt_logprobs = await asyncio.to_thread(scores, self._intake.processor.tokenizer)
-                    await JSONResponse(completion)(scope, receive, send)
+                    tokenizer = None if sampling.prompt_logprobs is None else self._intake.processor.tokenizer
+                    tells_more = request.sampling.wants_logprobs or request.return_token_ids or tokenizer is not None
+                    make = partial(_completion, request, answers, tokenizer, **names)
+                    await (await answers.response(make, tells_more=tells_more))(scope, receive, send)
         finally:
             answers.cancel()
 
 
-def _completion(request: ChatRequest, answers: Answers, *, id: str, model: str) -> ChatCompletion:
+def _completion(
+    request: ChatRequest, answers: Answers, tokenizer: Tokenizer | None, *, id: str, model: str
+) -> ChatCompletion:
+    """`tokenizer`: where the prompt's own log probabilities are wanted."""
     choices = [Choice(index=i, message=one.message(), finish_reason=one.reason) for i, one in enumerate(answers.all)]
     completion = ChatCompletion(
         id=id,
@@ -63,7 +64,9 @@ def _completion(request: ChatRequest, answers: Answers, *, id: str, model: str) 
     )
     for choice, answer in zip(choices, answers.all, strict=True):
         if request.sampling.wants_logprobs:
-            choice.logprobs = Logprobs(content=answer.entries)
+            choice.logprobs = Logprobs(content=answer.entries())
         if request.return_token_ids:
             choice.token_ids, completion.prompt_token_ids = answer.token_ids, answer.prompt_ids
+    if tokenizer is not None:
+        completion.prompt_logprobs = answers.all[0].prompt_scores.by_token(tokenizer)
     return completion

@@ -12,8 +12,9 @@ from qwen3vl_disagg.cluster.backend import Event, FinishedEvent
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.processing import Parts
 from qwen3vl_disagg.serving.answer import Answer
-from qwen3vl_disagg.serving.errors import ErrorEnvelope, JSONResponse
-from qwen3vl_disagg.serving.intake import GRACE_S, Arrived, Intake
+from qwen3vl_disagg.serving.answers import Answers
+from qwen3vl_disagg.serving.errors import ErrorEnvelope
+from qwen3vl_disagg.serving.intake import Arrived, Intake
 from qwen3vl_disagg.serving.prepared import BodyRoute
 from qwen3vl_disagg.serving.stream import ChunkSender, typed_sse
 
@@ -57,34 +58,36 @@ class ChatForm:
 
     async def _answer(self, arrived: Arrived, scope: Scope, receive: Receive, send: Send) -> None:
         request: Any = arrived.prepared.request
-        prompt, sampling = arrived.prepared.prompt, arrived.prepared.sampling
-        [handle] = await self._intake.submit(arrived.prepared.prompts, arrived.deadline)
-        prompt_ids, deadline, told = prompt.token_ids, arrived.deadline, arrived.told
-        del arrived, prompt  # images and clips: from here on the backend says how long they are kept
-        processor, limits = self._intake.processor, self._intake.limits
-        eos_ids = processor.generation.eos_token_ids
-        answer = Answer(processor.tokenizer, eos_ids, sampling, prompt_ids, with_tools=request.has_tools, told=told)
-        writer = self._writer(request, answer, sampling, handle.request_id, self._intake.model_name)
-        events = answer.events(handle, deadline=deadline + GRACE_S, silence_s=limits.ping_s)
+        sampling, limits = arrived.prepared.sampling, self._intake.limits
+        answers = await Answers.start(self._intake, arrived, with_tools=request.has_tools)
+        del arrived  # images and clips: from here on the backend says how long they are kept
+        writer = self._writer(request, answers.all[0], sampling, answers.request_id, self._intake.model_name)
+        tells_more = sampling.logprobs is not None
         try:
-            async with aclosing(events), aclosing(_typed(writer, events)) as typed:
+            async with aclosing(answers.events()) as events, aclosing(_typed(writer, events)) as typed:
                 if request.stream:
-                    await ChunkSender(
-                        send, send_timeout_s=limits.send_timeout_s, frame=typed_sse, failed=writer.failed, done=b""
-                    ).run(typed)
+                    sender = ChunkSender(
+                        send,
+                        send_timeout_s=limits.send_timeout_s,
+                        frame=typed_sse,
+                        is_long=lambda event: tells_more and not event["type"].endswith(".delta"),
+                        failed=writer.failed,
+                        done=b"",
+                    )
+                    await sender.run(typed)
                     return
                 async for _ in typed:
                     pass
-                await JSONResponse(writer.whole)(scope, receive, send)
+                await (await answers.response(lambda: writer.whole, tells_more=tells_more))(scope, receive, send)
         finally:
-            handle.cancel()
+            answers.cancel()
 
 
 async def _typed(
-    writer: AnswerWriter, events: AsyncGenerator[tuple[Event | None, Parts]]
+    writer: AnswerWriter, events: AsyncGenerator[tuple[int, Event | None, Parts]]
 ) -> AsyncGenerator[TypedEvent]:
     is_begun = False
-    async for event, new in events:
+    async for _, event, new in events:
         if event is None:
             for one in writer.silence() if is_begun else ():
                 yield one

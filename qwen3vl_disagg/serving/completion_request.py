@@ -49,6 +49,12 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True, tag="completi
         asked += [self.sampling.values.get("logprobs")] if self.echo else []
         return max((number for number in asked if number is not None), default=None)
 
+    @property
+    def tells_more(self) -> bool:
+        """Than the text of answers."""
+        more = self.echo or self.return_token_ids or self.sampling.wants_logprobs
+        return more or self.num_scores is not None
+
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
     """Text, or a conversation in the form of a chat request, which has more fields."""
@@ -140,8 +146,18 @@ def chat_part(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_prompts(given: Any, processor: Processor) -> list[Prompt]:
-    """A text, a list of token ids, or up to MAX_PROMPTS of either kind. InputError naming the place."""
+def check_prompt_tokens(num_tokens: int, where: str, *, is_first: bool, times: int = 1) -> None:
+    """InputError for more than the prompts up to here may have, each of which is told so many `times`; but one prompt
+    that is told once is bound by the context alone."""
+    if num_tokens * times > MAX_PROMPT_TOKENS and (times > 1 or not is_first):
+        told = f", told {times} times" if times > 1 else ""
+        reason = f"the prompts up to here have {num_tokens} tokens{told}: a request may have {MAX_PROMPT_TOKENS}"
+        raise InputError(reason, param=where)
+
+
+def read_prompts(given: Any, processor: Processor, *, times: int = 1) -> list[Prompt]:
+    """A text, a list of token ids, or up to MAX_PROMPTS of either kind, told `times` times each. InputError naming the
+    place."""
     is_one = isinstance(given, str) or (isinstance(given, list) and given and not isinstance(given[0], (str, list)))
     prompts = [given] if is_one else given
     if not isinstance(prompts, list) or not 1 <= len(prompts) <= MAX_PROMPTS:
@@ -154,9 +170,7 @@ def read_prompts(given: Any, processor: Processor) -> list[Prompt]:
         if not token_ids:
             raise InputError(f"{where} is empty", param=where)
         num_tokens += len(token_ids)
-        if number and num_tokens > MAX_PROMPT_TOKENS:
-            reason = f"the prompts up to here have {num_tokens} tokens, those of a request may have {MAX_PROMPT_TOKENS}"
-            raise InputError(reason, param=where)
+        check_prompt_tokens(num_tokens, where, is_first=not number, times=times)
         found.append(Prompt(token_ids, [], []))
     return found
 

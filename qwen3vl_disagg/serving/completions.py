@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.types import Receive, Scope, Send
 
@@ -15,7 +16,7 @@ from qwen3vl_disagg.processing import Parts, Tokenizer
 from qwen3vl_disagg.serving.answer import Answer, usage_of
 from qwen3vl_disagg.serving.answers import Answers
 from qwen3vl_disagg.serving.completion_request import CompletionRequest
-from qwen3vl_disagg.serving.errors import JSONResponse
+from qwen3vl_disagg.serving.errors import encoded
 from qwen3vl_disagg.serving.intake import Arrived, Intake
 from qwen3vl_disagg.serving.prompt_scores import MIN_LOGPROB
 from qwen3vl_disagg.serving.stream import ChunkSender
@@ -25,7 +26,6 @@ from qwen3vl_disagg.serving.types import (
     CompletionChoice,
     CompletionChunk,
     CompletionLogprobs,
-    TopLogprob,
 )
 
 
@@ -55,9 +55,8 @@ class Completions:
                     return
                 async for _ in events:
                     pass
-            # Up to a second of work where much is told of prompts, which others need not wait for.
-            completion = await asyncio.to_thread(_completion, request, runs, **names)
-            await JSONResponse(completion)(scope, receive, send)
+            make = partial(_completion, request, runs, **names)
+            await (await answers.response(make, tells_more=request.tells_more))(scope, receive, send)
         finally:
             answers.cancel()
 
@@ -102,8 +101,8 @@ class _AnswerForm:
             written.add(answer.prompt_ids[0], None, [])
             for score in answer.prompt_scores.scores():
                 written.add(score.token_id, score.logprob, score.top[:num_top])
-        for entry in [] if request.is_scoring else answer.entries:
-            written.add_entry(entry, entry.top_logprobs[:num_top])
+        for told in [] if request.is_scoring else answer.logprobs:
+            written.add(told.token_id, told.logprob, told.top[:num_top])
         return written.logprobs
 
 
@@ -122,11 +121,8 @@ class LogprobWriter:
         told.token_logprobs.append(None if logprob is None else max(logprob, MIN_LOGPROB))
         told.text_offset.append(self._offset)
         named = {self._name(self._tokenizer.token_bytes(other)): max(value, MIN_LOGPROB) for other, value in top}
-        told.top_logprobs.append(None if logprob is None else {**named, name: max(logprob, MIN_LOGPROB)})
+        told.top_logprobs.append(None if logprob is None else encoded({**named, name: max(logprob, MIN_LOGPROB)}))
         self._offset += len(self._stream.push(token_id))
-
-    def add_entry(self, entry: TopLogprob, top: Sequence[TopLogprob]) -> None:
-        self.add(entry.token_id, entry.logprob, [(other.token_id, other.logprob) for other in top])
 
     @staticmethod
     def _name(raw: bytes) -> str:
@@ -180,9 +176,9 @@ async def _chunks(
                 yield chunk(choice)
             case TokenEvent() if not request.is_scoring:
                 if request.sampling.wants_logprobs:
-                    entry = run.answer.entries[-1]
+                    told = run.answer.logprobs[-1]
                     writer = LogprobWriter(run.tokenizer, offsets[number])
-                    writer.add_entry(entry, entry.top_logprobs)
+                    writer.add(told.token_id, told.logprob, told.top)
                     choice.logprobs = writer.logprobs
                 if request.return_token_ids:
                     choice.token_ids = [event.token_id]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self, TypeVar, cast
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -13,6 +15,7 @@ from starlette.responses import Response
 
 from qwen3vl_disagg.core.errors import MAX_RETRY_S, MIN_RETRY_S, Failure, TransferError
 
+T = TypeVar("T")
 _TRANSFER = "the embeddings of an image or clip could not be transferred; try again"
 """A failed transfer has been tried again on every rank there was: an outage. Its message may name hosts and ranks."""
 
@@ -72,6 +75,16 @@ class JSONResponse(Response):
 
     def render(self, content: Any) -> bytes:
         return msgspec.json.encode(content)
+
+    @classmethod
+    async def aside(cls, make: Callable[[], object]) -> Self:
+        """Of what `make` makes, both on a thread: up to seconds of work, which others need not wait for."""
+        return await asyncio.to_thread(lambda: cls(make()))
+
+
+def encoded(value: T) -> T:
+    """Its JSON, to stand in its place in a larger value: one call for all of that would keep the interpreter's lock."""
+    return cast(T, msgspec.Raw(msgspec.json.encode(value)))
 
 
 def clean(text: str) -> str:

@@ -15,7 +15,7 @@ from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, OverloadedErr
 from qwen3vl_disagg.core.pooling import read_score, read_vector
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.processing import Prompt
-from qwen3vl_disagg.serving.errors import JSONResponse
+from qwen3vl_disagg.serving.errors import JSONResponse, encoded
 from qwen3vl_disagg.serving.intake import GRACE_S, Arrived, Intake
 from qwen3vl_disagg.serving.pooling_request import PoolingRequest, PoolRoute
 from qwen3vl_disagg.serving.types import (
@@ -64,8 +64,7 @@ class Pooled:
             for handle in handles:
                 handle.cancel()
         write, names = _WRITERS[self._route], (handles[0].request_id, self._intake.model_name)
-        # Up to a second of work where there are many numbers, which others need not wait for.
-        response = await asyncio.to_thread(lambda: JSONResponse(write(request, vectors, usage, *names)))
+        response = await JSONResponse.aside(lambda: write(request, vectors, usage, *names))
         await response(scope, receive, send)
 
     async def _run(
@@ -132,7 +131,7 @@ def _embeddings(
     def spelled(vector: bytes) -> str | list[float]:
         return base64.b64encode(vector).decode() if request.is_base64 else list(read_vector(vector))
 
-    data = [Embedding(index=index, embedding=spelled(vector)) for index, vector in enumerate(vectors)]
+    data = [encoded(Embedding(index=index, embedding=spelled(vector))) for index, vector in enumerate(vectors)]
     return Embeddings(id=f"embd-{id}", created=int(time.time()), model=model, data=data, usage=usage)
 
 

@@ -29,7 +29,7 @@ from qwen3vl_disagg.processing.pooling import (
 from qwen3vl_disagg.processing.prompt_options import PromptOptions
 from qwen3vl_disagg.processing.request_fields import check_fields
 from qwen3vl_disagg.serving.chat_request import check_model
-from qwen3vl_disagg.serving.completion_request import MAX_PROMPT_TOKENS, read_ids
+from qwen3vl_disagg.serving.completion_request import check_prompt_tokens, read_ids
 
 PoolRoute = Literal["embeddings", "rerank", "score"]
 POOL_ROUTES: tuple[PoolRoute, ...] = get_args(PoolRoute)
@@ -172,14 +172,14 @@ def pooled_prompts(
     request: PoolingRequest, inputs: PooledInputs, processor: Processor, stop: StopSignal
 ) -> list[tuple[Prompt, SamplingParams]]:
     """InputError naming the place of what cannot be a prompt; Stopped once `stop` is set."""
-    pooling = processor.pooling(request.dimensions)
+    options = sized(request.prompt)
+    sampling = processor.pooling(request.dimensions, cache_salt=options.cache_salt)
     num_inputs = len(inputs.sizes) or len(inputs.ids)
-    width = pooling.dimensions or processor.config.text.hidden_size
+    width = request.dimensions or processor.config.text.hidden_size
     most, hint = (MAX_BASE64_NUMBERS, "") if request.is_base64 else (MAX_NUMBERS, "base64, or ")
     if request.route == "embeddings" and num_inputs * width > most:
         reason = f"{num_inputs} vectors of {width} numbers are more than {most}: ask for {hint}fewer"
         raise InputError(reason, param="encoding_format" if hint else "input")
-    options = sized(request.prompt)
     planner = processor.planner(options, stop)
     put_decoded(inputs.messages)
     prompts, start, num_tokens, num_items = list[Prompt](), 0, 0, 0
@@ -200,10 +200,7 @@ def pooled_prompts(
                 raise
         num_tokens += len(prompts[-1].token_ids)
         num_items += len(prompts[-1].items)
-        if number and num_tokens > MAX_PROMPT_TOKENS:
-            reason = f"the prompts up to here have {num_tokens} tokens, those of a request may have {MAX_PROMPT_TOKENS}"
-            raise InputError(reason, param=where)
+        check_prompt_tokens(num_tokens, where, is_first=not number)
         if num_items > MAX_ITEMS:
             raise InputError(f"more than {MAX_ITEMS} images and videos", param=prompts[-1].items[-1].param)
-    sampling = SamplingParams(max_new_tokens=1, pooling=pooling, cache_salt=options.cache_salt)
     return [(prompt, sampling) for prompt in prompts]

@@ -163,7 +163,9 @@ def _of_prompts(parsed: Parsed, processor: Processor, stop: StopSignal) -> Prepa
     """Of texts and token ids, and of many conversations."""
     request, size = parsed.request, processor.config.text.vocab_size
     if isinstance(request, CompletionRequest):
-        prompts, n = read_prompts(parsed.raw["prompt"], processor), request.sampling.values.get("n", 1)
+        n = request.sampling.values.get("n", 1)
+        times = n if request.echo or request.return_token_ids else 1
+        prompts = read_prompts(parsed.raw["prompt"], processor, times=times)
         if len(prompts) * n > MAX_PROMPTS:
             reason = f"{len(prompts)} prompts and n: {n} are more answers than a request may have, {MAX_PROMPTS}"
             raise InputError(reason, param="n")
@@ -174,6 +176,7 @@ def _of_prompts(parsed: Parsed, processor: Processor, stop: StopSignal) -> Prepa
             fields.params(
                 processor,
                 num_prompt=len(prompt.token_ids),
+                num_prompts=len(prompts),
                 cache_salt=request.cache_salt,
                 grammar=request.grammar,
             )

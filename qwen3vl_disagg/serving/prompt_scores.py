@@ -11,6 +11,7 @@ import numpy as np
 from qwen3vl_disagg.core.errors import InputError, ServerError
 from qwen3vl_disagg.processing import Tokenizer
 from qwen3vl_disagg.protocol.messages import PromptLogprobs
+from qwen3vl_disagg.serving.errors import encoded
 
 MIN_LOGPROB = -9999.0
 """OpenAI's stand-in for a probability of zero: JSON has no -Infinity."""
@@ -61,19 +62,18 @@ class PromptScores:
             raise ServerError("a part of the prompt's log probabilities was lost")
 
     def by_token(self, tokenizer: Tokenizer) -> list[dict[str, PromptToken] | None]:
-        """vLLM's `prompt_logprobs`: for each token, None for the first, token id -> what is said of it."""
+        """vLLM's `prompt_logprobs`: for each token, None for the first, token id -> what is said of it; encoded."""
         found: list[dict[str, PromptToken] | None] = [None]
         for score in self.scores():
             named = {token_id: (logprob, n) for n, (token_id, logprob) in enumerate(score.top, 1)}
             named = {score.token_id: (score.logprob, score.rank), **named}
-            found.append(
-                {
-                    str(token_id): PromptToken(
-                        logprob=max(logprob, MIN_LOGPROB), rank=rank, decoded_token=token_text(tokenizer, token_id)
-                    )
-                    for token_id, (logprob, rank) in named.items()
-                }
-            )
+            told = {
+                str(token_id): PromptToken(
+                    logprob=max(logprob, MIN_LOGPROB), rank=rank, decoded_token=token_text(tokenizer, token_id)
+                )
+                for token_id, (logprob, rank) in named.items()
+            }
+            found.append(encoded(told))
         return found
 
 

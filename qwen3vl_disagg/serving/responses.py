@@ -199,8 +199,8 @@ class ResponseWriter:
         """Of the tokens since the last text, if somebody wants them."""
         num_reasoning = self._answer.parts.reasoning_tokens
         known = max(self._num_entries, num_reasoning + 1 if num_reasoning else 0)  # behind the one that ends it
-        self._num_entries = len(self._answer.entries)
-        return self._answer.entries[known:] if self._wants_logprobs else []
+        self._num_entries = len(self._answer.logprobs)
+        return self._answer.entries(known) if self._wants_logprobs else []
 
     def _begin_item(self, item: MessageItem | ReasoningItem) -> Iterator[TypedEvent]:
         """`item` has its one part, which is told apart."""
@@ -238,7 +238,7 @@ class ResponseWriter:
         yield self._event("response.function_call_arguments.done", **where, name=name, arguments=arguments)
         item.arguments, item.status = arguments, "completed"
         yield self._event("response.output_item.done", output_index=self._index, item=item)
-        self._num_entries = len(self._answer.entries)  # those until here are of the call
+        self._num_entries = len(self._answer.logprobs)  # those until here are of the call
 
     def _usage(self, cached_tokens: int) -> ResponseUsage:
         chat, num_reasoning = self._answer.usage(), self._answer.parts.reasoning_tokens

@@ -14,6 +14,9 @@ from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.processing.bad_words import with_ids, word_ids
 from qwen3vl_disagg.processing.request_fields import is_one_of, read_flag
 
+MAX_LOGPROBS = 2**20
+"""Of one request: of each token of its answers its own, and the alternatives. 90 MB of text."""
+
 
 class SamplingFields(msgspec.Struct, frozen=True):
     """Option -> its value, and -> the spelling it came in, of those that are given."""
@@ -56,13 +59,15 @@ class SamplingFields(msgspec.Struct, frozen=True):
         processor: Processor,
         *,
         num_prompt: int,
+        num_prompts: int = 1,
         cache_salt: str = "",
         grammar: Grammar | None = None,
         max_answer_tokens: int | None = None,
     ) -> SamplingParams:
-        """What the engine needs. InputError if the prompt and the tokens asked for do not fit the context.
+        """What the engine needs. InputError if the prompt and the tokens asked for do not fit the context, or all
+        answers of the request would have more than MAX_LOGPROBS log probabilities.
 
-        `max_answer_tokens`: bound of an answer whose request names none.
+        `num_prompts`: of the request. `max_answer_tokens`: bound of an answer whose request names none.
         """
         context, vocab_size = processor.max_model_len, processor.config.text.vocab_size
         room, asked = context - num_prompt, self.values.get("max_new_tokens")
@@ -76,6 +81,13 @@ class SamplingFields(msgspec.Struct, frozen=True):
             if max(OPTIONS[name].kind.tokens(value), default=0) >= vocab_size:
                 raise InputError(f"{name} takes token ids from 0 to {vocab_size - 1}", param=self.spelled[name])
         bound = min(room, max_answer_tokens or room, MAX_NEW_TOKENS)
+        if self.wants_logprobs:
+            num_each = num_prompts * self.values.get("n", 1) * (1 + self.values["logprobs"])
+            if (asked or 0) * num_each > MAX_LOGPROBS:
+                name = self.spelled.get("logprobs", "logprobs")
+                reason = f"{name} asks for up to {asked * num_each} log probabilities, all answers and alternatives"
+                raise InputError(f"{reason} together: a request may have {MAX_LOGPROBS}", param=name)
+            bound = min(bound, MAX_LOGPROBS // num_each)
         length = {"max_new_tokens": bound, "is_open_ended": True} if asked is None else {}
         sampling = processor.generation.sampling(cache_salt=cache_salt, grammar=grammar, **self.values | length)
         return with_ids(sampling, processor.tokenizer)

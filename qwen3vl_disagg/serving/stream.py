@@ -54,7 +54,8 @@ def typed_sse(event: dict[str, Any]) -> bytes:
 class ChunkSender:
     """A stream whose status line goes out with its first event: until then errors can still be a 4xx.
 
-    `frame`: an event on the wire; `failed`: the event of an error with this status; `done`: what stands at the end.
+    `frame`: an event on the wire; `is_long`: one that is made beside the event loop; `failed`: the event of an error
+    with this status; `done`: what stands at the end.
     """
 
     def __init__(
@@ -63,11 +64,12 @@ class ChunkSender:
         *,
         send_timeout_s: float,
         frame: Callable[[Any], bytes] = sse,
+        is_long: Callable[[Any], bool] = lambda _: False,
         failed: Callable[[int, ErrorEnvelope], object] = lambda _, body: body,
         done: bytes = DONE,
     ) -> None:
         self._send_message, self._send_timeout_s = send, send_timeout_s
-        self._frame, self._failed, self._done = frame, failed, done
+        self._frame, self._is_long, self._failed, self._done = frame, is_long, failed, done
         self.is_started = False
 
     async def run(self, chunks: AsyncGenerator[object | None]) -> None:
@@ -77,7 +79,8 @@ class ChunkSender:
             async for chunk in chunks:
                 await self.start()
                 if chunk is not None:
-                    await self.send(self._frame(chunk))
+                    is_long = self._is_long(chunk)
+                    await self.send(await asyncio.to_thread(self._frame, chunk) if is_long else self._frame(chunk))
             await self.start()
             await self.send(self._done, last=True)
 
@@ -152,7 +155,7 @@ class EventStream:
         await self._send(sse(self._chunk(ChunkChoice(index=number, delta=Delta(content="")))))
 
     async def _token(self, number: int, event: TokenEvent, new: Parts) -> None:
-        entries = self._answers[number].entries[-1:] if self._request.sampling.wants_logprobs else []
+        entries = self._answers[number].entries(-1) if self._request.sampling.wants_logprobs else []
         if new or entries or self._request.return_token_ids:
             await self._send(sse(self._chunk(self._content(number, new, entries, [event.token_id]))))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ import pytest
 from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, TokenEvent
 from qwen3vl_disagg.core.errors import UnavailableError
 from qwen3vl_disagg.core.requests import RequestTimings
+from qwen3vl_disagg.serving import chat_forms, completion_request, sampling_fields
+from qwen3vl_disagg.serving.errors import JSONResponse
+from qwen3vl_disagg.serving.stream import typed_sse
 from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, serve, tiny_processor
 
 COMPLETIONS = "/v1/completions"
@@ -172,3 +176,80 @@ def test_what_is_refused(path, fields, param):
 def test_best_of_may_say_the_same():
     assert len(post(PATH, {**ASK, "n": 3, "best_of": 3})["choices"]) == 3
     assert len(post(COMPLETIONS, {"prompt": "a", "n": 3, "best_of": 3})["choices"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (PATH, {"n": 2, "logprobs": True, "top_logprobs": 3, "max_tokens": 9}, "top_logprobs"),
+        (PATH, {"n": 2, "logprobs": True, "max_tokens": 33}, "logprobs"),
+        (COMPLETIONS, {"n": 2, "prompt": ["a", "b"], "logprobs": 3, "max_tokens": 5}, "logprobs"),
+        ("/v1/responses", {"input": "a", "top_logprobs": 3, "max_output_tokens": 17}, "top_logprobs"),
+    ],
+)
+def test_log_probabilities_of_all_answers_are_bounded_together(monkeypatch, path, fields, param):
+    monkeypatch.setattr(sampling_fields, "MAX_LOGPROBS", 64)
+    body = {**(ASK if path == PATH else {"prompt": "a"} if path == COMPLETIONS else {}), **fields}
+    reply = serve(backend()).post(path, json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
+    name = "max_output_tokens" if "input" in fields else "max_tokens"
+    fewer = serve(backend()).post(path, json={**body, name: fields[name] - 1})
+    assert fewer.status_code == 200, fewer.text
+
+
+def test_an_answer_without_a_bound_has_as_many_as_may_be(monkeypatch):
+    monkeypatch.setattr(sampling_fields, "MAX_LOGPROBS", 64)
+    on = backend()
+    post(PATH, {**ASK, "n": 2, "logprobs": True, "top_logprobs": 3}, on)
+    assert [(handle.sampling.max_new_tokens, handle.sampling.is_open_ended) for handle in on.handles] == [(8, True)] * 2
+
+
+@pytest.mark.parametrize("more", [{"echo": True}, {"return_token_ids": True}])
+def test_a_prompt_counts_as_often_as_it_is_told(monkeypatch, more):
+    monkeypatch.setattr(completion_request, "MAX_PROMPT_TOKENS", 20)
+    body = {"prompt": [5] * 11, "n": 2}
+    assert serve(backend()).post(COMPLETIONS, json=body).status_code == 200
+    assert serve(backend()).post(COMPLETIONS, json={**body, "n": 1, **more}).status_code == 200
+    reply = serve(backend()).post(COMPLETIONS, json={**body, **more})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "is_aside"),
+    [
+        (PATH, ASK, False),
+        (PATH, {**ASK, "n": 3, "logprobs": True}, True),
+        (PATH, {**ASK, "return_token_ids": True}, True),
+        (PATH, {**ASK, "prompt_logprobs": 0}, True),
+        (COMPLETIONS, {"prompt": "a"}, False),
+        (COMPLETIONS, {"prompt": "a", "echo": True}, True),
+        (COMPLETIONS, {"prompt": "a", "logprobs": 1}, True),
+        ("/v1/responses", {"input": "a"}, False),
+        ("/v1/responses", {"input": "a", "top_logprobs": 2}, True),
+    ],
+)
+def test_what_may_be_long_is_written_beside_the_loop(monkeypatch, path, body, is_aside):
+    written = list[bool]()
+    render = JSONResponse.render
+
+    def noted(self: JSONResponse, content: Any) -> bytes:
+        written.append(threading.current_thread().name.startswith("asyncio_"))
+        return render(self, content)
+
+    monkeypatch.setattr(JSONResponse, "render", noted)
+    post(path, body)
+    assert written == [is_aside]
+
+
+def test_what_repeats_all_log_probabilities_is_framed_beside_the_loop(monkeypatch):
+    framed = set[tuple[str, bool]]()
+
+    def noted(event: dict[str, Any]) -> bytes:
+        framed.add((event["type"].rpartition(".")[2], threading.current_thread().name.startswith("asyncio_")))
+        return typed_sse(event)
+
+    monkeypatch.setattr(chat_forms, "typed_sse", noted)
+    reply = serve(backend()).post("/v1/responses", json={"input": "a", "top_logprobs": 2, "stream": True})
+    assert reply.status_code == 200
+    assert {("delta", False), ("done", True), ("completed", True)} <= framed
+    assert ("done", False) not in framed
