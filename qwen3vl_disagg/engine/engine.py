@@ -161,9 +161,10 @@ class Engine:
         self.scheduler.check(sequences[0])
         if sampling.grammar is not None and self.grammars is not None:
             self._compiling[request_id] = sequences
-            for sequence in sequences:
-                sequence.masks = masks = self.grammars.start(sampling.grammar, token_ids)
-                masks.on_started(self.on_ready)
+            masks = self.grammars.start(sampling.grammar, token_ids, len(sequences))
+            for sequence, its_masks in zip(sequences, masks, strict=True):
+                sequence.masks = its_masks
+            masks[0].on_started(self.on_ready)
             return
         for sequence in sequences:
             self.scheduler.add(sequence)

@@ -35,10 +35,20 @@ def has_grammars() -> bool:
 
 
 class AnswerMasks:
-    """The masks of one request, one for each token of its answer: `take` one, then `advance` with the token."""
+    """The masks of one answer, one for each of its tokens: `take` one, then `advance` with the token.
 
-    def __init__(self, threads: ThreadPoolExecutor, starting: Future[tuple[TokenMatcher, Mask]]) -> None:
-        self._threads, self._starting = threads, starting
+    `starting`: of all answers of a request, the first mask and a matcher for each; `number`: which is this one's.
+    `wanted`: those of them that are not dropped.
+    """
+
+    def __init__(
+        self,
+        threads: ThreadPoolExecutor,
+        starting: Future[tuple[list[TokenMatcher], Mask]],
+        number: int,
+        wanted: set[int],
+    ) -> None:
+        self._threads, self._starting, self._number, self._wanted = threads, starting, number, wanted
         self._pending: Future[Mask] | None = None
         self._is_late = False
 
@@ -79,13 +89,15 @@ class AnswerMasks:
         self._pending = self._threads.submit(self._next, token_id)
 
     def drop(self) -> None:
-        """Its request is gone."""
-        self._starting.cancel()
+        """Its answer is not wanted any more."""
+        self._wanted.discard(self._number)
+        if not self._wanted:
+            self._starting.cancel()
         if self._pending is not None:
             self._pending.cancel()
 
     def _next(self, token_id: int) -> Mask:
-        matcher, _ = self._starting.result(0)
+        matcher = self._starting.result(0)[0][self._number]
         matcher.consume(token_id)
         return matcher.mask()
 
@@ -122,12 +134,14 @@ class Grammars:
             self._making = self._compilers.submit(self._make)
         return self._making
 
-    def start(self, grammar: Grammar, prompt_ids: Sequence[int]) -> AnswerMasks:
-        """Compile a grammar on a thread, and make its first mask."""
+    def start(self, grammar: Grammar, prompt_ids: Sequence[int], count: int = 1) -> list[AnswerMasks]:
+        """Compile a grammar on a thread, and make its first mask, once for `count` answers."""
         making = self.warm_up()
 
-        def begin() -> tuple[TokenMatcher, Mask]:
+        def begin() -> tuple[list[TokenMatcher], Mask]:
             matcher = making.result()(grammar, prompt_ids)
-            return matcher, matcher.mask()
+            mask = matcher.mask()
+            return [matcher, *(matcher.copy() for _ in range(count - 1))], mask
 
-        return AnswerMasks(self._threads, self._compilers.submit(begin))
+        starting, wanted = self._compilers.submit(begin), set(range(count))
+        return [AnswerMasks(self._threads, starting, number, wanted) for number in range(count)]

@@ -142,6 +142,12 @@ class LlguidanceMatcher:
             raise InputError("the grammar lets no token come", param=self._grammar.param, code="grammar_stuck")
         return Mask(bits)
 
+    def copy(self) -> LlguidanceMatcher:
+        matcher = self._matcher.deep_copy()
+        made = LlguidanceMatcher(self._compiler, matcher, self._grammar, in_reasoning=self._in_reasoning)
+        made._consumed += self._consumed
+        return made
+
     def _fill(self) -> np.ndarray:
         bits = np.zeros_like(self._compiler.banned)
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, self._compiler.num_bytes)

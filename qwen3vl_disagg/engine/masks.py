@@ -31,6 +31,9 @@ class TokenMatcher(Protocol):
 
     def consume(self, token_id: int) -> None: ...
 
+    def copy(self) -> TokenMatcher:
+        """For another answer, which goes on from here."""
+
 
 Compiler = Callable[[Grammar, Sequence[int]], TokenMatcher]
 """(a grammar, the prompt's ids) -> a matcher for the answer. InputError for a grammar that is wrong or too large.

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from qwen3vl_disagg.core.errors import InputError
+
+
+@lru_cache(maxsize=1)
+def _beginnings(stops: tuple[str, ...]) -> frozenset[str]:
+    """Of these, but none whole. All answers of a request, made one after another, have the same set."""
+    return frozenset(stop[:n] for stop in stops for n in range(1, len(stop)))
 
 
 class StopMatcher:
@@ -19,7 +26,7 @@ class StopMatcher:
         if not all(stops):
             raise InputError("a stop string is empty", param="stop")
         self._stops, self._keeps_stop = tuple(stops), keeps_stop
-        self._beginnings = frozenset(stop[:n] for stop in stops for n in range(1, len(stop)))
+        self._beginnings = _beginnings(self._stops)
         self._longest = max(map(len, stops), default=0)
         self._held = ""
         self.complete: str | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -21,8 +23,19 @@ from qwen3vl_disagg.engine.masks import Mask
 from qwen3vl_disagg.engine.sampler import Sampler, apply_masks, fill_by_bits
 from qwen3vl_disagg.engine.sampling import SamplingRow
 from qwen3vl_disagg.processing.answer_grammar import MAX_CHOICES
-from qwen3vl_disagg.protocol.messages import Tokens
-from tests.support.grammars import answer, compiler, end_ids, make_engine, model, run, text_of, to_an_end, tokenizer
+from qwen3vl_disagg.protocol.messages import Finished, Tokens
+from tests.support.grammars import (
+    Scripted,
+    answer,
+    compiler,
+    end_ids,
+    make_engine,
+    model,
+    run,
+    text_of,
+    to_an_end,
+    tokenizer,
+)
 
 SCHEMA = {
     "type": "object",
@@ -378,3 +391,49 @@ def test_a_grammar_whose_lexer_has_learned_too_much_is_compiled_anew():
     again = np.unpackbits(first.mask().bits, bitorder="little")
     assert again[tokenizer().encode("b")[0]]
     assert not again[list(end_ids())].any()
+
+
+def test_answers_share_what_is_compiled_and_nothing_else(monkeypatch):
+    """Each goes its own way in the one grammar; the first mask is made once."""
+    calls, began = list[Grammar](), list[int]()
+    mask = llguidance_matcher.LlguidanceMatcher.mask
+
+    def compile(grammar: Grammar, prompt_ids: list[int]) -> llguidance_matcher.LlguidanceMatcher:
+        calls.append(grammar)
+        return compiler()(grammar, prompt_ids)
+
+    def noted(self: llguidance_matcher.LlguidanceMatcher) -> Mask:
+        began.extend([1] if not self._consumed else [])
+        return mask(self)
+
+    monkeypatch.setattr(llguidance_matcher.LlguidanceMatcher, "mask", noted)
+    name = "choice"
+    events = run(make_engine(compile), {"many": (PROMPT, to_an_end(grammar=GRAMMARS[name][0], n=6))})["many"]
+    assert (len(calls), len(began)) == (1, 1)
+    answers = [[i for e in events if isinstance(e, Tokens) and e.sample == n for i in e.token_ids] for n in range(6)]
+    for ids in answers:
+        check(name, ids)
+    assert len({tuple(ids) for ids in answers}) > 1
+
+
+def test_an_answer_that_is_not_wanted_stops_no_other():
+    """`begin` stands behind two others, which keep both threads."""
+    gate = threading.Event()
+
+    def compile(grammar: Grammar, prompt_ids: list[int]) -> Scripted:
+        assert grammar.text == "c" or gate.wait(30)
+        return Scripted()
+
+    engine = make_engine(compile)
+    for name in "ab":
+        engine.add(name, PROMPT, [], SamplingParams(grammar=Grammar.of_regex(name)))
+    engine.add("c", PROMPT, [], SamplingParams(grammar=Grammar.of_regex("c"), n=2))
+    engine.cancel("c", 0)
+    gate.set()
+    events = list[Any]()
+    while not engine.is_empty:
+        events += engine.step()
+        if not engine.has_work:
+            engine.wait(10.0)
+    ends = [(event.request_id, event.sample) for event in events if isinstance(event, Finished)]
+    assert sorted(ends) == [("a", 0), ("b", 0), ("c", 1)]

@@ -25,7 +25,7 @@ def test_the_vocabulary_is_made_once_and_before_the_first_grammar_where_that_is_
     assert grammars.warm_up() is grammars.warm_up()
     grammars.warm_up().result(10)
     assert len(made) == 1
-    masks = grammars.start(Grammar.of_regex("r"), PROMPT)
+    [masks] = grammars.start(Grammar.of_regex("r"), PROMPT)
     started = threading.Event()
     masks.on_started(started.set)
     assert started.wait(10)

@@ -157,3 +157,11 @@ def test_an_unfinished_character_may_complete_a_stop_string():
     assert not found.is_stopped
     assert found.finish().content == ""
     assert found.is_stopped
+
+
+def test_beginnings_are_made_once_for_all_answers_of_a_request():
+    stops = [str(number) * 200 for number in range(10, 26)]
+    first, *others = [StopMatcher(list(stops)) for _ in range(3)]
+    assert all(other._beginnings is first._beginnings for other in others)
+    assert first.push("10" * 3) == ""
+    assert others[0].push("x") == "x"

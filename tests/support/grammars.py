@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Iterable, Mapping
@@ -67,6 +68,9 @@ class Scripted:
     def consume(self, token_id: int) -> None:
         assert token_id == self._ids[self._at]
         self._at += 1
+
+    def copy(self) -> Scripted:
+        return copy.copy(self)
 
 
 def make_engine(compile: Compiler | None = None, **options) -> Engine:
