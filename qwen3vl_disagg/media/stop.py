@@ -7,8 +7,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from typing import TypeVar
 
+T = TypeVar("T")
 _SLICE_S = 0.1
 """As long is waited before the StopSignal is looked at again."""
 
@@ -45,6 +48,12 @@ class StopSignal:
         """Stopped if it is set."""
         if self.is_set:
             raise Stopped
+
+    def result_of(self, job: Future[T]) -> T:
+        """What comes of it, or what it raises; Stopped if this is set before."""
+        while not wait([job], timeout=_SLICE_S).done:
+            self.check()
+        return job.result()
 
 
 class Slots:

@@ -25,7 +25,7 @@ from qwen3vl_disagg.serving.guard import SALT
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.pooling_request import POOL_ROUTES, TASKS
 from qwen3vl_disagg.serving.preparation import Fetcher, Preparation
-from qwen3vl_disagg.serving.prepare_child import PreparePool
+from qwen3vl_disagg.serving.prepare_pool import PreparePool
 from qwen3vl_disagg.serving.prepared import BodyRoute, Prepared, Rules
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -27,8 +27,6 @@ from qwen3vl_disagg.serving.prepared import BodyRoute, Parsed, Prepared, Rules, 
 T = TypeVar("T")
 
 _STRETCH = 2**20
-_SLICE_S = 0.1
-"""As long is waited before a StopSignal is looked at again."""
 SMALL_BODY = 2**20
 SMALL_PROMPTS = 16
 SMALL_VALUES = 2**13
@@ -107,7 +105,7 @@ class Preparation:
 
         `account` is not given back while a thread has the body or what was read from it. When this ends, a thread that
         is looking at media is free within 0.3 s, and so is one that waits for a child, which is killed; parsing and
-        tokenizing of small bodies, and the check of a grammar that has begun, go on to their end.
+        tokenizing of small bodies, and the check of a grammar that a child has, go on to their end.
         """
         stop = StopSignal(deadline)
         try:
@@ -191,9 +189,7 @@ class Preparation:
             nonlocal left
             work = asyncio.run_coroutine_threadsafe(fetcher.fetch(urls, account, left), loop)
             try:
-                while not wait([work], timeout=_SLICE_S).done:
-                    stop.check()
-                found = work.result()
+                found = stop.result_of(work)
             finally:
                 work.cancel()
             left -= sum(map(len, found.values()))

@@ -1,8 +1,8 @@
-"""Large bodies -> prompts, in children: both ends of their pipes.
+"""Large bodies -> prompts, and grammars -> verdicts, in a child: its end of the pipes, and what is said on them.
 
-A child gets bodies from standard input and writes prompts to standard output. It may take all its time: no other
+A child gets jobs from standard input and writes answers to standard output. It may take all its time: no other
 request, no heartbeat and no client waits for the lock that it holds while a library works through megabytes of text.
-It is killed when its request has ended, and with its parent.
+It is killed when the request for its prompt has ended, and with its parent, whose end is `prepare_pool.py`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,7 @@ import os
 import select
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -24,32 +20,21 @@ import numpy as np
 
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.cluster.slots import die_with_parent
-from qwen3vl_disagg.core.errors import DisaggError, Failure, PreparationFailed, UnavailableError
+from qwen3vl_disagg.core.errors import DisaggError, Failure, PreparationFailed
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.core.logs import start_logging
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.core.settings import Task
 from qwen3vl_disagg.engine.grammars import has_grammars
 from qwen3vl_disagg.media import sandbox
-from qwen3vl_disagg.media.child import (
-    LENGTH_BYTES,
-    ChildFailed,
-    ChildProcess,
-    Ready,
-    body_length,
-    is_wanted,
-    pack,
-    read_exactly,
-    write_all,
-)
+from qwen3vl_disagg.media.child import LENGTH_BYTES, Ready, body_length, is_wanted, pack, read_exactly, write_all
 from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.media.video import VideoInfo
-from qwen3vl_disagg.processing import Processor, Prompt
+from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.processing.messages import MediaUrl, put_fetched, urls_in
 from qwen3vl_disagg.serving.known_grammars import takes_too_long
 from qwen3vl_disagg.serving.limits import MAX_BODY_BYTES
-from qwen3vl_disagg.serving.preparation import Fetch
 from qwen3vl_disagg.serving.prepared import BodyRoute, Prepared, Request, Rules, finish_request, read_request
 
 logger = logging.getLogger(__name__)
@@ -57,23 +42,12 @@ NICENESS = 10
 """Ranks that decode on the same cores go first."""
 MAX_MEMORY = 3 * 2**29
 """On top of what it has when it is ready: 64 MiB of base64 beside an emoji, or 8 Mi characters of one word."""
-_START_S = 120.0
-"""It imports much, and the cores may be busy."""
-_FOREVER_S = 1e9
-_MAX_IDLE = 2
 URLS_AT_ONCE = 64
 """Of MAX_URL_CHARS each they fit into one header."""
-GRAMMAR_S = 20.0
-"""How long a grammar may take to be checked, by the clock."""
 _TOO_MUCH = (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV)
 """What ends a check that took all its memory."""
 _IDLE_S = 0.2
 """Without a job for so long, a child makes its vocabulary for grammars."""
-_SLICE_S = 0.1
-"""As long is waited before a StopSignal is looked at again."""
-
-
-# -- what they say
 
 
 class ChildSetup(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +63,7 @@ class ChildSetup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BodyJob(msgspec.Struct, frozen=True, tag="body"):
-    """Followed by a body of `num_bytes`."""
+    """Followed by a body of `num_bytes`. Answered by `Ready` when all of it is there, then by `Made` or `NotMade`."""
 
     num_bytes: int
     route: BodyRoute
@@ -150,183 +124,6 @@ class NotMade(msgspec.Struct, frozen=True, tag="not made"):
 
 ChildJob = BodyJob | GrammarJob
 ChildReply = Ready | ProbeWanted | FetchWanted | Made | NotMade | Checked
-_REPLIES = msgspec.msgpack.Decoder(ChildReply)
-
-
-# -- the parent's end
-
-
-class PreparePool:
-    """Children that make prompts, as many at a time as there are callers. Thread-safe.
-
-    One that was killed is replaced in the background: the next request finds a child that is ready.
-    """
-
-    def __init__(self, processor: Processor, rules: Rules, *, fetches: bool = False) -> None:
-        setup = ChildSetup(
-            folder=str(processor.folder),
-            video_outer_wrapper=processor.video_outer_wrapper,
-            max_model_len=processor.max_model_len,
-            task=processor.task,
-            fetches=fetches,
-            rules=rules,
-        )
-        module = ("-P", "-B", "-m", "qwen3vl_disagg.serving.prepare_child")
-        self._command = (sys.executable, *module, msgspec.json.encode(setup).decode())
-        self._decoder: MediaDecoder = processor.decoder
-        self._lock = threading.Lock()
-        self._idle: list[ChildProcess] = []
-        # A child dies with the thread that started it: this one lives as long as the process.
-        self._starter = ThreadPoolExecutor(1, thread_name_prefix="prepare-start")
-
-    def warm_up(self) -> None:
-        """Start a child in the background."""
-        self._starter.submit(self._start_idle)
-
-    def prepare(self, body: bytearray, stop: StopSignal, fetch: Fetch | None, route: BodyRoute) -> Prepared:
-        """Empties `body` once it is not needed any more. What a child says is wrong; Stopped once `stop` is set, whose
-        child is killed; PreparationFailed when it ends by itself, UnavailableError when none can be started."""
-        started = time.monotonic()
-        for is_last in (False, True):
-            child = self._take(stop, must_be_new=is_last)
-            is_sent = False
-            try:
-                child.send(BodyJob(len(body), route), body, _FOREVER_S, stop)
-                is_sent = True
-                reply = self._next(child, stop, fetch)
-                body.clear()
-                made = reply.failure if isinstance(reply, NotMade) else self._receive(child, reply.sizes, started)
-            except BaseException as error:
-                child.close()
-                self.warm_up()
-                if not isinstance(error, ChildFailed):
-                    raise
-                if is_sent or is_last:
-                    raise PreparationFailed from error
-                # It had ended before this request.
-                continue
-            self._give_back(child)
-            if isinstance(made, Failure):
-                raise made.error()
-            return made
-        raise PreparationFailed
-
-    def check_grammar(self, grammar: Grammar, *, cpu_s: float, in_reasoning: bool, stop: StopSignal) -> bool:
-        """False where more CPU time is needed than `cpu_s`. InputError for a grammar that is wrong, or takes more than
-        it may, of memory or by the clock; PreparationFailed when it could not be checked, or a new child does not begin
-        either. Stopped once `stop` is set, whose child is killed unless the check has begun: that goes on to its end,
-        and the child with its vocabulary stays."""
-        for is_last in (False, True):
-            child = self._take(stop, must_be_new=is_last)
-            is_begun = False
-            try:
-                child.send(GrammarJob(grammar, in_reasoning, cpu_s), b"", _FOREVER_S, stop)
-                if not isinstance(child.receive(), Ready):
-                    raise ChildFailed("nonsense")
-                is_begun = True
-                child.patience_s, child.stop = GRAMMAR_S, StopSignal()
-                checked = child.receive()
-                if not isinstance(checked, Checked):
-                    raise ChildFailed("nonsense")
-            except BaseException as error:
-                child.close()
-                self.warm_up()
-                if not isinstance(error, ChildFailed):
-                    raise
-                if is_begun and error.why == "slow":
-                    raise takes_too_long() from None
-                if is_begun or is_last:
-                    raise PreparationFailed from error
-                continue  # it had ended before this request
-            self._give_back(child)
-            if checked.failure is not None:
-                raise checked.failure.error()
-            return checked.is_whole
-        raise PreparationFailed
-
-    def _next(self, child: ChildProcess, stop: StopSignal, fetch: Fetch | None) -> Made | NotMade:
-        """The answer; questions before it are answered."""
-        while True:
-            reply = child.receive()
-            if isinstance(reply, (Made, NotMade)):
-                return reply
-            if isinstance(reply, FetchWanted) and fetch is not None:
-                self._fetch(child, reply.urls, stop, fetch)
-                continue
-            if not isinstance(reply, ProbeWanted):
-                raise ChildFailed("nonsense")
-            data = child.receive_bytes(reply.num_bytes)
-            try:
-                probed = Probed(info=self._decoder.probe_video(data, stop=stop))
-            except DisaggError as error:
-                probed = Probed(failure=Failure.of(error))
-            child.send(probed, b"", _FOREVER_S, stop)
-
-    @staticmethod
-    def _fetch(child: ChildProcess, urls: list[MediaUrl], stop: StopSignal, fetch: Fetch) -> None:
-        try:
-            found = fetch(urls)
-        except DisaggError as error:
-            child.send(Fetched(0, Failure.of(error)), b"", _FOREVER_S, stop)
-            return
-        for one in urls:
-            child.send(Fetched(len(found[one.url])), found[one.url], _FOREVER_S, stop)
-
-    @staticmethod
-    def _receive(child: ChildProcess, sizes: list[int], started: float) -> Prepared:
-        head, token_ids, *distinct = [child.receive_bytes(size) for size in sizes]
-        request, prompts = msgspec.msgpack.decode(head, type=MadeHead)
-        digests = dict.fromkeys(item.digest for _, _, items in prompts for item in items)
-        by_digest = dict(zip(digests, distinct, strict=True))
-        ids, made, start = np.frombuffer(token_ids, "<i4").tolist(), list[tuple[Prompt, SamplingParams]](), 0
-        for length, sampling, items in prompts:
-            media = [by_digest[item.digest] for item in items]
-            made.append((Prompt(ids[start : start + length], items, media), sampling))
-            start += length
-        return Prepared(request, made, time.monotonic() - started)
-
-    def _take(self, stop: StopSignal, *, must_be_new: bool) -> ChildProcess:
-        with self._lock:
-            if self._idle and not must_be_new:
-                return self._idle.pop()
-        starting = self._starter.submit(self._start)
-        try:
-            while not wait([starting], timeout=_SLICE_S).done:
-                stop.check()
-        except BaseException:
-            starting.add_done_callback(self._keep)
-            raise
-        return starting.result()
-
-    def _start(self) -> ChildProcess:
-        try:
-            return ChildProcess(
-                StopSignal(), command=self._command, replies=_REPLIES, start_s=_START_S, errors_are_shown=True
-            )
-        except (OSError, ChildFailed) as error:
-            raise UnavailableError("no process for large requests can be started") from error
-
-    def _start_idle(self) -> None:
-        with self._lock:
-            is_wanted = not self._idle
-        if is_wanted:
-            with suppress(UnavailableError):  # then the first request says it
-                self._give_back(self._start())
-
-    def _keep(self, starting: Future[ChildProcess]) -> None:
-        """What nobody waits for any more."""
-        if not starting.exception():
-            self._give_back(starting.result())
-
-    def _give_back(self, child: ChildProcess) -> None:
-        with self._lock:
-            if len(self._idle) < _MAX_IDLE:
-                self._idle.append(child)
-                return
-        child.close()
-
-
-# -- the child's end
 
 
 class ParentsDecoder(MediaDecoder):
@@ -487,7 +284,9 @@ def main() -> None:
                 continue
             if not 0 <= job.num_bytes <= MAX_BODY_BYTES:
                 return
-            for part in answer(read_exactly(0, job.num_bytes), job.route, processor, setup, out, parent):
+            body = read_exactly(0, job.num_bytes)
+            write_all(out, pack(Ready()), parent)
+            for part in answer(body, job.route, processor, setup, out, parent):
                 write_all(out, part, parent)
     except (EOFError, BrokenPipeError):
         return  # the parent closed

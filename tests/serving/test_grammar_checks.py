@@ -19,10 +19,11 @@ import pytest
 from qwen3vl_disagg.core.errors import Failure, InputError, PreparationFailed
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.media.child import ChildProcess, Ready, pack
-from qwen3vl_disagg.media.stop import StopSignal
-from qwen3vl_disagg.serving import known_grammars, prepare_child
+from qwen3vl_disagg.media.stop import Stopped, StopSignal
+from qwen3vl_disagg.serving import known_grammars, prepare_child, prepare_pool
 from qwen3vl_disagg.serving.known_grammars import KnownGrammars
-from qwen3vl_disagg.serving.prepare_child import Checked, GrammarJob, PreparePool
+from qwen3vl_disagg.serving.prepare_child import Checked, GrammarJob
+from qwen3vl_disagg.serving.prepare_pool import PreparePool
 from qwen3vl_disagg.serving.prepared import Rules
 from tests.support.fake_backend import ASK, PATH, FakeBackend, tiny_processor
 from tests.support.http import post_json
@@ -246,36 +247,53 @@ ready, checked = map(bytes.fromhex, sys.argv[1:])
 os.write(1, ready)
 while size := os.read(0, 4):
     os.read(0, int.from_bytes(size, "big"))
+    time.sleep(0.5)
     os.write(1, ready)
     time.sleep(0.5)
     os.write(1, checked)
 """
 
 
-def test_a_client_that_hangs_up_in_a_check_costs_no_child(monkeypatch):
-    """The check goes on to its end and has its verdict; the child checks the next one."""
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_client_that_hangs_up_costs_no_child(monkeypatch, is_begun):
+    """Whether or not the child has begun, for it may have to read the vocabulary first: the check goes on to its end
+    and has its verdict; the child checks the next one."""
     pool = PreparePool(tiny_processor(), Rules(model_names=["tiny"]))
     words = [pack(Ready()).hex(), pack(Checked(Failure.of(InputError("bad")))).hex()]
     monkeypatch.setattr(pool, "_command", (sys.executable, "-S", "-c", SLOW_CHILD, *words))
-    begun, stop = list[ChildProcess](), StopSignal()
-    receive = ChildProcess.receive
+    seen, stop = list[ChildProcess](), StopSignal()
+    receive, send = ChildProcess.receive, ChildProcess.send
+
+    def send_and_leave(child: ChildProcess, job: Any, *args: Any) -> None:
+        send(child, job, *args)
+        seen.append(child)
+        if not is_begun:
+            stop.set()
 
     def receive_and_leave(child: ChildProcess) -> Any:
-        """The client leaves when the check has begun."""
         word = receive(child)
-        if isinstance(word, Ready) and child.stop is stop:
-            begun.append(child)
+        if isinstance(word, Ready) and seen:
             stop.set()
         return word
 
+    monkeypatch.setattr(ChildProcess, "send", send_and_leave)
     monkeypatch.setattr(ChildProcess, "receive", receive_and_leave)
     for signal_ in (stop, StopSignal()):
         with pytest.raises(InputError, match="bad"):
             pool.check_grammar(GRAMMAR, cpu_s=1.0, in_reasoning=False, stop=signal_)
-    [child] = begun
+    [child] = set(seen)
     assert pool._idle == [child]
     assert child.process.poll() is None
     child.close()
+
+
+def test_who_hangs_up_before_a_child_is_there_leaves_the_queue(monkeypatch):
+    pool, stop = PreparePool(tiny_processor(), Rules(model_names=["tiny"])), StopSignal()
+    monkeypatch.setattr(pool, "_command", (sys.executable, "-S", "-c", "import time; time.sleep(60)"))
+    monkeypatch.setattr(prepare_pool, "START_S", 2.0)
+    threading.Timer(0.2, stop.set).start()
+    with pytest.raises(Stopped):
+        pool.check_grammar(GRAMMAR, cpu_s=1.0, in_reasoning=False, stop=stop)
 
 
 GRAMMAR = Grammar.of_regex("a", param="regex")

@@ -313,6 +313,24 @@ def test_one_that_died_between_requests_is_no_fault(app):
     asyncio.run(main())
 
 
+def test_one_that_dies_with_a_request_that_it_has_not_begun_is_no_fault(app):
+    """The whole body is in its pipe."""
+
+    async def main() -> None:
+        await settled(app)
+        stopped = children()
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        task = asyncio.create_task(ask(app, body_of(WORDS)))
+        await asyncio.sleep(0.5)
+        assert not task.done()
+        for pid in stopped:
+            os.kill(pid, signal.SIGKILL)
+        assert (await task).status == 200
+
+    asyncio.run(main())
+
+
 @pytest.mark.slow
 def test_a_deadline_is_a_504(app):
     async def main() -> None:
