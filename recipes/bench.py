@@ -28,6 +28,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from qwen3vl_disagg.core.errors import InputError, report
 from tools.bench_engine import engine
 from tools.bench_gaps import gaps_under_load
 from tools.bench_grammars import grammars
@@ -61,7 +62,10 @@ def main() -> None:
     app = tyro.extras.SubcommandApp()
     for name, function in SUBCOMMANDS.items():
         app.command(name=name)(function)
-    app.cli(description=__doc__)
+    try:
+        app.cli(description=__doc__)
+    except InputError as error:
+        sys.exit(report(error))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from qwen3vl_disagg.core.errors import InputError
 from tools.bench_contestants.client import ask_alone
 from tools.bench_contestants.worker import Setup
 from tools.bench_engine import Name, folder_to_serve, gather
@@ -45,6 +46,8 @@ def pooling(
         vllm_python: Python of an environment that has vLLM. Default: $VLLM_PYTHON.
         as_json: Print the JSON line only.
     """
+    if rounds < 1 or not contestants or min(images, image_side, threads) < 1:
+        raise InputError("need at least one round, contestant, image, pixel and thread")
     machine = machine_facts()
     vllm_python = vllm_python or (Path(os.environ["VLLM_PYTHON"]) if os.environ.get("VLLM_PYTHON") else None)
     rates: dict[str, list[float]] = {}

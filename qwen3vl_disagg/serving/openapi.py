@@ -83,8 +83,8 @@ def document(model_names: Sequence[str], version: str, *, has_keys: bool) -> dic
     schemas["CountBody"] = _body("messages", "messages", own, ["messages"])
     schemas["MessagesRequestBody"] = {**schemas["CountBody"], "required": ["messages", "max_tokens"]}
     one = {"anyOf": [_TEXT, {"type": "object"}]}
-    several = {"anyOf": [one, {"type": "array", "minItems": 1, "maxItems": MAX_INPUTS, "items": one}]}
-    inputs = {"anyOf": [prompt, several]}
+    several = {"anyOf": [one, _inputs(one)]}
+    inputs = {"anyOf": [ids, *several["anyOf"], _inputs(ids)]}
     schemas["EmbeddingsBody"] = _body("embeddings", None, {"model": model, "input": inputs}, [])
     schemas["RerankBody"] = _body(
         "rerank", None, {"model": model, "query": one, "documents": several}, ["query", "documents"]
@@ -192,6 +192,10 @@ def _body(place: Place, route: Route | None, own: Mapping[str, Any], required: S
             choices += [{"enum": list(option.not_set)}] if option.not_set else []
             properties[spelling] = {"anyOf": [*choices, {"type": "null"}]}
     return {"type": "object", "properties": {**properties, **own}, "required": list(required)}
+
+
+def _inputs(each: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "maxItems": MAX_INPUTS, "items": each}
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+import jsonschema
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp
 from qwen3vl_disagg.core.sampling_params import OPTIONS
 from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.app import create_app
+from qwen3vl_disagg.serving.pooling_request import MAX_INPUTS
 from tests.support.fake_backend import ASK, PATH, FakeBackend, serve, tiny_processor
 from tests.support.pooling import EachTask
 
@@ -102,6 +104,14 @@ def test_bodies_name_every_option():
     assert schemas["ResponseRequestBody"]["properties"]["n"] == {"enum": [None, 1]}
     assert schemas["ChatBody"]["properties"]["seed"]["anyOf"][0]["minimum"] == -(2**63)
     assert schemas["TokenizeBody"]["properties"]["model"] == {"enum": ["tiny", None]}
+
+
+@pytest.mark.parametrize(("each", "is_bound"), [("a", True), ({"text": "a"}, True), ([5], True), (5, False)])
+def test_as_many_inputs_are_described_as_are_taken(each, is_bound):
+    """Ids alone are one input, however many."""
+    schema = document()["components"]["schemas"]["EmbeddingsBody"]["properties"]["input"]
+    jsonschema.validate([each] * MAX_INPUTS, schema)
+    assert jsonschema.Draft202012Validator(schema).is_valid([each] * (MAX_INPUTS + 1)) != is_bound
 
 
 def test_keys_are_described_where_there_are_some():
