@@ -57,6 +57,8 @@ _OF_BODIES = {
     504: "The request took longer than it may.",
 }
 _TEXT: dict[str, Any] = {"type": "string"}
+_EVENT: dict[str, Any] = {"type": "object", "properties": {"event": _TEXT, "data": _TEXT}, "required": ["data"]}
+"""One of a stream; before OpenAPI 3.2 a schema is of each."""
 _CHUNKS = "events, each a {kind}Chunk in one `data:` line"
 _TYPES = (
     *(ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk, ResponseBody, TokenizedText, DetokenizedText),
@@ -131,7 +133,7 @@ def _answer(text: str, kind: str, *, more: Sequence[str] = (), is_streamed: bool
     headers = {name: {"schema": _TEXT} for name in ("X-Request-ID", *more)}
     content: dict[str, Any] = {"application/json": {"schema": {"$ref": _REF.format(name=kind)}}}
     if is_streamed:
-        content["text/event-stream"] = {"schema": _TEXT}
+        content["text/event-stream"] = {"schema": _EVENT}
     return {"description": text, "headers": headers, "content": content}
 
 

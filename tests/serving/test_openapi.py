@@ -17,6 +17,7 @@ from qwen3vl_disagg.core.sampling_params import OPTIONS
 from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.pooling_request import MAX_INPUTS
+from tests.serving.test_mutations import BODIES
 from tests.support.fake_backend import ASK, PATH, FakeBackend, serve, tiny_processor
 from tests.support.pooling import EachTask
 
@@ -69,6 +70,14 @@ def test_answers_are_as_described(method, path, schema, each_task):
         check(case, each_task)
 
     each()
+
+
+@pytest.mark.parametrize("path", sorted({path for path, _ in BODIES}))
+def test_good_answers_are_as_described(path, schema, each_task):
+    route = schema[path]["POST"]
+    for body in [body for of_path, body in BODIES if of_path == path]:
+        case = route.Case(body=body, media_type="application/json")
+        assert case.call_and_validate(app=each_task, timeout=60).status_code == 200
 
 
 if os.environ.get("Q3VL_ACCEPTANCE"):
