@@ -27,8 +27,9 @@ class Limits:
     """Threads that wait for children which make prompts of large requests."""
     clip_threads: int = 2
     """Threads that make prompts with clips, which can take long: nobody else waits for them."""
-    grammar_threads: int = 2
-    """Threads that wait for children which check grammars that are new."""
+    grammar_threads: int = 1
+    """Threads that wait for children which check grammars that are new. One more does for those that take long: as many
+    children as are kept without work."""
     request_timeout_s: float = 600.0
     """Used when the client sends no X-Request-Timeout-Ms."""
     max_request_timeout_s: float = MAX_REQUEST_TIMEOUT_S
