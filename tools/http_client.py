@@ -39,7 +39,7 @@ def post(url: str, body: dict[str, Any], timeout_s: float) -> http.client.HTTPRe
         raise ServerError(f"{url}: not an http URL")
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname, parts.port, timeout=timeout_s)
-    path = parts.path.rstrip("/") + "/v1/chat/completions"
+    path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"  # OpenAI's clients are told of /v1
     connection.request("POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     response = connection.getresponse()
     if response.status != 200:

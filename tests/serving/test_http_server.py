@@ -174,10 +174,19 @@ def client_module():
     return module
 
 
-@pytest.mark.parametrize("flags", [[], ["--stream"]])
-def test_the_command_line_client(running, tmp_path, capsys, monkeypatch, flags):
+@pytest.mark.parametrize(("base", "flags"), [("", []), ("/v1/", ["--stream"])])
+def test_the_command_line_client(running, tmp_path, capsys, monkeypatch, base, flags):
     (tmp_path / "a.png").write_bytes(png())
-    arguments = ["http_client.py", "--url", running.url, "--image", str(tmp_path / "a.png"), "--prompt", "?", *flags]
+    arguments = [
+        "http_client.py",
+        "--url",
+        running.url + base,
+        "--image",
+        str(tmp_path / "a.png"),
+        "--prompt",
+        "?",
+        *flags,
+    ]
     monkeypatch.setattr("sys.argv", [*arguments, "--timings"])
     assert client_module().main() == 0
     out, err = capsys.readouterr()

