@@ -36,7 +36,9 @@ _MAX_WORDS = 300
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "q3_linear": [_P, _P, _P, _L, _P, _L, _L, _L, _I],
-    "q3_experts": [_P] * 9 + [_L] * 5 + [_I],
+    "q3_has_tiles": [_P],
+    "q3_experts": [_P] * 9 + [_L] * 5 + [_I] * 2,
+    "q3_swiglu": [_P, _L, _P, _L, _P, _L, _L, _I],
     "q3_linear_int8": [_P] * 5 + [_L] * 3 + [_I],
     "q3_experts_int8": [_P] * 12 + [_L] * 5 + [_I],
     "q3_prefill_attention": [_P, _L, _P, _P, _P, _L, _L, _L, _L, _P, _P, _I],

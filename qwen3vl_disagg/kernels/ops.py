@@ -7,6 +7,7 @@ B sequences, W pages of the longest one.
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -52,6 +53,10 @@ def is_on_cpu(dtype: torch.dtype, *tensors: Tensor) -> bool:
 
 
 MAX_KERNEL_ROWS, MAX_KERNEL_WEIGHTS = 64, 4
+MIN_TILE_ROWS = 4
+"""For each expert, from which on AMX pays; with fewer, reading the weights is all."""
+TILE_ROWS = 128
+"""Rows of an expert that AMX takes at a time, each block of them filled up to whole tiles of 16."""
 
 # ---- linear ----
 
@@ -103,7 +108,40 @@ def can_linear(x_TD: Tensor, weight_ND: Tensor) -> bool:
     return is_small and is_cpu_bf16(x_TD, weight_ND)
 
 
+def can_swiglu(width: int, weight: Tensor) -> bool:
+    """Sizes the kernel takes; `weight` for device and dtype."""
+    return width % 16 == 0 and is_cpu_bf16(weight)
+
+
+def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """`silu(gate) * up`, rounded where the two operators round -> `[T, F]`. Rows may lie apart."""
+    gate_TF, up_TF = _with_whole_rows(gate_TF), _with_whole_rows(up_TF)
+    fits = is_on_cpu(torch.bfloat16, gate_TF, up_TF) and gate_TF.dim() == 2 and gate_TF.shape == up_TF.shape
+    need(fits and gate_TF.shape[1] % 16 == 0, "bfloat16 rows of whole pieces", gate_TF, up_TF)
+    num_rows, width = gate_TF.shape
+    out = gate_TF.new_empty(num_rows, width)
+    rows = (gate_TF.data_ptr(), gate_TF.stride(0), up_TF.data_ptr(), up_TF.stride(0))
+    _cpu().q3_swiglu(*rows, out.data_ptr(), num_rows, width, torch.get_num_threads())
+    return out
+
+
 # ---- experts ----
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the kernels may use the tiles of AMX: the processor, the compiler and the system know them."""
+    found = ctypes.c_int()
+    _cpu().q3_has_tiles(ctypes.byref(found))
+    return bool(found.value)
+
+
+def takes_tiles(num_tokens: int, num_choices: int, num_experts: int) -> bool:
+    """Whether experts run by tiles. Never for as many tokens as a decode step has, where a row's bits may not depend on
+    how many others there are."""
+    is_many = num_tokens > MAX_LINEAR_ROWS and num_tokens * num_choices >= MIN_TILE_ROWS * num_experts
+    return is_many and has_tiles()
+
 
 _library.define("experts(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor down) -> Tensor")
 
@@ -119,8 +157,10 @@ def _experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tens
     (num_tokens, hidden), num_choices = x_TD.shape, ids_TK.shape[1]
     num_experts, _, width = down_EDF.shape
     num_rows = num_tokens * num_choices
-    index = torch.empty(num_experts + 1 + 2 * num_rows, dtype=torch.int32)
-    act, y, out = x_TD.new_empty(num_rows, width), x_TD.new_empty(num_rows, hidden), torch.empty_like(x_TD)
+    num_blocks = num_experts + num_rows // TILE_ROWS
+    index = torch.empty(num_experts + 1 + 2 * num_rows + 4 * num_blocks, dtype=torch.int32)
+    act, y = (x_TD.new_empty(num_rows + 16 * num_blocks, size) for size in (width, hidden))
+    out = torch.empty_like(x_TD)
     _cpu().q3_experts(
         x_TD.data_ptr(),
         ids_TK.data_ptr(),
@@ -136,6 +176,7 @@ def _experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tens
         num_choices,
         hidden,
         width,
+        takes_tiles(num_tokens, num_choices, num_experts),
         torch.get_num_threads(),
     )
     return out

@@ -184,7 +184,8 @@ def paged_attention(
         return decode_sdpa(q_TNH, k_pool, v_pool, *places.padded_slots)
     extend = ops.prefill_attention if impl == "kernel" else extend_sdpa
     parts = zip(q_TNH.split(places.new_B.tolist()), places.context_slots, strict=True)
-    return torch.cat([extend(q, k_pool, v_pool, slots_L) for q, slots_L in parts])
+    outs = [extend(q, k_pool, v_pool, slots_L) for q, slots_L in parts]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _paged_attention(

@@ -61,6 +61,9 @@ def experts_int8(**changed):
 
 
 CASES = {
+    "swiglu: widths of 24": lambda: ops.swiglu(b(2, 24), b(2, 24)),
+    "swiglu: float32": lambda: ops.swiglu(b(2, 32), b(2, 32).float()),
+    "swiglu: another shape": lambda: ops.swiglu(b(2, 32), b(3, 32)),
     "decode: heads of 32": decode(size=32),
     "decode: heads of 12": decode(size=12),
     "decode: heads of 192": decode(size=192),

@@ -78,6 +78,68 @@ def test_experts(tokens, experts, away, choices, hidden, width, skew, seed):
     assert distance(actual, expected) <= distance(loop, expected) + 2**-8
 
 
+needs_tiles = pytest.mark.skipif(build.load() is None or not ops.has_tiles(), reason="no AMX")
+
+
+@needs_tiles
+@settings(max_examples=40)
+@given(
+    tokens=st.integers(1, 300),
+    experts=st.integers(1, 9),
+    away=st.integers(0, 2),
+    choices=st.integers(1, 4),
+    hidden=st.integers(1, 4),
+    width=st.integers(1, 4),
+    skew=st.sampled_from([0.0, 30.0]),
+    threads=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 99),
+)
+def test_experts_by_tiles(tokens, experts, away, choices, hidden, width, skew, threads, seed):
+    """Whatever number of rows an expert has, none, one, or more than a block, its answers are those of few rows."""
+    x = bf16(tokens, 32 * hidden, seed=seed)
+    logits = bf16(tokens, experts + away, seed=seed + 1) + skew * (torch.arange(experts + away) < 2)
+    given = (x, *route(logits.bfloat16(), min(choices, experts + away)))
+    gate_up = bf16(experts, 64 * width, 32 * hidden, seed=seed + 2, scale=0.2)
+    down = bf16(experts, 32 * hidden, 32 * width, seed=seed + 3, scale=0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        patch.setattr(ops, "takes_tiles", lambda *_: False)
+        few = run_experts_kernel(*given, gate_up, down)
+        patch.setattr(ops, "takes_tiles", lambda *_: True)
+        tiled = run_experts_kernel(*given, gate_up, down)
+    assert distance(tiled, few) < 2**-6
+    assert (tiled != few).double().mean() < 0.25  # sums in another order round apart, not more
+
+
+@needs_tiles
+def test_a_row_s_bits_do_not_depend_on_others_in_the_tiles(monkeypatch):
+    monkeypatch.setattr(ops, "takes_tiles", lambda *_: True)
+    x = bf16(200, 64, seed=0)
+    weights, ids = route(bf16(200, 3, seed=1), 2)
+    experts = (bf16(3, 128, 64, seed=2, scale=0.2), bf16(3, 64, 64, seed=3, scale=0.2))
+    whole = run_experts_kernel(x, weights, ids, *experts)
+    parts = [run_experts_kernel(x[a:b], weights[a:b], ids[a:b], *experts) for a, b in ((0, 1), (1, 90), (90, 200))]
+    assert torch.equal(torch.cat(parts), whole)
+    x[7] = float("nan")
+    broken = run_experts_kernel(x, weights, ids, *experts).isnan().any(1)
+    assert broken.nonzero().flatten().tolist() == [7]
+
+
+@needs_tiles
+def test_no_decode_step_takes_tiles_and_no_few_rows_of_many_experts():
+    assert [ops.takes_tiles(tokens, 4, 32) for tokens in (1, 32, 48)] == [False] * 3
+    assert ops.takes_tiles(1024, 4, 32)
+    assert not ops.takes_tiles(64, 4, 64 * 4)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 16), (3, 48), (700, 96)])
+def test_swiglu(tokens, width):
+    gate, up = (bf16(tokens, 2 * width, seed=0, scale=4.0)).split(width, dim=1)
+    found, expected = ops.swiglu(gate, up), F.silu(gate) * up
+    assert distance(found, expected) < 2**-8
+    assert (found != expected).double().mean() < 0.01  # it rounds where they round; e^x is not torch's by the bit
+
+
 def test_swiglu_does_not_overflow():
     """Gates of +-90: silu is the gate, and almost 0."""
     gate_up, down = torch.zeros(1, 64, 32).bfloat16(), torch.zeros(1, 32, 32).bfloat16()

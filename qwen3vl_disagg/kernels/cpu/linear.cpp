@@ -1,5 +1,5 @@
 // bfloat16 weights as the checkpoint has them.
-#include "few_rows.h"
+#include "expert_tiles.h"
 
 struct Bf16Weight {
   const bf16* w;
@@ -18,8 +18,31 @@ extern "C" void q3_linear(const bf16* x, const bf16* const* w, const long* sizes
   linear(x, weights, sizes, num, out, T, N, D, threads);
 }
 
+// Whether the processor and the system have AMX's tiles, and the compiler knew them.
+extern "C" void q3_has_tiles(int* has) {
+  *has = may_use_tiles();
+}
+
+// By tiles only where there are any; then scratch as `experts_by_tiles` wants it.
 extern "C" void q3_experts(const bf16* x, const int64_t* ids, const bf16* weights, const bf16* gate_up, const bf16* down,
                            int32_t* index, bf16* act, bf16* y, bf16* out, long T, long E, long K, long D, long F,
-                           int threads) {
+                           int by_tiles, int threads) {
+#ifdef __AMX_BF16__
+  if (by_tiles) {
+    experts_by_tiles(x, ids, weights, gate_up, down, index, act, y, out, T, E, K, D, F, threads);
+    return;
+  }
+#endif
   experts(x, ids, weights, Bf16Weight{gate_up, D}, Bf16Weight{down, F}, index, act, y, out, T, E, K, D, F, threads);
+}
+
+// silu(gate) * up -> out[T, F]; rows of gate and up lie apart. F is a multiple of 16.
+extern "C" void q3_swiglu(const bf16* gate, long gate_stride, const bf16* up, long up_stride, bf16* out, long T, long F,
+                          int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (T * F >= 1 << 15)
+  for (long t = 0; t < T; t++)
+    for (long f = 0; f < F; f += 16) {
+      const __m512 act = swiglu(load_wide(gate + t * gate_stride + f), load_wide(up + t * up_stride + f));
+      _mm256_storeu_si256((__m256i*)(out + t * F + f), narrow(act));
+    }
 }
