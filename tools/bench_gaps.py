@@ -73,10 +73,7 @@ class System:
 
 
 def start(stack: ExitStack, model: Path, chunk_tokens: int | None) -> dict[str, System]:
-    """Both systems on the same two cores: each rank computes with one thread.
-
-    Torch takes its threads from the cores that a process may use, so each colocated server gets one core.
-    """
+    """Both systems on the same two cores: each colocated server gets one, the split's ranks share them."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         raise SystemExit("two cores are needed")
@@ -183,7 +180,7 @@ def gaps_under_load(
     """Gaps between tokens of running text requests while requests with images arrive; docs/benchmarks.md.
 
     `split` is one encode and one language rank, `colocated` two processes with both roles and half of the requests
-    each; every rank computes with one thread.
+    each.
 
     Args:
         rounds: Rounds; in each, both systems have one turn under the same arrivals.

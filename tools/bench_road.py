@@ -17,11 +17,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from qwen3vl_disagg.core.errors import InputError
 from tools.bench_engine import folder_to_serve
 from tools.bench_load import Stream, arrivals, body, picture, send, text
 from tools.bench_machine import busy_seconds, conclude, machine_facts, machine_line, table
@@ -83,7 +85,7 @@ def name_at(port: int) -> str | None:
                     return None
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as response:
             return json.load(response)["data"][0]["id"]
-    except OSError:
+    except (OSError, HTTPException, ValueError, LookupError):  # it may be starting
         return None
 
 
@@ -143,8 +145,11 @@ async def open_loop(
                 asked.append(Stream(time.perf_counter()))
                 arriving.create_task(send(port, request, asked[-1]))
         closes = time.perf_counter()
+        ended = sum(task.done() for task in tasks)
         for task in tasks:
             task.cancel()
+        if ended:
+            raise RuntimeError(f"{ended} texts ended before the requests with images did: their rates say nothing")
 
     def between(start: float, stop: float) -> list[list[float]]:
         return [[stamp for stamp in stream.stamps if start <= stamp <= stop] for stream in streams]
@@ -193,11 +198,16 @@ def road(
         as_json: Print the JSON line only.
     """
     others = dict(entry.partition("=")[::2] for entry in other)
-    unknown = [name for name in contestants if name not in OURS] + [name for name, line in others.items() if not line]
+    unknown = [name for name in contestants if name not in OURS]
+    unknown += [name for name, line in others.items() if not line or name in OURS]
     if unknown or not (contestants or others):
-        raise SystemExit(f"contestants: {', '.join(OURS)}, others as NAME=COMMAND; got {', '.join(unknown) or 'none'}")
+        raise InputError(f"contestants: {', '.join(OURS)}, others as NAME=COMMAND; got {', '.join(unknown) or 'none'}")
     if min(rounds, requests, tokens, *at_once, *images) < 1 or min(rate, seconds) <= 0 or texts < 0:
-        raise SystemExit("need at least one round, request, token, client and image, and a rate above 0")
+        raise InputError("need at least one round, request, token, client and image, and a rate above 0")
+    if texts and not all(arrivals(rate / count, seconds, number) for count in images for number in range(rounds)):
+        raise InputError(
+            f"no request arrives within {seconds:g} s at {rate:g} images/s: more seconds, or a higher rate"
+        )
     machine = machine_facts()
     names = [*contestants, *others]
     found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in names}

@@ -45,7 +45,7 @@ class SharedCores:
         self._threads = 0
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
-            os.ftruncate(fd, ctypes.sizeof(_Claims))
+            os.posix_fallocate(fd, 0, ctypes.sizeof(_Claims))  # a full disk is an error here, and no signal later
             self._claims = _Claims.from_buffer(mmap.mmap(fd, ctypes.sizeof(_Claims)))
         finally:
             os.close(fd)

@@ -30,8 +30,8 @@ HUGE_PAGE = 2 << 20
 
 def on_huge_pages(x: Tensor) -> Tensor:
     """`x`, whose memory nobody has written yet: on the CPU the kernel is asked for huge pages, as it will be read again
-    and again. (A walk over small ones costs a step of decoding a seventh where a machine is virtual.) It is free to
-    refuse: then nothing changes."""
+    and again, and a walk over small ones takes longer, above all on a virtual machine. It is free to refuse: then
+    nothing changes."""
     if x.device.type == "cpu" and x.nbytes >= HUGE_PAGE and sys.platform == "linux":
         start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         size = x.data_ptr() + x.nbytes - start

@@ -351,8 +351,9 @@ class Engine:
         except (RuntimeError, ValueError) as error:
             return events + self._fail([chunk.sequence for chunk in chunks], error)
         now = time.monotonic()
-        if self._pace is not None:
-            # The step of ranks together is as long as that of the one with most to do.
+        budget = None if plan is None else plan.prefill
+        if self._pace is not None and (self.scheduler.num_decoding if budget is None else budget < self._pace.most):
+            # Somebody waited. The step of ranks together is as long as that of the one with most to do.
             self._pace.prefilled(min(plan.prefill, plan.num_rows) if plan else tokens, now - started)
             self.scheduler.chunk_tokens = self._pace.chunk
         pooled = [(sequence, vector) for (sequence, _), vector in zip(wanted, vectors, strict=True)]

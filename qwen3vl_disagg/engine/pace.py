@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from qwen3vl_disagg.core.settings import GapTarget, default_gap_ms
 
 LEAST, QUANTUM = 16, 16
@@ -24,6 +26,7 @@ class Pace:
         self.most = most
         self._target_s = None if target_ms == "auto" else target_ms / 1e3
         self._default_s = default_gap_ms(is_cuda=is_cuda) / 1e3
+        self._decodes: deque[float] = deque(maxlen=5)
         self._decode_s = 0.0
         self._exact = float(chunk)
         self.chunk = min(chunk, most)
@@ -33,8 +36,9 @@ class Pace:
         return max(self._default_s, _STEPS * self._decode_s) if self._target_s is None else self._target_s
 
     def decoded(self, seconds: float) -> None:
-        """A decode step took so long."""
-        self._decode_s += (seconds - self._decode_s) * (0.2 if self._decode_s else 1.0)
+        """A decode step took so long. The middle of the last ones counts: the very first waits for much."""
+        self._decodes.append(seconds)
+        self._decode_s = sorted(self._decodes)[(len(self._decodes) - 1) // 2]
 
     def prefilled(self, tokens: int, seconds: float) -> None:
         """Chunks of so many tokens together took so long."""

@@ -137,16 +137,18 @@ def has_tiles() -> bool:
 
 
 def takes_tiles(num_tokens: int, num_choices: int, num_experts: int) -> bool:
-    """Whether experts run by tiles. Never for as many tokens as a decode step has, where a row's bits may not depend on
-    how many others there are."""
+    """Whether experts run by tiles. Never for as few tokens as the kernel of linear layers takes: there a row's bits do
+    not depend on how many others there are."""
     is_many = num_tokens > MAX_LINEAR_ROWS and num_tokens * num_choices >= MIN_TILE_ROWS * num_experts
     return is_many and has_tiles()
 
 
-_library.define("experts(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor down) -> Tensor")
+_library.define("experts(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor down, bool may_tile) -> Tensor")
 
 
-def _experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+def _experts(
+    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, may_tile: bool
+) -> Tensor:
     x_TD, weights_TK, ids_TK = x_TD.contiguous(), weights_TK.contiguous(), ids_TK.contiguous()
     need(
         is_dense(torch.bfloat16, x_TD, weights_TK, gate_up_EGD, down_EDF)
@@ -157,7 +159,8 @@ def _experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tens
     (num_tokens, hidden), num_choices = x_TD.shape, ids_TK.shape[1]
     num_experts, _, width = down_EDF.shape
     num_rows = num_tokens * num_choices
-    num_blocks = num_experts + num_rows // TILE_ROWS
+    by_tiles = may_tile and takes_tiles(num_tokens, num_choices, num_experts)
+    num_blocks = num_experts + num_rows // TILE_ROWS if by_tiles else 0
     index = torch.empty(num_experts + 1 + 2 * num_rows + 4 * num_blocks, dtype=torch.int32)
     act, y = (x_TD.new_empty(num_rows + 16 * num_blocks, size) for size in (width, hidden))
     out = torch.empty_like(x_TD)
@@ -176,7 +179,7 @@ def _experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tens
         num_choices,
         hidden,
         width,
-        takes_tiles(num_tokens, num_choices, num_experts),
+        by_tiles,
         torch.get_num_threads(),
     )
     return out
@@ -195,13 +198,16 @@ def fit_experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: T
 _library.impl("experts", _experts, "CPU")
 
 
-def experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+def experts(
+    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, may_tile: bool = True
+) -> Tensor:
+    """The weighted sum over each token's experts `[T, D]`. Not `may_tile`: a row's bits are those that it has alone."""
     run = torch.ops.q3vl.experts if torch.compiler.is_compiling() else _experts
-    return run(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF)
+    return run(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF, may_tile)
 
 
 @torch.library.register_fake("q3vl::experts")
-def _(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+def _(x_TD: Tensor, *_: Tensor | bool) -> Tensor:
     return torch.empty_like(x_TD)
 
 

@@ -14,6 +14,8 @@ from qwen3vl_disagg.parallel.lockstep import Outlook, StepPlan
 
 Command = Callable[[Engine], list[EngineEvent] | None]
 EventSink = Callable[[list[EngineEvent]], None]
+HOLD_S = 0.02
+"""How long a rank that takes steps with others keeps its cores while it waits for the next one."""
 CHECK_S = 2.0
 """How often whoever waits for something to do looks whether it can still come."""
 
@@ -89,6 +91,9 @@ class EngineSteps:
         with self._wake:
             while not (self._stopping or self._commands or self._plan or self._has_own_work):
                 if self._cores is not None:
+                    # Between two steps of ranks together each waits a moment: nobody is to take all cores then.
+                    if self._report is not None and self._wake.wait(HOLD_S):
+                        continue
                     self._cores.release()
                 if not self._wake.wait(None if check is None else CHECK_S) and check is not None:
                     check()

@@ -127,7 +127,7 @@ def shared_facts(setup: RankSetup, limits: PaceLimits) -> dict[str, str]:
         "compile": str(is_compiled),
         "kernels": str(is_compiled and load() is not None),  # a graph more, and so a first step more
         "chunk_tokens": str(limits.chunk_tokens),
-        "gap_target_ms": str(setup.context.options.gap_target_ms),
+        "gap_target_ms": str(None if setup.context.options.chunk_tokens else setup.context.options.gap_target_ms),
         "max_prefill_tokens": str(limits.max_prefill_tokens),
     }
 

@@ -183,6 +183,10 @@ class Experts(nn.Module):
             return torch.ops.q3vl.experts_loop(x_TD, weights_TK, ids_TK, *local_weights)
         if torch.compiler.is_compiling() and impl == "grouped" and device == "cpu":
             return torch.ops.q3vl.grouped_experts(x_TD, weights_TK, ids_TK, *local_weights)
+        if impl == "kernel":  # rows of other ranks have no say in the bits of this one's
+            gate_up_EGD, down_EDF = local_weights
+            may_tile = type(self.dispatcher) is Dispatcher
+            return ops.experts(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF, may_tile)
         return EXPERT_IMPLS[impl](x_TD, weights_TK, ids_TK, *local_weights)
 
 

@@ -6,7 +6,8 @@ all what the step is (`StepPlan`). So one message from each rank and one to each
 work sleeps on a socket until another one has some, and none is ever asked.
 
 A prompt's chunk makes a step long for every rank. As on one rank alone, no two such steps follow one another while
-a rank decodes, and then a rank's chunks are the least `chunk` of all together: that bounds the time between two tokens.
+a rank decodes, and then a rank's chunks are the least `chunk` of those with prompts: that bounds the time between two
+tokens.
 
 Pure: no clock, socket or thread inside.
 """
@@ -123,7 +124,8 @@ class Lockstep:
         self._was_prefill = has_prompts and not (self._was_prefill and is_decoding)
         budget = 0
         if self._was_prefill:
-            chunk = min(outlook.chunk or self.limits.chunk_tokens for outlook in outlooks)
+            measured = [outlook.chunk for outlook in outlooks if outlook.prefill and outlook.chunk]
+            chunk = min(measured, default=self.limits.chunk_tokens)
             budget = chunk if is_decoding else self.limits.max_prefill_tokens
         rows = [min(o.prefill, budget) or o.decode for o in outlooks]
         num_rows = padded_rows(max(rows))

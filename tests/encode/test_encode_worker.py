@@ -279,3 +279,29 @@ def test_the_digest_covers_each_buffer():
         changed = getattr(encoded, name).clone()
         changed[2] += 1
         assert replace(encoded, **{name: changed}).digest != encoded.digest, name
+
+
+class Claims:
+    """Cores that note who asks for them."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def claim(self) -> None:
+        self.said.append("claim")
+
+    def release(self) -> None:
+        self.said.append("release")
+
+
+def test_cores_are_claimed_before_each_block_and_given_back_whatever_happens(monkeypatch):
+    config, claims = small_config(), Claims()
+    worker = EncodeWorker(random_vision_model(config, seed=1), PROCESSOR, config, cores=claims)
+    pixels = worker.preprocess(make_image(0, (64, 64)), visual_of((64, 64)))
+    [whole] = worker.encode([pixels], [IMAGE_TOKEN])
+    assert not isinstance(whole, Exception)
+    assert claims.said == ["claim"] * config.vision.depth + ["release"]
+    monkeypatch.setattr(worker.model.visual.merger, "forward", lambda *_: 1 / 0)
+    [broken] = worker.encode([pixels], [IMAGE_TOKEN])
+    assert isinstance(broken, Exception)
+    assert claims.said[-1] == "release"

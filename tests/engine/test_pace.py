@@ -75,6 +75,13 @@ def test_one_slow_step_is_soon_forgotten():
     assert pace.chunk >= 64
 
 
+def test_a_slow_first_step_and_single_slow_ones_do_not_move_the_target():
+    pace = Pace(64, MOST, "auto", is_cuda=False)
+    for seconds in (5.0, 0.02, 0.02, 0.02, 4.0, 0.02):
+        pace.decoded(seconds)
+    assert pace.target_s == pytest.approx(0.1)
+
+
 def test_never_above_what_a_step_may_take():
     pace = Pace(64, 20, "auto", is_cuda=False)
     settle(pace, 0.001, 0.0, 1e-6)

@@ -315,4 +315,4 @@ def test_operators_tell_the_compiler_the_truth():
     torch.library.opcheck(torch.ops.q3vl.attend_frames.default, (q, q, q, torch.tensor([0, 4, 10])))
     ids, weights = torch.tensor([[0, 1], [1, 0], [0, 1]]), bf16(3, 2, seed=3)
     experts = (bf16(2, 64, 64, seed=4), bf16(2, 64, 32, seed=5))
-    torch.library.opcheck(torch.ops.q3vl.experts.default, (x, weights, ids, *experts))
+    torch.library.opcheck(torch.ops.q3vl.experts.default, (x, weights, ids, *experts, True))

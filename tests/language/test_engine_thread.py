@@ -83,3 +83,38 @@ def test_an_interrupt_in_the_tower_ends_the_turn():
     BetweenSteps(turns.post).submit(interrupted)
     with pytest.raises(KeyboardInterrupt):
         turns.turn(lambda events: None)
+
+
+class Claims:
+    """Cores that note who asks for them."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def claim(self) -> None:
+        self.said.append("claim")
+
+    def release(self) -> None:
+        self.said.append("release")
+
+
+def test_cores_are_claimed_before_each_turn_and_given_back_while_there_is_nothing_to_do():
+    engine, claims = FakeEngine(["prefill", "decode", "decode"]), Claims()
+    turns = EngineSteps(engine, cores=claims)
+    for _ in range(2):
+        turns.turn(lambda events: None)
+    assert claims.said == ["claim"] * 2
+    threading.Timer(0.1, turns.post, [lambda engine: None]).start()
+    turns.turn(lambda events: None)
+    assert claims.said == ["claim", "claim", "release", "claim"]
+
+
+@pytest.mark.parametrize(("later_s", "is_given_back"), [(0.1, True), (0.0, False)])
+def test_steps_together_keep_the_cores_for_a_moment(monkeypatch, later_s, is_given_back):
+    monkeypatch.setattr("qwen3vl_disagg.language.engine_thread.HOLD_S", 0.03 if later_s else 5.0)
+    claims = Claims()
+    turns = EngineSteps(FakeEngine([]), lambda outlook: None, claims)
+    threading.Timer(later_s, turns.post, [lambda engine: None]).start()
+    monkeypatch.setattr(turns, "_step_together", lambda *_: None)
+    turns.turn(lambda events: None)
+    assert claims.said == ["release"] * is_given_back + ["claim"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen3vl_disagg.core.errors import InputError
 from tools.bench_load import Stream, take
 from tools.bench_road import command_of, report, road, summary
 
@@ -45,7 +46,17 @@ def test_servers_that_know_no_token_ids_are_counted_by_pieces_of_text():
     assert len(stream.stamps) == 1
 
 
-@pytest.mark.parametrize("options", [{"contestants": ("both",)}, {"other": ("vllm",)}, {"rounds": 0}, {"rate": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"contestants": ("both",)},
+        {"other": ("vllm",)},
+        {"other": ("split=serve",)},
+        {"rounds": 0},
+        {"rate": 0.0},
+        {"seconds": 0.01},
+    ],
+)
 def test_what_cannot_be_measured_is_said(options):
-    with pytest.raises(SystemExit):
+    with pytest.raises(InputError):
         road(**options)
