@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +12,10 @@ from torch.nn import functional as F
 
 from qwen3vl_disagg.kernels import build, ops
 from qwen3vl_disagg.model.layers import RMSNorm
-from qwen3vl_disagg.model.moe import route, run_experts_kernel, run_experts_loop
+from qwen3vl_disagg.model.moe import Dispatcher, Experts, route, run_experts_kernel, run_experts_loop
 from qwen3vl_disagg.model.paged import PagedPlaces, decode_sdpa, extend_sdpa
 from qwen3vl_disagg.model.rope import apply_rotary
+from tests.support.random_model import small_config
 
 pytestmark = pytest.mark.skipif(build.load() is None, reason="no AVX-512 BF16 or no C++ compiler")
 
@@ -123,6 +126,37 @@ def test_a_row_s_bits_do_not_depend_on_others_in_the_tiles(monkeypatch):
     x[7] = float("nan")
     broken = run_experts_kernel(x, weights, ids, *experts).isnan().any(1)
     assert broken.nonzero().flatten().tolist() == [7]
+
+
+class Spread(Dispatcher):
+    """Brings rows of other ranks along."""
+
+    def __init__(self, others: int) -> None:
+        self.others = others
+
+    def dispatch(self, x_TD, weights_TK, ids_TK, plan):
+        more = bf16(self.others, x_TD.shape[1], seed=9)
+        weights, ids = weights_TK[:1].expand(self.others, -1), ids_TK[:1].expand(self.others, -1)
+        rows = (torch.cat(pair) for pair in ((x_TD, more), (weights_TK, weights), (ids_TK, ids)))
+        return *rows, len(x_TD)
+
+    def combine(self, y_RD, sent):
+        return y_RD[:sent]
+
+
+@needs_tiles
+def test_rows_of_other_ranks_do_not_decide_how_one_s_own_are_computed():
+    config = replace(small_config().text, num_experts=4, hidden_size=2048, moe_intermediate_size=256)
+    experts = Experts(config).bfloat16()
+    experts.impl = "kernel"
+    x = bf16(48, 2048, seed=0)
+    given = (x, *route(bf16(48, 4, seed=1), 2))
+    found = []
+    for others in (0, 300):
+        experts.dispatcher = Spread(others)
+        with torch.inference_mode():
+            found.append(experts(*given))
+    assert torch.equal(*found)
 
 
 @needs_tiles
