@@ -284,8 +284,9 @@ class Engine:
     def outlook(self, step: int) -> Outlook:
         """What could be run now, for those with whom steps are taken together."""
         scheduler = self.scheduler
-        prefill, decode, chunk = scheduler.num_prefill_tokens, scheduler.num_decoding, scheduler.chunk_tokens
-        return Outlook(step=step, prefill=prefill, decode=decode, chunk=chunk)
+        prefill = scheduler.num_prefill_tokens
+        chunk = scheduler.chunk_tokens if prefill else 0
+        return Outlook(step=step, prefill=prefill, decode=scheduler.num_decoding, chunk=chunk)
 
     def step(self, plan: StepPlan | None = None) -> list[EngineEvent]:
         """Admit what fits and run one batch. A failure of the batch fails its requests alone.

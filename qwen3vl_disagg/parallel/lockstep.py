@@ -36,7 +36,7 @@ class PeerWelcome(Message, frozen=True):
 
 class Outlook(Message, frozen=True):
     """What a rank could do in a step: tokens of prompts, and sequences to decode one token of. `chunk`: the most tokens
-    of prompts while any rank decodes, as far as this rank's measure goes; 0: the limit's."""
+    of prompts while any rank decodes, as far as this rank's measure goes, if it has prompts."""
 
     step: int
     prefill: int = 0
@@ -124,7 +124,7 @@ class Lockstep:
         self._was_prefill = has_prompts and not (self._was_prefill and is_decoding)
         budget = 0
         if self._was_prefill:
-            measured = [outlook.chunk for outlook in outlooks if outlook.prefill and outlook.chunk]
+            measured = [outlook.chunk for outlook in outlooks if outlook.chunk]
             chunk = min(measured, default=self.limits.chunk_tokens)
             budget = chunk if is_decoding else self.limits.max_prefill_tokens
         rows = [min(o.prefill, budget) or o.decode for o in outlooks]

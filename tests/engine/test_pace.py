@@ -98,4 +98,7 @@ def test_an_engine_goes_by_what_its_steps_take(target_ms, moves):
     assert set(events) == set(requests)
     chunk = engine.scheduler.chunk_tokens
     assert (chunk > 32) - (chunk < 32) == moves
+    assert engine.outlook(1).chunk == 0, "there are no prompts any more"
+    engine.add("more", [5, 6, 7], [], SamplingParams(max_new_tokens=1))
+    engine.admit()
     assert engine.outlook(1).chunk == chunk

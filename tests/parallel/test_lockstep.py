@@ -159,11 +159,11 @@ def test_ranks_in_any_order_do_all_work_and_stay_in_step(data):
 def test_the_chunk_is_the_least_that_a_rank_measured():
     lockstep = make(3)
     lockstep.report(0, Outlook(step=1, prefill=1000, chunk=96))
-    lockstep.report(1, Outlook(step=1, decode=2, chunk=16))  # it has no prompts, and learns nothing
+    lockstep.report(1, Outlook(step=1, decode=2))  # without prompts it learns nothing
     assert lockstep.report(2, Outlook(step=1, prefill=9, chunk=48)).prefill == 48
     for rank in range(2):
         lockstep.report(rank, Outlook(step=2, decode=1))
-    assert lockstep.report(2, Outlook(step=2, chunk=16)).prefill == 0
+    assert lockstep.report(2, Outlook(step=2)).prefill == 0
     for rank in range(2):
         lockstep.report(rank, Outlook(step=3, prefill=1000, chunk=96))
     assert lockstep.report(2, Outlook(step=3)).prefill == 4096

@@ -28,7 +28,7 @@ extern "C" void q3_experts(const bf16* x, const int64_t* ids, const bf16* weight
                            int32_t* index, bf16* act, bf16* y, bf16* out, long T, long E, long K, long D, long F,
                            int by_tiles, int threads) {
 #ifdef __AMX_BF16__
-  if (by_tiles) {
+  if (by_tiles && may_use_tiles()) {
     experts_by_tiles(x, ids, weights, gate_up, down, index, act, y, out, T, E, K, D, F, threads);
     return;
   }
