@@ -203,7 +203,11 @@ def _with_kernels():
 
 @pytest.mark.parametrize(
     ("dtype", "kind"),
-    [("float32", "int8"), ("bfloat16", "int8"), pytest.param("bfloat16", "float8", marks=pytest.mark.slow)],
+    [
+        pytest.param("float32", "int8", marks=pytest.mark.slow),
+        ("bfloat16", "int8"),
+        pytest.param("bfloat16", "float8", marks=pytest.mark.slow),
+    ],
 )
 def test_answers_stay(scenes, dtype, kind):
     """Within a point, and nearly always the very same words."""

@@ -204,7 +204,7 @@ class ErraticWorker(FakeWorker):
         return results
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", [*range(10), *(pytest.param(n, marks=pytest.mark.slow) for n in range(10, 30))])
 def test_whatever_happens_everyone_gets_their_rows_or_a_failure(seed):
     """Equal and different items, impatient clients, failures everywhere, a cache of two or three items, or none."""
     rng = random.Random(seed)

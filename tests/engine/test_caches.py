@@ -137,7 +137,7 @@ def test_what_is_known_of_an_image_is_not_sent_again(folder, expected, blocks):
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("blocks", [1, 40])
-@pytest.mark.parametrize("pages", [1.1, 1.6, 2.5])
+@pytest.mark.parametrize("pages", [1.1, pytest.param(1.6, marks=pytest.mark.slow), 2.5])
 def test_too_few_pages_give_the_same_answers(folder, expected, pages, blocks, prefix_cache):
     """Room for little more than the longest request: others are preempted and computed again, images too."""
     longest = max(len(answer.prompt_token_ids) for answer in expected) + SAMPLING.max_new_tokens

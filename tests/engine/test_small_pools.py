@@ -57,9 +57,8 @@ def expected(folder):
     [
         (1, "smaller"),
         (2, "larger"),
-        (8, "smaller"),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, "larger"), (2, "smaller"), (3, "larger")]),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(3, "smaller"), (8, "larger")]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(3, "smaller"), (8, "smaller"), (8, "larger")]),
     ],
 )
 def test_every_item_passes_and_gives_the_same_tokens(folder, expected, blocks, deepstack):

@@ -42,6 +42,8 @@ def with_template(change=lambda source: source) -> Processor:
 
 
 PROCESSOR = with_template()
+CLIENT = serve(FakeBackend(), processor=PROCESSOR)
+"""For whom it does not matter what others ask."""
 
 
 def clip(data: bytes = CLIP) -> str:
@@ -64,7 +66,7 @@ def said(processor: Processor = PROCESSOR, **fields: Any) -> tuple[Any, ...]:
 
 
 def refused(place: str, **fields: Any) -> None:
-    reply = serve(FakeBackend(), processor=PROCESSOR).post(PATH, json={**ASK, **fields})
+    reply = CLIENT.post(PATH, json={**ASK, **fields})
     assert reply.status_code == 400, (place, fields, reply.text)
     error = reply.json()["error"]
     assert error["param"] == place
@@ -150,7 +152,7 @@ def test_thinking_is_the_templates_to_turn_on_or_a_400(fields):
     assert said(with_template(change), **fields)[0] != said(with_template(change))[0]
     name, value = next(iter(fields.items()))
     place = f"{name}.{next(iter(value))}" if isinstance(value, dict) else name
-    reply = serve(FakeBackend(), processor=PROCESSOR).post(PATH, json={**ASK, **fields})
+    reply = CLIENT.post(PATH, json={**ASK, **fields})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, place)
 
 
@@ -183,7 +185,7 @@ def test_what_a_template_knows_may_be_given():
     assert tiny_processor().tokenizer.decode(shown[0]).endswith("<|im_end|>b")
     refused("chat_template_kwargs", chat_template_kwargs={"x": ["y" * 9000] * 2})
     for name in ("messages", "tools", "tokenize", "_marks", "chat_template"):
-        reply = serve(FakeBackend(), processor=PROCESSOR).post(PATH, json={**ASK, "chat_template_kwargs": {name: "x"}})
+        reply = CLIENT.post(PATH, json={**ASK, "chat_template_kwargs": {name: "x"}})
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "chat_template_kwargs")
 
 
@@ -194,9 +196,8 @@ def rows(place: Place, kind: type) -> list[Any]:
 @pytest.mark.parametrize(("name", "row"), rows("request", RefusedField))
 def test_a_refused_field_is_named_and_its_neutral_values_are_not(name, row):
     refused(name, **{name: next(v for v in NOT_NULL if v not in row.neutral)})
-    client = serve(FakeBackend(), processor=PROCESSOR)
     for value in (None, *row.neutral):
-        reply = client.post(PATH, json={**ASK, name: value})
+        reply = CLIENT.post(PATH, json={**ASK, name: value})
         assert reply.status_code == 200, (value, reply.text)
 
 

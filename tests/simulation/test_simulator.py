@@ -101,9 +101,13 @@ def functions():
     return found
 
 
+@pytest.fixture(scope="module")
+def before():
+    return functions()
+
+
 @pytest.mark.parametrize("name", mutant_names())
-def test_a_bug_changes_production_code_without_changing_a_signature_and_is_undone(name):
-    before = functions()
+def test_a_bug_changes_production_code_without_changing_a_signature_and_is_undone(name, before):
     with planted(name):
         during = functions()
     changed = {place for place, value in during.items() if before[place] is not value}
