@@ -146,6 +146,7 @@ class LlguidanceMatcher:
         matcher = self._matcher.deep_copy()
         made = LlguidanceMatcher(self._compiler, matcher, self._grammar, in_reasoning=self._in_reasoning)
         made._consumed += self._consumed
+        self._is_shared = True  # with the copy
         return made
 
     def _fill(self) -> np.ndarray:

@@ -393,6 +393,17 @@ def test_a_grammar_whose_lexer_has_learned_too_much_is_compiled_anew():
     assert not again[list(end_ids())].any()
 
 
+def test_one_that_was_compiled_anew_is_shared_again_once_it_is_copied():
+    grammar = Grammar.of_regex("[a-z]{3}")
+    first = compiler()(grammar, PROMPT)
+    first._matcher.consume_token(max(end_ids()))  # as above
+    expected = first.mask().bits
+    second = first.copy()
+    for one in (first, second):
+        one._matcher.consume_token(max(end_ids()))
+        assert np.array_equal(one.mask().bits, expected)
+
+
 def test_answers_share_what_is_compiled_and_nothing_else(monkeypatch):
     """Each goes its own way in the one grammar; the first mask is made once."""
     calls, began = list[Grammar](), list[int]()
