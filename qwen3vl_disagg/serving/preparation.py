@@ -20,7 +20,7 @@ from qwen3vl_disagg.processing.processor import SMALL_CHARS
 from qwen3vl_disagg.processing.template import strings_of
 from qwen3vl_disagg.serving.body import BodyAccount
 from qwen3vl_disagg.serving.json_body import num_values
-from qwen3vl_disagg.serving.known_grammars import CheckLine, KnownGrammars
+from qwen3vl_disagg.serving.known_grammars import CheckLine, KnownGrammars, digest_of
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.prepared import BodyRoute, Parsed, Prepared, Rules, finish_request, read_request
 
@@ -35,7 +35,7 @@ does tokenizing SMALL_CHARS of text."""
 SHORT_CHECK_S, MAX_SHORT_CHECKS = 0.2, 64
 LONG_CHECK_S, MAX_LONG_CHECKS = 0.7, 3
 """How much CPU time a grammar's check may take in its first turn, which is enough for nearly all, and in its second;
-and how many wait for each, or have it."""
+and how many grammars wait for each, or have it."""
 
 
 class Fetcher(Protocol):
@@ -141,20 +141,21 @@ class Preparation:
         return await _on_thread(threads, work, body.clear, account)
 
     async def _check_grammar(self, grammar: Grammar, prompt: Prompt, account: BodyAccount, stop: StopSignal) -> None:
-        """In a child, which can be killed: it may take long. Then it has another turn, in which only such wait for it.
-        Not again for one that is known."""
+        """In a child, which can be killed: it may take long. Then it has another turn, in which only such wait for it,
+        and has that alone from then on. Not again for one that is known."""
         if not has_grammars():
             raise no_grammars(grammar.param)
         in_reasoning = begins_in_reasoning(grammar, self._processor.tokenizer, prompt.token_ids)
         known = self._known_grammars
         if self._children is None or known.is_good(grammar, in_reasoning=in_reasoning):
             return
-        for line in self._check_lines:
-            line.enter()
+        digest = digest_of(grammar, in_reasoning)
+        for line in self._check_lines[known.takes_long(digest) :]:
+            line.enter(digest)
             in_child = partial(self._children.check_grammar, cpu_s=line.cpu_s, in_reasoning=in_reasoning, stop=stop)
             is_last = line is self._check_lines[-1]
             check = partial(known.check, grammar, in_child, in_reasoning=in_reasoning, is_last=is_last)
-            if await _on_thread(line.threads, check, line.leave, account):
+            if await _on_thread(line.threads, check, partial(line.leave, digest), account):
                 return
 
     def _read(self, body: bytearray, stop: StopSignal, route: BodyRoute) -> Prepared | Parsed | bytearray:

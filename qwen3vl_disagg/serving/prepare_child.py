@@ -183,7 +183,7 @@ def reply(prepared: Prepared) -> list[bytes]:
 def answer(
     body: bytearray, route: BodyRoute, processor: Processor, setup: ChildSetup, out: int, parent: int
 ) -> list[bytes]:
-    """What `reply` makes of a good request, or why there is none."""
+    """What `reply` makes of a good request, or why there is none. Empties `body`."""
     try:
         parsed = read_request(body, setup.rules, route)
         body.clear()
@@ -198,6 +198,8 @@ def answer(
     except Exception:
         logger.exception("a request could not be prepared")
         return [pack(NotMade(Failure.of(PreparationFailed())))]
+    finally:
+        body.clear()
 
 
 def make_check(processor: Processor) -> Callable[[Grammar, bool], None]:

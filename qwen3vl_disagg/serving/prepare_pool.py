@@ -25,7 +25,9 @@ from qwen3vl_disagg.serving.preparation import Fetch
 from qwen3vl_disagg.serving.prepared import BodyRoute, Prepared, Rules
 
 START_S = 120.0
-"""It imports much, or makes its vocabulary for grammars, and the cores may be busy."""
+"""It imports much, or takes over a large body, and the cores may be busy."""
+GRAMMAR_START_S = 30.0
+"""How long a child that is ready may take to begin with a grammar: it makes its vocabulary first."""
 GRAMMAR_S = 20.0
 """How long a check may take by the clock."""
 _FOREVER_S = 1e9
@@ -115,7 +117,7 @@ class PreparePool:
 
     @staticmethod
     def _begin(child: ChildProcess, job: said.ChildJob, body: bytes | bytearray, stop: StopSignal) -> None:
-        child.send(job, body, START_S, stop)
+        child.send(job, body, START_S if isinstance(job, said.BodyJob) else GRAMMAR_START_S, stop)
         if not isinstance(child.receive(), Ready):
             raise ChildFailed("nonsense")
 
@@ -181,7 +183,7 @@ class PreparePool:
 
     def _start_idle(self) -> None:
         with self._lock:
-            is_wanted = not self._idle
+            is_wanted = len(self._idle) < _MAX_IDLE
         if is_wanted:
             with suppress(UnavailableError):  # then the first request says it
                 self._give_back(self._start())

@@ -14,11 +14,11 @@ from qwen3vl_disagg.core.errors import OverloadedError, PreparationFailed
 from qwen3vl_disagg.core.grammar import Grammar
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.processing import media_plan
-from qwen3vl_disagg.serving import intake, prepared
+from qwen3vl_disagg.serving import intake, preparation, prepared
 from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.known_grammars import CheckLine
 from qwen3vl_disagg.serving.limits import Limits
-from qwen3vl_disagg.serving.preparation import LONG_CHECK_S, MAX_LONG_CHECKS
+from qwen3vl_disagg.serving.preparation import LONG_CHECK_S, MAX_LONG_CHECKS, SHORT_CHECK_S
 from qwen3vl_disagg.serving.prepared import Prepared
 from tests.support.asgi import Exchange
 from tests.support.fake_backend import PATH, FakeBackend, tiny_processor
@@ -170,10 +170,11 @@ def test_bodies_are_counted_for_as_long_as_they_are_held(part, monkeypatch):
 
 
 class Checks:
-    """Children of which a grammar that is `hard` takes all the time it may; its second check ends with `go`."""
+    """Children of which a grammar that is `hard` takes all the time it may; its second check ends with `go`, and so
+    does the first of one that is `slow`."""
 
     def __init__(self) -> None:
-        self.go, self.num_long = threading.Event(), 0
+        self.go, self.num_short, self.num_long = threading.Event(), 0, 0
 
     def warm_up(self) -> None:
         pass
@@ -182,6 +183,9 @@ class Checks:
         raise PreparationFailed
 
     def check_grammar(self, grammar: Grammar, *, cpu_s: float, in_reasoning: bool, stop: StopSignal) -> bool:
+        self.num_short += cpu_s == SHORT_CHECK_S
+        if grammar.text.startswith("slow"):
+            self.go.wait(10)
         if not grammar.text.startswith("hard"):
             return True
         if cpu_s == LONG_CHECK_S:
@@ -226,10 +230,52 @@ def test_a_grammar_that_takes_long_is_waited_for_only_by_its_like(monkeypatch):
 
 
 def test_those_who_wait_for_a_check_are_bounded():
+    """Equal ones count once, until the last of them has left."""
     line = CheckLine(0.1, num_threads=1, max_waiting=2)
-    line.enter()
-    line.enter()
+    for digest in (b"a", b"b", b"b"):
+        line.enter(digest)
+    line.leave(b"b")
     with pytest.raises(OverloadedError):
-        line.enter()
-    line.leave()
-    line.enter()
+        line.enter(b"c")
+    line.leave(b"b")
+    line.enter(b"c")
+
+
+@pytest.mark.parametrize(("kind", "status"), [("good", 200), ("bad", 400)])
+def test_equal_ones_at_once_have_one_check_and_one_verdict(monkeypatch, kind, status):
+    checks = Checks()
+    monkeypatch.setattr(intake, "PreparePool", lambda *_, **__: checks)
+
+    async def main() -> None:
+        app = create_app(FakeBackend(), tiny_processor(), model_name="tiny", limits=FEW)
+        equal = [Exchange(app, PATH, body_of("what is it?", regex=f"hard, {kind}")) for _ in range(8)]
+        tasks = [asyncio.create_task(exchange.run()) for exchange in equal]
+        try:
+            await until(lambda: checks.num_long > 0)
+            await asyncio.sleep(0.1)
+        finally:
+            checks.go.set()
+        await asyncio.wait_for(asyncio.gather(*tasks), 10)
+        assert [exchange.status for exchange in equal] == [status] * 8
+        assert (checks.num_short, checks.num_long) == (1, 1)
+
+    asyncio.run(main())
+
+
+def test_those_who_wait_for_a_first_check_are_bounded_over_http(monkeypatch):
+    checks = Checks()
+    monkeypatch.setattr(intake, "PreparePool", lambda *_, **__: checks)
+    monkeypatch.setattr(preparation, "MAX_SHORT_CHECKS", 2)
+
+    async def main() -> None:
+        app = create_app(FakeBackend(), tiny_processor(), model_name="tiny", limits=FEW)
+        new = [Exchange(app, PATH, body_of("what is it?", regex=f"slow {number}")) for number in range(3)]
+        tasks = [asyncio.create_task(exchange.run()) for exchange in new]
+        try:
+            await until(lambda: any(task.done() for task in tasks))
+        finally:
+            checks.go.set()
+        await asyncio.wait_for(asyncio.gather(*tasks), 10)
+        assert sorted(exchange.status or 0 for exchange in new) == [200, 200, 429]
+
+    asyncio.run(main())

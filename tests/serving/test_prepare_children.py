@@ -27,7 +27,8 @@ from qwen3vl_disagg.media.video import VideoInfo
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving import preparation
 from qwen3vl_disagg.serving.app import create_app
-from qwen3vl_disagg.serving.prepare_child import NICENESS
+from qwen3vl_disagg.serving.prepare_child import NICENESS, ChildSetup, answer
+from qwen3vl_disagg.serving.prepared import Rules
 from tests.support.asgi import Exchange
 from tests.support.fake_backend import PATH, FakeBackend
 from tests.support.images import png, uri
@@ -348,6 +349,21 @@ def test_what_the_parents_decoder_says_reaches_the_client(app):
     exchange = asyncio.run(ask(app, body_of([{"type": "text", "text": WORDS}, part])))
     error = exchange.json["error"]
     assert (exchange.status, error["code"], error["param"]) == (504, "media_timeout", "messages[0].content[1]")
+
+
+@pytest.mark.parametrize("body", [b'{"messages": 7}', b"{", body_of("?", top_p=7), body_of(WORDS)])
+def test_a_child_keeps_no_body(processor, body):
+    setup = ChildSetup(
+        folder="",
+        video_outer_wrapper=False,
+        max_model_len=CONTEXT,
+        task="generate",
+        fetches=False,
+        rules=Rules(model_names=["long"]),
+    )
+    held = bytearray(body)
+    assert answer(held, "chat", processor, setup, -1, -1)
+    assert not held
 
 
 def test_small_requests_have_no_child(app, backend, monkeypatch):
