@@ -20,6 +20,8 @@ from qwen3vl_disagg.serving.stream import ChunkSender, typed_sse
 
 TypedEvent = dict[str, Any]
 """Of a stream; its `type` names it."""
+SMALL_ENTRIES = 64
+"""So many log probabilities, each with its alternatives, are framed in less than a millisecond."""
 
 
 class AnswerWriter(Protocol):
@@ -70,7 +72,7 @@ class ChatForm:
                         send,
                         send_timeout_s=limits.send_timeout_s,
                         frame=typed_sse,
-                        is_long=lambda event: tells_more and not event["type"].endswith(".delta"),
+                        is_long=lambda event: tells_more and _repeats_much(event),
                         failed=writer.failed,
                         done=b"",
                     )
@@ -81,6 +83,11 @@ class ChatForm:
                 await (await answers.response(lambda: writer.whole, tells_more=tells_more))(scope, receive, send)
         finally:
             answers.cancel()
+
+
+def _repeats_much(event: TypedEvent) -> bool:
+    """An event that says more than what is new, or of which much was held back."""
+    return not event["type"].endswith(".delta") or len(event.get("logprobs", ())) > SMALL_ENTRIES
 
 
 async def _typed(

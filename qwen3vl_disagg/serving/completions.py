@@ -176,7 +176,7 @@ async def _chunks(
                 yield chunk(choice)
             case TokenEvent() if not request.is_scoring:
                 if request.sampling.wants_logprobs:
-                    told = run.answer.logprobs[-1]
+                    told = run.answer.logprobs.pop()
                     writer = LogprobWriter(run.tokenizer, offsets[number])
                     writer.add(told.token_id, told.logprob, told.top)
                     choice.logprobs = writer.logprobs

@@ -154,6 +154,7 @@ def finish_request(parsed: Parsed, processor: Processor, rules: Rules, stop: Sto
         cache_salt=request.prompt.cache_salt,
         grammar=request.grammar,
         max_answer_tokens=rules.max_answer_tokens,
+        told_by_token=isinstance(parsed.request, ChatRequest) and parsed.request.stream,
     )
     check_num_scores([prompt.token_ids], sampling.prompt_logprobs, "prompt_logprobs")
     return Prepared(parsed.request, [(prompt, sampling)], parsed.seconds + time.monotonic() - started)
@@ -179,6 +180,7 @@ def _of_prompts(parsed: Parsed, processor: Processor, stop: StopSignal) -> Prepa
                 num_prompts=len(prompts),
                 cache_salt=request.cache_salt,
                 grammar=request.grammar,
+                told_by_token=request.stream,
             )
             for prompt in prompts
         ]

@@ -138,6 +138,8 @@ class ResponseWriter:
             **repeated,
         )
         self._number = self._num_entries = 0
+        self._entries: list[LogprobEntry] = []
+        """Of text that is held back."""
         self._open: MessageItem | ReasoningItem | None = None
         """The last item, while there may be more of it."""
         self._texts: list[str] = []
@@ -152,6 +154,8 @@ class ResponseWriter:
         yield self._event("response.in_progress", response=body)
 
     def take(self, new: Parts) -> Iterator[TypedEvent]:
+        if self._wants_logprobs:
+            self._take_entries()
         if new.reasoning:
             if not isinstance(self._open, ReasoningItem):
                 yield from self._close()
@@ -189,18 +193,20 @@ class ResponseWriter:
         if not isinstance(self._open, MessageItem):
             yield from self._close()
             yield from self._begin_item(MessageItem(id=self._item_id("msg"), content=[OutputText()]))
-        entries = self._new_entries()
+        entries, self._entries = self._entries, []
         if isinstance(self._open, MessageItem):
             self._open.content[0].logprobs += entries
         if text:
             yield from self._more("response.output_text.delta", text, logprobs=entries)
 
-    def _new_entries(self) -> list[LogprobEntry]:
-        """Of the tokens since the last text, if somebody wants them."""
+    def _take_entries(self) -> None:
+        """One with each token, so that there is no burst of them where much text was held back."""
         num_reasoning = self._answer.parts.reasoning_tokens
-        known = max(self._num_entries, num_reasoning + 1 if num_reasoning else 0)  # behind the one that ends it
+        start = num_reasoning + 1 if num_reasoning else 0  # behind the one that ends it
+        if start > self._num_entries:
+            self._entries = []
+        self._entries += self._answer.entries(max(start, self._num_entries))
         self._num_entries = len(self._answer.logprobs)
-        return self._answer.entries(known) if self._wants_logprobs else []
 
     def _begin_item(self, item: MessageItem | ReasoningItem) -> Iterator[TypedEvent]:
         """`item` has its one part, which is told apart."""
@@ -238,7 +244,7 @@ class ResponseWriter:
         yield self._event("response.function_call_arguments.done", **where, name=name, arguments=arguments)
         item.arguments, item.status = arguments, "completed"
         yield self._event("response.output_item.done", output_index=self._index, item=item)
-        self._num_entries = len(self._answer.logprobs)  # those until here are of the call
+        self._entries = []  # those until here are of the call
 
     def _usage(self, cached_tokens: int) -> ResponseUsage:
         chat, num_reasoning = self._answer.usage(), self._answer.parts.reasoning_tokens

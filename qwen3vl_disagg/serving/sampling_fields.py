@@ -15,7 +15,7 @@ from qwen3vl_disagg.processing.bad_words import with_ids, word_ids
 from qwen3vl_disagg.processing.request_fields import is_one_of, read_flag
 
 MAX_LOGPROBS = 2**20
-"""Of one request: of each token of its answers its own, and the alternatives. 90 MB of text."""
+"""Of one request: of each token of its answers its own, and the alternatives. 90 MB of text, if told together."""
 
 
 class SamplingFields(msgspec.Struct, frozen=True):
@@ -63,11 +63,13 @@ class SamplingFields(msgspec.Struct, frozen=True):
         cache_salt: str = "",
         grammar: Grammar | None = None,
         max_answer_tokens: int | None = None,
+        told_by_token: bool = False,
     ) -> SamplingParams:
         """What the engine needs. InputError if the prompt and the tokens asked for do not fit the context, or all
         answers of the request would have more than MAX_LOGPROBS log probabilities.
 
         `num_prompts`: of the request. `max_answer_tokens`: bound of an answer whose request names none.
+        `told_by_token`: log probabilities are told with their token, and not kept; there may be any number of them.
         """
         context, vocab_size = processor.max_model_len, processor.config.text.vocab_size
         room, asked = context - num_prompt, self.values.get("max_new_tokens")
@@ -81,7 +83,7 @@ class SamplingFields(msgspec.Struct, frozen=True):
             if max(OPTIONS[name].kind.tokens(value), default=0) >= vocab_size:
                 raise InputError(f"{name} takes token ids from 0 to {vocab_size - 1}", param=self.spelled[name])
         bound = min(room, max_answer_tokens or room, MAX_NEW_TOKENS)
-        if self.wants_logprobs:
+        if self.wants_logprobs and not told_by_token:
             num_each = num_prompts * self.values.get("n", 1) * (1 + self.values["logprobs"])
             if (asked or 0) * num_each > MAX_LOGPROBS:
                 name = self.spelled.get("logprobs", "logprobs")

@@ -79,8 +79,7 @@ class ChunkSender:
             async for chunk in chunks:
                 await self.start()
                 if chunk is not None:
-                    is_long = self._is_long(chunk)
-                    await self.send(await asyncio.to_thread(self._frame, chunk) if is_long else self._frame(chunk))
+                    await self.send(await self._framed(chunk))
             await self.start()
             await self.send(self._done, last=True)
 
@@ -96,7 +95,10 @@ class ChunkSender:
             status, body, _ = describe(error)
             if status == 500:
                 logger.exception("a stream failed")
-            await self.send(self._frame(self._failed(status, body)), last=True)
+            await self.send(await self._framed(self._failed(status, body)), last=True)
+
+    async def _framed(self, chunk: object) -> bytes:
+        return await asyncio.to_thread(self._frame, chunk) if self._is_long(chunk) else self._frame(chunk)
 
     async def start(self) -> None:
         """Send the status line, once."""
@@ -155,7 +157,8 @@ class EventStream:
         await self._send(sse(self._chunk(ChunkChoice(index=number, delta=Delta(content="")))))
 
     async def _token(self, number: int, event: TokenEvent, new: Parts) -> None:
-        entries = self._answers[number].entries(-1) if self._request.sampling.wants_logprobs else []
+        entries = self._answers[number].entries() if self._request.sampling.wants_logprobs else []
+        self._answers[number].logprobs.clear()
         if new or entries or self._request.return_token_ids:
             await self._send(sse(self._chunk(self._content(number, new, entries, [event.token_id]))))
 

@@ -219,6 +219,13 @@ def test_logprobs_are_asked_for():
     assert whole(top_logprobs=0)["output"][0]["content"][0]["logprobs"] == []
 
 
+@pytest.mark.parametrize("thought", ["", "hm\n"])
+def test_log_probabilities_of_reasoning_that_opens_late_are_not_the_texts(thought):
+    body = whole(f" \n<think>\n{thought}</think>\n\nred circle", top_logprobs=1)
+    entries = body["output"][-1]["content"][0]["logprobs"]
+    assert "".join(entry["token"] for entry in entries) == "\n\nred circle"
+
+
 def test_an_answer_that_is_cut():
     body = whole("red circle here", max_output_tokens=2)
     assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})

@@ -6,17 +6,21 @@ import gc
 import itertools
 import json
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, TokenEvent
 from qwen3vl_disagg.core.errors import UnavailableError
-from qwen3vl_disagg.core.requests import RequestTimings
-from qwen3vl_disagg.serving import chat_forms, completion_request, sampling_fields
+from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
+from qwen3vl_disagg.processing import Parts
+from qwen3vl_disagg.serving import answers, chat_forms, completion_request, sampling_fields
+from qwen3vl_disagg.serving.answer import Answer
 from qwen3vl_disagg.serving.errors import JSONResponse
 from qwen3vl_disagg.serving.stream import typed_sse
-from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, serve, tiny_processor
+from qwen3vl_disagg.serving.types import LogprobEntry
+from tests.support.fake_backend import ASK, PATH, FakeBackend, Step, answer_steps, serve, tiny_processor
 
 COMPLETIONS = "/v1/completions"
 TEXTS = ["red circle", "blue", "purple square, black circle"]
@@ -204,6 +208,26 @@ def test_an_answer_without_a_bound_has_as_many_as_may_be(monkeypatch):
     assert [(handle.sampling.max_new_tokens, handle.sampling.is_open_ended) for handle in on.handles] == [(8, True)] * 2
 
 
+@pytest.mark.parametrize(("path", "body"), [(PATH, ASK), (COMPLETIONS, {"prompt": "a"})])
+def test_streams_that_tell_each_by_itself_have_no_bound_and_keep_none(monkeypatch, path, body):
+    monkeypatch.setattr(sampling_fields, "MAX_LOGPROBS", 2)
+    kept = list[int]()
+    push = Answer._push
+
+    def noted(self: Answer, event: TokenEvent) -> Parts:
+        new = push(self, event)
+        kept.append(len(self.logprobs))
+        return new
+
+    monkeypatch.setattr(Answer, "_push", noted)
+    body = {**body, "logprobs": path == PATH or 0, "max_tokens": 50}
+    chunks = stream(path, body)
+    told = [choice["logprobs"] for chunk in chunks for choice in chunk["choices"] if choice["logprobs"]]
+    assert len(told) == len(TOKENIZER.encode(TEXTS[0])) + 1
+    assert max(kept) == 1
+    assert serve(backend()).post(path, json=body).status_code == 400
+
+
 @pytest.mark.parametrize("more", [{"echo": True}, {"return_token_ids": True}])
 def test_a_prompt_counts_as_often_as_it_is_told(monkeypatch, more):
     monkeypatch.setattr(completion_request, "MAX_PROMPT_TOKENS", 20)
@@ -229,6 +253,20 @@ def test_a_prompt_counts_as_often_as_it_is_told(monkeypatch, more):
     ],
 )
 def test_what_may_be_long_is_written_beside_the_loop(monkeypatch, path, body, is_aside):
+    assert is_written_aside(monkeypatch, path, body) == is_aside
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [(PATH, ASK), (COMPLETIONS, {"prompt": "a"}), ("/v1/responses", {"input": "a"})]
+)
+def test_a_long_text_is_written_beside_the_loop(monkeypatch, path, body):
+    num_tokens = len(TOKENIZER.encode(TEXTS[0])) + 1
+    for bound, is_aside in ((num_tokens, False), (num_tokens - 1, True)):
+        monkeypatch.setattr(answers, "SMALL_TOKENS", bound)
+        assert is_written_aside(monkeypatch, path, body) == is_aside
+
+
+def is_written_aside(monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]) -> bool:
     written = list[bool]()
     render = JSONResponse.render
 
@@ -236,12 +274,54 @@ def test_what_may_be_long_is_written_beside_the_loop(monkeypatch, path, body, is
         written.append(threading.current_thread().name.startswith("asyncio_"))
         return render(self, content)
 
-    monkeypatch.setattr(JSONResponse, "render", noted)
-    post(path, body)
-    assert written == [is_aside]
+    with monkeypatch.context() as patch:
+        patch.setattr(JSONResponse, "render", noted)
+        post(path, body)
+    [is_aside] = written
+    return is_aside
 
 
 def test_what_repeats_all_log_probabilities_is_framed_beside_the_loop(monkeypatch):
+    framed = framed_events(monkeypatch, answer_steps)
+    assert {("delta", False), ("done", True), ("completed", True)} <= framed
+    assert ("done", False) not in framed
+
+
+def test_a_failure_that_repeats_them_is_framed_beside_the_loop(monkeypatch):
+    def fail(text: str, sampling: SamplingParams) -> list[Step]:
+        return [*answer_steps(text, sampling)[:-1], UnavailableError("down")]
+
+    assert dict(framed_events(monkeypatch, fail))["failed"]
+
+
+HELD_BACK = "<tool_call>\n" + '{"name": "add", "arguments": "red circle'
+
+
+def test_log_probabilities_of_what_was_held_back_come_beside_the_loop(monkeypatch):
+    """A call that is opened and never closed is text, all of it at the end: its entries are made with its tokens."""
+    monkeypatch.setattr(chat_forms, "SMALL_ENTRIES", 8)
+    made = list[int]()
+    entries = Answer.entries
+
+    def noted(self: Answer, start: int = 0) -> list[LogprobEntry]:
+        found = entries(self, start)
+        made.append(len(found))
+        return found
+
+    monkeypatch.setattr(Answer, "entries", noted)
+    framed = framed_events(monkeypatch, lambda _, sampling: answer_steps(HELD_BACK, sampling), tools=[ADD])
+    assert ("delta", True) in framed
+    assert sum(made) == len(TOKENIZER.encode(HELD_BACK)) + 1
+    assert max(made) == 1
+
+
+ADD = {"type": "function", "name": "add", "parameters": {"type": "object"}}
+
+
+def framed_events(
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[str, SamplingParams], list[Step]], **fields: Any
+) -> set[tuple[str, bool]]:
+    """Kinds of events of a stream of a response with log probabilities; whether they were made beside the loop."""
     framed = set[tuple[str, bool]]()
 
     def noted(event: dict[str, Any]) -> bytes:
@@ -249,7 +329,7 @@ def test_what_repeats_all_log_probabilities_is_framed_beside_the_loop(monkeypatc
         return typed_sse(event)
 
     monkeypatch.setattr(chat_forms, "typed_sse", noted)
-    reply = serve(backend()).post("/v1/responses", json={"input": "a", "top_logprobs": 2, "stream": True})
-    assert reply.status_code == 200
-    assert {("delta", False), ("done", True), ("completed", True)} <= framed
-    assert ("done", False) not in framed
+    on = FakeBackend(lambda prompt, sampling: answer(TEXTS[0], sampling))
+    reply = serve(on).post("/v1/responses", json={"input": "a", "top_logprobs": 2, "stream": True, **fields})
+    assert reply.status_code == 200, reply.text
+    return framed
