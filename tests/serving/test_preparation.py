@@ -70,7 +70,7 @@ def slow(monkeypatch) -> list[bytes]:
 def test_the_thread_of_a_request_that_ended_is_free_at_once(slow, how, make):
     async def main() -> None:
         app = create_app(FakeBackend(), tiny_processor(), model_name="tiny", limits=FEW)
-        timeout_ms = "150" if how == "out of time" else "60000"
+        timeout_ms = "500" if how == "out of time" else "60000"
         exchange = Exchange(app, PATH, make(16), {"x-request-timeout-ms": timeout_ms})
         task = asyncio.create_task(exchange.run())
         await until(lambda: len(slow) > 0)
