@@ -208,6 +208,7 @@ def road(
         raise InputError(
             f"no request arrives within {seconds:g} s at {rate:g} images/s: more seconds, or a higher rate"
         )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the server that runs
     machine = machine_facts()
     names = [*contestants, *others]
     found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in names}
@@ -222,9 +223,12 @@ def road(
                     for clients in at_once:
                         part = asyncio.run(closed(port, make, clients, max(requests, clients), 1, tokens))
                         parts.setdefault(f"closed {clients}", []).append(part)
+                        tell(name, f"closed {clients}", part)
                     for count in images if texts else ():
                         loop = open_loop(port, make, texts, count, rate / count, seconds, tokens, number)
-                        parts.setdefault(f"open {count}", []).append(asyncio.run(loop))
+                        part = asyncio.run(loop)
+                        parts.setdefault(f"open {count}", []).append(part)
+                        tell(name, f"open {count}", part)
                     cores = (busy_seconds() - before) / (time.perf_counter() - started)
                 print(f"round {number + 1} of {rounds}: {name}, {cores:.2f} cores", file=sys.stderr)
     result = {
@@ -235,6 +239,12 @@ def road(
         "servers": {name: {part: summary(values) for part, values in parts.items()} for name, parts in found.items()},
     }
     conclude(result, report(result), as_json)
+
+
+def tell(name: str, part: str, measured: dict[str, Any]) -> None:
+    """A long run that is stopped has said what it saw."""
+    found = ", ".join(f"{key} {value:.4g}" for key, value in summary([measured]).items() if "max" not in key)
+    print(f"{name}, {part}: {found}", file=sys.stderr, flush=True)
 
 
 def summary(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
