@@ -15,8 +15,10 @@ class Pace:
     """`chunk`: tokens of prompts in a step while others wait for their next token, from what steps took.
 
     A gap is a decode step and a chunk. `target_ms` is for both together; `auto`: `_STEPS` times the decode step, as a
-    stream that is that much slower for a while still reads as one, or what `default_gap_ms` has, if that is more. A
-    quarter of the target is the prompts' own, however long a decode step takes, so that they come to an end.
+    stream that is that much slower for a while still reads as one, or what `default_gap_ms` has, if that is more; and
+    never fewer tokens than the first chunk has, with which kernels work well (with fewer, a step still reads all
+    weights: a smaller gap for much less throughput). A quarter of the target is the prompts' own, however long a decode
+    step takes, so that they come to an end.
 
     What a chunk takes is not proportional to its tokens (weights are read once for all), so the chunk goes half of the
     way, in its logarithm, to what the last one promises.
@@ -24,6 +26,7 @@ class Pace:
 
     def __init__(self, chunk: int, most: int, target_ms: GapTarget, *, is_cuda: bool) -> None:
         self.most = most
+        self._least = min(chunk if target_ms == "auto" else LEAST, most)
         self._target_s = None if target_ms == "auto" else target_ms / 1e3
         self._default_s = default_gap_ms(is_cuda=is_cuda) / 1e3
         self._decodes: deque[float] = deque(maxlen=5)
@@ -47,5 +50,5 @@ class Pace:
             return  # a short one says nothing about longer ones, unless it was too slow itself
         factor = tokens * room / max(seconds, 1e-6) / self._exact
         self._exact *= min(max(factor, 1 / _MOST_FACTOR), _MOST_FACTOR) ** 0.5
-        self._exact = min(max(self._exact, min(LEAST, self.most)), self.most)
-        self.chunk = min(max(LEAST, round(self._exact / QUANTUM) * QUANTUM), self.most)
+        self._exact = min(max(self._exact, self._least), self.most)
+        self.chunk = min(max(self._least, round(self._exact / QUANTUM) * QUANTUM), self.most)

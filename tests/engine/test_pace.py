@@ -39,6 +39,14 @@ def test_auto_is_three_steps_or_the_default():
     assert fast.chunk == pytest.approx(90, abs=16)
 
 
+def test_auto_never_goes_below_the_first_chunk_and_a_given_target_does():
+    """0.1 s for the weights alone: no number of tokens comes near a gap of 0.1 s."""
+    auto, given_ = Pace(64, MOST, "auto", is_cuda=False), Pace(64, MOST, 100.0, is_cuda=False)
+    settle(auto, 0.020, 0.1, 0.001)
+    settle(given_, 0.020, 0.1, 0.001)
+    assert (auto.chunk, given_.chunk) == (64, LEAST)
+
+
 @given(
     st.floats(0.001, 0.5),
     st.floats(0.0, 0.1),
@@ -85,7 +93,7 @@ def test_a_slow_first_step_and_single_slow_ones_do_not_move_the_target():
 def test_never_above_what_a_step_may_take():
     pace = Pace(64, 20, "auto", is_cuda=False)
     settle(pace, 0.001, 0.0, 1e-6)
-    assert pace.chunk == 16
+    assert pace.chunk == 20
     assert Pace(64, 8, "auto", is_cuda=False).chunk == 8
 
 
