@@ -20,6 +20,7 @@ from qwen3vl_disagg.processing.patches import PixelSettings
 from qwen3vl_disagg.protocol.layout import AUX_FIELDS
 from qwen3vl_disagg.protocol.messages import Grant, Resume, Room
 from qwen3vl_disagg.transport.digest import add_digests
+from tests.support.claims import Claims
 from tests.support.random_model import IMAGE_TOKEN, random_vision_model, small_config
 from tests.support.transfer import make_encoded, make_visual, split_payload
 
@@ -279,19 +280,6 @@ def test_the_digest_covers_each_buffer():
         changed = getattr(encoded, name).clone()
         changed[2] += 1
         assert replace(encoded, **{name: changed}).digest != encoded.digest, name
-
-
-class Claims:
-    """Cores that note who asks for them."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def claim(self) -> None:
-        self.said.append("claim")
-
-    def release(self) -> None:
-        self.said.append("release")
 
 
 def test_cores_are_claimed_before_each_block_and_given_back_whatever_happens(monkeypatch):

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from qwen3vl_disagg.language.engine_thread import BetweenSteps, EngineSteps, EngineThread
+from tests.support.claims import Claims
 
 
 class FakeEngine:
@@ -83,19 +84,6 @@ def test_an_interrupt_in_the_tower_ends_the_turn():
     BetweenSteps(turns.post).submit(interrupted)
     with pytest.raises(KeyboardInterrupt):
         turns.turn(lambda events: None)
-
-
-class Claims:
-    """Cores that note who asks for them."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def claim(self) -> None:
-        self.said.append("claim")
-
-    def release(self) -> None:
-        self.said.append("release")
 
 
 def test_cores_are_claimed_before_each_turn_and_given_back_while_there_is_nothing_to_do():
