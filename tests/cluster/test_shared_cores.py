@@ -6,8 +6,14 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
 
+from qwen3vl_disagg.cluster.rank_setup import RankSetup
+from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext, World
 from qwen3vl_disagg.cluster.shared_cores import MAX_RANKS, MOST_THREADS, STALE_S, SharedCores
+from qwen3vl_disagg.core.settings import ModelOptions
+from qwen3vl_disagg.launch.serve import cores_file
+from qwen3vl_disagg.options import ServeOptions
 
 
 class Rank:
@@ -90,3 +96,28 @@ def test_claims_cross_processes(tmp_path):
     child.join(30)
     mine.claim()
     assert threads == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("device", "compiles", "has_file", "shares"),
+    [
+        ("cpu", "auto", True, True),
+        ("cpu", "on", True, False),
+        ("cuda", "off", True, False),
+        ("cpu", "off", False, False),
+    ],
+)
+def test_who_shares(tmp_path, device, compiles, has_file, shares):
+    """Not who has compiled code or a GPU, nor one that joins, which has no file."""
+    options = ServeOptions(model=ModelOptions(compile=compiles))
+    file = tmp_path / "cores" if has_file else None
+    world = World(num_local_ranks=2, local_rank=1)
+    context = RankContext(1, Layout.of(2), ("127.0.0.1", 1), "t", options, world, cores_file=file)
+    setup = RankSetup(context, tmp_path, None, torch.device(device), torch.float32, None, None)
+    assert (setup.shared_cores() is not None) == shares
+    assert [path.name for path in tmp_path.iterdir()] == ["cores"] * shares
+
+
+def test_a_world_of_one_has_no_file():
+    assert cores_file(World()) is None
+    assert cores_file(World(num_local_ranks=2)).suffix == ".cores"
