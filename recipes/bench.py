@@ -7,6 +7,7 @@
     python recipes/bench.py grammars [--batch 8] [--bound 0 4]
     python recipes/bench.py gaps [--rounds 2] [--picture DIR]
     python recipes/bench.py road [--rounds 3] [--other NAME=COMMAND]
+    python recipes/bench.py order [--rounds 3] [--model DIR]
     python recipes/bench.py repeat [--rounds 7]
     python recipes/bench.py pooling [--vllm-python PYTHON] [--rounds 5]
     python recipes/bench.py start [--ranks 8] [--rounds 2]
@@ -33,6 +34,7 @@ from tools.bench_engine import engine
 from tools.bench_gaps import gaps_under_load
 from tools.bench_grammars import grammars
 from tools.bench_host import host
+from tools.bench_order import order
 from tools.bench_overlap import overlap
 from tools.bench_parallel import parallel
 from tools.bench_pooling import pooling
@@ -50,6 +52,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "grammars": grammars,
     "gaps": gaps_under_load,
     "road": road,
+    "order": order,
     "repeat": repeat,
     "pooling": pooling,
     "start": start,

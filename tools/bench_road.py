@@ -37,8 +37,9 @@ TEXT_TOKENS = 3000
 WARM_TOKENS = 3
 
 
-def command_of(name: str, others: dict[str, str], port: int, model: Path) -> list[str]:
-    """What starts a server. Our own as its README says; of others `{port}` and `{model}` are filled in."""
+def command_of(name: str, others: dict[str, str], port: int, model: Path, options: Sequence[str] = ()) -> list[str]:
+    """What starts a server. Our own as its README says, with `options`; of others `{port}` and `{model}` are filled
+    in."""
     if name in others:
         return [part.format(port=port, model=model) for part in shlex.split(others[name])]
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={OURS[name]}"]
@@ -48,15 +49,16 @@ def command_of(name: str, others: dict[str, str], port: int, model: Path) -> lis
         str(REPO / "recipes/serve.py"),
         f"--port={port}",
         f"--model={model}",
+        *options,
     ]
 
 
 @contextmanager
-def running(name: str, others: dict[str, str], model: Path) -> Iterator[tuple[int, str]]:
+def running(name: str, others: dict[str, str], model: Path, options: Sequence[str] = ()) -> Iterator[tuple[int, str]]:
     """A server that answers: its port, and what it calls the model. RuntimeError with the end of its log otherwise."""
     port = free_port()
     with tempfile.NamedTemporaryFile("w+", suffix=f"-{name}.log") as log:
-        command = command_of(name, others, port, model)
+        command = command_of(name, others, port, model, options)
         process = subprocess.Popen(command, cwd=REPO, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             end = time.monotonic() + READY_S

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import msgspec
 
 from qwen3vl_disagg.cluster.media_store import MediaStore
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.protocol.messages import PromptLogprobs
@@ -45,11 +46,13 @@ Event = AllDecoded | PromptLogprobs | TokenEvent | FinishedEvent
 
 
 class PromptCall(msgspec.Struct, frozen=True, kw_only=True):
-    """A prompt and how it is answered, `sampling.n` times. `token_ids`: little-endian int32."""
+    """A prompt and how it is answered, `sampling.n` times. `token_ids`: little-endian int32. `target_s`: as in
+    `Admit`."""
 
     token_ids: bytes
     items: list[VisualItem]
     sampling: SamplingParams
+    target_s: float = FIRST_COME
 
 
 class RequestHandle(Protocol):

@@ -178,7 +178,7 @@ class Hub:
             self._num_requests += 1
             request_id = f"{self._prefix}-{self._num_requests}"
             num_tokens = len(prompt.token_ids) // TOKEN_ID_BYTES + _num_expected(sampling)
-            admits.append(Admit(request_id, prompt.token_ids, num_tokens, items, sampling, timeout_s))
+            admits.append(Admit(request_id, prompt.token_ids, num_tokens, items, sampling, timeout_s, prompt.target_s))
             self._handles[request_id] = [
                 _Handle(self, request_id, sample, items, undecoded=set(range(len(items))))
                 for sample in range(sampling.n)

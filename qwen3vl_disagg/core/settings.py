@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import InputError
 
 Quantize = Literal["none", "int8", "float8"]
@@ -168,12 +169,21 @@ class HttpOptions:
     """Requests that may wait for their first token; more are refused with 429."""
     request_timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 600.0
     """How long a request may take if it does not say so itself (X-Request-Timeout-Ms)."""
+    first_token_target_ms: Annotated[Literal["off"] | float, tyro.conf.arg(metavar="off|MS")] = 1000.0
+    """When a request should have its first token, beside what its own work takes, if it does not say so itself
+    (X-First-Token-Target-Ms): what is due first is served first, so short texts pass requests with many images, which
+    become urgent as they wait. `off`: first come, first served, whatever requests say."""
     max_answer_tokens: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """How long an answer may be whose request does not say so itself (max_tokens). Default: what is left of the
     context, and of the room for keys and values."""
     hide_cache_hits: Literal["on", "off"] = "off"
     """Tell clients nothing of what was there already. What is cached is shared by all clients whose requests have the
     same `cache_salt`, or none: a hit says that somebody sent the same image or prompt before."""
+
+    @property
+    def first_token_target_s(self) -> float:
+        target = self.first_token_target_ms
+        return FIRST_COME if isinstance(target, str) else target / 1e3
 
     def check(self) -> None:
         """InputError for a number that is out of range."""
@@ -186,6 +196,10 @@ class HttpOptions:
             if not name.strip() or not name.isprintable() or len(name) > MAX_NAME_CHARS:
                 problem = f"must be 1 to {MAX_NAME_CHARS} characters that can be seen"
                 raise InputError(f"--served-model-name {name!r}: {problem}", param="served-model-name")
+        target = self.first_token_target_ms
+        if target != "off" and (isinstance(target, str) or not 0 < target <= MAX_REQUEST_TIMEOUT_S * 1000):
+            limit = f"off, or more than 0 and at most {MAX_REQUEST_TIMEOUT_S * 1000}"
+            raise InputError(f"--first-token-target-ms {target}: must be {limit}", param="first-token-target-ms")
         if not 0 < self.request_timeout <= MAX_REQUEST_TIMEOUT_S:
             limit = f"more than 0 and at most {MAX_REQUEST_TIMEOUT_S}"
             raise InputError(f"--request-timeout {self.request_timeout:g}: must be {limit}", param="request-timeout")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import insort
 from collections import deque
+from itertools import count
+
+from qwen3vl_disagg.core.due import FIRST_COME
 
 
 class Gate:
@@ -44,21 +48,35 @@ class Gate:
 
 
 class Budget:
-    """An amount that many share; who came first is first. What is alone always fits, however much it is."""
+    """An amount that many share; the most urgent is first, then who came first, and nobody passes who waits before it.
+    What is alone always fits, however much it is."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
-        self._turn = asyncio.Lock()
-        self._has_room = asyncio.Event()
+        self._numbers = count()
+        self._line: list[tuple[float, int, int, asyncio.Future[None]]] = []
 
-    async def take(self, amount: int) -> None:
+    async def take(self, amount: int, due: float = FIRST_COME) -> None:
         """Wait until it fits. `give` it back once."""
-        async with self._turn:
-            while self.used and self.used + amount > self.limit:
-                self._has_room.clear()
-                await self._has_room.wait()
-            self.used += amount
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        insort(self._line, (due, next(self._numbers), amount, turn))
+        self._let_in()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            self.give(0 if turn.cancelled() else amount)
+            raise
 
     def give(self, amount: int) -> None:
         self.used -= amount
-        self._has_room.set()
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self._line:
+            *_, amount, turn = self._line[0]
+            if not turn.done():
+                if self.used and self.used + amount > self.limit:
+                    return
+                self.used += amount
+                turn.set_result(None)
+            self._line.pop(0)

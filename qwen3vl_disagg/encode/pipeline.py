@@ -3,7 +3,7 @@
     cache -> pull -> decode (threads, a bounded number of bytes ahead) -> wait -> tower (one thread, batch after batch)
 
 Images and clips have lanes of their own up to the tower, which takes from them in turn: no image waits for clips to be
-decoded, and for one batch of them at most in the tower.
+decoded, and for one batch of them at most in the tower. In a lane the first is what is due first (`core/due.py`).
 
 Whoever wants what is on its way already waits for it. An encoding belongs to none of those that wait: it goes on while
 one of them is left, and to its end once it is in the tower.
@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
@@ -48,6 +48,8 @@ class _Encoding:
     is_alone: bool
     number: int
     """In the order in which they began."""
+    due: float
+    """Of those who have waited for it, the most urgent."""
     waiters: dict[object, Callable[[], None]] = field(default_factory=dict)
     stop: StopSignal = field(default_factory=StopSignal)
     """Set when nobody wants it before it is in the tower."""
@@ -74,7 +76,7 @@ class _Lane:
     def __init__(self, name: str, max_ahead: int) -> None:
         self.decoder = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix=f"decode-{name}")
         self.pulled, self.ahead = Budget(MAX_PULLED_BYTES), Budget(max_ahead)
-        self.waiting: deque[_Encoding] = deque()
+        self.waiting: list[_Encoding] = []
         """Decoded, for the tower."""
 
 
@@ -125,7 +127,9 @@ class EncodePipeline:
         for lane in self.lanes.values():
             lane.decoder.shutdown(wait=True)
 
-    async def rows(self, visual: VisualItem, on_decoded: Callable[[], None], *, is_alone: bool = False) -> HeldItem:
+    async def rows(
+        self, visual: VisualItem, on_decoded: Callable[[], None], *, is_alone: bool = False, due: float = FIRST_COME
+    ) -> HeldItem:
         """The item's rows, until `release`. `on_decoded` is called as soon as its bytes are known to be good.
 
         Raises whatever its encoding fails with.
@@ -135,7 +139,8 @@ class EncodePipeline:
         if item is not None:
             on_decoded()
             return HeldItem(item, key, is_cached=True)
-        encoding = self._encodings.get(key) or self._start(key, visual, is_alone)
+        encoding = self._encodings.get(key) or self._start(key, visual, is_alone, due)
+        encoding.due = min(encoding.due, due)
         waiter = object()
         encoding.waiters[waiter] = on_decoded
         try:
@@ -155,9 +160,9 @@ class EncodePipeline:
 
     # -- one encoding
 
-    def _start(self, key: ContentKey, visual: VisualItem, is_alone: bool) -> _Encoding:
+    def _start(self, key: ContentKey, visual: VisualItem, is_alone: bool, due: float) -> _Encoding:
         self._num_begun += 1
-        encoding = self._encodings[key] = _Encoding(key, visual, is_alone, self._num_begun)
+        encoding = self._encodings[key] = _Encoding(key, visual, is_alone, self._num_begun, due)
         encoding.rows = asyncio.get_running_loop().create_future()
         encoding.task = asyncio.create_task(self._encode(encoding))
         encoding.task.add_done_callback(_look_at)
@@ -187,11 +192,11 @@ class EncodePipeline:
         self._tell(EncodingBegun(digest=visual.digest))
         try:
             fault_point("before-encode", visual.digest)
-            await lane.pulled.take(visual.num_bytes)
+            await lane.pulled.take(visual.num_bytes, encoding.due)
             encoding.num_pulled = visual.num_bytes
             data = await self._pull(visual.digest, visual.num_bytes)
             room = math.prod(visual.grid) * self._patch_bytes
-            await lane.ahead.take(room)
+            await lane.ahead.take(room, encoding.due)
             encoding.room = room
             decoding = lane.decoder.submit(self._decode, data, encoding)
             del data
@@ -205,8 +210,6 @@ class EncodePipeline:
             for on_decoded in list(encoding.waiters.values()):
                 on_decoded()
             lane.waiting.append(encoding)
-            if self._gathers:
-                lane.waiting = deque(sorted(lane.waiting, key=lambda entry: entry.number))
             self._feed_tower()
             item = await encoding.rows
             encoding.is_well = True
@@ -256,8 +259,9 @@ class EncodePipeline:
         if self._is_running or name is None or (self._gathers and self._num_decoding):
             return
         self.lanes[name] = lane = self.lanes.pop(name)  # the last one next time
+        lane.waiting.sort(key=lambda entry: (entry.due, entry.number))
         count = plan_batch((tower_cost(entry.visual.grid, self._vision) for entry in lane.waiting), self._budget)
-        batch = [lane.waiting.popleft() for _ in range(count)]
+        batch, lane.waiting = lane.waiting[:count], lane.waiting[count:]
         pixels = [entry.pixels for entry in batch if entry.pixels is not None]
         self._is_running = True
         self.num_batches += 1

@@ -195,7 +195,7 @@ class EncodeServer:
         ids: dict[str, Any] = {"request_id": request_id, "item": item, "attempt": number}
         on_decoded = partial(self._tell, Decoded(**ids))
         try:
-            held = await self.pipeline.rows(action.visual, on_decoded, is_alone=action.is_alone)
+            held = await self.pipeline.rows(action.visual, on_decoded, is_alone=action.is_alone, due=action.due)
             fault_point("encoded")
         except Exception as error:  # one item's failure is not the rank's
             if self._tasks.get(attempt) is asyncio.current_task():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, ServerError
 from qwen3vl_disagg.core.requests import FinishReason, ItemTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.settings import EngineSettings
@@ -146,13 +147,22 @@ class Engine:
         self._is_ready.wait(timeout_s)
         return True
 
-    def add(self, request_id: str, token_ids: list[int], items: list[VisualItem], sampling: SamplingParams) -> None:
-        """Queue a request, one with a grammar once that is compiled. InputError if it can never run."""
+    def add(
+        self,
+        request_id: str,
+        token_ids: list[int],
+        items: list[VisualItem],
+        sampling: SamplingParams,
+        *,
+        due: float = FIRST_COME,
+    ) -> None:
+        """Queue a request, one with a grammar once that is compiled. InputError if it can never run. `due`: see
+        `Sequence`."""
         if sampling.grammar is not None and self.grammars is None:
             raise no_grammars(sampling.grammar.param)
         pages = self.scheduler.pool
         room = pages.num_pages * pages.page_size
-        sequences = make_sequences(self.config, request_id, token_ids, items, sampling, room=room)
+        sequences = make_sequences(self.config, request_id, token_ids, items, sampling, room=room, due=due)
         # So that it may come at all.
         self.sampler.narrowed(sequences[0].sampling_row, None, self.config.text.vocab_size)
         for index, item in enumerate(items):

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from msgspec import structs
 
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.core.sampling_params import OPTIONS
@@ -24,6 +25,7 @@ def make_sequences(
     sampling: SamplingParams,
     *,
     room: int,
+    due: float = FIRST_COME,
 ) -> list[Sequence]:
     """One for each answer. InputError if they can never run. `room`: tokens that there are keys and values for."""
     text = config.text
@@ -63,6 +65,7 @@ def make_sequences(
             seed=sample_seed(seed, number),
             sample=number,
             samples=samples,
+            due=due,
             item_timings=item_timings,
         )
         for number in range(sampling.n)

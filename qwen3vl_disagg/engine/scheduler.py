@@ -1,10 +1,11 @@
 """Who runs in the next step. Pure: sequences, page ids and counts; no tensors, clock or thread.
 
-Requests are admitted in order of arrival, each with pages for the whole prompt, so prefill may start before all its
-items are there. Prefill goes as far as the rows that are here allow, in chunks under a token budget; then the request
-is decoded with all others, a page at a time. When pages run out, the one that arrived last gives its pages back and
-waits to be admitted again: what it had is computed anew, its visual rows are asked for again. The one that arrived
-first is never stopped, so every request ends.
+Requests are admitted as they are due (`core/due.py`), each with pages for the whole prompt, so prefill may start before
+all its items are there. Prefill goes as far as the rows that are here allow, in chunks under a token budget, those that
+are due first before others; then the request is decoded with all others, a page at a time. When pages run out, the one
+that arrived last gives its pages back and waits in its place to be admitted again: what it had is computed anew, its
+visual rows are asked for again. Of those that are in, the one that arrived first is never stopped, so every request
+ends.
 
 What full pages hold is remembered, and a prompt that begins the same way starts behind them.
 
@@ -15,6 +16,7 @@ has them any more, they are held for those that wait, until somebody who runs ne
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from dataclasses import dataclass, field, replace
 
@@ -87,8 +89,10 @@ class Scheduler:
         """Of prompts in a step while others are decoded; may be set from outside."""
         self.is_short_of_room = False
         """Set from outside: rows wait for the blocks of those that are here, which should be used up now."""
-        self.waiting: list[Sequence] = []  # both in order of arrival
+        self.waiting: list[Sequence] = []
+        """The most urgent first."""
         self.admitted: dict[str, Sequence] = {}
+        """In order of arrival: who gives way to somebody who needs a page has then not been passed in the same step."""
         self.samples: dict[str, Samples] = {}
         """Request -> its answers."""
         self.num_preempted = 0
@@ -102,7 +106,7 @@ class Scheduler:
         sequence.order = self._num_arrived
         sequence.samples.members.append(sequence)
         self.samples[sequence.request_id] = sequence.samples
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=lambda s: s.urgency)
 
     def check(self, sequence: Sequence) -> None:
         """InputError if the whole pool would be too small for a request."""
@@ -124,7 +128,7 @@ class Scheduler:
     # ---- admission ----
 
     def admit(self) -> list[Sequence]:
-        """Move requests from the queue in, first come first served, as far as there is room. What they copy comes
+        """Move requests from the queue in, the most urgent first, as far as there is room. What they copy comes
         before anything else is written, in their order."""
         new = []
         while (entry := self._next()) is not None:
@@ -200,8 +204,8 @@ class Scheduler:
 
     @property
     def num_prefill_tokens(self) -> int:
-        """Tokens of prompts that could be run now."""
-        return sum(max(0, self._chunk_end(s) - s.num_cached) for s in self.admitted.values())
+        """Tokens of prompts that would be run now, at most."""
+        return sum(chunk.stop - chunk.start for chunk in self._chunks(self.limits.max_prefill_tokens))
 
     @property
     def num_decoding(self) -> int:
@@ -238,12 +242,17 @@ class Scheduler:
         return self.chunk_tokens if self.num_decoding else self.limits.max_prefill_tokens
 
     def _chunks(self, budget: int) -> list[Chunk]:
+        """For the most urgent first. Where one gets its first token, those that are due later make the step no longer
+        than one between the tokens of others."""
         chunks: list[Chunk] = []
-        for sequence in self.admitted.values():
-            stop = min(self._chunk_end(sequence), sequence.num_cached + budget)
+        first, used = math.inf, 0
+        for sequence in sorted(self.admitted.values(), key=lambda s: s.urgency):
+            most = budget if sequence.due <= first else min(budget, self.chunk_tokens)
+            stop = min(self._chunk_end(sequence), sequence.num_cached + most - used)
             if stop > sequence.num_cached:
                 chunks.append(Chunk(sequence, sequence.num_cached, stop))
-                budget -= stop - sequence.num_cached
+                used += stop - sequence.num_cached
+                first = min(first, sequence.due) if chunks[-1].is_last else first
         return chunks
 
     def _chunk_end(self, sequence: Sequence) -> int:
@@ -281,7 +290,7 @@ class Scheduler:
         sequence.leave()
         sequence.num_preempted += 1
         self.num_preempted += 1
-        insort(self.waiting, sequence, key=lambda s: s.order)
+        insort(self.waiting, sequence, key=lambda s: s.urgency)
 
     def remember(self, sequence: Sequence) -> None:
         """Note what the sequence's full pages hold, up to the first item that is not all in the cache: what was

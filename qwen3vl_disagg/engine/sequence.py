@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.requests import FinishReason, ItemTimings, RequestTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.engine.grammars import AnswerMasks
 from qwen3vl_disagg.engine.pages import ROOT, PageContent, Prefix
@@ -86,6 +87,8 @@ class Sequence:
     arrival: float = field(default_factory=time.monotonic)
     order: int = 0
     """Number of its arrival at the scheduler."""
+    due: float = FIRST_COME
+    """When its first token is due (`core/due.py`), on any clock."""
     generated: list[int] = field(default_factory=list)
     rows: dict[int, VisualRows] = field(default_factory=dict)
     """Item -> its rows that are here now; the rows before them have been consumed."""
@@ -125,6 +128,11 @@ class Sequence:
     def name(self) -> str:
         """Among all sequences."""
         return f"{self.request_id}/{self.sample}" if self.sample else self.request_id
+
+    @property
+    def urgency(self) -> tuple[float, int]:
+        """The least comes in, and is prefilled, first."""
+        return self.due, self.order
 
     @property
     def has_prompt(self) -> bool:

@@ -151,12 +151,12 @@ class LanguageRank:
 
     def _submit(self, message: Submit) -> None:
         token_ids = np.frombuffer(message.token_ids, dtype="<i4").tolist()
-        self._requests.begin(message)
+        due = self._requests.begin(message)
         fault_point("admitted")
 
         def add(engine: Engine) -> list[EngineEvent]:
             try:
-                engine.add(message.request_id, token_ids, message.items, message.sampling)
+                engine.add(message.request_id, token_ids, message.items, message.sampling, due=due)
             except Exception as error:  # one request's failure is not the rank's
                 if not isinstance(error, DisaggError):
                     logger.error("request %s failed", message.request_id, exc_info=error)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.requests import VisualItem
@@ -24,12 +25,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Request:
-    """What the loop remembers of a running request. `deadline` is on the monotonic clock."""
+    """What the loop remembers of a running request. `deadline` and `due` are on the monotonic clock."""
 
     items: list[VisualItem]
     deadline: float
     open: set[int]
     """Answers that have not ended."""
+    due: float = FIRST_COME
 
 
 class LanguageRequests:
@@ -48,10 +50,12 @@ class LanguageRequests:
         links.on_rows, links.on_recall = self._on_rows, self._on_recall
         links.on_tell, links.on_short_of_room = self._on_tell, self._on_short_of_room
 
-    def begin(self, message: Submit) -> None:
-        """Remember a request; the engine has it, or is about to."""
-        answers = set(range(message.sampling.n))
-        self._requests[message.request_id] = _Request(message.items, time.monotonic() + message.timeout_s, answers)
+    def begin(self, message: Submit) -> float:
+        """Remember a request, which the engine has, or is about to have; when its first token is due."""
+        now, answers = time.monotonic(), set(range(message.sampling.n))
+        request = _Request(message.items, now + message.timeout_s, answers, now + message.due_s)
+        self._requests[message.request_id] = request
+        return request.due
 
     def forget(self, request_id: str, sample: int | None = None) -> None:
         """Drop a request, or one of its answers, everywhere; safe for one that is not known."""
@@ -90,10 +94,10 @@ class LanguageRequests:
             self._links.handle(event)
             return
         if isinstance(event, Preempted):
-            self._links.handle(Expect(event.request_id, request.items, [], request.deadline))
+            self._links.handle(Expect(event.request_id, request.items, [], request.deadline, due=request.due))
             return
         if isinstance(event, NeedItems):
-            needed = event.items, request.deadline, event.first_rows
+            needed = event.items, request.deadline, event.first_rows, request.due
             self._links.handle(Expect(event.request_id, request.items, *needed))
         if isinstance(event, Finished):
             request.open.discard(event.sample)

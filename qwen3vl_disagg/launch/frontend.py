@@ -65,6 +65,7 @@ def run_frontend(
         more_names=more_names,
         limits=Limits(
             request_timeout_s=options.request_timeout,
+            first_token_target_s=options.first_token_target_s,
             max_answer_tokens=options.max_answer_tokens,
             hide_cache_hits=options.hide_cache_hits == "on",
         ),

@@ -4,17 +4,21 @@
 
 Nothing is encoded without a grant. At most `max_items` are encoded at a time, `max_clips` of them clips, and no item is
 begun for a language rank that has its share in memory; besides, `max_parked` wait for each: that is how far this side
-can run ahead of receivers that are full or silent. What has no place is passed by those behind it that have one.
+can run ahead of receivers that are full or silent. The queue is in the order in which first tokens are due
+(`core/due.py`). What has no place is passed by those behind it that have one, and for what is more urgent than those
+that have places there are `max_urgent` more: the images of one request do not stand before another's only one.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from bisect import bisect_right, insort
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import Failure, late
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.link_state import LinkState
@@ -90,6 +94,7 @@ class Outgoing:
     grant: Grant | Resume | None
     state: str
     deadline: float
+    due: float = FIRST_COME
     is_encoded: bool = False
     is_dropped: bool = False
     """Given up while its header was out: if that is answered with yes, the payload still has to follow."""
@@ -113,7 +118,7 @@ class EncodeSessions:
     def __post_init__(self) -> None:
         self.items: dict[Attempt, Outgoing] = {}
         self.outlets: dict[int, _Outlet] = {}
-        self.queue: deque[Attempt] = deque()
+        self.queue: list[Attempt] = []
         self._last_epochs: dict[int, int] = {}
         self._actions: list[EncodeAction] = []
         self._handlers: dict[type, Callable[[Any, float], None]] = {
@@ -148,7 +153,7 @@ class EncodeSessions:
     @property
     def num_in_memory(self) -> int:
         """Items with bytes or rows in memory that are on their way (parked ones not counted)."""
-        return sum(self._count_in_memory().values())
+        return sum(map(len, self._in_memory().values()))
 
     @property
     def num_parked(self) -> int:
@@ -190,27 +195,35 @@ class EncodeSessions:
     def _fill_places(self, now: float) -> None:
         if not self.queue:
             return
-        limits, in_memory = self.limits, self._count_in_memory()
-        encoding = [item for item in self.items.values() if item.state == ENCODING]
-        num_encoding, num_clips = len(encoding), sum(item.visual.modality == "video" for item in encoding)
+        limits, in_memory = self.limits, self._in_memory()
+        encoding = sorted(item.due for item in self.items.values() if item.state == ENCODING)
+        num_clips = sum(i.state == ENCODING and i.visual.modality == "video" for i in self.items.values())
         share = limits.max_items if len(self.outlets) < 2 else -(-limits.max_items // 2)
         for attempt in list(self.queue):
             item = self.items[attempt]
-            is_clip = item.visual.modality == "video"
-            if num_encoding >= limits.max_items:
+            is_clip, of_rank = item.visual.modality == "video", in_memory[item.language_rank]
+            if self._is_full(encoding, limits.max_items, item):
                 return
-            if in_memory[item.language_rank] >= share or (is_clip and num_clips >= limits.max_clips):
+            if self._is_full(of_rank, share, item) or (is_clip and num_clips >= limits.max_clips):
                 continue
             self.queue.remove(attempt)
             self._go(item, ENCODING, now)
-            in_memory[item.language_rank] += 1
-            num_encoding, num_clips = num_encoding + 1, num_clips + is_clip
-            self._actions.append(StartEncode(attempt, item.visual, item.is_alone))
+            insort(encoding, item.due)
+            insort(of_rank, item.due)
+            num_clips += is_clip
+            self._actions.append(StartEncode(attempt, item.visual, item.is_alone, item.due))
 
-    def _count_in_memory(self) -> Counter[int]:
-        """Items with bytes or rows in memory that are on their way, by language rank."""
-        states = (ENCODING, READY, HEADER, SENDING, SENT)
-        return Counter(item.language_rank for item in self.items.values() if item.state in states)
+    def _is_full(self, dues: list[float], places: int, item: Outgoing) -> bool:
+        """Whether places are taken by what is no less urgent, or all of them and those for the urgent."""
+        return bisect_right(dues, item.due) >= places or len(dues) >= places + self.limits.max_urgent
+
+    def _in_memory(self) -> defaultdict[int, list[float]]:
+        """When the items are due that are on their way with bytes or rows in memory: by language rank, in order."""
+        states, dues = (ENCODING, READY, HEADER, SENDING, SENT), defaultdict[int, list[float]](list)
+        for item in self.items.values():
+            if item.state in states:
+                insort(dues[item.language_rank], item.due)
+        return dues
 
     def _encoded(self, event: Encoded, now: float) -> None:
         item = self.items.get(event.attempt)
@@ -274,9 +287,17 @@ class EncodeSessions:
             self._end(other)
         deadline = now + grant.timeout_s
         self.items[attempt] = Outgoing(
-            attempt, outlet.state.peer, grant.visual, grant.is_alone, deadline, grant, QUEUED, deadline
+            attempt,
+            outlet.state.peer,
+            grant.visual,
+            grant.is_alone,
+            deadline,
+            grant,
+            QUEUED,
+            deadline,
+            now + grant.due_s,
         )
-        self.queue.append(attempt)
+        insort(self.queue, attempt, key=lambda key: self.items[key].due)
         self._fill_places(now)
 
     def _resumed(self, outlet: _Outlet, resume: Resume, now: float) -> None:

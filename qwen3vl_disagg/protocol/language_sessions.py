@@ -3,11 +3,11 @@
 `handle(event, now)` changes the tables and returns actions; no clock, thread, socket or tensor inside. Each item of a
 request is a session, whose states are `session.STATES`. A second `Expect` begins all of them anew.
 
-Room is given in one order, by arrival of the request, then by item, and first to items that have begun (they have slot
-and DeepStack, and want rows alone). The first that wants room takes what is free; nobody behind it gets any before it
-has enough. An item that cannot use room now (no encode rank, no link) is passed over, and with it the later items of
-its request. What an item has it keeps, through lost links and attempts, until its rows are consumed: so no two wait for
-what the other has, and one block is enough.
+Room is given in one order, as requests are due (`core/due.py`), then by arrival, then by item, and first to items that
+have begun (they have slot and DeepStack, and want rows alone). The first that wants room takes what is free; nobody
+behind it gets any before it has enough. An item that cannot use room now (no encode rank, no link) is passed over, and
+with it the later items of its request. What an item has it keeps, through lost links and attempts, until its rows are
+consumed: so no two wait for what the other has, and one block is enough.
 
 Blocks that a pending receive may write into, or the engine may read, are kept in quarantine when their attempt goes.
 """
@@ -86,7 +86,7 @@ class LanguageSessions:
     limits: SessionLimits = field(default_factory=SessionLimits)
 
     def __post_init__(self) -> None:
-        self.requests: dict[str, RequestSessions] = {}  # in order of arrival: the order of grants
+        self.requests: dict[str, RequestSessions] = {}  # in order of arrival
         self.links: dict[int, LinkState] = {}
         self.pending: Leases = {}  # in quarantine until a posted receive has returned
         self.recalled: Leases = {}  # in quarantine until the engine has answered a recall
@@ -131,7 +131,7 @@ class LanguageSessions:
     def _expect(self, event: Expect, now: float) -> None:
         firsts, request = first_rows(event), self.requests.get(event.request_id)
         if request is None:
-            sessions = [Session(event.request_id, i, v, event.deadline) for i, v in enumerate(event.items)]
+            sessions = [Session(event.request_id, i, v, event.deadline, event.due) for i, v in enumerate(event.items)]
             request = self.requests[event.request_id] = RequestSessions(sessions, event.deadline)
         for session, first in zip(request.sessions, firsts, strict=True):
             if session.is_under_way:  # the router will hear that it is needed again, if it is

@@ -16,10 +16,11 @@ from typing import Literal
 
 import msgspec
 
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
-PROTOCOL_VERSION = 13
+PROTOCOL_VERSION = 14
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -207,13 +208,15 @@ class Peers(Message, frozen=True):
 
 
 class Submit(Message, frozen=True):
-    """To a language rank: a whole request. `token_ids` are little-endian int32, placeholders expanded."""
+    """To a language rank: a whole request. `token_ids` are little-endian int32, placeholders expanded. `due_s`: until
+    its first token is due (`core/due.py`)."""
 
     request_id: str
     token_ids: bytes
     items: list[VisualItem]
     sampling: SamplingParams
     timeout_s: float
+    due_s: float = FIRST_COME
 
 
 class Assign(OfAttempt, frozen=True):
@@ -314,11 +317,13 @@ class Room(OfAttempt, frozen=True):
 class Grant(Room, frozen=True):
     """Fetch the bytes under `visual.digest`, encode them, and send the first rows that are needed, which may lie in the
     middle of the item. The initial transfer of an attempt carries aux, the granted rows, and the DeepStack of these and
-    of all behind them. `timeout_s`: until the request's deadline. `is_alone`: see `Assign`."""
+    of all behind them. `timeout_s`: until the request's deadline. `is_alone`: see `Assign`, `due_s`: see
+    `Submit`."""
 
     visual: VisualItem
     timeout_s: float
     is_alone: bool = False
+    due_s: float = FIRST_COME
 
 
 class Resume(Room, frozen=True):

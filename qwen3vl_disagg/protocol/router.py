@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+from qwen3vl_disagg.core.due import Prices, allowance
 from qwen3vl_disagg.core.errors import (
     DisaggError,
     ServerError,
@@ -94,7 +95,7 @@ class Router:
         self._suspects = Suspects(self.limits.max_deaths, self.limits.suspect_s, self.limits.max_suspects)
         self._num_incarnations = 0
         self._num_submitted = 0
-        self._admission = Admission(self.limits)
+        self._admission, self._prices = Admission(self.limits), Prices()
         self._now = 0.0
         self._actions: list[Action] = []
 
@@ -169,17 +170,21 @@ class Router:
         rank = choose_language_rank(self._language, reachable or self.language_ranks)
         self._num_submitted += 1
         self._language[rank].last_used = self._num_submitted
-        num_output = event.num_tokens - len(event.token_ids) // TOKEN_ID_BYTES
+        num_prompt = len(event.token_ids) // TOKEN_ID_BYTES
+        num_output = event.num_tokens - num_prompt
         num_tokens = event.num_tokens + (event.sampling.n - 1) * num_output
         self._language[rank].add(event.request_id, num_tokens)
         items, received = [Item(visual) for visual in event.items], dict.fromkeys(range(event.sampling.n), 0)
-        self._requests[event.request_id] = Request(rank, items, num_tokens, now + event.timeout_s, received)
+        deadline = now + event.timeout_s
+        self._requests[event.request_id] = Request(rank, items, num_tokens, deadline, received, num_prompt)
+        price_s = self._prices.of(sum(visual.num_rows for visual in event.items), num_prompt)
         submit = Submit(
             request_id=event.request_id,
             token_ids=event.token_ids,
             items=event.items,
             sampling=event.sampling,
             timeout_s=event.timeout_s,
+            due_s=allowance(event.target_s, price_s, event.timeout_s),
         )
         self._actions.append(Send("language", rank, submit))
 
@@ -462,6 +467,8 @@ class Router:
                 self._tokens(request, message)
             case Finished() if message.sample in request.num_received:
                 # One without tokens is served now.
+                if message.vector:
+                    self._prices.learn(request.num_prompt, message.timings)
                 self._admission.leave(message.request_id, self._now, sample=message.sample, is_served=True)
                 self._actions.append(Deliver(message.request_id, message))
                 self._close(message.request_id, request, message.sample)
@@ -472,6 +479,8 @@ class Router:
 
     def _tokens(self, request: Request, message: Tokens) -> None:
         """Pass on what continues the answer; a repetition is dropped, a gap ends the request."""
+        if message.timings is not None and message.sample == 0:
+            self._prices.learn(request.num_prompt, message.timings)
         num_received = request.num_received.get(message.sample)
         if num_received is None:  # nobody wants that answer any more
             return

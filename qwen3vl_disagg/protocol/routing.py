@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.protocol.messages import Decoded, Finished, Message, PromptLogprobs, Tokens
@@ -23,7 +24,7 @@ TOKEN_ID_BYTES = 4
 @dataclass(frozen=True)
 class Admit:
     """A new request: a prompt and `sampling.n` answers. `token_ids` are little-endian int32; `num_tokens` counts prompt
-    and one answer at most."""
+    and one answer at most. `target_s`: until the first token, before the price is added."""
 
     request_id: str
     token_ids: bytes
@@ -31,6 +32,7 @@ class Admit:
     items: list[VisualItem]
     sampling: SamplingParams
     timeout_s: float
+    target_s: float = FIRST_COME
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ class Request:
     deadline: float
     num_received: dict[int, int]
     """Tokens of each answer that has not ended."""
+    num_prompt: int
 
 
 def harmful(visual: VisualItem) -> InputError:

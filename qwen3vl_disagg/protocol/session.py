@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.allocator import BlockAllocator, Lease, Want
 from qwen3vl_disagg.protocol.layout import MAX_RUNS, RowSizes, blocks_for, row_runs
@@ -57,6 +58,7 @@ class Session:
     item: int
     visual: VisualItem
     request_deadline: float
+    due: float = FIRST_COME
     state: str = IDLE
     attempt: int = 0
     encode_rank: int = -1
@@ -173,7 +175,7 @@ def in_line(
     it, unless it can have all it wants anew: then it wants no more, and nobody waits for it.
 
     Those that have kept their room need none from anybody and come first; then those that have begun; each in the
-    order of the requests.
+    order in which they are due, then in that of the requests.
     """
     line = []
     for request in requests:
@@ -183,7 +185,7 @@ def in_line(
                 if session.encode_rank in links and session.state != IDLE and not is_quarantined:
                     line.append(session)
                 break
-    return sorted(line, key=lambda s: (s.state != WAITING or s.room is None, s.hold is None))
+    return sorted(line, key=lambda s: (s.state != WAITING or s.room is None, s.hold is None, s.due))
 
 
 def take_room(
@@ -233,8 +235,8 @@ def take_room(
     }
     if not is_initial:
         return Resume(**rows)
-    timeout_s = session.request_deadline - now
-    return Grant(**rows, visual=session.visual, timeout_s=timeout_s, is_alone=session.is_alone)
+    timeout_s, due_s = session.request_deadline - now, session.due - now
+    return Grant(**rows, visual=session.visual, timeout_s=timeout_s, is_alone=session.is_alone, due_s=due_s)
 
 
 def end_quarantine(where: Leases, key: Attempt, session: Session | None, allocator: BlockAllocator) -> bool:

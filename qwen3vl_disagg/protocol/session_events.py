@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.allocator import Lease
 from qwen3vl_disagg.protocol.messages import (
@@ -41,6 +42,8 @@ class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_items: int = 8
     """Items that an encode rank encodes at a time. Where it has several language ranks, one may have half as many in
     memory on their way from bytes to acknowledged rows, so that a silent one does not take the places of others."""
+    max_urgent: int = 4
+    """So many more, of either, for those that are more urgent than what has a place."""
     max_clips: int = 4
     """Clips among those being encoded: the other places are for images."""
     max_parked: int = 4
@@ -94,7 +97,7 @@ class Expect(_Value, frozen=True):
     """A request takes its place in the order of grants; these of its items are lacking. `items`: all of them.
 
     Rows below `first_rows[k]` of item `lacking[k]` are not needed; an empty list: all rows of all of them are. A second
-    one for the same request: what it had it has no more, and this is what it needs now.
+    one for the same request: what it had it has no more, and this is what it needs now. `due`: its first token.
     """
 
     request_id: str
@@ -102,6 +105,7 @@ class Expect(_Value, frozen=True):
     lacking: list[int]
     deadline: float
     first_rows: list[int] = []
+    due: float = FIRST_COME
 
 
 class PayloadEnd(_OfAttempt, frozen=True):
@@ -212,6 +216,7 @@ class StartEncode(_Value, frozen=True):
     attempt: Attempt
     visual: VisualItem
     is_alone: bool
+    due: float = FIRST_COME
 
 
 class SendHeader(_Value, frozen=True):

@@ -31,7 +31,7 @@ class Answers:
     ) -> Answers:
         """What the backend refuses is raised."""
         processor, answers = intake.processor, list[Answer]()
-        handles = await intake.submit(arrived.prepared.prompts, arrived.deadline)
+        handles = await intake.submit(arrived.prepared.prompts, arrived.deadline, arrived.target_s)
         for prompt, sampling in arrived.prepared.prompts:
             first: Answer | None = None
             for _ in range(sampling.n):

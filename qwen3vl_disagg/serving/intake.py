@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
 from qwen3vl_disagg.cluster.backend import Backend, PromptCall, RequestHandle
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, InputError, OverloadedError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
 from qwen3vl_disagg.core.sampling_params import ROUTES
@@ -28,19 +29,20 @@ from qwen3vl_disagg.serving.preparation import Fetcher, Preparation
 from qwen3vl_disagg.serving.prepare_pool import PreparePool
 from qwen3vl_disagg.serving.prepared import BodyRoute, Prepared, Rules
 
-TIMEOUT_HEADER = "X-Request-Timeout-Ms"
+TIMEOUT_HEADER, TARGET_HEADER = "X-Request-Timeout-Ms", "X-First-Token-Target-Ms"
 # The backend keeps the same deadline and knows more about what took so long: its error should come first.
 GRACE_S = 1.0
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """A request that has been prepared, and what was measured and decided on the way. `deadline` is monotonic; `told`:
-    what clients hear of the ranks' timings. `release`: gives back the room for the body; on routes that submit at once
-    that has been done."""
+    """A request that has been prepared, and what was measured and decided on the way. `deadline` is monotonic;
+    `target_s`: see `Admit`; `told`: what clients hear of the ranks' timings. `release`: gives back the room for the
+    body; on routes that submit at once that has been done."""
 
     prepared: Prepared
     deadline: float
+    target_s: float
     told: Callable[[RequestTimings], RequestTimings]
     release: Callable[[], None]
 
@@ -100,7 +102,11 @@ class Intake:
         headers = Headers(scope=scope)
         with BodyAccount(self._budget) as account:
             check_headers(headers, self.limits, account)
-            timeout_s = self._timeout(headers)
+            limits = self.limits
+            timeout_s = self._seconds(headers, TIMEOUT_HEADER, limits.request_timeout_s)
+            target_s = self._seconds(headers, TARGET_HEADER, limits.first_token_target_s)
+            if limits.first_token_target_s == FIRST_COME:
+                target_s = FIRST_COME
             if route in (*ROUTES, *POOL_ROUTES):
                 check_task(self.processor.task, TASKS.get(route, "generate"), scope["path"])
             self._check_room(route)
@@ -109,7 +115,7 @@ class Intake:
             self._num_running += 1
             try:
                 salt = scope.get("state", {}).get(SALT, "")
-                await until_disconnect(receive, self._work(route, salt, body, account, timeout_s, work))
+                await until_disconnect(receive, self._work(route, salt, body, account, timeout_s, target_s, work))
             finally:
                 self._num_running -= 1
 
@@ -120,13 +126,14 @@ class Intake:
         if route in (*ROUTES, *POOL_ROUTES) and (refusal := self.backend.refusal(self._num_preparing)):
             raise refusal
 
-    def _timeout(self, headers: Headers) -> float:
-        text = headers.get(TIMEOUT_HEADER)
+    def _seconds(self, headers: Headers, name: str, default: float) -> float:
+        """What a header says in milliseconds. InputError for what is none, or more than a request may take."""
+        text = headers.get(name)
         if text is None:
-            return self.limits.request_timeout_s
+            return default
         most = int(self.limits.max_request_timeout_s * 1000)
         if not (text.isascii() and text.isdecimal() and len(text) < 20 and 1 <= int(text) <= most):
-            raise InputError(f"{TIMEOUT_HEADER} must be a whole number from 1 to {most}", param=TIMEOUT_HEADER)
+            raise InputError(f"{name} must be a whole number from 1 to {most}", param=name)
         return int(text) / 1000
 
     async def _work(
@@ -136,6 +143,7 @@ class Intake:
         body: bytearray,
         account: BodyAccount,
         timeout_s: float,
+        target_s: float,
         work: Callable[[Arrived], Coroutine[None, None, None]],
     ) -> None:
         arrival = time.monotonic()
@@ -155,19 +163,19 @@ class Intake:
             preprocess_ms=preprocess_ms,
             hide_cache_hits=self.limits.hide_cache_hits,
         )
-        answering = work(Arrived(prepared, deadline, told, account.release))
+        answering = work(Arrived(prepared, deadline, target_s, told, account.release))
         del prepared  # images and clips: once they are submitted the backend says how long they are kept
         await answering
 
     async def submit(
-        self, prompts: Sequence[tuple[Prompt, SamplingParams]], deadline: float
+        self, prompts: Sequence[tuple[Prompt, SamplingParams]], deadline: float, target_s: float
     ) -> Sequence[RequestHandle]:
         """Start all or none; a handle for each answer, those to one prompt behind one another. What the backend refuses
-        is raised."""
+        is raised. `deadline`, `target_s`: see `Arrived`."""
         calls = list[PromptCall]()
         for prompt, sampling in prompts:
             token_ids = np.asarray(prompt.token_ids, dtype="<i4").tobytes()
-            calls.append(PromptCall(token_ids=token_ids, items=prompt.items, sampling=sampling))
+            calls.append(PromptCall(token_ids=token_ids, items=prompt.items, sampling=sampling, target_s=target_s))
             await asyncio.sleep(0)  # a long one takes milliseconds
         left = deadline - time.monotonic()
         if left <= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.settings import MAX_REQUEST_TIMEOUT_S
 
 MIB = 2**20
@@ -33,6 +34,8 @@ class Limits:
     request_timeout_s: float = 600.0
     """Used when the client sends no X-Request-Timeout-Ms."""
     max_request_timeout_s: float = MAX_REQUEST_TIMEOUT_S
+    first_token_target_s: float = FIRST_COME
+    """Used when the client sends no X-First-Token-Target-Ms. FIRST_COME: also when it does."""
     max_answer_tokens: int | None = None
     """Of an answer whose request names no bound. None: what is left of the context."""
     hide_cache_hits: bool = False

@@ -17,6 +17,7 @@ from qwen3vl_disagg.core.sampling_params import OPTIONS, Route
 from qwen3vl_disagg.processing.request_fields import FIELDS, BuiltField, Place, RefusedField
 from qwen3vl_disagg.serving.completion_request import MAX_PROMPTS, DetokenizeBody, TokenizeBody
 from qwen3vl_disagg.serving.errors import ErrorEnvelope, MessagesError
+from qwen3vl_disagg.serving.intake import TARGET_HEADER, TIMEOUT_HEADER
 from qwen3vl_disagg.serving.messages_answer import MessagesBody, TokenCount
 from qwen3vl_disagg.serving.pooling_request import MAX_INPUTS
 from qwen3vl_disagg.serving.responses import ResponseBody
@@ -158,7 +159,7 @@ def _post(name: str, body: str, kind: str, *, events: str = "", error: str = "Er
     limit = {"type": "integer", "minimum": 1, "maximum": 86_400_000}
     return {
         "operationId": name,
-        "parameters": [{"name": "X-Request-Timeout-Ms", "in": "header", "schema": limit}],
+        "parameters": [{"name": name, "in": "header", "schema": limit} for name in (TIMEOUT_HEADER, TARGET_HEADER)],
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": {"$ref": _REF.format(name=body)}}},

@@ -49,13 +49,13 @@ class Pooled:
         if not isinstance(request, PoolingRequest):
             raise TypeError(f"{type(request).__name__} on this route")
         prompts = arrived.prepared.prompts
-        deadline, release = arrived.deadline, arrived.release
+        deadline, target_s, release = arrived.deadline, arrived.target_s, arrived.release
         del arrived  # images and clips: each is the backend's once its prompt is submitted
         usage = PoolingUsage.of(sum(len(prompt.token_ids) for prompt, _ in prompts))
         handles: list[RequestHandle] = []
         try:
             async with asyncio.timeout(deadline + GRACE_S - time.monotonic()):
-                vectors = await self._run(prompts, deadline, handles, release, is_led=request.has_one_query)
+                vectors = await self._run(prompts, deadline, target_s, handles, release, is_led=request.has_one_query)
         except DisaggError:
             raise
         except TimeoutError:
@@ -71,6 +71,7 @@ class Pooled:
         self,
         prompts: list[tuple[Prompt, SamplingParams]],
         deadline: float,
+        target_s: float,
         handles: list[RequestHandle],
         release: Callable[[], None],
         *,
@@ -86,7 +87,7 @@ class Pooled:
                     num_next = min(1 if is_led and not ends else SLICE, len(prompts))
                     for _ in range(num_next):
                         await room.acquire()
-                    begun = await self._begin(prompts[:num_next], deadline, is_first=not ends)
+                    begun = await self._begin(prompts[:num_next], deadline, target_s, is_first=not ends)
                     for _ in range(num_next - len(begun)):
                         room.release()
                     handles += begun
@@ -100,14 +101,14 @@ class Pooled:
         return [end.result() for end in ends]
 
     async def _begin(
-        self, prompts: Sequence[tuple[Prompt, SamplingParams]], deadline: float, *, is_first: bool
+        self, prompts: Sequence[tuple[Prompt, SamplingParams]], deadline: float, target_s: float, *, is_first: bool
     ) -> Sequence[RequestHandle]:
         """The first of these, all if there is room. Where there is none, the client hears it while nothing was begun;
         else it is asked again until the deadline, for half as many each time, down to one."""
         num_next = len(prompts)
         while True:
             try:
-                return await self._intake.submit(prompts[:num_next], deadline)
+                return await self._intake.submit(prompts[:num_next], deadline, target_s)
             except OverloadedError:
                 if is_first:
                     raise

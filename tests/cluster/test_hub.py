@@ -14,6 +14,7 @@ import pytest
 from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, TokenEvent
 from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.media_store import MediaStore
+from qwen3vl_disagg.core.due import FIRST_COME, Prices, allowance
 from qwen3vl_disagg.core.errors import (
     DeadlineError,
     Failure,
@@ -48,13 +49,22 @@ from tests.support.fake_ranks import (
 
 
 @in_loop
+async def test_a_language_rank_hears_when_the_first_token_is_due():
+    async with System() as system:
+        _, language = await system.join_all()
+        [handle] = system.submit_all(target_s=2.0)
+        _, submit = await submitted_to(language, handle.request_id)
+        assert submit.due_s == allowance(2.0, Prices().of(0, 3), 100.0)
+
+
+@in_loop
 async def test_text_flows_to_a_language_rank_and_tokens_flow_back():
     async with System() as system:
         _, language = await system.join_all()
         handle = system.submit()
         rank, submit = await submitted_to(language, handle.request_id)
         assert submit.token_ids == b"\1\0\0\0\2\0\0\0\3\0\0\0"
-        assert submit.timeout_s == 100.0
+        assert (submit.timeout_s, submit.due_s) == (100.0, FIRST_COME)
         logprobs = [TokenLogprob(7, -0.5, [(7, -0.5)]), TokenLogprob(8, -1.0, [])]
         await rank.tell(
             Tokens(request_id=submit.request_id, index=0, token_ids=[7, 8], logprobs=logprobs, timings=timings())

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.scheduler import Scheduler, SchedulerLimits
@@ -79,9 +80,16 @@ def answer(token_ids: list[int], items: list[VisualItem], new: int, sample: int)
 
 
 def make_sequence(
-    name: str, token_ids: list[int], items: list[VisualItem], new: int, sample: int = 0, samples: Samples | None = None
+    name: str,
+    token_ids: list[int],
+    items: list[VisualItem],
+    new: int,
+    sample: int = 0,
+    samples: Samples | None = None,
+    due: float = FIRST_COME,
 ) -> Sequence:
     return Sequence(
+        due=due,
         sample=sample,
         samples=samples or Samples(),
         request_id=name,
@@ -156,8 +164,9 @@ class Program:
     def add(self, name: str) -> None:
         *prompt, count = self.requests[name]
         samples = Samples()
+        due = self.draw(st.sampled_from([FIRST_COME, 1.0, 2.0, 3.0]))
         for sample in range(count):
-            sequence = make_sequence(name, *prompt, sample, samples)
+            sequence = make_sequence(name, *prompt, sample, samples, due)
             self.alive[sequence.name] = sequence
             self.scheduler.add(sequence)
 
@@ -179,6 +188,9 @@ class Program:
         scheduler = self.scheduler
         had_step = scheduler.has_step
         admitted = scheduler.admit()
+        # Nobody comes in before who is not passed over for another answer to the same prompt.
+        single = [s.urgency for s in scheduler.waiting if self.requests[s.request_id][-1] == 1]
+        assert not single or all(s.urgency < min(single) for s in admitted), "somebody was passed"
         for sequence in admitted:
             assert sequence.num_cached == sequence.num_found <= sequence.num_tokens
             self.model.copy(sequence)
@@ -198,6 +210,8 @@ class Program:
         is_decoding = any(s.is_decoding for s in scheduler.admitted.values())
         budget = scheduler.limits.chunk_tokens if is_decoding else scheduler.limits.max_prefill_tokens
         assert sum(chunk.stop - chunk.start for chunk in step.prefill) <= budget
+        turns = [chunk.sequence.urgency for chunk in step.prefill]
+        assert turns == sorted(turns)
         for chunk in step.prefill:
             assert chunk.sequence.num_cached == chunk.start < chunk.stop
             self.advance(chunk.sequence, chunk.start, chunk.stop, chunk.is_last)
@@ -238,12 +252,9 @@ class Program:
         assert self.pool.num_free == self.pool.num_pages - len(in_use), "a page is lost"
         assert len(self.scheduler.admitted) <= self.scheduler.limits.max_running
         orders = [s.order for s in self.scheduler.admitted.values()]
-        waiting = [s.order for s in self.scheduler.waiting]
+        waiting = [s.urgency for s in self.scheduler.waiting]
         assert orders == sorted(orders)
         assert waiting == sorted(waiting)
-        # Nobody comes in before who is not passed over for another answer to the same prompt.
-        single = [s.order for s in self.scheduler.waiting if self.requests[s.request_id][-1] == 1]
-        assert not single or not orders or single[-1] > orders[0], "the first to arrive was stopped"
 
 
 @settings(deadline=None, max_examples=max(300, settings().max_examples))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.layout import RowSizes
@@ -57,8 +58,9 @@ class Side:
         self.seqs[rank] += type(body) is not Beat
         return self.do(FrameIn(rank, Frame(epoch=self.epochs[rank], seq=self.seqs[rank], body=body)))
 
-    def expect(self, request_id, *rows):
-        return self.do(Expect(request_id, [make_visual(n) for n in rows], list(range(len(rows))), DEADLINE))
+    def expect(self, request_id, *rows, due=FIRST_COME):
+        items = [make_visual(n) for n in rows]
+        return self.do(Expect(request_id, items, list(range(len(rows))), DEADLINE, due=due))
 
     def assign(self, request_id, item=0, rank=0, attempt=1):
         return self.do(Assign(request_id=request_id, item=item, attempt=attempt, encode_rank=rank))

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from qwen3vl_disagg.cluster.backend import FinishedEvent
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.processing import GenerationDefaults
 from qwen3vl_disagg.serving.limits import Limits
 from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_of, answer_steps, serve, tiny_processor
@@ -217,7 +218,25 @@ def test_the_clients_timeout_reaches_the_backend():
     client.post(PATH, json=ASK)
     assert 4 < backend.handles[0].timeout_s <= 5
     assert 599 < backend.handles[1].timeout_s <= 600
-    for bad in ("0", "-1", "1e3", "abc", "9" * 30, "\u0661".encode()):
-        reply = client.post(PATH, json=ASK, headers={"X-Request-Timeout-Ms": bad})
+
+
+@pytest.mark.parametrize(("path", "body"), [(PATH, ASK), ("/v1/completions", {"prompt": "a"})])
+def test_the_clients_target_for_the_first_token_reaches_the_backend_where_there_are_targets(path, body):
+    for of_server, expected in ((2.0, [0.25, 2.0]), (FIRST_COME, [FIRST_COME, FIRST_COME])):
+        backend = FakeBackend()
+        client = serve(backend, limits=Limits(first_token_target_s=of_server))
+        for headers in ({"X-First-Token-Target-Ms": "250"}, {}):
+            assert client.post(path, json=body, headers=headers).status_code == 200
+        assert [handle.target_s for handle in backend.handles] == expected
+
+
+@pytest.mark.parametrize("of_server", [1.0, FIRST_COME])
+@pytest.mark.parametrize("name", ["X-Request-Timeout-Ms", "X-First-Token-Target-Ms"])
+def test_a_time_that_is_none_is_refused_by_the_headers_name(name, of_server):
+    client = serve(FakeBackend(), limits=Limits(first_token_target_s=of_server))
+    for good in ("1000", "86400000"):
+        assert client.post(PATH, json=ASK, headers={name: good}).status_code == 200
+    for bad in ("", "0", "-1", "1e3", "abc", "86400001", "9" * 30, "\u0661".encode()):
+        reply = client.post(PATH, json=ASK, headers={name: bad})
         assert reply.status_code == 400
-        assert reply.json()["error"]["param"] == "X-Request-Timeout-Ms"
+        assert reply.json()["error"]["param"] == name

@@ -165,10 +165,15 @@ def test_a_hundred_questions_at_once_are_no_overload():
         ({"request_timeout": 0.0}, "request-timeout"),
         ({"request_timeout": float("nan")}, "request-timeout"),
         ({"request_timeout": float("inf")}, "request-timeout"),
+        ({"first_token_target_ms": 0.0}, "first-token-target-ms"),
+        ({"first_token_target_ms": 86_400_001.0}, "first-token-target-ms"),
+        ({"first_token_target_ms": float("nan")}, "first-token-target-ms"),
+        ({"first_token_target_ms": "on"}, "first-token-target-ms"),
     ],
 )
 def test_options_out_of_range(values, param):
     HttpOptions().check()
+    HttpOptions(first_token_target_ms="off").check()
     with pytest.raises(InputError) as caught:
         HttpOptions(**values).check()
     assert caught.value.param == param

@@ -42,6 +42,7 @@ class FakeHandle:
     sampling: SamplingParams
     timeout_s: float
     steps: list[Step]
+    target_s: float
     was_cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     num_sent: int = 0
     finished: bool = False
@@ -99,7 +100,8 @@ class FakeBackend:
                 num_scores = None if sample else call.sampling.prompt_logprobs
                 if num_scores is not None and steps and isinstance(steps[0], AllDecoded):
                     steps.insert(1, prompt_logprobs(prompt, num_scores))
-                self.handles.append(FakeHandle(f"r{len(self.handles)}", prompt, call.sampling, timeout_s, steps))
+                name = f"r{len(self.handles)}"
+                self.handles.append(FakeHandle(name, prompt, call.sampling, timeout_s, steps, call.target_s))
         return self.handles[num_before:]
 
     def debug_processes(self) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from qwen3vl_disagg.cluster.hub import Hub
 from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.cluster.rendezvous import Layout, host_id
+from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.processing import Prompt
@@ -204,12 +205,13 @@ class System:
         [handle] = self.submit_all(*images, timeout_s=timeout_s)
         return handle
 
-    def submit_all(self, *images: bytes, timeout_s: float = 100.0, n: int = 1) -> Any:
+    def submit_all(self, *images: bytes, timeout_s: float = 100.0, n: int = 1, target_s: float = FIRST_COME) -> Any:
         """`n` answers to one prompt."""
         prompt, sampling = prompt_with(*images), SamplingParams(max_new_tokens=5, n=n)
         self.hub.media.hold(prompt.items, prompt.media)
         token_ids = np.asarray(prompt.token_ids, dtype="<i4").tobytes()
-        return self.hub.submit([PromptCall(token_ids=token_ids, items=prompt.items, sampling=sampling)], timeout_s)
+        call = PromptCall(token_ids=token_ids, items=prompt.items, sampling=sampling, target_s=target_s)
+        return self.hub.submit([call], timeout_s)
 
 
 async def collect(handle: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from qwen3vl_disagg.protocol.allocator import POOLS, BlockAllocator
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT
 from qwen3vl_disagg.protocol.link_state import LinkState
 from qwen3vl_disagg.protocol.messages import Ack, Frame, Resume, Room
-from qwen3vl_disagg.protocol.session import DONE, HELD, IDLE, RECEIVING, WAITING, Session
+from qwen3vl_disagg.protocol.session import DONE, HELD, IDLE, RECEIVING, WAITING, RequestSessions, Session
 from qwen3vl_disagg.protocol.session_events import Attempt, EncodeEvent, FrameIn, Receive, RowsReady, Tick
 from tools.simulation.payload import Payload
 from tools.simulation.world import Violation
@@ -96,12 +96,17 @@ def _no_quarantined_is_granted(allocator: BlockAllocator) -> None:
             raise Violation("I3", f"{pool} {sorted(quarantined)} are in quarantine, and free or granted")
 
 
+def _as_due(sessions: Any) -> list[RequestSessions]:
+    """The order of grants."""
+    return sorted(sessions.requests.values(), key=lambda request: [session.due for session in request.sessions[:1]])
+
+
 def _nobody_waits_in_vain(rank: Any) -> None:
     """I11: whoever is first in line gets room as soon as there is some."""
     sessions = rank.sessions
     allocator = sessions.allocator
     begun = unbegun = None
-    for request in sessions.requests.values():
+    for request in _as_due(sessions):
         for session in request.sessions:
             if session.is_fully_granted or (session.request_id, session.item) not in rank.asked:
                 continue
@@ -131,7 +136,8 @@ def encode_side(rank: Any) -> None:
     sessions, limits = rank.sessions, rank.sessions.limits
     num_languages = rank.cluster.sizes.num_language
     most_parked = limits.max_parked * num_languages
-    most = limits.max_items * num_languages + most_parked
+    places = limits.max_items + limits.max_urgent
+    most = places * num_languages + most_parked
     if len(rank.encoded) > most:
         raise Violation("I12", f"rows of {len(rank.encoded)} items in memory")
     num_encoding = num_parked = num_sending = 0
@@ -146,7 +152,7 @@ def encode_side(rank: Any) -> None:
             num_sending += 1
         if item.deadline > (now + bounds[state] if state in bounds else rank.request_ends[attempt]):
             raise Violation("I11", f"{attempt} is {state} until {item.deadline}, at {now}")
-    if num_encoding > limits.max_items:
+    if num_encoding > places:
         raise Violation("I12", f"{num_encoding} items are encoded at a time")
     if num_encoding + num_sending + num_parked > most or num_parked > most_parked:
         raise Violation("I12", f"{num_encoding + num_sending} items in memory, {num_parked} parked")
@@ -198,10 +204,11 @@ def granted(rank: Any, grant: Room) -> None:
 
 
 def _nobody_passed_over(rank: Any, session: Session, had_begun: bool) -> None:
-    """I16: by arrival of the request, then by item; those that have begun before those that have not."""
+    """I16: as the requests are due, then by their arrival, then by item; those that have begun before those that have
+    not."""
     sessions = rank.sessions
     is_behind = False
-    for request in sessions.requests.values():
+    for request in _as_due(sessions):
         for other in request.sessions:
             if other is session:
                 is_behind = True

@@ -90,11 +90,12 @@ class _Sequence:
 
 
 class SimEngine:
-    """Steps take time. `requests`: what the loop knows of, with their deadlines; `known`: what the engine does."""
+    """Steps take time. `requests`: what the loop knows of, with deadline and due time; `known`: what the engine
+    does."""
 
     def __init__(self, rank: Any) -> None:
         self.rank, self.world = rank, rank.world
-        self.requests: dict[str, tuple[list[VisualItem], float]] = {}
+        self.requests: dict[str, tuple[list[VisualItem], float, float]] = {}
         self.open: dict[str, set[int]] = {}
         """Answers of these that have not ended."""
         self.known: dict[str, _Sequence] = {}
@@ -105,7 +106,8 @@ class SimEngine:
     # ---- the loop ----
 
     def submit(self, message: Submit) -> None:
-        self.requests[message.request_id] = (message.items, self.world.now + message.timeout_s)
+        now = self.world.now
+        self.requests[message.request_id] = (message.items, now + message.timeout_s, now + message.due_s)
         self.open[message.request_id] = set(range(message.sampling.n))
         self._command(self._add, message)
 
@@ -137,11 +139,12 @@ class SimEngine:
             do(request_id, *args)
 
     def _preempted(self, request_id: str) -> None:
-        self.rank.expect(Expect(request_id, self.requests[request_id][0], [], self.requests[request_id][1]))
+        items, deadline, due = self.requests[request_id]
+        self.rank.expect(Expect(request_id, items, [], deadline, due=due))
 
     def _needed(self, request_id: str, lacking: list[int], firsts: list[int]) -> None:
-        items, deadline = self.requests[request_id]
-        self.rank.expect(Expect(request_id, items, lacking, deadline, firsts))
+        items, deadline, due = self.requests[request_id]
+        self.rank.expect(Expect(request_id, items, lacking, deadline, firsts, due))
         self.rank.tell(NeedItems(request_id=request_id, items=lacking, first_rows=firsts))
 
     def _consumed(self, request_id: str, attempt: Attempt, rows: int) -> None:

@@ -248,7 +248,7 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     def fill(self: EncodeSessions, now: float) -> None:
         while self.queue:
-            item = self.items[self.queue.popleft()]
+            item = self.items[self.queue.pop(0)]
             item.state = encode_sessions.ENCODING
             self._actions.append(encode_sessions.StartEncode(item.attempt, item.visual, item.is_alone))
 

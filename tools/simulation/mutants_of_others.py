@@ -62,6 +62,19 @@ def _() -> Iterator[None]:
         yield
 
 
+@mutant("grants-in-order-of-arrival", "I16", "who came first is served first, whoever is due before it")
+def _() -> Iterator[None]:
+    line = language_sessions.in_line
+
+    def by_arrival(requests: Any, links: Any, can_start_anew: Any) -> list[Session]:
+        found = line(requests, links, can_start_anew)
+        places = {id(session): number for number, s in enumerate(requests) for session in s.sessions}
+        return sorted(found, key=lambda s: (s.state != WAITING or s.room is None, s.hold is None, places[id(s)]))
+
+    with swap(language_sessions, "in_line", by_arrival):
+        yield
+
+
 @mutant("whole-item-or-nothing", "I11", "an item is granted only when all of it fits", stands_for="F3")
 def _() -> Iterator[None]:
     take = session_module.take_room

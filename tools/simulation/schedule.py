@@ -90,7 +90,7 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
         are_language_ranks_required=rng.random() < 0.25,
     )
     memory = rng.choice((1, 2, 8))
-    limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory)
+    limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory, max_urgent=1)
     cluster = Cluster(world, sizes, limits, preemption=rng.choice((0.0, 0.05, 0.2)))
     plan = _Plan(has_faults, world.faults_until, 2)
     start = 0.3
