@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen3vl_disagg.llm.llm import LLM
 
 __all__ = ["LLM"]
+
+
+# torch's threads meet at the end of each loop, and whoever comes first spins, by default for some 16 ms. Where another
+# program has the core of the last one, all of that is lost. So: about 0.1 ms, then they sleep. Read once, when
+# torch is loaded.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
 def __getattr__(name: str) -> Any:
