@@ -10,9 +10,11 @@ from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.faults import FAULT, FAULT_MARK, FaultPlan, check_mark
 
 PREFIX = "Q3VL_"
-KERNELS, GRAPHS, TOKEN, API_KEY = "Q3VL_KERNELS", "Q3VL_GRAPHS", "Q3VL_TOKEN", "Q3VL_API_KEY"
+KERNELS, CAPTURE, GRAPHS = "Q3VL_KERNELS", "Q3VL_CAPTURE", "Q3VL_GRAPHS"
+TOKEN, API_KEY = "Q3VL_TOKEN", "Q3VL_API_KEY"
 VALUES = {
     KERNELS: ("on", "off"),  # `off` runs the PyTorch code
+    CAPTURE: ("on", "off"),  # `off` runs each decode step from Python
     GRAPHS: ("count", "fail"),  # say how many graphs there are; `fail` makes a later one an error, too
 }
 NAMES = (*VALUES, TOKEN, API_KEY, FAULT, FAULT_MARK, "Q3VL_ACCEPTANCE", "Q3VL_ATTACK_S", "Q3VL_ATTACKS")

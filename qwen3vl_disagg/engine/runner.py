@@ -11,8 +11,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from qwen3vl_disagg.core.environment import CAPTURE, variable
 from qwen3vl_disagg.core.errors import ServerError
 from qwen3vl_disagg.core.tensors import lazy_zeros
+from qwen3vl_disagg.engine.captured import record
 from qwen3vl_disagg.engine.compiled import CompiledDecoder
 from qwen3vl_disagg.engine.page_tables import PageTables
 from qwen3vl_disagg.engine.prompt_logprobs import ScoredSlice, score
@@ -97,7 +99,7 @@ class ModelRunner:
         )
         kv_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         shape = (num_pages * page_size, text.num_key_value_heads, text.head_dim)
-        self._tables = PageTables()
+        self._tables = PageTables(max(max_running, 1), num_pages)
         self.caches: list[LayerCache] = []
         for _ in range(text.num_hidden_layers):
             keys, values = (lazy_zeros(shape, kv_dtype, self.device) for _ in "kv")
@@ -105,6 +107,8 @@ class ModelRunner:
         self.compiled = CompiledDecoder(model) if compile else None
         if self.compiled is not None:
             self.compiled.warm_up(self.caches, page_size, impl=self.impl, max_sequences=max_running, progress=progress)
+        can_capture = variable(CAPTURE) != "off" and not compile and self.impl in (None, "kernel")
+        self.captured = record(model, self.caches, page_size, max_running=max_running) if can_capture else None
 
     @torch.inference_mode()
     def take_part(self, plan: DispatchPlan) -> None:
@@ -154,7 +158,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def decode(self, sequences: Seq[Sequence], plan: DispatchPlan | None = None) -> Tensor:
-        """The last token of each sequence -> logits `[B, V]`."""
+        """The last token of each sequence -> logits `[B, V]`, which stand until the next step."""
+        if self.captured is not None and plan is None and len(sequences) <= self.captured.max_rows:
+            return self.captured.run(sequences)
         contexts = [s.num_cached + 1 for s in sequences]
         ids_T = torch.tensor([s.generated[-1] for s in sequences], device=self.device)
         next_position = torch.tensor([s.num_cached + s.delta for s in sequences], device=self.device)

@@ -31,6 +31,7 @@ from qwen3vl_disagg.engine.allowed import AllowedTokens
 from qwen3vl_disagg.engine.masks import Mask
 from qwen3vl_disagg.engine.penalties import Penalties, upload
 from qwen3vl_disagg.engine.sampling import SamplingPlan, SamplingRow, SortedRows
+from qwen3vl_disagg.kernels.ops import can_take_largest, largest
 
 ONE = 2**40
 """Weight of the most likely token. 2**22 of these fit into 62 bits."""
@@ -72,6 +73,11 @@ class Sampler:
             raise ValueError(f"{len(logits_BV)} rows of logits for {len(rows)} requests")
         vocab_size = logits_BV.shape[1]
         masks = [self.narrowed(row, None, vocab_size) for row in rows] if masks is None else masks
+        if all(row.is_plain and mask is None for row, mask in zip(rows, masks, strict=True)) and can_take_largest(
+            logits_BV
+        ):
+            ids = largest(logits_BV, self.banned_ids, self.eos_ids, [row.bans_end for row in rows])
+            return [None if token_id < 0 else token_id for token_id in ids], [None] * len(rows)
         plan = SamplingPlan.of(rows, vocab_size=vocab_size, eos_ids=self.eos_ids, masks=masks)
         # The step's only wait for the device, after all of its work is queued: the next step's input and the answer
         # both need the ids on the host.

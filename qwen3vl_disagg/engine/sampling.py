@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from qwen3vl_disagg.core.sampling_params import DEFAULTS, OPTIONS, ORDER, SamplingParams
 from qwen3vl_disagg.engine.masks import Mask
@@ -74,6 +75,15 @@ class SamplingRow:
     def is_narrowed(self) -> bool:
         """Whether it lets only some tokens come, beside its grammar."""
         return self.params.allowed_token_ids is not None or bool(self.params.bad_words)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether it takes the largest logit of those that may come, whatever was said before, and tells only that."""
+        params = self.params
+        is_greedy = params.temperature < GREEDY_BELOW and params.logprobs is None
+        return is_greedy and not (
+            self.has_penalties or self.is_narrowed or (params.min_tokens and params.stop_token_ids)
+        )
 
     @property
     def bans_end(self) -> bool:

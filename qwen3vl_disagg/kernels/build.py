@@ -35,6 +35,10 @@ _MAX_WORDS = 300
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
+    "q3_replay": [_P, _L, _L, _I],
+    "q3_rotary": [_P, _L, _P, _P, _F, _P, _P, _L, _L, _I],
+    "q3_route": [_P] * 3 + [_L] * 3 + [_I],
+    "q3_largest": [_P] * 5 + [_L] * 2 + [_I],
     "q3_linear": [_P, _P, _P, _L, _P, _L, _L, _L, _I],
     "q3_has_tiles": [_P],
     "q3_experts": [_P] * 9 + [_L] * 5 + [_I] * 2,

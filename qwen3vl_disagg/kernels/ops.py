@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from qwen3vl_disagg.kernels.build import load
+from qwen3vl_disagg.kernels.calls import call, library
 
 MAX_LINEAR_ROWS = 48
 """With more rows a matrix is read often enough that the blocked multiplication of oneDNN is faster."""
@@ -20,16 +22,13 @@ MAX_LINEAR_ROWS = 48
 _library = torch.library.Library("q3vl", "DEF")
 
 
-def _cpu() -> ctypes.CDLL:
-    library = load()
-    if library is None:
-        raise RuntimeError("the CPU kernels are not available here")
-    return library
-
-
 def is_cpu_bf16(*tensors: Tensor) -> bool:
     """Whether the kernels can take these: plain bfloat16 tensors on a CPU that can."""
     return tensors[0].device.type == "cpu" and all(t.dtype == torch.bfloat16 for t in tensors) and load() is not None
+
+
+def has_kernels() -> bool:
+    return load() is not None
 
 
 def need(holds: bool, what: str, *tensors: Tensor) -> None:
@@ -72,19 +71,10 @@ def _linear(x_TD: Tensor, weights: list[Tensor]) -> Tensor:
     for shape in shapes:
         fits = fits and len(shape) == 2 and shape[1] == depth and shape[0] % 4 == 0
     need(fits, "a few bfloat16 rows and up to 4 weights of whole pieces", x_TD, *weights)
-    num_rows, sizes = x_TD.shape[0], [shape[0] for shape in shapes]
-    out = x_TD.new_empty(num_rows, sum(sizes))
-    _cpu().q3_linear(
-        x_TD.data_ptr(),
-        (ctypes.c_void_p * len(sizes))(*[weight.data_ptr() for weight in weights]),
-        (ctypes.c_long * len(sizes))(*sizes),
-        len(sizes),
-        out.data_ptr(),
-        num_rows,
-        out.shape[1],
-        depth,
-        torch.get_num_threads(),
-    )
+    sizes = [shape[0] for shape in shapes]
+    out = x_TD.new_empty(x_TD.shape[0], sum(sizes))
+    addresses = (ctypes.c_void_p * len(sizes))(*[weight.data_ptr() for weight in weights])
+    call("linear", x_TD, addresses, (ctypes.c_long * len(sizes))(*sizes), len(sizes), out, *out.shape, depth)
     return out
 
 
@@ -120,8 +110,7 @@ def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     need(fits and gate_TF.shape[1] % 16 == 0, "bfloat16 rows of whole pieces", gate_TF, up_TF)
     num_rows, width = gate_TF.shape
     out = gate_TF.new_empty(num_rows, width)
-    rows = (gate_TF.data_ptr(), gate_TF.stride(0), up_TF.data_ptr(), up_TF.stride(0))
-    _cpu().q3_swiglu(*rows, out.data_ptr(), num_rows, width, torch.get_num_threads())
+    call("swiglu", gate_TF, gate_TF.stride(0), up_TF, up_TF.stride(0), out, num_rows, width)
     return out
 
 
@@ -132,7 +121,7 @@ def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 def has_tiles() -> bool:
     """Whether the kernels may use the tiles of AMX: the processor, the compiler and the system know them."""
     found = ctypes.c_int()
-    _cpu().q3_has_tiles(ctypes.byref(found))
+    library().q3_has_tiles(ctypes.byref(found))
     return bool(found.value)
 
 
@@ -164,24 +153,8 @@ def _experts(
     index = torch.empty(num_experts + 1 + 2 * num_rows + 4 * num_blocks, dtype=torch.int32)
     act, y = (x_TD.new_empty(num_rows + 16 * num_blocks, size) for size in (width, hidden))
     out = torch.empty_like(x_TD)
-    _cpu().q3_experts(
-        x_TD.data_ptr(),
-        ids_TK.data_ptr(),
-        weights_TK.data_ptr(),
-        gate_up_EGD.data_ptr(),
-        down_EDF.data_ptr(),
-        index.data_ptr(),
-        act.data_ptr(),
-        y.data_ptr(),
-        out.data_ptr(),
-        num_tokens,
-        num_experts,
-        num_choices,
-        hidden,
-        width,
-        by_tiles,
-        torch.get_num_threads(),
-    )
+    tensors = (x_TD, ids_TK, weights_TK, gate_up_EGD, down_EDF, index, act, y, out)
+    call("experts", *tensors, num_tokens, num_experts, num_choices, hidden, width, by_tiles)
     return out
 
 
@@ -217,6 +190,47 @@ def can_experts(x_TD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> bool:
     return hidden % 32 == 0 and width % 32 == 0 and is_cpu_bf16(x_TD, gate_up_EGD, down_EDF)
 
 
+MAX_EXPERTS = 1024
+
+
+def can_route(num_experts: int, num_choices: int, weight: Tensor) -> bool:
+    """Sizes the kernel takes; `weight` for device and dtype."""
+    return 0 < num_choices <= num_experts <= MAX_EXPERTS and is_cpu_bf16(weight)
+
+
+def route(logits_TE: Tensor, num_choices: int) -> tuple[Tensor, Tensor]:
+    """Softmax, the largest `num_choices`, renormalised, in float32 -> weights `[T, K]` bfloat16, ids `[T, K]` int64; of
+    equal ones those that `Tensor.topk` takes."""
+    fits = is_dense(torch.bfloat16, logits_TE) and logits_TE.dim() == 2
+    fits = fits and 0 < num_choices <= logits_TE.shape[1] <= MAX_EXPERTS
+    need(fits, f"bfloat16 logits of up to {MAX_EXPERTS} experts", logits_TE)
+    weights_TK = logits_TE.new_empty(len(logits_TE), num_choices)
+    ids_TK = torch.empty(weights_TK.shape, dtype=torch.int64)
+    call("route", logits_TE, weights_TK, ids_TK, *logits_TE.shape, num_choices)
+    return weights_TK, ids_TK
+
+
+# ---- sampling ----
+
+
+def can_take_largest(logits_BV: Tensor) -> bool:
+    return is_cpu_bf16(logits_BV) and logits_BV.is_contiguous()
+
+
+def largest(logits_BV: Tensor, banned_ids: Sequence[int], more_ids: Sequence[int], has_more: list[bool]) -> list[int]:
+    """The id of each row's largest logit, the lowest of equal ones, none of `banned_ids`, nor of `more_ids` in the rows
+    of `has_more`; -1 where a logit of the row is not finite."""
+    (num_rows, vocab_size), lists = logits_BV.shape, [sorted({*banned_ids}), sorted({*banned_ids, *more_ids})]
+    fits = is_dense(torch.bfloat16, logits_BV) and len(has_more) == num_rows and vocab_size < 2**31
+    fits = fits and all(0 <= token_id < vocab_size for token_id in lists[1])
+    need(fits, "bfloat16 logits, a flag for each row and ids of the vocabulary", logits_BV)
+    sizes = [len(ids) for ids in lists]
+    arrays = (ctypes.c_int64 * (sum(sizes) or 1))(*lists[0], *lists[1]), (ctypes.c_long * 2)(*sizes)
+    ids_B = (ctypes.c_int64 * (num_rows or 1))()
+    call("largest", logits_BV, *arrays, (ctypes.c_uint8 * (num_rows or 1))(*has_more), ids_B, num_rows, vocab_size)
+    return ids_B[:num_rows]
+
+
 # ---- norm ----
 
 
@@ -237,8 +251,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     fits = is_dense(torch.bfloat16, x_TD, weight_D) and weight_D.shape == (size,) and size % 32 == 0
     need(fits, "bfloat16 rows and weights of whole pieces", x_TD, weight_D)
     out = torch.empty_like(x_TD)
-    pointers = (x_TD.data_ptr(), weight_D.data_ptr(), eps, out.data_ptr())
-    _cpu().q3_rms_norm(*pointers, x_TD.numel() // size, size, torch.get_num_threads())
+    call("rms_norm", x_TD, weight_D, eps, out, x_TD.numel() // size, size)
     return out
 
 
@@ -251,20 +264,20 @@ def norm_rotary(x_TNH: Tensor, weight_H: Tensor, eps: float, cos_T1H: Tensor, si
     fits = fits and cos_T1H.shape == sin_T1H.shape == (num_tokens, 1, size)
     need(fits, "bfloat16 heads of whole pieces", x_TNH, weight_H, cos_T1H, sin_T1H)
     out = x_TNH.new_empty(num_tokens, num_heads, size)
-    _cpu().q3_norm_rotary(
-        x_TNH.data_ptr(),
-        x_TNH.stride(0),
-        weight_H.data_ptr(),
-        eps,
-        cos_T1H.data_ptr(),
-        sin_T1H.data_ptr(),
-        out.data_ptr(),
-        num_tokens,
-        num_heads,
-        size,
-        torch.get_num_threads(),
-    )
+    call("norm_rotary", x_TNH, x_TNH.stride(0), weight_H, eps, cos_T1H, sin_T1H, out, *out.shape)
     return out
+
+
+def text_rotary(positions_3T: Tensor, inv_freq_J: Tensor, axis_J: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """cos and sin `[T, 1, 2 * J]` of the angles `positions[axis_J] * inv_freq_J`, times `factor`."""
+    num_tokens, half = positions_3T.shape[1], len(inv_freq_J)
+    fits = is_on_cpu(torch.int64, positions_3T) and len(positions_3T) == 3 and positions_3T.stride(1) == 1
+    fits = fits and is_dense(torch.float32, inv_freq_J) and is_dense(torch.int64, axis_J)
+    fits = fits and inv_freq_J.shape == axis_J.shape == (half,)
+    need(fits, "int64 positions on three axes and a frequency and an axis for each angle", positions_3T, inv_freq_J)
+    cos, sin = (torch.empty(num_tokens, 1, 2 * half, dtype=torch.bfloat16) for _ in "cs")
+    call("rotary", positions_3T, positions_3T.stride(0), inv_freq_J, axis_J, factor, cos, sin, num_tokens, half)
+    return cos, sin
 
 
 # ---- attention ----
@@ -305,20 +318,8 @@ def prefill_attention(q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor, slots_L: Te
     need(0 < num_new <= length, "no more queries than the context has tokens", q_TNH, slots_L)
     packed = q_TNH.new_empty(2 * num_kv_heads * _padded(length) * size)
     out = torch.empty_like(q_TNH)
-    _cpu().q3_prefill_attention(
-        q_TNH.data_ptr(),
-        num_new,
-        k_pool.data_ptr(),
-        v_pool.data_ptr(),
-        slots_L.contiguous().data_ptr(),
-        length,
-        num_heads,
-        num_kv_heads,
-        size,
-        packed.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    places = (k_pool, v_pool, slots_L.contiguous(), length)
+    call("prefill_attention", q_TNH, num_new, *places, num_heads, num_kv_heads, size, packed, out)
     return out
 
 
@@ -346,26 +347,9 @@ def decode_attention(
     fits = fits and len(tables_BW) == len(contexts_B) == len(slots_B) == num_sequences
     need(fits, "a bfloat16 key and value for each query", q_BNH, k_BGH, v_BGH, tables_BW, contexts_B, slots_B)
     out = torch.empty_like(q_BNH)
-    _cpu().q3_decode_attention(
-        q_BNH.data_ptr(),
-        k_BGH.data_ptr(),
-        k_BGH.stride(0),
-        v_BGH.data_ptr(),
-        v_BGH.stride(0),
-        k_pool.data_ptr(),
-        v_pool.data_ptr(),
-        tables_BW.data_ptr(),
-        tables_BW.shape[1],
-        contexts_B.data_ptr(),
-        slots_B.data_ptr(),
-        page_size,
-        num_sequences,
-        num_heads,
-        num_kv_heads,
-        size,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    new = (q_BNH, k_BGH, k_BGH.stride(0), v_BGH, v_BGH.stride(0))
+    places = (k_pool, v_pool, tables_BW, tables_BW.shape[1], contexts_B, slots_B, page_size)
+    call("decode_attention", *new, *places, num_sequences, num_heads, num_kv_heads, size, out)
     return out
 
 
@@ -385,8 +369,7 @@ def full_attention(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, lengths: list[in
     for length in lengths:
         pointers = (t.data_ptr() + start * stride * t.itemsize for t in (q_PNH, k_PNH, v_PNH))
         to = out.data_ptr() + start * num_heads * size * out.itemsize
-        args = (*pointers, stride, length, num_heads, size, packed.data_ptr(), to, tiles)
-        _cpu().q3_full_attention(*args, torch.get_num_threads())
+        call("full_attention", *pointers, stride, length, num_heads, size, packed, to, tiles)
         start += length
     return out
 
@@ -402,12 +385,11 @@ def rotate_(x_PNH: Tensor, cos_P1H: Tensor, sin_P1H: Tensor) -> None:
     fits = fits and is_dense(torch.float32, cos_P1H, sin_P1H)
     fits = fits and cos_P1H.shape == sin_P1H.shape == (num_patches, 1, size)
     need(fits, "bfloat16 heads of whole pieces and float32 angles", x_PNH, cos_P1H, sin_P1H)
-    pointers = (x_PNH.data_ptr(), x_PNH.stride(0), cos_P1H.data_ptr(), sin_P1H.data_ptr())
-    _cpu().q3_rotate(*pointers, num_patches, num_heads, size, torch.get_num_threads())
+    call("rotate", x_PNH, x_PNH.stride(0), cos_P1H, sin_P1H, num_patches, num_heads, size)
 
 
 def gelu_tanh_(x: Tensor) -> Tensor:
     """`gelu` with the tanh form, in place."""
     need(is_dense(torch.bfloat16, x), "bfloat16 in one piece", x)
-    _cpu().q3_gelu_tanh(x.data_ptr(), x.numel(), torch.get_num_threads())
+    call("gelu_tanh", x, x.numel())
     return x

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qwen3vl_disagg.kernels import int8, ops
 from qwen3vl_disagg.model.layers import Linear, RMSNorm, SwiGLU
-from qwen3vl_disagg.model.moe import Experts, takes_grouped_mm
+from qwen3vl_disagg.model.moe import Experts, SparseMoe, takes_grouped_mm
 from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear
 from qwen3vl_disagg.model.vision import VisionAttention, VisionMlp
 
@@ -31,6 +31,9 @@ def use_kernels(module: ModuleT) -> ModuleT:
             part.use_kernel = _is_plain(part.weight) and ops.can_linear(part.weight[:1], part.weight)
         elif isinstance(part, RMSNorm):
             part.use_kernel = _is_plain(part.weight) and ops.can_norm(len(part.weight), part.weight)
+        elif isinstance(part, SparseMoe):
+            weight = part.gate.weight
+            part.use_kernel = _is_plain(weight) and ops.can_route(len(weight), part.num_experts_per_tok, weight)
         elif isinstance(part, SwiGLU):
             weight = part.gate_proj.weight
             part.use_kernel = _is_plain(weight) and ops.can_swiglu(len(weight), weight)

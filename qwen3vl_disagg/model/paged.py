@@ -98,6 +98,23 @@ class PagedBatch(ForwardBatch):
         return paged_attention(q_TNH, k_TGH, v_TGH, *cache, self.places, impl)
 
 
+class DecodeBatch(ForwardBatch):
+    """One new token for each row, all of whose places are in tensors that may be written anew between two runs: for a
+    step that is recorded. By the kernel alone."""
+
+    def __init__(self, places: PagedPlaces, caches: Sequence[LayerCache]) -> None:
+        self.seq_lens, self.logit_rows = [1] * len(places.new_B), None
+        self.places, self.caches = places, caches
+
+    def layer_cache(self, layer: int) -> LayerCache:
+        return self.caches[layer]
+
+    def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, cache: LayerCache | None) -> Tensor:
+        if cache is None:
+            raise ValueError("a paged batch needs the layer's cache")
+        return paged_attention(q_TNH, k_TGH, v_TGH, *cache, self.places, "kernel")
+
+
 @dataclass(frozen=True)
 class PagedPlaces:
     """Where the tokens of a step lie: new tokens and contexts `[B]`, page tables `[B, W]`, slots of the new tokens

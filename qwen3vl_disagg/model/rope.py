@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model.config import YarnScaling
 
 
@@ -83,6 +84,8 @@ def text_rotary(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin `[T, 1, H]` in the model's dtype, from integer positions `[3, T]`; angles are float32."""
     inv_freq_J1, axis_J = _frequencies(theta, tuple(mrope_axes(head_dim // 2, section)), yarn, positions.device)
+    if dtype == torch.bfloat16 and positions.is_cpu and positions.stride(1) == 1 and ops.has_kernels():
+        return ops.text_rotary(positions, inv_freq_J1.view(-1), axis_J, 1.0 if yarn is None else yarn.attention_factor)
     angles_TJ = (positions[axis_J].float() * inv_freq_J1).T
     angles_T1H = torch.cat((angles_TJ, angles_TJ), dim=-1)[:, None, :]
     cos_T1H, sin_T1H = angles_T1H.cos(), angles_T1H.sin()

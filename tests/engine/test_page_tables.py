@@ -21,7 +21,7 @@ def make_sequence(name: str) -> Sequence:
     st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["grow", "leave", "end"]), st.integers(1, 40)), max_size=40)
 )
 def test_whoever_comes_grows_leaves_and_comes_back(changes):
-    tables = PageTables()
+    tables = PageTables(6, 1700)
     sequences = {n: make_sequence(str(n)) for n in range(6)}
     next_page = 0
     for number, what, count in changes:
@@ -40,12 +40,10 @@ def test_whoever_comes_grows_leaves_and_comes_back(changes):
             expected = [one.pages + [0] * (longest - len(one.pages)) for one in there[::-1]]
             found = tables.of(there[::-1])
             assert found.tolist() == expected
-            assert found.is_contiguous()
-    assert len(tables._table) <= 16  # rows of those that are gone are used again
 
 
 def test_a_step_writes_what_is_new():
-    tables, sequence = PageTables(), make_sequence("a")
+    tables, sequence = PageTables(1, 6000), make_sequence("a")
     sequence.pages += range(5000)
     tables.of([sequence])
     sequence.pages.append(7)

@@ -3,6 +3,9 @@
 // shares vectors; a group that is no multiple of 4 is filled up with zeros.
 #include <math.h>
 #include "bf16.h"
+#include "step.h"
+
+extern "C" int omp_get_num_threads(void);
 
 static const long TOKENS = 64, MAX_HEADS = 8, MAX_GROUP = 16, MAX_SIZE = 128;
 
@@ -128,11 +131,11 @@ static void attend(const bf16* q, const float* k_pool, const float* v_pool, cons
 // The keys and values of the new tokens, k and v [B, G, H] with rows `k_stride` and `v_stride` apart, are written into
 // the pools [slots, G, H] at slots[B]; then they count among the contexts[b] tokens of sequence b. Page p of it is
 // number tables[b * width + p]. q and out: [B, N, H].
-extern "C" void q3_decode_attention(const bf16* q, const bf16* k, long k_stride, const bf16* v, long v_stride,
-                                    float* k_pool, float* v_pool, const int64_t* tables, long width,
-                                    const int64_t* contexts, const int64_t* slots, long page_size, long B, long N,
-                                    long G, long H, bf16* out, int threads) {
+static void decode_attention(const bf16* q, const bf16* k, long k_stride, const bf16* v, long v_stride, float* k_pool,
+                             float* v_pool, const int64_t* tables, long width, const int64_t* contexts,
+                             const int64_t* slots, long page_size, long B, long N, long G, long H, bf16* out) {
   if (B == 0) return;
+  const int threads = omp_get_num_threads();
   // A sequence is one task where there are enough of them, else its heads are divided.
   long pieces = (2 * threads + B - 1) / B;
   pieces = pieces < G ? pieces : G;
@@ -140,7 +143,7 @@ extern "C" void q3_decode_attention(const bf16* q, const bf16* k, long k_stride,
   most = most < MAX_HEADS ? most : MAX_HEADS;
   pieces = (G + most - 1) / most;
   const long group = N / G;
-#pragma omp parallel for schedule(dynamic) collapse(2) num_threads(threads)
+#pragma omp for schedule(dynamic) collapse(2)
   for (long b = 0; b < B; b++)
     for (long piece = 0; piece < pieces; piece++) {
       const long g = piece * most, heads = G - g < most ? G - g : most, slot = (slots[b] * G + g) * H;
@@ -153,4 +156,19 @@ extern "C" void q3_decode_attention(const bf16* q, const bf16* k, long k_stride,
                                            Pages{tables + b * width, page_size, G * H}, contexts[b], heads, group,
                                            out + first);
     }
+}
+
+extern "C" void q3_decode_attention(const bf16* q, const bf16* k, long k_stride, const bf16* v, long v_stride,
+                                    float* k_pool, float* v_pool, const int64_t* tables, long width,
+                                    const int64_t* contexts, const int64_t* slots, long page_size, long B, long N,
+                                    long G, long H, bf16* out, int threads) {
+#pragma omp parallel num_threads(threads)
+  decode_attention(q, k, k_stride, v, v_stride, k_pool, v_pool, tables, width, contexts, slots, page_size, B, N, G, H,
+                   out);
+}
+
+extern "C" void step_decode_attention(const Word* a, long B) {
+  decode_attention((bf16*)a[0].p, (bf16*)a[1].p, a[2].l, (bf16*)a[3].p, a[4].l, (float*)a[5].p, (float*)a[6].p,
+                   (int64_t*)a[7].p, a[8].l, (int64_t*)a[9].p, (int64_t*)a[10].p, a[11].l, B, a[13].l, a[14].l, a[15].l,
+                   (bf16*)a[16].p);
 }

@@ -129,7 +129,8 @@ struct Block {
 static void experts_by_tiles(const bf16* x, const int64_t* ids, const bf16* weights, const bf16* gate_up,
                              const bf16* down, int32_t* index, bf16* act, bf16* y, bf16* out, long T, long E, long K,
                              long D, long F, int threads) {
-  const Routed routed(ids, index, T, E, K);
+  const Routed routed(index, T, E, K);
+  routed.sort(ids, T, E, K);
   Block* blocks = (Block*)(index + E + 1 + 2 * T * K);
   long num = 0, groups = 0;
   for (long e = 0; e < E; e++) {

@@ -9,29 +9,22 @@
 extern "C" int omp_get_thread_num(void);
 
 // out[T, N] = x[T, D] [w_0; w_1; ..]^T for `num` weights w_i[sizes[i], D], whose sizes add up to N. Sizes are multiples
-// of 4, D of 32, T is at most 64.
+// of 4, D of 32, T is at most 64. By all threads of a team.
 template <typename Weight>
-static void linear(const bf16* x, const Weight* weights, const long* sizes, long num, bf16* out, long T, long N, long D,
-                   int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    const bf16* rows[64];
-    float tile[64 * 4];
-    for (long t = 0; t < T; t++) rows[t] = x + t * D;
-    for (long i = 0, start = 0; i < num; start += sizes[i++]) {
-      const Weight w = weights[i].at(0, omp_get_thread_num());
+static void linear(const bf16* x, const Weight* weights, const long* sizes, long num, bf16* out, long T, long N,
+                   long D) {
+  const bf16* rows[64];
+  float tile[64 * 4];
+  for (long t = 0; t < T; t++) rows[t] = x + t * D;
+  for (long i = 0, start = 0; i < num; start += sizes[i++]) {
+    const Weight w = weights[i].at(0, omp_get_thread_num());
 #pragma omp for schedule(static) nowait
-      for (long n = 0; n < sizes[i]; n += 4) {
-        w.dot(rows, T, n, tile);
-        store_tile(tile, T, out + start + n, N);
-      }
+    for (long n = 0; n < sizes[i]; n += 4) {
+      w.dot(rows, T, n, tile);
+      store_tile(tile, T, out + start + n, N);
     }
   }
-}
-
-template <typename Weight>
-static void linear(const bf16* x, const Weight& weight, bf16* out, long T, long N, long D, int threads) {
-  linear(x, &weight, &N, 1, out, T, N, D, threads);
+#pragma omp barrier
 }
 
 // Rows of an expert, in blocks, so that the scratch of a thread is bounded.
@@ -57,9 +50,11 @@ static inline long block_at(long first, long end) { return end - first < BLOCK ?
 struct Routed {
   int32_t *starts, *token_of, *row_of;
 
-  // index: E + 1 + 2 * T * K numbers of scratch.
-  Routed(const int64_t* ids, int32_t* index, long T, long E, long K)
-      : starts(index), token_of(index + E + 1), row_of(token_of + T * K) {
+  // index: E + 1 + 2 * T * K numbers of scratch, which `sort` fills.
+  Routed(int32_t* index, long T, long E, long K)
+      : starts(index), token_of(index + E + 1), row_of(token_of + T * K) {}
+
+  void sort(const int64_t* ids, long T, long E, long K) const {
     memset(starts, 0, (E + 1) * sizeof(int32_t));
     for (long i = 0; i < T * K; i++)
       if ((uint64_t)ids[i] < (uint64_t)E) starts[ids[i] + 1]++;
@@ -86,45 +81,43 @@ struct Routed {
 
 // The weighted sum over each token's K experts; ids[T, K] says which. Every rounding is where the modules have one.
 // gate_up is [E * 2F, D], down [E * D, F].
-// Scratch: index[E + 1 + 2 * T * K] int32, act[T * K, F] and y[T * K, D] bf16.
+// Scratch: index[E + 1 + 2 * T * K] int32, act[T * K, F] and y[T * K, D] bf16. By all threads of a team.
 template <typename Weight>
 static void experts(const bf16* x, const int64_t* ids, const bf16* weights, const Weight& gate_up, const Weight& down,
-                    int32_t* index, bf16* act, bf16* y, bf16* out, long T, long E, long K, long D, long F,
-                    int threads) {
-  const Routed routed(ids, index, T, E, K);
+                    int32_t* index, bf16* act, bf16* y, bf16* out, long T, long E, long K, long D, long F) {
+  const Routed routed(index, T, E, K);
+#pragma omp single
+  routed.sort(ids, T, E, K);
   const int32_t *starts = routed.starts, *token_of = routed.token_of;
-#pragma omp parallel num_threads(threads)
-  {
-    const bf16* rows[BLOCK];
-    float gate[BLOCK * 4], up[BLOCK * 4];
-    const int thread = omp_get_thread_num();
-    for (long e = 0; e < E; e++)
-      for (long first = starts[e]; first < starts[e + 1]; first += BLOCK) {
-        const long count = block_at(first, starts[e + 1]);
-        for (long r = 0; r < count; r++) rows[r] = x + (long)token_of[first + r] * D;
-        const Weight w = gate_up.at(e * 2 * F, thread);
+  const bf16* rows[BLOCK];
+  float gate[BLOCK * 4], up[BLOCK * 4];
+  const int thread = omp_get_thread_num();
+  for (long e = 0; e < E; e++)
+    for (long first = starts[e]; first < starts[e + 1]; first += BLOCK) {
+      const long count = block_at(first, starts[e + 1]);
+      for (long r = 0; r < count; r++) rows[r] = x + (long)token_of[first + r] * D;
+      const Weight w = gate_up.at(e * 2 * F, thread);
 #pragma omp for schedule(static) nowait
-        for (long f = 0; f < F; f += 4) {
-          w.dot(rows, count, f, gate);
-          w.dot(rows, count, F + f, up);
-          for (long i = 0; i < count * 4; i += 16) _mm512_storeu_ps(gate + i, swiglu(gate + i, up + i));
-          store_tile(gate, count, act + first * F + f, F);
-        }
+      for (long f = 0; f < F; f += 4) {
+        w.dot(rows, count, f, gate);
+        w.dot(rows, count, F + f, up);
+        for (long i = 0; i < count * 4; i += 16) _mm512_storeu_ps(gate + i, swiglu(gate + i, up + i));
+        store_tile(gate, count, act + first * F + f, F);
       }
+    }
 #pragma omp barrier
-    for (long e = 0; e < E; e++)
-      for (long first = starts[e]; first < starts[e + 1]; first += BLOCK) {
-        const long count = block_at(first, starts[e + 1]);
-        for (long r = 0; r < count; r++) rows[r] = act + (first + r) * F;
-        const Weight w = down.at(e * D, thread);
+  for (long e = 0; e < E; e++)
+    for (long first = starts[e]; first < starts[e + 1]; first += BLOCK) {
+      const long count = block_at(first, starts[e + 1]);
+      for (long r = 0; r < count; r++) rows[r] = act + (first + r) * F;
+      const Weight w = down.at(e * D, thread);
 #pragma omp for schedule(static) nowait
-        for (long d = 0; d < D; d += 4) {
-          w.dot(rows, count, d, gate);
-          store_tile(gate, count, y + first * D + d, D);
-        }
+      for (long d = 0; d < D; d += 4) {
+        w.dot(rows, count, d, gate);
+        store_tile(gate, count, y + first * D + d, D);
       }
+    }
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (long t = 0; t < T; t++) routed.sum(t, weights, y, out, K, D);
-  }
+  for (long t = 0; t < T; t++) routed.sum(t, weights, y, out, K, D);
 }

@@ -1,6 +1,7 @@
 // int8 weights, -127 to 127, with a float scale for each row: made bfloat16 on the way, which is exact, summed in float,
 // and the scale comes last.
 #include "few_rows.h"
+#include "step.h"
 
 // The two bytes of 0.0, 1.0 .. 127.0 in bfloat16.
 struct Tables {
@@ -120,7 +121,15 @@ struct Int8Weight {
 // scratch[threads, 4 * D] bf16.
 extern "C" void q3_linear_int8(const bf16* x, const int8_t* w, const float* scale, bf16* scratch, bf16* out, long T,
                                long N, long D, int threads) {
-  linear(x, Int8Weight{w, scale, scratch, D, 4 * D}, out, T, N, D, threads);
+  const Int8Weight weight = {w, scale, scratch, D, 4 * D};
+#pragma omp parallel num_threads(threads)
+  linear(x, &weight, &N, 1, out, T, N, D);
+}
+
+extern "C" void step_linear_int8(const Word* a, long T) {
+  const long N = a[6].l, D = a[7].l;
+  const Int8Weight weight = {(int8_t*)a[1].p, (float*)a[2].p, (bf16*)a[3].p, D, 4 * D};
+  linear((bf16*)a[0].p, &weight, &N, 1, (bf16*)a[4].p, T, N, D);
 }
 
 // scratch[threads, 4 * max(D, F)] bf16; the others as q3_experts.
@@ -129,6 +138,16 @@ extern "C" void q3_experts_int8(const bf16* x, const int64_t* ids, const bf16* w
                                 int32_t* index, bf16* act, bf16* y, bf16* out, long T, long E, long K, long D, long F,
                                 int threads) {
   const long size = 4 * (D > F ? D : F);
+#pragma omp parallel num_threads(threads)
   experts(x, ids, weights, Int8Weight{gate_up, gate_up_scale, scratch, D, size},
-          Int8Weight{down, down_scale, scratch, F, size}, index, act, y, out, T, E, K, D, F, threads);
+          Int8Weight{down, down_scale, scratch, F, size}, index, act, y, out, T, E, K, D, F);
+}
+
+extern "C" void step_experts_int8(const Word* a, long T) {
+  const long D = a[15].l, F = a[16].l, size = 4 * (D > F ? D : F);
+  bf16* scratch = (bf16*)a[7].p;
+  experts((bf16*)a[0].p, (int64_t*)a[1].p, (bf16*)a[2].p,
+          Int8Weight{(int8_t*)a[3].p, (float*)a[4].p, scratch, D, size},
+          Int8Weight{(int8_t*)a[5].p, (float*)a[6].p, scratch, F, size}, (int32_t*)a[8].p, (bf16*)a[9].p,
+          (bf16*)a[10].p, (bf16*)a[11].p, T, a[13].l, a[14].l, D, F);
 }

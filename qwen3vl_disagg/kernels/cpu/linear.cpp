@@ -1,5 +1,6 @@
 // bfloat16 weights as the checkpoint has them.
 #include "expert_tiles.h"
+#include "step.h"
 
 struct Bf16Weight {
   const bf16* w;
@@ -11,11 +12,21 @@ struct Bf16Weight {
 };
 
 // Up to 4 weights.
-extern "C" void q3_linear(const bf16* x, const bf16* const* w, const long* sizes, long num, bf16* out, long T, long N,
-                          long D, int threads) {
+static void linear_of(const bf16* x, const bf16* const* w, const long* sizes, long num, bf16* out, long T, long N,
+                      long D) {
   Bf16Weight weights[4];
   for (long i = 0; i < num; i++) weights[i] = {w[i], D};
-  linear(x, weights, sizes, num, out, T, N, D, threads);
+  linear(x, weights, sizes, num, out, T, N, D);
+}
+
+extern "C" void q3_linear(const bf16* x, const bf16* const* w, const long* sizes, long num, bf16* out, long T, long N,
+                          long D, int threads) {
+#pragma omp parallel num_threads(threads)
+  linear_of(x, w, sizes, num, out, T, N, D);
+}
+
+extern "C" void step_linear(const Word* a, long T) {
+  linear_of((bf16*)a[0].p, (bf16**)a[1].p, (long*)a[2].p, a[3].l, (bf16*)a[4].p, T, a[6].l, a[7].l);
 }
 
 // Whether the processor and the system have AMX's tiles, and the compiler knew them.
@@ -33,16 +44,32 @@ extern "C" void q3_experts(const bf16* x, const int64_t* ids, const bf16* weight
     return;
   }
 #endif
-  experts(x, ids, weights, Bf16Weight{gate_up, D}, Bf16Weight{down, F}, index, act, y, out, T, E, K, D, F, threads);
+#pragma omp parallel num_threads(threads)
+  experts(x, ids, weights, Bf16Weight{gate_up, D}, Bf16Weight{down, F}, index, act, y, out, T, E, K, D, F);
+}
+
+extern "C" void step_experts(const Word* a, long T) {
+  const long D = a[12].l, F = a[13].l;
+  experts((bf16*)a[0].p, (int64_t*)a[1].p, (bf16*)a[2].p, Bf16Weight{(bf16*)a[3].p, D}, Bf16Weight{(bf16*)a[4].p, F},
+          (int32_t*)a[5].p, (bf16*)a[6].p, (bf16*)a[7].p, (bf16*)a[8].p, T, a[10].l, a[11].l, D, F);
 }
 
 // silu(gate) * up -> out[T, F]; rows of gate and up lie apart. F is a multiple of 16.
-extern "C" void q3_swiglu(const bf16* gate, long gate_stride, const bf16* up, long up_stride, bf16* out, long T, long F,
-                          int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (T * F >= 1 << 15)
+static void swiglu(const bf16* gate, long gate_stride, const bf16* up, long up_stride, bf16* out, long T, long F) {
+#pragma omp for schedule(static) collapse(2)
   for (long t = 0; t < T; t++)
     for (long f = 0; f < F; f += 16) {
       const __m512 act = swiglu(load_wide(gate + t * gate_stride + f), load_wide(up + t * up_stride + f));
       _mm256_storeu_si256((__m256i*)(out + t * F + f), narrow(act));
     }
+}
+
+extern "C" void q3_swiglu(const bf16* gate, long gate_stride, const bf16* up, long up_stride, bf16* out, long T, long F,
+                          int threads) {
+#pragma omp parallel num_threads(threads) if (T * F >= 1 << 15)
+  swiglu(gate, gate_stride, up, up_stride, out, T, F);
+}
+
+extern "C" void step_swiglu(const Word* a, long T) {
+  swiglu((bf16*)a[0].p, a[1].l, (bf16*)a[2].p, a[3].l, (bf16*)a[4].p, T, a[6].l);
 }

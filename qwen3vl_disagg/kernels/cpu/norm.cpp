@@ -1,6 +1,7 @@
 // RMSNorm, and RMSNorm of heads with the rotary embedding after it. Every rounding is where the modules have one.
 #include <math.h>
 #include "bf16.h"
+#include "step.h"
 
 // From how many numbers on a second thread pays.
 static const long MANY = 1 << 15;
@@ -19,8 +20,8 @@ static inline __m512 normed(const bf16* x, const bf16* weight, __m512 scale) {
 }
 
 // x, out [T, D]; D is a multiple of 16.
-extern "C" void q3_rms_norm(const bf16* x, const bf16* weight, float eps, bf16* out, long T, long D, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (T * D >= MANY)
+static void rms_norm(const bf16* x, const bf16* weight, float eps, bf16* out, long T, long D) {
+#pragma omp for schedule(static)
   for (long t = 0; t < T; t++) {
     const __m512 scale = scale_of(x + t * D, D, eps);
     for (long d = 0; d < D; d += 16)
@@ -28,10 +29,19 @@ extern "C" void q3_rms_norm(const bf16* x, const bf16* weight, float eps, bf16* 
   }
 }
 
+extern "C" void q3_rms_norm(const bf16* x, const bf16* weight, float eps, bf16* out, long T, long D, int threads) {
+#pragma omp parallel num_threads(threads) if (T * D >= MANY)
+  rms_norm(x, weight, eps, out, T, D);
+}
+
+extern "C" void step_rms_norm(const Word* a, long T) {
+  rms_norm((bf16*)a[0].p, (bf16*)a[1].p, (float)a[2].f, (bf16*)a[3].p, T, a[5].l);
+}
+
 // Heads of x[T, N, H], rows `stride` apart -> out [T, N, H]. cos and sin: [T, H]; H is a multiple of 32.
-extern "C" void q3_norm_rotary(const bf16* x, long stride, const bf16* weight, float eps, const bf16* cos,
-                               const bf16* sin, bf16* out, long T, long N, long H, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (T * N * H >= MANY)
+static void norm_rotary(const bf16* x, long stride, const bf16* weight, float eps, const bf16* cos, const bf16* sin,
+                        bf16* out, long T, long N, long H) {
+#pragma omp for schedule(static) collapse(2)
   for (long t = 0; t < T; t++)
     for (long n = 0; n < N; n++) {
       const bf16* head = x + t * stride + n * H;
@@ -47,4 +57,15 @@ extern "C" void q3_norm_rotary(const bf16* x, long stride, const bf16* weight, f
         _mm256_storeu_si256((__m256i*)(to + high), narrow(_mm512_add_ps(b_cos, a_sin)));
       }
     }
+}
+
+extern "C" void q3_norm_rotary(const bf16* x, long stride, const bf16* weight, float eps, const bf16* cos,
+                               const bf16* sin, bf16* out, long T, long N, long H, int threads) {
+#pragma omp parallel num_threads(threads) if (T * N * H >= MANY)
+  norm_rotary(x, stride, weight, eps, cos, sin, out, T, N, H);
+}
+
+extern "C" void step_norm_rotary(const Word* a, long T) {
+  norm_rotary((bf16*)a[0].p, a[1].l, (bf16*)a[2].p, (float)a[3].f, (bf16*)a[4].p, (bf16*)a[5].p, (bf16*)a[6].p, T,
+              a[8].l, a[9].l);
 }
