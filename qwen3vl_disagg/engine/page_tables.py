@@ -16,8 +16,7 @@ from qwen3vl_disagg.engine.sequence import Sequence
 class PageTables:
     """`table [R, W]` int64 on the host: row b is that of a batch's sequence b, zeros behind its pages.
 
-    A row is written where it was another sequence's in the batch before, or the sequence has come back since, else only
-    its new pages are.
+    Only new pages are written, and all of a sequence that has come, or come back, since the batch before.
     """
 
     def __init__(self, max_rows: int, num_pages: int) -> None:
@@ -33,12 +32,22 @@ class PageTables:
             whose, stay, num_written = self._rows[b]
             pages = sequence.pages
             if whose() is not sequence or stay != sequence.num_preempted:
-                self._array[b, len(pages) : num_written] = 0
-                whose, num_written = ref(sequence), 0
+                before, num_written = num_written, self._bring(sequence, b)
+                self._array[b, num_written:before] = 0
+                whose = ref(sequence)
             elif num_written == len(pages):
                 continue
             self._array[b, num_written : len(pages)] = pages[num_written:]
             self._rows[b] = (whose, sequence.num_preempted, len(pages))
+
+    def _bring(self, sequence: Sequence, b: int) -> int:
+        """What is written of it further down, to row b: who ends moves those behind it up. How many pages that are."""
+        for row in range(b + 1, len(self._rows)):
+            whose, stay, num_written = self._rows[row]
+            if whose() is sequence and stay == sequence.num_preempted:
+                self._array[b, :num_written] = self._array[row, :num_written]
+                return num_written
+        return 0
 
     def of(self, sequences: Seq[Sequence]) -> Tensor:
         """`[B, W]` with W pages of the longest. It stands until the next call."""

@@ -12,7 +12,7 @@ import ctypes
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,7 +54,12 @@ _VIEWS = {
 _ONE_KERNEL = {"q3vl::linear", "q3vl::linear_int8", "q3vl::experts", "q3vl::experts_int8"}
 """Operators of this package that call a kernel, which is noted, and do nothing else where their tensors are whole."""
 
-_recording: Tape | None = None
+_here = threading.local()
+"""`tape`: the one that records what this thread does."""
+
+
+def _recording() -> Tape | None:
+    return getattr(_here, "tape", None)
 
 
 def library() -> ctypes.CDLL:
@@ -64,17 +69,25 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def call(name: str, *args: Tensor | ctypes.Array[Any] | float) -> None:
-    """Run a kernel by as many threads as torch has. Tensors and arrays are given as their addresses."""
+def call(name: str, *args: Tensor | ctypes.Array[Any] | float, reads: Sequence[Tensor] = ()) -> None:
+    """Run a kernel by as many threads as torch has. Tensors and arrays are given as their addresses. `reads`: tensors
+    whose addresses are in an array."""
     plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
     getattr(library(), f"q3_{name}")(*plain, torch.get_num_threads())
-    if _recording is not None and _recording.thread == threading.get_ident():
-        _recording.note(name, *args)
+    if (tape := _recording()) is not None:
+        tape.note(name, *args, reads=reads)
 
 
-def num_scratch() -> int:
-    """Threads for which a kernel needs scratch: while a tape records, those that it may be run with."""
-    return torch.get_num_threads() if _recording is None else max(_recording.max_threads, torch.get_num_threads())
+def scratch(name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+    """Room for a kernel's own use. On a tape all calls share what has one name and shape: one follows another."""
+    tape = _recording()
+    return torch.empty(shape, dtype=dtype) if tape is None else tape.scratch(name, shape, dtype)
+
+
+def num_threads() -> int:
+    """For how many a kernel needs scratch: while a tape records, for those that it may be run with."""
+    tape, now = _recording(), torch.get_num_threads()
+    return now if tape is None else max(tape.max_threads, now)
 
 
 class NotRecordable(Exception):
@@ -85,17 +98,23 @@ class Tape:
     """The calls of a step for up to `max_rows` rows. Keeps alive what they read and write."""
 
     def __init__(self, max_rows: int) -> None:
-        self.max_rows, self.max_threads = max_rows, os.cpu_count() or 1
-        self.thread = threading.get_ident()
+        self.max_rows, self.max_threads = max_rows, len(os.sched_getaffinity(0))
         self._words: list[int] = []
         self._kept: list[Any] = []
+        self._scratch: dict[object, Tensor] = {}
         self._calls = torch.empty(0, dtype=torch.int64)
 
     @property
     def num_calls(self) -> int:
         return len(self._words) // _WORDS
 
-    def note(self, name: str, *args: Tensor | ctypes.Array[Any] | float) -> None:
+    def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        key = (name, shape, dtype)
+        if key not in self._scratch:
+            self._scratch[key] = torch.empty(shape, dtype=dtype)
+        return self._scratch[key]
+
+    def note(self, name: str, *args: Tensor | ctypes.Array[Any] | float, reads: Sequence[Tensor] = ()) -> None:
         """A call that has just been made. NotRecordable if it cannot be part of a step."""
         place = _ROWS.get(name)
         if place is None or args[place] != self.max_rows:
@@ -103,20 +122,19 @@ class Tape:
         function = ctypes.cast(getattr(library(), f"step_{name}"), ctypes.c_void_p).value
         words = [function or 0, *map(_word, args)]
         self._words += words + [0] * (_WORDS - len(words))
-        self._kept += args
+        self._kept += [*args, *reads]
 
     @contextmanager
     def record(self) -> Iterator[None]:
         """What is computed inside, by this thread, is noted. NotRecordable where that cannot be."""
-        global _recording
-        if _recording is not None:
+        if _recording() is not None:
             raise RuntimeError("another tape is recording")
-        _recording = self
+        _here.tape = self
         try:
             with _Refusing(self):
                 yield
         finally:
-            _recording = None
+            _here.tape = None
         self._calls = torch.tensor(self._words, dtype=torch.int64)
 
     def run(self, num_rows: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen3vl_disagg.kernels.calls import call, num_scratch
+from qwen3vl_disagg.kernels.calls import call, num_threads, scratch
 from qwen3vl_disagg.kernels.ops import MAX_KERNEL_ROWS, fit_experts, is_cpu_bf16, is_dense, need
 
 _library = torch.library.Library("q3vl", "FRAGMENT")
@@ -23,8 +23,8 @@ def _linear_int8(x_TD: Tensor, weight_ND: Tensor, scale_N: Tensor) -> Tensor:
     fits = fits and weight_ND.shape[0] % 4 == 0 and weight_ND.shape[1] % 32 == 0
     need(fits, "a few bfloat16 rows, int8 weights and float32 scales of whole pieces", x_TD, weight_ND, scale_N)
     (num_rows, depth), num_out = x_TD.shape, weight_ND.shape[0]
-    out, scratch = x_TD.new_empty(num_rows, num_out), x_TD.new_empty(num_scratch(), 4 * depth)
-    call("linear_int8", x_TD, weight_ND, scale_N, scratch, out, num_rows, num_out, depth)
+    out, widened = x_TD.new_empty(num_rows, num_out), scratch("widened", num_threads(), 4 * depth, dtype=torch.bfloat16)
+    call("linear_int8", x_TD, weight_ND, scale_N, widened, out, num_rows, num_out, depth)
     return out
 
 
@@ -74,11 +74,12 @@ def _experts_int8(
     (num_tokens, hidden), num_choices = x_TD.shape, ids_TK.shape[1]
     num_experts, _, width = down_EDF.shape
     num_rows = num_tokens * num_choices
-    index = torch.empty(num_experts + 1 + 2 * num_rows, dtype=torch.int32)
-    scratch = x_TD.new_empty(num_scratch(), 4 * max(hidden, width))
-    act, y, out = x_TD.new_empty(num_rows, width), x_TD.new_empty(num_rows, hidden), torch.empty_like(x_TD)
+    index = scratch("index", num_experts + 1 + 2 * num_rows, dtype=torch.int32)
+    widened = scratch("widened", num_threads(), 4 * max(hidden, width), dtype=torch.bfloat16)
+    act, y = (scratch(*room, dtype=torch.bfloat16) for room in (("act", num_rows, width), ("y", num_rows, hidden)))
+    out = torch.empty_like(x_TD)
     tensors = (x_TD, ids_TK, weights_TK, gate_up_EGD, gate_up_scale_EG, down_EDF, down_scale_ED)
-    call("experts_int8", *tensors, scratch, index, act, y, out, num_tokens, num_experts, num_choices, hidden, width)
+    call("experts_int8", *tensors, widened, index, act, y, out, num_tokens, num_experts, num_choices, hidden, width)
     return out
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_disagg.kernels.build import load
-from qwen3vl_disagg.kernels.calls import call, library
+from qwen3vl_disagg.kernels.calls import call, library, scratch
 
 MAX_LINEAR_ROWS = 48
 """With more rows a matrix is read often enough that the blocked multiplication of oneDNN is faster."""
@@ -74,7 +74,17 @@ def _linear(x_TD: Tensor, weights: list[Tensor]) -> Tensor:
     sizes = [shape[0] for shape in shapes]
     out = x_TD.new_empty(x_TD.shape[0], sum(sizes))
     addresses = (ctypes.c_void_p * len(sizes))(*[weight.data_ptr() for weight in weights])
-    call("linear", x_TD, addresses, (ctypes.c_long * len(sizes))(*sizes), len(sizes), out, *out.shape, depth)
+    call(
+        "linear",
+        x_TD,
+        addresses,
+        (ctypes.c_long * len(sizes))(*sizes),
+        len(sizes),
+        out,
+        *out.shape,
+        depth,
+        reads=weights,
+    )
     return out
 
 
@@ -150,9 +160,9 @@ def _experts(
     num_rows = num_tokens * num_choices
     by_tiles = may_tile and takes_tiles(num_tokens, num_choices, num_experts)
     num_blocks = num_experts + num_rows // TILE_ROWS if by_tiles else 0
-    index = torch.empty(num_experts + 1 + 2 * num_rows + 4 * num_blocks, dtype=torch.int32)
-    act, y = (x_TD.new_empty(num_rows + 16 * num_blocks, size) for size in (width, hidden))
-    out = torch.empty_like(x_TD)
+    index = scratch("index", num_experts + 1 + 2 * num_rows + 4 * num_blocks, dtype=torch.int32)
+    act = scratch("act", num_rows + 16 * num_blocks, width, dtype=torch.bfloat16)
+    y, out = scratch("y", len(act), hidden, dtype=torch.bfloat16), torch.empty_like(x_TD)
     tensors = (x_TD, ids_TK, weights_TK, gate_up_EGD, down_EDF, index, act, y, out)
     call("experts", *tensors, num_tokens, num_experts, num_choices, hidden, width, by_tiles)
     return out
@@ -219,11 +229,11 @@ def can_take_largest(logits_BV: Tensor) -> bool:
 
 def largest(logits_BV: Tensor, banned_ids: Sequence[int], more_ids: Sequence[int], has_more: list[bool]) -> list[int]:
     """The id of each row's largest logit, the lowest of equal ones, none of `banned_ids`, nor of `more_ids` in the rows
-    of `has_more`; -1 where a logit of the row is not finite."""
-    (num_rows, vocab_size), lists = logits_BV.shape, [sorted({*banned_ids}), sorted({*banned_ids, *more_ids})]
+    of `has_more` (ids that are not of the vocabulary mean nothing); -1 where a logit of the row is not finite."""
+    num_rows, vocab_size = logits_BV.shape
+    lists = [sorted(i for i in {*ids} if 0 <= i < vocab_size) for ids in (banned_ids, (*banned_ids, *more_ids))]
     fits = is_dense(torch.bfloat16, logits_BV) and len(has_more) == num_rows and vocab_size < 2**31
-    fits = fits and all(0 <= token_id < vocab_size for token_id in lists[1])
-    need(fits, "bfloat16 logits, a flag for each row and ids of the vocabulary", logits_BV)
+    need(fits, "bfloat16 logits and a flag for each row", logits_BV)
     sizes = [len(ids) for ids in lists]
     arrays = (ctypes.c_int64 * (sum(sizes) or 1))(*lists[0], *lists[1]), (ctypes.c_long * 2)(*sizes)
     ids_B = (ctypes.c_int64 * (num_rows or 1))()
@@ -251,7 +261,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     fits = is_dense(torch.bfloat16, x_TD, weight_D) and weight_D.shape == (size,) and size % 32 == 0
     need(fits, "bfloat16 rows and weights of whole pieces", x_TD, weight_D)
     out = torch.empty_like(x_TD)
-    call("rms_norm", x_TD, weight_D, eps, out, x_TD.numel() // size, size)
+    call("rms_norm", x_TD, weight_D, float(eps), out, x_TD.numel() // size, size)
     return out
 
 
@@ -264,7 +274,7 @@ def norm_rotary(x_TNH: Tensor, weight_H: Tensor, eps: float, cos_T1H: Tensor, si
     fits = fits and cos_T1H.shape == sin_T1H.shape == (num_tokens, 1, size)
     need(fits, "bfloat16 heads of whole pieces", x_TNH, weight_H, cos_T1H, sin_T1H)
     out = x_TNH.new_empty(num_tokens, num_heads, size)
-    call("norm_rotary", x_TNH, x_TNH.stride(0), weight_H, eps, cos_T1H, sin_T1H, out, *out.shape)
+    call("norm_rotary", x_TNH, x_TNH.stride(0), weight_H, float(eps), cos_T1H, sin_T1H, out, *out.shape)
     return out
 
 
@@ -276,7 +286,7 @@ def text_rotary(positions_3T: Tensor, inv_freq_J: Tensor, axis_J: Tensor, factor
     fits = fits and inv_freq_J.shape == axis_J.shape == (half,)
     need(fits, "int64 positions on three axes and a frequency and an axis for each angle", positions_3T, inv_freq_J)
     cos, sin = (torch.empty(num_tokens, 1, 2 * half, dtype=torch.bfloat16) for _ in "cs")
-    call("rotary", positions_3T, positions_3T.stride(0), inv_freq_J, axis_J, factor, cos, sin, num_tokens, half)
+    call("rotary", positions_3T, positions_3T.stride(0), inv_freq_J, axis_J, float(factor), cos, sin, num_tokens, half)
     return cos, sin
 
 

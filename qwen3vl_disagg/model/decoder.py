@@ -50,6 +50,7 @@ class Qwen3MoeModel(nn.Module):
             DecoderLayer(text, is_moe=text.is_moe_layer(i)) for i in range(text.num_hidden_layers)
         )
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.use_kernel = False
 
     def forward(
         self,
@@ -82,6 +83,7 @@ class Qwen3MoeModel(nn.Module):
             section=text.mrope_section,
             dtype=x_TD.dtype,
             yarn=text.yarn,
+            use_kernel=self.use_kernel,
         )
         for i, layer in enumerate(self.layers):
             layer_input = self._layer_input(i, **hook_inputs)

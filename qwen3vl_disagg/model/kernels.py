@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen3vl_disagg.kernels import int8, ops
+from qwen3vl_disagg.model.decoder import Qwen3MoeModel
 from qwen3vl_disagg.model.layers import Linear, RMSNorm, SwiGLU
 from qwen3vl_disagg.model.moe import Experts, SparseMoe, takes_grouped_mm
 from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear
@@ -19,7 +20,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def use_kernels(module: ModuleT) -> ModuleT:
     """Let every part whose weights the kernels can read use them; nothing changes where there are none.
 
-    To be called once the weights are in place, and again after they were replaced.
+    To be called once the weights are in place, and again after they were replaced, before an engine is made.
     """
     for part in module.modules():
         if isinstance(part, QuantizedLinear):
@@ -31,6 +32,8 @@ def use_kernels(module: ModuleT) -> ModuleT:
             part.use_kernel = _is_plain(part.weight) and ops.can_linear(part.weight[:1], part.weight)
         elif isinstance(part, RMSNorm):
             part.use_kernel = _is_plain(part.weight) and ops.can_norm(len(part.weight), part.weight)
+        elif isinstance(part, Qwen3MoeModel):
+            part.use_kernel = ops.is_cpu_bf16(part.norm.weight)
         elif isinstance(part, SparseMoe):
             weight = part.gate.weight
             part.use_kernel = _is_plain(weight) and ops.can_route(len(weight), part.num_experts_per_tok, weight)

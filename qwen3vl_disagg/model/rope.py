@@ -81,10 +81,12 @@ def text_rotary(
     section: tuple[int, int, int],
     dtype: torch.dtype,
     yarn: YarnScaling | None = None,
+    use_kernel: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin `[T, 1, H]` in the model's dtype, from integer positions `[3, T]`; angles are float32."""
+    """cos and sin `[T, 1, H]` in the model's dtype, from integer positions `[3, T]`; angles are float32. `use_kernel`:
+    where there is one, for bfloat16."""
     inv_freq_J1, axis_J = _frequencies(theta, tuple(mrope_axes(head_dim // 2, section)), yarn, positions.device)
-    if dtype == torch.bfloat16 and positions.is_cpu and positions.stride(1) == 1 and ops.has_kernels():
+    if use_kernel and dtype == torch.bfloat16 and positions.stride(1) == 1 and not torch.compiler.is_compiling():
         return ops.text_rotary(positions, inv_freq_J1.view(-1), axis_J, 1.0 if yarn is None else yarn.attention_factor)
     angles_TJ = (positions[axis_J].float() * inv_freq_J1).T
     angles_T1H = torch.cat((angles_TJ, angles_TJ), dim=-1)[:, None, :]

@@ -102,7 +102,7 @@ def test_nothing_is_recorded_while_requests_run(monkeypatch):
     """200 requests, with images, sampled or not, preempted now and then: the answers of an engine without a tape."""
     records, record = [], Tape.record
     monkeypatch.setattr(Tape, "record", lambda tape: records.append(tape) or record(tape))
-    model, answers = model_of("experts"), []
+    model, answers, num_preempted = model_of("experts"), [], []
     requests = make_requests(model, 200)
     for value in ("off", "on"):
         monkeypatch.setenv("Q3VL_CAPTURE", value)
@@ -111,9 +111,12 @@ def test_nothing_is_recorded_while_requests_run(monkeypatch):
             name: SamplingParams(max_new_tokens=2 + n % 9, temperature=float(n % 2), seed=n, ignore_eos=n % 3 == 0)
             for n, name in enumerate(requests)
         }
+        assert (engine.runner.captured is None) == (value == "off")
         answers.append({name: token_ids(events) for name, events in run(engine, requests, sampling).items()})
+        num_preempted.append(engine.scheduler.num_preempted)
     assert answers[0] == answers[1]
     assert len(records) == 1
+    assert num_preempted[0] == num_preempted[1] > 0
 
 
 @pytest.mark.parametrize("why", ["float32", "sdpa", "loop", "off"])

@@ -184,3 +184,27 @@ def test_answers_in_a_row():
         again.append(sampler.sample(batch, [*rows, SamplingRow(wanted, 7, [2, 3], list(again))])[0][-1])
     assert again == alone
     assert len(set(alone)) > 10
+
+
+@given(
+    rows=st.lists(
+        st.builds(
+            SamplingParams,
+            ignore_eos=st.booleans(),
+            min_tokens=st.integers(0, 5),
+            stop_token_ids=st.lists(st.sampled_from([2, 6]), max_size=2, unique=True),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    num_generated=st.integers(0, 6),
+    seed=st.integers(0, 999),
+)
+def test_rows_that_take_the_largest_logit_alone(rows, num_generated, seed):
+    """In bfloat16, where that is one kernel, if there are any."""
+    logits_BV = (torch.randn(len(rows), 8, generator=torch.Generator().manual_seed(seed)) * 2).round().bfloat16()
+    sampler = make_sampler()
+    batch = [SamplingRow(params, 0, [4], [7] * num_generated) for params in rows]
+    found, entries = sampler.sample(logits_BV, batch)
+    assert found == [next_token(logits_V, row, [1, 5], [0, 3]) for logits_V, row in zip(logits_BV, batch, strict=True)]
+    assert entries == [None] * len(rows)

@@ -58,6 +58,8 @@ def penalties(draw: Draw) -> None:
 def bans(draw: Draw) -> None:
     params, generated = draw.row.params, list(draw.row.generated)
     ends = draw.eos_ids if params.ignore_eos or len(generated) < params.min_tokens else ()
+    if len(generated) < params.min_tokens:
+        ends = (*ends, *params.stop_token_ids)
     others = set(range(len(draw.logits))).difference(params.allowed_token_ids or range(len(draw.logits)))
     for *before, last in params.bad_words:
         if [None, *generated][-len(before) :] == before or not before:

@@ -111,7 +111,7 @@ extern "C" void step_route(const Word* a, long T) {
 // other.
 extern "C" void q3_largest(const bf16* logits, const int64_t* lists, const long* sizes, const uint8_t* kinds,
                            int64_t* ids, long B, long V, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (B * V >= 1 << 17)
+#pragma omp parallel for schedule(static) num_threads(threads) if (B > 1 && B * V >= 1 << 17)
   for (long b = 0; b < B; b++) {
     const __m512i infinite = _mm512_set1_epi32(0x7f800000);
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
