@@ -56,7 +56,7 @@ def test_auto_never_goes_below_the_first_chunk_and_a_given_target_does():
 )
 def test_the_gap_is_near_the_target_wherever_it_can_be(decode_s, fixed_s, token_s, target_ms, first):
     pace = Pace(first, MOST, target_ms, is_cuda=False)
-    gap = settle(pace, decode_s, fixed_s, token_s, rounds=80)
+    gap = settle(pace, decode_s, fixed_s, token_s, rounds=400)  # where weights are nearly all of a step, it takes many
     assert 1 <= pace.chunk <= MOST
     room = max(target_ms / 1e3 - decode_s, target_ms / 4e3)
     if pace.chunk > LEAST:
