@@ -29,7 +29,7 @@ _ROWS = {
     "rms_norm": 4,
     "norm_rotary": 7,
     "rotary": 7,
-    "linear": 5,
+    "linear": 6,
     "linear_int8": 5,
     "swiglu": 5,
     "route": 3,

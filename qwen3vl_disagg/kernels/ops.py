@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_disagg.kernels.build import load
-from qwen3vl_disagg.kernels.calls import call, library, scratch
+from qwen3vl_disagg.kernels.calls import call, library, num_threads, scratch
 
 MAX_LINEAR_ROWS = 48
 """With more rows a matrix is read often enough that the blocked multiplication of oneDNN is faster."""
@@ -74,17 +74,11 @@ def _linear(x_TD: Tensor, weights: list[Tensor]) -> Tensor:
     sizes = [shape[0] for shape in shapes]
     out = x_TD.new_empty(x_TD.shape[0], sum(sizes))
     addresses = (ctypes.c_void_p * len(sizes))(*[weight.data_ptr() for weight in weights])
-    call(
-        "linear",
-        x_TD,
-        addresses,
-        (ctypes.c_long * len(sizes))(*sizes),
-        len(sizes),
-        out,
-        *out.shape,
-        depth,
-        reads=weights,
-    )
+    by_tiles = has_tiles() and all(size % 32 == 0 for size in sizes)
+    num_groups = max(-(-len(x_TD) // 16), num_threads()) if by_tiles else 0
+    packed = scratch("packed", num_groups * 16, depth, dtype=torch.bfloat16)
+    arrays = (addresses, (ctypes.c_long * len(sizes))(*sizes))
+    call("linear", x_TD, *arrays, len(sizes), packed, out, *out.shape, depth, by_tiles, reads=weights)
     return out
 
 

@@ -43,6 +43,26 @@ def test_linear(rows, blocks, depth, seed):
     assert distance(torch.ops.q3vl.linear(x, [weight]), exact) < 2**-8
 
 
+@given(
+    rows=st.integers(1, 64),
+    blocks=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    depth=st.integers(1, 7),
+    threads=st.sampled_from([1, 3]),
+    seed=st.integers(0, 99),
+)
+def test_linear_by_tiles(rows, blocks, depth, threads, seed):
+    """Where the processor has them, from 5 rows on; then a row's bits do not depend on the rows beside it."""
+    x, weights = bf16(rows, 32 * depth, seed=seed), [bf16(32 * n, 32 * depth, seed=seed + n) for n in blocks]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = ops.linear(x, weights)
+        assert rows <= 5 or torch.equal(ops.linear(x[:5], weights), out[:5])
+    finally:
+        torch.set_num_threads(before)
+    assert distance(out, F.linear(x.double(), torch.cat(weights).double())) < 2**-8
+
+
 def test_several_matrices_side_by_side():
     x, weights = bf16(5, 64, seed=0), [bf16(n, 64, seed=n) for n in (8, 4, 20)]
     alone = [torch.ops.q3vl.linear(x, [weight]) for weight in weights]

@@ -11,22 +11,56 @@ struct Bf16Weight {
   }
 };
 
-// Up to 4 weights.
-static void linear_of(const bf16* x, const bf16* const* w, const long* sizes, long num, bf16* out, long T, long N,
-                      long D) {
+#ifdef __AMX_BF16__
+static inline void pack_group(const bf16* x, long count, long D, bf16* packed) {
+  const bf16* rows[16];
+  for (long r = 0; r < count; r++) rows[r] = x + r * D;
+  pack_rows(rows, count, D, packed);
+}
+#endif
+
+// With fewer rows reading the weights is all there is, and tiles read 32 rows of one at a time.
+static const long FEW = 4;
+
+// Up to 4 weights. By tiles only where there are any and all sizes are multiples of 32; then packed[rows, D] is scratch,
+// whole groups of 16 rows, one for each thread at least: for so few rows each packs its own, which takes no meeting.
+static void linear_of(const bf16* x, const bf16* const* w, const long* sizes, long num, bf16* packed, bf16* out, long T,
+                      long N, long D, int by_tiles) {
+#ifdef __AMX_BF16__
+  if (by_tiles && T > FEW) {
+    begin_tiles();
+    if (T <= 16) {
+      packed += omp_get_thread_num() * 16 * D;
+      pack_group(x, T, D, packed);
+    } else {
+#pragma omp for schedule(static)
+      for (long t = 0; t < T; t += 16) pack_group(x + t * D, T - t < 16 ? T - t : 16, D, packed + t * D);
+    }
+    settle(packed);
+    for (long i = 0, start = 0; i < num; start += sizes[i++])
+#pragma omp for schedule(static) nowait
+      for (long n = 0; n < sizes[i]; n += 32)
+        linear_tiles(w[i] + n * D, packed, T, n + 32 < sizes[i] ? 32 * D : 0, out + start + n, N, D);
+    end_tiles();
+#pragma omp barrier
+    return;
+  }
+#endif
   Bf16Weight weights[4];
   for (long i = 0; i < num; i++) weights[i] = {w[i], D};
   linear(x, weights, sizes, num, out, T, N, D);
 }
 
-extern "C" void q3_linear(const bf16* x, const bf16* const* w, const long* sizes, long num, bf16* out, long T, long N,
-                          long D, int threads) {
+extern "C" void q3_linear(const bf16* x, const bf16* const* w, const long* sizes, long num, bf16* packed, bf16* out,
+                          long T, long N, long D, int by_tiles, int threads) {
+  by_tiles = by_tiles && may_use_tiles();
 #pragma omp parallel num_threads(threads)
-  linear_of(x, w, sizes, num, out, T, N, D);
+  linear_of(x, w, sizes, num, packed, out, T, N, D, by_tiles);
 }
 
 extern "C" void step_linear(const Word* a, long T) {
-  linear_of((bf16*)a[0].p, (bf16**)a[1].p, (long*)a[2].p, a[3].l, (bf16*)a[4].p, T, a[6].l, a[7].l);
+  linear_of((bf16*)a[0].p, (bf16**)a[1].p, (long*)a[2].p, a[3].l, (bf16*)a[4].p, (bf16*)a[5].p, T, a[7].l, a[8].l,
+            (int)a[9].l);
 }
 
 // Whether the processor and the system have AMX's tiles, and the compiler knew them.
