@@ -1,13 +1,15 @@
 """When a request's first token is due, and so in which order requests are served. Pure.
 
-    due = arrival + target + PATIENCE * price
+    due = arrival + min(target + PATIENCE * price, time limit / 2)
 
 `price`: the seconds that its rows and tokens are estimated to cost. Everywhere the least `due` goes first, among equals
-who came first. Between processes `due` travels as seconds from now (`due_s`), as clocks of hosts are not compared.
+who came first. Between processes `due` travels as seconds from now (`due_s`), as clocks of hosts are not compared: a
+hop makes it later by the time that the message takes.
 
-Nobody starves: a due time is absolute and never moves. Let A come at `a` with allowance `p` (its target and price, at
-most its time limit), B at `b` with `q`. B passes A only if b + q < a + p; as q > 0, only if b < a + p. So who comes `p`
-or more after A does not pass it, those before that are finitely many, and each of them is served once.
+Nobody starves: on one clock a due time is absolute and never moves. Let A come at `a` with allowance `p`, B at `b` with
+`q`. B passes A only if b + q < a + p; as q >= 0, only if b < a + p. So who comes `p` or more after A does not pass it,
+those before that are finitely many, and each of them is served once. As `p` is at most half the time limit, in
+the other half nobody new passes.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ PATIENCE = 5.0
 """At four fifths of a server's capacity a request stays about 1 / (1 - 0.8) times as long as its own work takes."""
 _FADE = 0.95
 """What one request weighs less when the next one of its kind has been measured."""
+_JUMP = 4.0
+"""One request counts as so many times as dear as those before it, at most: a stall is not a price."""
 
 
 def allowance(target_s: float, price_s: float, timeout_s: float) -> float:
     """Seconds from a request's arrival until its first token is due; FIRST_COME without a target."""
-    return min(target_s + PATIENCE * price_s, timeout_s)
+    return min(target_s + PATIENCE * price_s, timeout_s / 2)
 
 
 @dataclass
@@ -36,7 +40,9 @@ class _Rate:
     seconds: float
 
     def add(self, amount: float, seconds: float) -> None:
-        if amount > 0:
+        """What is no time at all (none, negative, not finite) is ignored."""
+        if amount > 0 and 0 < seconds < math.inf:
+            seconds = min(seconds, _JUMP * amount * self.each)
             self.amount, self.seconds = _FADE * self.amount + amount, _FADE * self.seconds + seconds
 
     @property

@@ -54,12 +54,12 @@ class Budget:
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
         self._numbers = count()
-        self._line: list[tuple[float, int, int, asyncio.Future[None]]] = []
+        self._line: list[tuple[float, int, int, asyncio.Future[None], object]] = []
 
-    async def take(self, amount: int, due: float = FIRST_COME) -> None:
-        """Wait until it fits. `give` it back once."""
+    async def take(self, amount: int, due: float = FIRST_COME, of: object = None) -> None:
+        """Wait until it fits. `give` it back once. `of`: whose it is, for `hasten`."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        insort(self._line, (due, next(self._numbers), amount, turn))
+        insort(self._line, (due, next(self._numbers), amount, turn, of))
         self._let_in()
         try:
             await turn
@@ -67,13 +67,18 @@ class Budget:
             self.give(0 if turn.cancelled() else amount)
             raise
 
+    def hasten(self, of: object, due: float) -> None:
+        """What waits as `of`, if anything does, is more urgent than it was."""
+        self._line = sorted((due if entry[-1] is of else entry[0], *entry[1:]) for entry in self._line)
+        self._let_in()
+
     def give(self, amount: int) -> None:
         self.used -= amount
         self._let_in()
 
     def _let_in(self) -> None:
         while self._line:
-            *_, amount, turn = self._line[0]
+            _, _, amount, turn, _ = self._line[0]
             if not turn.done():
                 if self.used and self.used + amount > self.limit:
                     return

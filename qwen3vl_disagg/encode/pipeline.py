@@ -140,7 +140,10 @@ class EncodePipeline:
             on_decoded()
             return HeldItem(item, key, is_cached=True)
         encoding = self._encodings.get(key) or self._start(key, visual, is_alone, due)
-        encoding.due = min(encoding.due, due)
+        if due < encoding.due:
+            encoding.due, lane = due, self.lanes[visual.modality]
+            lane.pulled.hasten(encoding, due)
+            lane.ahead.hasten(encoding, due)
         waiter = object()
         encoding.waiters[waiter] = on_decoded
         try:
@@ -192,11 +195,11 @@ class EncodePipeline:
         self._tell(EncodingBegun(digest=visual.digest))
         try:
             fault_point("before-encode", visual.digest)
-            await lane.pulled.take(visual.num_bytes, encoding.due)
+            await lane.pulled.take(visual.num_bytes, encoding.due, encoding)
             encoding.num_pulled = visual.num_bytes
             data = await self._pull(visual.digest, visual.num_bytes)
             room = math.prod(visual.grid) * self._patch_bytes
-            await lane.ahead.take(room, encoding.due)
+            await lane.ahead.take(room, encoding.due, encoding)
             encoding.room = room
             decoding = lane.decoder.submit(self._decode, data, encoding)
             del data

@@ -242,8 +242,8 @@ class Scheduler:
         return self.chunk_tokens if self.num_decoding else self.limits.max_prefill_tokens
 
     def _chunks(self, budget: int) -> list[Chunk]:
-        """For the most urgent first. Where one gets its first token, those that are due later make the step no longer
-        than one between the tokens of others."""
+        """For the most urgent first. Where one gets its first token, and will be decoded, those that are due later make
+        the step no longer than one between the tokens of others."""
         chunks: list[Chunk] = []
         first, used = math.inf, 0
         for sequence in sorted(self.admitted.values(), key=lambda s: s.urgency):
@@ -252,7 +252,8 @@ class Scheduler:
             if stop > sequence.num_cached:
                 chunks.append(Chunk(sequence, sequence.num_cached, stop))
                 used += stop - sequence.num_cached
-                first = min(first, sequence.due) if chunks[-1].is_last else first
+                if chunks[-1].is_last and sequence.sampling.pooling is None and sequence.sampling.max_new_tokens > 1:
+                    first = min(first, sequence.due)
         return chunks
 
     def _chunk_end(self, sequence: Sequence) -> int:

@@ -5,8 +5,9 @@
 Nothing is encoded without a grant. At most `max_items` are encoded at a time, `max_clips` of them clips, and no item is
 begun for a language rank that has its share in memory; besides, `max_parked` wait for each: that is how far this side
 can run ahead of receivers that are full or silent. The queue is in the order in which first tokens are due
-(`core/due.py`). What has no place is passed by those behind it that have one, and for what is more urgent than those
-that have places there are `max_urgent` more: the images of one request do not stand before another's only one.
+(`core/due.py`), one time for all items of a request. What has no place is passed by those behind it that have one, and
+for what is more urgent than those that have places there are `max_urgent` more: the images of one request do not stand
+before another's only one. So it is with the places of clips; those beyond `max_clips` take none from images.
 """
 
 from __future__ import annotations
@@ -197,25 +198,30 @@ class EncodeSessions:
             return
         limits, in_memory = self.limits, self._in_memory()
         encoding = sorted(item.due for item in self.items.values() if item.state == ENCODING)
-        num_clips = sum(i.state == ENCODING and i.visual.modality == "video" for i in self.items.values())
+        clips = sorted(i.due for i in self.items.values() if i.state == ENCODING and i.visual.modality == "video")
         share = limits.max_items if len(self.outlets) < 2 else -(-limits.max_items // 2)
         for attempt in list(self.queue):
             item = self.items[attempt]
             is_clip, of_rank = item.visual.modality == "video", in_memory[item.language_rank]
-            if self._is_full(encoding, limits.max_items, item):
+            num_apart = max(0, len(clips) - limits.max_clips)
+            if self._is_full(encoding, limits.max_items, item, num_apart):
                 return
-            if self._is_full(of_rank, share, item) or (is_clip and num_clips >= limits.max_clips):
+            if is_clip and self._is_full(clips, limits.max_clips, item):
+                continue
+            if self._is_full(of_rank, share, item, num_apart):
                 continue
             self.queue.remove(attempt)
             self._go(item, ENCODING, now)
             insort(encoding, item.due)
             insort(of_rank, item.due)
-            num_clips += is_clip
+            if is_clip:
+                insort(clips, item.due)
             self._actions.append(StartEncode(attempt, item.visual, item.is_alone, item.due))
 
-    def _is_full(self, dues: list[float], places: int, item: Outgoing) -> bool:
-        """Whether places are taken by what is no less urgent, or all of them and those for the urgent."""
-        return bisect_right(dues, item.due) >= places or len(dues) >= places + self.limits.max_urgent
+    def _is_full(self, dues: list[float], places: int, item: Outgoing, num_apart: int = 0) -> bool:
+        """Whether places are taken by what is no less urgent, but for `num_apart`, or all and those for the urgent."""
+        num_before = bisect_right(dues, item.due) - num_apart
+        return num_before >= places or len(dues) >= places + self.limits.max_urgent
 
     def _in_memory(self) -> defaultdict[int, list[float]]:
         """When the items are due that are on their way with bytes or rows in memory: by language rank, in order."""
@@ -278,11 +284,13 @@ class EncodeSessions:
             self._take_turn(outlet, now)
 
     def _granted(self, outlet: _Outlet, grant: Grant, now: float) -> None:
-        """A new attempt ends those before it. One that is here was granted over a link that is gone."""
+        """A new attempt ends those before it. One that is here was granted over a link that is gone. Frames take longer
+        and shorter: it is due when the items of its request are that are here."""
         attempt = grant.key
         if attempt in self.items:
             self._grant_again(outlet, self.items[attempt], grant, now)
             return
+        due = next((item.due for key, item in self.items.items() if key[0] == attempt[0]), now + grant.due_s)
         for other in [key for key in self.items if key[:2] == attempt[:2]]:
             self._end(other)
         deadline = now + grant.timeout_s
@@ -295,7 +303,7 @@ class EncodeSessions:
             grant,
             QUEUED,
             deadline,
-            now + grant.due_s,
+            due,
         )
         insort(self.queue, attempt, key=lambda key: self.items[key].due)
         self._fill_places(now)

@@ -479,14 +479,14 @@ class Router:
 
     def _tokens(self, request: Request, message: Tokens) -> None:
         """Pass on what continues the answer; a repetition is dropped, a gap ends the request."""
-        if message.timings is not None and message.sample == 0:
-            self._prices.learn(request.num_prompt, message.timings)
         num_received = request.num_received.get(message.sample)
         if num_received is None:  # nobody wants that answer any more
             return
         if message.index > num_received:
             self._end(message.request_id, ServerError("part of the answer was lost"))
         elif message.index == num_received and message.token_ids:
+            if message.timings is not None and message.sample == 0:
+                self._prices.learn(request.num_prompt, message.timings)
             request.num_received[message.sample] += len(message.token_ids)
             self._admission.leave(message.request_id, self._now, sample=message.sample, is_served=True)
             self._actions.append(Deliver(message.request_id, message))

@@ -45,7 +45,7 @@ class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_urgent: int = 4
     """So many more, of either, for those that are more urgent than what has a place."""
     max_clips: int = 4
-    """Clips among those being encoded: the other places are for images."""
+    """Clips among those being encoded: the other places are for images. `max_urgent` more as above."""
     max_parked: int = 4
     """Items that besides wait there for a resume, for each language rank; the one that has waited longest goes first.
     A language rank has one at a time, more only after failures."""

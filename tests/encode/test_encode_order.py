@@ -106,6 +106,41 @@ def test_what_two_requests_want_is_due_when_the_more_urgent_of_them_is():
     run(scenario)
 
 
+def test_what_waits_for_room_goes_as_the_more_urgent_who_joins_is_due():
+    """The tower is busy and one more is decoded."""
+
+    async def scenario():
+        tower = Tower(budget=0)
+        for name in ("first", "ahead", "many", "many, too", "shared"):
+            await tower.ask(name, 40.0)
+        await tower.ask("shared", 3.0)
+        await tower.ask("many", 41.0)
+        await until(lambda: len(tower.worker.decoded) == 2)
+        assert (await tower.go())[1:] == ["ahead", "shared", "many", "many, too"]
+
+    run(scenario)
+
+
+def test_who_is_more_urgent_now_may_fit_at_once():
+    async def scenario():
+        budget, got = Budget(10), []
+
+        async def take(name: str, amount: int) -> None:
+            await budget.take(amount, 2.0, name)
+            got.append(name)
+
+        for name, amount in (("most", 9), ("large", 9), ("small", 1)):
+            asyncio.create_task(take(name, amount))  # noqa: RUF006
+            await asyncio.sleep(0)
+        budget.hasten("small", 1.0)
+        budget.hasten("most", 1.0)
+        await asyncio.sleep(0)
+        assert got == ["most", "small"]
+        assert budget.used == 10
+
+    asyncio.run(scenario())
+
+
 def test_room_for_patches_goes_to_what_is_due_first():
     """The tower is busy and one more is decoded; all others wait for room to be decoded."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.due import FIRST_COME, allowance
+from qwen3vl_disagg.core.pooling import Pooling
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.scheduler import Scheduler, SchedulerLimits, Step
@@ -139,19 +141,30 @@ def test_a_text_has_the_first_tokens_of_a_step_and_is_not_held_up_by_what_goes_w
     rank = make_rank(max_prefill_tokens=100, chunk_tokens=8)
     rank.scheduler.add(make_sequence("large", 300, 1, 30.0))
     assert lengths(rank.step()) == {"large": 100}
-    rank.scheduler.add(make_sequence("text", 5, 1, 3.0))
+    rank.scheduler.add(make_sequence("text", 5, 2, 3.0))
     rank.scheduler.admit()
     assert rank.scheduler.num_prefill_tokens == 8
     assert lengths(rank.step()) == {"text": 5, "large": 3}
+    assert lengths(rank.step()) == {}, "the text's second token"
     assert lengths(rank.step()) == {"large": 100}
 
 
 def test_a_text_whose_end_does_not_fit_has_the_whole_step():
     rank = make_rank(max_prefill_tokens=20, chunk_tokens=8)
     rank.scheduler.add(make_sequence("large", 300, 1, 30.0))
-    rank.scheduler.add(make_sequence("text", 25, 1, 3.0))
+    rank.scheduler.add(make_sequence("text", 25, 2, 3.0))
     assert lengths(rank.step()) == {"text": 20}
     assert lengths(rank.step()) == {"text": 5, "large": 3}
+
+
+@pytest.mark.parametrize("sampling", [{"max_new_tokens": 1}, {"pooling": Pooling()}])
+def test_prompts_of_which_none_is_decoded_fill_a_step_whenever_each_is_due(sampling):
+    rank = make_rank(max_prefill_tokens=100, chunk_tokens=8, max_running=50)
+    for number in range(30):
+        sequence = make_sequence(str(number), 5, 2, float(number))
+        sequence.sampling = SamplingParams(**sampling)
+        rank.scheduler.add(sequence)
+    assert lengths(rank.step()) == {str(number): 5 for number in range(20)}
 
 
 def test_first_come_first_served_fills_a_step_whoever_ends_in_it():

@@ -77,11 +77,13 @@ class Encoder:
                 self.begun.append(action.attempt[0])
                 assert action.due == self.sessions.items[action.attempt].due
 
-    def want(self, name: str, due: float, rank: int = 0) -> None:
-        self._say(rank, msgspec.structs.replace(grant_of((name, 0, 1), 0, 6), due_s=due - self.now))
+    def want(self, name: str, due: float, rank: int = 0, *, item: int = 0, modality: str = "image") -> None:
+        grant = grant_of((name, item, 1), 0, 6)
+        visual = msgspec.structs.replace(grant.visual, modality=modality)
+        self._say(rank, msgspec.structs.replace(grant, visual=visual, due_s=due - self.now))
 
-    def give_up(self, name: str, rank: int = 0) -> None:
-        self._say(rank, Abort(**ids((name, 0, 1)), reason="no longer wanted"))
+    def give_up(self, name: str, rank: int = 0, *, item: int = 0) -> None:
+        self._say(rank, Abort(**ids((name, item, 1)), reason="no longer wanted"))
 
     def _say(self, rank: int, body) -> None:
         self.seqs[rank] += 1
@@ -101,6 +103,32 @@ def test_eight_images_of_one_request_do_not_stand_before_the_only_one_of_another
     encoder.give_up("many 2")
     encoder.give_up("many 3")
     assert encoder.begun[9:] == ["many 8", "many 9", "as many"]
+
+
+@pytest.mark.parametrize("transit_s", [0.001, -0.001])
+def test_all_items_of_a_request_are_due_at_once_however_long_their_frames_take(transit_s):
+    encoder = Encoder()
+    for item in range(12):
+        encoder.now = item
+        encoder.want("many", 40.0 + transit_s * item, item=item)
+        encoder.want("no target", FIRST_COME, item=item)
+        encoder.give_up("no target", item=item)
+    assert encoder.begun.count("many") == 8, "they would be as urgent as one another"
+    assert encoder.begun.count("no target") == 12
+    assert {item.due for item in encoder.sessions.items.values()} == {40.0}
+
+
+def test_an_urgent_clip_does_not_wait_for_clips_and_takes_no_place_from_images():
+    encoder = Encoder()
+    for number in range(6):
+        encoder.want(f"clip {number}", 40.0, modality="video")
+    assert encoder.begun == [f"clip {number}" for number in range(4)]
+    for number in range(6):
+        encoder.want(f"urgent {number}", 30.0, modality="video")
+    assert encoder.begun[4:] == [f"urgent {number}" for number in range(4)]
+    for number in range(6):
+        encoder.want(f"image {number}", 50.0)
+    assert encoder.begun[8:] == [f"image {number}" for number in range(4)], "all have their places, and no more"
 
 
 def test_where_places_are_gone_the_most_urgent_has_the_next():

@@ -33,8 +33,19 @@ def test_a_request_is_due_after_its_target_and_its_price():
     assert large == 1.0 + PATIENCE * prices.of(8 * 16, 138)
     assert due_s(script, asked("large, too", *IMAGES, tokens=138)) == large, "of equal price, in order of arrival"
     assert due_s(script, asked("urgent", *IMAGES, tokens=138, target_s=0.1)) < large
-    assert due_s(script, asked("short of time", *IMAGES, tokens=138, timeout_s=1.25)) == 1.25
+    assert due_s(script, asked("short of time", *IMAGES, tokens=138, timeout_s=1.25)) == 1.25 / 2
     assert due_s(script, asked("off", *IMAGES, tokens=138, target_s=FIRST_COME)) == FIRST_COME
+
+
+def test_a_first_token_that_is_told_again_is_learnt_once():
+    script, prices = Script(encode=1, language=1), Prices()
+    script.do(asked("told twice"))
+    timings = RequestTimings(prefill=20.0)
+    for _ in range(5):
+        first = Tokens(request_id="told twice", index=0, token_ids=[1], timings=timings)
+        script.language_says(script.languages[0], first)
+    prices.learn(10, timings)
+    assert due_s(script, asked("new")) == 1.0 + PATIENCE * prices.of(0, 10)
 
 
 @pytest.mark.parametrize("is_scored", [False, True])
