@@ -130,8 +130,8 @@ def has_tiles() -> bool:
 
 
 def takes_tiles(num_tokens: int, num_choices: int, num_experts: int) -> bool:
-    """Whether experts run by tiles. Never for as few tokens as the kernel of linear layers takes: there a row's bits do
-    not depend on how many others there are."""
+    """Whether experts run by tiles. Never for as few tokens as the kernel of linear layers takes: there a row's bits
+    here do not depend on how many others there are."""
     is_many = num_tokens > MAX_LINEAR_ROWS and num_tokens * num_choices >= MIN_TILE_ROWS * num_experts
     return is_many and has_tiles()
 
