@@ -14,8 +14,10 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 from starlette.types import ASGIApp
 
 from qwen3vl_disagg.core.sampling_params import OPTIONS
+from qwen3vl_disagg.core.settings import MAX_REQUEST_TIMEOUT_S
 from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.app import create_app
+from qwen3vl_disagg.serving.intake import TIMEOUT_HEADER
 from qwen3vl_disagg.serving.pooling_request import MAX_INPUTS
 from tests.serving.test_mutations import BODIES
 from tests.support.fake_backend import ASK, PATH, FakeBackend, serve, tiny_processor
@@ -52,8 +54,9 @@ def each_task(tmp_path_factory):
 def check(case: schemathesis.Case, app: ASGIApp) -> None:
     """All of schemathesis's checks but one: a body that fits the document may have an image that is none. Times that a
     request could not keep are not asked for. The first large body, and the first grammar, wait for a child to start."""
-    if str(case.headers.get("X-Request-Timeout-Ms", "")).isdecimal():
-        del case.headers["X-Request-Timeout-Ms"]
+    timeout = str(case.headers.get(TIMEOUT_HEADER, ""))
+    if timeout.isdecimal() and 0 < int(timeout) <= MAX_REQUEST_TIMEOUT_S * 1000:  # others are for the server to refuse
+        del case.headers[TIMEOUT_HEADER]
     excluded = [positive_data_acceptance]
     if UNKNOWN_HEADER in (case.headers or {}):  # which anybody may send, and nobody has to refuse
         excluded.append(negative_data_rejection)
