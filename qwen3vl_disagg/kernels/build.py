@@ -40,6 +40,7 @@ SIGNATURES = {
     "q3_route": [_P] * 3 + [_L] * 3 + [_I],
     "q3_largest": [_P] * 5 + [_L] * 2 + [_I],
     "q3_linear": [_P, _P, _P, _L, _P, _P, _L, _L, _L, _I, _I],
+    "q3_many_rows": [_P, _P, _P, _L, _P, _I, _L, _P, _P, _L, _L, _L, _I],
     "q3_has_tiles": [_P],
     "q3_experts": [_P] * 9 + [_L] * 5 + [_I] * 2,
     "q3_swiglu": [_P, _L, _P, _L, _P, _L, _L, _I],

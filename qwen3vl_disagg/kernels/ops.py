@@ -102,6 +102,35 @@ def can_linear(x_TD: Tensor, weight_ND: Tensor) -> bool:
     return is_small and is_cpu_bf16(x_TD, weight_ND)
 
 
+PANEL_NUMBERS = 1 << 19
+"""Of a weight's part that stays in the second cache, half of a small one of today."""
+
+
+def can_many_rows(weight_ND: Tensor) -> bool:
+    """Plain bfloat16 of sizes that tiles take, where the processor has them."""
+    num_out, depth = weight_ND.shape
+    return num_out >= 64 and num_out % 16 == 0 and depth % 16 == 0 and is_cpu_bf16(weight_ND) and has_tiles()
+
+
+def many_rows(x_TD: Tensor, weights: list[Tensor], bias_N: Tensor | None = None, *, is_gelu: bool = False) -> Tensor:
+    """`[T, N]`: the products with up to 4 weights side by side, plus a bias; of that gelu in its tanh form, rounded
+    where the operators round. By tiles, for which `can_many_rows` is to be asked."""
+    x_TD, depth = x_TD.contiguous(), x_TD.shape[-1]
+    sizes = [len(weight) for weight in weights]
+    num_rows, num_out = len(x_TD), sum(sizes)
+    fits = x_TD.dim() == 2 and depth % 16 == 0 and 0 < len(weights) <= MAX_KERNEL_WEIGHTS and has_tiles()
+    fits = fits and all(weight.shape == (size, depth) and size % 16 == 0 for weight, size in zip(weights, sizes))
+    fits = fits and (bias_N is None or (bias_N.shape == (num_out,) and is_dense(torch.bfloat16, bias_N)))
+    need(fits and is_dense(torch.bfloat16, x_TD, *weights), "bfloat16 rows and weights of whole pieces", x_TD, *weights)
+    out = x_TD.new_empty(num_rows, num_out)
+    panel = max(32, min(PANEL_NUMBERS // depth, 128) // 32 * 32)
+    packed = x_TD.new_empty(num_threads(), panel + 32, -(-depth // 32) * 32)
+    addresses = (ctypes.c_void_p * len(sizes))(*[weight.data_ptr() for weight in weights])
+    arrays = (addresses, (ctypes.c_long * len(sizes))(*sizes), len(sizes))
+    call("many_rows", x_TD, *arrays, 0 if bias_N is None else bias_N, is_gelu, panel, packed, out, *out.shape, depth)
+    return out
+
+
 def can_swiglu(width: int, weight: Tensor) -> bool:
     """Sizes the kernel takes; `weight` for device and dtype."""
     return width % 16 == 0 and is_cpu_bf16(weight)

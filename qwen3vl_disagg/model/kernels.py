@@ -29,7 +29,9 @@ def use_kernels(module: ModuleT) -> ModuleT:
             gate_up, _, down, _ = part.local_weights()
             part.impl = "kernel" if len(gate_up) and int8.can_experts_int8(down, part.dtype) else "grouped"
         elif isinstance(part, Linear):
-            part.use_kernel = _is_plain(part.weight) and ops.can_linear(part.weight[:1], part.weight)
+            is_plain = _is_plain(part.weight)
+            part.use_kernel = is_plain and part.bias is None and ops.can_linear(part.weight[:1], part.weight)
+            part.use_tiles = is_plain and ops.can_many_rows(part.weight)
         elif isinstance(part, RMSNorm):
             part.use_kernel = _is_plain(part.weight) and ops.can_norm(len(part.weight), part.weight)
         elif isinstance(part, Qwen3MoeModel):

@@ -30,16 +30,19 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Without bias; few rows go through the kernel that reads the weight as it is, where there is one."""
+    """Few rows go through the kernel that reads the weight as it is, where there is one and no bias; many through the
+    one for tiles, where the processor has them."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-        self.use_kernel = False
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.use_kernel = self.use_tiles = False
 
     def forward(self, x: Tensor) -> Tensor:
         if self.use_kernel and x.shape[0] <= MAX_LINEAR_ROWS:
             return ops.linear(x, [self.weight])
-        return F.linear(x, self.weight)
+        if self.use_tiles and not torch.compiler.is_compiling():
+            return ops.many_rows(x, [self.weight], self.bias)
+        return F.linear(x, self.weight, self.bias)
 
     def rows(self, numbers: list[int]) -> Tensor:
         """These of the weight's, `[R, D]` float32."""
@@ -47,11 +50,14 @@ class Linear(nn.Linear):
 
 
 def project(x_TD: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
-    """Several layers of one input; those that the bfloat16 kernel runs in one call."""
+    """Several layers of one input, without bias; those that a bfloat16 kernel runs in one call."""
     is_kernel = all(type(layer) is Linear and layer.use_kernel for layer in layers)
+    is_tiles = all(type(layer) is Linear and layer.use_tiles for layer in layers)
+    weights, sizes = [layer.weight for layer in layers], [layer.out_features for layer in layers]
     if is_kernel and x_TD.shape[0] <= MAX_LINEAR_ROWS:  # in this order: a look at the size is a graph more
-        out = ops.linear(x_TD, [layer.weight for layer in layers])
-        return out.split([layer.out_features for layer in layers], dim=-1)
+        return ops.linear(x_TD, weights).split(sizes, dim=-1)
+    if is_tiles and not torch.compiler.is_compiling():
+        return ops.many_rows(x_TD, weights).split(sizes, dim=-1)
     return tuple(layer(x_TD) for layer in layers)
 
 

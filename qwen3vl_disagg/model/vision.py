@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model.config import VisionConfig
+from qwen3vl_disagg.model.layers import Linear
 from qwen3vl_disagg.model.rope import apply_rotary, vision_rotary
 
 Grid = tuple[int, int, int]
@@ -107,8 +108,8 @@ class VisionAttention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.hidden_size // config.num_heads
         self.use_kernel = False
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True)
+        self.proj = Linear(config.hidden_size, config.hidden_size, bias=True)
 
     def forward(self, x_PD: Tensor, cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         qkv_P3NH = self.qkv(x_PD).unflatten(-1, (3, self.num_heads, -1))
@@ -127,10 +128,13 @@ class VisionMlp(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.use_kernel = False
-        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.linear_fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
+        self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
 
     def forward(self, x_PD: Tensor) -> Tensor:
+        if self.linear_fc1.use_tiles and not torch.compiler.is_compiling():
+            fc1 = self.linear_fc1
+            return self.linear_fc2(ops.many_rows(x_PD, [fc1.weight], fc1.bias, is_gelu=True))
         inner_PF = self.linear_fc1(x_PD)
         if self.use_kernel and not torch.compiler.is_compiling() and ops.is_cpu_bf16(inner_PF):
             return self.linear_fc2(ops.gelu_tanh_(inner_PF))
@@ -163,8 +167,8 @@ class PatchMerger(nn.Module):
         self.width = config.hidden_size * config.merge_unit
         self.norm_after_regroup = norm_after_regroup
         self.norm = nn.LayerNorm(self.width if norm_after_regroup else config.hidden_size, eps=_EPS)
-        self.linear_fc1 = nn.Linear(self.width, self.width)
-        self.linear_fc2 = nn.Linear(self.width, config.out_hidden_size)
+        self.linear_fc1 = Linear(self.width, self.width, bias=True)
+        self.linear_fc2 = Linear(self.width, config.out_hidden_size, bias=True)
 
     def forward(self, x_PD: Tensor) -> Tensor:
         if self.norm_after_regroup:

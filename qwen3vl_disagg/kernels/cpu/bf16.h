@@ -63,6 +63,16 @@ static inline __m512 exp_ps(__m512 x) {
   return _mm512_scalef_ps(p, whole);
 }
 
+// gelu, with its tanh written as a sigmoid: x / (1 + e^-2u).
+static inline __m512 gelu_tanh(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), one);
+  const __m512 z = _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.5957691216f)), cubic);
+  const __m512 e = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(z)));  // of -|z|: nothing overflows
+  const __mmask16 is_negative = _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_LT_OS);
+  return _mm512_div_ps(_mm512_mask_mul_ps(x, is_negative, x, e), _mm512_add_ps(one, e));
+}
+
 // The sums of four vectors.
 static inline __m128 sum_four(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m256 a8 = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));

@@ -28,18 +28,13 @@ extern "C" void q3_rotate(bf16* x, long stride, const float* cos, const float* s
     }
 }
 
-// gelu(x) in place, with its tanh written as a sigmoid: x / (1 + e^-2u).
+// `gelu_tanh` in place.
 extern "C" void q3_gelu_tanh(bf16* x, long count, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (count >= MANY)
   for (long i = 0; i < count; i += 32)
     for (long j = i; j < i + 32 && j < count; j += 16) {
       const __mmask16 mask = count - j >= 16 ? 0xffff : (1u << (count - j)) - 1;
-      const __m512 value = widen(_mm256_maskz_loadu_epi16(mask, x + j)), one = _mm512_set1_ps(1.0f);
-      const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(value, value), _mm512_set1_ps(0.044715f), one);
-      const __m512 z = _mm512_mul_ps(_mm512_mul_ps(value, _mm512_set1_ps(1.5957691216f)), cubic);
-      const __m512 e = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(z)));  // of -|z|: nothing overflows
-      const __mmask16 is_negative = _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_LT_OS);
-      const __m512 numerator = _mm512_mask_mul_ps(value, is_negative, value, e);
-      _mm256_mask_storeu_epi16(x + j, mask, narrow(_mm512_div_ps(numerator, _mm512_add_ps(one, e))));
+      const __m512 value = widen(_mm256_maskz_loadu_epi16(mask, x + j));
+      _mm256_mask_storeu_epi16(x + j, mask, narrow(gelu_tanh(value)));
     }
 }
