@@ -1,8 +1,8 @@
 // Attention of many queries over float pages (prefill) or bfloat16 tensors (vision tower), head size 64 or 128.
-#include <math.h>
-#include "tiles.h"
+#include "attention_tiles.h"
 
 static const long QUERIES = 48, KEYS = 128;
+static const float LOG2_E = 1.44269504f;
 
 // Keys and values of one kv head as pairs for `outer_rows`: keys[H / 2][L][2] along the head dim, values[L / 2][H][2]
 // along the context. `length` is padded with zeros to `padded`, a multiple of KEYS.
@@ -40,28 +40,19 @@ static void pack_frame(const bf16* k, const bf16* v, long stride, long length, l
 
 // `count` queries (rows of q, `q_stride` apart) over packed keys and values; query i sees context tokens up to
 // first + i, or all `length` of them when not causal. Online softmax in float, probabilities rounded to bfloat16.
-// `tiles`: by AMX, in whole tiles of rows, so that a row's bits do not depend on where in a block it stands.
 static void attend_block(const bf16* q, long q_stride, long count, long first, long length, bool is_causal,
                          const bf16* keys, const bf16* values, long padded, long H, float scale, bf16* out,
-                         long out_stride, bool tiles) {
+                         long out_stride) {
   alignas(64) float scores[QUERIES * KEYS];
   alignas(64) bf16 probs[QUERIES * KEYS];
-  alignas(64) bf16 queries[QUERIES * 128];
   alignas(64) float acc[QUERIES * 128];
   float top[QUERIES], sum[QUERIES];
-  const long whole = tiles ? (count + 15) / 16 * 16 : count;
-  const auto products = tiles ? outer_tiles : outer_rows;
-  for (long m = 0; m < count; m++) {
-    top[m] = -INFINITY, sum[m] = 0;
-    memcpy(queries + m * H, q + m * q_stride, H * sizeof(bf16));
-  }
-  memset(queries + count * H, 0, (whole - count) * H * sizeof(bf16));
-  memset(probs + count * KEYS, 0, (whole - count) * KEYS * sizeof(bf16));
-  memset(acc, 0, whole * H * sizeof(float));
+  for (long m = 0; m < count; m++) top[m] = -INFINITY, sum[m] = 0;
+  memset(acc, 0, count * H * sizeof(float));
   const long end = is_causal ? (first + count < length ? first + count : length) : length;
   for (long start = 0; start < end; start += KEYS) {
     for (long c = 0; c < KEYS; c += 64)
-      products(queries, H, whole, keys + (start + c) * 2, padded, H / 2, scores + c, KEYS, false);
+      outer_rows(q, q_stride, count, keys + (start + c) * 2, padded, H / 2, scores + c, KEYS, false);
     for (long m = 0; m < count; m++) {
       const long seen = is_causal ? first + m + 1 : length;
       const long here = seen - start < 0 ? 0 : (seen - start < KEYS ? seen - start : KEYS);
@@ -90,7 +81,7 @@ static void attend_block(const bf16* q, long q_stride, long count, long first, l
           _mm512_storeu_ps(acc + m * H + h, _mm512_mul_ps(_mm512_loadu_ps(acc + m * H + h), _mm512_set1_ps(keep)));
     }
     for (long h = 0; h < H; h += 64)
-      products(probs, KEYS, whole, values + (start / 2 * H + h) * 2, H, KEYS / 2, acc + h, H, true);
+      outer_rows(probs, KEYS, count, values + (start / 2 * H + h) * 2, H, KEYS / 2, acc + h, H, true);
   }
   for (long m = 0; m < count; m++)
     for (long h = 0; h < H; h += 16) {
@@ -105,11 +96,32 @@ extern "C" void q3_prefill_attention(const bf16* q, long new_tokens, const float
                                      const int64_t* slots, long length, long N, long G, long H,
                                      bf16* packed, bf16* out, int threads) {
   const long padded = (length + KEYS - 1) / KEYS * KEYS, head = padded * H;
+  const float scale = 1.0f / sqrtf((float)H);
+#ifdef __AMX_BF16__
+  if (may_use_tiles()) {
+    const long blocks = (new_tokens + TILE_QUERIES - 1) / TILE_QUERIES;
+#pragma omp parallel num_threads(threads)
+    {
+      begin_tiles();
+#pragma omp for schedule(static)
+      for (long g = 0; g < G; g++)
+        pack_context(k_pool + g * H, v_pool + g * H, length, padded, H, packed + 2 * g * head, packed + (2 * g + 1) * head,
+                     [=](long l) { return slots[l] * G * H; });
+#pragma omp for schedule(dynamic)
+      for (long item = 0; item < N * blocks; item++) {
+        const long n = item % N, start = (blocks - 1 - item / N) * TILE_QUERIES, g = n / (N / G);  // the longest come first
+        const long count = new_tokens - start < TILE_QUERIES ? new_tokens - start : TILE_QUERIES;
+        attend_tiles(q + (start * N + n) * H, N * H, count, length - new_tokens + start, length, true,
+                     packed + 2 * g * head, packed + (2 * g + 1) * head, H, LOG2_E * scale, out + (start * N + n) * H, N * H);
+      }
+      end_tiles();
+    }
+    return;
+  }
+#endif
   const long blocks = (new_tokens + QUERIES - 1) / QUERIES;
-  const bool tiles = may_use_tiles();
 #pragma omp parallel num_threads(threads)
   {
-    if (tiles) begin_tiles();
 #pragma omp for schedule(static)
     for (long g = 0; g < G; g++)
       pack_head(k_pool + g * H, v_pool + g * H, G * H, slots, length, padded, H, packed + 2 * g * head,
@@ -119,10 +131,9 @@ extern "C" void q3_prefill_attention(const bf16* q, long new_tokens, const float
       const long n = item % N, start = (blocks - 1 - item / N) * QUERIES, g = n / (N / G);  // the longest come first
       const long count = new_tokens - start < QUERIES ? new_tokens - start : QUERIES;
       attend_block(q + (start * N + n) * H, N * H, count, length - new_tokens + start, length, true,
-                   packed + 2 * g * head, packed + (2 * g + 1) * head, padded, H, 1.0f / sqrtf((float)H),
-                   out + (start * N + n) * H, N * H, tiles);
+                   packed + 2 * g * head, packed + (2 * g + 1) * head, padded, H, scale,
+                   out + (start * N + n) * H, N * H);
     }
-    if (tiles) end_tiles();
   }
 }
 
@@ -131,11 +142,32 @@ extern "C" void q3_prefill_attention(const bf16* q, long new_tokens, const float
 extern "C" void q3_full_attention(const bf16* q, const bf16* k, const bf16* v, long stride, long length, long N, long H,
                                   bf16* packed, bf16* out, int tiles, int threads) {
   const long padded = (length + KEYS - 1) / KEYS * KEYS, head = padded * H;
+  const float scale = 1.0f / sqrtf((float)H);
+#ifdef __AMX_BF16__
+  if (tiles && may_use_tiles()) {
+    const long blocks = (length + TILE_QUERIES - 1) / TILE_QUERIES;
+#pragma omp parallel num_threads(threads)
+    {
+      begin_tiles();
+#pragma omp for schedule(static)
+      for (long n = 0; n < N; n++)
+        pack_context(k + n * H, v + n * H, length, padded, H, packed + 2 * n * head, packed + (2 * n + 1) * head,
+                     [=](long l) { return l * stride; });
+#pragma omp for schedule(dynamic)
+      for (long item = 0; item < N * blocks; item++) {
+        const long n = item / blocks, start = item % blocks * TILE_QUERIES;
+        const long count = length - start < TILE_QUERIES ? length - start : TILE_QUERIES;
+        attend_tiles(q + start * stride + n * H, stride, count, 0, length, false, packed + 2 * n * head,
+                     packed + (2 * n + 1) * head, H, LOG2_E * scale, out + (start * N + n) * H, N * H);
+      }
+      end_tiles();
+    }
+    return;
+  }
+#endif
   const long blocks = (length + QUERIES - 1) / QUERIES;
-  tiles = tiles && may_use_tiles();
 #pragma omp parallel num_threads(threads)
   {
-    if (tiles) begin_tiles();
 #pragma omp for schedule(static)
     for (long n = 0; n < N; n++)
       pack_frame(k + n * H, v + n * H, stride, length, padded, H, packed + 2 * n * head, packed + (2 * n + 1) * head);
@@ -144,9 +176,7 @@ extern "C" void q3_full_attention(const bf16* q, const bf16* k, const bf16* v, l
       const long n = item / blocks, start = item % blocks * QUERIES;
       const long count = length - start < QUERIES ? length - start : QUERIES;
       attend_block(q + start * stride + n * H, stride, count, 0, length, false, packed + 2 * n * head,
-                   packed + (2 * n + 1) * head, padded, H, 1.0f / sqrtf((float)H), out + (start * N + n) * H, N * H,
-                   tiles);
+                   packed + (2 * n + 1) * head, padded, H, scale, out + (start * N + n) * H, N * H);
     }
-    if (tiles) end_tiles();
   }
 }

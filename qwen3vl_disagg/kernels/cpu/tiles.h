@@ -1,4 +1,4 @@
-// The inner products of `outer_rows` by tiles (AMX), where the processor has them and the system grants them.
+// The tiles of AMX, where the processor has them and the system grants them.
 #pragma once
 #include "bf16.h"
 
@@ -28,49 +28,6 @@ static inline void begin_tiles() {
 
 static inline void end_tiles() { _tile_release(); }
 
-// As `outer_rows`, for rows and pairs in multiples of 16.
-static inline void outer_tiles(const bf16* x, long x_stride, long num_rows, const bf16* packed, long stride,
-                               long num_pairs, float* out, long out_stride, bool add) {
-  settle(x);
-  settle(packed);
-  settle(out);
-  for (long m = 0; m < num_rows; m += 32) {
-    const bool two = m + 32 <= num_rows;
-    for (long c = 0; c < 64; c += 32) {
-      float* to = out + m * out_stride + c;
-      if (add) {
-        _tile_loadd(0, to, out_stride * 4);
-        _tile_loadd(1, to + 16, out_stride * 4);
-        if (two) _tile_loadd(2, to + 16 * out_stride, out_stride * 4);
-        if (two) _tile_loadd(3, to + 16 * out_stride + 16, out_stride * 4);
-      } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-      }
-      for (long i = 0; i < num_pairs; i += 16) {
-        _tile_loadd(4, x + m * x_stride + 2 * i, x_stride * 2);
-        _tile_loadd(6, packed + (i * stride + c) * 2, stride * 4);
-        _tile_loadd(7, packed + (i * stride + c + 16) * 2, stride * 4);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (!two) continue;
-        _tile_loadd(5, x + (m + 16) * x_stride + 2 * i, x_stride * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      _tile_stored(0, to, out_stride * 4);
-      _tile_stored(1, to + 16, out_stride * 4);
-      if (two) _tile_stored(2, to + 16 * out_stride, out_stride * 4);
-      if (two) _tile_stored(3, to + 16 * out_stride + 16, out_stride * 4);
-    }
-  }
-}
 #else
 static inline bool may_use_tiles() { return false; }
-static inline void begin_tiles() {}
-static inline void end_tiles() {}
-static inline void outer_tiles(const bf16* x, long x_stride, long num_rows, const bf16* packed, long stride,
-                               long num_pairs, float* out, long out_stride, bool add) {}
 #endif
