@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.environment import CAPTURE, variable
 from qwen3vl_disagg.core.errors import ServerError
-from qwen3vl_disagg.core.tensors import lazy_zeros
+from qwen3vl_disagg.core.tensors import TouchedAhead, lazy_zeros
 from qwen3vl_disagg.engine.captured import record
 from qwen3vl_disagg.engine.compiled import CompiledDecoder
 from qwen3vl_disagg.engine.page_tables import PageTables
@@ -104,6 +104,7 @@ class ModelRunner:
         for _ in range(text.num_hidden_layers):
             keys, values = (lazy_zeros(shape, kv_dtype, self.device) for _ in "kv")
             self.caches.append((keys, values))
+        self._ahead = TouchedAhead([pool for cache in self.caches for pool in cache])
         self.compiled = CompiledDecoder(model) if compile else None
         if self.compiled is not None:
             self.compiled.warm_up(self.caches, page_size, impl=self.impl, max_sequences=max_running, progress=progress)
@@ -124,6 +125,7 @@ class ModelRunner:
         positions = torch.cat([c.sequence.positions_of(c.start, c.stop) for c in chunks], dim=1).to(self.device)
         embeds, deepstack = self._splice(ids_T, chunks)
         batch = self._batch(sequences, [c.stop - c.start for c in chunks], [c.stop for c in chunks], plan)
+        self._ahead.reached((max(max(sequence.pages) for sequence in sequences) + 1) * self.page_size)
         x_TD = self.model.model(ids_T, positions, batch, embeds, input_deepstack_embeds=deepstack)
         x_BD = batch.select(x_TD)
         scores = list(score(x_TD, chunks, self.model.lm_head, self.model.config.text.vocab_size))

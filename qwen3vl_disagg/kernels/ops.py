@@ -119,7 +119,7 @@ def many_rows(x_TD: Tensor, weights: list[Tensor], bias_N: Tensor | None = None,
     sizes = [len(weight) for weight in weights]
     num_rows, num_out = len(x_TD), sum(sizes)
     fits = x_TD.dim() == 2 and depth % 16 == 0 and 0 < len(weights) <= MAX_KERNEL_WEIGHTS and has_tiles()
-    fits = fits and all(weight.shape == (size, depth) and size % 16 == 0 for weight, size in zip(weights, sizes))
+    fits = fits and all(weight.shape == (size, depth) and size % 16 == 0 for weight, size in zip(weights, sizes, strict=True))
     fits = fits and (bias_N is None or (bias_N.shape == (num_out,) and is_dense(torch.bfloat16, bias_N)))
     need(fits and is_dense(torch.bfloat16, x_TD, *weights), "bfloat16 rows and weights of whole pieces", x_TD, *weights)
     out = x_TD.new_empty(num_rows, num_out)

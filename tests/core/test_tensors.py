@@ -1,10 +1,11 @@
+import sys
 from mmap import mmap
 from pathlib import Path
 
 import pytest
 import torch
 
-from qwen3vl_disagg.core.tensors import HUGE_PAGE, lazy_zeros, on_huge_pages
+from qwen3vl_disagg.core.tensors import HUGE_PAGE, TouchedAhead, lazy_zeros, on_huge_pages
 from tests.support.memory_maps import asks_for_huge_pages
 
 
@@ -42,3 +43,32 @@ def test_large_room_is_asked_for_on_huge_pages():
     assert not asks_for_huge_pages(small.data_ptr())
     large.fill_(7)
     assert (large == 7).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone populates on demand")
+def test_memory_ahead_of_the_rows_in_use_is_there_before_it_is_written():
+    tensors = [lazy_zeros((4096, 2**13), torch.uint8) for _ in range(4)]  # 32 MiB each
+    before = _private_kib()
+    ahead = TouchedAhead(tensors, ahead_bytes=16 << 20)
+
+    def touched_mib() -> int:
+        ahead.wait()
+        return (_private_kib() - before) // 1024
+
+    if touched_mib() == 0:
+        pytest.skip("the system does not populate on demand")
+    assert 14 <= touched_mib() <= 32  # whole huge pages
+    ahead.reached(100)  # the half of what is ahead is still there
+    assert touched_mib() <= 32
+    ahead.reached(2048)
+    assert 28 <= touched_mib() <= 60  # nothing below that row: it has been written
+    ahead.reached(4096)
+    ahead.reached(1)
+    assert touched_mib() <= 60
+    assert not any(x.any() for x in tensors)
+
+
+def test_nothing_is_touched_of_other_devices():
+    ahead = TouchedAhead([torch.empty(8, 8, device="meta"), torch.empty(0, 8)])
+    ahead.reached(8)
+    ahead.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from qwen3vl_disagg.model.rope import apply_rotary
 from tests.support.random_model import small_config
 
 pytestmark = pytest.mark.skipif(build.load() is None, reason="no AVX-512 BF16 or no C++ compiler")
+needs_tiles = pytest.mark.skipif(build.load() is None or not ops.has_tiles(), reason="no AMX")
 
 
 def bf16(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -63,6 +65,44 @@ def test_linear_by_tiles(rows, blocks, depth, threads, seed):
     assert distance(out, F.linear(x.double(), torch.cat(weights).double())) < 2**-8
 
 
+@needs_tiles
+@given(
+    rows=st.integers(1, 150),
+    blocks=st.lists(st.integers(1, 11), min_size=1, max_size=3),
+    depth=st.integers(1, 9),
+    more=st.sampled_from(["", "bias", "bias and gelu"]),
+    threads=st.sampled_from([1, 3]),
+    panel=st.sampled_from([1, 1 << 19]),
+    seed=st.integers(0, 99),
+)
+def test_many_rows(rows, blocks, depth, more, threads, panel, seed):
+    """Also where rows, columns and depth end within a tile; a row's bits do not depend on the rows beside it, and are
+    those that it has among few."""
+    x, weights = bf16(rows, 16 * depth, seed=seed), [bf16(16 * n, 16 * depth, seed=seed + n) for n in blocks]
+    bias = bf16(16 * sum(blocks), seed=seed + 1, scale=9.0) if more else None
+    is_gelu = "gelu" in more
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with patch.object(ops, "PANEL_NUMBERS", panel):
+            out = ops.many_rows(x, weights, bias, is_gelu=is_gelu)
+            assert torch.equal(ops.many_rows(x[:5], weights, bias, is_gelu=is_gelu), out[:5])
+    finally:
+        torch.set_num_threads(before)
+    products = F.linear(x.double(), torch.cat(weights).double(), None if bias is None else bias.double())
+    assert distance(out, F.gelu(products, approximate="tanh") if is_gelu else products) < 2**-7
+    if not more and rows >= 5 and depth % 2 == 0 and all(n % 2 == 0 for n in blocks):
+        assert torch.equal(ops.linear(x[:40], weights), out[:40])
+
+
+@needs_tiles
+def test_a_row_that_is_not_finite_stays_alone_among_many():
+    """Also where the depth ends within a tile, so that what is beside a row would be read with it."""
+    x, weight = bf16(70, 48, seed=0), bf16(64, 48, seed=1)
+    x[37, 0] = float("nan")
+    assert ops.many_rows(x, [weight]).isnan().any(1).nonzero().flatten().tolist() == [37]
+
+
 def test_several_matrices_side_by_side():
     x, weights = bf16(5, 64, seed=0), [bf16(n, 64, seed=n) for n in (8, 4, 20)]
     alone = [torch.ops.q3vl.linear(x, [weight]) for weight in weights]
@@ -99,9 +139,6 @@ def test_experts(tokens, experts, away, choices, hidden, width, skew, seed):
     loop = run_experts_loop(x, weights, ids, gate_up, down)
     actual = run_experts_kernel(x, weights, ids, gate_up, down)
     assert distance(actual, expected) <= distance(loop, expected) + 2**-8
-
-
-needs_tiles = pytest.mark.skipif(build.load() is None or not ops.has_tiles(), reason="no AMX")
 
 
 @needs_tiles
