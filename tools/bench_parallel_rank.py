@@ -90,9 +90,9 @@ class Rank:
         slots = (max_sequences * (CONTEXT // PAGE) + 64) * PAGE
         shape = (slots, text.num_key_value_heads, text.head_dim)
         device = torch.device("cpu")
+        dtype = self.model.model.embed_tokens.weight.dtype
         self.caches = [
-            (lazy_zeros(shape, torch.float32, device), lazy_zeros(shape, torch.float32, device))
-            for _ in range(text.num_hidden_layers)
+            (lazy_zeros(shape, dtype, device), lazy_zeros(shape, dtype, device)) for _ in range(text.num_hidden_layers)
         ]
 
     def step(self, scenario: Scenario, kind: str | None) -> None:

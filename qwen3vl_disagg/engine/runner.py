@@ -73,7 +73,7 @@ def resolve_attention(
 
 
 class ModelRunner:
-    """Runs prefill and decode of packed sequences over a page pool. KV is float32 on CPU, the model's dtype else.
+    """Runs prefill and decode of packed sequences over a page pool. Keys and values have the model's dtype.
 
     `max_running`: sequences in a decode step; graphs are made for so many at the start.
     """
@@ -97,14 +97,11 @@ class ModelRunner:
         self.impl = resolve_attention(
             attention, self.device, compile=compile, page_size=page_size, head_dim=text.head_dim
         )
-        kv_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         shape = (num_pages * page_size, text.num_key_value_heads, text.head_dim)
         self._tables = PageTables(max(max_running, 1), num_pages)
-        self.caches: list[LayerCache] = []
-        for _ in range(text.num_hidden_layers):
-            keys, values = (lazy_zeros(shape, kv_dtype, self.device) for _ in "kv")
-            self.caches.append((keys, values))
-        self._ahead = TouchedAhead([pool for cache in self.caches for pool in cache])
+        self._pools = [lazy_zeros(shape, self.dtype, self.device) for _ in range(2 * text.num_hidden_layers)]
+        self.caches: list[LayerCache] = list(zip(self._pools[::2], self._pools[1::2], strict=True))
+        self._ahead = TouchedAhead(self._pools)
         self.compiled = CompiledDecoder(model) if compile else None
         if self.compiled is not None:
             self.compiled.warm_up(self.caches, page_size, impl=self.impl, max_sequences=max_running, progress=progress)
@@ -146,17 +143,15 @@ class ModelRunner:
     def clear(self, pages: Seq[int]) -> None:
         """Forget the keys and values of these pages."""
         pages_P = torch.tensor(pages, dtype=torch.int64, device=self.device)
-        for keys, values in self.caches:
-            for pool in (keys, values):
-                pool.unflatten(0, (-1, self.page_size)).index_fill_(0, pages_P, 0)
+        for pool in self._pools:
+            pool.unflatten(0, (-1, self.page_size)).index_fill_(0, pages_P, 0)
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, count: int) -> None:
         """The first `count` tokens of a page, to the beginning of another."""
-        for keys, values in self.caches:
-            for pool in (keys, values):
-                pages = pool.unflatten(0, (-1, self.page_size))
-                pages[target, :count] = pages[source, :count]
+        for pool in self._pools:
+            pages = pool.unflatten(0, (-1, self.page_size))
+            pages[target, :count] = pages[source, :count]
 
     @torch.inference_mode()
     def decode(self, sequences: Seq[Sequence], plan: DispatchPlan | None = None) -> Tensor:

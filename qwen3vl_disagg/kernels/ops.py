@@ -336,14 +336,14 @@ def _padded(length: int) -> int:
 
 def _need_attention(q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor, *places: Tensor) -> None:
     fits = q_TNH.dim() == k_pool.dim() == 3 and k_pool.shape == v_pool.shape and q_TNH.shape[2] == k_pool.shape[2]
-    fits = fits and is_dense(torch.bfloat16, q_TNH) and is_dense(torch.float32, k_pool, v_pool)
+    fits = fits and is_dense(torch.bfloat16, q_TNH, k_pool, v_pool)
     fits = fits and is_dense(torch.int64, *places) and q_TNH.shape[1] % k_pool.shape[1] == 0
     fits = fits and q_TNH.shape[2] in HEAD_SIZES and q_TNH.shape[1] <= MAX_GROUP * k_pool.shape[1]
-    need(fits, f"bfloat16 queries, heads of {HEAD_SIZES} and float32 pages", q_TNH, k_pool, v_pool, *places)
+    need(fits, f"bfloat16 queries and pages with heads of {HEAD_SIZES}", q_TNH, k_pool, v_pool, *places)
 
 
 def prefill_attention(q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor, slots_L: Tensor) -> Tensor:
-    """New tokens at the end of one sequence's context -> `[T, N, H]`. Pools `[slots, G, H]` float32, contiguous."""
+    """New tokens at the end of one sequence's context -> `[T, N, H]`. Pools `[slots, G, H]` bfloat16, contiguous."""
     q_TNH = q_TNH.contiguous()
     _need_attention(q_TNH, k_pool, v_pool, slots_L)
     (num_new, num_heads, size), (_, num_kv_heads, _) = q_TNH.shape, k_pool.shape
@@ -369,7 +369,7 @@ def decode_attention(
 ) -> Tensor:
     """One new token for each sequence: its key and value into their slots, then attend -> `[B, N, H]`.
 
-    Pools `[slots, G, H]` float32; tables, contexts (with the new token) and slots int64.
+    Pools `[slots, G, H]` bfloat16; tables, contexts (with the new token) and slots int64.
     """
     q_BNH, k_BGH, v_BGH = q_BNH.contiguous(), _with_whole_rows(k_BGH), _with_whole_rows(v_BGH)
     tables_BW, contexts_B, slots_B = tables_BW.contiguous(), contexts_B.contiguous(), slots_B.contiguous()

@@ -196,8 +196,14 @@ def read_plan(lists: Tensor, sizes: Tensor) -> tuple[FlexKind, FlexLists]:
     return kind, FlexLists(*views)
 
 
+def widened(rows: Tensor) -> Tensor:
+    """Keys or values in the dtype that PyTorch computes attention in: at least float32 on the CPU, their own else."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)) if rows.is_cpu else rows
+
+
 def flex_attend(q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor, kind: FlexKind, lists: FlexLists) -> Tensor:
     """Attention of packed tokens over pools `[S, G, H]` -> `[T, N, H]`, q's dtype."""
+    k_pool, v_pool = widened(k_pool), widened(v_pool)
     q = q_TNH.to(k_pool.dtype)
     num_blocks = len(lists.num_partial)
     if len(lists.rows) != len(q) or kind.rows > 1:

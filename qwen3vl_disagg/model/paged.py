@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model.attention import ForwardBatch, LayerCache
-from qwen3vl_disagg.model.flex import flex_kind, make_plan, unwritten_slots, why_not_flex
+from qwen3vl_disagg.model.flex import flex_kind, make_plan, unwritten_slots, why_not_flex, widened
 
 PagedImpl = Literal["sdpa", "kernel", "flex"]
 
@@ -190,8 +190,7 @@ def paged_attention(
 ) -> Tensor:
     """Write the new keys and values into their slots, then attend -> `[T, N, H]`, q's dtype."""
     if not impl:
-        is_kernel = k_pool.dtype == torch.float32 and ops.can_attend(q_TNH, k_pool.shape[1])
-        impl = "kernel" if is_kernel else "sdpa"
+        impl = "kernel" if k_pool.dtype == q_TNH.dtype and ops.can_attend(q_TNH, k_pool.shape[1]) else "sdpa"
     if impl == "kernel" and places.is_decode:  # one call for all of it
         args = (k_pool, v_pool, places.tables_BW, places.contexts_B, places.new_slots_T, places.page_size)
         return ops.decode_attention(q_TNH, k_TGH, v_TGH, *args)
@@ -232,7 +231,7 @@ def _(q_TNH: Tensor, *_: object) -> Tensor:
 
 def decode_sdpa(q_BNH: Tensor, k_pool: Tensor, v_pool: Tensor, slots_BL: Tensor, is_context_BL: Tensor) -> Tensor:
     """One new token per sequence, on padded copies. The query heads of a kv head are the rows of one SDPA call."""
-    k, v = (pool[slots_BL].transpose(1, 2) for pool in (k_pool, v_pool))
+    k, v = (widened(pool[slots_BL]).transpose(1, 2) for pool in (k_pool, v_pool))
     q = q_BNH.to(k.dtype).unflatten(1, (k_pool.shape[1], -1))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_context_BL[:, None, None, :])
     return out.flatten(1, 2).to(q_BNH.dtype)
@@ -242,7 +241,7 @@ def extend_sdpa(q_TNH: Tensor, k_pool: Tensor, v_pool: Tensor, slots_L: Tensor) 
     """The last T tokens of a sequence over its whole context."""
     new, total = len(q_TNH), len(slots_L)
     group = q_TNH.shape[1] // k_pool.shape[1]
-    k, v = (pool[slots_L].transpose(0, 1).repeat_interleave(group, dim=0)[None] for pool in (k_pool, v_pool))
+    k, v = (widened(pool[slots_L]).transpose(0, 1).repeat_interleave(group, dim=0)[None] for pool in (k_pool, v_pool))
     q = q_TNH.to(k.dtype).transpose(0, 1)[None]
     if new == total:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)

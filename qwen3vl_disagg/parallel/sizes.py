@@ -124,10 +124,9 @@ class SizedModel:
         return sum(self.num_bytes(part) for part in parts.values()) + rows
 
     def kv_token_bytes(self) -> int:
-        """Keys and values of one token in all layers. On a CPU they are float32."""
+        """Keys and values of one token in all layers."""
         text = self.config.text
-        itemsize = self.itemsize if self.is_cuda else FLOAT32_BYTES
-        return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
+        return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * self.itemsize
 
     def step_flop(self, tokens: int, logits: int, pairs: float) -> float:
         """Of one rank's own tokens, experts aside. `pairs`: tokens times what each of them looks back at."""

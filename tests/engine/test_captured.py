@@ -106,7 +106,7 @@ def test_nothing_is_recorded_while_requests_run(monkeypatch):
     requests = make_requests(model, 200)
     for value in ("off", "on"):
         monkeypatch.setenv("Q3VL_CAPTURE", value)
-        engine = make_engine(model, max_running=12, kv_cache_gib=0.00012)  # 20 pages
+        engine = make_engine(model, max_running=12, kv_cache_gib=0.00006)  # 20 pages
         sampling = {
             name: SamplingParams(max_new_tokens=2 + n % 9, temperature=float(n % 2), seed=n, ignore_eos=n % 3 == 0)
             for n, name in enumerate(requests)

@@ -34,8 +34,8 @@ def decode(size=64, heads=4, kv=2, **changed):
         "q": b(2, heads, size),
         "k": b(2, kv, size),
         "v": b(2, kv, size),
-        "k_pool": torch.zeros(16, kv, size),
-        "v_pool": torch.zeros(16, kv, size),
+        "k_pool": b(16, kv, size),
+        "v_pool": b(16, kv, size),
         "tables": ints(2, 1),
         "contexts": ints(2) + 1,
         "slots": torch.tensor([0, 1]),
@@ -44,7 +44,7 @@ def decode(size=64, heads=4, kv=2, **changed):
 
 
 def prefill(size=64, new=2, length=3, **changed):
-    args = {"q": b(new, 4, size), "k": torch.zeros(16, 2, size), "v": torch.zeros(16, 2, size), "slots": ints(length)}
+    args = {"q": b(new, 4, size), "k": b(16, 2, size), "v": b(16, 2, size), "slots": ints(length)}
     return lambda: ops.prefill_attention(*{**args, **changed}.values())
 
 
@@ -71,15 +71,16 @@ CASES = {
     "decode: no whole groups": decode(heads=3),
     "decode: float32 queries": decode(q=b(2, 4, 64).float()),
     "decode: float16 keys": decode(k=b(2, 2, 64).half()),
-    "decode: bfloat16 pages": decode(k_pool=b(16, 2, 64)),
-    "decode: pages of other heads": decode(v_pool=torch.zeros(16, 1, 64)),
-    "decode: pages with gaps": decode(k_pool=gaps(torch.zeros(16, 2, 64))),
+    "decode: float32 pages": decode(k_pool=b(16, 2, 64).float()),
+    "decode: pages of other heads": decode(v_pool=b(16, 1, 64)),
+    "decode: pages with gaps": decode(k_pool=gaps(b(16, 2, 64))),
     "decode: int32 tables": decode(tables=ints(2, 1).int()),
     "decode: fewer slots than sequences": decode(slots=ints(1)),
     "decode: another device": decode(q=b(2, 4, 64).to("meta")),
     "prefill: heads of 80": prefill(size=80),
     "prefill: more queries than tokens": prefill(new=4),
     "prefill: float32 queries": prefill(q=b(2, 4, 64).float()),
+    "prefill: float32 pages": prefill(v=b(16, 2, 64).float()),
     "prefill: int32 slots": prefill(slots=ints(3).int()),
     "frames: heads of 72": lambda: ops.full_attention(b(4, 2, 72), b(4, 2, 72), b(4, 2, 72), [4]),
     "frames: rows that are not there": lambda: ops.full_attention(b(4, 2, 64), b(4, 2, 64), b(4, 2, 64), [8]),

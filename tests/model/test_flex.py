@@ -206,6 +206,20 @@ class Running:
             self.num_known += 1
 
 
+@pytest.mark.slow
+@torch.inference_mode()
+def test_bfloat16_pages_on_a_cpu_are_read_as_exactly_as_by_sdpa():
+    config = small_config()
+    model = random_language_model(config, seed=0).bfloat16()
+    shape = (20, config.text.num_key_value_heads, config.text.head_dim)
+    logits = {}
+    for impl in ("flex", "sdpa"):
+        caches = [tuple(torch.zeros(shape, dtype=torch.bfloat16) for _ in "kv") for _ in model.model.layers]
+        batch = PagedBatch([17], [17], torch.arange(5)[None], 4, caches, impl=impl)
+        logits[impl] = model(torch.arange(17), torch.arange(17).expand(3, -1), batch)
+    torch.testing.assert_close(logits["flex"], logits["sdpa"], atol=0.02, rtol=0.02)
+
+
 @torch.inference_mode()
 def test_fifty_steps_over_pages_that_change_owners():
     """Prefill in chunks and decode, beginnings shared by the prefix cache, pages freed and taken by others."""

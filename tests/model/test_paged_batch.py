@@ -32,12 +32,12 @@ def inputs(length, seed):
     return ids, positions, torch.randn(length, width, generator=generator)
 
 
-def run_paged(sequences, cuts, page_size, seed):
+def run_paged(sequences, cuts, page_size, seed, model=MODEL, pages_dtype=torch.float32):
     """Run each sequence in the steps that `cuts` gives; a step takes the next part of every sequence that has one."""
     generator = torch.Generator().manual_seed(seed)
     pages_each = -(-max(len(ids) for ids, _, _ in sequences) // page_size)
     tables = torch.randperm(NUM_PAGES, generator=generator)[: len(sequences) * pages_each].view(-1, pages_each)
-    caches = new_caches(page_size)
+    caches = new_caches(page_size, pages_dtype)
     logits = [[] for _ in sequences]
     for step in range(max(len(c) for c in cuts)):
         active = [b for b, c in enumerate(cuts) if step < len(c)]
@@ -54,7 +54,7 @@ def run_paged(sequences, cuts, page_size, seed):
         ids = torch.cat([sequence[0][part] for sequence, part in chosen])
         positions = torch.cat([sequence[1][:, part] for sequence, part in chosen], dim=1)
         deepstack = torch.cat([sequence[2][part] for sequence, part in chosen])
-        out = MODEL(ids, positions, batch, input_deepstack_embeds=deepstack)
+        out = model(ids, positions, batch, input_deepstack_embeds=deepstack.to(model.lm_head.weight.dtype))
         for b, rows in zip(active, out.split(batch.seq_lens), strict=True):
             logits[b].append(rows)
     return torch.cat([row for rows in logits for row in rows])
@@ -107,6 +107,16 @@ def test_any_schedule(data):
         sequences.append(inputs(length, seed))
         cuts.append(steps(length, *ends))
     check(sequences, cuts, data.draw(st.sampled_from([1, 3, 8])), data.draw(st.integers(0, 99)))
+
+
+def test_bfloat16_pages_give_the_bits_of_float32_ones():
+    """The keys and values of a bfloat16 model are bfloat16, and what is made of them is computed in float32 (heads of a
+    size that no kernel takes)."""
+    model = random_language_model(CONFIG, seed=0).bfloat16()
+    sequences, cuts = [inputs(n, n) for n in (9, 1, 17)], [steps(9, 4, 7), steps(1), steps(17, 15, 16)]
+    narrow, wide = (run_paged(sequences, cuts, 4, 0, model, dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert narrow.isfinite().all()
+    assert torch.equal(narrow, wide)
 
 
 def test_slots():

@@ -49,7 +49,7 @@ def test_a_host_is_shared_by_its_language_ranks_and_half_of_it_stays_free():
     model = SizedModel(PRESETS["30b-a3b"], 2, is_cuda=False)
     rooms = [kv_room(model, AUTO, free_bytes=200 * GIB, num_language=4, num_sharers=n) for n in (1, 2, 4)]
     for room, share in zip(rooms, (100, 50, 25), strict=True):
-        assert room.token_bytes == 2 * TOKEN  # float32
+        assert room.token_bytes == TOKEN
         assert 0 <= share * GIB - step_bytes(model, 4, AUTO) - room.num_bytes < room.page_size * room.token_bytes
     combined = kv_room(model, AUTO, free_bytes=200 * GIB, image_rows=IMAGE_ROWS)
     assert combined.num_bytes < kv_room(model, AUTO, free_bytes=200 * GIB).num_bytes
@@ -150,6 +150,14 @@ def test_what_the_command_line_says_reaches_the_engine():
     made = engine_options(RankSetup.of(make_context(options, 1, 2)))
     assert (made.max_running, made.max_prefill_tokens, made.page_size, made.kv_cache_gib) == (5, 48, 8, 0.5)
     assert made.chunk_tokens == 48  # of a server's 64, no more than a step has
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_reckoned_is_what_is_taken(dtype):
+    engine = LLM(dtype=dtype, kv_cache_gib=0.001, page_size=8).engine
+    pools = [pool for cache in engine.runner.caches for pool in cache]
+    assert {pool.dtype for pool in pools} == {getattr(torch, dtype)}
+    assert sum(pool.nbytes for pool in pools) == engine.room.num_bytes
 
 
 def test_python_takes_them_too():

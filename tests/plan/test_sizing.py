@@ -177,7 +177,7 @@ def test_idle_ranks_take_part_in_exchanges_only():
     assert (found["step"], found["exchange"]) == (1, 97 * 2)  # one rank on a core of its own; four ranks on two cores
     experts = 4 * 48 * 32 / 16 * 3 * 2048 * 768 * 2 / 1.25  # those of all ranks, as fast as both cores read
     dense = MODEL.replicated_bytes() - 2 * 151936 * 2048 + 2048 * 2
-    assert found["byte"] == pytest.approx(dense + 100 * 2 * 98_304 + experts)
+    assert found["byte"] == pytest.approx(dense + 100 * 98_304 + experts)
 
 
 def test_hosts_and_the_other_dispatch():

@@ -1,42 +1,37 @@
-// Attention of many queries over float pages (prefill) or bfloat16 tensors (vision tower), head size 64 or 128.
+// Attention of many queries over pages (prefill) or tensors (vision tower) of bfloat16, head size 64 or 128.
 #include "attention_tiles.h"
 
 static const long QUERIES = 48, KEYS = 128;
 static const float LOG2_E = 1.44269504f;
 
 // Keys and values of one kv head as pairs for `outer_rows`: keys[H / 2][L][2] along the head dim, values[L / 2][H][2]
-// along the context. `length` is padded with zeros to `padded`, a multiple of KEYS.
-static void pack_head(const float* k, const float* v, long stride, const int64_t* slots, long length, long padded,
-                      long H, bf16* keys, bf16* values) {
-  for (long l = 0; l < padded; l++) {
-    const bool is_there = l < length;
-    const long slot = is_there ? slots[l] * stride : 0;
-    for (long h = 0; h < H; h++) {
-      keys[((h / 2) * padded + l) * 2 + h % 2] = is_there ? to_bf16(k[slot + h]) : 0;
-      values[((l / 2) * H + h) * 2 + l % 2] = is_there ? to_bf16(v[slot + h]) : 0;
+// along the context. Token l lies `offset_of(l)` numbers behind k and v. `length` is padded with zeros to `padded`, a
+// multiple of KEYS.
+template <typename Offset>
+static void pack_head(const bf16* k, const bf16* v, Offset offset_of, long length, long padded, long H, bf16* keys,
+                      bf16* values) {
+  for (long l = 0; l < padded; l += 16) {
+    long offsets[16];
+    const long count = length - l < 16 ? length - l : 16;  // of tokens that are there, below 1 where none is
+    for (long i = 0; i < count; i++) offsets[i] = offset_of(l + i);
+    for (long h = 0; h < H; h += 32) {
+      __m512i r[16];
+      for (long i = 0; i < 16; i++) r[i] = i < count ? _mm512_loadu_si512(k + offsets[i] + h) : _mm512_setzero_si512();
+      transpose(r);
+      for (long i = 0; i < 16; i++) _mm512_storeu_si512(keys + ((h / 2 + i) * padded + l) * 2, r[i]);
     }
+    for (long i = 0; i < 16; i += 2)
+      for (long h = 0; h < H; h += 16) {
+        const __m256i zero = _mm256_setzero_si256();
+        const __m256i even = i < count ? _mm256_loadu_si256((const __m256i*)(v + offsets[i] + h)) : zero;
+        const __m256i odd = i + 1 < count ? _mm256_loadu_si256((const __m256i*)(v + offsets[i + 1] + h)) : zero;
+        const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
+        _mm512_storeu_si512(values + ((l + i) / 2 * H + h) * 2, _mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
+      }
   }
 }
 
 static inline __mmask16 first_lanes(long count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
-
-// The same of bfloat16 rows that follow one another, `stride` apart.
-static void pack_frame(const bf16* k, const bf16* v, long stride, long length, long padded, long H, bf16* keys,
-                       bf16* values) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i rows = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)stride)), zero = _mm512_setzero_si512();
-  for (long l = 0; l < padded; l += 16)
-    for (long h = 0; h < H; h += 2)
-      _mm512_storeu_si512(keys + (h / 2 * padded + l) * 2,
-                          _mm512_mask_i32gather_epi32(zero, first_lanes(length - l), rows, k + l * stride + h, 2));
-  for (long l = 0; l < padded; l += 2)
-    for (long h = 0; h < H; h += 16) {
-      const __m256i even = _mm256_maskz_loadu_epi16(l < length ? 0xffff : 0, v + l * stride + h);
-      const __m256i odd = _mm256_maskz_loadu_epi16(l + 1 < length ? 0xffff : 0, v + (l + 1) * stride + h);
-      const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
-      _mm512_storeu_si512(values + (l / 2 * H + h) * 2, _mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
-    }
-}
 
 // `count` queries (rows of q, `q_stride` apart) over packed keys and values; query i sees context tokens up to
 // first + i, or all `length` of them when not causal. Online softmax in float, probabilities rounded to bfloat16.
@@ -90,93 +85,51 @@ static void attend_block(const bf16* q, long q_stride, long count, long first, l
     }
 }
 
-// One sequence: `new_tokens` queries [new, N, H] at the end of a context of `length` tokens that lie in `slots` of the
-// pools [slots, G, H]. `packed` is scratch: 2 * G * padded * H bf16, padded = length rounded up to 128.
-extern "C" void q3_prefill_attention(const bf16* q, long new_tokens, const float* k_pool, const float* v_pool,
-                                     const int64_t* slots, long length, long N, long G, long H,
-                                     bf16* packed, bf16* out, int threads) {
-  const long padded = (length + KEYS - 1) / KEYS * KEYS, head = padded * H;
+// `count` queries [count, N, H], `q_stride` apart, at the end of a context of `length` tokens, or, when not causal, each
+// over all of them; token l of kv head g lies at `offset_of(l)` + g * H of k and v. packed: 2 * G * padded * H.
+template <typename Offset>
+static void attend(const bf16* q, long q_stride, long count, bool is_causal, const bf16* k, const bf16* v,
+                   Offset offset_of, long length, long N, long G, long H, bf16* packed, bf16* out, bool tiles,
+                   int threads) {
+  const long padded = (length + KEYS - 1) / KEYS * KEYS, head = padded * H, size = tiles ? TILE_QUERIES : QUERIES;
+  const long blocks = (count + size - 1) / size;
   const float scale = 1.0f / sqrtf((float)H);
-#ifdef __AMX_BF16__
-  if (may_use_tiles()) {
-    const long blocks = (new_tokens + TILE_QUERIES - 1) / TILE_QUERIES;
-#pragma omp parallel num_threads(threads)
-    {
-      begin_tiles();
-#pragma omp for schedule(static)
-      for (long g = 0; g < G; g++)
-        pack_context(k_pool + g * H, v_pool + g * H, length, padded, H, packed + 2 * g * head, packed + (2 * g + 1) * head,
-                     [=](long l) { return slots[l] * G * H; });
-#pragma omp for schedule(dynamic)
-      for (long item = 0; item < N * blocks; item++) {
-        const long n = item % N, start = (blocks - 1 - item / N) * TILE_QUERIES, g = n / (N / G);  // the longest come first
-        const long count = new_tokens - start < TILE_QUERIES ? new_tokens - start : TILE_QUERIES;
-        attend_tiles(q + (start * N + n) * H, N * H, count, length - new_tokens + start, length, true,
-                     packed + 2 * g * head, packed + (2 * g + 1) * head, H, LOG2_E * scale, out + (start * N + n) * H, N * H);
-      }
-      end_tiles();
-    }
-    return;
-  }
-#endif
-  const long blocks = (new_tokens + QUERIES - 1) / QUERIES;
 #pragma omp parallel num_threads(threads)
   {
+    if (tiles) begin_tiles();
 #pragma omp for schedule(static)
-    for (long g = 0; g < G; g++)
-      pack_head(k_pool + g * H, v_pool + g * H, G * H, slots, length, padded, H, packed + 2 * g * head,
-                packed + (2 * g + 1) * head);
+    for (long g = 0; g < G; g++) {
+      bf16 *keys = packed + 2 * g * head, *values = keys + head;
+      (tiles ? pack_context<Offset> : pack_head<Offset>)(k + g * H, v + g * H, offset_of, length, padded, H, keys, values);
+    }
 #pragma omp for schedule(dynamic)
     for (long item = 0; item < N * blocks; item++) {
-      const long n = item % N, start = (blocks - 1 - item / N) * QUERIES, g = n / (N / G);  // the longest come first
-      const long count = new_tokens - start < QUERIES ? new_tokens - start : QUERIES;
-      attend_block(q + (start * N + n) * H, N * H, count, length - new_tokens + start, length, true,
-                   packed + 2 * g * head, packed + (2 * g + 1) * head, padded, H, scale,
-                   out + (start * N + n) * H, N * H);
+      const long n = item % N, start = (blocks - 1 - item / N) * size;  // those that see most come first
+      const long here = count - start < size ? count - start : size, first = length - count + start;
+      const bf16 *from = q + start * q_stride + n * H, *keys = packed + 2 * (n / (N / G)) * head, *values = keys + head;
+      bf16* to = out + (start * N + n) * H;
+      if (tiles)
+        attend_tiles(from, q_stride, here, first, length, is_causal, keys, values, H, LOG2_E * scale, to, N * H);
+      else
+        attend_block(from, q_stride, here, first, length, is_causal, keys, values, padded, H, scale, to, N * H);
     }
+    if (tiles) end_tiles();
   }
+}
+
+// One sequence: `new_tokens` queries [new, N, H] at the end of a context of `length` tokens that lie in `slots` of the
+// pools [slots, G, H]. `packed` is scratch: 2 * G * padded * H bf16, padded = length rounded up to 128.
+extern "C" void q3_prefill_attention(const bf16* q, long new_tokens, const bf16* k_pool, const bf16* v_pool,
+                                     const int64_t* slots, long length, long N, long G, long H, bf16* packed, bf16* out,
+                                     int threads) {
+  const auto offset_of = [=](long l) { return slots[l] * G * H; };
+  attend(q, N * H, new_tokens, true, k_pool, v_pool, offset_of, length, N, G, H, packed, out, may_use_tiles(), threads);
 }
 
 // A frame of the vision tower: q, k, v [P, N, H] with rows `stride` apart, out [P, N, H]. `packed`: 2 * N * padded * H.
 // `tiles`: by AMX where it is.
 extern "C" void q3_full_attention(const bf16* q, const bf16* k, const bf16* v, long stride, long length, long N, long H,
                                   bf16* packed, bf16* out, int tiles, int threads) {
-  const long padded = (length + KEYS - 1) / KEYS * KEYS, head = padded * H;
-  const float scale = 1.0f / sqrtf((float)H);
-#ifdef __AMX_BF16__
-  if (tiles && may_use_tiles()) {
-    const long blocks = (length + TILE_QUERIES - 1) / TILE_QUERIES;
-#pragma omp parallel num_threads(threads)
-    {
-      begin_tiles();
-#pragma omp for schedule(static)
-      for (long n = 0; n < N; n++)
-        pack_context(k + n * H, v + n * H, length, padded, H, packed + 2 * n * head, packed + (2 * n + 1) * head,
-                     [=](long l) { return l * stride; });
-#pragma omp for schedule(dynamic)
-      for (long item = 0; item < N * blocks; item++) {
-        const long n = item / blocks, start = item % blocks * TILE_QUERIES;
-        const long count = length - start < TILE_QUERIES ? length - start : TILE_QUERIES;
-        attend_tiles(q + start * stride + n * H, stride, count, 0, length, false, packed + 2 * n * head,
-                     packed + (2 * n + 1) * head, H, LOG2_E * scale, out + (start * N + n) * H, N * H);
-      }
-      end_tiles();
-    }
-    return;
-  }
-#endif
-  const long blocks = (length + QUERIES - 1) / QUERIES;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static)
-    for (long n = 0; n < N; n++)
-      pack_frame(k + n * H, v + n * H, stride, length, padded, H, packed + 2 * n * head, packed + (2 * n + 1) * head);
-#pragma omp for schedule(dynamic)
-    for (long item = 0; item < N * blocks; item++) {
-      const long n = item / blocks, start = item % blocks * QUERIES;
-      const long count = length - start < QUERIES ? length - start : QUERIES;
-      attend_block(q + start * stride + n * H, stride, count, 0, length, false, packed + 2 * n * head,
-                   packed + (2 * n + 1) * head, padded, H, scale, out + (start * N + n) * H, N * H);
-    }
-  }
+  const auto offset_of = [=](long l) { return l * stride; };
+  attend(q, stride, length, false, k, v, offset_of, length, N, N, H, packed, out, tiles && may_use_tiles(), threads);
 }

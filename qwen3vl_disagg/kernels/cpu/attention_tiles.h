@@ -7,37 +7,37 @@
 #include <math.h>
 #include "expert_tiles.h"
 
-#ifdef __AMX_BF16__
 // Queries at a time, in groups of 16, and keys.
 static const long TILE_QUERIES = 32, TILE_KEYS = 128;
 
-static inline __m256i load_bf16(const float* p, bool is_there) {
-  return is_there ? narrow(_mm512_loadu_ps(p)) : _mm256_setzero_si256();
-}
+#ifdef __AMX_BF16__
 
-static inline __m256i load_bf16(const bf16* p, bool is_there) {
+static inline __m256i load_if(const bf16* p, bool is_there) {
   return is_there ? _mm256_loadu_si256((const __m256i*)p) : _mm256_setzero_si256();
 }
 
-// One head's keys[padded][H] and values[padded / 32][H][32] of `length` rows; `row(l)` is where row l begins in k and v.
-template <typename Number, typename Row>
-static inline void pack_context(const Number* k, const Number* v, long length, long padded, long H, bf16* keys,
-                                bf16* values, Row row) {
-  for (long l = 0; l < padded; l++)
-    for (long h = 0; h < H; h += 16)
-      _mm256_storeu_si256((__m256i*)(keys + l * H + h), load_bf16(k + (l < length ? row(l) + h : 0), l < length));
-  for (long l = 0; l < padded; l += 32)
+// One kv head's keys[padded][H] and values[padded / 32][H][32]. Token l lies `offset_of(l)` numbers behind k and v.
+template <typename Offset>
+static void pack_context(const bf16* k, const bf16* v, Offset offset_of, long length, long padded, long H, bf16* keys,
+                         bf16* values) {
+  for (long l = 0; l < padded; l += 32) {
+    long offsets[32];
+    const long count = length - l < 32 ? length - l : 32;  // of tokens that are there, below 1 where none is
+    for (long i = 0; i < count; i++) offsets[i] = offset_of(l + i);
+    for (long i = 0; i < 32; i++)
+      for (long h = 0; h < H; h += 16)
+        _mm256_storeu_si256((__m256i*)(keys + (l + i) * H + h), load_if(k + (i < count ? offsets[i] + h : 0), i < count));
     for (long h = 0; h < H; h += 16) {
       __m512i r[16];
-      for (long i = 0; i < 16; i++) {
-        const long low = l + 2 * i, high = low + 1;
-        const __m256i even = load_bf16(v + (low < length ? row(low) + h : 0), low < length);
-        const __m256i odd = load_bf16(v + (high < length ? row(high) + h : 0), high < length);
-        r[i] = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+      for (long i = 0; i < 32; i += 2) {
+        const __m256i even = load_if(v + (i < count ? offsets[i] + h : 0), i < count);
+        const __m256i odd = load_if(v + (i + 1 < count ? offsets[i + 1] + h : 0), i + 1 < count);
+        r[i / 2] = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
       }
       transpose(r);
       for (long i = 0; i < 16; i++) _mm512_storeu_si512(values + l * H + (h + i) * 32, r[i]);
     }
+  }
 }
 
 // sums[rows / 16][2][16][16] (+)= rows of a left operand times two groups of 16 columns, over `depth`; tiles of a row of
@@ -173,4 +173,10 @@ static void attend_tiles(const bf16* q, long q_stride, long count, long first, l
         _mm256_storeu_si256((__m256i*)(out + (g * 16 + i) * out_stride + h), narrow(_mm512_castsi512_ps(r[i])));
     }
 }
+#else
+template <typename Offset>
+static void pack_context(const bf16* k, const bf16* v, Offset offset_of, long length, long padded, long H, bf16* keys,
+                         bf16* values) {}
+static void attend_tiles(const bf16* q, long q_stride, long count, long first, long length, bool is_causal,
+                         const bf16* keys, const bf16* values, long H, float scale, bf16* out, long out_stride) {}
 #endif

@@ -1,4 +1,4 @@
-// bfloat16 on AVX-512 (BF16): conversions, exp, and the two inner products that everything here is made of.
+// bfloat16 on AVX-512 (BF16): conversions, a transpose, exp, and the two inner products that everything here is made of.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -39,6 +39,28 @@ static inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); 
 static inline __m512 round_ps(__m512 x) { return widen(narrow(x)); }
 
 static inline __m512 load_wide(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+
+// 16 x 16 numbers of 32 bits, rows to columns.
+static inline void transpose(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+    }
+  for (int j = 0; j < 4; j++) {
+    const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    t[j] = _mm512_shuffle_i32x4(a, c, 0x88), t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88), t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+  for (int i = 0; i < 16; i++) r[i] = t[i];
+}
 
 // A tile of `count` rows and 4 columns, as bfloat16, to rows `stride` apart. `tile` has room for whole vectors.
 static inline void store_tile(const float* tile, long count, bf16* out, long stride) {

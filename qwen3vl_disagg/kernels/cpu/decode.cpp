@@ -1,4 +1,4 @@
-// Attention of one new token for each sequence over float pages, head size 64 or 128: bound by reading keys and values,
+// Attention of one new token for each sequence over pages of bfloat16, head size 64 or 128: bound by reading keys and values,
 // which are read once, all heads of a token together, as they lie. Four query heads of a kv head make a quad, which
 // shares vectors; a group that is no multiple of 4 is filled up with zeros.
 #include <math.h>
@@ -12,13 +12,13 @@ static const long TOKENS = 64, MAX_HEADS = 8, MAX_GROUP = 16, MAX_SIZE = 128;
 // Where the tokens of a sequence lie in a pool.
 struct Pages {
   const int64_t* table;
-  long size, stride;  // tokens in a page, floats from a token to the next
+  long size, stride;  // tokens in a page, numbers from a token to the next
   long offset(long token) const { return (table[token / size] * size + token % size) * stride; }
 };
 
 // The processor does not guess where a page leads.
-static inline void prefetch_row(const float* row, long width) {
-  for (long i = 0; i < width; i += 16) _mm_prefetch((const char*)(row + i), _MM_HINT_T0);
+static inline void prefetch_row(const bf16* row, long width) {
+  for (long i = 0; i < width; i += 32) _mm_prefetch((const char*)(row + i), _MM_HINT_T0);
 }
 
 static inline __m512 four_times(__m128 x) { return _mm512_broadcast_f32x4(x); }
@@ -35,11 +35,11 @@ static inline __m128 sum_of_quarters(__m512 x) {
 
 // scores[4] = the dot products of a quad's queries [4, H] with a key.
 template <long H>
-static inline void score(const float* query, const float* key, float* scores) {
+static inline void score(const float* query, const bf16* key, float* scores) {
   __m512 dot[4];
   for (int j = 0; j < 4; j++) dot[j] = _mm512_setzero_ps();
   for (long h = 0; h < H; h += 16) {
-    const __m512 part = _mm512_loadu_ps(key + h);
+    const __m512 part = load_wide(key + h);
     for (int j = 0; j < 4; j++) dot[j] = _mm512_fmadd_ps(_mm512_loadu_ps(query + j * H + h), part, dot[j]);
   }
   _mm_storeu_ps(scores, sum_four(dot[0], dot[1], dot[2], dot[3]));
@@ -66,7 +66,7 @@ static inline void exponents(float* scores, long count, __m128* top, __m128* sum
 
 // acc [4, H] of a quad, shrunk by `keep`, plus the values of `count` tokens by their weights [count, 4].
 template <long H>
-static inline void add_values(const float* weights, const float* const* values, long count, const float* keep,
+static inline void add_values(const float* weights, const bf16* const* values, long count, const float* keep,
                               float* acc) {
   for (long h = 0; h < H; h += 64) {
     __m512 part[4][4];
@@ -75,7 +75,7 @@ static inline void add_values(const float* weights, const float* const* values, 
         part[j][i] = _mm512_mul_ps(_mm512_loadu_ps(acc + j * H + h + 16 * i), _mm512_set1_ps(keep[j]));
     for (long l = 0; l < count; l++)
       for (int i = 0; i < 4; i++) {
-        const __m512 value = _mm512_loadu_ps(values[l] + h + 16 * i);
+        const __m512 value = load_wide(values[l] + h + 16 * i);
         for (int j = 0; j < 4; j++) part[j][i] = _mm512_fmadd_ps(_mm512_set1_ps(weights[l * 4 + j]), value, part[j][i]);
       }
     for (int j = 0; j < 4; j++)
@@ -85,7 +85,7 @@ static inline void add_values(const float* weights, const float* const* values, 
 
 // Some kv heads of one sequence: q and out [heads * group, H], pools from the first of these heads on.
 template <long H>
-static void attend(const bf16* q, const float* k_pool, const float* v_pool, const Pages& pages, long length, long heads,
+static void attend(const bf16* q, const bf16* k_pool, const bf16* v_pool, const Pages& pages, long length, long heads,
                    long group, bf16* out) {
   const long in_head = (group + 3) / 4, quads = heads * in_head;
   alignas(64) float query[MAX_HEADS * MAX_GROUP * MAX_SIZE], acc[MAX_HEADS * MAX_GROUP * MAX_SIZE];
@@ -100,7 +100,7 @@ static void attend(const bf16* q, const float* k_pool, const float* v_pool, cons
                        _mm512_mul_ps(load_wide(q + g * group * H + i), _mm512_set1_ps(1.0f / sqrtf((float)H))));
   for (long start = 0; start < length; start += TOKENS) {
     const long count = length - start < TOKENS ? length - start : TOKENS;
-    const float* rows[TOKENS];
+    const bf16* rows[TOKENS];
     for (long l = 0; l < count; l++) {
       const long here = pages.offset(start + l);
       prefetch_row(v_pool + here, heads * H);  // for the second pass
@@ -131,8 +131,8 @@ static void attend(const bf16* q, const float* k_pool, const float* v_pool, cons
 // The keys and values of the new tokens, k and v [B, G, H] with rows `k_stride` and `v_stride` apart, are written into
 // the pools [slots, G, H] at slots[B]; then they count among the contexts[b] tokens of sequence b. Page p of it is
 // number tables[b * width + p]. q and out: [B, N, H].
-static void decode_attention(const bf16* q, const bf16* k, long k_stride, const bf16* v, long v_stride, float* k_pool,
-                             float* v_pool, const int64_t* tables, long width, const int64_t* contexts,
+static void decode_attention(const bf16* q, const bf16* k, long k_stride, const bf16* v, long v_stride, bf16* k_pool,
+                             bf16* v_pool, const int64_t* tables, long width, const int64_t* contexts,
                              const int64_t* slots, long page_size, long B, long N, long G, long H, bf16* out) {
   if (B == 0) return;
   const int threads = omp_get_num_threads();
@@ -147,10 +147,8 @@ static void decode_attention(const bf16* q, const bf16* k, long k_stride, const 
   for (long b = 0; b < B; b++)
     for (long piece = 0; piece < pieces; piece++) {
       const long g = piece * most, heads = G - g < most ? G - g : most, slot = (slots[b] * G + g) * H;
-      for (long i = 0; i < heads * H; i += 16) {
-        _mm512_storeu_ps(k_pool + slot + i, load_wide(k + b * k_stride + g * H + i));
-        _mm512_storeu_ps(v_pool + slot + i, load_wide(v + b * v_stride + g * H + i));
-      }
+      memcpy(k_pool + slot, k + b * k_stride + g * H, heads * H * sizeof(bf16));
+      memcpy(v_pool + slot, v + b * v_stride + g * H, heads * H * sizeof(bf16));
       const long first = (b * N + g * group) * H;
       (H == 64 ? attend<64> : attend<128>)(q + first, k_pool + g * H, v_pool + g * H,
                                            Pages{tables + b * width, page_size, G * H}, contexts[b], heads, group,
@@ -159,7 +157,7 @@ static void decode_attention(const bf16* q, const bf16* k, long k_stride, const 
 }
 
 extern "C" void q3_decode_attention(const bf16* q, const bf16* k, long k_stride, const bf16* v, long v_stride,
-                                    float* k_pool, float* v_pool, const int64_t* tables, long width,
+                                    bf16* k_pool, bf16* v_pool, const int64_t* tables, long width,
                                     const int64_t* contexts, const int64_t* slots, long page_size, long B, long N,
                                     long G, long H, bf16* out, int threads) {
 #pragma omp parallel num_threads(threads)
@@ -168,7 +166,7 @@ extern "C" void q3_decode_attention(const bf16* q, const bf16* k, long k_stride,
 }
 
 extern "C" void step_decode_attention(const Word* a, long B) {
-  decode_attention((bf16*)a[0].p, (bf16*)a[1].p, a[2].l, (bf16*)a[3].p, a[4].l, (float*)a[5].p, (float*)a[6].p,
+  decode_attention((bf16*)a[0].p, (bf16*)a[1].p, a[2].l, (bf16*)a[3].p, a[4].l, (bf16*)a[5].p, (bf16*)a[6].p,
                    (int64_t*)a[7].p, a[8].l, (int64_t*)a[9].p, (int64_t*)a[10].p, a[11].l, B, a[13].l, a[14].l, a[15].l,
                    (bf16*)a[16].p);
 }
