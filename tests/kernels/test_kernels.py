@@ -281,6 +281,7 @@ def test_decode_attention(contexts, kv_heads, group, size, page_size, seed):
     heads, contexts_B = kv_heads * group, torch.tensor(contexts)
     # As they come from one product with several weights.
     q, k, v = bf16(len(contexts), heads + 2 * kv_heads, size, seed=seed + 2).split([heads, kv_heads, kv_heads], dim=1)
+    v = v.clone() if seed % 2 else v  # or not
     last_B = contexts_B - 1
     slots_B = tables.gather(1, (last_B // page_size)[:, None])[:, 0] * page_size + last_B % page_size
     expected_pools = [pool.index_copy(0, slots_B, new) for pool, new in ((keys, k), (values, v))]
@@ -361,6 +362,16 @@ def test_a_patch_that_is_not_finite_stays_in_its_frame(tiles):
     q, k, v = (bf16(70, 2, 64, seed=i) for i in range(3))
     v[69] = float("nan")
     assert ops.full_attention(q, k, v, [37, 33], tiles).isnan().flatten(1).any(1).tolist() == [False] * 37 + [True] * 33
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 127, 130])
+def test_what_scratch_held_before_is_not_used(length, monkeypatch):
+    """NaN behind the last token would stay, whatever it is multiplied by."""
+    nan = float("nan")
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, size: x.new_full(torch.empty(size).shape, nan))
+    q, k, v = (bf16(length, 2, 64, seed=i) for i in range(3))
+    assert ops.prefill_attention(q, k, v, torch.arange(length)).isfinite().all()
+    assert ops.full_attention(q, k, v, [length]).isfinite().all()
 
 
 @settings(max_examples=30)
