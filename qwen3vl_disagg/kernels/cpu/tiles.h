@@ -30,4 +30,6 @@ static inline void end_tiles() { _tile_release(); }
 
 #else
 static inline bool may_use_tiles() { return false; }
+static inline void begin_tiles() {}
+static inline void end_tiles() {}
 #endif
