@@ -2,11 +2,11 @@
 
     python recipes/bench.py transfer [--megabytes 1 4 16 64] [--rounds 40] [--json]
     python recipes/bench.py overlap [--rounds 5] [--picture overlap.png]
-    python recipes/bench.py engine [--vllm-python PYTHON] [--rounds 5] [--picture DIR]
+    python recipes/bench.py engine [--vllm-python PYTHON] [--llama-cpp DIR] [--rounds 5] [--picture DIR]
     python recipes/bench.py host [--contexts 1024 32768 131072] [--sequences 32]
     python recipes/bench.py grammars [--batch 8] [--bound 0 4]
     python recipes/bench.py gaps [--rounds 2] [--picture DIR]
-    python recipes/bench.py road [--rounds 3] [--other NAME=COMMAND]
+    python recipes/bench.py road [--rounds 3] [--other NAME=COMMAND] [--llama-cpp DIR]
     python recipes/bench.py order [--rounds 3] [--model DIR]
     python recipes/bench.py repeat [--rounds 7]
     python recipes/bench.py pooling [--vllm-python PYTHON] [--rounds 5]

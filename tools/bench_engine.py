@@ -1,4 +1,4 @@
-"""This project beside `transformers` and vLLM on one checkpoint: contestants take turns within every round."""
+"""This project beside `transformers`, vLLM and llama.cpp on one checkpoint: contestants take turns in every round."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from qwen3vl_disagg.core.errors import CheckpointError
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.plan.presets import PRESETS
 from tools.bench_contestants.client import ContestantError, Process
+from tools.bench_contestants.llama_build import NO_BUILD, named_build
 from tools.bench_contestants.worker import Setup
 from tools.bench_engine_plan import MACHINE, Plan, Record, run
 from tools.bench_machine import conclude, machine_facts, machine_line, table
@@ -27,12 +28,13 @@ from tools.make_checkpoint import write_small_tokenizer
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d", "#72b7b2")
 CEILING_COLOUR = "#dddddd"
 LOAD_S = 1200.0
-Name = Literal["this", "this-compiled", "this-int8", "transformers", "vllm", "vllm-compiled"]
+Name = Literal["this", "this-compiled", "this-int8", "transformers", "vllm", "vllm-compiled", "llama.cpp"]
 MODULES = {
     MACHINE: "machine_rates",
     "this": "this_project",
     "transformers": "hf_transformers",
     "vllm": "vllm_cpu",
+    "llama.cpp": "llama_cpp",
 }
 """By a contestant's name up to its first dash."""
 VARIANTS = {
@@ -108,7 +110,7 @@ def check(contestants: Sequence[str], plan: Plan, model: Path | None, preset: st
 
 def engine(
     rounds: int = 5,
-    contestants: tuple[Name, ...] = ("this", "this-compiled", "transformers", "vllm", "vllm-compiled"),
+    contestants: tuple[Name, ...] = ("this", "this-compiled", "transformers", "vllm", "vllm-compiled", "llama.cpp"),
     batches: tuple[int, ...] = (1, 8, 32),
     preset: str = "mid",
     model: Path | None = None,
@@ -122,6 +124,7 @@ def engine(
     compile: Literal["auto", "on", "off"] = "auto",
     quantize: Literal["none", "int8"] = "none",
     vllm_python: Path | None = None,
+    llama_cpp: Path | None = None,
     picture: Path | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -145,6 +148,7 @@ def engine(
         compile: Of contestant `this`.
         quantize: Of contestant `this`.
         vllm_python: Python of an environment that has vLLM. Default: $VLLM_PYTHON.
+        llama_cpp: Folder in which llama.cpp was built. Default: $LLAMA_CPP.
         picture: Folder for the picture.
         as_json: Print the JSON line only.
     """
@@ -177,6 +181,7 @@ def engine(
             is_random=is_random,
             max_batch=max(batches),
             max_tokens=max(prefill_tokens, prompt_tokens + new_tokens) + 8,
+            llama_cpp=str(named_build(llama_cpp) or ""),
         )
         processes, records, left_out = gather(stack, [MACHINE, *contestants], setup, vllm_python, wait)
         if MACHINE not in records or len(records) == 1:
@@ -206,6 +211,9 @@ def gather(
         python = vllm_python if name.startswith("vllm") else Path(sys.executable)
         if python is None:
             left_out[name] = "no environment with vLLM given (--vllm-python or VLLM_PYTHON)"
+            continue
+        if name == "llama.cpp" and not setup.llama_cpp:
+            left_out[name] = NO_BUILD
             continue
         process = start(name, setup, python, wait)
         stack.callback(process.close)

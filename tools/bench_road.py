@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import os
 import shlex
 import signal
@@ -24,16 +25,20 @@ from typing import Annotated, Any
 import tyro
 
 from qwen3vl_disagg.core.errors import InputError
+from tools.bench_contestants.llama_build import NO_BUILD, LlamaBuildError, command, convert, named_build
 from tools.bench_engine import folder_to_serve
 from tools.bench_load import Stream, arrivals, body, picture, send, text
 from tools.bench_machine import busy_seconds, conclude, machine_facts, machine_line, table
 from tools.bench_served import REPO, free_port
 from tools.bench_stats import gaps, percentile
 
-SPLIT, ONE = "split", "one"
+SPLIT, ONE, LLAMA = "split", "one", "llama.cpp"
 OURS = {SPLIT: 2, ONE: 1}
 READY_S, LEAVE_S, ANSWER_S = 400.0, 40.0, 900.0
 TEXT_TOKENS = 3000
+VISUAL_TOKEN_SIDE, ROOM_TOKENS, ARRIVED = 32, 512, 8
+"""For llama.cpp, which divides its context beforehand: pixels along a visual token, tokens for the words of a request
+and the template, and how many requests with images it works on beside the texts."""
 WARM_TOKENS = 3
 
 
@@ -74,6 +79,15 @@ def running(name: str, others: dict[str, str], model: Path, options: Sequence[st
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait(LEAVE_S)
+
+
+def llama_command(stack: ExitStack, build: Path, folder: Path, slots: int, slot_tokens: int) -> str:
+    """The command line of llama.cpp's server, `{port}` open, for the checkpoint as its converter writes it into a
+    folder that goes with `stack`. LlamaBuildError."""
+    out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-llama-")))
+    line = shlex.join(command(build, out, "{port}", slots, slot_tokens))
+    convert(build, folder, out)
+    return line
 
 
 def name_at(port: int) -> str | None:
@@ -179,6 +193,7 @@ def road(
     preset: str = "mid",
     model: Path | None = None,
     image_side: int = 448,
+    llama_cpp: Path | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """First tokens, gaps and requests/s over HTTP: clients that wait for answers, and arrivals that do not.
@@ -197,12 +212,13 @@ def road(
         preset: Random weights of tools/make_checkpoint.py.
         model: A checkpoint folder instead.
         image_side: Height and width of an image in pixels.
+        llama_cpp: Folder in which llama.cpp was built: its server takes part as `llama.cpp`. Default: $LLAMA_CPP.
         as_json: Print the JSON line only.
     """
     others = dict(entry.partition("=")[::2] for entry in other)
     unknown = [name for name in contestants if name not in OURS]
-    unknown += [name for name, line in others.items() if not line or name in OURS]
-    if unknown or not (contestants or others):
+    unknown += [name for name, line in others.items() if not line or name in (*OURS, LLAMA)]
+    if unknown or not (contestants or others or named_build(llama_cpp)):
         raise InputError(f"contestants: {', '.join(OURS)}, others as NAME=COMMAND; got {', '.join(unknown) or 'none'}")
     if min(rounds, requests, tokens, *at_once, *images) < 1 or min(rate, seconds) <= 0 or texts < 0:
         raise InputError("need at least one round, request, token, client and image, and a rate above 0")
@@ -211,11 +227,20 @@ def road(
             f"no request arrives within {seconds:g} s at {rate:g} images/s: more seconds, or a higher rate"
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the server that runs
-    machine = machine_facts()
-    names = [*contestants, *others]
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in names}
+    machine, build, left_out = machine_facts(), named_build(llama_cpp), dict[str, str]()
     with ExitStack() as stack:
         folder = model or folder_to_serve(stack, preset)
+        try:
+            if build is None:
+                raise LlamaBuildError(NO_BUILD)
+            of_image = math.ceil(image_side / VISUAL_TOKEN_SIDE) ** 2
+            slot_tokens = max(TEXT_TOKENS if texts else 0, max(1, *images) * of_image + tokens) + ROOM_TOKENS
+            others[LLAMA] = llama_command(stack, build, folder, max(*at_once, texts + ARRIVED), slot_tokens)
+        except LlamaBuildError as error:
+            print(error, file=sys.stderr)
+            left_out[LLAMA] = str(error).splitlines()[0]
+        names = [*contestants, *others]
+        found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in names}
         for number in range(rounds):
             for name in names if number % 2 == 0 else names[::-1]:
                 with running(name, others, folder) as (port, called):
@@ -238,6 +263,7 @@ def road(
         "machine": machine,
         "model": preset if model is None else model.name,
         "rounds": rounds,
+        "left_out": left_out,
         "servers": {name: {part: summary(values) for part, values in parts.items()} for name, parts in found.items()},
     }
     conclude(result, report(result), as_json)
@@ -284,4 +310,5 @@ def report(result: dict[str, Any]) -> str:
             if part in server
         ]
         pieces.append(table(head, rows))
-    return "\n\n".join([*pieces, "Milliseconds where nothing else is said."])
+    pieces += ["Milliseconds where nothing else is said."]
+    return "\n\n".join(pieces + [f"Left out: {name}: {reason}" for name, reason in result["left_out"].items()])

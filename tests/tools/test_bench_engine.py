@@ -215,7 +215,7 @@ def test_processes_that_are_gone_use_nothing():
 @pytest.mark.slow
 def test_a_run_with_a_tiny_model():
     command = [sys.executable, str(ROOT / "recipes" / "bench.py"), "engine", "--json", "--preset", "tiny-random"]
-    command += ["--rounds", "1", "--contestants", "this", "vllm", "--batches", "1", "2", "--threads", "1"]
+    command += ["--rounds", "1", "--contestants", "this", "vllm", "llama.cpp", "--batches", "1", "2", "--threads", "1"]
     command += ["--prompt-tokens", "8", "--new-tokens", "4", "--prefill-tokens", "16", "--image-side", "64"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -223,6 +223,7 @@ def test_a_run_with_a_tiny_model():
     result = json.loads(line)
     assert set(result["contestants"]) == {"this"}
     assert "--vllm-python" in result["left_out"]["vllm"]
+    assert "--llama-cpp" in result["left_out"]["llama.cpp"]
     this = result["contestants"]["this"]
     assert set(this["median"]) == set(result["ceiling"]) == {"decode 1", "decode 2", "prefill", "image"}
     assert all(value > 0 for value in this["median"].values())

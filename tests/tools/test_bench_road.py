@@ -24,9 +24,11 @@ def test_rates_are_medians_of_rounds_and_times_percentiles_of_all():
 def test_a_report_has_a_table_for_each_part_and_a_row_for_each_server():
     servers = {"split": {"closed 4": summary([CLOSED])}, "other": {"closed 4": summary([{**CLOSED, "gaps_ms": []}])}}
     machine = {"cpu": "c", "cores": 2, "torch": "t", "date": "d", "load": [0.0]}
-    text = report({"machine": machine, "model": "mid", "rounds": 1, "servers": servers})
+    left_out = {"llama.cpp": "no build"}
+    text = report({"machine": machine, "model": "mid", "rounds": 1, "servers": servers, "left_out": left_out})
     assert "| split | 2.00 | 20 | 1 | 9 | 9 |" in text
     assert "| other | 2.00 | 20 | nan | nan | nan |" in text
+    assert text.endswith("Left out: llama.cpp: no build")
 
 
 def test_another_server_s_command_gets_port_and_model():
@@ -52,6 +54,7 @@ def test_servers_that_know_no_token_ids_are_counted_by_pieces_of_text():
         {"contestants": ("both",)},
         {"other": ("vllm",)},
         {"other": ("split=serve",)},
+        {"other": ("llama.cpp=serve",)},
         {"rounds": 0},
         {"rate": 0.0},
         {"seconds": 0.01},

@@ -31,6 +31,8 @@ class Setup:
     max_tokens: int = 2048
     task: str = "generate"
     """`embed`: nothing but `embed` is asked."""
+    llama_cpp: str = ""
+    """Folder of a build of llama.cpp, for the contestant of that name."""
 
 
 class Contestant(Protocol):
