@@ -73,8 +73,8 @@ def quantized_modules(module: nn.Module) -> Iterator[tuple[str, Linear | Experts
     """(name, part) of the parts to quantize."""
     shared = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     for name, part in list(module.named_modules()):
-        is_router = name.endswith("mlp.gate")
-        if isinstance(part, Experts) or (isinstance(part, Linear) and not is_router and id(part.weight) not in shared):
+        is_decoder = isinstance(part, Linear) and part.bias is None and not name.endswith("mlp.gate")  # nor the tower's
+        if isinstance(part, Experts) or (is_decoder and id(part.weight) not in shared):
             yield name, part
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -27,6 +28,8 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | 
 
 
 _POPULATE_WRITE = 23
+_PRIORITY = 5
+"""Below what computes, not so low that it holds the map of memory for long while it waits for a core."""
 HUGE_PAGE = 2 << 20
 """Bytes, on x86-64 and most of arm64."""
 
@@ -59,7 +62,7 @@ class TouchedAhead:
     from the system before somebody waits for it (a page that is written for the first time is zeroed by the kernel, and
     on a virtual machine often fetched from the host: here 2 MiB took 3 ms).
 
-    `ahead_bytes`, over all tensors: how far. By a thread of its own, of the lowest priority, that ends once it is so
+    `ahead_bytes`, over all tensors: how far. By a thread of its own, of a lower priority, that ends once it is so
     far. Where the system cannot do it (MADV_POPULATE_WRITE is Linux 5.14), and for other devices, nothing happens.
     """
 
@@ -78,11 +81,17 @@ class TouchedAhead:
         is_near = row + self._ahead // 2 < self._touched  # not a thread for every few rows
         if is_near or target <= self._touched or (self._thread is not None and self._thread.is_alive()):
             return
-        self._thread = threading.Thread(target=self._touch, args=(max(row, self._touched), target), daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(
+            target=self._touch, args=(max(row, self._touched), target), daemon=True, name=type(self).__name__
+        )
+        try:
+            self._thread.start()
+        except RuntimeError:  # no more threads, or the interpreter ends
+            self._thread, self._num_rows = None, 0
 
     def _touch(self, first: int, stop: int) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # of this thread alone
+        with contextlib.suppress(OSError):  # some sandboxes forbid it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _PRIORITY)  # of this thread alone
         madvise = ctypes.CDLL(None, use_errno=True).madvise
         step = max(1, self._ahead // 16)
         for row in range(first, stop, step):

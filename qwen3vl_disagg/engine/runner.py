@@ -122,7 +122,7 @@ class ModelRunner:
         positions = torch.cat([c.sequence.positions_of(c.start, c.stop) for c in chunks], dim=1).to(self.device)
         embeds, deepstack = self._splice(ids_T, chunks)
         batch = self._batch(sequences, [c.stop - c.start for c in chunks], [c.stop for c in chunks], plan)
-        self._ahead.reached((max(max(sequence.pages) for sequence in sequences) + 1) * self.page_size)
+        self._ahead.reached(max(c.sequence.pages[(c.stop - 1) // self.page_size] + 1 for c in chunks) * self.page_size)
         x_TD = self.model.model(ids_T, positions, batch, embeds, input_deepstack_embeds=deepstack)
         x_BD = batch.select(x_TD)
         scores = list(score(x_TD, chunks, self.model.lm_head, self.model.config.text.vocab_size))

@@ -17,7 +17,7 @@ from qwen3vl_disagg.kernels.build import load
 from qwen3vl_disagg.kernels.calls import call, library, num_threads, scratch
 
 MAX_LINEAR_ROWS = 48
-"""With more rows a matrix is read often enough that the blocked multiplication of oneDNN is faster."""
+"""With more rows a matrix is read often enough that a blocked multiplication is faster."""
 
 _library = torch.library.Library("q3vl", "DEF")
 
@@ -109,7 +109,7 @@ PANEL_NUMBERS = 1 << 19
 def can_many_rows(weight_ND: Tensor) -> bool:
     """Plain bfloat16 of sizes that tiles take, where the processor has them."""
     num_out, depth = weight_ND.shape
-    return num_out >= 64 and num_out % 16 == 0 and depth % 16 == 0 and is_cpu_bf16(weight_ND) and has_tiles()
+    return num_out >= 64 and depth > 0 and num_out % 16 == depth % 16 == 0 and is_cpu_bf16(weight_ND) and has_tiles()
 
 
 def many_rows(x_TD: Tensor, weights: list[Tensor], bias_N: Tensor | None = None, *, is_gelu: bool = False) -> Tensor:
@@ -117,12 +117,12 @@ def many_rows(x_TD: Tensor, weights: list[Tensor], bias_N: Tensor | None = None,
     where the operators round. By tiles, for which `can_many_rows` is to be asked."""
     x_TD, depth = x_TD.contiguous(), x_TD.shape[-1]
     sizes = [len(weight) for weight in weights]
-    num_rows, num_out = len(x_TD), sum(sizes)
-    fits = x_TD.dim() == 2 and depth % 16 == 0 and 0 < len(weights) <= MAX_KERNEL_WEIGHTS and has_tiles()
-    fits = fits and all(weight.shape == (size, depth) and size % 16 == 0 for weight, size in zip(weights, sizes, strict=True))
+    num_out = sum(sizes)
+    fits = x_TD.dim() == 2 and depth > 0 == depth % 16 and 0 < len(weights) <= MAX_KERNEL_WEIGHTS and has_tiles()
+    fits = fits and all(w.dim() == 2 and w.shape[1] == depth and len(w) > 0 == len(w) % 16 for w in weights)
     fits = fits and (bias_N is None or (bias_N.shape == (num_out,) and is_dense(torch.bfloat16, bias_N)))
     need(fits and is_dense(torch.bfloat16, x_TD, *weights), "bfloat16 rows and weights of whole pieces", x_TD, *weights)
-    out = x_TD.new_empty(num_rows, num_out)
+    out = x_TD.new_empty(len(x_TD), num_out)
     panel = max(32, min(PANEL_NUMBERS // depth, 128) // 32 * 32)
     packed = x_TD.new_empty(num_threads(), panel + 32, -(-depth // 32) * 32)
     addresses = (ctypes.c_void_p * len(sizes))(*[weight.data_ptr() for weight in weights])

@@ -20,7 +20,8 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def use_kernels(module: ModuleT) -> ModuleT:
     """Let every part whose weights the kernels can read use them; nothing changes where there are none.
 
-    To be called once the weights are in place, and again after they were replaced, before an engine is made.
+    For inference alone: kernels have no gradients. To be called once the weights are in place, and again after they
+    were replaced, before an engine is made.
     """
     for part in module.modules():
         if isinstance(part, QuantizedLinear):

@@ -52,7 +52,7 @@ class Linear(nn.Linear):
 def project(x_TD: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """Several layers of one input, without bias; those that a bfloat16 kernel runs in one call."""
     is_kernel = all(type(layer) is Linear and layer.use_kernel for layer in layers)
-    is_tiles = all(type(layer) is Linear and layer.use_tiles for layer in layers)
+    is_tiles = all(type(layer) is Linear and layer.use_tiles and layer.bias is None for layer in layers)
     weights, sizes = [layer.weight for layer in layers], [layer.out_features for layer in layers]
     if is_kernel and x_TD.shape[0] <= MAX_LINEAR_ROWS:  # in this order: a look at the size is a graph more
         return ops.linear(x_TD, weights).split(sizes, dim=-1)

@@ -1,4 +1,6 @@
+import ctypes
 import sys
+import threading
 from mmap import mmap
 from pathlib import Path
 
@@ -45,7 +47,13 @@ def test_large_room_is_asked_for_on_huge_pages():
     assert (large == 7).all()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone populates on demand")
+def _populates() -> bool:
+    with mmap(-1, 4096) as room:
+        address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(room)))
+        return sys.platform == "linux" and ctypes.CDLL(None).madvise(address, ctypes.c_size_t(4096), 23) == 0
+
+
+@pytest.mark.skipif(not _populates(), reason="the system does not populate on demand")
 def test_memory_ahead_of_the_rows_in_use_is_there_before_it_is_written():
     tensors = [lazy_zeros((4096, 2**13), torch.uint8) for _ in range(4)]  # 32 MiB each
     before = _private_kib()
@@ -55,8 +63,6 @@ def test_memory_ahead_of_the_rows_in_use_is_there_before_it_is_written():
         ahead.wait()
         return (_private_kib() - before) // 1024
 
-    if touched_mib() == 0:
-        pytest.skip("the system does not populate on demand")
     assert 14 <= touched_mib() <= 32  # whole huge pages
     ahead.reached(100)  # the half of what is ahead is still there
     assert touched_mib() <= 32
@@ -71,4 +77,22 @@ def test_memory_ahead_of_the_rows_in_use_is_there_before_it_is_written():
 def test_nothing_is_touched_of_other_devices():
     ahead = TouchedAhead([torch.empty(8, 8, device="meta"), torch.empty(0, 8)])
     ahead.reached(8)
+    assert not [thread for thread in threading.enumerate() if thread.name == TouchedAhead.__name__]
+
+
+def test_a_system_that_refuses_changes_nothing(monkeypatch):
+    def refuse(*_):
+        raise OSError
+
+    monkeypatch.setattr("os.setpriority", refuse)
+    tensors = [lazy_zeros((4096, 2**13), torch.uint8)]
+    before = _private_kib()
+    ahead = TouchedAhead(tensors, ahead_bytes=16 << 20)
     ahead.wait()
+    assert not _populates() or _private_kib() - before > 12 * 1024
+
+    def full(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", full)
+    TouchedAhead(tensors).reached(1)

@@ -106,6 +106,8 @@ CASES = {
     "many rows: 24 outputs": lambda: ops.many_rows(b(80, 64), [b(24, 64)]),
     "many rows: 5 weights": lambda: ops.many_rows(b(80, 64), [b(64, 64)] * 5),
     "many rows: none": lambda: ops.many_rows(b(80, 64), []),
+    "many rows: a weight of none": lambda: ops.many_rows(b(80, 64), [b(64, 64), b(0, 64)]),
+    "many rows: no depth": lambda: ops.many_rows(b(80, 0), [b(64, 0)]),
     "many rows: a weight with gaps": lambda: ops.many_rows(b(80, 64), [gaps(b(64, 64))]),
     "many rows: a shorter bias": lambda: ops.many_rows(b(80, 64), [b(64, 64)], b(32)),
     "many rows: a float32 bias": lambda: ops.many_rows(b(80, 64), [b(64, 64)], b(64).float()),

@@ -396,11 +396,16 @@ def test_gelu(count):
     assert x[count].item() == last
 
 
-def test_large_scores_do_not_overflow():
-    q = bf16(3, 1, 64, seed=0, scale=100.0)
-    keys, values = (x * 50 for x in pools(200, 1, 64, 1))
+@pytest.mark.parametrize("scale", [100.0, 1e5, 1e10])
+def test_large_scores_do_not_overflow(scale):
+    q = bf16(3, 1, 64, seed=0, scale=scale)
+    keys, values = (x * scale for x in pools(200, 1, 64, 1))
     expected = extend_sdpa(q.double(), keys.double(), values.double(), torch.arange(200))
     assert distance(ops.prefill_attention(q, keys, values, torch.arange(200)), expected) < 2**-6
+    frame = [x.double().transpose(0, 1) for x in (keys, keys, values)]
+    expected = F.scaled_dot_product_attention(*frame).transpose(0, 1)
+    for tiles in (True, False):
+        assert distance(ops.full_attention(keys, keys, values, [200], tiles), expected) < 2**-6
 
 
 def test_other_dtypes_and_sizes_are_left_to_torch():
