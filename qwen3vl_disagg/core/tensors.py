@@ -9,6 +9,7 @@ import mmap
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +30,8 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | 
 
 _POPULATE_WRITE = 23
 _PRIORITY = 5
-"""Below what computes, not so low that it holds the map of memory for long while it waits for a core."""
+_PAUSE, _MAX_PAUSE_S = 9, 0.05
+"""A tenth of a core at most, as what computes would have to wait for it."""
 HUGE_PAGE = 2 << 20
 """Bytes, on x86-64 and most of arm64."""
 
@@ -62,15 +64,15 @@ class TouchedAhead:
     from the system before somebody waits for it (a page that is written for the first time is zeroed by the kernel, and
     on a virtual machine often fetched from the host: here 2 MiB took 3 ms).
 
-    `ahead_bytes`, over all tensors: how far. By a thread of its own, of a lower priority, that ends once it is so
-    far. Where the system cannot do it (MADV_POPULATE_WRITE is Linux 5.14), and for other devices, nothing happens.
+    `ahead_bytes`, over all tensors: how far. By a thread of its own, piece by piece with pauses, that ends once it is
+    so far. Where the system cannot do it (MADV_POPULATE_WRITE is Linux 5.14), and for other devices, nothing happens.
     """
 
     def __init__(self, tensors: Sequence[Tensor], ahead_bytes: int = 64 << 20) -> None:
         self._tensors = [x for x in tensors if x.device.type == "cpu" and x.nbytes] if sys.platform == "linux" else []
         self._num_rows = min((len(x) for x in self._tensors), default=0)
-        row_bytes = sum(x.nbytes // len(x) for x in self._tensors)
-        self._ahead = max(1, ahead_bytes // max(row_bytes, 1))
+        self._row_bytes = max(1, sum(x.nbytes // len(x) for x in self._tensors))
+        self._ahead = max(1, ahead_bytes // self._row_bytes)
         self._touched = 0
         self._thread: threading.Thread | None = None
         self.reached(0)
@@ -93,15 +95,17 @@ class TouchedAhead:
         with contextlib.suppress(OSError):  # some sandboxes forbid it
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _PRIORITY)  # of this thread alone
         madvise = ctypes.CDLL(None, use_errno=True).madvise
-        step = max(1, self._ahead // 16)
+        step = max(1, HUGE_PAGE * len(self._tensors) // self._row_bytes)
         for row in range(first, stop, step):
             for x in self._tensors:
+                began = time.monotonic()
                 width, until = x.nbytes // len(x), min(row + step, stop)
                 start = (x.data_ptr() + row * width) // mmap.PAGESIZE * mmap.PAGESIZE
                 size = x.data_ptr() + until * width - start
                 if madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), ctypes.c_int(_POPULATE_WRITE)) != 0:
                     self._num_rows = 0  # not here
                     return
+                time.sleep(min(_PAUSE * (time.monotonic() - began), _MAX_PAUSE_S))
             self._touched = min(row + step, stop)
 
     def wait(self) -> None:
