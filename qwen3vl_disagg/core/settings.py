@@ -81,7 +81,7 @@ MAX_GAP_MS = 60_000
 def default_chunk_tokens(*, is_cuda: bool) -> int:
     """Tokens of prompts in a step while others are being answered, before any was measured: on a CPU as few as its
     kernels still work well with; a GPU wants more at once."""
-    return 512 if is_cuda else 64
+    return 512 if is_cuda else 128
 
 
 def default_gap_ms(*, is_cuda: bool) -> float:

@@ -62,7 +62,7 @@ def all_finite(x: Tensor) -> bool:
 class TouchedAhead:
     """Tensors of `lazy_zeros` that are filled from their first row on, all in step: the memory of rows to come is had
     from the system before somebody waits for it (a page that is written for the first time is zeroed by the kernel, and
-    on a virtual machine often fetched from the host: here 2 MiB took 3 ms).
+    on a virtual machine often fetched from the host).
 
     `ahead_bytes`, over all tensors: how far. By a thread of its own, piece by piece with pauses, that ends once it is
     so far. Where the system cannot do it (MADV_POPULATE_WRITE is Linux 5.14), and for other devices, nothing happens.

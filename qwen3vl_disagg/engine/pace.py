@@ -46,8 +46,8 @@ class Pace:
     def prefilled(self, tokens: int, seconds: float) -> None:
         """Chunks of so many tokens together took so long."""
         room = max(self.target_s - self._decode_s, self.target_s / 4)
-        if tokens < self.chunk and seconds <= room:
-            return  # a short one says nothing about longer ones, unless it was too slow itself
+        if tokens > self.chunk or (tokens < self.chunk and seconds <= room):
+            return  # one for a crowd says nothing about others, nor a short one, unless it was too slow itself
         factor = tokens * room / max(seconds, 1e-6) / self._exact
         self._exact *= min(max(factor, 1 / _MOST_FACTOR), _MOST_FACTOR) ** 0.5
         self._exact = min(max(self._exact, self._least), self.most)

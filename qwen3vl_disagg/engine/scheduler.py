@@ -26,6 +26,9 @@ from qwen3vl_disagg.engine.pages import PagePool, Prefix
 from qwen3vl_disagg.engine.sequence import Samples, Sequence
 from qwen3vl_disagg.parallel.lockstep import StepPlan
 
+MAX_CROWD = 8
+"""Times a chunk at most, where so many more prompts wait than are answered."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -239,15 +242,25 @@ class Scheduler:
     def _prefill_budget(self) -> int:
         if self.owes_decode:
             return 0
-        return self.chunk_tokens if self.num_decoding else self.limits.max_prefill_tokens
+        return self._gap_tokens if self.num_decoding else self.limits.max_prefill_tokens
+
+    @property
+    def _gap_tokens(self) -> int:
+        """Of prompts between two tokens of others: more than a chunk where more wait for their first token than for the
+        next one, unless the gap was asked for."""
+        if self.limits.gap_target_ms != "auto":
+            return self.chunk_tokens
+        num_waiting = sum(1 for sequence in self.admitted.values() if self._chunk_end(sequence))
+        crowd = min(max(num_waiting // max(self.num_decoding, 1), 1), MAX_CROWD)
+        return min(self.chunk_tokens * crowd, self.limits.max_prefill_tokens)
 
     def _chunks(self, budget: int) -> list[Chunk]:
         """For the most urgent first. Where one gets its first token, and will be decoded, those that are due later make
         the step no longer than one between the tokens of others."""
         chunks: list[Chunk] = []
-        first, used = math.inf, 0
+        first, used, short = math.inf, 0, min(budget, self._gap_tokens)
         for sequence in sorted(self.admitted.values(), key=lambda s: s.urgency):
-            most = budget if sequence.due <= first else min(budget, self.chunk_tokens)
+            most = budget if sequence.due <= first else short
             stop = min(self._chunk_end(sequence), sequence.num_cached + most - used)
             if stop > sequence.num_cached:
                 chunks.append(Chunk(sequence, sequence.num_cached, stop))

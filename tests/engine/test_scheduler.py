@@ -55,6 +55,28 @@ def test_prefill_and_decode_take_turns_and_chunks_are_short_while_others_are_dec
     assert kinds == [[8], "decode", [3], "decode", [3], "decode"]
 
 
+@pytest.mark.parametrize(
+    ("target", "steps"),
+    [("auto", [[8, 4], [4, 5], [3], [3], [3]]), (50.0, [[8], [3], [3], [2, 1], [3]])],
+)
+def test_a_chunk_is_longer_where_more_wait_than_are_answered(target, steps):
+    """Four wait while none is answered: 12 tokens; then three wait and one is answered: 9; then two and two: 3."""
+    scheduler = make_scheduler(PagePool(100, 4), max_prefill_tokens=20, chunk_tokens=3, gap_target_ms=target)
+    for due, name in enumerate("abcd"):
+        sequence = make_sequence(name, 8, 9)
+        sequence.due = due
+        scheduler.add(sequence)
+    scheduler.admit()
+    found = []
+    while len(found) < len(steps):
+        step, _ = scheduler.schedule()
+        found += [[c.stop - c.start for c in step.prefill]] * bool(step.prefill)
+        for chunk in step.prefill:
+            chunk.sequence.num_cached = chunk.stop
+            chunk.sequence.generated += [5] * chunk.is_last
+    assert found == steps
+
+
 def test_a_request_larger_than_the_pool_is_refused():
     scheduler = make_scheduler(PagePool(2, 4))
     with pytest.raises(InputError, match="needs 9 tokens of keys and values; there is room for 8"):
