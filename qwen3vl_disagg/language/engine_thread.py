@@ -88,14 +88,18 @@ class EngineSteps:
 
     def _next(self, check: Callable[[], None] | None) -> tuple[list[Command], StepPlan | None] | None:
         """Commands to run before the next step, and its plan; waits while there is nothing to do. None: stop."""
+        timeout = None if check is None else CHECK_S
+        holds = self._cores is not None
         with self._wake:
+            # After each wait, also one that took its time, there may be something to do: between the end of the wait
+            # and the lock somebody else may have had the lock.
             while not (self._stopping or self._commands or self._plan or self._has_own_work):
-                if self._cores is not None:
+                if holds and self._cores is not None:
                     # Between two steps of ranks together each waits a moment: nobody is to take all cores then.
-                    if self._report is not None and self._wake.wait(HOLD_S):
-                        continue
-                    self._cores.release()
-                if not self._wake.wait(None if check is None else CHECK_S) and check is not None:
+                    if self._report is None or not self._wake.wait(HOLD_S):
+                        self._cores.release()
+                        holds = False
+                elif not self._wake.wait(timeout) and check is not None:
                     check()
             if self._stopping and self._plan is None:  # others count on a step that was agreed on
                 return None

@@ -106,3 +106,20 @@ def test_steps_together_keep_the_cores_for_a_moment(monkeypatch, later_s, is_giv
     monkeypatch.setattr(turns, "_step_together", lambda *_: None)
     turns.turn(lambda events: None)
     assert claims.said == ["release"] * is_given_back + ["claim"]
+
+
+@pytest.mark.parametrize("is_together", [True, False])
+def test_what_is_posted_at_the_moment_in_which_the_cores_are_given_back_is_done(monkeypatch, is_together):
+    """The wait for more is over by then, and the next one would not hear of it."""
+    monkeypatch.setattr("qwen3vl_disagg.language.engine_thread.HOLD_S", 0.001)
+    done = threading.Event()
+
+    class Posts(Claims):
+        def release(self) -> None:
+            super().release()
+            turns.post(lambda engine: done.set())
+
+    turns = EngineSteps(FakeEngine([]), (lambda outlook: None) if is_together else None, Posts())
+    monkeypatch.setattr(turns, "_step_together", lambda *_: None)
+    threading.Thread(target=turns.turn, args=[lambda events: None], daemon=True).start()
+    assert done.wait(10)
