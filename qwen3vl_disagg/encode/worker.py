@@ -20,6 +20,7 @@ from qwen3vl_disagg.core.errors import (
     TransferError,
     UnavailableError,
 )
+from qwen3vl_disagg.core.host import keep_freed_memory
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.tensors import all_finite
 from qwen3vl_disagg.kernels.compiling import GraphCounts, compile_options, first_alone
@@ -151,6 +152,8 @@ class EncodeWorker:
         self.video, self.decoder = video, decoder
         self.device = next(vision_model.parameters()).device
         self._cores = cores
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if compile:
             compile_tower(vision_model.visual)
         if cores is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.environment import CAPTURE, variable
 from qwen3vl_disagg.core.errors import ServerError
+from qwen3vl_disagg.core.host import keep_freed_memory
 from qwen3vl_disagg.core.tensors import TouchedAhead, lazy_zeros
 from qwen3vl_disagg.engine.captured import record
 from qwen3vl_disagg.engine.compiled import CompiledDecoder
@@ -106,6 +107,8 @@ class ModelRunner:
         if self.compiled is not None:
             self.compiled.warm_up(self.caches, page_size, impl=self.impl, max_sequences=max_running, progress=progress)
         can_capture = variable(CAPTURE) != "off" and not compile and self.impl in (None, "kernel")
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.captured = record(model, self.caches, page_size, max_running=max_running) if can_capture else None
 
     @torch.inference_mode()
