@@ -32,8 +32,13 @@ class Plan:
     rounds: int
     seed: int = 0
 
-    def commands(self, config: ModelConfig, number: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The measurements of a round. Prompts differ between rounds, so that no cache of prefixes helps."""
+    def commands(self, config: ModelConfig, number: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """The measurements of a round: each one's commands, of which the last counts. Prompts differ, so that no cache
+        of prefixes helps.
+
+        Prefill and image are done twice: while others had their turn, a virtual machine's host may have taken memory
+        away that nobody used, and whoever is first pays for that.
+        """
         source = random.Random(f"{self.seed} {number}")
         first_special = config.vision_start_token_id - SPECIAL_TOKENS.index("<|vision_start|>")
 
@@ -42,10 +47,10 @@ class Plan:
 
         for batch in self.batches:
             prompts = [prompt(self.prompt_tokens) for _ in range(batch)]
-            yield f"decode {batch}", {"do": "decode", "prompts": prompts, "new_tokens": self.new_tokens}
-        yield "prefill", {"do": "prefill", "prompt": prompt(self.prefill_tokens)}
-        vision = {"grid": self.grid(config), "patch_dim": config.vision.patch_dim, "seed": number}
-        yield "image", {"do": "vision", **vision}
+            yield f"decode {batch}", [{"do": "decode", "prompts": prompts, "new_tokens": self.new_tokens}]
+        yield "prefill", [{"do": "prefill", "prompt": prompt(self.prefill_tokens)} for _ in range(2)]
+        vision = {"do": "vision", "grid": self.grid(config), "patch_dim": config.vision.patch_dim}
+        yield "image", [{**vision, "seed": seed} for seed in (2 * number, 2 * number + 1)]
 
     def grid(self, config: ModelConfig) -> tuple[int, int, int]:
         """Of a square image: frames, height and width in patches."""
@@ -133,9 +138,10 @@ def run(plan: Plan, config: ModelConfig, processes: Mapping[str, Process], recor
     everyone = list(processes.values())
     for number in range(plan.rounds + 1):
         names = [name for name in records if name != MACHINE]
-        for measurement, command in plan.commands(config, number):
+        for measurement, commands in plan.commands(config, number):
             for name in names if number % 2 else reversed(names):
-                answer = ask_alone(processes[name], everyone, ANSWER_S, **command)
+                for command in commands:
+                    answer = ask_alone(processes[name], everyone, ANSWER_S, **command)
                 if number:
                     take(plan, records[name], measurement, answer)
         rates = ask_alone(processes[MACHINE], everyone, ANSWER_S, do="rates")

@@ -23,15 +23,20 @@ CONFIG = RANDOM_PRESETS["tiny-random"]
 PLAN = Plan(batches=(1, 4), prompt_tokens=5, new_tokens=8, prefill_tokens=20, image_side=64, rounds=2)
 
 
-def test_a_round_measures_everything_once_and_no_prompt_comes_twice():
+def test_a_round_measures_everything_and_no_prompt_comes_twice():
     rounds = [list(PLAN.commands(CONFIG, number)) for number in (0, 1)]
     assert [name for name, _ in rounds[0]] == ["decode 1", "decode 4", "prefill", "image"]
     commands = dict(rounds[0])
-    assert [len(prompt) for prompt in commands["decode 4"]["prompts"]] == [5] * 4
-    assert len(commands["prefill"]["prompt"]) == 20
-    assert commands["image"]["grid"] == (1, 4, 4)
-    prompts = [tuple(p) for r in rounds for name, c in r if name.startswith("decode") for p in c["prompts"]]
-    assert len(set(prompts)) == len(prompts)
+    assert [len(of) for of in commands.values()] == [1, 1, 2, 2]
+    assert [len(prompt) for prompt in commands["decode 4"][0]["prompts"]] == [5] * 4
+    assert [len(one["prompt"]) for one in commands["prefill"]] == [20, 20]
+    assert [one["grid"] for one in commands["image"]] == [(1, 4, 4)] * 2
+    every = [one for of_round in rounds for _, of in of_round for one in of]
+    prompts = [tuple(p) for one in every for p in one.get("prompts", [])]
+    prompts += [tuple(one["prompt"]) for one in every if one["do"] == "prefill"]
+    assert len(set(prompts)) == len(prompts) == 2 * (5 + 2)
+    seeds = [one["seed"] for one in every if one["do"] == "vision"]
+    assert len(set(seeds)) == 4
     assert all(token < CONFIG.vision_start_token_id - 9 for prompt in prompts for token in prompt)
     assert list(PLAN.commands(CONFIG, 1)) == rounds[1]
 
