@@ -45,7 +45,9 @@ def keep_freed_memory() -> None:
 
 def _mallopt(*settings: tuple[int, int]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for name, value in settings if mallopt is not None else ():
+    if mallopt is None:
+        return
+    for name, value in settings:
         mallopt(name, value)
 
 
