@@ -10,18 +10,17 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, ServerError
-from qwen3vl_disagg.core.requests import FinishReason, ItemTimings, SamplingParams, TokenLogprob, VisualItem
+from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.engine.failures import NotFinite, fatal_where
-from qwen3vl_disagg.engine.grammars import PATIENCE_S, Grammars, no_grammars
-from qwen3vl_disagg.engine.masks import Mask
+from qwen3vl_disagg.engine.grammars import Grammars, no_grammars
 from qwen3vl_disagg.engine.pace import Pace
 from qwen3vl_disagg.engine.pages import PagePool
+from qwen3vl_disagg.engine.picking import Broken, Pick, Picker
 from qwen3vl_disagg.engine.pooling import pool
 from qwen3vl_disagg.engine.requests import make_sequences
 from qwen3vl_disagg.engine.runner import AttentionChoice, BadRows, ModelRunner
@@ -72,12 +71,6 @@ class EngineOptions(SchedulerLimits):
         return cls(**{field.name: getattr(settings, field.name) for field in fields(EngineSettings)}, **others)
 
 
-Pick = tuple[Sequence, int, TokenLogprob | None]
-"""The token that comes next, and its logprobs where they are asked for."""
-Broken = tuple[Sequence, Exception]
-"""A request that cannot go on, and why."""
-
-
 class Engine:
     """Continuous batching over one model.
 
@@ -96,7 +89,7 @@ class Engine:
         progress: bool = False,
         grammars: Grammars | None = None,
     ) -> None:
-        self.config, self.eos_ids, self.language_rank = model.config, eos_ids, language_rank
+        self.config, self.eos_ids = model.config, eos_ids
         self.options = options or EngineOptions()
         weight = model.model.embed_tokens.weight
         self.room = room or measured_room(model.config, self.options, weight.device, weight.dtype)
@@ -116,6 +109,7 @@ class Engine:
         self._pace = None if target is None else Pace(self.options.chunk_tokens, most, target, is_cuda=is_cuda)
         banned = (self.config.image_token_id, self.config.video_token_id)
         self.sampler = Sampler(banned_ids=banned, eos_ids=eos_ids)
+        self._picker = Picker(self.sampler, eos_ids=eos_ids, language_rank=language_rank)
         self.grammars = grammars
         self._compiling: dict[str, list[Sequence]] = {}
         """Requests whose grammars are not there yet; they are queued when they are, all answers together."""
@@ -269,10 +263,10 @@ class Engine:
         """The first tokens of answers whose prompt another one has computed; no step of the model."""
         try:
             logits_BV = torch.stack([sequence.samples.share(sequence) for sequence in batch])
-            picks, broken = self._pick(logits_BV, batch, is_alone=False)
+            picks, broken = self._picker.pick(logits_BV, batch, self.on_ready, is_alone=False)
         except (RuntimeError, ValueError) as error:
             return self._fail(batch, error)
-        return self._accept(picks) + self._fail_each(broken)
+        return self._settle(picks, broken)
 
     def _take_compiled(self) -> list[EngineEvent]:
         """Queue those whose grammars are there, and fail those whose grammars are none."""
@@ -319,7 +313,7 @@ class Engine:
         try:
             with span("decode", tokens=len(step.decode)), fatal_where(dispatch):
                 logits = self.runner.decode(step.decode, dispatch)
-            picks, broken = self._pick(logits, step.decode, is_alone=self._is_alone(plan))
+            picks, broken = self._picker.pick(logits, step.decode, self.on_ready, is_alone=self._is_alone(plan))
         except (RuntimeError, ValueError) as error:
             return events + self._fail(step.decode, error)
         if self._pace is not None and not (plan and plan.prefill):
@@ -327,7 +321,7 @@ class Engine:
         for sequence, _, _ in picks:
             sequence.num_cached += 1
             self.scheduler.remember(sequence)
-        return events + self._accept(picks) + self._fail_each(broken)
+        return events + self._settle(picks, broken)
 
     def _take_part(self, dispatch: DispatchPlan | None) -> None:
         if dispatch is not None:
@@ -357,7 +351,7 @@ class Engine:
             answering = [sequence for sequence in ended if sequence.sampling.pooling is None]
             for sequence, logits_V in zip(answering, made.logits, strict=True):
                 sequence.samples.keep(sequence, logits_V)
-            picks, broken = self._pick(made.logits, answering, is_alone=self._is_alone(plan))
+            picks, broken = self._picker.pick(made.logits, answering, self.on_ready, is_alone=self._is_alone(plan))
             is_sound = made.is_sound.tolist()  # for chunks that end no prompt this is the wait
         except (RuntimeError, ValueError) as error:
             return events + self._fail([chunk.sequence for chunk in chunks], error)
@@ -385,8 +379,9 @@ class Engine:
         for sequence, vector in pooled:
             if vector is not None:
                 sequence.first_token_at = now
-                events.append(self._finish(sequence, "stop", now, vector))
-        return events + self._accept(picks) + self._fail_each(broken)
+                events.append(self._picker.finished(sequence, "stop", now, vector))
+                self.scheduler.remove(sequence.request_id, sequence.sample)
+        return events + self._settle(picks, broken)
 
     def _advance(self, chunk: Chunk, *, is_late: bool) -> list[EngineEvent]:
         """The chunk is in the cache: its rows are used. `is_late`: its last token comes again."""
@@ -405,77 +400,13 @@ class Engine:
         others = self._compiling or self.scheduler.waiting
         return plan is None and len(self.scheduler.admitted) == 1 and not others
 
-    def _pick(self, logits: Tensor, batch: list[Sequence], *, is_alone: bool) -> tuple[list[Pick], list[Broken]]:
-        """The next token of each sequence from `[B, V]`, and those that have none because logits are not finite, a
-        grammar cannot go on, or nothing may come. One whose mask is not there in time has none yet, and is in neither:
-        all time there is where nobody else waits, neither a request nor a rank."""
-        if not batch:
-            return [], []
-        deadline = None if is_alone else time.monotonic() + PATIENCE_S
-        masks: list[Mask | None] = []
-        broken: list[Broken] = []
-        skipped: set[str] = set()
-        for sequence in batch:
-            mask, is_here = None, True
-            try:
-                if sequence.masks is not None:
-                    mask = sequence.masks.take(deadline, self.on_ready)
-                    is_here = mask is not None
-                if is_here:
-                    mask = self.sampler.narrowed(sequence.sampling_row, mask, logits.shape[1])
-            except Exception as error:  # one request's grammar is not the batch's
-                broken.append((sequence, error))
-                is_here = False
-            if not is_here:
-                skipped.add(sequence.name)
-            masks.append(mask)
-        token_ids, entries = self.sampler.sample(logits, [s.sampling_row for s in batch], masks)
-        rows = [row for row in zip(batch, token_ids, entries, strict=True) if row[0].name not in skipped]
-        picks = [(sequence, token_id, entry) for sequence, token_id, entry in rows if token_id is not None]
-        return picks, broken + [(sequence, NotFinite()) for sequence, token_id, _ in rows if token_id is None]
-
-    def _accept(self, picks: list[Pick]) -> list[EngineEvent]:
-        """One more token for each sequence; the end of those that are done."""
-        now = time.monotonic()
-        events: list[EngineEvent] = []
-        for sequence, token_id, entry in picks:
-            if not sequence.generated:
-                sequence.first_token_at = now
-            sequence.generated.append(token_id)
-            sequence.samples.begun()
-            events.append(
-                Tokens(
-                    request_id=sequence.request_id,
-                    sample=sequence.sample,
-                    index=len(sequence.generated) - 1,
-                    token_ids=[token_id],
-                    logprobs=None if entry is None else [entry],
-                    timings=sequence.timings(now, self.language_rank) if len(sequence.generated) == 1 else None,
-                )
-            )
-            if token_id in self.eos_ids or token_id in sequence.sampling.stop_token_ids:
-                sequence.finish_reason = "stop"
-            elif len(sequence.generated) >= sequence.sampling.max_new_tokens:
-                sequence.finish_reason = "length"
+    def _settle(self, picks: list[Pick], broken: list[Broken]) -> list[EngineEvent]:
+        """What came of a batch: tokens, the ends that come with them, and those that cannot go on."""
+        events: list[EngineEvent] = [*self._picker.accept(picks)]
+        for sequence, _, _ in picks:
             if sequence.finish_reason:
-                events.append(self._finish(sequence, sequence.finish_reason, now))
-            elif sequence.masks is not None:
-                sequence.masks.advance(token_id)
-        return events
-
-    def _finish(self, sequence: Sequence, reason: FinishReason, now: float, vector: bytes = b"") -> Finished:
-        self.scheduler.remove(sequence.request_id, sequence.sample)
-        return Finished(
-            request_id=sequence.request_id,
-            sample=sequence.sample,
-            finish_reason=reason,
-            timings=sequence.timings(now, self.language_rank),
-            vector=vector,
-        )
-
-    def _fail_each(self, broken: list[Broken]) -> list[EngineEvent]:
-        """End these, those of one kind of failure together."""
-        events = self._fail([sequence for sequence, error in broken if isinstance(error, NotFinite)], NotFinite())
+                self.scheduler.remove(sequence.request_id, sequence.sample)
+        events += self._fail([sequence for sequence, error in broken if isinstance(error, NotFinite)], NotFinite())
         for sequence, error in broken:
             if not isinstance(error, NotFinite):
                 events += self._fail([sequence], error)

@@ -60,7 +60,7 @@ def test_a_step_does_not_wait_for_a_mask_that_is_late():
 
 
 def test_a_step_waits_once_for_all_late_masks(monkeypatch):
-    monkeypatch.setattr("qwen3vl_disagg.engine.engine.PATIENCE_S", 0.05)
+    monkeypatch.setattr("qwen3vl_disagg.engine.picking.PATIENCE_S", 0.05)
     slow = threading.Event()
     engine = make_engine(lambda grammar, prompt_ids: Scripted(slow), max_running=32, max_prefill_tokens=1000)
     names = [str(number) for number in range(31)]
