@@ -280,7 +280,7 @@ def test_work_counts_the_frames_that_are_decoded():
 def test_a_clip_with_few_frames_far_apart_is_a_load():
     """Two frames to look at, 1,000 to decode: images go elsewhere."""
     script = Script(encode=2)
-    ranks = script.router._encode
+    ranks = script.router._attempts.ranks
     [send] = script.do(replace(admit("clip"), items=[clip_of("clip", (0, 999))]))
     script.language_says(send.rank, NeedItems(request_id="clip", items=[0]))
     [busy] = [rank for rank, state in ranks.items() if state.jobs]

@@ -220,7 +220,7 @@ def test_a_lost_language_rank_ends_its_requests_and_frees_the_encode_ranks():
     assert end.request_id == "a"
     assert isinstance(end.error, UnavailableError)
     assert script.sent(Cancel) == []
-    assert script.router._encode[0].jobs.keys() == {("b", 0)}
+    assert script.router._attempts.ranks[0].jobs.keys() == {("b", 0)}
     script.language_says(second, finished("b"))
     assert script.router.num_requests == 0
 

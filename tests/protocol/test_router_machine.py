@@ -263,7 +263,7 @@ class RouterMachine(RuleBasedStateMachine):
     def tables_agree(self) -> None:
         router = self.router
         assert set(router._requests) == set(self.live)
-        jobs = {(rank, key) for rank, state in router._encode.items() for key in state.jobs}
+        jobs = {(rank, key) for rank, state in router._attempts.ranks.items() for key in state.jobs}
         expected = set()
         for request_id, request in router._requests.items():
             assert request_id in router._language[request.language_rank].requests
@@ -274,7 +274,7 @@ class RouterMachine(RuleBasedStateMachine):
                     expected.add((item.encode_rank, (request_id, index)))
                     # Its link may be gone: the language rank waits for it, and says when it gives up.
                 elif item.state == "waiting":
-                    assert not any(request.language_rank in s.links for s in router._encode.values())
+                    assert not any(request.language_rank in s.links for s in router._attempts.ranks.values())
         assert jobs == expected
         assert sum(len(state.requests) for state in router._language.values()) == len(self.live)
         assert all(state.load == sum(state.requests.values()) for state in router._language.values())
@@ -285,7 +285,7 @@ class RouterMachine(RuleBasedStateMachine):
         self.do(Tick())
         assert not self.live
         assert self.router.num_requests == 0
-        for state in (*self.router._language.values(), *self.router._encode.values()):
+        for state in (*self.router._language.values(), *self.router._attempts.ranks.values()):
             assert not getattr(state, "jobs", None)
             assert not getattr(state, "requests", None)
 

@@ -205,8 +205,8 @@ def test_what_was_encoded_is_not_under_way_any_more():
         script.do(RankDown("encode", 0))  # x was alone
         script.do(RankUp("encode", 0))
         script.encode_says(0, LinksUp(language_ranks=script.languages))
-    assert script.router._suspects.is_condemned("x", 0.0)
-    assert not script.router._suspects.is_suspect("y", 0.0)
+    assert script.router._attempts._suspects.is_condemned("x", 0.0)
+    assert not script.router._attempts._suspects.is_suspect("y", 0.0)
 
 
 def test_a_client_that_leaves_takes_no_blame_with_it():
@@ -220,7 +220,7 @@ def test_a_client_that_leaves_takes_no_blame_with_it():
         script.do(RankDown("encode", 0))
         script.do(RankUp("encode", 0))
         script.encode_says(0, LinksUp(language_ranks=script.languages))
-        assert not script.router._suspects.is_suspect("good", 0.0)
+        assert not script.router._attempts._suspects.is_suspect("good", 0.0)
     script.do(admit("c", "poison"))
     assert isinstance(script.ends()[0].error, InputError)
 
@@ -231,7 +231,7 @@ def test_a_rank_that_leaves_on_purpose_with_items_under_way_blames_nobody():
     script.encode_says(0, EncodingBegun(digest="x"))
     script.encode_says(0, Leaving())
     script.do(RankDown("encode", 0))
-    assert not script.router._suspects.is_suspect("x", 0.0)
+    assert not script.router._attempts._suspects.is_suspect("x", 0.0)
 
 
 def test_the_lost_link_before_a_death_is_not_charged_besides():

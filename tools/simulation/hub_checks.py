@@ -126,7 +126,7 @@ class HubChecks:
         if isinstance(event, RankUp | RankDown) and event.role == "encode":
             for request_id, request in router._requests.items():
                 for index, item in enumerate(request.items):
-                    state = router._encode.get(item.encode_rank)
+                    state = router._attempts.ranks.get(item.encode_rank)
                     if item.state == "encoding" and (state is None or (request_id, index) not in state.jobs):
                         raise Violation("I11", f"{(request_id, index)} is awaited from a dead encode rank")
 

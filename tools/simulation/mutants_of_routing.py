@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.protocol.admission import Admission
+from qwen3vl_disagg.protocol.attempts import Attempts
 from qwen3vl_disagg.protocol.messages import Decoded, Stop, Tokens
 from qwen3vl_disagg.protocol.placement import EncodeRankState
 from qwen3vl_disagg.protocol.router import Router
@@ -24,13 +25,13 @@ def _() -> Iterator[None]:
 
 @mutant("waits-for-an-encode-rank-for-ever", "I11", "an item waits without end for an encode rank that is away")
 def _() -> Iterator[None]:
-    wait = method(Router, "_wait")
+    wait = method(Attempts, "_wait")
 
-    def endless(self: Router, item: Item, now: float) -> None:
+    def endless(self: Attempts, item: Item, now: float) -> None:
         wait(self, item, now)
         item.wait_until = math.inf
 
-    with swap(Router, "_wait", endless):
+    with swap(Attempts, "_wait", endless):
         yield
 
 
@@ -41,42 +42,42 @@ def _() -> Iterator[None]:
     stands_for="F10",
 )
 def _() -> Iterator[None]:
-    rank_down = method(Router, "_rank_down")
+    rank_down = method(Attempts, "rank_down")
 
-    def forget(self: Router, event: RankDown, now: float) -> None:
-        if event.role == "encode" and event.rank in self._encode:
-            self._encode[event.rank].jobs.clear()
-        rank_down(self, event, now)
+    def forget(self: Attempts, rank: int, now: float) -> None:
+        if rank in self.ranks:
+            self.ranks[rank].jobs.clear()
+        rank_down(self, rank, now)
 
-    with swap(Router, "_rank_down", forget):
+    with swap(Attempts, "rank_down", forget):
         yield
 
 
 @mutant("deaths-are-charged", "I11", "a lost link counts as a failure though the death behind it is known")
 def _() -> Iterator[None]:
-    died = method(Router, "_encode_rank_died")
+    rank_down = method(Attempts, "rank_down")
 
-    def unforgiving(self: Router, rank: int, state: EncodeRankState, now: float) -> None:
-        for request in self._requests.values():
+    def unforgiving(self: Attempts, rank: int, now: float) -> None:
+        for request in self._requests.values() if rank in self.ranks else ():
             for item in request.items:
                 item.lost_with.clear()
-        died(self, rank, state, now)
+        rank_down(self, rank, now)
 
-    with swap(Router, "_encode_rank_died", unforgiving):
+    with swap(Attempts, "rank_down", unforgiving):
         yield
 
 
 @mutant("one-failure-counts-twice", "I11", "each failure of an item counts as two")
 def _() -> Iterator[None]:
-    failed = method(Router, "_attempt_failed")
+    failed = method(Attempts, "_failed")
 
     def twice(
-        self: Router, request_id: str, index: int, worker: tuple[int, int], error: DisaggError, now: float
+        self: Attempts, request_id: str, index: int, worker: tuple[int, int], error: DisaggError, now: float
     ) -> None:
         self._requests[request_id].items[index].failures += 1
         failed(self, request_id, index, worker, error, now)
 
-    with swap(Router, "_attempt_failed", twice):
+    with swap(Attempts, "_failed", twice):
         yield
 
 
@@ -114,69 +115,69 @@ def _() -> Iterator[None]:
 
 @mutant("news-of-older-attempts-count", "I11", "what is said of an attempt is taken for news of the one after it")
 def _() -> Iterator[None]:
-    def any_of_it(self: Router, message: Any) -> Item | None:
+    def any_of_it(self: Attempts, message: Any) -> Item | None:
         request = self._requests.get(message.request_id)
         if request is None or not 0 <= message.item < len(request.items):
             return None
         item = request.items[message.item]
         return item if item.state == "encoding" else None
 
-    with swap(Router, "_current", any_of_it):
+    with swap(Attempts, "_current", any_of_it):
         yield
 
 
 @mutant("attempts-are-not-counted", "I10", "another try at an item has the number of the one before")
 def _() -> Iterator[None]:
-    assign = method(Router, "_assign")
+    assign = method(Attempts, "_assign")
 
-    def again(self: Router, request_id: str, index: int, now: float) -> None:
+    def again(self: Attempts, request_id: str, index: int, now: float) -> None:
         request = self._requests.get(request_id)
         if request is not None and request.items[index].attempt:
             request.items[index].attempt -= 1
         assign(self, request_id, index, now)
 
-    with swap(Router, "_assign", again):
+    with swap(Attempts, "_assign", again):
         yield
 
 
 @mutant("a-good-image-is-told-twice", "I14", "each attempt says anew that the image is good")
 def _() -> Iterator[None]:
-    from_encode = method(Router, "_from_encode")
+    from_encode = method(Attempts, "from_encode")
 
-    def twice(self: Router, rank: int, message: Any, now: float) -> None:
+    def twice(self: Attempts, rank: int, message: Any, now: float) -> None:
         item = self._current(message) if isinstance(message, Decoded) else None
         if item is not None:
             item.is_decoded = False
         from_encode(self, rank, message, now)
 
-    with swap(Router, "_from_encode", twice):
+    with swap(Attempts, "from_encode", twice):
         yield
 
 
 @mutant("leaving-ranks-get-more", "I15", "an encode rank that wants to leave is given items")
 def _() -> Iterator[None]:
-    def all_of_them(self: Router) -> dict[int, EncodeRankState]:
-        return dict(self._encode)
+    def all_of_them(self: Attempts) -> dict[int, EncodeRankState]:
+        return dict(self.ranks)
 
-    with swap(Router, "_staying", property(all_of_them)):
+    with swap(Attempts, "_staying", property(all_of_them)):
         yield
 
 
 @mutant("leaving-ranks-go-at-once", "I13", "an encode rank that wants to leave goes with rows that are to be sent")
 def _() -> Iterator[None]:
-    def at_once(self: Router) -> None:
-        for rank, state in self._encode.items():
+    def at_once(self: Attempts) -> None:
+        for rank, state in self.ranks.items():
             if state.is_leaving and not state.is_dismissed:
                 state.is_dismissed = True
                 self._actions.append(Send("encode", rank, Stop()))
 
-    with swap(Router, "_dismiss", at_once):
+    with swap(Attempts, "dismiss", at_once):
         yield
 
 
 @mutant("leaving-ranks-hear-nothing", "I15", "an encode rank that wants to leave is not told that it may")
 def _() -> Iterator[None]:
-    with swap(Router, "_dismiss", lambda self: None):
+    with swap(Attempts, "dismiss", lambda self: None):
         yield
 
 
