@@ -41,6 +41,9 @@ def main() -> NoReturn:
 
 def _parse() -> Any:
     """The options of the command that was given. SystemExit for --help and for what does not parse."""
+    if sys.argv[1:] == ["--version"]:
+        _version()
+        sys.exit()
     import tyro
 
     from qwen3vl_disagg.options import OPTIONS_OF

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import tyro
 from tyro.conf import OmitArgPrefixes
 
+from qwen3vl_disagg.core.logs import LogFormat
 from qwen3vl_disagg.core.sampling_params import DEFAULTS, OPTIONS
 from qwen3vl_disagg.core.settings import (
     BufferOptions,
@@ -187,6 +188,8 @@ class ServeOptions:
     GPU."""
     spans: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Write what each rank does when as JSON lines into this folder."""
+    log_format: LogFormat = "text"
+    """`json`: an object a line, in place of text."""
     debug: bool = False
     """Open GET /debug/processes."""
     hub: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
@@ -214,6 +217,8 @@ class JoinOptions:
     """This host's own address, over which rows leave. Default: the one that faces the hub."""
     block_size: int = BufferOptions.block_size
     """Rows per block, as the server has it."""
+    log_format: LogFormat = "text"
+    """`json`: an object a line, in place of text."""
 
 
 OPTIONS_OF: dict[str, Callable[..., Any]] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
+from qwen3vl_disagg.cluster.loads import Load
 from qwen3vl_disagg.cluster.media_store import MediaStore
+from qwen3vl_disagg.cluster.registry import RankKey
 from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob, VisualItem
@@ -85,6 +87,9 @@ class Backend(Protocol):
         The bytes of a prompt are released when the last answer to it ends, or it is not taken: OverloadedError,
         UnavailableError or InputError.
         """
+
+    def rank_loads(self) -> Iterable[tuple[RankKey, Load]]:
+        """What each rank has to do, as it last said."""
 
     def debug_processes(self) -> list[dict[str, Any]]:
         """Pids and roles of all processes of the job."""

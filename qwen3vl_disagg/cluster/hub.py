@@ -12,13 +12,14 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, PromptCall, Readiness, TokenEvent
 from qwen3vl_disagg.cluster.backend import Event as ClientEvent
 from qwen3vl_disagg.cluster.job_memory import JobMemory
+from qwen3vl_disagg.cluster.loads import Load, Loads
 from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.cluster.registry import RankKey, Registry
 from qwen3vl_disagg.cluster.rendezvous import Layout
@@ -27,12 +28,14 @@ from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.protocol.messages import (
     Decoded,
+    EncodeLoad,
     EndJob,
     FindStore,
     Finished,
     HubMessage,
     ItemFailed,
     ItemLost,
+    LanguageLoad,
     Message,
     Peers,
     PromptLogprobs,
@@ -154,6 +157,7 @@ class Hub:
         self._pump = Pump[Event, Action](self._router.handle, self._perform, time.monotonic)
         self.media = MediaStore() if media is None else media
         self._ranks: dict[RankKey, Connection] = {}
+        self._loads = Loads()
         self._handles: dict[str, list[_Handle]] = {}
         """Request -> its answers."""
         self._store_is_known = asyncio.Event()
@@ -208,7 +212,7 @@ class Hub:
             return Readiness(ready=False, reasons=["the server is shutting down"])
         language = set(self._layout.language_ranks)
         reasons = [f"language rank {rank} is missing" for rank in sorted(language - router.language_ranks)]
-        if reasons:
+        if reasons := reasons or self._loads.stuck(time.monotonic()):
             return Readiness(ready=False, reasons=reasons)
         missing = sorted(set(self._layout.encode_ranks) - router.encode_ranks)
         reasons = [f"encode rank {rank} is missing" for rank in missing]
@@ -216,6 +220,13 @@ class Hub:
         reasons += [f"language rank {rank} has no link to an encode rank" for rank in unlinked]
         self._was_ready = self._was_ready or not unlinked
         return Readiness(ready=self._was_ready, degraded=bool(reasons), reasons=reasons)
+
+    def rank_loads(self) -> Iterable[tuple[RankKey, Load]]:
+        return self._loads
+
+    def business(self) -> dict[str, Any]:
+        """Of all ranks together, for a line of the log; nothing where there is nothing to do."""
+        return {"requests": self._router.num_requests} | self._loads.sums() if self._router.num_requests else {}
 
     def debug_processes(self) -> list[dict[str, Any]]:
         ranks = [
@@ -373,6 +384,9 @@ class Hub:
                 message = await connection.receive()
                 if self._ranks.get(key) is not connection:
                     return
+                if isinstance(message, LanguageLoad | EncodeLoad):
+                    self._loads.note(key, message, time.monotonic())
+                    continue
                 _log_failure(key, message)
                 self.take(FromRank(hello.role, rank, message))
         except TransferError:
@@ -380,6 +394,7 @@ class Hub:
         finally:
             if self._ranks.get(key) is connection:
                 del self._ranks[key], registry.hellos[key]
+                self._loads.forget(key)
                 self.take(RankDown(hello.role, rank))
 
     def _introduce(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from qwen3vl_disagg.core.errors import DeadlineError, Dismissed, HandshakeError, HubGone, TransferError
@@ -19,6 +20,7 @@ from qwen3vl_disagg.transport.control import (
 )
 
 logger = logging.getLogger(__name__)
+LOAD_S = 1.0
 _PAUSE_S = 0.1
 _END_S = 2.0
 
@@ -31,6 +33,19 @@ async def enter_hub(address: Address, hello: RankHello, *, deadline_s: float) ->
     """
     hub, answer = await _ask(address, hello, Welcome, deadline_s)
     return hub.keep_alive(), answer
+
+
+async def report_load(
+    load: Callable[[], Message], tell: Callable[[Message], None], hub: Callable[[], Connection | None]
+) -> None:
+    """Every LOAD_S say what there is to do, where it is not what this hub heard last; until cancelled."""
+    said: tuple[Message, Connection | None] | None = None
+    while True:
+        await asyncio.sleep(LOAD_S)
+        now = load(), hub()
+        if now != said and now[1] is not None:
+            tell(now[0])
+            said = now
 
 
 async def tell_store(hub_address: Address, token: str, address: Address, *, deadline_s: float) -> None:

@@ -1,9 +1,18 @@
-"""Logging is the standard library's. What the processes of a job say goes to stderr, with the name of who says it."""
+"""Logging is the standard library's. What the processes of a job say goes to stderr, with the name of who says it: as
+text or as JSON."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import msgspec
+
+LogFormat = Literal["text", "json"]
+_FIELDS = "q3vl_fields"
+_events = logging.getLogger("qwen3vl_disagg.events")
 
 
 class _Stderr(logging.Handler):
@@ -16,7 +25,44 @@ class _Stderr(logging.Handler):
             self.handleError(record)
 
 
+class _Text(logging.Formatter):
+    """`NAME: TEXT`; fields as `name=value`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name}: %(message)s" if name else "%(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, _FIELDS, {})
+        return " ".join([super().formatMessage(record), *(f"{name}={value}" for name, value in fields.items())])
+
+
+class _Json(logging.Formatter):
+    """One object: `time` (UTC), `level`, `process`, `message`, and the fields."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {"time": time, "level": record.levelname.lower(), "process": self._name, "message": record.getMessage()}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line | getattr(record, _FIELDS, {})).decode()
+
+
 _handler = _Stderr()
+_format: LogFormat = "text"
+
+
+def use_log_format(log_format: LogFormat) -> None:
+    """Of what this process, and what it forks, logs after its next `start_logging`."""
+    global _format
+    _format = log_format
+
+
+def log_format() -> LogFormat:
+    return _format
 
 
 def start_logging(name: str = "") -> None:
@@ -24,6 +70,11 @@ def start_logging(name: str = "") -> None:
 
     A program that imports the package and does not call this decides for itself where the log goes.
     """
-    _handler.setFormatter(logging.Formatter(f"{name}: %(message)s" if name else "%(message)s"))
+    _handler.setFormatter(_Json(name) if _format == "json" else _Text(name))
     logging.getLogger().addHandler(_handler)
     logging.getLogger("qwen3vl_disagg").setLevel(logging.INFO)
+
+
+def say(message: str, fields: dict[str, Any]) -> None:
+    """A line about something that happened, with its fields."""
+    _events.info(message, extra={_FIELDS: fields})

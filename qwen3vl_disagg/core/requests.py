@@ -91,8 +91,9 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class ItemTimings(msgspec.Struct, kw_only=True):
-    """Wall milliseconds of one item's stages."""
+    """Wall milliseconds of one item's stages. `queue`: what it waited for on its encode rank."""
 
+    queue: float = 0.0
     preprocess: float = 0.0
     encode: float = 0.0
     """That of the whole batch."""

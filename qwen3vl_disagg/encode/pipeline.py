@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -51,6 +52,8 @@ class _Encoding:
     due: float
     """Of those who have waited for it, the most urgent."""
     waiters: dict[object, Callable[[], None]] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    """Of those who have waited for it, for the spans."""
     stop: StopSignal = field(default_factory=StopSignal)
     """Set when nobody wants it before it is in the tower."""
     is_decoded: bool = False
@@ -128,7 +131,13 @@ class EncodePipeline:
             lane.decoder.shutdown(wait=True)
 
     async def rows(
-        self, visual: VisualItem, on_decoded: Callable[[], None], *, is_alone: bool = False, due: float = FIRST_COME
+        self,
+        visual: VisualItem,
+        on_decoded: Callable[[], None],
+        *,
+        is_alone: bool = False,
+        due: float = FIRST_COME,
+        request_id: str = "",
     ) -> HeldItem:
         """The item's rows, until `release`. `on_decoded` is called as soon as its bytes are known to be good.
 
@@ -144,14 +153,16 @@ class EncodePipeline:
             encoding.due, lane = due, self.lanes[visual.modality]
             lane.pulled.hasten(encoding, due)
             lane.ahead.hasten(encoding, due)
-        waiter = object()
+        waiter, started = object(), time.monotonic()
         encoding.waiters[waiter] = on_decoded
+        encoding.requests.append(request_id)
         try:
             if encoding.is_decoded:
                 on_decoded()
             await asyncio.wait([encoding.task])  # and not the task itself, which must not end with this waiter
             item = encoding.task.result()
-            return HeldItem(item, key if self.cache.pin(key) else None, batch=encoding.batch)
+            pinned = key if self.cache.pin(key) else None
+            return HeldItem(item, pinned, batch=encoding.batch, seconds=time.monotonic() - started)
         finally:
             del encoding.waiters[waiter]
             if not encoding.waiters:
@@ -243,7 +254,7 @@ class EncodePipeline:
         self._gate.leave()
 
     def _decode(self, data: bytes, encoding: _Encoding) -> Pixels:
-        with span("preprocess"):
+        with span("preprocess", requests=[*encoding.requests]):
             return self._worker.preprocess(data, encoding.visual, encoding.stop)
 
     def _give_pulled(self, encoding: _Encoding) -> None:
@@ -277,7 +288,7 @@ class EncodePipeline:
 
     def _run_tower(self, pixels: list[Pixels], batch: list[_Encoding]) -> list[EncodedItem | Exception]:
         fault_point("in-tower", *(entry.visual.digest for entry in batch))
-        with span("encode", items=len(pixels)):
+        with span("encode", items=len(pixels), requests=[name for entry in batch for name in entry.requests]):
             results = self._worker.encode(pixels, [entry.key.visual_token_id for entry in batch])
             for result in results:
                 if isinstance(result, EncodedItem):

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from qwen3vl_disagg.checkpoint import load_vision_model
-from qwen3vl_disagg.cluster.hub_client import enter_hub
+from qwen3vl_disagg.cluster.hub_client import enter_hub, report_load
 from qwen3vl_disagg.cluster.media_store import pull_media
 from qwen3vl_disagg.cluster.rank_setup import RankSetup
 from qwen3vl_disagg.cluster.rendezvous import RankContext
@@ -96,6 +96,7 @@ class EncodeRank:
         HubGone without a hub, HandshakeError if that refuses.
         """
         serving = asyncio.create_task(self._serve())
+        reporting = asyncio.create_task(report_load(self.server.load, self._tell, lambda: self._hub))
         ends: list[asyncio.Future[Any]] = [serving, self._refused, self._left]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -105,6 +106,7 @@ class EncodeRank:
             return await serving if serving.done() else 0
         finally:
             serving.cancel()
+            reporting.cancel()
             try:
                 await self.server.close()
             finally:

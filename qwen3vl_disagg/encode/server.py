@@ -22,10 +22,11 @@ from qwen3vl_disagg.encode.embedding_cache import HeldItem
 from qwen3vl_disagg.encode.links import EncodeLink, EncodeLinks
 from qwen3vl_disagg.encode.pipeline import EncodePipeline, Pull
 from qwen3vl_disagg.encode.worker import EncodeWorker, encode_error
-from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
+from qwen3vl_disagg.protocol.encode_sessions import ENCODING, QUEUED, EncodeSessions
 from qwen3vl_disagg.protocol.messages import (
     Abort,
     Decoded,
+    EncodeLoad,
     Frame,
     ItemFailed,
     LinkHello,
@@ -102,6 +103,16 @@ class EncodeServer:
         """What is still held when nobody wants anything any more; "" for nothing."""
         items = [(*item.attempt, item.state) for item in self.sessions.items.values()]
         return f"items {items}, rows of {list(self._encoded)}" if items or self._encoded else ""
+
+    def load(self) -> EncodeLoad:
+        pipeline, states = self.pipeline, [item.state for item in self.sessions.items.values()]
+        return EncodeLoad(
+            running=states.count(ENCODING),
+            waiting=states.count(QUEUED),
+            cache_bytes=pipeline.cache.num_bytes,
+            num_items=pipeline.num_encodings,
+            num_batches=pipeline.num_batches,
+        )
 
     def tell_links(self) -> None:
         links = self._links.linked
@@ -195,7 +206,8 @@ class EncodeServer:
         ids: dict[str, Any] = {"request_id": request_id, "item": item, "attempt": number}
         on_decoded = partial(self._tell, Decoded(**ids))
         try:
-            held = await self.pipeline.rows(action.visual, on_decoded, is_alone=action.is_alone, due=action.due)
+            wish: dict[str, Any] = {"is_alone": action.is_alone, "due": action.due, "request_id": request_id}
+            held = await self.pipeline.rows(action.visual, on_decoded, **wish)
             fault_point("encoded")
         except Exception as error:  # one item's failure is not the rank's
             if self._tasks.get(attempt) is asyncio.current_task():

@@ -311,7 +311,8 @@ class Engine:
             return events + self._prefill(step.prefill, plan, dispatch)
         started = time.monotonic()
         try:
-            with span("decode", tokens=len(step.decode)), fatal_where(dispatch):
+            names = [sequence.request_id for sequence in step.decode]
+            with span("decode", tokens=len(step.decode), requests=names), fatal_where(dispatch):
                 logits = self.runner.decode(step.decode, dispatch)
             picks, broken = self._picker.pick(logits, step.decode, self.on_ready, is_alone=self._is_alone(plan))
         except (RuntimeError, ValueError) as error:
@@ -336,7 +337,8 @@ class Engine:
             while True:
                 try:
                     tokens = sum(chunk.stop - chunk.start for chunk in chunks)
-                    with span("prefill", tokens=tokens), fatal_where(dispatch):
+                    names = [chunk.sequence.request_id for chunk in chunks]
+                    with span("prefill", tokens=tokens, requests=names), fatal_where(dispatch):
                         made = self.runner.prefill(chunks, dispatch)
                     break
                 except BadRows as error:  # that request's failure alone; nothing has been computed yet

@@ -11,6 +11,7 @@ from typing import Any
 from qwen3vl_disagg.cluster.shared_cores import SharedCores
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent
 from qwen3vl_disagg.parallel.lockstep import Outlook, StepPlan
+from qwen3vl_disagg.protocol.messages import LanguageLoad
 
 Command = Callable[[Engine], list[EngineEvent] | None]
 EventSink = Callable[[list[EngineEvent]], None]
@@ -39,6 +40,7 @@ class EngineSteps:
         self._outlook = Outlook(step=0)
         """As last reported."""
         engine.on_ready = lambda: self.post(lambda _: None)
+        self._num_turns, self._is_in_turn = 0, False
         self._wake = threading.Condition()
         self._commands: deque[Command] = deque()
         self._stopping = False
@@ -54,6 +56,20 @@ class EngineSteps:
             self._plan = plan
             self._wake.notify()
 
+    def load(self) -> LanguageLoad:
+        """What there is to do; from any thread, at once."""
+        scheduler = self._engine.scheduler
+        pool = scheduler.pool
+        return LanguageLoad(
+            running=len(scheduler.admitted),
+            waiting=len(scheduler.waiting),
+            kv_pages_used=pool.num_pages - pool.num_free,
+            kv_pages=pool.num_pages,
+            num_steps=self._num_turns,
+            num_preemptions=scheduler.num_preempted,
+            can_step=bool(self._commands or self._plan or self._is_in_turn or self._outlook.has_work),
+        )
+
     def turn(self, on_events: EventSink, check: Callable[[], None] | None = None) -> bool:
         """What was posted, then a step, and the decode step that a prefill step owes: what is posted meanwhile, the
         tower's batch above all, comes between two tokens once. Waits while there is nothing to do, and calls `check`
@@ -62,6 +78,7 @@ class EngineSteps:
         if work is None:
             return False
         commands, plan = work
+        self._is_in_turn = True
         if self._cores is not None:
             self._cores.claim()
         _tell(on_events, [event for command in commands for event in command(self._engine) or []])
@@ -72,6 +89,7 @@ class EngineSteps:
             _tell(on_events, self._engine.step())
             if self._engine.owes_decode:
                 _tell(on_events, self._engine.step())
+        self._num_turns, self._is_in_turn = self._num_turns + 1, False
         return True
 
     def _step_together(self, on_events: EventSink, plan: StepPlan | None, report: Callable[[Outlook], None]) -> None:

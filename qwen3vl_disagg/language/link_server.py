@@ -239,10 +239,11 @@ class LinkServer:
         work.add_done_callback(lambda done: self._received(ends, done))
 
     def _receive(self, payload: Link, job: Receive) -> None:
-        with span("receive", rows=job.grant.row_stop - job.grant.row_start, item=job.grant.item):
+        grant = job.grant
+        with span("receive", rows=grant.row_stop - grant.row_start, item=grant.item, requests=[grant.request_id]):
             self.receiver.receive(payload, job, self.limits.payload_s)
         fault_point("payload-received")
-        if job.grant.row_stop == job.visual.num_rows:
+        if grant.row_stop == job.visual.num_rows:
             fault_point("last-row")
 
     def _received(self, ends: PayloadEnd, done: asyncio.Future) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from qwen3vl_disagg.cluster.hub_client import enter_hub
+from qwen3vl_disagg.cluster.hub_client import enter_hub, report_load
 from qwen3vl_disagg.cluster.shared_cores import SharedCores
 from qwen3vl_disagg.core.errors import DisaggError, Failure, TransferError
 from qwen3vl_disagg.core.faults import fault_point
@@ -80,6 +80,7 @@ class LanguageRank:
         stepping = None if self._lockstep is None else asyncio.create_task(self._lockstep.run())
         self.engine.start()
         serving = asyncio.create_task(self._serve())
+        reporting = asyncio.create_task(report_load(self.engine.load, self._tell, lambda: self._hub))
         patience_s = 0.0
         try:
             ends: list[asyncio.Future[Any]] = [serving, self._crash]
@@ -101,6 +102,7 @@ class LanguageRank:
         finally:
             # Where others take part in a step, it may never end: then the process ends without waiting for it.
             serving.cancel()
+            reporting.cancel()
             if stepping is not None:
                 stepping.cancel()
             self.engine.stop(timeout=patience_s)

@@ -165,6 +165,7 @@ class Receiver:
             rows, item.rows = item.rows, None
         header = item.job.header
         timings = ItemTimings(
+            queue=header.queue_ms,
             preprocess=header.preprocess_ms,
             encode=header.encode_ms,
             transfer=item.seconds * 1e3,

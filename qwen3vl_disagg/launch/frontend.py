@@ -15,6 +15,7 @@ from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.rendezvous import RankContext
 from qwen3vl_disagg.cluster.slots import run_loop
 from qwen3vl_disagg.core.host import give_large_blocks_back, trim_heap
+from qwen3vl_disagg.core.logs import say
 from qwen3vl_disagg.core.settings import HttpOptions
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.protocol.routing import RouterLimits
@@ -28,7 +29,7 @@ from qwen3vl_disagg.serving.preparation import Fetcher
 
 DRAINED_S, CLOSED_S, LEFT_S = 20.0, 22.0, 26.0
 """Running requests have ended, HTTP connections are closed, the ranks have left: by then, after the signal."""
-TRIM_S = 1.0
+TRIM_S, BUSY_S = 1.0, 5.0
 SETTLE_S = 15.0
 """How long to wait for the last encode rank before the ready line is printed without it."""
 
@@ -108,14 +109,15 @@ async def serve(
     host, port = http_socket.getsockname()[:2]
     ticking = await hub.serve(hub_socket)
     serving = asyncio.ensure_future(http.serve(http_socket))
-    trimming = asyncio.ensure_future(_trim())
+    beside = [asyncio.ensure_future(_trim()), asyncio.ensure_future(_say_busy(hub))]
     announcing = asyncio.ensure_future(_announce(hub, f"http://{host}:{port}", memory))
     ends: list[asyncio.Future[Any]] = [asyncio.ensure_future(stopping.wait()), ticking, serving]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     if not stopping.is_set():
         raise RuntimeError("a server of the frontend ended") from next(end for end in ends if end.done()).exception()
     announcing.cancel()
-    trimming.cancel()
+    for task in beside:
+        task.cancel()
     # The slot hears a signal at once; this loop may have been busy, on a busy host for seconds.
     stopped_at = memory.stopped_at or time.monotonic()
     await hub.drain(time_left(stopped_at, DRAINED_S))
@@ -141,6 +143,14 @@ async def _announce(hub: Hub, url: str, memory: JobMemory) -> None:
                 memory.announce()
                 print(f"ready: {url}", flush=True)
         await asyncio.sleep(0.05)
+
+
+async def _say_busy(hub: Hub) -> None:
+    """A line every so often while there is something to do."""
+    while True:
+        await asyncio.sleep(BUSY_S)
+        if fields := hub.business():
+            say("busy", fields)
 
 
 async def _trim() -> None:

@@ -15,6 +15,7 @@ from qwen3vl_disagg.cluster.slots import Child, Slot
 from qwen3vl_disagg.core.environment import TOKEN, check_environment
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.faults import plan_faults
+from qwen3vl_disagg.core.logs import start_logging, use_log_format
 from qwen3vl_disagg.core.settings import (
     BufferOptions,
     ModelOptions,
@@ -45,6 +46,8 @@ def run_slot(options: JoinOptions, world: World) -> int:
 
     InputError, CheckpointError or DisaggError for what is wrong before.
     """
+    use_log_format(options.log_format)
+    start_logging()
     options.encode.check()
     rank_context(options, world)  # what cannot be is said before anything is fetched
     checkpoint = replace(options.checkpoint, model=shared_model_folder(options.checkpoint.model, world))

@@ -22,6 +22,7 @@ from qwen3vl_disagg.cluster.slots import Child, Slot
 from qwen3vl_disagg.core.environment import TOKEN, check_environment
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.faults import plan_faults
+from qwen3vl_disagg.core.logs import start_logging, use_log_format
 from qwen3vl_disagg.core.settings import (
     MAX_GAP_MS,
     BufferOptions,
@@ -226,6 +227,8 @@ def run_slot(options: ServeOptions, world: World) -> int:
     check_dry_run(options.dry, options.model.model)
     if options.dry.dry_run:
         return show_dry_run(options, world)
+    use_log_format(options.log_format)
+    start_logging()
     layout = Layout.of(world.size, options.encode_ranks)
     check_supported(options.model)
     options.encode.check()

@@ -20,7 +20,7 @@ from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 
-PROTOCOL_VERSION = 14
+PROTOCOL_VERSION = 15
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -115,6 +115,34 @@ class EncodingEnded(Message, frozen=True):
 
     digest: str
     is_well: bool
+
+
+class LanguageLoad(Message, frozen=True):
+    """What a language rank has to do, sent every so often where it changes. Counts are of its whole life.
+
+    `running`: answers that have pages, `waiting`: those that wait for some; `kv_pages_used` of its `kv_pages`, without
+    those that are only remembered.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_pages_used: int = 0
+    kv_pages: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    can_step: bool = False
+    """There is something that could be computed now: if `num_steps` stands still, something is wrong."""
+
+
+class EncodeLoad(Message, frozen=True):
+    """The same of an encode rank. `waiting`: items without a place; `running`: those that are pulled, decoded or in the
+    tower; `cache_bytes`: of rows that are kept; `num_items` went through the tower in `num_batches`."""
+
+    running: int = 0
+    waiting: int = 0
+    cache_bytes: int = 0
+    num_items: int = 0
+    num_batches: int = 0
 
 
 class NeedItems(Message, frozen=True):
@@ -336,8 +364,8 @@ class Header(OfAttempt, frozen=True):
 
     Payload order: aux (of an initial transfer), DeepStack run by run, then for each run of rows embeddings, fill_ids,
     positions. `row_digests` and `deepstack_digests`: one for each run. `preprocess_ms` and `encode_ms` are the
-    encoder's wall times, `batch` is the number of the tower's run; all 0 when the rows were `cached`. `note`: what of
-    the item's file is missing, and therefore in no row.
+    encoder's wall times, `batch` is the number of the tower's run; all 0 when the rows were `cached`. `queue_ms`: what
+    the item waited for besides. `note`: what of the item's file is missing, and therefore in no row.
     """
 
     total_rows: int
@@ -350,6 +378,7 @@ class Header(OfAttempt, frozen=True):
     deepstack_digests: list[int]
     preprocess_ms: float = 0.0
     encode_ms: float = 0.0
+    queue_ms: float = 0.0
     cached: bool = False
     batch: int = 0
     note: str = ""
@@ -402,7 +431,8 @@ class Frame(Message, frozen=True):
 
 
 _OfItems = Decoded | ItemFailed | EncodingBegun | EncodingEnded | NeedItems | ItemLost | ItemReceived
-_FromRank = RankHello | LinksUp | Leaving | _OfItems | PromptLogprobs | Tokens | Finished | RequestFailed
+_OfAnswers = PromptLogprobs | Tokens | Finished | RequestFailed
+_FromRank = RankHello | LinksUp | Leaving | LanguageLoad | EncodeLoad | _OfItems | _OfAnswers
 _ToRank = Welcome | Peers | Submit | Assign | Cancel | Stop
 _OneQuestion = StoreAt | FindStore | EndJob | Pull | Blob
 

@@ -50,6 +50,10 @@ class ApiKeys:
             keys += [] if text is None else text.split()
         return cls(keys)
 
+    def number_of(self, salt: str) -> int:
+        """Which key a salt is of, from 1, in the order in which they were given; 0 for none."""
+        return self._salts.index(salt) + 1 if salt in self._salts else 0
+
     def salt_of(self, headers: Headers) -> str:
         """Of the key that a request shows; empty where the server has none. InputError 401 for another, or none.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 import msgspec
 
@@ -23,13 +23,14 @@ from qwen3vl_disagg.serving.types import (
     PromptTokensDetails,
     TopLogprob,
 )
+from qwen3vl_disagg.serving.watching import AnswerWatch
 
 
 class Answer:
     """One request's answer. `token_ids` and `logprobs` hold the end token too, the text in `parts` does not.
 
-    `told`: what the client hears of the ranks' timings. `is_plain`: all of it is text, without reasoning and calls.
-    `first`: the first answer to the same prompt, which hears what is said of that.
+    `watch` sees its tokens and its end. `is_plain`: all of it is text, without reasoning and calls. `first`: the first
+    answer to the same prompt, which hears what is said of that.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Answer:
         sampling: SamplingParams,
         prompt_ids: list[int],
         *,
-        told: Callable[[RequestTimings], RequestTimings],
+        watch: AnswerWatch,
         with_tools: bool = False,
         is_plain: bool = False,
         first: Answer | None = None,
@@ -51,7 +52,7 @@ class Answer:
         self.end = FinishedEvent("stop", RequestTimings())
         """What it has come to, once it has."""
         self.logprobs: list[TokenLogprob] = []
-        self._tokenizer, self._told = tokenizer, told
+        self._tokenizer, self._watch = tokenizer, watch
         self._first_timings, self._first_token_at = RequestTimings(), 0.0
 
     async def events(
@@ -97,12 +98,13 @@ class Answer:
                     rest = self.parts.finish()
                     # What an unfinished character shows as may complete a stop string, too.
                     reason = "stop" if self.parts.is_stopped else event.finish_reason
-                    self.end = FinishedEvent(reason, self._told(event.timings))
+                    self.end = FinishedEvent(reason, self._watch.end(self.parts.reason(reason), event.timings))
                     yield self.end, rest
                     return
 
     def _push(self, event: TokenEvent) -> Parts:
         """Take a token; what became certain with it, often nothing."""
+        self._watch.token()
         if event.timings is not None:
             self._first_timings, self._first_token_at = event.timings, time.monotonic()
         if event.logprob is not None:
@@ -127,7 +129,8 @@ class Answer:
     def _stop_event(self) -> FinishedEvent:
         """The end at a stop string, in place of the rank's. The time of decoding is measured here."""
         decode_ms = (time.monotonic() - self._first_token_at) * 1e3 if self._first_token_at else 0.0
-        return FinishedEvent("stop", self._told(msgspec.structs.replace(self._first_timings, decode=decode_ms)))
+        timings = msgspec.structs.replace(self._first_timings, decode=decode_ms)
+        return FinishedEvent("stop", self._watch.end(self.parts.reason("stop"), timings))
 
     @property
     def token_ids(self) -> list[int]:
@@ -170,19 +173,3 @@ def usage_of(answers: Sequence[Answer], *, is_scoring: bool = False) -> ChatUsag
 
 async def _next(iterator: AsyncIterator[Event]) -> Event | None:
     return await anext(iterator, None)
-
-
-def with_frontend(
-    timings: RequestTimings, *, queue_ms: float, preprocess_ms: float, hide_cache_hits: bool = False
-) -> RequestTimings:
-    """The ranks' timings plus what the frontend did before them: waiting for a thread, and making the prompt.
-
-    `hide_cache_hits`: without all that is less, or zero, where something was there already.
-    """
-    if hide_cache_hits:
-        timings = RequestTimings(
-            queue=timings.queue, prefill=timings.prefill, decode=timings.decode, language_rank=timings.language_rank
-        )
-    return msgspec.structs.replace(
-        timings, queue=timings.queue + queue_ms, preprocess=timings.preprocess + preprocess_ms
-    )

@@ -32,6 +32,7 @@ class Answers:
         """What the backend refuses is raised."""
         processor, answers = intake.processor, list[Answer]()
         handles = await intake.submit(arrived.prepared.prompts, arrived.deadline, arrived.target_s)
+        arrived.watch.seen.id = handles[0].request_id
         for prompt, sampling in arrived.prepared.prompts:
             first: Answer | None = None
             for _ in range(sampling.n):
@@ -40,7 +41,7 @@ class Answers:
                     processor.generation.eos_token_ids,
                     sampling,
                     prompt.token_ids,
-                    told=arrived.told,
+                    watch=arrived.watch.answer(len(prompt.token_ids), is_first=first is None),
                     with_tools=with_tools,
                     is_plain=is_plain,
                     first=first,

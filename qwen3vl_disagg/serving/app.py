@@ -27,6 +27,7 @@ from qwen3vl_disagg.serving.guard import guards
 from qwen3vl_disagg.serving.intake import Intake
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.messages_answer import CountTokens, MessagesWriter
+from qwen3vl_disagg.serving.metrics import METRICS_PATH, Metrics
 from qwen3vl_disagg.serving.openapi import document
 from qwen3vl_disagg.serving.pooling import Pooled
 from qwen3vl_disagg.serving.preparation import Fetcher
@@ -89,7 +90,8 @@ def create_app(
     async def processes(request: Request) -> Response:
         return JSONResponse({"processes": backend.debug_processes()})
 
-    intake = Intake(backend, processor, model_names=names, limits=limits, fetcher=fetcher)
+    metrics = Metrics(backend)
+    intake = Intake(backend, processor, model_names=names, limits=limits, metrics=metrics, fetcher=fetcher)
     if warm_up:
         intake.warm_up()
     routes = [
@@ -107,6 +109,7 @@ def create_app(
         Route("/v1/models/{name:path}", model),
         Route("/version", version),
         Route("/openapi.json", openapi),
+        Route(METRICS_PATH, metrics.show),
         Route("/health", health),
         Route("/ready", ready),
     ]
@@ -114,7 +117,7 @@ def create_app(
         routes.append(Route("/debug/processes", processes))
     app = Starlette(
         routes=routes,
-        middleware=guards(doors, keys),
+        middleware=guards(doors, keys, metrics, [route.path for route in routes]),
         exception_handlers={HTTPException: on_http_exception},
     )
     app.router.redirect_slashes = False

@@ -1,10 +1,13 @@
-"""What stands before every route: request ids, CORS, whose requests are taken, and errors as envelopes."""
+"""What stands before every route: request ids, a line in the log, CORS, whose requests are taken, and errors as
+envelopes."""
 
 from __future__ import annotations
 
 import logging
 import re
+import time
 import uuid
+from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
@@ -13,29 +16,43 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen3vl_disagg.core.errors import DisaggError, InputError
+from qwen3vl_disagg.core.logs import say
 from qwen3vl_disagg.serving.access import OPEN_PATHS, ApiKeys
 from qwen3vl_disagg.serving.body import ClientGone
 from qwen3vl_disagg.serving.doors import Doors
 from qwen3vl_disagg.serving.errors import error_response
 from qwen3vl_disagg.serving.limits import MAX_HEADER_BYTES
+from qwen3vl_disagg.serving.metrics import METRICS_PATH, Metrics
+from qwen3vl_disagg.serving.watching import Seen
 
 logger = logging.getLogger(__name__)
-REQUEST_ID, SALT = "request_id", "salt"
-"""In a request's `state`: its id, and the salt of its key, empty or absent without keys."""
+REQUEST_ID, SALT, SEEN = "request_id", "salt", "seen"
+"""In a request's `state`: its id, the salt of its key, empty or absent without keys, and what is seen of it."""
+QUIET_PATHS = (*OPEN_PATHS, METRICS_PATH)
+"""Asked for by machines, again and again: no lines."""
+MAX_LINES = 100
+"""Of the log in a second: anybody can send requests that are refused."""
+LEFT = 499
+"""The status of a request whose client left before the answer began."""
+MAX_PATH = 200
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-def guards(doors: Doors | None, keys: ApiKeys | None) -> list[Middleware]:
-    """Outermost first. Pages of allowed origins can read every answer, errors too, and ask first without a key."""
+def guards(doors: Doors | None, keys: ApiKeys | None, metrics: Metrics, paths: Iterable[str]) -> list[Middleware]:
+    """Outermost first. Pages of allowed origins can read every answer, errors too, and ask first without a key.
+    `paths`: of the routes."""
     cors = [] if doors is None or not doors.origins else [Middleware(Cors, doors=doors)]
-    return [Middleware(RequestNames), *cors, Middleware(RequestGuard, doors=doors, keys=keys)]
+    names = Middleware(RequestNames, metrics=metrics, paths=frozenset(paths))
+    return [names, *cors, Middleware(RequestGuard, doors=doors, keys=keys)]
 
 
 class RequestNames:
-    """Each response names its request: what the client calls it, or else a random id."""
+    """Each response names its request: what the client calls it, or else a random id. When it is whole, or the client
+    has left, it is counted and has its line in the log."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
+        self._app, self._metrics, self._paths = app, metrics, paths
+        self._second, self._num_lines, self._num_left_out = 0, 0, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,10 +61,13 @@ class RequestNames:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})[REQUEST_ID] = request_id
+        started, status, seen = time.monotonic(), 0, Seen()
+        scope.setdefault("state", {}).update({REQUEST_ID: request_id, SEEN: seen})
 
         async def send_named(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 answer = MutableHeaders(scope=message)
                 answer["X-Request-ID"] = request_id
                 if message["status"] >= 400 and "expect" in headers:
@@ -55,7 +75,26 @@ class RequestNames:
                     answer["Connection"] = "close"
             await send(message)
 
-        await self._app(scope, receive, send_named)
+        try:
+            await self._app(scope, receive, send_named)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.answered(path, status or LEFT)
+            if path not in QUIET_PATHS and self._may_say():
+                fields = {"request_id": request_id, "method": scope["method"], "path": _visible(scope["path"])}
+                fields |= {"status": status or LEFT, "seconds": round(time.monotonic() - started, 4), **seen.fields()}
+                say("request", fields)
+
+    def _may_say(self) -> bool:
+        """Whether there is room for a line; says how many had none."""
+        second = int(time.monotonic())
+        if second != self._second:
+            if self._num_left_out:
+                logger.warning("%d requests more than the log has room for", self._num_left_out)
+            self._second, self._num_lines, self._num_left_out = second, 0, 0
+        self._num_lines += 1
+        self._num_left_out += self._num_lines > MAX_LINES
+        return self._num_lines <= MAX_LINES
 
 
 class Cors(CORSMiddleware):
@@ -119,7 +158,13 @@ class RequestGuard:
         if self._doors is not None:
             self._doors.check(scope["method"], headers)
         if self._keys is not None and scope["path"] not in OPEN_PATHS:
-            scope["state"][SALT] = self._keys.salt_of(headers)
+            salt = scope["state"][SALT] = self._keys.salt_of(headers)
+            scope["state"][SEEN].key = self._keys.number_of(salt)
+
+
+def _visible(path: str) -> str:
+    """As a client may spell it there are lines and colours in it."""
+    return ascii(path[:MAX_PATH])[1:-1]
 
 
 def _header_bytes(scope: Scope) -> int:

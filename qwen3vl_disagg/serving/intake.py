@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 from starlette.datastructures import Headers
@@ -16,18 +16,19 @@ from starlette.types import Receive, Scope
 from qwen3vl_disagg.cluster.backend import Backend, PromptCall, RequestHandle
 from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, InputError, OverloadedError
-from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
+from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.core.sampling_params import ROUTES
 from qwen3vl_disagg.processing import Processor, Prompt
 from qwen3vl_disagg.processing.pooling import check_task
-from qwen3vl_disagg.serving.answer import with_frontend
 from qwen3vl_disagg.serving.body import BodyAccount, BodyBudget, ClientGone, check_headers, too_large
-from qwen3vl_disagg.serving.guard import SALT
+from qwen3vl_disagg.serving.guard import SALT, SEEN
 from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.metrics import Metrics
 from qwen3vl_disagg.serving.pooling_request import POOL_ROUTES, TASKS
 from qwen3vl_disagg.serving.preparation import Fetcher, Preparation
 from qwen3vl_disagg.serving.prepare_pool import PreparePool
 from qwen3vl_disagg.serving.prepared import BodyRoute, Prepared, Rules
+from qwen3vl_disagg.serving.watching import RequestWatch, Seen
 
 TIMEOUT_HEADER, TARGET_HEADER = "X-Request-Timeout-Ms", "X-First-Token-Target-Ms"
 # The backend keeps the same deadline and knows more about what took so long: its error should come first.
@@ -37,13 +38,13 @@ GRACE_S = 1.0
 @dataclass(frozen=True)
 class Arrived:
     """A request that has been prepared, and what was measured and decided on the way. `deadline` is monotonic;
-    `target_s`: see `Admit`; `told`: what clients hear of the ranks' timings. `release`: gives back the room for the
-    body; on routes that submit at once that has been done."""
+    `target_s`: see `Admit`. `release`: gives back the room for the body; on routes that submit at once that has been
+    done."""
 
     prepared: Prepared
     deadline: float
     target_s: float
-    told: Callable[[RequestTimings], RequestTimings]
+    watch: RequestWatch
     release: Callable[[], None]
 
 
@@ -79,9 +80,11 @@ class Intake:
         *,
         model_names: Sequence[str],
         limits: Limits,
+        metrics: Metrics | None = None,
         fetcher: Fetcher | None = None,
     ) -> None:
         self.backend, self.processor, self.limits = backend, processor, limits
+        self._metrics = metrics or Metrics(backend)
         self.model_name = model_names[0]
         """The one in answers."""
         self._budget = BodyBudget(limits.max_body_memory)
@@ -114,8 +117,8 @@ class Intake:
             self._check_room(route)
             self._num_running += 1
             try:
-                salt = scope.get("state", {}).get(SALT, "")
-                await until_disconnect(receive, self._work(route, salt, body, account, timeout_s, target_s, work))
+                state = scope.get("state", {})
+                await until_disconnect(receive, self._work(route, state, body, account, timeout_s, target_s, work))
             finally:
                 self._num_running -= 1
 
@@ -139,7 +142,7 @@ class Intake:
     async def _work(
         self,
         route: BodyRoute,
-        salt: str,
+        state: Mapping[str, Any],
         body: bytearray,
         account: BodyAccount,
         timeout_s: float,
@@ -155,15 +158,17 @@ class Intake:
             self._num_preparing -= 1
         if route not in POOL_ROUTES:
             account.release()
-        prepared = prepared.salted(salt)
+        prepared = prepared.salted(state.get(SALT, ""))
         preprocess_ms = prepared.seconds * 1e3
-        told = partial(
-            with_frontend,
+        watch = RequestWatch(
+            self._metrics,
+            state.get(SEEN) or Seen(),
+            arrival,
             queue_ms=(time.monotonic() - arrival) * 1e3 - preprocess_ms,
             preprocess_ms=preprocess_ms,
-            hide_cache_hits=self.limits.hide_cache_hits,
+            hides_cache_hits=self.limits.hide_cache_hits,
         )
-        answering = work(Arrived(prepared, deadline, target_s, told, account.release))
+        answering = work(Arrived(prepared, deadline, target_s, watch, account.release))
         del prepared  # images and clips: once they are submitted the backend says how long they are kept
         await answering
 

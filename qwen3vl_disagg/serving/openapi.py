@@ -19,6 +19,7 @@ from qwen3vl_disagg.serving.completion_request import MAX_PROMPTS, DetokenizeBod
 from qwen3vl_disagg.serving.errors import ErrorEnvelope, MessagesError
 from qwen3vl_disagg.serving.intake import TARGET_HEADER, TIMEOUT_HEADER
 from qwen3vl_disagg.serving.messages_answer import MessagesBody, TokenCount
+from qwen3vl_disagg.serving.metrics import METRICS_PATH
 from qwen3vl_disagg.serving.pooling_request import MAX_INPUTS
 from qwen3vl_disagg.serving.responses import ResponseBody
 from qwen3vl_disagg.serving.types import (
@@ -110,6 +111,7 @@ def document(model_names: Sequence[str], version: str, *, has_keys: bool) -> dic
         "/v1/models": {"get": _get("models", "ModelList")},
         "/v1/models/{name}": {"parameters": [which], "get": _get("model", "Model", {404: _OF_BODIES[404]})},
         "/version": {"get": _get("version", "Version")},
+        METRICS_PATH: {"get": _metrics()},
         "/health": {"get": _get("health", "Health") | {"security": []}},
         "/ready": {"get": _ready() | {"security": []}},
     }
@@ -145,6 +147,13 @@ def _errors(texts: Mapping[int, str], kind: str = "ErrorEnvelope") -> dict[str, 
 
 def _get(name: str, kind: str, errors: Mapping[int, str] | None = None) -> dict[str, Any]:
     return {"operationId": name, "responses": {"200": _answer("OK", kind), **_errors({**_ANYWHERE, **(errors or {})})}}
+
+
+def _metrics() -> dict[str, Any]:
+    made = _get("metrics", "Health")
+    kinds = ("text/plain", "application/openmetrics-text")
+    made["responses"]["200"]["content"] = {kind: {"schema": _TEXT} for kind in kinds}
+    return made
 
 
 def _ready() -> dict[str, Any]:

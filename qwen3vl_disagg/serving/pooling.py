@@ -28,6 +28,7 @@ from qwen3vl_disagg.serving.types import (
     ScoreOfPair,
     Scores,
 )
+from qwen3vl_disagg.serving.watching import AnswerWatch, RequestWatch
 
 SLICE, MAX_UNDER_WAY = 64, 256
 """So many prompts are submitted in one go, and so many of one request are with the backend at once: others come between
@@ -49,13 +50,14 @@ class Pooled:
         if not isinstance(request, PoolingRequest):
             raise TypeError(f"{type(request).__name__} on this route")
         prompts = arrived.prepared.prompts
-        deadline, target_s, release = arrived.deadline, arrived.target_s, arrived.release
+        deadline, target_s, release, watch = arrived.deadline, arrived.target_s, arrived.release, arrived.watch
         del arrived  # images and clips: each is the backend's once its prompt is submitted
         usage = PoolingUsage.of(sum(len(prompt.token_ids) for prompt, _ in prompts))
         handles: list[RequestHandle] = []
         try:
             async with asyncio.timeout(deadline + GRACE_S - time.monotonic()):
-                vectors = await self._run(prompts, deadline, target_s, handles, release, is_led=request.has_one_query)
+                is_led = request.has_one_query
+                vectors = await self._run(prompts, deadline, target_s, handles, release, watch, is_led=is_led)
         except DisaggError:
             raise
         except TimeoutError:
@@ -74,6 +76,7 @@ class Pooled:
         target_s: float,
         handles: list[RequestHandle],
         release: Callable[[], None],
+        watch: RequestWatch,
         *,
         is_led: bool,
     ) -> list[bytes]:
@@ -91,7 +94,9 @@ class Pooled:
                     for _ in range(num_next - len(begun)):
                         room.release()
                     handles += begun
-                    ends += [group.create_task(_end(handle, room)) for handle in begun]
+                    watch.seen.id = watch.seen.id or begun[0].request_id
+                    for handle, (prompt, _) in zip(begun, prompts, strict=False):
+                        ends.append(group.create_task(_end(handle, room, watch.answer(len(prompt.token_ids)))))
                     del prompts[: len(begun)]
                     if is_led:
                         await ends[0]
@@ -116,10 +121,11 @@ class Pooled:
             await asyncio.sleep(RETRY_S)
 
 
-async def _end(handle: RequestHandle, room: asyncio.Semaphore) -> bytes:
+async def _end(handle: RequestHandle, room: asyncio.Semaphore, watch: AnswerWatch) -> bytes:
     try:
         async for event in handle:
             if isinstance(event, FinishedEvent):
+                watch.end(event.finish_reason, event.timings)
                 return event.vector
     finally:
         room.release()

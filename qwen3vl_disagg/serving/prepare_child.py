@@ -22,7 +22,7 @@ from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.cluster.slots import die_with_parent
 from qwen3vl_disagg.core.errors import DisaggError, Failure, PreparationFailed
 from qwen3vl_disagg.core.grammar import Grammar
-from qwen3vl_disagg.core.logs import start_logging
+from qwen3vl_disagg.core.logs import LogFormat, start_logging, use_log_format
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.core.settings import Task
 from qwen3vl_disagg.engine.grammars import has_grammars
@@ -60,6 +60,7 @@ class ChildSetup(msgspec.Struct, frozen=True, kw_only=True):
     fetches: bool
     """Whether URLs are asked for."""
     rules: Rules
+    log_format: LogFormat = "text"
 
 
 class BodyJob(msgspec.Struct, frozen=True, tag="body"):
@@ -252,13 +253,14 @@ def _checked(job: GrammarJob, check: Callable[[Grammar, bool], None]) -> Checked
 
 
 def main() -> None:
+    setup = msgspec.json.decode(sys.argv[1], type=ChildSetup)
+    use_log_format(setup.log_format)
     start_logging("prompts")
     parent = os.getppid()
     die_with_parent(parent)
     out = os.dup(1)
     os.dup2(2, 1)  # what a library prints must not come between the answers
     os.set_blocking(out, False)
-    setup = msgspec.json.decode(sys.argv[1], type=ChildSetup)
     folder = Path(setup.folder)
     processor = Processor.from_folder(
         folder,

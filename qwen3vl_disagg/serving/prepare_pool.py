@@ -14,6 +14,7 @@ import numpy as np
 
 from qwen3vl_disagg.core.errors import DisaggError, Failure, PreparationFailed, UnavailableError
 from qwen3vl_disagg.core.grammar import Grammar
+from qwen3vl_disagg.core.logs import log_format
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.media.child import ChildFailed, ChildProcess, Ready
 from qwen3vl_disagg.media.stop import StopSignal
@@ -49,6 +50,7 @@ class PreparePool:
             task=processor.task,
             fetches=fetches,
             rules=rules,
+            log_format=log_format(),
         )
         module = ("-P", "-B", "-m", "qwen3vl_disagg.serving.prepare_child")
         self._command = (sys.executable, *module, msgspec.json.encode(setup).decode())

@@ -37,6 +37,7 @@ PLACES = [
     ("GET", "/nothing"),
     ("DELETE", "/v1"),
     ("FOO", "/metrics"),
+    ("GET", "/metrics"),
     ("GET", "/health/"),
     ("GET", "/healthz"),
     ("GET", "//health"),

@@ -75,7 +75,7 @@ def test_processes_only_with_debug():
         ("GET", "/v1/models/", 404),
         ("GET", "/v1/models/other", 404),
         ("POST", "/version", 405),
-        ("GET", "/metrics", 404),
+        ("POST", "/metrics", 405),
         ("GET", "/ui", 404),
         ("POST", "/v1/chat/completions/", 404),
         ("GET", "/v1/chat/completions", 405),

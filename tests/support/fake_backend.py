@@ -14,7 +14,9 @@ from starlette.testclient import TestClient
 from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, PromptCall, Readiness, TokenEvent
+from qwen3vl_disagg.cluster.loads import Load
 from qwen3vl_disagg.cluster.media_store import MediaStore
+from qwen3vl_disagg.cluster.registry import RankKey
 from qwen3vl_disagg.core.errors import DisaggError, UnavailableError
 from qwen3vl_disagg.core.pooling import Pooling
 from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, SamplingParams, TokenLogprob
@@ -71,6 +73,7 @@ class FakeBackend:
         self.refused: DisaggError | None = None
         """Why everything is refused."""
         self.handles: list[FakeHandle] = []
+        self.loads: list[tuple[RankKey, Load]] = []
         self.media = MediaStore()
 
     def _answer(self, prompt: Prompt, sampling: SamplingParams) -> list[Step]:
@@ -103,6 +106,9 @@ class FakeBackend:
                 name = f"r{len(self.handles)}"
                 self.handles.append(FakeHandle(name, prompt, call.sampling, timeout_s, steps, call.target_s))
         return self.handles[num_before:]
+
+    def rank_loads(self) -> list[tuple[RankKey, Load]]:
+        return self.loads
 
     def debug_processes(self) -> list[dict[str, Any]]:
         return [{"pid": 1, "role": "encode", "rank": 0}]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.grammar import Grammar
@@ -30,6 +31,7 @@ from tests.support.server import Server
 
 SAMPLING = SamplingParams(max_new_tokens=64, logprobs=1)
 SEED = 4242
+PATH = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +94,33 @@ def check_split(world: int, encode_ranks: int, asked: list[Asked], expected: lis
             if world > 1:
                 assert rows * 4 * hidden * 4 <= t["transfer_bytes"] <= 1.1 * rows * 4 * hidden * 4
 
+        check_metrics(server, answers, world)
         check_sampling(server, asked[0])
         check_grammars(server, asked)
         check_clips(server)
         check_media_that_an_encode_rank_refuses(server)
         check_notes_of_files_without_their_end(server)
+
+
+def check_metrics(server: Server, answers: list[tuple[int, Any]], world: int) -> None:
+    """They hold what clients counted; each request has its line in the log."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as reply:
+        text = reply.read().decode()
+    sums: dict[str, float] = {}
+    for sample in (sample for family in text_string_to_metric_families(text) for sample in family.samples):
+        if sample.labels.get("path", PATH) == PATH:
+            sums[sample.name] = sums.get(sample.name, 0) + sample.value
+    bodies = [answer for _, answer in answers]
+    items = [item for body in bodies for item in body["timings"]["items"] if item["encode_rank"] >= 0]
+    assert sums["q3vl_http_requests_total"] == len(bodies) + 3  # those of `several` and `single`
+    assert sums["q3vl_request_success_total"] == len(bodies) + 4
+    assert sums["q3vl_generation_tokens_total"] >= sum(body["usage"]["completion_tokens"] for body in bodies)
+    assert sums["q3vl_mm_cache_queries_total"] >= len(items)
+    assert sums["q3vl_encoder_transfer_bytes_total"] >= sum(item["transfer_bytes"] for item in items)
+    assert sums["q3vl_rank_up"] == max(world, 2)
+    assert sums["q3vl_engine_steps_total"] > 0
+    log = server.output()
+    assert all(f" id={body['id'].removeprefix('chatcmpl-')} " in log for body in bodies)
 
 
 def check_clips(server: Server) -> None:

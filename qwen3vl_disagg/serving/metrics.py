@@ -1,0 +1,147 @@
+"""`/metrics`: what Prometheus reads. Names end as vLLM's do where they mean the same, those of the encoder as SGLang's.
+
+Times and counts are taken as answers grow (`watching.py`); what ranks have to do is what they said last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from starlette.requests import Request
+from starlette.responses import Response
+
+from qwen3vl_disagg.cluster.backend import Backend
+from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings
+from qwen3vl_disagg.protocol.messages import LanguageLoad
+
+METRICS_PATH = "/metrics"
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
+_TOKENS = tuple(float(2**n) for n in range(0, 19, 2))
+
+
+class Metrics:
+    """Of one server, in a registry of its own."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._registry = registry = CollectorRegistry()
+        registry.register(_Loads(backend))
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, namespace="q3vl", registry=registry)
+
+        def histogram(name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            return Histogram(name, text, labels, namespace="q3vl", registry=registry, buckets=buckets)
+
+        self._http = counter("http_requests", "Answered HTTP requests.", "path", "status")
+        self._success = counter("request_success", "Answers that came to their end.", "finished_reason")
+        self._prompt = counter("prompt_tokens", "Tokens of prompts that were answered.")
+        self._generated = counter("generation_tokens", "Tokens of answers.")
+        self._queries = counter("prefix_cache_queries", "Tokens of prompts looked for in pages of keys and values.")
+        self._hits = counter("prefix_cache_hits", "Those that were there.")
+        self._first = histogram("time_to_first_token_seconds", "From the whole request to an answer's first token.")
+        self._gap = histogram("inter_token_latency_seconds", "Between two tokens of an answer.")
+        self._whole = histogram("e2e_request_latency_seconds", "From the whole request to an answer's end.")
+        self._queue = histogram("request_queue_time_seconds", "Before the engine took an answer in.")
+        self._prefill = histogram("request_prefill_time_seconds", "Steps that an answer's prompt was computed in.")
+        self._decode = histogram("request_decode_time_seconds", "From an answer's first token to its last.")
+        self._num_prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", buckets=_TOKENS)
+        self._num_generated = histogram("request_generation_tokens", "Tokens of an answer.", buckets=_TOKENS)
+        rank = "encode_rank"
+        self._wait = histogram("encoder_queue_wait_seconds", "What an image or clip waited for on its rank.", rank)
+        self._preprocess = histogram("encoder_preprocess_seconds", "Decoding and cutting up one.", rank)
+        self._forward = histogram("encoder_model_forward_seconds", "The vision tower's run that one was in.", rank)
+        self._transfer = histogram("encoder_transfer_seconds", "Receiving and checking one's rows.", rank)
+        self._bytes = counter("encoder_transfer_bytes", "Payload of rows that arrived.", rank)
+        self._mm_queries = counter("mm_cache_queries", "Images and clips that rows were wanted of.", rank)
+        self._mm_hits = counter("mm_cache_hits", "Those whose rows the encode rank had.", rank)
+
+    def answered(self, path: str, status: int) -> None:
+        """An HTTP request was. `path`: of a route, so that there are few."""
+        self._http.labels(path, status).inc()
+
+    def first_token(self, seconds: float) -> None:
+        self._first.observe(seconds)
+
+    def next_token(self, seconds: float) -> None:
+        self._gap.observe(seconds)
+
+    def ended(self, reason: str, seconds: float, num_tokens: int, timings: RequestTimings) -> None:
+        """An answer is whole, or all that was wanted of it. `seconds`: since the request had arrived."""
+        self._success.labels(reason).inc()
+        self._generated.inc(num_tokens)
+        self._num_generated.observe(num_tokens)
+        self._whole.observe(seconds)
+        self._queue.observe(timings.queue / 1e3)
+        self._prefill.observe(timings.prefill / 1e3)
+        self._decode.observe(timings.decode / 1e3)
+
+    def prompted(self, num_tokens: int, timings: RequestTimings) -> None:
+        """A prompt has been computed, with the images and clips in it."""
+        self._prompt.inc(num_tokens)
+        self._num_prompt.observe(num_tokens)
+        self._queries.inc(num_tokens)
+        self._hits.inc(timings.cached_tokens)
+        for item in timings.items:
+            if item.encode_rank >= 0:  # else its rows were not asked for
+                self._encoded(item)
+
+    def _encoded(self, item: ItemTimings) -> None:
+        rank = str(item.encode_rank)
+        self._mm_queries.labels(rank).inc()
+        self._mm_hits.labels(rank).inc(item.cached)
+        self._bytes.labels(rank).inc(item.transfer_bytes)
+        self._transfer.labels(rank).observe(item.transfer / 1e3)
+        if not item.cached:
+            self._wait.labels(rank).observe(item.queue / 1e3)
+            self._preprocess.labels(rank).observe(item.preprocess / 1e3)
+            self._forward.labels(rank).observe(item.encode / 1e3)
+
+    async def show(self, request: Request) -> Response:
+        """The route."""
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(self._registry), headers={"Content-Type": content_type})
+
+
+class _Loads:
+    """What ranks said last, as they are asked for."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def collect(self) -> Iterator[Metric]:
+        ready = GaugeMetricFamily("q3vl_ready", "1 if requests are served.")
+        ready.add_metric([], self._backend.readiness().ready)
+        yield ready
+
+        def gauge(name: str, text: str) -> GaugeMetricFamily:
+            return GaugeMetricFamily(f"q3vl_{name}", text, labels=["role", "rank"])
+
+        def counter(name: str, text: str) -> CounterMetricFamily:
+            return CounterMetricFamily(f"q3vl_{name}", text, labels=["role", "rank"])
+
+        up = gauge("rank_up", "A rank that the frontend hears of.")
+        running = gauge("num_requests_running", "Answers with pages; on an encode rank items with a place.")
+        waiting = gauge("num_requests_waiting", "Answers that wait for pages; items that wait for a place.")
+        usage = gauge("kv_cache_usage_perc", "Part of the pages of keys and values that answers have, 1 for all.")
+        steps = counter("engine_steps", "Turns of a language rank's engine.")
+        preempted = counter("num_preemptions", "Answers that gave their pages up.")
+        cached = gauge("encoder_cache_bytes", "Rows that an encode rank keeps.")
+        items = counter("encoder_items", "Images and clips that went through a vision tower.")
+        batches = counter("encoder_batches", "Runs of a vision tower.")
+        for (role, number), load in self._backend.rank_loads():
+            rank = [role, str(number)]
+            up.add_metric(rank, 1)
+            running.add_metric(rank, load.running)
+            waiting.add_metric(rank, load.waiting)
+            if isinstance(load, LanguageLoad):
+                usage.add_metric(rank, load.kv_pages_used / max(load.kv_pages, 1))
+                steps.add_metric(rank, load.num_steps)
+                preempted.add_metric(rank, load.num_preemptions)
+            else:
+                cached.add_metric(rank, load.cache_bytes)
+                items.add_metric(rank, load.num_items)
+                batches.add_metric(rank, load.num_batches)
+        yield from (up, running, waiting, usage, steps, preempted, cached, items, batches)

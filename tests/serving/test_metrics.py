@@ -1,0 +1,155 @@
+"""What Prometheus and the log are told is what clients saw."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from msgspec import structs
+from prometheus_client.parser import text_string_to_metric_families
+
+from qwen3vl_disagg.cluster.backend import FinishedEvent, TokenEvent
+from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings
+from qwen3vl_disagg.protocol.messages import EncodeLoad, LanguageLoad
+from qwen3vl_disagg.serving.access import ApiKeys
+from qwen3vl_disagg.serving.guard import MAX_LINES
+from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.watching import STAGES
+from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, serve
+
+
+def scraped(client, **options: Any) -> dict[tuple[str, ...], float]:
+    """(name, label values in the order of their names) -> value."""
+    text = client.get("/metrics", **options).text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return {(s.name, *(s.labels[name] for name in sorted(s.labels))): s.value for s in samples}
+
+
+@pytest.fixture
+def lines(caplog) -> list[dict[str, Any]]:
+    """Fields of all lines so far."""
+    caplog.set_level(logging.INFO, "qwen3vl_disagg.events")
+
+    class Lines(list):
+        def __iter__(self):
+            return iter([record.q3vl_fields for record in caplog.records if hasattr(record, "q3vl_fields")])
+
+    return Lines()
+
+
+def test_counts_are_those_of_the_client():
+    client = serve(FakeBackend())
+    sent: dict[str, int] = {}
+    usage = {"prompt_tokens": 0, "completion_tokens": 0}
+    for fields in [{}, {"stream": True}, {"n": 2}, {"temperature": -1}, {}, {"stop": "red"}]:
+        reply = client.post(PATH, json={**ASK, **fields})
+        sent[str(reply.status_code)] = sent.get(str(reply.status_code), 0) + 1
+        if reply.status_code == 200 and "stream" not in fields:
+            for name in usage:
+                usage[name] += reply.json()["usage"][name]
+    told = scraped(client)
+    assert {status: told["q3vl_http_requests_total", PATH, status] for status in sent} == sent == {"200": 5, "400": 1}
+    streamed = scraped(serve(FakeBackend()))  # another server counts for itself
+    assert not any(value for (name, *_), value in streamed.items() if name == "q3vl_request_success_total")
+    assert told["q3vl_request_success_total", "stop"] == 6
+    whole = client.post(PATH, json=ASK).json()["usage"]
+    assert told["q3vl_prompt_tokens_total",] == usage["prompt_tokens"] + whole["prompt_tokens"]
+    assert told["q3vl_generation_tokens_total",] == usage["completion_tokens"] + whole["completion_tokens"]
+    assert told["q3vl_time_to_first_token_seconds_count",] == told["q3vl_e2e_request_latency_seconds_count",] == 6
+    gaps = told["q3vl_generation_tokens_total",] - 6
+    assert told["q3vl_inter_token_latency_seconds_count",] == gaps
+
+
+def test_images_are_counted_by_their_rank_and_a_hit_has_no_time_in_the_tower():
+    items = [
+        ItemTimings(queue=5, preprocess=10, encode=20, transfer=3, transfer_bytes=100, encode_rank=1),
+        ItemTimings(transfer=4, transfer_bytes=50, encode_rank=1, cached=True),
+        ItemTimings(),  # in the prefix cache
+    ]
+    timings = RequestTimings(items=items, cached_tokens=7)
+
+    def script(_, sampling):
+        steps = answer_steps("red", sampling)
+        told = (TokenEvent, FinishedEvent)
+        steps = [structs.replace(s, timings=timings) if isinstance(s, told) and s.timings else s for s in steps]
+        return steps
+
+    client = serve(FakeBackend(script), limits=Limits(hide_cache_hits=True))
+    assert client.post(PATH, json={**ASK, "n": 2}).json()["timings"]["items"] == []  # hidden from clients alone
+    told = scraped(client)
+    assert told["q3vl_mm_cache_queries_total", "1"] == 2
+    assert told["q3vl_mm_cache_hits_total", "1"] == 1
+    assert told["q3vl_encoder_transfer_bytes_total", "1"] == 150
+    sums = {name: told[f"q3vl_encoder_{name}_seconds_sum", "1"] for name in ("queue_wait", "preprocess", "transfer")}
+    assert sums == pytest.approx({"queue_wait": 0.005, "preprocess": 0.01, "transfer": 0.007})
+    assert told["q3vl_encoder_model_forward_seconds_count", "1"] == 1
+    assert told["q3vl_prefix_cache_hits_total",] == 7
+
+
+def test_ranks_are_as_they_said():
+    backend = FakeBackend()
+    language = LanguageLoad(running=3, waiting=2, kv_pages_used=5, kv_pages=20, num_steps=9, num_preemptions=1)
+    backend.loads = [
+        (("language", 2), language),
+        (("encode", 0), EncodeLoad(running=1, waiting=4, cache_bytes=8, num_items=6, num_batches=2)),
+    ]
+    told = scraped(serve(backend))
+    assert told["q3vl_ready",] == 1
+    assert (told["q3vl_rank_up", "2", "language"], told["q3vl_rank_up", "0", "encode"]) == (1, 1)
+    assert told["q3vl_num_requests_waiting", "2", "language"] == 2
+    assert told["q3vl_num_requests_waiting", "0", "encode"] == 4
+    assert told["q3vl_kv_cache_usage_perc", "2", "language"] == 0.25
+    assert told["q3vl_num_preemptions_total", "2", "language"] == 1
+    assert told["q3vl_encoder_items_total", "0", "encode"] == 6
+
+
+def test_openmetrics_is_spoken_and_paths_that_are_none_are_one():
+    client = serve(FakeBackend())
+    for number in range(5):
+        client.get(f"/nothing/{number}")
+    reply = client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    assert reply.headers["content-type"].startswith("application/openmetrics-text")
+    assert reply.text.endswith("# EOF\n")
+    assert scraped(client)["q3vl_http_requests_total", "other", "404"] == 5
+
+
+def test_a_request_has_a_line(lines):
+    client = serve(FakeBackend(), keys=ApiKeys(["first", "second"]))
+    headers = {"Authorization": "Bearer second", "X-Request-ID": "mine"}
+    usage = client.post(PATH, json=ASK, headers=headers).json()["usage"]
+    [line] = lines
+    told = [line[name] for name in ("request_id", "method", "path", "status", "key")]
+    assert told == ["mine", "POST", PATH, 200, 2]
+    assert line["id"] == "r0"
+    assert (line["prompt_tokens"], line["tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])
+    assert line["finish"] == "stop"
+    assert {*STAGES} <= line.keys()
+    assert not any(ASK["messages"][0]["content"] in str(value) for value in line.values())
+    client.get("/health")
+    client.get("/metrics", headers=headers)
+    assert len([*lines]) == 1
+    client.get("/a%0Ab", headers={"X-Request-ID": "no name"})
+    assert [*lines][1]["status"] == 401
+    assert "\n" not in [*lines][1]["path"]
+
+
+def test_what_failed_has_its_status_and_no_numbers(lines):
+    client = serve(FakeBackend(lambda *_: [InputError("bad", param="messages")]))
+    assert client.post(PATH, json=ASK).status_code == 400
+    [line] = lines
+    assert line["status"] == 400
+    assert "tokens" not in line
+
+
+def test_a_flood_of_requests_does_not_fill_the_log(lines, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("qwen3vl_disagg.serving.guard.time.monotonic", lambda: now[0])
+    client = serve(FakeBackend())
+    for _ in range(MAX_LINES + 30):
+        client.get("/nothing")
+    assert len([*lines]) == MAX_LINES
+    now[0] += 1
+    client.get("/nothing")
+    assert len([*lines]) == MAX_LINES + 1
