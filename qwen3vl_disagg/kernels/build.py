@@ -52,6 +52,7 @@ SIGNATURES = {
     "q3_rotate": [_P, _L, _P, _P, _L, _L, _L, _I],
     "q3_gelu_tanh": [_P, _L, _I],
     "q3_rms_norm": [_P, _P, _F, _P, _L, _L, _I],
+    "q3_add_rms_norm": [_P, _P, _P, _F, _P, _P, _L, _L, _I],
     "q3_norm_rotary": [_P, _L, _P, _F, _P, _P, _P, _L, _L, _L, _I],
 }
 

@@ -27,6 +27,7 @@ _WORDS = 20
 """Of a call: its function and up to 19 arguments."""
 _ROWS = {
     "rms_norm": 4,
+    "add_rms_norm": 6,
     "norm_rotary": 7,
     "rotary": 7,
     "linear": 6,

@@ -288,6 +288,17 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return out
 
 
+def add_rms_norm(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x + y` and its RMSNorm, each rounded where it is by itself."""
+    x_TD, y_TD = x_TD.contiguous(), y_TD.contiguous()
+    fits = is_dense(torch.bfloat16, x_TD, y_TD, weight_D) and x_TD.dim() == 2 and x_TD.shape == y_TD.shape
+    fits = fits and weight_D.shape == x_TD.shape[1:] and x_TD.shape[1] % 32 == 0
+    need(fits, "bfloat16 rows and weights of whole pieces", x_TD, y_TD, weight_D)
+    sum_TD, out_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+    call("add_rms_norm", x_TD, y_TD, weight_D, float(eps), sum_TD, out_TD, *x_TD.shape)
+    return sum_TD, out_TD
+
+
 def norm_rotary(x_TNH: Tensor, weight_H: Tensor, eps: float, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
     """RMSNorm of each head, then the rotary embedding -> `[T, N, H]`."""
     x_TNH, cos_T1H, sin_T1H = _with_whole_rows(x_TNH), cos_T1H.contiguous(), sin_T1H.contiguous()

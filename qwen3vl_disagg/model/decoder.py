@@ -32,8 +32,8 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], forward_batch: ForwardBatch, cache: LayerCache | None
     ) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotary, forward_batch, cache)
-        y_TD = self.post_attention_layernorm(x_TD)
+        attended_TD = self.self_attn(self.input_layernorm(x_TD), rotary, forward_batch, cache)
+        x_TD, y_TD = self.post_attention_layernorm.of_sum(x_TD, attended_TD)
         if isinstance(self.mlp, SparseMoe):
             return x_TD + self.mlp(y_TD, forward_batch.dispatch_plan)
         return x_TD + self.mlp(y_TD)

@@ -28,6 +28,13 @@ class RMSNorm(nn.Module):
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
 
+    def of_sum(self, x_TD: Tensor, y_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """`x + y`, and the norm of that."""
+        if self.use_kernel and not torch.compiler.is_compiling():
+            return ops.add_rms_norm(x_TD, y_TD, self.weight, self.eps)
+        x_TD = x_TD + y_TD
+        return x_TD, self(x_TD)
+
 
 class Linear(nn.Linear):
     """Few rows go through the kernel that reads the weight as it is, where there is one and no bias; many through the

@@ -309,6 +309,10 @@ def test_norm_and_rotary(tokens, heads, size, scale, seed):
     _, x, _ = (bf16(tokens, heads + 2, size, seed=seed + 1) * scale).split([1, heads, 1], dim=1)
     cos, sin = bf16(tokens, 1, size, seed=seed + 2), bf16(tokens, 1, size, seed=seed + 3)
     assert distance(ops.rms_norm(x, norm.weight, 1e-6), norm(x)) < 2**-8
+    rows, more = x[:, 0], bf16(tokens, size, seed=seed + 4) * scale
+    total, normed = ops.add_rms_norm(rows, more, norm.weight, 1e-6)
+    assert torch.equal(total, rows + more)
+    assert torch.equal(normed, ops.rms_norm(rows + more, norm.weight, 1e-6))
     found, expected = ops.norm_rotary(x, norm.weight, 1e-6, cos, sin), apply_rotary(norm(x), cos, sin)
     assert distance(found, expected) < 2**-7
     assert (found != expected).double().mean() < 0.01  # it rounds where they round; a sum in another order may differ

@@ -38,6 +38,29 @@ extern "C" void step_rms_norm(const Word* a, long T) {
   rms_norm((bf16*)a[0].p, (bf16*)a[1].p, (float)a[2].f, (bf16*)a[3].p, T, a[5].l);
 }
 
+// sum = x + y, and its RMSNorm: of both rows only one is written and read again, while it is in the first cache.
+static void add_rms_norm(const bf16* x, const bf16* y, const bf16* weight, float eps, bf16* sum, bf16* out, long T,
+                         long D) {
+#pragma omp for schedule(static)
+  for (long t = 0; t < T * D; t += D) {
+    for (long d = t; d < t + D; d += 16)
+      _mm256_storeu_si256((__m256i*)(sum + d), narrow(_mm512_add_ps(load_wide(x + d), load_wide(y + d))));
+    const __m512 scale = scale_of(sum + t, D, eps);
+    for (long d = 0; d < D; d += 16)
+      _mm256_storeu_si256((__m256i*)(out + t + d), narrow(normed(sum + t + d, weight + d, scale)));
+  }
+}
+
+extern "C" void q3_add_rms_norm(const bf16* x, const bf16* y, const bf16* weight, float eps, bf16* sum, bf16* out,
+                                long T, long D, int threads) {
+#pragma omp parallel num_threads(threads) if (T * D >= MANY)
+  add_rms_norm(x, y, weight, eps, sum, out, T, D);
+}
+
+extern "C" void step_add_rms_norm(const Word* a, long T) {
+  add_rms_norm((bf16*)a[0].p, (bf16*)a[1].p, (bf16*)a[2].p, (float)a[3].f, (bf16*)a[4].p, (bf16*)a[5].p, T, a[7].l);
+}
+
 // Heads of x[T, N, H], rows `stride` apart -> out [T, N, H]. cos and sin: [T, H]; H is a multiple of 32.
 static void norm_rotary(const bf16* x, long stride, const bf16* weight, float eps, const bf16* cos, const bf16* sin,
                         bf16* out, long T, long N, long H) {
