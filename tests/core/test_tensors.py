@@ -1,7 +1,7 @@
 import ctypes
 import sys
 import threading
-from mmap import mmap
+from mmap import PAGESIZE, mmap
 from pathlib import Path
 
 import pytest
@@ -74,25 +74,91 @@ def test_memory_ahead_of_the_rows_in_use_is_there_before_it_is_written():
     assert not any(x[2000:2300].any() for x in tensors)
 
 
-def test_nothing_is_touched_of_other_devices():
-    ahead = TouchedAhead([torch.empty(8, 8, device="meta"), torch.empty(0, 8)])
-    ahead.reached(8)
-    assert not [thread for thread in threading.enumerate() if thread.name == TouchedAhead.__name__]
+class System:
+    """Notes the threads that are started and the memory that is asked for ahead, and gives none."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.num_started, self.asked, self.answer = 0, [], 0
+        self.is_open = threading.Event()
+        self.is_open.set()
+        start = threading.Thread.start
+
+        def note(thread):
+            self.num_started += 1
+            start(thread)
+
+        monkeypatch.setattr("threading.Thread.start", note)
+        monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: self)
+
+    def madvise(self, start, size, _) -> int:
+        self.asked.append((start.value, start.value + size.value))
+        assert self.is_open.wait(10)
+        return self.answer
 
 
-def test_a_system_that_refuses_changes_nothing(monkeypatch):
-    def refuse(*_):
+def test_only_what_is_on_the_cpu_and_not_empty_is_touched(monkeypatch):
+    system = System(monkeypatch)
+    elsewhere = [torch.empty(8, 8, device="meta"), torch.empty(0, 8)]
+    TouchedAhead(elsewhere).wait()
+    assert system.num_started == 0
+    here = lazy_zeros((8, 4096), torch.uint8)
+    TouchedAhead([*elsewhere, here]).wait()
+    start, stop = here.data_ptr(), here.data_ptr() + here.nbytes
+    assert system.asked == [(start - start % PAGESIZE, stop)]
+
+
+def test_one_thread_at_a_time_and_none_for_a_few_rows(monkeypatch):
+    """512 rows ahead, 64 at a time."""
+    system = System(monkeypatch)
+    rows = lazy_zeros((4096, 2**15), torch.uint8)
+    system.is_open.clear()
+    ahead = TouchedAhead([rows], ahead_bytes=16 << 20)
+    ahead.reached(1)
+    assert system.num_started == 1  # it is not done
+    system.is_open.set()
+    ahead.wait()
+    ahead.reached(250)
+    assert (system.num_started, len(system.asked)) == (1, 8)
+    ahead.reached(300)
+    ahead.wait()
+    assert system.num_started == 2
+    stops = [(stop - rows.data_ptr()) >> 15 for _, stop in system.asked]
+    assert stops == [*range(64, 513, 64), 576, 640, 704, 768, 812]  # none again
+
+
+def test_a_thread_that_may_not_lower_its_priority_goes_on(monkeypatch):
+    is_own = []
+
+    def refuse(_, who, __):
+        is_own.append(who in (0, threading.get_native_id()))
         raise OSError
 
     monkeypatch.setattr("os.setpriority", refuse)
-    tensors = [lazy_zeros((4096, 2**15), torch.uint8)]
-    before = _private_kib()
-    ahead = TouchedAhead(tensors, ahead_bytes=16 << 20)
-    ahead.wait()
-    assert not _populates() or _private_kib() - before > 12 * 1024
+    system = System(monkeypatch)
+    TouchedAhead([lazy_zeros((4096, 2**15), torch.uint8)], ahead_bytes=16 << 20).wait()
+    assert len(system.asked) == 8
+    assert is_own == [True]
 
-    def full(*_):
+
+def test_a_system_that_refuses_is_asked_once(monkeypatch):
+    system = System(monkeypatch)
+    system.answer = -1
+    ahead = TouchedAhead([lazy_zeros((4096, 2**15), torch.uint8)], ahead_bytes=16 << 20)
+    for row in (0, 1000, 2000):
+        ahead.wait()
+        ahead.reached(row)
+    assert (system.num_started, len(system.asked)) == (1, 1)
+
+
+def test_where_there_are_no_more_threads_one_is_tried(monkeypatch):
+    tried = []
+
+    def full(thread):
+        tried.append(thread)
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("threading.Thread.start", full)
-    TouchedAhead(tensors).reached(1)
+    ahead = TouchedAhead([lazy_zeros((8, 4096), torch.uint8)])
+    ahead.reached(1)
+    ahead.wait()
+    assert len(tried) == 1

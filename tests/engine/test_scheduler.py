@@ -68,13 +68,31 @@ def test_a_chunk_is_longer_where_more_wait_than_are_answered(target, steps):
         scheduler.add(sequence)
     scheduler.admit()
     found = []
-    while len(found) < len(steps):
+    for _ in range(2 * len(steps)):  # a decode step after each
         step, _ = scheduler.schedule()
         found += [[c.stop - c.start for c in step.prefill]] * bool(step.prefill)
         for chunk in step.prefill:
             chunk.sequence.num_cached = chunk.stop
             chunk.sequence.generated += [5] * chunk.is_last
     assert found == steps
+
+
+@pytest.mark.parametrize(
+    ("num_decoding", "num_ready", "num_without_rows", "most", "tokens"),
+    [(1, 4, 0, 100, 12), (1, 4, 0, 8, 8), (1, 20, 0, 100, 24), (1, 2, 5, 100, 6), (3, 2, 0, 100, 3)],
+)
+def test_how_long_a_chunk_may_become(num_decoding, num_ready, num_without_rows, most, tokens):
+    """Never longer than a step or 8 chunks; who waits for rows, and could not run, makes it no longer."""
+    scheduler = make_scheduler(PagePool(200, 4), max_prefill_tokens=most, chunk_tokens=3, gap_target_ms="auto")
+    for number in range(num_decoding + num_ready + num_without_rows):
+        is_ready = number < num_decoding + num_ready
+        sequence = make_sequence(str(number), 20, 9)
+        scheduler.add(sequence if is_ready else replace(sequence, items=[make_visual(0, 6)]))
+    for sequence in scheduler.admit()[:num_decoding]:
+        sequence.num_cached = sequence.num_prompt
+        sequence.generated.append(5)
+    step, _ = scheduler.schedule()
+    assert sum(chunk.stop - chunk.start for chunk in step.prefill) == tokens
 
 
 def test_a_request_larger_than_the_pool_is_refused():
