@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from dataclasses import replace
+from mmap import PAGESIZE, mmap
 from unittest.mock import patch
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from qwen3vl_disagg.kernels import build, ops
-from qwen3vl_disagg.model.layers import RMSNorm
+from qwen3vl_disagg.model.layers import Linear, RMSNorm, project
 from qwen3vl_disagg.model.moe import Dispatcher, Experts, route, run_experts_kernel, run_experts_loop
 from qwen3vl_disagg.model.paged import PagedPlaces, decode_sdpa, extend_sdpa
 from qwen3vl_disagg.model.rope import apply_rotary
@@ -91,6 +94,8 @@ def test_many_rows(rows, blocks, depth, more, threads, panel, seed):
         torch.set_num_threads(before)
     products = F.linear(x.double(), torch.cat(weights).double(), None if bias is None else bias.double())
     assert distance(out, F.gelu(products, approximate="tanh") if is_gelu else products) < 2**-7
+    if is_gelu:  # of what is rounded already
+        assert torch.equal(out, ops.gelu_tanh_(ops.many_rows(x, weights, bias)))
     if not more and rows >= 5 and depth % 2 == 0 and all(n % 2 == 0 for n in blocks):
         assert torch.equal(ops.linear(x[:40], weights), out[:40])
 
@@ -101,6 +106,40 @@ def test_a_row_that_is_not_finite_stays_alone_among_many():
     x, weight = bf16(70, 48, seed=0), bf16(64, 48, seed=1)
     x[37, 0] = float("nan")
     assert ops.many_rows(x, [weight]).isnan().any(1).nonzero().flatten().tolist() == [37]
+
+
+def before_a_wall(x: torch.Tensor) -> torch.Tensor:
+    """The same, in front of a page that may not be read."""
+    size = -(-x.nbytes // PAGESIZE) * PAGESIZE
+    room = mmap(-1, size + PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(room)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(PAGESIZE), 0) == 0
+    return torch.frombuffer(room, dtype=x.dtype, count=x.numel(), offset=size - x.nbytes).view(x.shape).copy_(x)
+
+
+@needs_tiles
+def test_nothing_is_read_behind_the_last_row_of_many_nor_of_a_weight():
+    x, weight, bias = (before_a_wall(bf16(*shape, seed=0)) for shape in ((33, 48), (80, 48), (80,)))
+    pid = os.fork()
+    if not pid:
+        try:
+            ops.many_rows(x, [weight], bias)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@needs_tiles
+def test_layers_of_one_input_keep_their_biases():
+    layers = [Linear(64, 64, bias=True).bfloat16() for _ in range(2)]
+    x = bf16(80, 64, seed=0)
+    with torch.inference_mode():
+        expected = [layer(x) for layer in layers]
+        for layer in layers:
+            layer.use_tiles = True
+        for found, exact in zip(project(x, *layers), expected, strict=True):
+            assert distance(found, exact) < 2**-7
 
 
 def test_several_matrices_side_by_side():

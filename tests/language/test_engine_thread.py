@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from qwen3vl_disagg.language.engine_thread import BetweenSteps, EngineSteps, EngineThread
+from qwen3vl_disagg.parallel.lockstep import StepPlan
 from tests.support.claims import Claims
 
 
@@ -86,7 +87,8 @@ def test_an_interrupt_in_the_tower_ends_the_turn():
         turns.turn(lambda events: None)
 
 
-def test_cores_are_claimed_before_each_turn_and_given_back_while_there_is_nothing_to_do():
+def test_cores_are_claimed_before_each_turn_and_given_back_while_there_is_nothing_to_do(monkeypatch):
+    monkeypatch.setattr("qwen3vl_disagg.language.engine_thread.HOLD_S", 5.0)  # who is alone gives them back at once
     engine, claims = FakeEngine(["prefill", "decode", "decode"]), Claims()
     turns = EngineSteps(engine, cores=claims)
     for _ in range(2):
@@ -97,15 +99,49 @@ def test_cores_are_claimed_before_each_turn_and_given_back_while_there_is_nothin
     assert claims.said == ["claim", "claim", "release", "claim"]
 
 
-@pytest.mark.parametrize(("later_s", "is_given_back"), [(0.1, True), (0.0, False)])
-def test_steps_together_keep_the_cores_for_a_moment(monkeypatch, later_s, is_given_back):
-    monkeypatch.setattr("qwen3vl_disagg.language.engine_thread.HOLD_S", 0.03 if later_s else 5.0)
+@pytest.mark.parametrize(("hold_s", "is_given_back"), [(0.03, True), (5.0, False)])
+def test_steps_together_keep_the_cores_for_a_moment(monkeypatch, hold_s, is_given_back):
+    """While others have not agreed, also where there is something to do."""
+    monkeypatch.setattr("qwen3vl_disagg.language.engine_thread.HOLD_S", hold_s)
     claims = Claims()
-    turns = EngineSteps(FakeEngine([]), lambda outlook: None, claims)
-    threading.Timer(later_s, turns.post, [lambda engine: None]).start()
+    turns = EngineSteps(FakeEngine(["decode"]), lambda outlook: None, claims)
+    threading.Timer(0.1, turns.post, [lambda engine: None]).start()
     monkeypatch.setattr(turns, "_step_together", lambda *_: None)
     turns.turn(lambda events: None)
     assert claims.said == ["release"] * is_given_back + ["claim"]
+
+
+def test_a_plan_ends_the_wait_and_is_taken_once_also_by_one_that_is_to_stop(monkeypatch):
+    turns, taken = EngineSteps(FakeEngine([]), lambda outlook: None), []
+    monkeypatch.setattr(turns, "_step_together", lambda _, plan, __: taken.append(plan))
+    plans = [StepPlan(step=number, num_rows=1) for number in (1, 2)]
+    threading.Timer(0.1, turns.take_plan, plans[:1]).start()
+    late = threading.Timer(5, turns.post, [lambda engine: taken.append("too late")])
+    late.start()
+    assert turns.turn(lambda events: None)
+    late.cancel()
+    turns.take_plan(plans[1])
+    monkeypatch.setattr(turns, "_stopping", True)
+    assert turns.turn(lambda events: None)  # others count on it
+    assert not turns.turn(lambda events: None)
+    assert taken == plans
+
+
+@pytest.mark.parametrize("cores", [None, Claims()])
+def test_whoever_waits_looks_again_and_again_whether_it_is_in_vain(monkeypatch, cores):
+    monkeypatch.setattr("qwen3vl_disagg.language.engine_thread.CHECK_S", 0.01)
+    turns, looks = EngineSteps(FakeEngine([]), cores=cores), []
+
+    def check():
+        looks.append(len(looks))
+        if len(looks) == 3:
+            raise ConnectionError
+
+    late = threading.Timer(5, turns.post, [lambda engine: None])
+    late.start()
+    with pytest.raises(ConnectionError):
+        turns.turn(lambda events: None, check)
+    late.cancel()
 
 
 @pytest.mark.parametrize("is_together", [True, False])

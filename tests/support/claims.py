@@ -11,4 +11,5 @@ class Claims:
         self.said.append("claim")
 
     def release(self) -> None:
+        assert self.said[-1:] != ["release"], "given back twice"
         self.said.append("release")
