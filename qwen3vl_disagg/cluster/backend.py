@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -88,8 +88,8 @@ class Backend(Protocol):
         UnavailableError or InputError.
         """
 
-    def rank_loads(self) -> Iterable[tuple[RankKey, Load]]:
-        """What each rank has to do, as it last said."""
+    def rank_loads(self) -> Mapping[RankKey, Load | None]:
+        """What each rank has to do, as it last said; None for one that is missing, or has said nothing yet."""
 
     def debug_processes(self) -> list[dict[str, Any]]:
         """Pids and roles of all processes of the job."""

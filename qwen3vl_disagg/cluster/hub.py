@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -199,12 +199,17 @@ class Hub:
         return handles
 
     def refusal(self, num_coming: int = 0) -> DisaggError | None:
-        readiness = self.readiness()
+        readiness = self._presence()
         if not readiness.ready:
             return UnavailableError("the server is not ready: " + "; ".join(readiness.reasons))
         return self._router.refusal(time.monotonic(), num_coming=num_coming)
 
     def readiness(self) -> Readiness:
+        """As `_presence`, and whether all language ranks get on: others should be asked then, but who asks is heard."""
+        stuck = self._loads.stuck(time.monotonic())
+        return Readiness(ready=False, reasons=stuck) if stuck else self._presence()
+
+    def _presence(self) -> Readiness:
         """Ready once every language rank is there with a link from some encode rank; after that, and where others
         are linked, a missing encode rank only degrades."""
         router = self._router
@@ -212,7 +217,7 @@ class Hub:
             return Readiness(ready=False, reasons=["the server is shutting down"])
         language = set(self._layout.language_ranks)
         reasons = [f"language rank {rank} is missing" for rank in sorted(language - router.language_ranks)]
-        if reasons := reasons or self._loads.stuck(time.monotonic()):
+        if reasons:
             return Readiness(ready=False, reasons=reasons)
         missing = sorted(set(self._layout.encode_ranks) - router.encode_ranks)
         reasons = [f"encode rank {rank} is missing" for rank in missing]
@@ -221,8 +226,8 @@ class Hub:
         self._was_ready = self._was_ready or not unlinked
         return Readiness(ready=self._was_ready, degraded=bool(reasons), reasons=reasons)
 
-    def rank_loads(self) -> Iterable[tuple[RankKey, Load]]:
-        return self._loads
+    def rank_loads(self) -> dict[RankKey, Load | None]:
+        return dict.fromkeys(sorted(self._all_ranks() | self._ranks.keys())) | dict(self._loads)
 
     def business(self) -> dict[str, Any]:
         """Of all ranks together, for a line of the log; nothing where there is nothing to do."""
@@ -370,6 +375,7 @@ class Hub:
         if key in self._ranks:  # an earlier incarnation, whose end has not been noticed yet
             self._ranks[key].abort()
         self._ranks[key] = connection
+        self._loads.forget(key)
         try:
             await connection.send(Welcome(rank=rank, job=self._memory.job))
             connection.keep_alive()

@@ -9,7 +9,8 @@ from qwen3vl_disagg.protocol.messages import EncodeLoad, LanguageLoad
 
 Load = LanguageLoad | EncodeLoad
 STUCK_S = 10.0
-"""A language rank that could step and has not for so long does not serve anybody."""
+"""A language rank that could step and has not for so long, or for LONGER times its longest step, serves nobody."""
+LONGER = 3.0
 
 
 class Loads:
@@ -52,5 +53,7 @@ class Loads:
         return [
             f"{role} rank {rank} has not stepped for {now - since:.0f} s"
             for (role, rank), (load, since) in sorted(self._loads.items())
-            if isinstance(load, LanguageLoad) and load.can_step and now - since >= STUCK_S
+            if isinstance(load, LanguageLoad)
+            and load.can_step
+            and now - since >= max(STUCK_S, LONGER * load.longest_step_s)
         ]

@@ -48,7 +48,8 @@ def _mallopt(*settings: tuple[int, int]) -> None:
     if mallopt is None:
         return
     for name, value in settings:
-        mallopt(name, value)
+        if not mallopt(name, value):
+            return  # an older one; by itself it is better off than with a part of it
 
 
 def trim_heap() -> None:

@@ -3,12 +3,11 @@ text or as JSON."""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from datetime import UTC, datetime
 from typing import Any, Literal
-
-import msgspec
 
 LogFormat = Literal["text", "json"]
 _FIELDS = "q3vl_fields"
@@ -48,7 +47,7 @@ class _Json(logging.Formatter):
         line = {"time": time, "level": record.levelname.lower(), "process": self._name, "message": record.getMessage()}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line | getattr(record, _FIELDS, {})).decode()
+        return json.dumps(line | getattr(record, _FIELDS, {}))  # which has a way to write what is no character
 
 
 _handler = _Stderr()

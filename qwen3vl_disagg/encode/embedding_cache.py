@@ -130,13 +130,13 @@ class HeldItem:
     """They were there before the attempt began."""
     batch: int = 0
     """Number of the tower's run that made them, from 1; 0 when they were there."""
-    seconds: float = 0.0
+    waited_s: float = 0.0
     """What the attempt waited for them, stages included."""
 
     def header(self, grant: Room) -> Header:
         """The item's, with what this attempt had to wait for."""
         header = msgspec.structs.replace(self.item.header(grant), cached=self.is_cached, batch=self.batch)
         if self.is_cached:
-            return msgspec.structs.replace(header, preprocess_ms=0.0, encode_ms=0.0)
-        queue_ms = self.seconds * 1e3 - header.preprocess_ms - header.encode_ms
+            header = msgspec.structs.replace(header, preprocess_ms=0.0, encode_ms=0.0)
+        queue_ms = self.waited_s * 1e3 - header.preprocess_ms - header.encode_ms
         return msgspec.structs.replace(header, queue_ms=max(0.0, queue_ms))

@@ -162,7 +162,7 @@ class EncodePipeline:
             await asyncio.wait([encoding.task])  # and not the task itself, which must not end with this waiter
             item = encoding.task.result()
             pinned = key if self.cache.pin(key) else None
-            return HeldItem(item, pinned, batch=encoding.batch, seconds=time.monotonic() - started)
+            return HeldItem(item, pinned, batch=encoding.batch, waited_s=time.monotonic() - started)
         finally:
             del encoding.waiters[waiter]
             if not encoding.waiters:

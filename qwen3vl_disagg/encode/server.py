@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -208,6 +209,7 @@ class EncodeServer:
         try:
             wish: dict[str, Any] = {"is_alone": action.is_alone, "due": action.due, "request_id": request_id}
             held = await self.pipeline.rows(action.visual, on_decoded, **wish)
+            held = replace(held, waited_s=held.waited_s + action.waited_s)
             fault_point("encoded")
         except Exception as error:  # one item's failure is not the rank's
             if self._tasks.get(attempt) is asyncio.current_task():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -40,7 +41,7 @@ class EngineSteps:
         self._outlook = Outlook(step=0)
         """As last reported."""
         engine.on_ready = lambda: self.post(lambda _: None)
-        self._num_turns, self._is_in_turn = 0, False
+        self._num_steps, self._longest_s, self._is_in_turn = 0, 0.0, False
         self._wake = threading.Condition()
         self._commands: deque[Command] = deque()
         self._stopping = False
@@ -65,7 +66,8 @@ class EngineSteps:
             waiting=len(scheduler.waiting),
             kv_pages_used=pool.num_pages - pool.num_free,
             kv_pages=pool.num_pages,
-            num_steps=self._num_turns,
+            num_steps=self._num_steps,
+            longest_step_s=self._longest_s,
             num_preemptions=scheduler.num_preempted,
             can_step=bool(self._commands or self._plan or self._is_in_turn or self._outlook.has_work),
         )
@@ -78,7 +80,7 @@ class EngineSteps:
         if work is None:
             return False
         commands, plan = work
-        self._is_in_turn = True
+        self._is_in_turn, started = True, time.monotonic()
         if self._cores is not None:
             self._cores.claim()
         _tell(on_events, [event for command in commands for event in command(self._engine) or []])
@@ -89,7 +91,10 @@ class EngineSteps:
             _tell(on_events, self._engine.step())
             if self._engine.owes_decode:
                 _tell(on_events, self._engine.step())
-        self._num_turns, self._is_in_turn = self._num_turns + 1, False
+        # Commands alone take ranks that step together no step further.
+        self._num_steps += self._report is None or plan is not None
+        self._longest_s = max(self._longest_s, time.monotonic() - started)
+        self._is_in_turn = False
         return True
 
     def _step_together(self, on_events: EventSink, plan: StepPlan | None, report: Callable[[Outlook], None]) -> None:

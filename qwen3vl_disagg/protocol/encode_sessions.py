@@ -96,6 +96,7 @@ class Outgoing:
     state: str
     deadline: float
     due: float = FIRST_COME
+    granted_at: float = 0.0
     is_encoded: bool = False
     is_dropped: bool = False
     """Given up while its header was out: if that is answered with yes, the payload still has to follow."""
@@ -216,7 +217,8 @@ class EncodeSessions:
             insort(of_rank, item.due)
             if is_clip:
                 insort(clips, item.due)
-            self._actions.append(StartEncode(attempt, item.visual, item.is_alone, item.due))
+            waited_s = now - item.granted_at
+            self._actions.append(StartEncode(attempt, item.visual, item.is_alone, item.due, waited_s))
 
     def _is_full(self, dues: list[float], places: int, item: Outgoing, num_apart: int = 0) -> bool:
         """Whether places are taken by what is no less urgent, but for `num_apart`, or all and those for the urgent."""
@@ -304,6 +306,7 @@ class EncodeSessions:
             QUEUED,
             deadline,
             due,
+            granted_at=now,
         )
         insort(self.queue, attempt, key=lambda key: self.items[key].due)
         self._fill_places(now)

@@ -121,7 +121,7 @@ class LanguageLoad(Message, frozen=True):
     """What a language rank has to do, sent every so often where it changes. Counts are of its whole life.
 
     `running`: answers that have pages, `waiting`: those that wait for some; `kv_pages_used` of its `kv_pages`, without
-    those that are only remembered.
+    those that are only remembered. `longest_step_s`: of a step that ended, with what was posted before it.
     """
 
     running: int = 0
@@ -129,6 +129,7 @@ class LanguageLoad(Message, frozen=True):
     kv_pages_used: int = 0
     kv_pages: int = 0
     num_steps: int = 0
+    longest_step_s: float = 0.0
     num_preemptions: int = 0
     can_step: bool = False
     """There is something that could be computed now: if `num_steps` stands still, something is wrong."""

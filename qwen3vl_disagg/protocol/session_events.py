@@ -211,12 +211,14 @@ LanguageAction = SendFrame | BreakLink | Receive | RowsReady | Recall | Tell
 
 
 class StartEncode(_Value, frozen=True):
-    """Fetch, decode and encode; answer with `Encoded` or `ItemFailed`. `is_alone`: beside nothing else."""
+    """Fetch, decode and encode; answer with `Encoded` or `ItemFailed`. `is_alone`: beside nothing else. `waited_s`:
+    since the grant."""
 
     attempt: Attempt
     visual: VisualItem
     is_alone: bool
     due: float = FIRST_COME
+    waited_s: float = 0.0
 
 
 class SendHeader(_Value, frozen=True):

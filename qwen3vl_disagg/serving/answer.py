@@ -52,7 +52,7 @@ class Answer:
         self.end = FinishedEvent("stop", RequestTimings())
         """What it has come to, once it has."""
         self.logprobs: list[TokenLogprob] = []
-        self._tokenizer, self._watch = tokenizer, watch
+        self._tokenizer, self.watch = tokenizer, watch
         self._first_timings, self._first_token_at = RequestTimings(), 0.0
 
     async def events(
@@ -98,13 +98,13 @@ class Answer:
                     rest = self.parts.finish()
                     # What an unfinished character shows as may complete a stop string, too.
                     reason = "stop" if self.parts.is_stopped else event.finish_reason
-                    self.end = FinishedEvent(reason, self._watch.end(self.parts.reason(reason), event.timings))
+                    self.end = FinishedEvent(reason, self.watch.end(self.parts.reason(reason), event.timings))
                     yield self.end, rest
                     return
 
     def _push(self, event: TokenEvent) -> Parts:
         """Take a token; what became certain with it, often nothing."""
-        self._watch.token()
+        self.watch.token()
         if event.timings is not None:
             self._first_timings, self._first_token_at = event.timings, time.monotonic()
         if event.logprob is not None:
@@ -130,7 +130,7 @@ class Answer:
         """The end at a stop string, in place of the rank's. The time of decoding is measured here."""
         decode_ms = (time.monotonic() - self._first_token_at) * 1e3 if self._first_token_at else 0.0
         timings = msgspec.structs.replace(self._first_timings, decode=decode_ms)
-        return FinishedEvent("stop", self._watch.end(self.parts.reason("stop"), timings))
+        return FinishedEvent("stop", self.watch.end(self.parts.reason("stop"), timings))
 
     @property
     def token_ids(self) -> list[int]:

@@ -7,10 +7,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 
 from qwen3vl_disagg.cluster.backend import Event, FinishedEvent, RequestHandle
+from qwen3vl_disagg.core.errors import DisaggError, Failure
 from qwen3vl_disagg.processing import Parts
 from qwen3vl_disagg.serving.answer import Answer
 from qwen3vl_disagg.serving.errors import JSONResponse
 from qwen3vl_disagg.serving.intake import GRACE_S, Arrived, Intake
+from qwen3vl_disagg.serving.watching import LEFT_CODE
 
 SMALL_TOKENS = 2**14
 """The text of so many is joined and encoded in a few milliseconds."""
@@ -32,7 +34,7 @@ class Answers:
         """What the backend refuses is raised."""
         processor, answers = intake.processor, list[Answer]()
         handles = await intake.submit(arrived.prepared.prompts, arrived.deadline, arrived.target_s)
-        arrived.watch.seen.id = handles[0].request_id
+        arrived.watch.begun(handles)
         for prompt, sampling in arrived.prepared.prompts:
             first: Answer | None = None
             for _ in range(sampling.n):
@@ -70,16 +72,24 @@ class Answers:
         fails ends all."""
         pairs = zip(self.all, self._handles, strict=True)
         streams = [a.events(handle, deadline=self._deadline, silence_s=self._silence_s) for a, handle in pairs]
-        async with AsyncExitStack() as stack:
-            sources = [await stack.enter_async_context(aclosing(stream)) for stream in streams]
-            if len(sources) == 1:
-                async for event, new in sources[0]:
-                    yield 0, event, new
-                return
-            async for number, event, new in await stack.enter_async_context(aclosing(_merged(sources))):
-                if isinstance(event, FinishedEvent):
-                    self.last = self.all[number]
-                yield number, event, new
+        code = LEFT_CODE
+        try:
+            async with AsyncExitStack() as stack:
+                sources = [await stack.enter_async_context(aclosing(stream)) for stream in streams]
+                if len(sources) == 1:
+                    async for event, new in sources[0]:
+                        yield 0, event, new
+                    return
+                async for number, event, new in await stack.enter_async_context(aclosing(_merged(sources))):
+                    if isinstance(event, FinishedEvent):
+                        self.last = self.all[number]
+                    yield number, event, new
+        except DisaggError as error:
+            code = Failure.of(error).code
+            raise
+        finally:
+            for answer in self.all:
+                answer.watch.failed(code)
 
 
 async def _merged(

@@ -90,7 +90,7 @@ def create_app(
     async def processes(request: Request) -> Response:
         return JSONResponse({"processes": backend.debug_processes()})
 
-    metrics = Metrics(backend)
+    metrics = Metrics(backend, hides_cache_hits=limits.hide_cache_hits)
     intake = Intake(backend, processor, model_names=names, limits=limits, metrics=metrics, fetcher=fetcher)
     if warm_up:
         intake.warm_up()

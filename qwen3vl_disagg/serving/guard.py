@@ -8,6 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterable
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
@@ -31,10 +32,10 @@ REQUEST_ID, SALT, SEEN = "request_id", "salt", "seen"
 QUIET_PATHS = (*OPEN_PATHS, METRICS_PATH)
 """Asked for by machines, again and again: no lines."""
 MAX_LINES = 100
-"""Of the log in a second: anybody can send requests that are refused."""
+"""Of the log in a second for requests that no rank has heard of: anybody can send such."""
 LEFT = 499
 """The status of a request whose client left before the answer began."""
-MAX_PATH = 200
+MAX_METHOD, MAX_PATH = 20, 200
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -80,8 +81,12 @@ class RequestNames:
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.answered(path, status or LEFT)
-            if path not in QUIET_PATHS and self._may_say():
-                fields = {"request_id": request_id, "method": scope["method"], "path": _visible(scope["path"])}
+            if path not in QUIET_PATHS and (seen.ids or self._may_say()):
+                fields = {
+                    "request_id": request_id,
+                    "method": scope["method"][:MAX_METHOD],
+                    "path": _visible(scope["path"]),
+                }
                 fields |= {"status": status or LEFT, "seconds": round(time.monotonic() - started, 4), **seen.fields()}
                 say("request", fields)
 
@@ -163,8 +168,8 @@ class RequestGuard:
 
 
 def _visible(path: str) -> str:
-    """As a client may spell it there are lines and colours in it."""
-    return ascii(path[:MAX_PATH])[1:-1]
+    """As a client may spell it there are blanks, lines and colours in it."""
+    return quote(path[:MAX_PATH])
 
 
 def _header_bytes(scope: Scope) -> int:

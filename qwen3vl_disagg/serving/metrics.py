@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CollectorRegistry, Counter, Histogram, exposition
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -20,14 +20,18 @@ from qwen3vl_disagg.protocol.messages import LanguageLoad
 METRICS_PATH = "/metrics"
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _TOKENS = tuple(float(2**n) for n in range(0, 19, 2))
+MAX_RANKS = 64
+"""Encode ranks with series of their own: those that join never have the number of one before."""
 
 
 class Metrics:
-    """Of one server, in a registry of its own."""
+    """Of one server, in a registry of its own. `hides_cache_hits`: there is nothing in it from which a client could
+    tell that what it sent was there already."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, *, hides_cache_hits: bool = False) -> None:
         self._registry = registry = CollectorRegistry()
-        registry.register(_Loads(backend))
+        self._hides, self._ranks = hides_cache_hits, set[str]()
+        registry.register(_Loads(backend, hides_cache_hits=hides_cache_hits))
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, namespace="q3vl", registry=registry)
@@ -35,8 +39,9 @@ class Metrics:
         def histogram(name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
             return Histogram(name, text, labels, namespace="q3vl", registry=registry, buckets=buckets)
 
-        self._http = counter("http_requests", "Answered HTTP requests.", "path", "status")
+        self._http = counter("http_requests", "HTTP requests; 499: the client had left.", "path", "status")
         self._success = counter("request_success", "Answers that came to their end.", "finished_reason")
+        self._failure = counter("request_failure", "Answers that had begun and did not, by the error's code.", "code")
         self._prompt = counter("prompt_tokens", "Tokens of prompts that were answered.")
         self._generated = counter("generation_tokens", "Tokens of answers.")
         self._queries = counter("prefix_cache_queries", "Tokens of prompts looked for in pages of keys and values.")
@@ -63,25 +68,32 @@ class Metrics:
         self._http.labels(path, status).inc()
 
     def first_token(self, seconds: float) -> None:
+        self._generated.inc()
         self._first.observe(seconds)
 
     def next_token(self, seconds: float) -> None:
+        self._generated.inc()
         self._gap.observe(seconds)
+
+    def failed(self, code: str) -> None:
+        self._failure.labels(code).inc()
 
     def ended(self, reason: str, seconds: float, num_tokens: int, timings: RequestTimings) -> None:
         """An answer is whole, or all that was wanted of it. `seconds`: since the request had arrived."""
         self._success.labels(reason).inc()
-        self._generated.inc(num_tokens)
-        self._num_generated.observe(num_tokens)
         self._whole.observe(seconds)
         self._queue.observe(timings.queue / 1e3)
         self._prefill.observe(timings.prefill / 1e3)
-        self._decode.observe(timings.decode / 1e3)
+        if num_tokens:  # else it is a vector
+            self._num_generated.observe(num_tokens)
+            self._decode.observe(timings.decode / 1e3)
 
     def prompted(self, num_tokens: int, timings: RequestTimings) -> None:
         """A prompt has been computed, with the images and clips in it."""
         self._prompt.inc(num_tokens)
         self._num_prompt.observe(num_tokens)
+        if self._hides:
+            return
         self._queries.inc(num_tokens)
         self._hits.inc(timings.cached_tokens)
         for item in timings.items:
@@ -90,26 +102,30 @@ class Metrics:
 
     def _encoded(self, item: ItemTimings) -> None:
         rank = str(item.encode_rank)
+        if rank not in self._ranks and len(self._ranks) >= MAX_RANKS:
+            rank = "others"
+        self._ranks.add(rank)
         self._mm_queries.labels(rank).inc()
         self._mm_hits.labels(rank).inc(item.cached)
         self._bytes.labels(rank).inc(item.transfer_bytes)
         self._transfer.labels(rank).observe(item.transfer / 1e3)
+        self._wait.labels(rank).observe(item.queue / 1e3)
         if not item.cached:
-            self._wait.labels(rank).observe(item.queue / 1e3)
             self._preprocess.labels(rank).observe(item.preprocess / 1e3)
             self._forward.labels(rank).observe(item.encode / 1e3)
 
     async def show(self, request: Request) -> Response:
         """The route."""
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(self._registry), headers={"Content-Type": content_type})
+        is_open = "application/openmetrics-text" in request.headers.get("accept", "")
+        form = openmetrics if is_open else exposition
+        return Response(form.generate_latest(self._registry), headers={"Content-Type": form.CONTENT_TYPE_LATEST})
 
 
 class _Loads:
     """What ranks said last, as they are asked for."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, backend: Backend, *, hides_cache_hits: bool) -> None:
+        self._backend, self._hides = backend, hides_cache_hits
 
     def collect(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily("q3vl_ready", "1 if requests are served.")
@@ -122,7 +138,7 @@ class _Loads:
         def counter(name: str, text: str) -> CounterMetricFamily:
             return CounterMetricFamily(f"q3vl_{name}", text, labels=["role", "rank"])
 
-        up = gauge("rank_up", "A rank that the frontend hears of.")
+        up = gauge("rank_up", "1 for a rank that the frontend hears of, 0 for one that is missing.")
         running = gauge("num_requests_running", "Answers with pages; on an encode rank items with a place.")
         waiting = gauge("num_requests_waiting", "Answers that wait for pages; items that wait for a place.")
         usage = gauge("kv_cache_usage_perc", "Part of the pages of keys and values that answers have, 1 for all.")
@@ -131,16 +147,18 @@ class _Loads:
         cached = gauge("encoder_cache_bytes", "Rows that an encode rank keeps.")
         items = counter("encoder_items", "Images and clips that went through a vision tower.")
         batches = counter("encoder_batches", "Runs of a vision tower.")
-        for (role, number), load in self._backend.rank_loads():
+        for (role, number), load in self._backend.rank_loads().items():
             rank = [role, str(number)]
-            up.add_metric(rank, 1)
+            up.add_metric(rank, load is not None)
+            if load is None:
+                continue
             running.add_metric(rank, load.running)
             waiting.add_metric(rank, load.waiting)
             if isinstance(load, LanguageLoad):
                 usage.add_metric(rank, load.kv_pages_used / max(load.kv_pages, 1))
                 steps.add_metric(rank, load.num_steps)
                 preempted.add_metric(rank, load.num_preemptions)
-            else:
+            elif not self._hides:
                 cached.add_metric(rank, load.cache_bytes)
                 items.add_metric(rank, load.num_items)
                 batches.add_metric(rank, load.num_batches)

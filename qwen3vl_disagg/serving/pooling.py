@@ -11,7 +11,7 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from qwen3vl_disagg.cluster.backend import FinishedEvent, RequestHandle
-from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, OverloadedError
+from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, Failure, OverloadedError
 from qwen3vl_disagg.core.pooling import read_score, read_vector
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.processing import Prompt
@@ -28,7 +28,7 @@ from qwen3vl_disagg.serving.types import (
     ScoreOfPair,
     Scores,
 )
-from qwen3vl_disagg.serving.watching import AnswerWatch, RequestWatch
+from qwen3vl_disagg.serving.watching import LEFT_CODE, AnswerWatch, RequestWatch
 
 SLICE, MAX_UNDER_WAY = 64, 256
 """So many prompts are submitted in one go, and so many of one request are with the backend at once: others come between
@@ -94,7 +94,7 @@ class Pooled:
                     for _ in range(num_next - len(begun)):
                         room.release()
                     handles += begun
-                    watch.seen.id = watch.seen.id or begun[0].request_id
+                    watch.begun(begun)
                     for handle, (prompt, _) in zip(begun, prompts, strict=False):
                         ends.append(group.create_task(_end(handle, room, watch.answer(len(prompt.token_ids)))))
                     del prompts[: len(begun)]
@@ -127,7 +127,11 @@ async def _end(handle: RequestHandle, room: asyncio.Semaphore, watch: AnswerWatc
             if isinstance(event, FinishedEvent):
                 watch.end(event.finish_reason, event.timings)
                 return event.vector
+    except DisaggError as error:
+        watch.failed(Failure.of(error).code)
+        raise
     finally:
+        watch.failed(LEFT_CODE)  # where nothing else was said
         room.release()
     raise DisaggError("the request ended without a result")
 

@@ -73,7 +73,7 @@ class FakeBackend:
         self.refused: DisaggError | None = None
         """Why everything is refused."""
         self.handles: list[FakeHandle] = []
-        self.loads: list[tuple[RankKey, Load]] = []
+        self.loads: dict[RankKey, Load | None] = {}
         self.media = MediaStore()
 
     def _answer(self, prompt: Prompt, sampling: SamplingParams) -> list[Step]:
@@ -107,7 +107,7 @@ class FakeBackend:
                 self.handles.append(FakeHandle(name, prompt, call.sampling, timeout_s, steps, call.target_s))
         return self.handles[num_before:]
 
-    def rank_loads(self) -> list[tuple[RankKey, Load]]:
+    def rank_loads(self) -> dict[RankKey, Load | None]:
         return self.loads
 
     def debug_processes(self) -> list[dict[str, Any]]:
