@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from msgspec import structs
 
 from qwen3vl_disagg.cluster.backend import TokenEvent
 from qwen3vl_disagg.core.errors import (
@@ -17,8 +18,10 @@ from qwen3vl_disagg.core.errors import (
 from qwen3vl_disagg.protocol.messages import (
     Assign,
     Cancel,
+    EncodeLoad,
     ItemLost,
     ItemReceived,
+    LanguageLoad,
     LinksUp,
     Peers,
     Refused,
@@ -212,3 +215,28 @@ async def test_garbage_and_silence_touch_nobody_else(monkeypatch):
             await pull(system, "0" * 64, token="another")
         assert await pull(system, "0" * 64) is None
         assert not language.is_lost
+
+
+@in_loop
+async def test_what_ranks_have_to_do_is_heard_and_one_that_stands_still_is_named(monkeypatch):
+    monkeypatch.setattr("qwen3vl_disagg.cluster.loads.STUCK_S", 0.1)
+    async with System(2, 1) as system:
+        encode, language = await system.join_all()
+        assert system.hub.rank_loads() == {("encode", 0): None, ("language", 1): None}
+        assert system.hub.business() == {}
+        load = LanguageLoad(running=2, num_steps=7, can_step=True)
+        await language[1].tell(load)
+        await encode[0].tell(EncodeLoad(waiting=3))
+        await system.until(lambda: None not in system.hub.rank_loads().values())
+        assert system.hub.rank_loads()["language", 1] == load
+        await system.until(lambda: not system.hub.readiness().ready)
+        assert system.hub.readiness().reasons[0].startswith("language rank 1 has not stepped for")
+        handle = system.submit()  # whoever asks is heard all the same
+        assert system.hub.business().items() >= {"requests": 1, "running": 2, "to_encode": 3}.items()
+        await language[1].tell(structs.replace(load, num_steps=8, can_step=False))
+        await system.until(lambda: system.hub.readiness().ready)
+        rank, submit = await submitted_to(language, handle.request_id)
+        await rank.answer(submit, 5)
+        assert TokenEvent(5) in await collect(handle)
+        language[1].die()
+        await system.until(lambda: system.hub.rank_loads()["language", 1] is None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,22 @@ def test_there_is_no_other_way():
         if "print_exc" in line or ("print(" in line and "sys.stderr" in line)
     }
     assert found == allowed
+
+
+def test_lines_of_json():
+    script = SCRIPT.replace("start_logging\n", "start_logging, say, use_log_format\nuse_log_format('json')\n", 1)
+    script += "say('request', {'status': 200, 'path': '\\ud800'})\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {(line["process"], line["message"]) for line in lines} == {
+        ("", "before"),
+        ("encode rank 3", "joined as 3"),
+        ("encode rank 3", "told"),
+        ("encode rank 3", "failed"),
+        ("frontend", "100% forked"),
+        ("encode rank 3", "request"),
+    }
+    assert [line["level"] for line in lines[:4]] == ["info", "info", "warning", "error"]
+    assert lines[3]["traceback"].endswith("ZeroDivisionError: division by zero")
+    assert (lines[-1]["status"], lines[-1]["path"]) == (200, "\ud800")
+    assert all(line["time"].endswith("+00:00") for line in lines)

@@ -347,7 +347,9 @@ def test_norm_and_rotary(tokens, heads, size, scale, seed):
     assert ops.can_norm(size, norm.weight)
     _, x, _ = (bf16(tokens, heads + 2, size, seed=seed + 1) * scale).split([1, heads, 1], dim=1)
     cos, sin = bf16(tokens, 1, size, seed=seed + 2), bf16(tokens, 1, size, seed=seed + 3)
-    assert distance(ops.rms_norm(x, norm.weight, 1e-6), norm(x)) < 2**-8
+    normed, its = ops.rms_norm(x, norm.weight, 1e-6), norm(x)
+    assert distance(normed, its) < 2**-7  # a step of bfloat16, where the sums differ
+    assert (normed != its).double().mean() < 0.01
     rows, more = x[:, 0], bf16(tokens, size, seed=seed + 4) * scale
     total, normed = ops.add_rms_norm(rows, more, norm.weight, 1e-6)
     assert torch.equal(total, rows + more)

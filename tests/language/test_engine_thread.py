@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from qwen3vl_disagg.language.engine_thread import BetweenSteps, EngineSteps, EngineThread
 from qwen3vl_disagg.parallel.lockstep import StepPlan
+from qwen3vl_disagg.parallel.lockstep import Outlook, StepPlan
 from tests.support.claims import Claims
 
 
@@ -16,6 +19,8 @@ class FakeEngine:
 
     def __init__(self, steps: list[str]) -> None:
         self.steps, self.log, self.on_step = steps, [], lambda: None
+        pool = SimpleNamespace(num_pages=8, num_free=5)
+        self.scheduler = SimpleNamespace(admitted={"a": 1, "b": 2}, waiting=["c"], pool=pool, num_preempted=0)
 
     def admit(self):
         return []
@@ -159,3 +164,34 @@ def test_what_is_posted_at_the_moment_in_which_the_cores_are_given_back_is_done(
     monkeypatch.setattr(turns, "_step_together", lambda *_: None)
     threading.Thread(target=turns.turn, args=[lambda events: None], daemon=True).start()
     assert done.wait(10)
+
+
+def test_what_there_is_to_do_is_told_at_any_time_and_a_step_counts_when_it_is_one():
+    engine = FakeEngine(["prefill", "decode", "decode"])
+    turns, inside = EngineSteps(engine), []
+    engine.on_step = lambda: inside.append(turns.load())
+    before = turns.load()
+    assert (before.running, before.waiting, before.kv_pages_used, before.kv_pages) == (2, 1, 3, 8)
+    assert (before.num_steps, before.can_step) == (0, False)
+    turns.post(lambda engine: time.sleep(0.05))
+    assert turns.load().can_step
+    assert turns.turn(lambda events: None)
+    assert all(load.can_step and not load.num_steps for load in inside)
+    after = turns.load()
+    assert (after.num_steps, after.can_step) == (1, False)
+    assert after.longest_step_s >= 0.05
+
+
+def test_where_ranks_step_together_commands_are_no_steps(monkeypatch):
+    """What they wait for is the others: without a plan none of them gets any further."""
+    turns = EngineSteps(FakeEngine([]), lambda outlook: None)
+    monkeypatch.setattr(turns, "_step_together", lambda *_: None)
+    for _ in range(3):
+        turns.post(lambda engine: None)
+        turns.turn(lambda events: None)
+    assert turns.load().num_steps == 0
+    turns.take_plan(StepPlan(step=1, num_rows=1))
+    turns.turn(lambda events: None)
+    assert turns.load().num_steps == 1
+    turns._outlook = Outlook(step=2, decode=1)
+    assert turns.load().can_step

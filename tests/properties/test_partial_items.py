@@ -309,6 +309,7 @@ def test_the_encode_side_takes_a_grant_from_any_row_and_knows_a_resume_by_its_ki
         assert encode_side.bodies(actions) == [Nack(**ids(key), reason="gone")]
         return
     assert actions == [StartEncode(key, make_visual(6), False)]
+    assert actions[0].waited_s == 0
     assert side.do(Encoded(key)) == [SendHeader(0, 1, 1, body)]
     assert side.header_ok(key, 3) == [SendPayload(0, 1, body)]
     side.sent(key)

@@ -49,6 +49,11 @@ def test_leaving_cancels(path, asked, stage, stream):
         exchange.leave()
         await asyncio.wait_for(backend.handles[0].was_cancelled.wait(), 0.5)
         await asyncio.wait_for(task, 0.5)
+        metrics = Exchange(app, "/metrics", [], method="GET")
+        await asyncio.wait_for(metrics.run(), 5)
+        status = 499 if not stream or stage == "before decoded" else 200
+        assert f'http_requests_total{{path="{path}",status="{status}"}} 1.0' in metrics.body.decode()
+        assert 'q3vl_request_failure_total{code="left"} 1.0' in metrics.body.decode()
         after = Exchange(app, PATH, body())
         await asyncio.wait_for(after.run(), 5)
         assert after.json["choices"][0]["message"]["content"] == "red"

@@ -9,13 +9,14 @@ import pytest
 from msgspec import structs
 from prometheus_client.parser import text_string_to_metric_families
 
-from qwen3vl_disagg.cluster.backend import FinishedEvent, TokenEvent
-from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, TokenEvent
+from qwen3vl_disagg.core.errors import InputError, ServerError
 from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings
 from qwen3vl_disagg.protocol.messages import EncodeLoad, LanguageLoad
 from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.guard import MAX_LINES
 from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.metrics import MAX_RANKS, Metrics
 from qwen3vl_disagg.serving.watching import STAGES
 from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, serve
 
@@ -62,42 +63,69 @@ def test_counts_are_those_of_the_client():
     assert told["q3vl_inter_token_latency_seconds_count",] == gaps
 
 
-def test_images_are_counted_by_their_rank_and_a_hit_has_no_time_in_the_tower():
+@pytest.mark.parametrize("hides", [False, True])
+def test_images_are_counted_by_their_rank_and_a_hit_has_no_time_in_the_tower(hides):
     items = [
         ItemTimings(queue=5, preprocess=10, encode=20, transfer=3, transfer_bytes=100, encode_rank=1),
-        ItemTimings(transfer=4, transfer_bytes=50, encode_rank=1, cached=True),
+        ItemTimings(queue=1, transfer=4, transfer_bytes=50, encode_rank=1, cached=True),
         ItemTimings(),  # in the prefix cache
     ]
     timings = RequestTimings(items=items, cached_tokens=7)
 
     def script(_, sampling):
-        steps = answer_steps("red", sampling)
         told = (TokenEvent, FinishedEvent)
-        steps = [structs.replace(s, timings=timings) if isinstance(s, told) and s.timings else s for s in steps]
-        return steps
+        steps = answer_steps("red", sampling)
+        return [structs.replace(s, timings=timings) if isinstance(s, told) and s.timings else s for s in steps]
 
-    client = serve(FakeBackend(script), limits=Limits(hide_cache_hits=True))
-    assert client.post(PATH, json={**ASK, "n": 2}).json()["timings"]["items"] == []  # hidden from clients alone
+    backend = FakeBackend(script)
+    backend.loads = {("encode", 0): EncodeLoad(num_items=6)}
+    client = serve(backend, limits=Limits(hide_cache_hits=hides))
+    assert len(client.post(PATH, json={**ASK, "n": 2}).json()["timings"]["items"]) == 3 * (not hides)
     told = scraped(client)
+    if hides:  # from the sums, too: one who asks twice sees what was there
+        assert not [name for name, *_ in told if "encoder" in name or "mm_cache" in name]
+        assert told["q3vl_prefix_cache_queries_total",] == told["q3vl_prefix_cache_hits_total",] == 0
+        return
+    assert told["q3vl_encoder_items_total", "0", "encode"] == 6
     assert told["q3vl_mm_cache_queries_total", "1"] == 2
     assert told["q3vl_mm_cache_hits_total", "1"] == 1
     assert told["q3vl_encoder_transfer_bytes_total", "1"] == 150
     sums = {name: told[f"q3vl_encoder_{name}_seconds_sum", "1"] for name in ("queue_wait", "preprocess", "transfer")}
-    assert sums == pytest.approx({"queue_wait": 0.005, "preprocess": 0.01, "transfer": 0.007})
+    assert sums == pytest.approx({"queue_wait": 0.006, "preprocess": 0.01, "transfer": 0.007})
     assert told["q3vl_encoder_model_forward_seconds_count", "1"] == 1
     assert told["q3vl_prefix_cache_hits_total",] == 7
+
+
+def test_ranks_without_end_share_a_label():
+    metrics = Metrics(FakeBackend())
+    for rank in range(MAX_RANKS + 20):
+        metrics.prompted(1, RequestTimings(items=[ItemTimings(encode_rank=rank)]))
+    values = metrics._registry.get_sample_value
+    assert values("q3vl_mm_cache_queries_total", {"encode_rank": "others"}) == 20
+    assert values("q3vl_mm_cache_queries_total", {"encode_rank": str(MAX_RANKS)}) is None
+
+
+def test_what_breaks_off_has_its_tokens_and_its_error(lines):
+    steps = [AllDecoded(), TokenEvent(40), TokenEvent(41), ServerError("broken", code="engine_error")]
+    client = serve(FakeBackend(lambda *_: [*steps]))
+    assert client.post(PATH, json={**ASK, "stream": True}).status_code == 200
+    told = scraped(client)
+    assert told["q3vl_generation_tokens_total",] == 2
+    assert told["q3vl_request_failure_total", "engine_error"] == 1
+    assert not any(value for (name, *_), value in told.items() if name == "q3vl_request_success_total")
+    [line] = lines
+    assert (line["status"], line["tokens"], line["finish"]) == (200, 2, "engine_error")
+    assert line["prompt_tokens"] > 0
 
 
 def test_ranks_are_as_they_said():
     backend = FakeBackend()
     language = LanguageLoad(running=3, waiting=2, kv_pages_used=5, kv_pages=20, num_steps=9, num_preemptions=1)
-    backend.loads = [
-        (("language", 2), language),
-        (("encode", 0), EncodeLoad(running=1, waiting=4, cache_bytes=8, num_items=6, num_batches=2)),
-    ]
+    encode = EncodeLoad(running=1, waiting=4, cache_bytes=8, num_items=6, num_batches=2)
+    backend.loads = {("language", 2): language, ("encode", 0): encode, ("encode", 1): None}
     told = scraped(serve(backend))
     assert told["q3vl_ready",] == 1
-    assert (told["q3vl_rank_up", "2", "language"], told["q3vl_rank_up", "0", "encode"]) == (1, 1)
+    assert [told["q3vl_rank_up", *rank] for rank in (("2", "language"), ("0", "encode"), ("1", "encode"))] == [1, 1, 0]
     assert told["q3vl_num_requests_waiting", "2", "language"] == 2
     assert told["q3vl_num_requests_waiting", "0", "encode"] == 4
     assert told["q3vl_kv_cache_usage_perc", "2", "language"] == 0.25
@@ -109,7 +137,7 @@ def test_openmetrics_is_spoken_and_paths_that_are_none_are_one():
     client = serve(FakeBackend())
     for number in range(5):
         client.get(f"/nothing/{number}")
-    reply = client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    reply = client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=x"})
     assert reply.headers["content-type"].startswith("application/openmetrics-text")
     assert reply.text.endswith("# EOF\n")
     assert scraped(client)["q3vl_http_requests_total", "other", "404"] == 5
@@ -130,9 +158,10 @@ def test_a_request_has_a_line(lines):
     client.get("/health")
     client.get("/metrics", headers=headers)
     assert len([*lines]) == 1
-    client.get("/a%0Ab", headers={"X-Request-ID": "no name"})
+    client.get("/a%20status=200%0Ab", headers={"X-Request-ID": "no name"})
     assert [*lines][1]["status"] == 401
-    assert "\n" not in [*lines][1]["path"]
+    assert [*lines][1]["path"] == "/a%20status%3D200%0Ab"
+    assert "ids" not in [*lines][1]
 
 
 def test_what_failed_has_its_status_and_no_numbers(lines):
@@ -150,6 +179,18 @@ def test_a_flood_of_requests_does_not_fill_the_log(lines, monkeypatch):
     for _ in range(MAX_LINES + 30):
         client.get("/nothing")
     assert len([*lines]) == MAX_LINES
+    client.post(PATH, json=ASK)  # what ranks have answered has its line
+    assert len([*lines]) == MAX_LINES + 1
     now[0] += 1
     client.get("/nothing")
-    assert len([*lines]) == MAX_LINES + 1
+    assert len([*lines]) == MAX_LINES + 2
+
+
+def test_answers_and_prompts_without_end_make_one_short_line(lines):
+    client = serve(FakeBackend())
+    prompts = {"prompt": ["a", "b", "c"], "n": 2, "max_tokens": 3}
+    client.request("POST", "/v1/completions", json=prompts)
+    client.request("A" * 300, "/nothing")
+    first, second = lines
+    assert (first["id"], first["finish"]) == ("r0..r5", "stop:6")
+    assert len(second["method"]) < 50

@@ -21,7 +21,15 @@ def is_on_a_loop() -> bool:
 class Exchange:
     """One request without a server. `leave` closes the connection; `sent` holds what the app answered so far."""
 
-    def __init__(self, app: ASGIApp, path: str, chunks: list[bytes], headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        path: str,
+        chunks: list[bytes],
+        headers: dict[str, str] | None = None,
+        *,
+        method: str = "POST",
+    ) -> None:
         self._app, self._inbox = app, asyncio.Queue[Message]()
         for i, chunk in enumerate(chunks):
             more = i + 1 < len(chunks)
@@ -33,7 +41,7 @@ class Exchange:
             "type": "http",
             "asgi": {"version": "3.0"},
             "http_version": "1.1",
-            "method": "POST",
+            "method": method,
             "scheme": "http",
             "path": path,
             "raw_path": path.encode(),
