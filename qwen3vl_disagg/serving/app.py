@@ -33,6 +33,7 @@ from qwen3vl_disagg.serving.pooling import Pooled
 from qwen3vl_disagg.serving.preparation import Fetcher
 from qwen3vl_disagg.serving.responses import ResponseWriter
 from qwen3vl_disagg.serving.tokenizing import Detokenize, Tokenize
+from qwen3vl_disagg.serving.ui import UI_PATH, ui
 from qwen3vl_disagg.serving.types import Health, Model, ModelList, NotReady, ReadyState, Version
 
 
@@ -110,6 +111,7 @@ def create_app(
         Route("/version", version),
         Route("/openapi.json", openapi),
         Route(METRICS_PATH, metrics.show),
+        Route(UI_PATH, ui),
         Route("/health", health),
         Route("/ready", ready),
     ]

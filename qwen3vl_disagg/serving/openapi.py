@@ -39,6 +39,7 @@ from qwen3vl_disagg.serving.types import (
     TokenizedText,
     Version,
 )
+from qwen3vl_disagg.serving.ui import UI_PATH
 
 _REF = "#/components/schemas/{name}"
 _ANYWHERE = {
@@ -111,7 +112,8 @@ def document(model_names: Sequence[str], version: str, *, has_keys: bool) -> dic
         "/v1/models": {"get": _get("models", "ModelList")},
         "/v1/models/{name}": {"parameters": [which], "get": _get("model", "Model", {404: _OF_BODIES[404]})},
         "/version": {"get": _get("version", "Version")},
-        METRICS_PATH: {"get": _metrics()},
+        METRICS_PATH: {"get": _text("metrics", "text/plain", "application/openmetrics-text")},
+        UI_PATH: {"get": _text("ui", "text/html") | {"security": []}},
         "/health": {"get": _get("health", "Health") | {"security": []}},
         "/ready": {"get": _ready() | {"security": []}},
     }
@@ -149,9 +151,8 @@ def _get(name: str, kind: str, errors: Mapping[int, str] | None = None) -> dict[
     return {"operationId": name, "responses": {"200": _answer("OK", kind), **_errors({**_ANYWHERE, **(errors or {})})}}
 
 
-def _metrics() -> dict[str, Any]:
-    made = _get("metrics", "Health")
-    kinds = ("text/plain", "application/openmetrics-text")
+def _text(name: str, *kinds: str) -> dict[str, Any]:
+    made = _get(name, "Health")
     made["responses"]["200"]["content"] = {kind: {"schema": _TEXT} for kind in kinds}
     return made
 

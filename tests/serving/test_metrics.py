@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,3 +197,12 @@ def test_answers_and_prompts_without_end_make_one_short_line(lines):
     first, second = lines
     assert (first["id"], first["finish"]) == ("r0..r5", "stop:6")
     assert len(second["method"]) < 50
+
+
+def test_the_board_shows_what_there_is():
+    board = json.loads((Path(__file__).parent.parent.parent / "tools" / "grafana.json").read_text())
+    shown = {name for panel in board["panels"] for one in panel["targets"] for name in re.findall("q3vl_[a-z_0-9]+", one["expr"])}
+    text = serve(FakeBackend()).get("/metrics").text
+    there = {name for name in shown if re.search(f"^# TYPE {re.sub('_bucket$', '', name)} ", text, re.MULTILINE)}
+    assert shown == there
+    assert len(shown) > 15

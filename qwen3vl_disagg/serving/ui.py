@@ -1,0 +1,56 @@
+"""`/ui`: one page, made of one file. It may run what is in it, speak with this server, and show what its user gives it."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import re
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from qwen3vl_disagg.assets import ui_page
+
+UI_PATH = "/ui"
+
+
+def _policy(page: str) -> str:
+    """Content-Security-Policy: of scripts and styles those that stand in the page, named by their digests."""
+
+    def digests(element: str) -> str:
+        found = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
+        hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in found]
+        return " ".join(f"'sha256-{digest}'" for digest in hashes)
+
+    return "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {digests('script')}",
+            f"style-src {digests('style')}",
+            "img-src data:",
+            "media-src data:",
+            "connect-src 'self'",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        ]
+    )
+
+
+@functools.cache
+def _page() -> tuple[bytes, dict[str, str]]:
+    text = ui_page().read_text("utf-8")
+    return text.encode(), {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": _policy(text),
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-cache",
+    }
+
+
+async def ui(request: Request) -> Response:
+    """The page. It says nothing of the server: whoever uses it needs a key where there are keys."""
+    body, headers = _page()
+    return Response(body, headers=headers)
