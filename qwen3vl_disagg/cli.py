@@ -1,4 +1,4 @@
-"""`qwen3vl-disagg`: one-off generation, sizing, conversion. `python -m qwen3vl_disagg` is the same.
+"""`qwen3vl-disagg`: one-off generation, serving, sizing, conversion. `python -m qwen3vl_disagg` is the same.
 
 Nothing heavy is imported before the arguments are known to be right, and nothing at all before Ctrl-C is quiet.
 """
@@ -54,11 +54,15 @@ def _parse() -> Any:
 
 def _run(options: Any) -> int:
     """Run the command; returns the exit status."""
-    from qwen3vl_disagg.options import ConvertOptions, GenerateOptions, PlanOptions
+    from qwen3vl_disagg.options import ConvertOptions, GenerateOptions, PlanOptions, ServeOptions
 
     match options:
         case GenerateOptions():
             return _generate(options)
+        case ServeOptions():
+            with leaving_at_once():
+                from qwen3vl_disagg.launch.command import run_serve
+            return run_serve(options, sys.argv[2:])
         case PlanOptions():
             with leaving_at_once():
                 from qwen3vl_disagg.plan.command import run_plan

@@ -154,7 +154,7 @@ class DryRunOptions:
     dry_run: bool = False
     """Print what each rank would hold, and leave: nothing is loaded, and torchrun is not needed."""
     world: Annotated[int | None, tyro.conf.arg(metavar="W")] = None
-    """With --dry-run: number of ranks. Default: 8, or torchrun's."""
+    """Number of ranks, where torchrun does not say it. Default: 2, with --dry-run 8."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """With --dry-run: a published size in place of a checkpoint."""
     hardware: Annotated[str | None, tyro.conf.arg(metavar="NAME_OR_FILE.json")] = None
@@ -223,6 +223,7 @@ class JoinOptions:
 
 OPTIONS_OF: dict[str, Callable[..., Any]] = {
     "generate": GenerateOptions,
+    "serve": ServeOptions,
     "plan": PlanOptions,
     "convert": ConvertOptions,
 }

@@ -3,32 +3,14 @@
     torchrun --nproc-per-node 8 recipes/serve.py [options]
     torchrun --nnodes 2 --node-rank K --master-addr A --master-port P --nproc-per-node 8 recipes/serve.py --hub A:P2 ..
 
-Each worker of torchrun is a slot that forks its rank and supervises it; slot 0 also forks the frontend.
+Each worker of torchrun is a slot that forks its rank and supervises it; slot 0 also forks the frontend. On one host
+`qwen3vl-disagg serve --world 8 [options]` does the same.
 """
 
 from __future__ import annotations
 
-import tyro
-
-from qwen3vl_disagg.cluster.rendezvous import World
-from qwen3vl_disagg.cluster.slots import leave_process, run_worker
-from qwen3vl_disagg.core.interrupt import leaving_at_once
-from qwen3vl_disagg.options import ServeOptions
-
-
-def run(world: World) -> int:
-    """Parse the arguments, then be a slot. SystemExit for --help and for what does not parse: before torch is there."""
-    with leaving_at_once():
-        options = tyro.cli(ServeOptions, prog="serve.py", console_outputs=world.local_rank == 0)
-        from qwen3vl_disagg.launch.serve import run_slot
-
-        return run_slot(options, world)
-
-
-def main() -> int:
-    """Run one slot; returns the exit status."""
-    return run_worker(run)
-
+from qwen3vl_disagg.cluster.slots import leave_process
+from qwen3vl_disagg.launch.worker import main
 
 if __name__ == "__main__":
     leave_process(main())

@@ -224,11 +224,33 @@ def run_slot(options: ServeOptions, world: World) -> int:
 
     InputError, CheckpointError or DisaggError for what is wrong before.
     """
-    check_dry_run(options.dry, options.model.model)
+    check_dry_run(options.dry, options.model.model, world.size)
     if options.dry.dry_run:
         return show_dry_run(options, world)
     use_log_format(options.log_format)
     start_logging()
+    layout = check_arguments(options, world)
+    make_folder(options.spans)
+    model = replace(options.model, model=shared_model_folder(options.model.model, world))
+    options = replace(options, model=model)
+    if world.local_rank == 0:
+        check_checkpoint(options.model, options.buffers, options.http.max_model_len)
+    if world.local_rank != 0 and world.node == 0:
+        return other_slot(options, world, layout, meeting_path()).run()
+    if world.local_rank != 0:
+        return far_slot(options, world, layout).run()
+    path, cores = meeting_path(), cores_file(world)
+    try:
+        slot = first_slot(options, world, layout, path) if world.node == 0 else far_slot(options, world, layout)
+        return slot.run()
+    finally:
+        for file in (path, cores):
+            if file is not None:
+                file.unlink(missing_ok=True)
+
+
+def check_arguments(options: ServeOptions, world: World) -> Layout:
+    """Who does what. InputError, or another DisaggError, for what can be seen to be wrong before anything is loaded."""
     layout = Layout.of(world.size, options.encode_ranks)
     check_supported(options.model)
     options.encode.check()
@@ -247,20 +269,4 @@ def run_slot(options: ServeOptions, world: World) -> int:
     stated_meeting(options, world)
     check_environment()
     plan_faults()
-    make_folder(options.spans)
-    model = replace(options.model, model=shared_model_folder(options.model.model, world))
-    options = replace(options, model=model)
-    if world.local_rank == 0:
-        check_checkpoint(options.model, options.buffers, options.http.max_model_len)
-    if world.local_rank != 0 and world.node == 0:
-        return other_slot(options, world, layout, meeting_path()).run()
-    if world.local_rank != 0:
-        return far_slot(options, world, layout).run()
-    path, cores = meeting_path(), cores_file(world)
-    try:
-        slot = first_slot(options, world, layout, path) if world.node == 0 else far_slot(options, world, layout)
-        return slot.run()
-    finally:
-        for file in (path, cores):
-            if file is not None:
-                file.unlink(missing_ok=True)
+    return layout

@@ -33,11 +33,15 @@ DEFAULT_WORLD = 8
 MAX_WORLD = 65536
 
 
-def check_dry_run(options: DryRunOptions, model: str | None) -> None:
-    """InputError for what does not go together. `model` is that of `ModelOptions`."""
-    for name in ("world", "preset", "hardware", "json"):
+def check_dry_run(options: DryRunOptions, model: str | None, size: int = 0) -> None:
+    """InputError for what does not go together. `model` is that of `ModelOptions`, `size` the number of ranks where
+    there are some."""
+    for name in ("preset", "hardware", "json"):
         if not options.dry_run and getattr(options, name):
             raise InputError(f"--{name} goes with --dry-run only", param=name)
+    if not options.dry_run and options.world not in (None, size):
+        problem = "qwen3vl-disagg serve or torchrun start more" if size == 1 else f"torchrun has started {size}"
+        raise InputError(f"--world {options.world}: {problem}", param="world")
     if options.world is not None and not 1 <= options.world <= MAX_WORLD:
         raise InputError(f"--world {options.world}: must be 1 to {MAX_WORLD}", param="world")
     if options.preset is not None:
