@@ -1,4 +1,4 @@
-"""The small trained checkpoint, the scenes it was trained on, and the server's page."""
+"""The small trained checkpoint and the scenes it was trained on."""
 
 from pathlib import Path
 
@@ -6,8 +6,3 @@ from pathlib import Path
 def tiny_folder() -> Path:
     """The checkpoint inside the package, in the form of a hub folder."""
     return Path(__file__).parent / "tiny"
-
-
-def ui_page() -> Path:
-    """The page that a server shows, a file of HTML."""
-    return Path(__file__).parent / "ui" / "index.html"

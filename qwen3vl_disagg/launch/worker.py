@@ -1,4 +1,4 @@
-"""A worker of torchrun: its arguments parsed, it is a slot. What `recipes/serve.py` and `qwen3vl-disagg serve` start."""
+"""A worker of torchrun: its arguments parsed, it is a slot. `recipes/serve.py` and `qwen3vl-disagg serve` start it."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ from qwen3vl_disagg.serving.pooling import Pooled
 from qwen3vl_disagg.serving.preparation import Fetcher
 from qwen3vl_disagg.serving.responses import ResponseWriter
 from qwen3vl_disagg.serving.tokenizing import Detokenize, Tokenize
-from qwen3vl_disagg.serving.ui import UI_PATH, ui
 from qwen3vl_disagg.serving.types import Health, Model, ModelList, NotReady, ReadyState, Version
+from qwen3vl_disagg.serving.ui import UI_PATH, ui
 
 
 def create_app(

@@ -1,4 +1,4 @@
-"""`/ui`: one page, made of one file. It may run what is in it, speak with this server, and show what its user gives it."""
+"""`/ui`: one page, made of one file. It may run what is in it, ask this server, and show what its user gives it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import base64
 import functools
 import hashlib
 import re
+from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
-
-from qwen3vl_disagg.assets import ui_page
 
 UI_PATH = "/ui"
 
@@ -40,7 +39,7 @@ def _policy(page: str) -> str:
 
 @functools.cache
 def _page() -> tuple[bytes, dict[str, str]]:
-    text = ui_page().read_text("utf-8")
+    text = Path(__file__).with_name("ui.html").read_text("utf-8")
     return text.encode(), {
         "Content-Type": "text/html; charset=utf-8",
         "Content-Security-Policy": _policy(text),

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 
 from qwen3vl_disagg.language.engine_thread import BetweenSteps, EngineSteps, EngineThread
-from qwen3vl_disagg.parallel.lockstep import StepPlan
 from qwen3vl_disagg.parallel.lockstep import Outlook, StepPlan
 from tests.support.claims import Claims
 

@@ -201,7 +201,12 @@ def test_answers_and_prompts_without_end_make_one_short_line(lines):
 
 def test_the_board_shows_what_there_is():
     board = json.loads((Path(__file__).parent.parent.parent / "tools" / "grafana.json").read_text())
-    shown = {name for panel in board["panels"] for one in panel["targets"] for name in re.findall("q3vl_[a-z_0-9]+", one["expr"])}
+    shown = {
+        name
+        for panel in board["panels"]
+        for one in panel["targets"]
+        for name in re.findall("q3vl_[a-z_0-9]+", one["expr"])
+    }
     text = serve(FakeBackend()).get("/metrics").text
     there = {name for name in shown if re.search(f"^# TYPE {re.sub('_bucket$', '', name)} ", text, re.MULTILINE)}
     assert shown == there
