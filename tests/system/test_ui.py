@@ -4,12 +4,15 @@ for. Needs playwright and Chromium."""
 from __future__ import annotations
 
 import base64
+import json
 import shutil
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from qwen3vl_disagg import LLM
+from tests.support.running import wait_for
 from tests.support.scenes import ask_scenes
 from tests.support.server import Server
 
@@ -22,13 +25,18 @@ DROP = """([name, data]) => {
 }"""
 
 
+def without_end(route) -> None:
+    """The page's request, but that the answer is as long as it may be."""
+    route.continue_(post_data=json.dumps({**json.loads(route.request.post_data), "ignore_eos": True}))
+
+
 def test_a_browser_drops_an_image_and_sees_the_answer_and_its_stages(tmp_path: Path):
     playwright = pytest.importorskip("playwright.sync_api")
     asked = [one for one in ask_scenes(tmp_path, seed=7, count=20) if len(one.images) == 1][:3]
     expected = [answer.text for answer in LLM().chat([one.messages() for one in asked])]
     with Server(2, "--api-key", "secret") as server, playwright.sync_playwright() as player:
         browser = player.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        for width, height in ((1100, 800), (390, 800)):
+        for page_number, (width, height) in enumerate(((1100, 800), (390, 800)), 1):
             page = browser.new_page(viewport={"width": width, "height": height})
             urls, problems = [], []
             page.on("request", lambda request, urls=urls: urls.append(request.url))
@@ -49,17 +57,26 @@ def test_a_browser_drops_an_image_and_sees_the_answer_and_its_stages(tmp_path: P
                 answer.locator(".stages").wait_for()
                 assert answer.locator(".text").inner_text() == text
                 assert answer.locator(".stages b").count() == 6
-                assert "encode rank 0" in answer.locator(".facts").inner_text()
+                where = "encode rank 0" if page_number == 1 else "cached"
+                assert where in answer.locator(".facts").inner_text()
                 page.screenshot(path=tmp_path / f"{width}-{number}.png")
                 page.click("#clear")
                 assert page.locator(".turn").count() == 0
+            page.route("**/v1/chat/completions", without_end)
             page.click("#open")
-            page.fill("[data-name=temperature]", "2")
-            page.fill("[data-name=max_tokens]", "20000")
+            page.fill("[data-name=max_tokens]", "3000")
             page.click("#settings button")
-            page.fill("#text", "Tell me a story.")
+            page.fill("#text", "List all cells.")
             page.click("#send")
             page.wait_for_selector(".turn.assistant .text:not(:empty)")
+            page.click("#stop")
+            page.wait_for_selector(".turn.assistant .facts:has-text('Stopped.')")
+            request = urllib.request.Request(f"{server.url}/metrics", headers={"x-api-key": "secret"})
+            counted = f'q3vl_request_failure_total{{code="left"}} {float(page_number)}'
+            wait_for(
+                lambda request=request, counted=counted: counted in urllib.request.urlopen(request).read().decode(), 20
+            )
+            page.screenshot(path=tmp_path / f"{width}-stopped.png")
             assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
             assert {url.split("/")[2] for url in urls if not url.startswith("data:")} == {server.url.split("/")[2]}
             assert problems == []
