@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
+from qwen3vl_disagg.core import logs  # noqa: E402 - the path is set above
 from tests.support.torchvision_ops import declare_operators  # noqa: E402 - the path is set above
 
 declare_operators()
@@ -31,6 +33,17 @@ declare_operators()
 
 # Whoever starts this in the background of a shell has SIGINT ignored, and so would all that is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """A command that is run in this process begins to log; the next test does not read that."""
+    root, ours = logging.getLogger(), logging.getLogger("qwen3vl_disagg")
+    before, level = list(root.handlers), ours.level
+    yield
+    if logs._handler not in before:
+        root.removeHandler(logs._handler)
+    ours.setLevel(level)
 
 
 @pytest.hookimpl(trylast=True)

@@ -89,7 +89,7 @@ class Backend(Protocol):
         """
 
     def rank_loads(self) -> Mapping[RankKey, Load | None]:
-        """What each rank has to do, as it last said; None for one that is missing, or has said nothing yet."""
+        """What each rank has to do, as it last said; None for one that is missing."""
 
     def debug_processes(self) -> list[dict[str, Any]]:
         """Pids and roles of all processes of the job."""

@@ -227,7 +227,9 @@ class Hub:
         return Readiness(ready=self._was_ready, degraded=bool(reasons), reasons=reasons)
 
     def rank_loads(self) -> dict[RankKey, Load | None]:
-        return dict.fromkeys(sorted(self._all_ranks() | self._ranks.keys())) | dict(self._loads)
+        missing: dict[RankKey, Load | None] = dict.fromkeys(sorted(self._all_ranks()))
+        silent = {key: EncodeLoad() if key[0] == "encode" else LanguageLoad() for key in self._ranks}
+        return missing | silent | dict(self._loads)
 
     def business(self) -> dict[str, Any]:
         """Of all ranks together, for a line of the log; nothing where there is nothing to do."""

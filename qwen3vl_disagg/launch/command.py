@@ -14,8 +14,9 @@ from dataclasses import replace
 from qwen3vl_disagg.cluster.rendezvous import World
 from qwen3vl_disagg.cluster.slots import run_worker
 from qwen3vl_disagg.core.errors import InputError
-from qwen3vl_disagg.launch.serve import check_arguments, check_checkpoint, run_slot
+from qwen3vl_disagg.launch.serve import check_arguments, check_checkpoint, make_folder, run_slot
 from qwen3vl_disagg.options import ServeOptions
+from qwen3vl_disagg.plan.dry_run import check_dry_run
 
 DEFAULT_WORLD = 2
 """An encode rank and a language rank."""
@@ -32,9 +33,9 @@ def run_serve(options: ServeOptions, args: Sequence[str]) -> int:
     if options.dry.dry_run:
         return run_slot(options, here)
     size = DEFAULT_WORLD if options.dry.world is None else options.dry.world
-    if size < 1:
-        raise InputError(f"--world {size}: must be at least 1", param="world")
+    check_dry_run(options.dry, options.model.model, size)
     check_arguments(options, replace(here, size=size, num_local_ranks=size))
+    make_folder(options.spans)
     check_checkpoint(options.model, options.buffers, options.http.max_model_len)
     if size == 1:
         return run_worker(lambda world: run_slot(options, world))
@@ -42,13 +43,15 @@ def run_serve(options: ServeOptions, args: Sequence[str]) -> int:
 
 
 def _supervise(size: int, args: Sequence[str]) -> int:
-    """Be torchrun's agent of `size` workers on this host; the status of the first that failed."""
+    """Be torchrun's agent of `size` workers on this host; the status of the first that failed, 0 after a signal."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // size)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -57,9 +60,11 @@ def _supervise(size: int, args: Sequence[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT",
     )
+    as_they_are = [arg.replace("$", "$$") for arg in args]  # torch fills templates in
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", "qwen3vl_disagg.launch.worker", *args)
+        elastic_launch(config, sys.executable)("-u", "-m", "qwen3vl_disagg.launch.worker", *as_they_are)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         return first.exitcode if first.exitcode > 0 else 1

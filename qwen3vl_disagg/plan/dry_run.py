@@ -39,11 +39,11 @@ def check_dry_run(options: DryRunOptions, model: str | None, size: int = 0) -> N
     for name in ("preset", "hardware", "json"):
         if not options.dry_run and getattr(options, name):
             raise InputError(f"--{name} goes with --dry-run only", param=name)
+    if options.world is not None and not 1 <= options.world <= MAX_WORLD:
+        raise InputError(f"--world {options.world}: must be 1 to {MAX_WORLD}", param="world")
     if not options.dry_run and options.world not in (None, size):
         problem = "qwen3vl-disagg serve or torchrun start more" if size == 1 else f"torchrun has started {size}"
         raise InputError(f"--world {options.world}: {problem}", param="world")
-    if options.world is not None and not 1 <= options.world <= MAX_WORLD:
-        raise InputError(f"--world {options.world}: must be 1 to {MAX_WORLD}", param="world")
     if options.preset is not None:
         if options.preset not in PRESETS:
             raise InputError(f"--preset {options.preset}: must be one of {', '.join(PRESETS)}", param="preset")

@@ -7,12 +7,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 
 from qwen3vl_disagg.cluster.backend import Event, FinishedEvent, RequestHandle
-from qwen3vl_disagg.core.errors import DisaggError, Failure
+from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.processing import Parts
 from qwen3vl_disagg.serving.answer import Answer
 from qwen3vl_disagg.serving.errors import JSONResponse
 from qwen3vl_disagg.serving.intake import GRACE_S, Arrived, Intake
-from qwen3vl_disagg.serving.watching import LEFT_CODE
+from qwen3vl_disagg.serving.watching import LEFT_CODE, RequestWatch
 
 SMALL_TOKENS = 2**14
 """The text of so many is joined and encoded in a few milliseconds."""
@@ -21,8 +21,15 @@ SMALL_TOKENS = 2**14
 class Answers:
     """`start` it, take its `events`, and `cancel` it in the end."""
 
-    def __init__(self, handles: Sequence[RequestHandle], answers: list[Answer], deadline: float, silence_s: float):
-        self.all, self._handles = answers, handles
+    def __init__(
+        self,
+        handles: Sequence[RequestHandle],
+        answers: list[Answer],
+        watch: RequestWatch,
+        deadline: float,
+        silence_s: float,
+    ) -> None:
+        self.all, self._handles, self._watch = answers, handles, watch
         self.last = answers[0]
         """The one that ended last."""
         self._deadline, self._silence_s = deadline + GRACE_S, silence_s
@@ -50,7 +57,7 @@ class Answers:
                 )
                 answers.append(answer)
                 first = first or answer
-        return cls(handles, answers, arrived.deadline, intake.limits.ping_s)
+        return cls(handles, answers, arrived.watch, arrived.deadline, intake.limits.ping_s)
 
     @property
     def request_id(self) -> str:
@@ -84,12 +91,11 @@ class Answers:
                     if isinstance(event, FinishedEvent):
                         self.last = self.all[number]
                     yield number, event, new
-        except DisaggError as error:
+        except Exception as error:
             code = Failure.of(error).code
             raise
         finally:
-            for answer in self.all:
-                answer.watch.failed(code)
+            self._watch.close(code)
 
 
 async def _merged(

@@ -28,7 +28,7 @@ from qwen3vl_disagg.serving.types import (
     ScoreOfPair,
     Scores,
 )
-from qwen3vl_disagg.serving.watching import LEFT_CODE, AnswerWatch, RequestWatch
+from qwen3vl_disagg.serving.watching import AnswerWatch, RequestWatch
 
 SLICE, MAX_UNDER_WAY = 64, 256
 """So many prompts are submitted in one go, and so many of one request are with the backend at once: others come between
@@ -58,11 +58,14 @@ class Pooled:
             async with asyncio.timeout(deadline + GRACE_S - time.monotonic()):
                 is_led = request.has_one_query
                 vectors = await self._run(prompts, deadline, target_s, handles, release, watch, is_led=is_led)
-        except DisaggError:
-            raise
         except TimeoutError:
+            watch.close(DeadlineError.code)
             raise DeadlineError("the request took longer than it may") from None
+        except Exception as error:
+            watch.close(Failure.of(error).code)
+            raise
         finally:
+            watch.close()
             for handle in handles:
                 handle.cancel()
         write, names = _WRITERS[self._route], (handles[0].request_id, self._intake.model_name)
@@ -127,11 +130,7 @@ async def _end(handle: RequestHandle, room: asyncio.Semaphore, watch: AnswerWatc
             if isinstance(event, FinishedEvent):
                 watch.end(event.finish_reason, event.timings)
                 return event.vector
-    except DisaggError as error:
-        watch.failed(Failure.of(error).code)
-        raise
     finally:
-        watch.failed(LEFT_CODE)  # where nothing else was said
         room.release()
     raise DisaggError("the request ended without a result")
 

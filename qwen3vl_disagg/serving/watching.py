@@ -60,6 +60,7 @@ class RequestWatch:
     queue_ms: float
     preprocess_ms: float
     hides_cache_hits: bool = False
+    _answers: list[AnswerWatch] = field(default_factory=list)
 
     def begun(self, handles: Sequence[RequestHandle]) -> None:
         """These are with the backend."""
@@ -69,7 +70,13 @@ class RequestWatch:
     def answer(self, num_prompt: int, *, is_first: bool = True) -> AnswerWatch:
         """`is_first`: of those to its prompt."""
         self.seen.num_prompt += num_prompt if is_first else 0
-        return AnswerWatch(self, num_prompt if is_first else 0)
+        self._answers.append(AnswerWatch(self, num_prompt if is_first else 0))
+        return self._answers[-1]
+
+    def close(self, code: str = LEFT_CODE) -> None:
+        """Nothing more comes: answers without an end have failed, for this reason."""
+        for answer in self._answers:
+            answer.failed(code)
 
 
 class AnswerWatch:

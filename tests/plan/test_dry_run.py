@@ -183,7 +183,7 @@ def test_other_slots_do_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("args", "reason"),
     [
-        (["--world", 3], "--world goes with --dry-run only"),
+        (["--world", 3], "--world 3: qwen3vl-disagg serve or torchrun start more"),
         (["--preset", "2b"], "--preset goes with --dry-run only"),
         (["--json"], "--json goes with --dry-run only"),
         (["--dry-run", "--world", 0], "--world 0: must be 1 to"),

@@ -22,6 +22,7 @@ from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.metrics import MAX_RANKS, Metrics
 from qwen3vl_disagg.serving.watching import STAGES
 from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, serve
+from tests.support.pooling import pooling_processor
 
 
 def scraped(client, **options: Any) -> dict[tuple[str, ...], float]:
@@ -164,7 +165,7 @@ def test_a_request_has_a_line(lines):
     client.get("/a%20status=200%0Ab", headers={"X-Request-ID": "no name"})
     assert [*lines][1]["status"] == 401
     assert [*lines][1]["path"] == "/a%20status%3D200%0Ab"
-    assert "ids" not in [*lines][1]
+    assert "id" not in [*lines][1]
 
 
 def test_what_failed_has_its_status_and_no_numbers(lines):
@@ -211,3 +212,12 @@ def test_the_board_shows_what_there_is():
     there = {name for name in shown if re.search(f"^# TYPE {re.sub('_bucket$', '', name)} ", text, re.MULTILINE)}
     assert shown == there
     assert len(shown) > 15
+
+
+def test_one_bad_prompt_of_several_is_why_all_have_failed(tmp_path):
+    steps = [[InputError("bad", param="input", code="harmful_media")], [60.0], [60.0]]
+    client = serve(FakeBackend(lambda *_: [0.01, *steps.pop(0)]), processor=pooling_processor(tmp_path / "m", "embed"))
+    assert client.post("/v1/embeddings", json={"input": ["a", "b", "c"]}).status_code == 400
+    told = scraped(client)
+    assert told["q3vl_request_failure_total", "harmful_media"] == 3
+    assert ("q3vl_request_failure_total", "left") not in told
