@@ -19,13 +19,14 @@ from torch.nn import functional as F
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Zeros. On the CPU the memory comes from calloc, untouched (`torch.zeros` writes every page)."""
+    """Zeros. On the CPU the memory is a mapping of its own, untouched: `torch.zeros` writes every page, and so does
+    calloc where it has memory that was freed."""
     if torch.device(device).type != "cpu":
         return torch.zeros(*shape, dtype=dtype, device=device)
     if math.prod(shape) == 0:
         return torch.zeros(*shape, dtype=dtype)
-    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(*shape)
+    room = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.from_numpy(np.frombuffer(room, dtype=np.uint8)).view(dtype).view(*shape)
 
 
 _POPULATE_WRITE = 23

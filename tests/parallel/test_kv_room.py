@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -24,6 +25,7 @@ from qwen3vl_disagg.plan.command import make_report
 from qwen3vl_disagg.plan.hardware import BUILT_IN
 from qwen3vl_disagg.plan.presets import IMAGE_ROWS, PRESETS
 from recipes import serve
+from tests.support.memory_maps import settled
 
 GIB = 2**30
 B30 = SizedModel(PRESETS["30b-a3b"], 2)
@@ -256,6 +258,5 @@ def test_room_that_nobody_writes_costs_nothing():
 
 
 def _resident() -> int:
-    from pathlib import Path
-
+    settled()
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

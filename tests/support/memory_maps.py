@@ -1,5 +1,6 @@
 """What the kernel says about this process's memory."""
 
+import threading
 from pathlib import Path
 
 
@@ -17,3 +18,10 @@ def asks_for_huge_pages(address: int) -> bool | None:
         elif first == "VmFlags:" and is_inside:
             return "hg" in rest.split()
     return False
+
+
+def settled() -> None:
+    """Wait until nothing of this process touches memory ahead: other tests' engines may still be at it."""
+    for thread in threading.enumerate():
+        if thread.name == "TouchedAhead":
+            thread.join(30)
