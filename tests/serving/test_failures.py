@@ -205,7 +205,7 @@ async def test_an_item_that_is_lost_on_its_way_is_a_failed_transfer():
 
 # ---- time ----
 
-TIMEOUT_S = 0.3
+TIMEOUT_S = 0.8
 
 
 async def _nothing(it: Scene) -> None:
