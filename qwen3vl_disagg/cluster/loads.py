@@ -25,11 +25,10 @@ class Loads:
 
     def note(self, key: RankKey, load: Load, now: float) -> None:
         before, since = self._loads.get(key, (None, now))
-        if not (isinstance(load, LanguageLoad) and isinstance(before, LanguageLoad)) or not (
-            before.can_step and load.num_steps == before.num_steps
-        ):
-            since = now
-        self._loads[key] = load, since
+        stands = False
+        if isinstance(load, LanguageLoad) and isinstance(before, LanguageLoad):
+            stands = before.can_step and load.num_steps == before.num_steps
+        self._loads[key] = load, since if stands else now
 
     def forget(self, key: RankKey) -> None:
         self._loads.pop(key, None)

@@ -130,7 +130,7 @@ def test_who_is_more_urgent_now_may_fit_at_once():
             got.append(name)
 
         for name, amount in (("most", 9), ("large", 9), ("small", 1)):
-            asyncio.create_task(take(name, amount))  # noqa: RUF006
+            asyncio.create_task(take(name, amount))  # noqa: RUF006 - it ends in this scenario, by `got`
             await asyncio.sleep(0)
         budget.hasten("small", 1.0)
         budget.hasten("most", 1.0)
@@ -206,7 +206,7 @@ def test_nobody_passes_who_waits_for_more_before_it():
 
         await take("all", 10, 1.0)
         for name, amount, due in (("large", 9, 2.0), ("small", 1, 3.0), ("small, urgent", 1, 1.0)):
-            asyncio.create_task(take(name, amount, due))  # noqa: RUF006
+            asyncio.create_task(take(name, amount, due))  # noqa: RUF006 - it ends in this scenario, by `got`
             await asyncio.sleep(0)
         budget.give(2)
         await asyncio.sleep(0)

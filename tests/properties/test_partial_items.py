@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from qwen3vl_disagg.core.errors import Failure
+from qwen3vl_disagg.encode.embedding_cache import HeldItem
 from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.encode_sessions import PARKED
-from qwen3vl_disagg.protocol.messages import Abort, Assign, Cancel, Grant, Nack, Resume, Room
+from qwen3vl_disagg.protocol.messages import Abort, Assign, Cancel, Grant, Header, ItemFailed, Nack, Resume, Room
 from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, Session, fits_whole
 from qwen3vl_disagg.protocol.session_events import (
     Encoded,
@@ -309,7 +312,6 @@ def test_the_encode_side_takes_a_grant_from_any_row_and_knows_a_resume_by_its_ki
         assert encode_side.bodies(actions) == [Nack(**ids(key), reason="gone")]
         return
     assert actions == [StartEncode(key, make_visual(6), False)]
-    assert actions[0].waited_s == 0
     assert side.do(Encoded(key)) == [SendHeader(0, 1, 1, body)]
     assert side.header_ok(key, 3) == [SendPayload(0, 1, body)]
     side.sent(key)
@@ -320,6 +322,26 @@ def test_the_encode_side_takes_a_grant_from_any_row_and_knows_a_resume_by_its_ki
     side.header_ok(key, 5)
     side.sent(key)
     assert side.ack(key, 6) == [Release(key)]
+
+
+def test_what_waits_for_a_place_says_for_how_long():
+    side, first, second = encode_side.Side(max_items=1, max_urgent=0), ("a", 0, 1), ("b", 0, 1)
+    side.grant(first)
+    assert not [action for action in side.grant(second) if isinstance(action, StartEncode)]
+    side.now += 3.0
+    actions = side.do(ItemFailed(**ids(first), failure=Failure.of(ValueError())))
+    [start] = [action for action in actions if isinstance(action, StartEncode)]
+    assert (start.attempt, start.waited_s) == (second, 3.0)
+
+
+def test_the_wait_is_what_stages_do_not_explain():
+    ranges = {"row_start": 0, "row_stop": 1, "deepstack_start": 0, "deepstack_stop": 1}
+    made = {"grid": (1, 2, 2), "row_digests": [0], "deepstack_digests": [0], "preprocess_ms": 20.0, "encode_ms": 30.0}
+    header = Header(**ids(("a", 0, 1)), total_rows=1, **ranges, **made)
+    item = SimpleNamespace(header=lambda grant: header)
+    assert HeldItem(item, None, waited_s=0.2).header(None).queue_ms == pytest.approx(150.0)
+    cached = HeldItem(item, None, is_cached=True, waited_s=0.2).header(None)
+    assert (cached.queue_ms, cached.encode_ms) == (pytest.approx(200.0), 0.0)
 
 
 def test_a_grant_from_the_middle_may_come_again():
