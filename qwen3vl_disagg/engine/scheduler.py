@@ -240,7 +240,7 @@ class Scheduler:
         return (Step(decode=running) if running else None), preempted
 
     def _prefill_budget(self) -> int:
-        if self.owes_decode:
+        if self.owes_decode or all(sequence.is_decoding for sequence in self.admitted.values()):
             return 0
         return self._gap_tokens if self.num_decoding else self.limits.max_prefill_tokens
 
@@ -309,12 +309,11 @@ class Scheduler:
     def remember(self, sequence: Sequence) -> None:
         """Note what the sequence's full pages hold, up to the first item that is not all in the cache: what was
         computed from a part of an item may have to be forgotten."""
-        if not self.pool.keep or sequence.node is None:
+        size = self.pool.page_size
+        if not self.pool.keep or sequence.node is None or sequence.num_cached // size <= sequence.num_remembered:
             return
-        stop = min(sequence.num_cached, sequence.first_partial) // self.pool.page_size
-        if stop <= sequence.num_remembered:
-            return
-        contents = sequence.page_contents(self.pool.page_size, stop)
+        stop = min(sequence.num_cached, sequence.first_partial) // size
+        contents = sequence.page_contents(size, stop)
         for number in range(sequence.num_remembered, stop):
             sequence.node = self.pool.remember(sequence.pages[number], sequence.node, contents[number])
             if sequence.node is None:

@@ -142,8 +142,9 @@ class Sequence:
     @property
     def can_begin(self) -> bool:
         """Its first token can be picked from what is known of its prompt."""
-        is_late = self.masks is not None and self.masks.is_late
-        return not self.generated and self.has_prompt and self.samples.logits_V is not None and not is_late
+        if self.generated or not self.has_prompt or self.samples.logits_V is None:
+            return False
+        return self.masks is None or not self.masks.is_late
 
     @property
     def num_prompt(self) -> int:
