@@ -186,14 +186,16 @@ def load_worker(setup: RankSetup) -> EncodeWorker:
     """Load the vision tower, and nothing else of the weights."""
     decoder = MediaDecoder()
     decoder.warm_up()
-    model = load_vision_model(setup.folder, dtype=setup.dtype, device=setup.device)
+    progress, compile = setup.context.progress, resolve_compile(setup.context.options.model.compile, setup.device)
+    on_size = partial(progress.weights, "vision tower")
+    model = load_vision_model(setup.folder, dtype=setup.dtype, device=setup.device, on_size=on_size)
     return EncodeWorker(
         model,
         setup.processor,
         setup.config,
         video=VideoProcessor.from_folder(setup.folder, setup.config.vision, resize=setup.processor.resize),
         decoder=decoder,
-        compile=resolve_compile(setup.context.options.model.compile, setup.device),
+        compile=compile,
         cores=setup.shared_cores(),
     )
 
@@ -206,6 +208,8 @@ def run_encode_rank(context: RankContext) -> int:
     async def serve() -> int:
         hello = setup.hello("encode", worker.model)
         join_s = JOIN_S if context.is_joining else None
+        if context.is_joining:
+            context.progress.stage("join", "joining {}:{}".format(*context.hub_address))
         rank = EncodeRank(
             worker, hello, context.hub_address, host=context.host, options=context.options.encode, join_s=join_s
         )

@@ -38,7 +38,8 @@ def rank_context(options: JoinOptions, world: World) -> RankContext:
         encode=options.encode,
     )
     host = own_address(options.address, hub_address)
-    return RankContext(-1, Layout.of(1), hub_address, token, told, world, host=host, is_joining=True)
+    progress = world.progress(is_heard=world.rank == 0)
+    return RankContext(-1, Layout.of(1), hub_address, token, told, world, host=host, is_joining=True, progress=progress)
 
 
 def run_slot(options: JoinOptions, world: World) -> int:

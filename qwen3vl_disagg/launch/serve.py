@@ -90,7 +90,7 @@ def make_folder(folder: Path | None) -> None:
 
 
 def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: Meeting) -> RankContext:
-    """What a rank's body is told."""
+    """What a rank's body is told. Of the start rank 0 and the frontend speak, and the first language rank."""
     return RankContext(
         world.rank,
         layout,
@@ -100,6 +100,7 @@ def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: M
         world,
         host=own_address(options.address, meeting.hub_address),
         cores_file=cores_file(world),
+        progress=world.progress(is_heard=world.rank in (0, layout.language_ranks[0])),
     )
 
 
@@ -235,6 +236,10 @@ def run_slot(options: ServeOptions, world: World) -> int:
     options = replace(options, model=model)
     if world.local_rank == 0:
         check_checkpoint(options.model, options.buffers, options.http.max_model_len)
+    if world.rank == 0:
+        num_encode, num_language = len(layout.encode_ranks), len(layout.language_ranks)
+        roles = f"{num_encode} encode, {num_language} language" if world.size > 1 else "both roles in one process"
+        world.progress().stage("ranks", f"starting ranks: {roles}", encode=num_encode, language=num_language)
     if world.local_rank != 0 and world.node == 0:
         return other_slot(options, world, layout, meeting_path()).run()
     if world.local_rank != 0:
