@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen3vl_disagg.core.logs import tell
 
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Progress:
 
     def weights(self, of: str, num_bytes: int) -> None:
         """They are read from now on."""
-        self.stage("weights", f"reading the weights of the {of}, {num_bytes / _GIB:.2f} GiB", bytes=num_bytes)
+        self.stage("weights", f"reading the weights of the {of}, {_size(num_bytes)}", bytes=num_bytes)
 
     def end(self, what: str = "ready") -> None:
         """The last line of this start."""
@@ -47,6 +47,10 @@ class Progress:
             seconds = time.monotonic() - self.started_at
             tell(f"{what} in {seconds:.1f} s", {"stage": "ready", "seconds": round(seconds, 3)})
         self._over[0] = 1
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB else f"{num_bytes / _MIB:.1f} MiB"
 
 
 SILENT = Progress(is_heard=False)

@@ -208,8 +208,6 @@ def run_encode_rank(context: RankContext) -> int:
     async def serve() -> int:
         hello = setup.hello("encode", worker.model)
         join_s = JOIN_S if context.is_joining else None
-        if context.is_joining:
-            context.progress.stage("join", "joining {}:{}".format(*context.hub_address))
         rank = EncodeRank(
             worker, hello, context.hub_address, host=context.host, options=context.options.encode, join_s=join_s
         )

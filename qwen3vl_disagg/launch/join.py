@@ -38,8 +38,7 @@ def rank_context(options: JoinOptions, world: World) -> RankContext:
         encode=options.encode,
     )
     host = own_address(options.address, hub_address)
-    progress = world.progress(is_heard=world.rank == 0)
-    return RankContext(-1, Layout.of(1), hub_address, token, told, world, host=host, is_joining=True, progress=progress)
+    return RankContext(-1, Layout.of(1), hub_address, token, told, world, host=host, is_joining=True)
 
 
 def run_slot(options: JoinOptions, world: World) -> int:

@@ -11,7 +11,7 @@ import tyro
 from qwen3vl_disagg.cluster.rendezvous import World
 from qwen3vl_disagg.cluster.slots import leave_process, run_worker
 from qwen3vl_disagg.core.interrupt import leaving_at_once
-from qwen3vl_disagg.core.logs import LogFormat, start_logging, use_log_format
+from qwen3vl_disagg.core.logs import start_logging, use_log_format
 from qwen3vl_disagg.launch.statuses import tell_status
 from qwen3vl_disagg.options import JoinOptions, ServeOptions
 
@@ -34,8 +34,10 @@ def run_parsed(kind: type[Options], prog: str, run_slot: Callable[[Options, Worl
 
 def serve_slot(options: ServeOptions, world: World) -> int:
     """A slot of a server."""
-    if not options.dry.dry_run:
-        _say_import(world, options.log_format)
+    if world.has_agent and world.rank == 0 and not options.dry.dry_run:
+        use_log_format(options.log_format)
+        start_logging()
+        world.progress().stage("import", f"loading PyTorch in {world.size} processes", processes=world.size)
     from qwen3vl_disagg.launch.serve import run_slot
 
     return run_slot(options, world)
@@ -43,18 +45,9 @@ def serve_slot(options: ServeOptions, world: World) -> int:
 
 def join_slot(options: JoinOptions, world: World) -> int:
     """A slot with an encode rank that joins a server."""
-    _say_import(world, options.log_format)
     from qwen3vl_disagg.launch.join import run_slot
 
     return run_slot(options, world)
-
-
-def _say_import(world: World, log_format: LogFormat) -> None:
-    """Many processes that import torch at once take a while."""
-    if world.has_agent and world.rank == 0:
-        use_log_format(log_format)
-        start_logging()
-        world.progress().stage("import", f"loading PyTorch in {world.size} process(es)", processes=world.size)
 
 
 serve = functools.partial(run_parsed, ServeOptions, "serve.py", serve_slot)

@@ -145,7 +145,7 @@ class LLM:
 
         def on_size(num_bytes: int) -> None:
             if num_bytes >= LONG_BYTES and not progress:
-                start.weights("model", num_bytes)
+                start.weights("decoder", num_bytes)
 
         vision = load_vision_model(self.folder, dtype=torch_dtype, device=self.device, progress=progress)
         language = load_language_model(
