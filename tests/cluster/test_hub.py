@@ -284,6 +284,7 @@ async def test_the_frontend_drains_on_sigterm(is_finished, monkeypatch, capsys):
 @in_loop
 async def test_what_is_waited_for_is_said_ever_less_often(monkeypatch, caplog):
     monkeypatch.setattr(frontend, "WAITING_S", 0.1)
+    monkeypatch.setattr(frontend, "LEFT_S", 1.0)  # nobody is there to be waited for
     caplog.set_level("INFO", "qwen3vl_disagg")
     system = System(8, 1)
     http_socket = socket.create_server(("127.0.0.1", 0))

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg.cluster.rendezvous import parent_of
 from tests.support.command import run_command
 from tests.support.running import wait_for
 from tests.support.server import descendants, free_port
@@ -56,7 +55,7 @@ def test_who_looks_on_is_told_what_is_going_on_before_torch_is_there(monkeypatch
     _, _, err = run_command(monkeypatch, capsys, "serve", "--world", "0")
     first, error = err.splitlines()
     assert re.fullmatch(r"at \d+\.\d s: loading PyTorch, checking the arguments and the checkpoint", first)
-    assert error.startswith("error: --world 0")
+    assert error.startswith("error: world: --world 0")
 
 
 STAGE = re.compile(r"(?:([a-z ]+\d*): )?(?:at (\d+\.\d) s: (.*)|ready in (\d+\.\d) s)")
@@ -79,9 +78,8 @@ def check_start(world: int, lines: list[str]) -> None:
     assert 0 < seconds[0] <= seconds[-1] == max(seconds) < 90
 
 
-@pytest.mark.parametrize(("world", "is_killed"), [(1, False), (2, False), (2, True)])
-def test_it_serves_and_ends_clean(world, is_killed):
-    """`is_killed`: a slot dies while the others end, which the exit status says."""
+@pytest.mark.parametrize("world", [1, 2])
+def test_it_serves_and_ends_clean(world):
     port = free_port()
     with tempfile.NamedTemporaryFile("w+") as log:
         command = [*COMMAND, "--world", str(world), "--port", str(port), "--api-key", KEY]
@@ -100,12 +98,8 @@ def test_it_serves_and_ends_clean(world, is_killed):
             children = descendants(process.pid)
             assert len(children) >= world
             check_start(world, said().splitlines())
-            slots = [pid for pid in children if parent_of(pid) == process.pid]
-            last = [pid for pid in slots if b"\0LOCAL_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
             process.send_signal(signal.SIGTERM)
-            if is_killed:
-                os.kill(last[0], signal.SIGKILL)
-            assert process.wait(40) == int(is_killed), said()
+            assert process.wait(40) == 0, said()
             wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), 10)
         finally:
             if process.poll() is None:
@@ -115,10 +109,11 @@ def test_it_serves_and_ends_clean(world, is_killed):
         assert len(said().splitlines()) < 14
 
 
-def test_a_port_that_is_taken_is_one_line():
+def test_a_port_that_is_taken_is_one_line_after_those_of_the_start():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = subprocess.run([*COMMAND, "--port", str(port)], capture_output=True, text=True, timeout=90)
     assert done.returncode == 2
-    [line] = done.stderr.splitlines()
+    *stages, line = done.stderr.splitlines()
+    assert all(STAGE.fullmatch(stage) for stage in stages)
     assert line.startswith(f"error: cannot listen on 127.0.0.1:{port}")

@@ -10,6 +10,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from random import Random
 
@@ -45,6 +46,7 @@ def cli(*args: str) -> tuple[int, str, str]:
 def test_a_bar_where_somebody_looks_on_and_nothing_elsewhere():
     args = [sys.executable, "tools/simulate.py", "--schedules", "3", "--seed", "1"]
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     with os.fdopen(ours, "rb", buffering=0) as terminal:
         done = subprocess.run(args, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=120, cwd=ROOT)
         os.close(theirs)
