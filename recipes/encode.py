@@ -9,7 +9,7 @@ leave on SIGTERM when what they have under way has ended. They end by themselves
 from __future__ import annotations
 
 from qwen3vl_disagg.cluster.slots import leave_process
-from qwen3vl_disagg.launch.worker import join
+from qwen3vl_disagg.launch.worker import join as main
 
 if __name__ == "__main__":
-    leave_process(join())
+    leave_process(main())

@@ -136,6 +136,9 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
     http_socket, hub_socket = bind(options.http.host, options.http.port, "port"), bind(*stated.hub_address, "hub")
     meeting = Meeting(hub_address=hub_socket.getsockname()[:2], token=stated.token, pid=os.getpid())
     context = rank_context(options, world, layout, meeting)
+    num_encode, num_language = len(layout.encode_ranks), len(layout.language_ranks)
+    roles = f"{num_encode} encode, {num_language} language" if world.size > 1 else "both roles in one process"
+    context.progress.stage("ranks", f"starting ranks: {roles}", encode=num_encode, language=num_language)
     if options.hub is not None:
         print(f"hub: {meeting.hub_address[0]}:{meeting.hub_address[1]}", flush=True)
     publish(path, meeting)
@@ -236,10 +239,6 @@ def run_slot(options: ServeOptions, world: World) -> int:
     options = replace(options, model=model)
     if world.local_rank == 0:
         check_checkpoint(options.model, options.buffers, options.http.max_model_len)
-    if world.rank == 0:
-        num_encode, num_language = len(layout.encode_ranks), len(layout.language_ranks)
-        roles = f"{num_encode} encode, {num_language} language" if world.size > 1 else "both roles in one process"
-        world.progress().stage("ranks", f"starting ranks: {roles}", encode=num_encode, language=num_language)
     if world.local_rank != 0 and world.node == 0:
         return other_slot(options, world, layout, meeting_path()).run()
     if world.local_rank != 0:

@@ -88,7 +88,7 @@ def test_the_largest_image_fits_every_published_size_with_experts(monkeypatch, c
     world = 8 if preset == "30b-a3b" else 16
     args = ["serve.py", "--dry-run", "--preset", preset, "--hardware", "h200", "--world", str(world), "--json"]
     monkeypatch.setattr(sys, "argv", args)
-    assert serve.serve() == 0
+    assert serve.main() == 0
     made = json.loads(capsys.readouterr().out)
     assert made["image_rows"] == IMAGE_ROWS == 16_777_216 // 32**2
     assert made["image_problem"] is None
@@ -107,11 +107,11 @@ def test_plan_and_dry_run_say_the_same(monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", ["serve.py", "--dry-run", "--preset", "30b-a3b", "--hardware", "h200", "--json", *sizes]
     )
-    assert serve.serve() == 0
+    assert serve.main() == 0
     made = json.loads(capsys.readouterr().out)
     assert made["ranks"][2]["kv_cache"]["tokens"] == split.room.num_tokens
     assert split.running <= 7 * 6
-    assert f"{split.room}" in replace(report, shown=split).to_text()
+    assert f"{split.room}" in replace(report, shown=split).to_details()
     assert '"kv_cache"' in msgspec.json.encode(report.to_builtins()).decode()
 
 

@@ -34,7 +34,7 @@ DENSE = RANDOM_PRESETS["tiny-random-dense"]
 def run(monkeypatch, capsys, *args):
     """Exit status, stdout and stderr of serve.py."""
     monkeypatch.setattr(sys, "argv", ["serve.py", *map(str, args)])
-    status = serve.serve()
+    status = serve.main()
     shown = capsys.readouterr()
     return status, shown.out, shown.err
 
