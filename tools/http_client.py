@@ -117,8 +117,8 @@ def _details(timings: dict[str, Any]) -> dict[str, str]:
     if timings.get("cached_tokens"):
         found["prefill"] += f", {timings['cached_tokens']} cached"
     if items:
-        ranks = ", ".join(map(str, timings.get("encode_ranks") or ["?"]))
-        found["preprocess"] = f"{len(items)} item(s), encode rank {ranks}"[:30]
+        ranks = ", ".join(map(str, timings.get("encode_ranks") or []))
+        found["preprocess"] = f"{len(items)} item(s){', encode rank ' if ranks else ''}{ranks}"[:30]
         found["encode"] = f"{sum(item.get('rows', 0) for item in items)} rows"
         found["transfer"] = f"{timings.get('transfer_bytes', 0) / 1e3:,.1f} kB"
     return found
