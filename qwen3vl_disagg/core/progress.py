@@ -34,8 +34,8 @@ class Progress:
     def stage(self, name: str, doing: str, **fields: Any) -> None:
         """What begins now. As JSON the line has `stage`, `seconds` since the command, and the fields."""
         if self.is_heard and not self.is_over:
-            seconds = time.monotonic() - self.started_at
-            tell(f"at {seconds:.1f} s: {doing}", {"stage": name, "seconds": round(seconds, 3), **fields})
+            seconds = round(time.monotonic() - self.started_at, 3)
+            tell(f"at {seconds:.1f} s: {doing}", {"stage": name, "seconds": seconds, **fields})
 
     def weights(self, of: str, num_bytes: int) -> None:
         """They are read from now on."""
@@ -44,8 +44,8 @@ class Progress:
     def end(self, what: str = "ready") -> None:
         """The last line of this start."""
         if self.is_heard and not self.is_over:
-            seconds = time.monotonic() - self.started_at
-            tell(f"{what} in {seconds:.1f} s", {"stage": "ready", "seconds": round(seconds, 3)})
+            seconds = round(time.monotonic() - self.started_at, 3)
+            tell(f"{what} in {seconds:.1f} s", {"stage": "ready", "seconds": seconds})
         self._over[0] = 1
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-
-import pytest
 
 from qwen3vl_disagg.core.host import process_started
 from qwen3vl_disagg.core.progress import Progress
@@ -42,28 +41,34 @@ def lines(log_format: str) -> list[str]:
 
 
 def test_a_line_for_each_stage_and_none_after_the_last():
-    assert lines("text") == [
-        "rank 0: at 61.2 s: starting ranks",
-        "rank 0: at 61.2 s: reading the weights of the decoder, 1.5 GiB",
-        "rank 0: at 61.2 s: reading the weights of the tower, 3.0 MiB",
-        "frontend: ready in 61.2 s",
+    said = lines("text")
+    assert [re.sub(r"\d+\.\d s", "SOME s", line) for line in said] == [
+        "rank 0: at SOME s: starting ranks",
+        "rank 0: at SOME s: reading the weights of the decoder, 1.5 GiB",
+        "rank 0: at SOME s: reading the weights of the tower, 3.0 MiB",
+        "frontend: ready in SOME s",
     ]
+    seconds = [float(re.findall(r"(\d+\.\d) s", line)[0]) for line in said]
+    assert 61.2 <= seconds[0] <= seconds[-1] < 75
 
 
 def test_as_json_they_have_fields():
     first, weights, _, last = map(json.loads, lines("json"))
-    assert (first["message"], first["stage"], first["encode"]) == ("at 61.2 s: starting ranks", "ranks", 2)
-    assert first["seconds"] == pytest.approx(61.24, abs=0.5)
+    assert (first["stage"], first["encode"]) == ("ranks", 2)
+    assert first["message"] == f"at {first['seconds']:.1f} s: starting ranks"
+    assert 61.24 <= first["seconds"] < 75
     assert (weights["stage"], weights["bytes"]) == ("weights", 3 << 29)
-    assert (last["process"], last["stage"], last["message"]) == ("frontend", "ready", "ready in 61.2 s")
+    assert (last["process"], last["stage"]) == ("frontend", "ready")
+    assert last["message"].startswith("ready in 6")
 
 
 def test_it_counts_from_when_the_command_was_given():
     before = time.monotonic()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        after = time.monotonic()
         time.sleep(0.5)
         started = process_started(process.pid)
-    assert before - 0.05 <= started <= before + 0.3
+    assert before - 0.05 <= started <= after + 0.05
     assert process_started(os.getpid()) < before
 
 
