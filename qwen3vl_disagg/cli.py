@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from qwen3vl_disagg.core.interrupt import EXIT_INTERRUPTED, leaving_at_once
 
 if TYPE_CHECKING:
-    from qwen3vl_disagg.options import GenerateOptions
+    from qwen3vl_disagg.options import GenerateOptions, ServeOptions
 
 
 def main() -> NoReturn:
@@ -61,6 +61,7 @@ def _run(options: Any) -> int:
             return _generate(options)
         case ServeOptions():
             with leaving_at_once():
+                _say_import(options)
                 from qwen3vl_disagg.launch.command import run_serve
             return run_serve(options, sys.argv[2:])
         case PlanOptions():
@@ -72,6 +73,17 @@ def _run(options: Any) -> int:
                 from qwen3vl_disagg.checkpoint.convert import run_convert
             return run_convert(options)
     return 0
+
+
+def _say_import(options: ServeOptions) -> None:
+    """To who looks on; elsewhere what is wrong with the arguments stays the only line."""
+    if sys.stderr.isatty() and not options.dry.dry_run:
+        from qwen3vl_disagg.cluster.rendezvous import World
+        from qwen3vl_disagg.core.logs import start_logging, use_log_format
+
+        use_log_format(options.log_format)
+        start_logging()
+        World().progress().stage("check", "loading PyTorch, checking the arguments and the checkpoint")
 
 
 def _generate(options: GenerateOptions) -> int:

@@ -119,11 +119,13 @@ class PlanOptions(EngineSettings):
     requests_s: float | None = None
     """Requests that arrive in a second, in place of --concurrency."""
     split: Annotated[str | None, tyro.conf.arg(metavar="E+L")] = None
-    """Show the formulas of this split, in place of the best one."""
+    """Show this split, in place of the best one."""
     fit: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
     """Measurements of `recipes/bench.py splits --out FILE.json`: take model and machine from them."""
     fit_on: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="E+L")] = ()
     """Fit on these splits of the file alone, and compare the others with what is predicted; repeat for several."""
+    details: bool = False
+    """Print every split, what memory is for, and the formulas with their values, in place of a short answer."""
     json: bool = False
     """Print one JSON object in place of text."""
 

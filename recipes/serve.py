@@ -10,7 +10,7 @@ Each worker of torchrun is a slot that forks its rank and supervises it; slot 0 
 from __future__ import annotations
 
 from qwen3vl_disagg.cluster.slots import leave_process
-from qwen3vl_disagg.launch.worker import main
+from qwen3vl_disagg.launch.worker import serve as main
 
 if __name__ == "__main__":
     leave_process(main())

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from qwen3vl_disagg import LLM, cli
+from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.requests import SamplingParams
+from tests.support.command import run_command as run
 from tests.support.scenes import ask_scenes
 
 
@@ -25,15 +26,6 @@ def scenes(tmp_path_factory) -> Path:
 
 def questions(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
-
-
-def run(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of `qwen3vl-disagg *args`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["qwen3vl-disagg", *args])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 def test_plain_text_goes_to_stdout_and_all_else_to_stderr(scenes):

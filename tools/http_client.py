@@ -1,6 +1,7 @@
 """Ask a running server: `python tools/http_client.py --image picture.png --prompt "What is this?" [--stream]`.
 
-Standard library only, so that it runs anywhere and reads as an example of the protocol.
+In a terminal the answer is followed by its waterfall: which stage took how long, one after another. Standard library
+only, so that it runs anywhere and reads as an example of the protocol.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+STAGES = ("queue", "preprocess", "encode", "transfer", "prefill", "decode")
+"""Of `timings`, in the order in which a request goes through them; `preprocess` is an image's decoding and cutting."""
+WIDTH = 79
+CELLS = {(False, False): " ", (True, False): "▌", (False, True): "▐", (True, True): "█"}
+"""Which halves of a column a bar covers."""
 
 
 class ServerError(Exception):
@@ -87,9 +94,47 @@ def ask(url: str, body: dict[str, Any], *, stream: bool, timeout_s: float) -> di
     return timings
 
 
+def waterfall(timings: dict[str, Any], width: int = WIDTH) -> str:
+    """Lines `stage |bar| ms detail` of the stages one after another, none longer than `width`, to half a column."""
+    milliseconds = [float(timings.get(stage) or 0.0) for stage in STAGES]
+    details = _details(timings)
+    names, numbers = max(map(len, STAGES)), [f"{ms:,.1f} ms" for ms in milliseconds]
+    right = max(map(len, numbers))
+    columns = max(10, width - names - right - max(map(len, details.values()), default=0) - 7)
+    scale = 2 * columns / (sum(milliseconds) or 1.0)
+    lines, begun = [], 0.0
+    for stage, ms, number in zip(STAGES, milliseconds, numbers, strict=True):
+        bar = _bar(round(begun * scale), round((begun + ms) * scale), columns, is_there=ms > 0)
+        lines.append(f"{stage:>{names}} |{bar}| {number:>{right}}  {details.get(stage, '')}".rstrip()[:width])
+        begun += ms
+    return "\n".join(lines)
+
+
+def _details(timings: dict[str, Any]) -> dict[str, str]:
+    """What there is to say of a stage beside its time."""
+    items = timings.get("items") or []
+    found = {"prefill": f"language rank {timings.get('language_rank', 0)}"}
+    if timings.get("cached_tokens"):
+        found["prefill"] += f", {timings['cached_tokens']} cached"
+    if items:
+        ranks = ", ".join(map(str, timings.get("encode_ranks") or []))
+        found["preprocess"] = f"{len(items)} item(s){', encode rank ' if ranks else ''}{ranks}"[:30]
+        found["encode"] = f"{sum(item.get('rows', 0) for item in items)} rows"
+        found["transfer"] = f"{timings.get('transfer_bytes', 0) / 1e3:,.1f} kB"
+    return found
+
+
+def _bar(start: int, stop: int, columns: int, *, is_there: bool) -> str:
+    """From one half column to another; what took time at all is seen."""
+    start = min(start, 2 * columns - 1)
+    stop = min(max(stop, start + is_there), 2 * columns)
+    return "".join(CELLS[start <= half < stop, start <= half + 1 < stop] for half in range(0, 2 * columns, 2))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is (default: %(default)s)")
+    base_url = "as other clients of OpenAI's form take it, with or without /v1 (default: %(default)s)"
+    parser.add_argument("--base-url", "--url", default="http://127.0.0.1:8000/v1", metavar="URL", help=base_url)
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="repeat for several")
     parser.add_argument("--video", type=Path, action="append", default=[], metavar="FILE", help="repeat for several")
     parser.add_argument("--prompt", required=True)
@@ -97,18 +142,23 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--temperature", type=float, help="0 is greedy")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--timings", action="store_true", help="print the stages' milliseconds to stderr")
+    parser.add_argument("--timings", action="store_true", help="print `timings` as JSON to stderr, no waterfall")
+    parser.add_argument(
+        "--waterfall", action=argparse.BooleanOptionalAction, help="draw it on stderr (default: if that is a terminal)"
+    )
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="longest silence (default: 120)")
     args = parser.parse_args()
     try:
         fields = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
         body = build_body(args.prompt, args.image, args.video, **fields)
-        timings = ask(args.url, body, stream=args.stream, timeout_s=args.timeout)
+        timings = ask(args.base_url, body, stream=args.stream, timeout_s=args.timeout)
     except (ServerError, OSError, http.client.HTTPException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.timings:
         print(json.dumps(timings), file=sys.stderr)
+    elif timings and (sys.stderr.isatty() if args.waterfall is None else args.waterfall):
+        print(waterfall(timings), file=sys.stderr)
     return 0
 
 

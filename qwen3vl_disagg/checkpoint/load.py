@@ -39,6 +39,9 @@ from qwen3vl_disagg.model.vl import Qwen3VLMoeForConditionalGeneration
 Device = str | torch.device
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 T = TypeVar("T")
+OnSize = Callable[[int], None]
+BAR_S = 1.0
+"""What is read faster has no bar."""
 
 
 class Shards(Protocol):
@@ -90,7 +93,8 @@ class LoadOptions(TypedDict, total=False):
     dtype: None for the checkpoint's own (`dtype` of its config).
     expert_layout: how expert weights are stored; needed only where their shapes fit two layouts.
     quantize: `int8` or `float8` for the decoder's matrices, made while they are read, a block of rows at a time.
-    progress: a bar on stderr, over the bytes to read.
+    progress: a bar on stderr, over the bytes to read, if that takes more than a second.
+    on_size: called with the number of bytes, before they are read.
     shards: which rows to read; None for all. Names and shapes are checked for the whole model in any case.
     """
 
@@ -99,6 +103,7 @@ class LoadOptions(TypedDict, total=False):
     expert_layout: ExpertLayout | None
     quantize: Quantize
     progress: bool
+    on_size: OnSize
     shards: Shards | None
 
 
@@ -108,11 +113,16 @@ def load_language_model(folder: Path | str, **options: Unpack[LoadOptions]) -> Q
 
 
 def load_vision_model(
-    folder: Path | str, *, dtype: torch.dtype | None = None, device: Device = "cpu", progress: bool = False
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: Device = "cpu",
+    progress: bool = False,
+    on_size: OnSize = lambda _: None,
 ) -> Qwen3VLMoeForConditionalGeneration:
     """What an encode rank holds: the vision tower, no decoder. See `load_as`."""
     build = functools.partial(Qwen3VLMoeForConditionalGeneration, language_model=False)
-    return load_as(build, folder, dtype=dtype, device=device, progress=progress)
+    return load_as(build, folder, dtype=dtype, device=device, progress=progress, on_size=on_size)
 
 
 def load_model(folder: Path | str, **options: Unpack[LoadOptions]) -> Qwen3VLMoeForConditionalGeneration:
@@ -166,6 +176,7 @@ def load_as(
     expert_layout: ExpertLayout | None = None,
     quantize: Quantize = "none",
     progress: bool = False,
+    on_size: OnSize = lambda _: None,
     shards: Shards | None = None,
 ) -> ModuleT:
     """The module that `build` makes of the config, filled; `LoadOptions` says how.
@@ -178,7 +189,7 @@ def load_as(
         module, recipes = _plan(checkpoint, build, expert_layout)
         dtype = dtype or resolve_dtype("auto", checkpoint.config.dtype)
         quantized = frozenset() if quantize == "none" else make_room(module, dtype, quantize)
-        _fill(module, recipes, checkpoint, dtype, torch.device(device), quantized, progress, shards)
+        _fill(module, recipes, checkpoint, dtype, torch.device(device), quantized, progress, on_size, shards)
     left = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if left:
         raise CheckpointError(checkpoint.folder, [f"{name}: not filled" for name in left])
@@ -242,13 +253,16 @@ def _fill(
     device: torch.device,
     quantized: AbstractSet[str],
     progress: bool,
+    on_size: OnSize,
     shards: Shards,
 ) -> None:
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
     cuts = {name: held_rows(shards, name, shapes[name]) for name in recipes}
     held = {name: range(shapes[name][0]) if cut is None else cut for name, cut in cuts.items()}
     total = sum(recipe.num_bytes(checkpoint.tensors, held[name]) for name, recipe in recipes.items())
-    bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, file=sys.stderr, disable=not progress)
+    on_size(total)
+    look: dict[str, Any] = {"desc": "loading weights", "unit": "B", "unit_scale": True, "file": sys.stderr}
+    bar = tqdm(total=total, delay=BAR_S, disable=not progress, **look)
     with bar, torch.no_grad():
         for name, recipe in recipes.items():
             before = checkpoint.bytes_read

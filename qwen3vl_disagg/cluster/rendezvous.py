@@ -23,7 +23,8 @@ from typing import TypeVar
 import msgspec
 
 from qwen3vl_disagg.core.errors import InputError, UnavailableError
-from qwen3vl_disagg.core.host import available_bytes
+from qwen3vl_disagg.core.host import available_bytes, process_started
+from qwen3vl_disagg.core.progress import SILENT, Progress
 from qwen3vl_disagg.options import ServeOptions
 
 _POLL_S = 0.05
@@ -59,6 +60,10 @@ class World:
             free_bytes=available_bytes(),
             has_agent=True,
         )
+
+    def progress(self, *, is_heard: bool = True) -> Progress:
+        """Of a start, counted from when the command was given."""
+        return Progress(process_started(os.getppid() if self.has_agent else os.getpid()), is_heard)
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class RankContext:
     is_joining: bool = False
     cores_file: Path | None = None
     """Where this host's ranks say who computes; None: each keeps to its share of the cores."""
+    progress: Progress = SILENT
 
     @property
     def is_first_language_rank(self) -> bool:
@@ -130,14 +136,21 @@ class Meeting(Published, frozen=True, kw_only=True):
 Notice = TypeVar("Notice", bound=Published)
 
 
-def meeting_path(env: Mapping[str, str] = os.environ) -> Path:
-    """The same for all slots of a job. Makes the user's own directory; InputError if others could have made it."""
+def private_folder() -> Path:
+    """The user's own directory for what processes of a host tell one another; made if it is not there. InputError if
+    others could have made it."""
     folder = Path(tempfile.gettempdir()) / f"qwen3vl-disagg-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise InputError(f"{folder} must be a directory that only its owner, uid {os.getuid()}, can use")
+    return folder
+
+
+def meeting_path(env: Mapping[str, str] = os.environ) -> Path:
+    """The same for all slots of a job. InputError as of `private_folder`."""
+    folder = private_folder()
     if "TORCHELASTIC_RUN_ID" not in env:
         return folder / f"alone-{os.getpid()}.json"
     parts = [env.get(f"{name}", "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +76,16 @@ def descriptor_limit() -> int:
     """How many descriptors this process may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return ENOUGH if soft == resource.RLIM_INFINITY else soft
+
+
+def process_started(pid: int) -> float:
+    """When a process of this host began, by `time.monotonic`; now, where the system does not tell."""
+    now = time.monotonic()
+    try:
+        ticks = int(_text(Path(f"/proc/{pid}/stat")).rsplit(")", 1)[1].split()[19])
+    except (IndexError, ValueError):
+        return now
+    return now - max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def _left(top: Path, group: str, limit_name: str, used_name: str, cache_name: str) -> Iterator[int]:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 LogFormat = Literal["text", "json"]
-_FIELDS = "q3vl_fields"
+_FIELDS, _IS_PROSE = "q3vl_fields", "q3vl_is_prose"
 _events = logging.getLogger("qwen3vl_disagg.events")
 
 
@@ -31,7 +31,7 @@ class _Text(logging.Formatter):
         super().__init__(f"{name}: %(message)s" if name else "%(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, _FIELDS, {})
+        fields = {} if getattr(record, _IS_PROSE, False) else getattr(record, _FIELDS, {})
         return " ".join([super().formatMessage(record), *(f"{name}={value}" for name, value in fields.items())])
 
 
@@ -77,3 +77,8 @@ def start_logging(name: str = "") -> None:
 def say(message: str, fields: dict[str, Any]) -> None:
     """A line about something that happened, with its fields."""
     _events.info(message, extra={_FIELDS: fields})
+
+
+def tell(message: str, fields: dict[str, Any]) -> None:
+    """The same where the message has in words what the fields say: these are for JSON alone."""
+    _events.info(message, extra={_FIELDS: fields, _IS_PROSE: True})

@@ -186,14 +186,16 @@ def load_worker(setup: RankSetup) -> EncodeWorker:
     """Load the vision tower, and nothing else of the weights."""
     decoder = MediaDecoder()
     decoder.warm_up()
-    model = load_vision_model(setup.folder, dtype=setup.dtype, device=setup.device)
+    progress, compile = setup.context.progress, resolve_compile(setup.context.options.model.compile, setup.device)
+    on_size = partial(progress.weights, "vision tower")
+    model = load_vision_model(setup.folder, dtype=setup.dtype, device=setup.device, on_size=on_size)
     return EncodeWorker(
         model,
         setup.processor,
         setup.config,
         video=VideoProcessor.from_folder(setup.folder, setup.config.vision, resize=setup.processor.resize),
         decoder=decoder,
-        compile=resolve_compile(setup.context.options.model.compile, setup.device),
+        compile=compile,
         cores=setup.shared_cores(),
     )
 

@@ -141,6 +141,7 @@ def _library(name: str, compiler: list[str]) -> tuple[ctypes.CDLL, OSError | Non
                 return kept, None
         except OSError as error:
             trouble = error
+        logger.info("building the CPU kernels for this processor, once")
         content = compile_kernels(compiler)
         library = bind(content)
         try:

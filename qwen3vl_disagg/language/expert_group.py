@@ -82,6 +82,7 @@ async def meet(setup: RankSetup, limits: PaceLimits) -> ExpertGroup:
     context, ranks = setup.context, setup.context.layout.language_ranks
     rank, listener = context.rank - ranks.start, None
     facts = shared_facts(setup, limits)
+    context.progress.stage("group", f"joining {len(ranks)} language ranks in a process group", ranks=len(ranks))
     if context.is_first_language_rank:
         store, store_address = host_store(context.host)
         listener = socket.create_server((context.host, 0), backlog=1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from functools import partial
 
 from qwen3vl_disagg.checkpoint import load_language_model
 from qwen3vl_disagg.cluster.rank_setup import RankSetup
@@ -134,15 +135,20 @@ def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
         device=setup.device,
         quantize=context.options.model.quantize,
         progress=context.is_first_language_rank and sys.stderr.isatty(),
+        on_size=partial(context.progress.weights, "decoder"),
         shards=None if group is None else group.shards,
     )
     room = rank_room(setup)
-    logger.info("%s", room)
-    room.warn_of_images(setup.processor.max_rows)
+    if context.progress.is_heard:
+        logger.info("%s", room)
+        room.warn_of_images(setup.processor.max_rows)
+    options = engine_options(setup)
+    if options.compile:
+        context.progress.stage("compile", "compiling the decoder's steps")
     return Engine(
         model,
         eos_ids=eos_ids,
-        options=engine_options(setup),
+        options=options,
         room=room,
         language_rank=context.rank,
         grammars=grammars,
@@ -178,6 +184,7 @@ async def start_language_rank(
         store, store_address = host_store(context.host)
         links.use_store(store)
     link_address = await links.serve()
+    context.progress.stage("links", "waiting for encode ranks and their links")
     pool = engine.scheduler.pool
     hello = setup.hello(
         "language",

@@ -14,10 +14,13 @@ from dataclasses import replace
 from qwen3vl_disagg.cluster.rendezvous import World
 from qwen3vl_disagg.cluster.slots import run_worker
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.logs import start_logging, use_log_format
 from qwen3vl_disagg.launch.serve import check_arguments, check_checkpoint, make_folder, run_slot
+from qwen3vl_disagg.launch.statuses import collected_statuses, first_failure
 from qwen3vl_disagg.options import ServeOptions
 from qwen3vl_disagg.plan.dry_run import check_dry_run
 
+logger = logging.getLogger(__name__)
 DEFAULT_WORLD = 2
 """An encode rank and a language rank."""
 
@@ -37,13 +40,15 @@ def run_serve(options: ServeOptions, args: Sequence[str]) -> int:
     check_arguments(options, replace(here, size=size, num_local_ranks=size))
     make_folder(options.spans)
     check_checkpoint(options.model, options.buffers, options.http.max_model_len)
+    use_log_format(options.log_format)
+    start_logging()
     if size == 1:
         return run_worker(lambda world: run_slot(options, world))
     return _supervise(size, args)
 
 
 def _supervise(size: int, args: Sequence[str]) -> int:
-    """Be torchrun's agent of `size` workers on this host; the status of the first that failed, 0 after a signal."""
+    """Be torchrun's agent of `size` workers on this host; the status of the first that failed, also after a signal."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -63,11 +68,16 @@ def _supervise(size: int, args: Sequence[str]) -> int:
         signals_to_handle="SIGTERM,SIGINT",
     )
     as_they_are = [arg.replace("$", "$$") for arg in args]  # torch fills templates in
-    try:
-        elastic_launch(config, sys.executable)("-u", "-m", "qwen3vl_disagg.launch.worker", *as_they_are)
-    except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        return first.exitcode if first.exitcode > 0 else 1
-    except SignalException as end:
-        return 0 if end.sigval in (signal.SIGTERM, signal.SIGINT) else 1
+    with collected_statuses() as statuses:
+        try:
+            elastic_launch(config, sys.executable)("-u", "-m", "qwen3vl_disagg.launch.worker", *as_they_are)
+        except ChildFailedError as error:
+            _, first = error.get_first_failure()
+            return first.exitcode if first.exitcode > 0 else 1
+        except SignalException as end:
+            failure = first_failure(statuses, size)
+            if failure is not None:
+                logger.error("slot %d did not end cleanly: exit %d", *failure)
+                return failure[1]
+            return 0 if end.sigval in (signal.SIGTERM, signal.SIGINT) else 1
     return 0

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from qwen3vl_disagg.checkpoint import read_config
@@ -16,6 +17,7 @@ from qwen3vl_disagg.cluster.rendezvous import RankContext
 from qwen3vl_disagg.cluster.slots import run_loop
 from qwen3vl_disagg.core.host import give_large_blocks_back, trim_heap
 from qwen3vl_disagg.core.logs import say
+from qwen3vl_disagg.core.progress import SILENT, Progress
 from qwen3vl_disagg.core.settings import HttpOptions
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.protocol.routing import RouterLimits
@@ -30,6 +32,8 @@ from qwen3vl_disagg.serving.preparation import Fetcher
 DRAINED_S, CLOSED_S, LEFT_S = 20.0, 22.0, 26.0
 """Running requests have ended, HTTP connections are closed, the ranks have left: by then, after the signal."""
 TRIM_S, BUSY_S = 1.0, 5.0
+WAITING_S, MOST_REASONS = 15.0, 4
+"""So long nothing is said of what is missing; each time after that, twice as long. Of many reasons, the first ones."""
 SETTLE_S = 15.0
 """How long to wait for the last encode rank before the ready line is printed without it."""
 
@@ -76,7 +80,7 @@ def run_frontend(
         debug=debug,
         warm_up=True,
     )
-    return run_loop(serve(hub, HttpServer(app), http_socket, hub_socket, memory))
+    return run_loop(serve(hub, HttpServer(app), http_socket, hub_socket, memory, context.progress))
 
 
 def _fetcher(options: HttpOptions) -> Fetcher | None:
@@ -94,6 +98,7 @@ async def serve(
     http_socket: socket.socket,
     hub_socket: socket.socket,
     memory: JobMemory,
+    progress: Progress = SILENT,
 ) -> int:
     """Until SIGTERM or SIGINT, here or on another node: then drain, stop the ranks, and return 0.
 
@@ -110,7 +115,7 @@ async def serve(
     ticking = await hub.serve(hub_socket)
     serving = asyncio.ensure_future(http.serve(http_socket))
     beside = [asyncio.ensure_future(_trim()), asyncio.ensure_future(_say_busy(hub))]
-    announcing = asyncio.ensure_future(_announce(hub, f"http://{host}:{port}", memory))
+    announcing = asyncio.ensure_future(_announce(hub, f"http://{host}:{port}", memory, progress))
     ends: list[asyncio.Future[Any]] = [asyncio.ensure_future(stopping.wait()), ticking, serving]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     if not stopping.is_set():
@@ -132,17 +137,26 @@ def time_left(stopped_at: float, by_s: float, now: float | None = None) -> float
     return max(0.0, stopped_at + by_s - (time.monotonic() if now is None else now))
 
 
-async def _announce(hub: Hub, url: str, memory: JobMemory) -> None:
-    """Print the ready line, once in the life of the job."""
-    usable_since = None
+async def _announce(hub: Hub, url: str, memory: JobMemory, progress: Progress) -> None:
+    """Print the ready line, once in the life of the job; before, what is waited for where that takes long."""
+    usable_since, say_at, pause_s = None, time.monotonic() + WAITING_S, WAITING_S
     while not memory.is_announced:
         state = hub.readiness()
         if state.ready:
             usable_since = usable_since or time.monotonic()
             if not state.degraded or time.monotonic() - usable_since > SETTLE_S:
                 memory.announce()
+                progress.end()
                 print(f"ready: {url}", flush=True)
+        if time.monotonic() >= say_at:
+            progress.stage("waiting", "waiting: " + _some(state.reasons), reasons=state.reasons)
+            say_at, pause_s = time.monotonic() + pause_s, 2 * pause_s
         await asyncio.sleep(0.05)
+
+
+def _some(reasons: Sequence[str]) -> str:
+    more = [f"and {len(reasons) - MOST_REASONS} more"] if len(reasons) > MOST_REASONS else []
+    return "; ".join([*reasons[:MOST_REASONS], *more])
 
 
 async def _say_busy(hub: Hub) -> None:

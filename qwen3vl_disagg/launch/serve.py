@@ -90,7 +90,7 @@ def make_folder(folder: Path | None) -> None:
 
 
 def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: Meeting) -> RankContext:
-    """What a rank's body is told."""
+    """What a rank's body is told. Of the start rank 0 and the frontend speak, and the first language rank."""
     return RankContext(
         world.rank,
         layout,
@@ -100,6 +100,7 @@ def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: M
         world,
         host=own_address(options.address, meeting.hub_address),
         cores_file=cores_file(world),
+        progress=world.progress(is_heard=world.rank in (0, layout.language_ranks[0])),
     )
 
 
@@ -135,6 +136,9 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
     http_socket, hub_socket = bind(options.http.host, options.http.port, "port"), bind(*stated.hub_address, "hub")
     meeting = Meeting(hub_address=hub_socket.getsockname()[:2], token=stated.token, pid=os.getpid())
     context = rank_context(options, world, layout, meeting)
+    num_encode, num_language = len(layout.encode_ranks), len(layout.language_ranks)
+    roles = f"{num_encode} encode, {num_language} language" if world.size > 1 else "both roles in one process"
+    context.progress.stage("ranks", f"starting ranks: {roles}", encode=num_encode, language=num_language)
     if options.hub is not None:
         print(f"hub: {meeting.hub_address[0]}:{meeting.hub_address[1]}", flush=True)
     publish(path, meeting)

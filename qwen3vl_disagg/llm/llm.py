@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, count, repeat
@@ -13,6 +14,7 @@ from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.checkpoint.load import check_folder
 from qwen3vl_disagg.core.devices import DTYPES, resolve_compile, resolve_device
 from qwen3vl_disagg.core.errors import DisaggError, InputError
+from qwen3vl_disagg.core.progress import Progress
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.core.settings import (
     BufferOptions,
@@ -51,6 +53,8 @@ T = TypeVar("T")
 TextCallback = Callable[[int, str], None]
 _Start = Callable[[dict[int, T | DisaggError], int], str]
 """Begins a request whose result will be the one of that number; its name. DisaggError if it cannot be answered."""
+LONG_BYTES = 1 << 30
+"""Of weights: to read so many is said."""
 MAX_AHEAD_BYTES = 256 << 20
 """Images and clips of conversations that are prepared and not answered; a single one may have more."""
 
@@ -69,7 +73,9 @@ class LLM:
         model: checkpoint folder; None for the small one inside the package.
         dtype, device, compile, quantize, image_resize: as on the command line.
         engine_options: sizes of the engine and whether it compiles, in place of `compile`.
-        progress: show progress bars on stderr while loading.
+        progress: bars on stderr while loading takes more than a second; None: if that is a terminal. Where there are
+            none, what takes long (a GiB of weights, compiling, building the kernels) is said in a line of the log each,
+            which a program sees that logs `INFO`.
         kv_cache_gib, max_running, max_prefill_tokens, page_size: as on the command line.
         video_outer_wrapper: see `Processor.from_folder`.
         decoder: where images and clips are decoded, if not in processes of its own.
@@ -84,7 +90,7 @@ class LLM:
         device: str = "auto",
         compile: str = "auto",
         quantize: str = "none",
-        progress: bool = False,
+        progress: bool | None = None,
         video_outer_wrapper: bool = False,
         image_resize: str = "torch",
         decoder: MediaDecoder | None = None,
@@ -134,9 +140,21 @@ class LLM:
             )
 
         self.config, self.processor = check_folder(self.folder, make_processor, dtype=options.dtype)
+        start = Progress()
+        progress = sys.stderr.isatty() if progress is None else progress
+
+        def on_size(num_bytes: int) -> None:
+            if num_bytes >= LONG_BYTES and not progress:
+                start.weights("decoder", num_bytes)
+
         vision = load_vision_model(self.folder, dtype=torch_dtype, device=self.device, progress=progress)
         language = load_language_model(
-            self.folder, dtype=torch_dtype, device=self.device, quantize=options.quantize, progress=progress
+            self.folder,
+            dtype=torch_dtype,
+            device=self.device,
+            quantize=options.quantize,
+            progress=progress,
+            on_size=on_size,
         )
         engine_options = engine_options or EngineOptions.of(options, compile=resolve_compile(compile, self.device))
         weight = language.model.embed_tokens.weight
@@ -149,6 +167,8 @@ class LLM:
         )
         eos_ids = self.processor.generation.eos_token_ids
         processor = self.processor  # what a thread of the transfer holds must not hold this object
+        if engine_options.compile and not progress:
+            start.stage("compile", "compiling the decoder's steps")
         self.engine = Engine(
             language,
             eos_ids=eos_ids,

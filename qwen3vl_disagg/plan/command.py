@@ -25,7 +25,10 @@ MAX_SIDE = 1 << 16
 def run_plan(options: PlanOptions) -> int:
     """Run the command. InputError for what cannot be."""
     report = make_report(options)
-    print(msgspec.json.encode(report.to_builtins()).decode() if options.json else report.to_text())
+    if options.json:
+        print(msgspec.json.encode(report.to_builtins()).decode())
+    else:
+        print(report.to_details() if options.details else report.to_text())
     return 0
 
 
@@ -41,7 +44,7 @@ def make_report(options: PlanOptions) -> Report:
     load = _workload(options, subject)
     mine = _shared(load, options.replicas)
     splits = _plan(subject, mine, options.gpus // options.replicas, options)
-    shown = best(splits, mine)
+    shown = most = best(splits, mine)
     if options.split is not None:
         named = {split.name: split for split in splits}
         if options.split not in named:
@@ -50,7 +53,7 @@ def make_report(options: PlanOptions) -> Report:
             )
             raise InputError(message, param="split")
         shown = named[options.split]
-    return Report(subject, mine, splits, shown, options.replicas, _per_host(subject, load, options), options)
+    return Report(subject, mine, splits, shown, options.replicas, most, _per_host(subject, load, options), options)
 
 
 def _plan(subject: Subject, load: Workload, num_ranks: int, options: PlanOptions) -> list[Split]:

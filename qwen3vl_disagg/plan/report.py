@@ -53,11 +53,39 @@ class Report:
     shown: Split
     """Whose formulas are shown: the best one, or the one asked for."""
     replicas: int
+    best: Split
+    """With the most requests/s of those that fit, if any does."""
     per_host: Split | None
     """The best split of a system on one host, where these are on several."""
     settings: EngineSettings
 
     def to_text(self) -> str:
+        """The answer in a few lines: whether it fits, how many ranks of each kind, and what to expect of them."""
+        split, subject = self.shown, self.subject
+        lines = [
+            f"{self._what()}: {'does not fit' if split.missing_bytes else 'fits'}",
+            self._ranks(),
+            self._short_memory(),
+        ]
+        if not split.missing_bytes:
+            first, token = _number(split.loaded_first_token_s * 1e3), _number(split.loaded_token_s * 1e3)
+            rate, tokens = (_number(each * self.replicas) for each in (split.requests_s, split.tokens_s))
+            lines += [
+                f"requests: {self._requests()}",
+                f"expected under load: first token after {first} ms, then one every {token} ms",
+                f"expected at most: {rate} requests/s, {tokens} tokens/s; {split.limited_by} ranks are the limit",
+            ]
+        if split.is_overloaded:
+            lines.append("more requests arrive than that: they would wait longer and longer")
+        if self.per_host is not None:
+            lines.append(self._on_each_host(self.per_host))
+        if subject.costs:
+            lines.append(f"({subject.hardware.source})")
+        lines.append("Computed, not measured; --details shows all splits and the formulas, --json everything.")
+        return "\n".join(lines) + (f"\n\n{self._compared()}" if subject.compared else "")
+
+    def to_details(self) -> str:
+        """Every split, memory by what it is for, and the formulas with their values."""
         parts = [self._head(), self._table(), self._notes(), self._memory(), self._formulas()]
         if self.subject.costs:
             parts.insert(1, self._fit())
@@ -95,20 +123,48 @@ class Report:
     # ---- text ----
 
     def _head(self) -> str:
-        load, subject, hardware = self.workload, self.subject, self.subject.hardware
+        return (
+            f"{self._what()}\n"
+            f"({self.subject.hardware.source})\n"
+            f"requests: {self._requests()}\n"
+            "Computed by the formulas below, not measured."
+        )
+
+    def _what(self) -> str:
+        subject, hardware = self.subject, self.subject.hardware
         ranks = self.shown.encode + self.shown.language
         what = f"{subject.name}, {subject.dtype}{', int8 decoder' if subject.is_int8 else ''}, {ranks} ranks on "
         units = "" if hardware.num_units is None else f", {hardware.num_units} of its units for all ranks"
         many = "" if self.replicas == 1 else f"; {self.replicas} such systems, requests/s and tokens/s of all"
+        return f"{what}{hardware.name}{units}{many}"
+
+    def _requests(self) -> str:
+        load = self.workload
         images = f"{load.images} x {load.visual_tokens:,} visual + " if load.images else ""
         rate = f"{load.concurrency} at once" if load.requests_s is None else f"{load.requests_s:g} a second"
         each = "" if self.replicas == 1 else " for each system"
-        return (
-            f"{what}{hardware.name}{units}{many}\n"
-            f"({hardware.source})\n"
-            f"requests: {images}{load.text_tokens:,} text tokens in, {load.output_tokens:,} out; {rate}{each}\n"
-            "Computed by the formulas below, not measured."
-        )
+        return f"{images}{load.text_tokens:,} text tokens in, {load.output_tokens:,} out; {rate}{each}"
+
+    def _ranks(self) -> str:
+        """How many of each kind, and whether these are the better choice."""
+        split, best = self.shown, self.best
+        each = "" if self.replicas == 1 else " in each system"
+        if best.missing_bytes:
+            which = "no split of so many ranks fits"
+        elif split is best:
+            which = f"the best of {_count(len(self.splits), 'split')}"
+        else:
+            which = f"as asked for; the best of {_count(len(self.splits), 'split')} is {best.name}"
+        return f"{_count(split.encode, 'encode rank')} + {_count(split.language, 'language rank')}{each}: {which}"
+
+    def _short_memory(self) -> str:
+        split, hardware = self.shown, self.subject.hardware
+        encode, language = (_gib(sum(role.values())) for role in (split.encode_memory, split.language_memory))
+        missing = f"; {_gib(split.missing_bytes)} GiB missing" if split.missing_bytes else ""
+        room = f"{_gib(hardware.memory_bytes)} GiB each"
+        if hardware.num_units is not None:
+            room = f"{_gib(hardware.memory_bytes * hardware.num_units)} GiB for all"
+        return f"memory: {encode} GiB on an encode rank, {language} on a language rank, of {room}{missing}"
 
     def _table(self) -> str:
         head = ["split", "GiB encode", "language", "running", "first token ms", "loaded", "ms per token", "loaded"]
@@ -141,14 +197,17 @@ class Report:
             f"once, and `serve` would give it room for {split.room}; these requests need "
             f"{_gib(split.language_memory['keys and values'])} GiB of it.",
         ]
-        if (other := self.per_host) is not None:
-            hosts = (split.encode + split.language) * self.replicas // (other.encode + other.language)
-            lines.append(
-                f"  One system on each host instead (--replicas {hosts}): {other.name}, "
-                f"{_number(other.requests_s * hosts)} requests/s, {_number(other.tokens_s * hosts)} "
-                f"tokens/s, {_number(other.token_s * 1e3)} ms per token."
-            )
+        if self.per_host is not None:
+            lines.append(f"  {self._on_each_host(self.per_host)}")
         return "\n".join(lines)
+
+    def _on_each_host(self, other: Split) -> str:
+        hosts = (self.shown.encode + self.shown.language) * self.replicas // (other.encode + other.language)
+        return (
+            f"One system on each host instead (--replicas {hosts}): {other.name}, "
+            f"{_number(other.requests_s * hosts)} requests/s, {_number(other.tokens_s * hosts)} "
+            f"tokens/s, {_number(other.token_s * 1e3)} ms per token."
+        )
 
     def _memory(self) -> str:
         split = self.shown
@@ -190,6 +249,9 @@ class Report:
         rows = [["fitted", ""]]
         for cost, seconds in self.subject.costs.items():
             rows.append([cost.replace("_", " "), _each(cost, seconds, 1e3, "ms")])
+        return _columns(rows) + (f"\n\n{self._compared()}" if self.subject.compared else "")
+
+    def _compared(self) -> str:
         compared = [["split", "", "predicted", "measured", "ratio"]]
         compared += [
             [
@@ -201,7 +263,11 @@ class Report:
             ]
             for one in self.subject.compared
         ]
-        return _columns(rows) + ("\n\n" + _columns(compared, (0, 1)) if self.subject.compared else "")
+        return _columns(compared, (0, 1))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _valued(term: Term, cost: float) -> list[str]:

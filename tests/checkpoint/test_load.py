@@ -223,7 +223,10 @@ def test_experts_stored_twice(tmp_path):
     assert problems(folder) == [f"{FILE}: {EXPERTS}.down_proj: there both fused and one tensor for each expert"]
 
 
-def test_progress_goes_to_stderr(folder, capsys):
+def test_progress_goes_to_stderr_if_it_takes_long(folder, capsys, monkeypatch):
+    load_model(folder, progress=True)
+    assert "100%" not in capsys.readouterr().err
+    monkeypatch.setattr(load, "BAR_S", 0.0)
     load_model(folder, progress=True)
     shown = capsys.readouterr()
     assert shown.out == ""

@@ -22,6 +22,7 @@ from qwen3vl_disagg.core.errors import (
     OverloadedError,
     UnavailableError,
 )
+from qwen3vl_disagg.core.progress import Progress
 from qwen3vl_disagg.core.requests import TokenLogprob
 from qwen3vl_disagg.launch import frontend
 from qwen3vl_disagg.protocol.messages import (
@@ -278,6 +279,27 @@ async def test_the_frontend_drains_on_sigterm(is_finished, monkeypatch, capsys):
     async with asyncio.timeout(WAIT_S):
         assert await running == 0
     assert capsys.readouterr().out == ""
+
+
+@in_loop
+async def test_what_is_waited_for_is_said_ever_less_often(monkeypatch, caplog):
+    monkeypatch.setattr(frontend, "WAITING_S", 0.1)
+    monkeypatch.setattr(frontend, "LEFT_S", 1.0)  # nobody is there to be waited for
+    caplog.set_level("INFO", "qwen3vl_disagg")
+    system = System(8, 1)
+    http_socket = socket.create_server(("127.0.0.1", 0))
+    http_socket.setblocking(False)
+    http = HttpServer(create_app(system.hub, tiny_processor(), model_name="tiny"))
+    arguments = (system.hub, http, http_socket, system.socket, JobMemory())
+    running = asyncio.create_task(frontend.serve(*arguments, Progress()))
+    await asyncio.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    async with asyncio.timeout(WAIT_S):
+        assert await running == 0
+    lines = [line for line in caplog.messages if "waiting" in line]
+    assert 2 <= len(lines) <= 4  # after 0.1, 0.2, 0.4, 0.8 s
+    missing = [f"language rank {rank} is missing" for rank in range(1, 8)]
+    assert lines[0].split("waiting: ")[1] == "; ".join([*missing[:4], "and 3 more"])
 
 
 @in_loop

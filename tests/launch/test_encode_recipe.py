@@ -10,13 +10,12 @@ import pytest
 
 from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.core.errors import DisaggError
-from qwen3vl_disagg.launch import join
-from recipes import encode
+from qwen3vl_disagg.launch import join, worker
 
 
 def ended(model, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["encode.py", "--join", "127.0.0.1:9", "--token", "t", "--model", str(model)])
-    status = encode.main()
+    status = worker.join()
     said = capsys.readouterr()
     assert said.out == ""
     return status, said.err

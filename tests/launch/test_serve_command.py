@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg import cli
+from tests.support.command import run_command
 from tests.support.running import wait_for
 from tests.support.server import descendants, free_port
 
@@ -37,12 +38,8 @@ COMMAND = [sys.executable, "-m", "qwen3vl_disagg", "serve"]
 def test_what_is_wrong_is_one_line_before_anything_starts(monkeypatch, capsys, options, says):
     monkeypatch.setattr("qwen3vl_disagg.launch.command._supervise", lambda *_: pytest.fail("ranks were started"))
     monkeypatch.setattr("qwen3vl_disagg.launch.command.run_slot", lambda *_: pytest.fail("a rank was started"))
-    monkeypatch.setattr(sys, "argv", ["qwen3vl-disagg", "serve", *options])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
+    status, out, err = run_command(monkeypatch, capsys, "serve", *options)
+    assert (status, out) == (2, "")
     [line] = err.splitlines()
     assert line.startswith("error: ")
     assert says in line
@@ -51,6 +48,34 @@ def test_what_is_wrong_is_one_line_before_anything_starts(monkeypatch, capsys, o
 def test_a_dry_run_needs_no_ranks():
     done = subprocess.run([*COMMAND, "--world", "3", "--dry-run", "--json"], capture_output=True, text=True, timeout=60)
     assert json.loads(done.stdout)["world"] == 3
+
+
+def test_who_looks_on_is_told_what_is_going_on_before_torch_is_there(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    _, _, err = run_command(monkeypatch, capsys, "serve", "--world", "0")
+    first, error = err.splitlines()
+    assert re.fullmatch(r"at \d+\.\d s: loading PyTorch, checking the arguments and the checkpoint", first)
+    assert error.startswith("error: world: --world 0")
+
+
+STAGE = re.compile(r"(?:([a-z ]+\d*): )?(?:at (\d+\.\d) s: (.*)|ready in (\d+\.\d) s)")
+
+
+def check_start(world: int, lines: list[str]) -> None:
+    """One line for each stage, none of them by two ranks, and the last one by the frontend."""
+    found = [match for line in lines if (match := STAGE.fullmatch(line))]
+    *said, last = [re.sub(r", [\d.]+ MiB$", "", match[3] or "ready") for match in found]
+    expected = {"reading the weights of the decoder", "reading the weights of the vision tower"}
+    expected |= {"waiting for encode ranks and their links"}
+    if world == 1:
+        expected |= {"starting ranks: both roles in one process"}
+    else:
+        expected |= {"loading PyTorch in 2 processes", "starting ranks: 1 encode, 1 language"}
+    assert {what for what in said if "waiting: " not in what} == expected
+    assert len(said) == len(set(said))
+    assert (last, found[-1][1]) == ("ready", "frontend")
+    seconds = [float(match[2] or match[4]) for match in found]
+    assert 0 < seconds[0] <= seconds[-1] == max(seconds) < 90
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -72,6 +97,7 @@ def test_it_serves_and_ends_clean(world):
             assert urllib.request.urlopen(request, timeout=20).status == 200
             children = descendants(process.pid)
             assert len(children) >= world
+            check_start(world, said().splitlines())
             process.send_signal(signal.SIGTERM)
             assert process.wait(40) == 0, said()
             wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), 10)
@@ -80,13 +106,14 @@ def test_it_serves_and_ends_clean(world):
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait(10)
         assert not any(word in said() for word in ("Traceback", "death signal", "torch.distributed"))
-        assert len(said().splitlines()) < 12
+        assert len(said().splitlines()) < 14
 
 
-def test_a_port_that_is_taken_is_one_line():
+def test_a_port_that_is_taken_is_one_line_after_those_of_the_start():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = subprocess.run([*COMMAND, "--port", str(port)], capture_output=True, text=True, timeout=90)
     assert done.returncode == 2
-    [line] = done.stderr.splitlines()
+    *stages, line = done.stderr.splitlines()
+    assert all(STAGE.fullmatch(stage) for stage in stages)
     assert line.startswith(f"error: cannot listen on 127.0.0.1:{port}")

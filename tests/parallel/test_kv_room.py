@@ -111,7 +111,7 @@ def test_plan_and_dry_run_say_the_same(monkeypatch, capsys):
     made = json.loads(capsys.readouterr().out)
     assert made["ranks"][2]["kv_cache"]["tokens"] == split.room.num_tokens
     assert split.running <= 7 * 6
-    assert f"{split.room}" in replace(report, shown=split).to_text()
+    assert f"{split.room}" in replace(report, shown=split).to_details()
     assert '"kv_cache"' in msgspec.json.encode(report.to_builtins()).decode()
 
 

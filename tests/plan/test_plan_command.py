@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import asdict
 
 import msgspec
 import pytest
 
-from qwen3vl_disagg import cli
 from qwen3vl_disagg.plan.hardware import BUILT_IN
 from qwen3vl_disagg.plan.presets import PRESETS
 from qwen3vl_disagg.plan.sizing import Workload, best, plan
 from tests.plan.test_sizing_fit import TRUE, made_up
+from tests.support.command import run_command
 
 
 def run(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of `qwen3vl-disagg plan *args`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["qwen3vl-disagg", "plan", *map(str, args)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
+    return run_command(monkeypatch, capsys, "plan", *args)
 
 
 @pytest.fixture
@@ -52,8 +47,47 @@ def test_json_holds_every_split_and_the_terms_of_the_best(monkeypatch, capsys):
     assert set(stages) == {"request", "images", "prefill"}
 
 
-def test_text_shows_each_split_and_the_formulas_with_their_values(monkeypatch, capsys):
-    status, out, err = run(monkeypatch, capsys, "--preset", "30b-a3b", "--split", "2+6")
+def test_the_answer_comes_first_and_is_short(monkeypatch, capsys):
+    status, out, err = run(monkeypatch, capsys, "--preset", "30b-a3b", "--gpus", 8)
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) <= 8
+    assert max(map(len, lines)) <= 120
+    splits = plan(PRESETS["30b-a3b"], BUILT_IN["h200"], Workload(), 8)
+    chosen = best(splits, Workload())
+    assert lines[0] == "30b-a3b, bfloat16, 8 ranks on h200: fits"
+    assert lines[1] == f"{chosen.encode} encode rank + {chosen.language} language ranks: the best of 7 splits"
+    assert (
+        f"after {chosen.loaded_first_token_s * 1e3:.0f} ms, then one every {chosen.loaded_token_s * 1e3:.2f} ms" in out
+    )
+    assert f"{chosen.requests_s:.1f} requests/s, {chosen.tokens_s:,.0f} tokens/s" in out
+    assert "not measured; --details" in lines[-1]
+
+
+def test_what_does_not_fit_is_said_and_nothing_is_promised(monkeypatch, capsys):
+    _, out, _ = run(monkeypatch, capsys, "--preset", "235b-a22b", "--gpus", 2)
+    assert "2 ranks on h200: does not fit" in out
+    assert "no split of so many ranks fits" in out
+    [missing] = re.findall(r"of 131 GiB each; (\d+) GiB missing$", out, re.MULTILINE)
+    [split] = json.loads(run(monkeypatch, capsys, "--preset", "235b-a22b", "--gpus", 2, "--json")[1])["splits"]
+    assert float(missing) == pytest.approx(split["missing_bytes"] / 2**30, abs=1)
+    assert "requests/s" not in out
+
+
+def test_a_split_that_was_asked_for_beside_the_best_one(monkeypatch, capsys):
+    _, out, _ = run(monkeypatch, capsys, "--preset", "30b-a3b", "--split", "6+2", "--requests-s", 50)
+    assert "6 encode ranks + 2 language ranks: as asked for; the best of 7 splits is " in out
+    assert "more requests arrive than that" in out
+    assert "language ranks are the limit" in out
+
+
+def test_ranks_that_share_a_machine_share_its_memory(monkeypatch, capsys):
+    _, out, _ = run(monkeypatch, capsys, "--gpus", 4, "--hardware", "cpu")
+    assert f"of {BUILT_IN['cpu'].memory_bytes * 2 / 2**30:.1f} GiB for all" in out
+
+
+def test_details_show_each_split_and_the_formulas_with_their_values(monkeypatch, capsys):
+    status, out, err = run(monkeypatch, capsys, "--preset", "30b-a3b", "--split", "2+6", "--details")
     assert (status, err) == (0, "")
     for name in ("1+7", "*2+6", "7+1"):
         assert any(line.startswith(name) for line in out.splitlines()), name
@@ -69,13 +103,14 @@ def test_text_shows_each_split_and_the_formulas_with_their_values(monkeypatch, c
 
 def test_64_gpus_and_one_system_on_each_host(monkeypatch, capsys):
     many = ["--preset", "30b-a3b", "--gpus", 64, "--concurrency", 512]
-    _, out, _ = run(monkeypatch, capsys, *many)
+    assert "One system on each host instead (--replicas 8)" in run(monkeypatch, capsys, *many)[1]
+    _, out, _ = run(monkeypatch, capsys, *many, "--details")
     assert "One system on each host instead (--replicas 8)" in out
     assert "splits between these left out" in out
     rows = [line for line in out.splitlines() if "+" in line.split(" ")[0]]
     assert 8 < len(rows) < 20
     (hint,) = [line for line in out.splitlines() if "--replicas 8" in line]
-    _, out, _ = run(monkeypatch, capsys, *many, "--replicas", 8)
+    _, out, _ = run(monkeypatch, capsys, *many, "--replicas", 8, "--details")
     assert "8 such systems" in out
     assert "64 at once for each system" in out
     (row,) = [line.split() for line in out.splitlines() if line.startswith("*")][:1]
@@ -119,6 +154,11 @@ def test_a_fit_predicts_what_it_has_not_seen(monkeypatch, capsys, fitted):
     _, out, _ = run(monkeypatch, capsys, "--fit", fitted, "--ranks", 6)
     assert "fitted on 1+1 and 1+3 and 2+4 and 2+6" in out
     assert "predicted" not in out  # nothing is left to compare with
+    for flags in ([], ["--details"]):
+        _, out, _ = run(
+            monkeypatch, capsys, "--fit", fitted, "--fit-on", "1+1", "--fit-on", "1+3", "--ranks", 6, *flags
+        )
+        assert re.search(r"^2\+4 .* predicted|^split +predicted +measured +ratio$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import signal
 import socket
+import sys
 import threading
 from pathlib import Path
 
@@ -174,12 +175,14 @@ def client_module():
     return module
 
 
-@pytest.mark.parametrize(("base", "flags"), [("", []), ("/v1/", ["--stream"])])
-def test_the_command_line_client(running, tmp_path, capsys, monkeypatch, base, flags):
+@pytest.mark.parametrize(
+    ("option", "base", "flags"), [("--url", "", []), ("--base-url", "/v1", []), ("--base-url", "/v1/", ["--stream"])]
+)
+def test_the_command_line_client(running, tmp_path, capsys, monkeypatch, option, base, flags):
     (tmp_path / "a.png").write_bytes(png())
     arguments = [
         "http_client.py",
-        "--url",
+        option,
         running.url + base,
         "--image",
         str(tmp_path / "a.png"),
@@ -194,6 +197,55 @@ def test_the_command_line_client(running, tmp_path, capsys, monkeypatch, base, f
     assert json.loads(err)["transfer"] == 3
     [media] = running.backend.handles[-1].prompt.media
     assert media == png()
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_the_command_line_client_draws_where_the_time_went(running, capsys, monkeypatch, flags):
+    monkeypatch.setattr("sys.argv", ["http_client.py", "--base-url", running.url + "/v1", "--prompt", "?", *flags])
+    module = client_module()
+    assert module.main() == 0
+    assert capsys.readouterr().err == ""  # no terminal
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--waterfall"])
+    assert module.main() == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("|")[0].strip() for line in lines] == list(module.STAGES)
+
+
+def test_the_waterfall_fits_a_terminal_and_each_stage_begins_where_the_last_one_ended():
+    timings = {
+        "queue": 0,
+        "preprocess": 30.0,
+        "encode": 20.0,
+        "transfer": 1e-6,
+        "prefill": 10.0,
+        "decode": 40.0,
+        "items": [{"rows": 20}],
+        "encode_ranks": list(range(40)),
+        "transfer_bytes": 41_300,
+        "language_rank": 6,
+    }
+    text = client_module().waterfall(timings)
+    lines = text.splitlines()
+    assert max(map(len, lines)) < 80
+    bars = [line.split("|")[1] for line in lines]
+    assert len({len(bar) for bar in bars}) == 1
+    assert bars[0].strip() == ""
+    size = len(bars[0])
+    ends = [(len(bar) - len(bar.lstrip()), len(bar.rstrip())) for bar in bars[1:]]
+    for (start, stop), share in zip(ends, [(0, 0.3), (0.3, 0.5), (0.5, 0.5), (0.5, 0.6), (0.6, 1)], strict=True):
+        assert abs(start - share[0] * size) <= 1
+        assert abs(stop - share[1] * size) <= 1
+    assert len(bars[3].strip()) == 1  # what took time is seen
+    assert "20 rows" in lines[2]
+    assert "41.3 kB" in lines[3]
+    assert "language rank 6" in lines[4]
+
+
+@pytest.mark.parametrize("timings", [{}, {"decode": 0.0}, {"decode": 1e9, "items": None}])
+def test_a_waterfall_of_little_or_much(timings):
+    lines = client_module().waterfall(timings).splitlines()
+    assert len(lines) == 6
+    assert max(map(len, lines)) < 80
 
 
 def test_the_command_line_client_shows_errors(running, capsys, monkeypatch):

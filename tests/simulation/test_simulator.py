@@ -6,9 +6,11 @@ import dataclasses
 import inspect
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from random import Random
 
@@ -39,6 +41,20 @@ def cli(*args: str) -> tuple[int, str, str]:
     command = [sys.executable, "tools/simulate.py", *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     return done.returncode, done.stdout, done.stderr
+
+
+def test_a_bar_where_somebody_looks_on_and_nothing_elsewhere():
+    args = [sys.executable, "tools/simulate.py", "--schedules", "3", "--seed", "1"]
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        done = subprocess.run(args, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=120, cwd=ROOT)
+        os.close(theirs)
+        shown = terminal.read(65536).decode()
+    assert "3/3" in shown
+    assert "schedule" in shown
+    assert cli(*args[2:])[::2] == (0, "")
+    assert done.stdout.startswith("3 schedules, ")
 
 
 @pytest.mark.parametrize("seed", range(2))
