@@ -275,14 +275,17 @@ def tool_questions(seed: int, count: int, *, held_out: bool = False) -> list[tup
         question = build_question(kind, rng, decks)
         while part != "answer beside tools" and question.answer == "nothing":
             question = build_question(kind, rng, decks)
-        asking = request(TASKS[wanted], question, tools[wanted], rng)
-        exchanges = {
-            "call": (asking,),
-            "call, second": (*tool_exchanges(rng.choice(list(tools)), tools, question.scenes[0], rng), asking),
-            "answer beside tools": (Exchange(question.text, Reply.plain(question.answer)),),
-            "after a result": (asking, result(rng)),
-        }[part]
-        conversation = Conversation(exchanges, 1, (IMAGE_FIRST, TEXT_FIRST)[i % 2], tuple(tools.values()), TOOL_FORM)
+        if part == "answer beside tools":
+            exchanges = [Exchange(question.text, Reply.plain(question.answer))]
+        else:
+            exchanges = [request(TASKS[wanted], question, tools[wanted], rng)]
+        if part == "call, second":
+            exchanges = [*tool_exchanges(rng.choice(list(tools)), tools, question.scenes[0], rng), *exchanges]
+        elif part == "after a result":
+            exchanges.append(result(rng))
+        conversation = Conversation(
+            tuple(exchanges), 1, (IMAGE_FIRST, TEXT_FIRST)[i % 2], tuple(tools.values()), TOOL_FORM
+        )
         made.append((part, Asked(conversation, [draw_scene(question.scenes[0], random_size(rng), rng)])))
     return made
 
