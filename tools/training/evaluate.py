@@ -36,7 +36,8 @@ from tools.training.forms import (
 )
 from tools.training.lessons import EncodedConversation, Prompts, decode, tool_exchanges
 
-MAX_NEW_TOKENS = 96
+MARGIN = 16
+"""Tokens an answer may have more than the right one; it is cut there, and wrong."""
 BATCH = 50
 Spoil = Callable[[Tensor, int], Tensor]
 """(features `[R, (1 + n) * h]`, h) -> features of the same shape."""
@@ -160,12 +161,10 @@ def _batch_answers(
         else:
             wrong.append(i)
         at += len(targets)
-    for _ in range(MAX_NEW_TOKENS):
-        if not wrong:
-            break
+    while wrong:
         for i, token in zip(wrong, tokens(wrong, said, None), strict=True):
             said[i].append(token)
-        wrong = [i for i in wrong if said[i][-1] != prompts.end_id]
+        wrong = [i for i in wrong if said[i][-1] != prompts.end_id and len(said[i]) < len(wanted[i]) + MARGIN]
     return [prompts.tokenizer.decode([t for t in ids if t != prompts.end_id]) for ids in said]
 
 
