@@ -174,7 +174,7 @@ def _last_targets(encoded: EncodedConversation) -> list[int]:
 
 def _last_rows(encoded: Sequence[EncodedConversation]) -> Tensor:
     """Packed rows that predict the last answers."""
-    rows, start = [], 0
+    rows, start = list[int](), 0
     for each in encoded:
         rows += range(start + each.last - 1, start + len(each.ids))
         start += len(each.ids)
