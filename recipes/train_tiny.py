@@ -1,9 +1,10 @@
 """Train the small checkpoint inside the package, on CPU, from a seed, and measure what it learned.
 
-    python recipes/train_tiny.py --out qwen3vl_disagg/assets/tiny
+    python recipes/train_tiny.py --out qwen3vl_disagg/assets/tiny --state /tmp/tiny.state
     python recipes/train_tiny.py --out qwen3vl_disagg/assets/tiny --evaluate-only
 
-It takes under an hour on two cores. docs/tiny.md has the loss curve and the figures.
+It takes about an hour on two cores; ended in the middle, the same command goes on from the last save of --state.
+docs/tiny.md has the loss curve and the figures.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import torch
 import tyro
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,15 +31,18 @@ from qwen3vl_disagg.assets import tiny_folder
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
 from qwen3vl_disagg.model.moe import Experts
 from tools.training.evaluate import Report, evaluate
-from tools.training.folder import load_model, load_weights, read_config, save_weights, write_settings
+from tools.training.folder import load_model, read_config, save_weights, write_settings
+from tools.training.forms import FORMS
 from tools.training.lessons import FINISHING, SEARCHING, SEEING, Lesson, Lessons, Mix, lesson_loss
+from tools.training.saved import Saved, load_run, save_run
 
 
 @dataclass(frozen=True)
 class Stage:
     """`share` of all steps with one mix of questions and an optimiser of its own.
 
-    The learning rate rises to `peak` and falls along a cosine; the stage uses the first `cycle` of that schedule.
+    The learning rate rises to `peak` in a tenth of the schedule and falls along a cosine; the stage uses the first
+    `cycle` of it.
     """
 
     mix: Mix
@@ -47,14 +50,24 @@ class Stage:
     peak: float
     cycle: float = 1.0
 
+    def learning_rate(self, step: int, num_steps: int) -> float:
+        """That of `step` of the stage's `num_steps`."""
+        total = num_steps / self.cycle
+        rise = 0.1 * total
+        if step < rise:
+            low, high, done = self.peak / 25, self.peak, step / rise
+            return high + (low - high) * (1 + math.cos(math.pi * done)) / 2
+        return self.peak * (1 + math.cos(math.pi * min(1.0, (step - rise) / (total - rise)))) / 2
+
 
 STAGES = (
-    Stage(SEEING, share=5 / 12, peak=1.2e-3, cycle=6 / 11),
-    Stage(SEARCHING, share=5 / 12, peak=1.0e-3),
-    Stage(FINISHING, share=1 / 6, peak=7e-4),
+    Stage(SEEING, share=15 / 36, peak=1.2e-3, cycle=6 / 11),
+    Stage(SEARCHING, share=14 / 36, peak=1.0e-3),
+    Stage(FINISHING, share=7 / 36, peak=7e-4),
 )
 
-MIN_STEPS = 240  # the rise of each stage's learning rate needs a few
+MIN_STEPS = 36  # a few for each stage
+LINE_EVERY = 100
 
 
 @dataclass(frozen=True)
@@ -65,8 +78,8 @@ class Settings:
     """The checkpoint's folder."""
     steps: int = 7200
     """Of all stages together."""
-    from_stage: int = 0
-    """Start with this stage (0, 1 or 2), from the weights in `out`."""
+    state: Path | None = None
+    """File for what a run needs to go on; if it is there, the run goes on from it."""
     seed: int = 0
     num_scenes: int = 32
     """Balanced questions in a batch; each brings others about the same pictures."""
@@ -76,7 +89,7 @@ class Settings:
     """Seed of the unseen scenes."""
     evaluation_count: int = 500
     save_every: int = 300
-    """Steps between saves of the weights."""
+    """Steps between saves of the weights, and of the state."""
     threads: int = 2
     plot: Path | None = None
     """Where to draw the loss curve (PNG or SVG by its suffix); needs matplotlib."""
@@ -96,60 +109,107 @@ def initialise(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=std)
 
 
-def train(settings: Settings) -> list[float]:
-    """Write the folder; returns the loss of each step."""
+def train(settings: Settings) -> Saved:
+    """Write the folder; returns where the run stands at its end."""
     torch.manual_seed(settings.seed)
     torch.set_num_threads(settings.threads)
-    weights = settings.out / "model.safetensors"
     write_settings(settings.out)
     model = Qwen3VLMoeForConditionalGeneration(read_config(settings.out))
     for module in model.modules():
         if isinstance(module, Experts):
             module.impl = "loop"  # its backward is the faster one on CPU
     initialise(model)
-    if settings.from_stage:
-        load_weights(model, weights)
-    losses: list[float] = []
-    for number, stage in list(enumerate(STAGES))[settings.from_stage :]:
-        lessons = Lessons(settings.out, settings.seed + number, settings.num_scenes, stage.mix)
+    run = Saved({"steps": settings.steps, "seed": settings.seed, "num_scenes": settings.num_scenes})
+    optimizer = make_optimizer(model, settings)
+    if settings.state is not None and settings.state.is_file():
+        run = load_run(settings.state, model, optimizer, run.settings)
+        print(f"goes on with stage {run.stage + 1} at its step {run.step}", file=sys.stderr, flush=True)
+    while run.stage < len(STAGES):
+        if run.step == 0:
+            optimizer = make_optimizer(model, settings)
+        stage = STAGES[run.stage]
+        seed = f"{settings.seed + run.stage}" + (f" from {run.step}" if run.step else "")
+        lessons = Lessons(settings.out, seed, settings.num_scenes, stage.mix)
         loader = iter(DataLoader(lessons, batch_size=None, num_workers=1))
-        run_stage(model, stage, loader, settings, losses)
-    return losses
+        run_stage(model, optimizer, stage, loader, settings, run)
+        run.stage, run.step = run.stage + 1, 0
+        save(model, optimizer, settings, run)
+    return run
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), foreach=True)
 
 
 def run_stage(
     model: Qwen3VLMoeForConditionalGeneration,
+    optimizer: torch.optim.AdamW,
     stage: Stage,
     loader: Iterator[Lesson],
     settings: Settings,
-    losses: list[float],
+    run: Saved,
 ) -> None:
-    """Train, append each step's loss to `losses`, save now and then and at the end."""
-    steps = round(settings.steps * stage.share)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=stage.peak, betas=(0.9, 0.98), foreach=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, stage.peak, total_steps=math.ceil(steps / stage.cycle), pct_start=0.1, cycle_momentum=False
+    """Train from `run.step` to the end of the stage, add what each step gave to `run`, save now and then."""
+    num_steps = stage_steps(settings, run.stage)
+    started, begun = time.monotonic(), run.seconds
+    first = last = len(run.losses)
+    parts = torch.zeros(len(FORMS), 2)
+    while run.step < num_steps:
+        for group in optimizer.param_groups:
+            group["lr"] = stage.learning_rate(run.step, num_steps)
+        loss, step_parts = lesson_loss(model, next(loader))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        run.losses.append(loss.item())
+        run.step += 1
+        run.seconds = begun + time.monotonic() - started
+        parts += step_parts
+        if not math.isfinite(run.losses[-1]):
+            raise SystemExit(f"loss {run.losses[-1]} at step {run.step} of stage {run.stage + 1}")
+        if len(run.losses) % LINE_EVERY == 0 or run.step == num_steps:
+            run.form_losses = {
+                name: round(total / weight, 5)
+                for name, (total, weight) in zip(FORMS, parts.tolist(), strict=True)
+                if weight
+            }
+            speed = (len(run.losses) - first) / (run.seconds - begun)
+            print_progress(settings, run, sum(run.losses[last:]) / (len(run.losses) - last), speed)
+            last = len(run.losses)
+            parts.zero_()
+        if run.step % settings.save_every == 0 and run.step < num_steps:
+            save(model, optimizer, settings, run)
+
+
+def stage_steps(settings: Settings, stage: int) -> int:
+    return round(settings.steps * STAGES[stage].share)
+
+
+def print_progress(settings: Settings, run: Saved, loss: float, speed: float) -> None:
+    """A line on stderr: the mean loss since the last one, all and by form, and how long it will take."""
+    total = sum(stage_steps(settings, stage) for stage in range(len(STAGES)))
+    done = len(run.losses)
+    forms = ", ".join(f"{name} {value:.4f}" for name, value in run.form_losses.items())
+    print(
+        f"step {done}/{total}, stage {run.stage + 1}, loss {loss:.4f} ({forms}), "
+        f"{speed:.2f} steps/s, {(total - done) / speed / 60:.0f} min left",
+        file=sys.stderr,
+        flush=True,
     )
-    with tqdm(total=steps, unit="step", mininterval=5, file=sys.stderr) as bar:
-        for step in range(steps):
-            loss = lesson_loss(model, next(loader))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise SystemExit(f"loss {losses[-1]} at step {step}")
-            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
-            bar.update()
-            if (step + 1) % settings.save_every == 0 or step + 1 == steps:
-                save_weights(model, settings.out / "model.safetensors")
-                if settings.plot is not None:
-                    settings.plot.with_suffix(".json").write_text(json.dumps([round(x, 5) for x in losses]))
+
+
+def save(
+    model: Qwen3VLMoeForConditionalGeneration, optimizer: torch.optim.AdamW, settings: Settings, run: Saved
+) -> None:
+    save_weights(model, settings.out / "model.safetensors")
+    if settings.state is not None:
+        save_run(settings.state, model, optimizer, run)
+    if settings.plot is not None:
+        settings.plot.with_suffix(".json").write_text(json.dumps([round(x, 5) for x in run.losses]))
 
 
 def draw_curve(losses: list[float], path: Path) -> None:
@@ -171,19 +231,28 @@ def draw_curve(losses: list[float], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def print_table(report: Report) -> None:
-    print(f"{'kind':<12} {'n':>4} {'exact':>7} {'most frequent':>14}")
+def print_tables(report: Report) -> None:
+    """As docs/tiny.md has them."""
+    print("| kind | exact | text first | most frequent answer |\n|---|---|---|---|")
     for kind, row in report.kinds.items():
-        print(f"{kind:<12} {row.count:>4} {row.exact:>7.1%} {row.most_frequent:>14.1%}")
-    print(f"{'all':<12} {report.count:>4} {report.exact:>7.1%} {report.most_frequent:>14.1%}")
+        print(f"| {kind} | {row.exact:.1%} | {report.text_first[kind]:.1%} | {row.most_frequent:.1%} |")
+    print(f"| **all** | **{report.exact:.1%}** | **{report.text_first['all']:.1%}** | {report.most_frequent:.1%} |")
+    print(f"\nPairs with the text between the images: {report.between:.1%}.")
+    print("\n| form | asked | right | in that form |\n|---|---|---|---|")
+    for name, form in report.forms.items():
+        print(f"| {name} | {form.count} | {form.right:.1%} | {form.formed:.1%} |")
+    print("\n| with spoiled visual rows | exact |\n|---|---|")
     for name, exact in report.ablations.items():
-        print(f"{name:<24} {exact:>7.1%}")
+        print(f"| {name.replace('_', ' ')} | {exact:.1%} |")
 
 
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
-    if settings.steps < MIN_STEPS or not 0 <= settings.from_stage < len(STAGES):
-        raise SystemExit(f"--steps must be at least {MIN_STEPS} and --from-stage in 0..{len(STAGES) - 1}")
+    if settings.steps < MIN_STEPS:
+        raise SystemExit(f"--steps must be at least {MIN_STEPS}, got {settings.steps}")
+    for name in ("num_scenes", "save_every", "threads", "evaluation_count"):
+        if getattr(settings, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(settings, name)}")
     record: dict[str, object] = {}
     record_path = settings.out / "training.json"
     if settings.evaluate_only:
@@ -191,11 +260,9 @@ def main() -> None:
         if record_path.is_file():
             record = json.loads(record_path.read_text())
     else:
-        started = time.monotonic()
-        losses = train(settings)
-        minutes = (time.monotonic() - started) / 60
+        run = train(settings)
         if settings.plot is not None:
-            draw_curve(losses, settings.plot)
+            draw_curve(run.losses, settings.plot)
         record = {
             "command": " ".join([Path(sys.executable).name, *sys.argv]),
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -203,15 +270,17 @@ def main() -> None:
             "torch": torch.__version__,
             "steps": settings.steps,
             "seed": settings.seed,
-            "minutes": round(minutes, 1),
-            "final_loss": round(sum(losses[-100:]) / len(losses[-100:]), 5),
+            "minutes": round(run.seconds / 60, 1),
+            "resumed": run.resumed,
+            "final_loss": round(sum(run.losses[-100:]) / len(run.losses[-100:]), 5),
+            "final_losses": run.form_losses,
         }
     model = load_model(settings.out)
     record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     report = evaluate(model, settings.out, settings.evaluation_seed, settings.evaluation_count)
     record["evaluation"] = asdict(report)
     record_path.write_text(json.dumps(record, indent=2) + "\n")
-    print_table(report)
+    print_tables(report)
     print(json.dumps(record))
 
 

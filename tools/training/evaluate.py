@@ -1,20 +1,43 @@
-"""How many unseen questions the small checkpoint answers exactly, whole and with parts of its visual rows spoiled."""
+"""How many unseen questions the small checkpoint answers exactly, in each form, whole and with visual rows spoiled."""
 
 from __future__ import annotations
 
+import json
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from qwen3vl_disagg.assets.scenes import Sample, generate
+from qwen3vl_disagg.assets.drawing import draw_scene, random_size
+from qwen3vl_disagg.assets.scenes import Decks, Question, build_question, generate, questions
 from qwen3vl_disagg.model import Qwen3VLMoeForConditionalGeneration
-from tools.training.lessons import Prompts, decode
+from tools.training.forms import (
+    BETWEEN,
+    IMAGE_FIRST,
+    PLAIN_KINDS,
+    TASKS,
+    TEXT_FIRST,
+    TOOL_FORM,
+    Conversation,
+    Exchange,
+    Reply,
+    in_json,
+    offer_tools,
+    plain,
+    read_call,
+    request,
+    result,
+)
+from tools.training.lessons import EncodedConversation, Prompts, decode, tool_exchanges
 
-MAX_NEW_TOKENS = 40
+MARGIN = 16
+"""Tokens an answer may have more than the right one; it is cut there, and wrong."""
 BATCH = 50
 Spoil = Callable[[Tensor, int], Tensor]
 """(features `[R, (1 + n) * h]`, h) -> features of the same shape."""
@@ -49,8 +72,21 @@ class KindReport:
 
 
 @dataclass(frozen=True)
+class FormReport:
+    """Shares of what is asked in one form: answered rightly, and at least in that form (JSON, or a call)."""
+
+    count: int
+    right: float
+    formed: float
+
+
+@dataclass(frozen=True)
 class Report:
-    """Shares of exact answers: overall, by kind, and overall with each ablation."""
+    """Shares of exact answers: overall, by kind, and overall with each ablation, all with the images first.
+
+    `text_first`: the same questions with the text first, by kind, with `all`; `between`: those about two images with
+    the text between them. `forms`: JSON, calls, and what is said beside offered tools.
+    """
 
     seed: int
     count: int
@@ -58,57 +94,223 @@ class Report:
     most_frequent: float
     kinds: dict[str, KindReport]
     ablations: dict[str, float]
+    text_first: dict[str, float]
+    between: float
+    forms: dict[str, FormReport]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A conversation whose last answer is wanted, over these images."""
+
+    conversation: Conversation
+    images: list[Image.Image]
+
+    @property
+    def expected(self) -> str:
+        return self.conversation.exchanges[-1].answer.text
 
 
 @torch.inference_mode()
 def answers(
-    model: Qwen3VLMoeForConditionalGeneration, prompts: Prompts, samples: Sequence[Sample], spoil: Spoil | None = None
+    model: Qwen3VLMoeForConditionalGeneration, prompts: Prompts, asked: Sequence[Asked], spoil: Spoil | None = None
 ) -> list[str]:
-    """Greedy answers, the whole prompt recomputed for each token."""
-    images = [image for sample in samples for image in sample.images]
-    pictures = prompts.pictures(images)
+    """Greedy last answers.
+
+    One pass over the right answers finds those whose every token would be chosen; only the others are generated, the
+    whole prompt recomputed for each token.
+    """
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i].conversation.prompts()[0]))
+    texts = [""] * len(asked)
+    for start in range(0, len(asked), BATCH):
+        indices = order[start : start + BATCH]
+        batch = [asked[i] for i in indices]
+        for i, text in zip(indices, _batch_answers(model, prompts, batch, spoil), strict=True):
+            texts[i] = text
+    return texts
+
+
+def _batch_answers(
+    model: Qwen3VLMoeForConditionalGeneration, prompts: Prompts, asked: Sequence[Asked], spoil: Spoil | None
+) -> list[str]:
+    pictures = prompts.pictures([image for each in asked for image in each.images])
     features = model.get_image_feature(pictures.pixels, pictures.grids)
     if spoil is not None:
         features = spoil(features, model.config.text.hidden_size)
     owners: list[list[int]] = []
-    for sample in samples:
+    for each in asked:
         start = sum(map(len, owners))
-        owners.append(list(range(start, start + len(sample.images))))
-    turns = [
-        prompts.question(sample.question, [pictures.grids[i] for i in owner])
-        for sample, owner in zip(samples, owners, strict=True)
+        owners.append(list(range(start, start + len(each.images))))
+    encoded = [
+        prompts.encode(each.conversation, [pictures.grids[i] for i in owner])
+        for each, owner in zip(asked, owners, strict=True)
     ]
-    said: list[list[int]] = [[] for _ in samples]
-    running = list(range(len(samples)))
-    for _ in range(MAX_NEW_TOKENS):
-        packed = prompts.pack(
-            [(turns[i][0] + said[i], turns[i][1]) for i in running], [owners[i] for i in running], pictures.grids
-        )
-        tokens = decode(model, features, packed, None).argmax(-1).tolist()
-        for i, token in zip(running, tokens, strict=True):
+
+    def tokens(which: Sequence[int], said: Sequence[Sequence[int]], rows: Tensor | None) -> list[int]:
+        turns = [(encoded[i].ids[: encoded[i].last] + list(said[i]), encoded[i].items) for i in which]
+        packed = prompts.pack(turns, [owners[i] for i in which], pictures.grids)
+        return decode(model, features, packed, rows).argmax(-1).tolist()
+
+    wanted = [_last_targets(each) for each in encoded]
+    chosen = tokens(range(len(asked)), [targets[:-1] for targets in wanted], _last_rows(encoded))
+    said: list[list[int]] = [[] for _ in asked]
+    wrong, at = [], 0
+    for i, targets in enumerate(wanted):
+        if chosen[at : at + len(targets)] == targets:
+            said[i] = targets
+        else:
+            wrong.append(i)
+        at += len(targets)
+    while wrong:
+        for i, token in zip(wrong, tokens(wrong, said, None), strict=True):
             said[i].append(token)
-        running = [i for i in running if said[i][-1] != prompts.end_id]
-        if not running:
-            break
+        wrong = [i for i in wrong if said[i][-1] != prompts.end_id and len(said[i]) < len(wanted[i]) + MARGIN]
     return [prompts.tokenizer.decode([t for t in ids if t != prompts.end_id]) for ids in said]
 
 
+def _last_targets(encoded: EncodedConversation) -> list[int]:
+    return encoded.targets[-(len(encoded.ids) - encoded.last + 1) :]
+
+
+def _last_rows(encoded: Sequence[EncodedConversation]) -> Tensor:
+    """Packed rows that predict the last answers."""
+    rows, start = list[int](), 0
+    for each in encoded:
+        rows += range(start + each.last - 1, start + len(each.ids))
+        start += len(each.ids)
+    return torch.tensor(rows)
+
+
 def evaluate(model: Qwen3VLMoeForConditionalGeneration, folder: Path, seed: int, count: int) -> Report:
-    """Measure on `count` scenes of `seed`."""
+    """Measure on `count` scenes of `seed` in each order and in JSON, and on as many with tools."""
     prompts = Prompts(folder)
-    samples = generate(seed, count)
-    wrong_of: dict[str, list[bool]] = {}
-    for name, spoil in {"": None, **ABLATIONS}.items():
-        wrong_of[name] = []
-        for start in range(0, count, BATCH):
-            batch = samples[start : start + BATCH]
-            given = answers(model, prompts, batch, spoil)
-            wrong_of[name] += [text != sample.answer for text, sample in zip(given, batch, strict=True)]
+    asked = list(questions(seed, count))
+    images = [sample.images for sample in generate(seed, count)]
+
+    def exact(order: str, spoil: Spoil | None = None) -> list[tuple[str, bool]]:
+        """(kind, whether the answer is exact) of each question that can be put in this order."""
+        fit = [(q, i) for q, i in zip(asked, images, strict=True) if order != BETWEEN or len(i) == 2]
+        given = answers(model, prompts, [Asked(plain(q, order), i) for q, i in fit], spoil)
+        return [(q.kind, text == q.answer) for (q, _), text in zip(fit, given, strict=True)]
+
+    found = exact(IMAGE_FIRST)
     kinds, frequent = {}, 0
-    for kind in dict.fromkeys(sample.kind for sample in samples):
-        right = [not wrong for wrong, sample in zip(wrong_of[""], samples, strict=True) if sample.kind == kind]
-        top = Counter(sample.answer for sample in samples if sample.kind == kind).most_common(1)[0][1]
+    for kind, share in _shares(found).items():
+        of_kind = [question.answer for question in asked if question.kind == kind]
+        top = Counter(of_kind).most_common(1)[0][1]
         frequent += top
-        kinds[kind] = KindReport(len(right), sum(right) / len(right), top / len(right))
-    exact = {name: 1 - sum(wrong) / count for name, wrong in wrong_of.items()}
-    return Report(seed, count, exact.pop(""), frequent / count, dict(sorted(kinds.items())), exact)
+        kinds[kind] = KindReport(len(of_kind), share, top / len(of_kind))
+    text_first = exact(TEXT_FIRST)
+    between = exact(BETWEEN)
+    return Report(
+        seed,
+        count,
+        _share(found),
+        frequent / count,
+        kinds,
+        {name: _share(exact(IMAGE_FIRST, spoil)) for name, spoil in ABLATIONS.items()},
+        {"all": _share(text_first), **_shares(text_first)},
+        _share(between),
+        {
+            **_json_report(model, prompts, asked, images, seed),
+            **_tools_report(model, prompts, seed, count),
+        },
+    )
+
+
+def _share(found: Sequence[tuple[str, bool]]) -> float:
+    return sum(right for _, right in found) / max(1, len(found))
+
+
+def _shares(found: Sequence[tuple[str, bool]]) -> dict[str, float]:
+    return {kind: _share([each for each in found if each[0] == kind]) for kind in sorted({kind for kind, _ in found})}
+
+
+def _json_report(
+    model: Qwen3VLMoeForConditionalGeneration,
+    prompts: Prompts,
+    asked: Sequence[Question],
+    images: Sequence[list[Image.Image]],
+    seed: int,
+) -> dict[str, FormReport]:
+    """The same questions with a demand for JSON, in both orders by turns, without and with a key that is named."""
+    rng = random.Random(f"json {seed}")
+    reports = {}
+    for name, with_key in (("json", False), ("json, key named", True)):
+        conversations = [
+            Asked(in_json(q, (IMAGE_FIRST, TEXT_FIRST)[i % 2], rng, with_key=with_key), images[i])
+            for i, q in enumerate(asked)
+        ]
+        given = [_json_object(text) for text in answers(model, prompts, conversations)]
+        right = [value == json.loads(each.expected) for value, each in zip(given, conversations, strict=True)]
+        reports[name] = FormReport(len(right), sum(right) / len(right), sum(v is not None for v in given) / len(right))
+    return reports
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def tool_questions(seed: int, count: int, *, held_out: bool = False) -> list[tuple[str, Asked]]:
+    """`count` balanced demands for tools or questions beside them, each with what it is called in the report.
+
+    Of nine, three stand alone, three behind another demand and its result, two ask what no tool is for, and one is the
+    result of a call.
+    """
+    rng = random.Random(f"tools {seed}")
+    decks = Decks(rng)
+    made = []
+    for i in range(count):
+        wanted = decks.deal("task", list(TASKS))
+        tools = offer_tools(wanted, rng, held_out=held_out)
+        part = decks.deal(
+            "part", ["call"] * 3 + ["call, second"] * 3 + ["answer beside tools"] * 2 + ["after a result"]
+        )
+        kind = rng.choice(PLAIN_KINDS) if part == "answer beside tools" else TASKS[wanted].kind
+        question = build_question(kind, rng, decks)
+        while part != "answer beside tools" and question.answer == "nothing":
+            question = build_question(kind, rng, decks)
+        if part == "answer beside tools":
+            exchanges = [Exchange(question.text, Reply.plain(question.answer))]
+        else:
+            exchanges = [request(TASKS[wanted], question, tools[wanted], rng)]
+        if part == "call, second":
+            exchanges = [*tool_exchanges(rng.choice(list(tools)), tools, question.scenes[0], rng), *exchanges]
+        elif part == "after a result":
+            exchanges.append(result(rng))
+        conversation = Conversation(
+            tuple(exchanges), 1, (IMAGE_FIRST, TEXT_FIRST)[i % 2], tuple(tools.values()), TOOL_FORM
+        )
+        made.append((part, Asked(conversation, [draw_scene(question.scenes[0], random_size(rng), rng)])))
+    return made
+
+
+def _tools_report(
+    model: Qwen3VLMoeForConditionalGeneration, prompts: Prompts, seed: int, count: int
+) -> dict[str, FormReport]:
+    reports = {}
+    for suffix, held_out in (("", False), (", unseen name", True)):
+        made = tool_questions(seed, count, held_out=held_out)
+        given = answers(model, prompts, [asked for _, asked in made])
+        for part in sorted({part for part, _ in made}):
+            results = [
+                (text == asked.expected or _is_same_call(text, asked.expected), _is_formed(text, asked.expected))
+                for (name, asked), text in zip(made, given, strict=True)
+                if name == part
+            ]
+            right, formed = (sum(each) / len(results) for each in zip(*results, strict=True))
+            reports[part + suffix] = FormReport(len(results), right, formed)
+    return reports
+
+
+def _is_same_call(text: str, expected: str) -> bool:
+    return read_call(expected) is not None and read_call(text) == read_call(expected)
+
+
+def _is_formed(text: str, expected: str) -> bool:
+    """A call where one is expected, and none where none is."""
+    return (read_call(text) is None) == (read_call(expected) is None)
