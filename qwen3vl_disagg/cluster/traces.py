@@ -52,8 +52,8 @@ class Clock(msgspec.Struct, frozen=True):
 class Watched(msgspec.Struct, kw_only=True):
     """What ranks did, times on the frontend's monotonic clock. `next`: what to ask for after this.
 
-    `num_gone`: spans that the frontend had no room for, from the number on that was asked for. `lost`: how many each rank
-    had no room for before it was asked, and since when none is missing. `silent`: ranks that have not answered yet.
+    `num_gone`: spans that the frontend had no room for, from the number on that was asked for. `lost`: how many each
+    rank had no room for before it was asked, and since when none is missing. `silent`: ranks yet to answer.
     """
 
     now: float

@@ -86,7 +86,7 @@ class Ring(Generic[T]):
         """At most `most` entries from `number` on, the number behind them, and how many from `number` on are gone."""
         with self._lock:
             first = self.num_added - len(self._entries)
-            start = max(number, first)
+            start = min(max(number, first), self.num_added)
             found = [entry for entry, _ in itertools.islice(self._entries, start - first, start - first + most)]
             self._num_read = max(self._num_read, start + len(found))
             return found, start + len(found), max(0, first - number)

@@ -64,7 +64,7 @@ def _number(request: Request, name: str, default: float, most: float) -> float:
     if not given:
         return default
     try:
-        [value] = map(float, given)
+        [value] = (float(text) for text in given if "_" not in text)
     except ValueError:
         value = math.nan
     if not 0 <= value <= most:
@@ -94,9 +94,10 @@ def _name(key: RankKey) -> str:
 
 def chrome_trace(watched: Watched, seconds: float) -> dict[str, Any]:
     """A process for each rank, a lane for each of its threads, an arrow from each encoding to the prefill that first
-    uses its rows. Times in microseconds since `seconds` before `watched.now`; spans that reach into that time."""
-    zero = watched.now - seconds
-    spans = [(key, one) for key, one in watched.spans if one.stop >= zero]
+    uses its rows. Spans that reach into the last `seconds`; times in microseconds since these began, or the first of
+    them did."""
+    spans = [(key, one) for key, one in watched.spans if one.stop >= watched.now - seconds]
+    zero = min([watched.now - seconds, *(one.start for _, one in spans)])
     keys = sorted({*watched.clocks, *(key for key, _ in spans)})
     processes = {key: number for number, key in enumerate(keys, 1)}
     lanes = {lane: number for number, lane in enumerate(sorted({(key, one.lane) for key, one in spans}), 1)}
@@ -122,7 +123,7 @@ def chrome_trace(watched: Watched, seconds: float) -> dict[str, Any]:
         arrow = {"name": "rows", "cat": "rows", "id": number}
         events.append({"ph": "s", **arrow, **at(key, encode, (encode.start + encode.stop) / 2)})
         events.append({"ph": "f", "bp": "e", **arrow, **at(to, prefill, prefill.start)})
-    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": _notes(watched, seconds)}
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": _notes(watched, seconds, zero)}
 
 
 def _meta(pid: int, tid: int, what: str, **args: Any) -> dict[str, Any]:
@@ -145,10 +146,9 @@ def _uses(spans: list[tuple[RankKey, Span]]) -> Iterator[tuple[tuple[RankKey, Sp
                     yield entry, using
 
 
-def _notes(watched: Watched, seconds: float) -> dict[str, Any]:
+def _notes(watched: Watched, seconds: float, zero: float) -> dict[str, Any]:
     """What there is to know of the numbers, in words where there is anything."""
-    zero, notes = watched.now - seconds, dict[str, Any]()
-    notes["seconds"], notes["zero_unix_s"] = seconds, round(time.time() - (time.monotonic() - zero), 6)
+    notes: dict[str, Any] = {"seconds": seconds, "zero_unix_s": round(time.time() - (time.monotonic() - zero), 6)}
     for key, clock in sorted(watched.clocks.items()):
         if clock.error_s:
             name = f"clock of {_name(key)}"
