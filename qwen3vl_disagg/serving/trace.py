@@ -28,7 +28,7 @@ MAX_LIVE = 20_000
 
 
 class Tracing:
-    """The two routes. What one rank's encoding of another's request tells of its cache is hidden where hits are."""
+    """The two routes. Where hits are hidden they are closed: an image that was not encoded was there already."""
 
     def __init__(self, backend: Backend, metrics: Metrics, *, hides_cache_hits: bool) -> None:
         self._backend, self._metrics, self._hides = backend, metrics, hides_cache_hits
@@ -150,7 +150,7 @@ def _notes(watched: Watched, seconds: float, zero: float) -> dict[str, Any]:
     """What there is to know of the numbers, in words where there is anything."""
     notes: dict[str, Any] = {"seconds": seconds, "zero_unix_s": round(time.time() - (time.monotonic() - zero), 6)}
     for key, clock in sorted(watched.clocks.items()):
-        if clock.error_s:
+        if 0 < clock.error_s < math.inf:  # before its first answer nothing is known, and nothing shown
             name = f"clock of {_name(key)}"
             notes[name] = f"another host's: estimated, off by {clock.error_s * 1e3:.3f} ms at most"
     for key, (count, since) in sorted(watched.lost.items()):

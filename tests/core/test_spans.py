@@ -23,9 +23,14 @@ def ring(monkeypatch) -> SpanRing:
 def test_a_span_has_its_thread_its_requests_and_its_numbers_also_where_it_failed(ring):
     with span("prefill", requests=["a", "b"], items=[("a", 1)], tokens=7):
         time.sleep(0.01)
-    with pytest.raises(ZeroDivisionError), span("encode", images=1) as items:
-        items += [("c", 0), ("c", 1), ("d", 0)]
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with span("encode", images=1) as items:
+            items += [("c", 0), ("c", 1), ("d", 0)]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     (prefill, encode), behind, num_gone = ring.after(0, 10)
     assert (prefill.name, prefill.requests, prefill.items) == ("prefill", ["a", "b"], [("a", 1)])
     assert prefill.numbers == {"tokens": 7}

@@ -19,10 +19,10 @@ from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, TokenEvent
 from qwen3vl_disagg.core.errors import InputError, ServerError
 from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings
 from qwen3vl_disagg.protocol.messages import EncodeLoad, LanguageLoad
+from qwen3vl_disagg.serving import metrics as metrics_module
 from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.guard import MAX_LINES
 from qwen3vl_disagg.serving.limits import Limits
-from qwen3vl_disagg.serving import metrics as metrics_module
 from qwen3vl_disagg.serving.metrics import MAX_AGE_S, MAX_RANKS, REST, Metrics
 from qwen3vl_disagg.serving.watching import STAGES
 from tests.support.asgi import is_on_a_loop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -65,7 +66,7 @@ def check_form(made: dict[str, Any]) -> list[dict[str, Any]]:
         )
     for tid in {event["tid"] for event in events if event["ph"] == "X"}:
         boxes = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X" and e["tid"] == tid)
-        assert all(after[0] >= before[1] - 0.01 for before, after in zip(boxes, boxes[1:], strict=False))
+        assert all(after[0] >= before[1] - 0.01 for before, after in itertools.pairwise(boxes))
     return events
 
 

@@ -12,7 +12,6 @@ import pytest
 from qwen3vl_disagg.serving.access import ApiKeys
 from tests.support.fake_backend import FakeBackend, serve
 
-
 ASKED = {"/ui": {"/ready", "/v1/models", "/v1/chat/completions"}, "/ui/live": {"/debug/live", "/debug/trace"}}
 """What each page asks for."""
 

@@ -1,5 +1,5 @@
-"""The page of what ranks do, in a real browser, with a key: a burst of images beside an answer that is being made. Needs
-playwright and Chromium."""
+"""The page of what ranks do, in a real browser, with a key: a burst of images beside an answer that is being made.
+Needs playwright and Chromium."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def test_one_sees_encode_beside_decode_and_a_burst_of_images(tmp_path: Path):
             ]
             working = threading.Thread(target=burst, args=(server, tmp_path / str(seed), seed))
             working.start()
-            page.wait_for_function("Math.max(0, ...[...views.values()].flatMap((v) => v.history.map((h) => h.waiting)))")
+            page.wait_for_function(
+                "Math.max(0, ...[...views.values()].flatMap((v) => v.history.map((h) => h.waiting)))"
+            )
             working.join(120)
             page.wait_for_timeout(1500)
             names = set(page.evaluate("spans.map((one) => one.name)"))
