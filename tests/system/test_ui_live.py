@@ -87,7 +87,7 @@ def test_one_sees_encode_beside_decode_and_a_burst_of_images(tmp_path: Path):
             page.mouse.move(*box)
             page.wait_for_selector("#tip:has-text('prefill')")
             assert "tokens" in page.locator("#tip").inner_text()
-            page.screenshot(path=shots / f"live-{width}-hover.png", full_page=True)
+            page.screenshot(path=shots / f"live-{width}-hover.png")
             page.mouse.move(1, 1)
             page.screenshot(path=shots / f"live-{width}.png", full_page=True)
             with page.expect_download() as download:
