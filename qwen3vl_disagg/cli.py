@@ -1,4 +1,4 @@
-"""`qwen3vl-disagg`: one-off generation, serving, sizing, conversion. `python -m qwen3vl_disagg` is the same.
+"""`qwen3vl-disagg`: one-off generation, serving, sizing, conversion, traces. `python -m qwen3vl_disagg` is the same.
 
 Nothing heavy is imported before the arguments are known to be right, and nothing at all before Ctrl-C is quiet.
 """
@@ -54,7 +54,7 @@ def _parse() -> Any:
 
 def _run(options: Any) -> int:
     """Run the command; returns the exit status."""
-    from qwen3vl_disagg.options import ConvertOptions, GenerateOptions, PlanOptions, ServeOptions
+    from qwen3vl_disagg.options import ConvertOptions, GenerateOptions, PlanOptions, ServeOptions, TraceOptions
 
     match options:
         case GenerateOptions():
@@ -72,6 +72,10 @@ def _run(options: Any) -> int:
             with leaving_at_once():
                 from qwen3vl_disagg.checkpoint.convert import run_convert
             return run_convert(options)
+        case TraceOptions():
+            from qwen3vl_disagg.launch.trace import run_trace
+
+            return run_trace(options)
     return 0
 
 

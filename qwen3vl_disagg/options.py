@@ -223,10 +223,25 @@ class JoinOptions:
     """`json`: an object a line, in place of text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions:
+    """Write what the ranks of a running server did lately, for Perfetto or chrome://tracing."""
+
+    url: str = "http://127.0.0.1:8000"
+    """Of the server."""
+    seconds: float = 30.0
+    """How far back, up to 600; ranks keep their last spans only."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE.json")] = Path("trace.json")
+    api_key: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """One of the server's. Other users of this host can see it in the command line: the environment variable
+    Q3VL_API_KEY does the same."""
+
+
 OPTIONS_OF: dict[str, Callable[..., Any]] = {
     "generate": GenerateOptions,
     "serve": ServeOptions,
     "plan": PlanOptions,
     "convert": ConvertOptions,
+    "trace": TraceOptions,
 }
 """Command -> what makes its options."""

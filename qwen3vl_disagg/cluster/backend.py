@@ -10,6 +10,7 @@ import msgspec
 from qwen3vl_disagg.cluster.loads import Load
 from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.cluster.registry import RankKey
+from qwen3vl_disagg.cluster.traces import Watched
 from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob, VisualItem
@@ -90,6 +91,9 @@ class Backend(Protocol):
 
     def rank_loads(self) -> Mapping[RankKey, Load | None]:
         """What each rank has to do, as it last said; None for one that is missing."""
+
+    async def spans(self, after: int = 0) -> Watched:
+        """What ranks did lately, of that what has a number from `after` on; asks them, and waits a second at most."""
 
     def debug_processes(self) -> list[dict[str, Any]]:
         """Pids and roles of all processes of the job."""

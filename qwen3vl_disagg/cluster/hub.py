@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, PromptCall, Readiness, TokenEvent
@@ -22,7 +23,8 @@ from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.loads import Load, Loads
 from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.cluster.registry import RankKey, Registry
-from qwen3vl_disagg.cluster.rendezvous import Layout
+from qwen3vl_disagg.cluster.rendezvous import Layout, host_id
+from qwen3vl_disagg.cluster.traces import Traces, Watched
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError, UnavailableError
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.model import ModelConfig
@@ -42,6 +44,7 @@ from qwen3vl_disagg.protocol.messages import (
     Pull,
     RankHello,
     Refused,
+    Spans,
     Stop,
     StoreAt,
     Tokens,
@@ -157,7 +160,7 @@ class Hub:
         self._pump = Pump[Event, Action](self._router.handle, self._perform, time.monotonic)
         self.media = MediaStore() if media is None else media
         self._ranks: dict[RankKey, Connection] = {}
-        self._loads = Loads()
+        self._loads, self._traces = Loads(), Traces()
         self._handles: dict[str, list[_Handle]] = {}
         """Request -> its answers."""
         self._store_is_known = asyncio.Event()
@@ -234,6 +237,10 @@ class Hub:
     def business(self) -> dict[str, Any]:
         """Of all ranks together, for a line of the log; nothing where there is nothing to do."""
         return {"requests": self._router.num_requests} | self._loads.sums() if self._router.num_requests else {}
+
+    async def spans(self, after: int = 0) -> Watched:
+        await self._traces.collect()
+        return self._traces.since(after)
 
     def debug_processes(self) -> list[dict[str, Any]]:
         ranks = [
@@ -382,6 +389,7 @@ class Hub:
             await connection.send(Welcome(rank=rank, job=self._memory.job))
             connection.keep_alive()
             self.take(RankUp(hello.role, rank, hello.kv_tokens))
+            self._traces.up(key, partial(self._post, connection), has_our_clock=hello.host == host_id())
             if hello.store_address is not None:
                 self._learn_store(hello.store_address)
             self._introduce()
@@ -395,6 +403,9 @@ class Hub:
                 if isinstance(message, LanguageLoad | EncodeLoad):
                     self._loads.note(key, message, time.monotonic())
                     continue
+                if isinstance(message, Spans):
+                    self._traces.note(key, message)
+                    continue
                 _log_failure(key, message)
                 self.take(FromRank(hello.role, rank, message))
         except TransferError:
@@ -403,6 +414,7 @@ class Hub:
             if self._ranks.get(key) is connection:
                 del self._ranks[key], registry.hellos[key]
                 self._loads.forget(key)
+                self._traces.down(key)
                 self.take(RankDown(hello.role, rank))
 
     def _introduce(self) -> None:

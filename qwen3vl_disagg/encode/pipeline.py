@@ -23,7 +23,7 @@ from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
-from qwen3vl_disagg.core.spans import span
+from qwen3vl_disagg.core.spans import Item, span
 from qwen3vl_disagg.encode.batches import plan_batch, tower_cost
 from qwen3vl_disagg.encode.embedding_cache import ContentKey, EmbeddingCache, HeldItem, content_key
 from qwen3vl_disagg.encode.gate import Budget, Gate
@@ -42,7 +42,7 @@ Pull = Callable[[str, int], Awaitable[bytes]]
 
 @dataclass(eq=False)
 class _Encoding:
-    """One content on its way. `waiters`: what to call, for each of those who wait, when the bytes turn out good."""
+    """One content on its way. `waiters`: those who wait now, by what to call when the bytes turn out good."""
 
     key: ContentKey
     visual: VisualItem
@@ -51,9 +51,7 @@ class _Encoding:
     """In the order in which they began."""
     due: float
     """Of those who have waited for it, the most urgent."""
-    waiters: dict[object, Callable[[], None]] = field(default_factory=dict)
-    requests: list[str] = field(default_factory=list)
-    """Of those who have waited for it, for the spans."""
+    waiters: dict[object, tuple[Callable[[], None], Item | None]] = field(default_factory=dict)
     stop: StopSignal = field(default_factory=StopSignal)
     """Set when nobody wants it before it is in the tower."""
     is_decoded: bool = False
@@ -71,6 +69,11 @@ class _Encoding:
     task: asyncio.Task[EncodedItem] = field(init=False)
     rows: asyncio.Future[EncodedItem] = field(init=False)
     """What comes out of the tower."""
+
+    @property
+    def readers(self) -> list[Item]:
+        """Whose items wait for it, for the spans; from any thread, as the copy of a dict's values is one step."""
+        return [reader for _, reader in list(self.waiters.values()) if reader is not None]
 
 
 class _Lane:
@@ -137,9 +140,10 @@ class EncodePipeline:
         *,
         is_alone: bool = False,
         due: float = FIRST_COME,
-        request_id: str = "",
+        reader: Item | None = None,
     ) -> HeldItem:
-        """The item's rows, until `release`. `on_decoded` is called as soon as its bytes are known to be good.
+        """The item's rows, until `release`. `on_decoded` is called as soon as its bytes are known to be good. `reader`:
+        whose item it is, for the spans.
 
         Raises whatever its encoding fails with.
         """
@@ -154,8 +158,7 @@ class EncodePipeline:
             lane.pulled.hasten(encoding, due)
             lane.ahead.hasten(encoding, due)
         waiter, started = object(), time.monotonic()
-        encoding.waiters[waiter] = on_decoded
-        encoding.requests.append(request_id)
+        encoding.waiters[waiter] = on_decoded, reader
         try:
             if encoding.is_decoded:
                 on_decoded()
@@ -221,7 +224,7 @@ class EncodePipeline:
                 self._num_decoding -= 1
             self._give_pulled(encoding)
             encoding.is_decoded = True
-            for on_decoded in list(encoding.waiters.values()):
+            for on_decoded, _ in list(encoding.waiters.values()):
                 on_decoded()
             lane.waiting.append(encoding)
             self._feed_tower()
@@ -254,7 +257,7 @@ class EncodePipeline:
         self._gate.leave()
 
     def _decode(self, data: bytes, encoding: _Encoding) -> Pixels:
-        with span("preprocess", requests=[*encoding.requests]):
+        with span("preprocess", items=encoding.readers):
             return self._worker.preprocess(data, encoding.visual, encoding.stop)
 
     def _give_pulled(self, encoding: _Encoding) -> None:
@@ -288,11 +291,13 @@ class EncodePipeline:
 
     def _run_tower(self, pixels: list[Pixels], batch: list[_Encoding]) -> list[EncodedItem | Exception]:
         fault_point("in-tower", *(entry.visual.digest for entry in batch))
-        with span("encode", items=len(pixels), requests=[name for entry in batch for name in entry.requests]):
+        rows = sum(math.prod(entry.visual.grid) for entry in batch) // self._vision.merge_unit
+        with span("encode", images=len(pixels), rows=rows) as readers:
             results = self._worker.encode(pixels, [entry.key.visual_token_id for entry in batch])
             for result in results:
                 if isinstance(result, EncodedItem):
                     _ = result.digest  # computed here, so that no event loop has to
+            readers += [reader for entry in batch for reader in entry.readers]
         return results
 
     def _come_out(self, batch: list[_Encoding], running: asyncio.Future[list[EncodedItem | Exception]]) -> None:

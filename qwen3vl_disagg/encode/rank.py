@@ -18,6 +18,7 @@ from qwen3vl_disagg.cluster.media_store import pull_media
 from qwen3vl_disagg.cluster.rank_setup import RankSetup
 from qwen3vl_disagg.cluster.rendezvous import RankContext
 from qwen3vl_disagg.cluster.slots import EXIT_REFUSED, run_loop
+from qwen3vl_disagg.cluster.traces import spans_told
 from qwen3vl_disagg.core.devices import resolve_compile
 from qwen3vl_disagg.core.errors import HandshakeError, TransferError
 from qwen3vl_disagg.core.logs import start_logging
@@ -33,6 +34,7 @@ from qwen3vl_disagg.protocol.messages import (
     Peers,
     RankHello,
     Stop,
+    TellSpans,
     Welcome,
 )
 from qwen3vl_disagg.protocol.session_events import SessionLimits
@@ -169,6 +171,8 @@ class EncodeRank:
             logger.warning("left over: %s", left)
 
     async def _handle(self, message: Message) -> None:
+        if isinstance(message, TellSpans):
+            self._tell(spans_told("encode", message))
         if isinstance(message, Peers):
             if self._make_link is None:
                 store = await asyncio.to_thread(join_store, message.store_address)

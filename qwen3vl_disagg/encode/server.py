@@ -19,6 +19,7 @@ import msgspec
 from qwen3vl_disagg.core.errors import Failure, HandshakeError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.settings import EncodeOptions
+from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.encode.embedding_cache import HeldItem
 from qwen3vl_disagg.encode.links import EncodeLink, EncodeLinks
 from qwen3vl_disagg.encode.pipeline import EncodePipeline, Pull
@@ -188,7 +189,8 @@ class EncodeServer:
         payload = self._encoded[attempt].item.payload(grant)
 
         def send() -> None:
-            link.payload.send(payload, self.limits.payload_s)
+            with span("send", rows=grant.row_stop - grant.row_start, items=[(grant.request_id, grant.item)]):
+                link.payload.send(payload, self.limits.payload_s)
             fault_point("payload-sent")
 
         def sent(done: asyncio.Future) -> None:
@@ -207,7 +209,7 @@ class EncodeServer:
         ids: dict[str, Any] = {"request_id": request_id, "item": item, "attempt": number}
         on_decoded = partial(self._tell, Decoded(**ids))
         try:
-            wish: dict[str, Any] = {"is_alone": action.is_alone, "due": action.due, "request_id": request_id}
+            wish: dict[str, Any] = {"is_alone": action.is_alone, "due": action.due, "reader": (request_id, item)}
             held = await self.pipeline.rows(action.visual, on_decoded, **wish)
             held = replace(held, waited_s=held.waited_s + action.waited_s)
             fault_point("encoded")

@@ -338,7 +338,8 @@ class Engine:
                 try:
                     tokens = sum(chunk.stop - chunk.start for chunk in chunks)
                     names = [chunk.sequence.request_id for chunk in chunks]
-                    with span("prefill", tokens=tokens, requests=names), fatal_where(dispatch):
+                    used = [(c.sequence.request_id, i) for c in chunks for i, *_ in c.sequence.touched(c.start, c.stop)]
+                    with span("prefill", tokens=tokens, requests=names, items=used), fatal_where(dispatch):
                         made = self.runner.prefill(chunks, dispatch)
                     break
                 except BadRows as error:  # that request's failure alone; nothing has been computed yet

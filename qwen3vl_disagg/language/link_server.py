@@ -240,7 +240,7 @@ class LinkServer:
 
     def _receive(self, payload: Link, job: Receive) -> None:
         grant = job.grant
-        with span("receive", rows=grant.row_stop - grant.row_start, item=grant.item, requests=[grant.request_id]):
+        with span("receive", rows=grant.row_stop - grant.row_start, items=[(grant.request_id, grant.item)]):
             self.receiver.receive(payload, job, self.limits.payload_s)
         fault_point("payload-received")
         if grant.row_stop == job.visual.num_rows:

@@ -17,6 +17,7 @@ import numpy as np
 
 from qwen3vl_disagg.cluster.hub_client import enter_hub, report_load
 from qwen3vl_disagg.cluster.shared_cores import SharedCores
+from qwen3vl_disagg.cluster.traces import spans_told
 from qwen3vl_disagg.core.errors import DisaggError, Failure, TransferError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent
@@ -33,6 +34,7 @@ from qwen3vl_disagg.protocol.messages import (
     RequestFailed,
     Stop,
     Submit,
+    TellSpans,
 )
 from qwen3vl_disagg.transport.control import Connection, ConnectionLost
 from qwen3vl_disagg.transport.store import join_store
@@ -150,6 +152,8 @@ class LanguageRank:
                     self._links.use_store(await asyncio.to_thread(join_store, message.store_address))
             case Cancel():
                 self._requests.forget(message.request_id, message.sample)
+            case TellSpans():
+                self._tell(spans_told("language", message))
 
     def _submit(self, message: Submit) -> None:
         token_ids = np.frombuffer(message.token_ids, dtype="<i4").tolist()

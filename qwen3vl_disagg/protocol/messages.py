@@ -19,8 +19,9 @@ import msgspec
 from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
+from qwen3vl_disagg.core.spans import Span
 
-PROTOCOL_VERSION = 15
+PROTOCOL_VERSION = 16
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -146,6 +147,16 @@ class EncodeLoad(Message, frozen=True):
     num_batches: int = 0
 
 
+class Spans(Message, frozen=True):
+    """What a rank did: the answer to `TellSpans`. `next`: what to ask for after it, `num_gone`: spans that the rank no
+    longer had, `now`: on its monotonic clock."""
+
+    spans: list[Span]
+    next: int
+    num_gone: int
+    now: float
+
+
 class NeedItems(Message, frozen=True):
     """A language rank has room for these items of a request and lacks their rows.
 
@@ -263,6 +274,12 @@ class Cancel(Message, frozen=True):
 
     request_id: str
     sample: int | None = None
+
+
+class TellSpans(Message, frozen=True):
+    """Somebody watches: say what you did, from the span of this number on."""
+
+    number: int
 
 
 class Stop(Message, frozen=True):
@@ -433,8 +450,8 @@ class Frame(Message, frozen=True):
 
 _OfItems = Decoded | ItemFailed | EncodingBegun | EncodingEnded | NeedItems | ItemLost | ItemReceived
 _OfAnswers = PromptLogprobs | Tokens | Finished | RequestFailed
-_FromRank = RankHello | LinksUp | Leaving | LanguageLoad | EncodeLoad | _OfItems | _OfAnswers
-_ToRank = Welcome | Peers | Submit | Assign | Cancel | Stop
+_FromRank = RankHello | LinksUp | Leaving | LanguageLoad | EncodeLoad | Spans | _OfItems | _OfAnswers
+_ToRank = Welcome | Peers | Submit | Assign | Cancel | TellSpans | Stop
 _OneQuestion = StoreAt | FindStore | EndJob | Pull | Blob
 
 HubMessage = Heartbeat | Refused | _FromRank | _ToRank | _OneQuestion

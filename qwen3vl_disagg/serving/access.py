@@ -15,8 +15,8 @@ from qwen3vl_disagg.core.environment import API_KEY
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.settings import HttpOptions
 
-OPEN_PATHS = ("/health", "/ready", "/ui")
-"""Answered without a key. A browser that opens the page has no way to show one; what the page asks for needs it."""
+OPEN_PATHS = ("/health", "/ready", "/ui", "/ui/live")
+"""Answered without a key. A browser that opens a page has no way to show one; what the page asks for needs it."""
 _KEY = re.compile(r"[!-~]{1,512}")
 _BEARER = re.compile(r"bearer +(\S+) *", re.IGNORECASE)
 _MAX_FILE_BYTES = 2**20

@@ -33,8 +33,9 @@ from qwen3vl_disagg.serving.pooling import Pooled
 from qwen3vl_disagg.serving.preparation import Fetcher
 from qwen3vl_disagg.serving.responses import ResponseWriter
 from qwen3vl_disagg.serving.tokenizing import Detokenize, Tokenize
+from qwen3vl_disagg.serving.trace import LIVE_DATA_PATH, TRACE_PATH, Tracing
 from qwen3vl_disagg.serving.types import Health, Model, ModelList, NotReady, ReadyState, Version
-from qwen3vl_disagg.serving.ui import UI_PATH, ui
+from qwen3vl_disagg.serving.ui import LIVE_PATH, UI_PATH, ui
 
 
 def create_app(
@@ -93,6 +94,7 @@ def create_app(
 
     metrics = Metrics(backend, hides_cache_hits=limits.hide_cache_hits)
     intake = Intake(backend, processor, model_names=names, limits=limits, metrics=metrics, fetcher=fetcher)
+    tracing = Tracing(backend, metrics, hides_cache_hits=limits.hide_cache_hits)
     if warm_up:
         intake.warm_up()
     routes = [
@@ -112,6 +114,9 @@ def create_app(
         Route("/openapi.json", openapi),
         Route(METRICS_PATH, metrics.show),
         Route(UI_PATH, ui),
+        Route(LIVE_PATH, ui),
+        Route(TRACE_PATH, tracing.trace),
+        Route(LIVE_DATA_PATH, tracing.live),
         Route("/health", health),
         Route("/ready", ready),
     ]

@@ -24,12 +24,13 @@ from qwen3vl_disagg.serving.doors import Doors
 from qwen3vl_disagg.serving.errors import error_response
 from qwen3vl_disagg.serving.limits import MAX_HEADER_BYTES
 from qwen3vl_disagg.serving.metrics import METRICS_PATH, Metrics
+from qwen3vl_disagg.serving.trace import LIVE_DATA_PATH
 from qwen3vl_disagg.serving.watching import Seen
 
 logger = logging.getLogger(__name__)
 REQUEST_ID, SALT, SEEN = "request_id", "salt", "seen"
 """In a request's `state`: its id, the salt of its key, empty or absent without keys, and what is seen of it."""
-QUIET_PATHS = (*OPEN_PATHS, METRICS_PATH)
+QUIET_PATHS = (*OPEN_PATHS, METRICS_PATH, LIVE_DATA_PATH)
 """Asked for by machines, again and again: no lines."""
 MAX_LINES = 100
 """Of the log in a second for requests that no rank has heard of: anybody can send such."""

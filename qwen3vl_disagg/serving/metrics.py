@@ -1,11 +1,17 @@
 """`/metrics`: what Prometheus reads. Names end as vLLM's do where they mean the same, those of the encoder as SGLang's.
 
-Times and counts are taken as answers grow (`watching.py`); what ranks have to do is what they said last.
+Times and counts are taken as answers grow (`watching.py`); what ranks have to do is what they said last. A page is made
+on a thread, of what the event loop saw when it was asked for, and is good for REST times as long as it took: with many
+ranks that are tens of milliseconds, and whoever asks again and again gets no more of this process than a part in REST.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections import Counter as Counts
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, exposition
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,12 +20,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from qwen3vl_disagg.cluster.backend import Backend
+from qwen3vl_disagg.cluster.loads import Load
+from qwen3vl_disagg.cluster.registry import RankKey
 from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings
 from qwen3vl_disagg.protocol.messages import LanguageLoad
 
 METRICS_PATH = "/metrics"
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _TOKENS = tuple(float(2**n) for n in range(0, 19, 2))
+REST, MAX_AGE_S = 20.0, 1.0
 MAX_RANKS = 64
 """Encode ranks with series of their own: those that join never have the number of one before."""
 
@@ -31,7 +40,13 @@ class Metrics:
     def __init__(self, backend: Backend, *, hides_cache_hits: bool = False) -> None:
         self._registry = registry = CollectorRegistry()
         self._hides, self._ranks = hides_cache_hits, set[str]()
-        registry.register(_Loads(backend, hides_cache_hits=hides_cache_hits))
+        self._loads = _Loads(backend, hides_cache_hits=hides_cache_hits)
+        registry.register(self._loads)
+        self._pages: dict[bool, _Page] = {}
+        """The last one of each form."""
+        self._making = asyncio.Lock()
+        self.hits = Counts[str]()
+        """Tokens and items looked for in caches, and found, as the page of what ranks do shows them."""
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, namespace="q3vl", registry=registry)
@@ -96,6 +111,7 @@ class Metrics:
             return
         self._queries.inc(num_tokens)
         self._hits.inc(timings.cached_tokens)
+        self.hits.update(tokens=num_tokens, cached_tokens=timings.cached_tokens)
         for item in timings.items:
             if item.encode_rank >= 0:  # else its rows were not asked for
                 self._encoded(item)
@@ -107,6 +123,7 @@ class Metrics:
         self._ranks.add(rank)
         self._mm_queries.labels(rank).inc()
         self._mm_hits.labels(rank).inc(item.cached)
+        self.hits.update(items=1, cached_items=int(item.cached))
         self._bytes.labels(rank).inc(item.transfer_bytes)
         self._transfer.labels(rank).observe(item.transfer / 1e3)
         self._wait.labels(rank).observe(item.queue / 1e3)
@@ -118,7 +135,21 @@ class Metrics:
         """The route."""
         is_open = "application/openmetrics-text" in request.headers.get("accept", "")
         form = openmetrics if is_open else exposition
-        return Response(form.generate_latest(self._registry), headers={"Content-Type": form.CONTENT_TYPE_LATEST})
+        async with self._making:  # one at a time; who waited mostly finds one that is new
+            page = self._pages.get(is_open)
+            if page is None or time.monotonic() >= page.good_until:
+                self._loads.look()
+                started = time.monotonic()
+                body = await asyncio.to_thread(form.generate_latest, self._registry)
+                took = time.monotonic() - started
+                page = self._pages[is_open] = _Page(body, started + took + min(REST * took, MAX_AGE_S))
+        return Response(page.body, headers={"Content-Type": form.CONTENT_TYPE_LATEST})
+
+
+@dataclass(frozen=True)
+class _Page:
+    body: bytes
+    good_until: float
 
 
 class _Loads:
@@ -126,10 +157,15 @@ class _Loads:
 
     def __init__(self, backend: Backend, *, hides_cache_hits: bool) -> None:
         self._backend, self._hides = backend, hides_cache_hits
+        self._is_ready, self._seen = False, dict[RankKey, Load | None]()
+
+    def look(self) -> None:
+        """On the event loop, which the ranks' connections are on."""
+        self._is_ready, self._seen = self._backend.readiness().ready, dict(self._backend.rank_loads())
 
     def collect(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily("q3vl_ready", "1 if requests are served.")
-        ready.add_metric([], self._backend.readiness().ready)
+        ready.add_metric([], self._is_ready)
         yield ready
 
         def gauge(name: str, text: str) -> GaugeMetricFamily:
@@ -147,7 +183,7 @@ class _Loads:
         cached = gauge("encoder_cache_bytes", "Rows that an encode rank keeps.")
         items = counter("encoder_items", "Images and clips that went through a vision tower.")
         batches = counter("encoder_batches", "Runs of a vision tower.")
-        for (role, number), load in self._backend.rank_loads().items():
+        for (role, number), load in self._seen.items():
             rank = [role, str(number)]
             up.add_metric(rank, load is not None)
             if load is None:

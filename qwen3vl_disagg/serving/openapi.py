@@ -22,6 +22,7 @@ from qwen3vl_disagg.serving.messages_answer import MessagesBody, TokenCount
 from qwen3vl_disagg.serving.metrics import METRICS_PATH
 from qwen3vl_disagg.serving.pooling_request import MAX_INPUTS
 from qwen3vl_disagg.serving.responses import ResponseBody
+from qwen3vl_disagg.serving.trace import LIVE_DATA_PATH, MAX_SECONDS, TRACE_PATH
 from qwen3vl_disagg.serving.types import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -39,7 +40,7 @@ from qwen3vl_disagg.serving.types import (
     TokenizedText,
     Version,
 )
-from qwen3vl_disagg.serving.ui import UI_PATH
+from qwen3vl_disagg.serving.ui import LIVE_PATH, UI_PATH
 
 _REF = "#/components/schemas/{name}"
 _ANYWHERE = {
@@ -114,6 +115,9 @@ def document(model_names: Sequence[str], version: str, *, has_keys: bool) -> dic
         "/version": {"get": _get("version", "Version")},
         METRICS_PATH: {"get": _text("metrics", "text/plain", "application/openmetrics-text")},
         UI_PATH: {"get": _text("ui", "text/html") | {"security": []}},
+        LIVE_PATH: {"get": _text("ui_live", "text/html") | {"security": []}},
+        TRACE_PATH: {"get": _traced("trace", "seconds", MAX_SECONDS)},
+        LIVE_DATA_PATH: {"get": _traced("live", "after", 2.0**53)},
         "/health": {"get": _get("health", "Health") | {"security": []}},
         "/ready": {"get": _ready() | {"security": []}},
     }
@@ -154,6 +158,14 @@ def _get(name: str, kind: str, errors: Mapping[int, str] | None = None) -> dict[
 def _text(name: str, *kinds: str) -> dict[str, Any]:
     made = _get(name, "Health")
     made["responses"]["200"]["content"] = {kind: {"schema": _TEXT} for kind in kinds}
+    return made
+
+
+def _traced(name: str, query: str, most: float) -> dict[str, Any]:
+    made = _get(name, "Health", {400: _OF_BODIES[400]})
+    made["responses"]["200"]["content"] = {"application/json": {"schema": {"type": "object"}}}
+    number = {"type": "number", "exclusiveMinimum" if query == "seconds" else "minimum": 0, "maximum": most}
+    made["parameters"] = [{"name": query, "in": "query", "schema": number}]
     return made
 
 

@@ -1,4 +1,5 @@
-"""`/ui`: one page, made of one file. It may run what is in it, ask this server, and show what its user gives it."""
+"""`/ui`, to ask, and `/ui/live`, to see what ranks do: pages of one file each. A page may run what is in it, ask this
+server, and show what its user gives it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import Response
 
-UI_PATH = "/ui"
+UI_PATH, LIVE_PATH = "/ui", "/ui/live"
+_FILES = {UI_PATH: "ui.html", LIVE_PATH: "live.html"}
 
 
 def _policy(page: str) -> str:
@@ -38,8 +40,8 @@ def _policy(page: str) -> str:
 
 
 @functools.cache
-def _page() -> tuple[bytes, dict[str, str]]:
-    text = Path(__file__).with_name("ui.html").read_text("utf-8")
+def _page(path: str) -> tuple[bytes, dict[str, str]]:
+    text = Path(__file__).with_name(_FILES[path]).read_text("utf-8")
     return text.encode(), {
         "Content-Type": "text/html; charset=utf-8",
         "Content-Security-Policy": _policy(text),
@@ -50,6 +52,6 @@ def _page() -> tuple[bytes, dict[str, str]]:
 
 
 async def ui(request: Request) -> Response:
-    """The page. It says nothing of the server: whoever uses it needs a key where there are keys."""
-    body, headers = _page()
+    """The page of the path. It says nothing of the server: whoever uses it needs a key where there are keys."""
+    body, headers = _page(request.url.path)
     return Response(body, headers=headers)

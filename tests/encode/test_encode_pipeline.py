@@ -10,6 +10,7 @@ import time
 import msgspec
 import pytest
 
+from qwen3vl_disagg.core import spans
 from qwen3vl_disagg.core.errors import InputError, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
@@ -332,6 +333,43 @@ def test_nothing_is_told_to_have_ended_while_a_thread_is_at_it(where, end):
         assert pipeline._gate.num_inside == 0
         await asyncio.wait([task])
         task.cancelled() or task.exception()
+        pipeline.close()
+
+    run(scenario)
+
+
+def test_spans_name_those_who_wait_and_an_encoding_remembers_nobody_else(monkeypatch):
+    """However many come and go while it lasts."""
+
+    async def scenario():
+        monkeypatch.setattr(spans, "ring", spans.SpanRing(100, 2**20))
+        worker = FakeWorker()
+        worker.decode_gate.clear()
+        pipeline = EncodePipeline(worker, pull, EncodeOptions())
+
+        def wait(name: str, item: int = 0) -> asyncio.Task[HeldItem]:
+            return asyncio.create_task(pipeline.rows(item_of("x"), lambda: None, reader=(name, item)))
+
+        staying = [wait("first")]
+        await until(lambda: worker.decoded == [b"x"])
+        for number in range(300):
+            leaving = wait(f"gone-{number}")
+            await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+        [encoding] = pipeline._encodings.values()
+        sizes = {name: len(value) for name, value in vars(encoding).items() if isinstance(value, (list, dict, set))}
+        assert max(sizes.values()) == 1, sizes
+        staying.append(wait("second", 4))
+        await asyncio.sleep(0)
+        worker.open()
+        await asyncio.gather(*staying)
+        preprocess, encode = spans.ring.after(0, 10)[0]
+        assert (preprocess.name, preprocess.requests, preprocess.items) == ("preprocess", ["first"], [("first", 0)])
+        assert (encode.name, encode.requests) == ("encode", ["first", "second"])
+        assert encode.items == [("first", 0), ("second", 4)]
+        assert encode.numbers["images"] == 1
+        assert encode.lane.startswith("tower")
         pipeline.close()
 
     run(scenario)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec import structs
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.requests import Request
 
 from qwen3vl_disagg.cluster.backend import AllDecoded, FinishedEvent, TokenEvent
 from qwen3vl_disagg.core.errors import InputError, ServerError
 from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings
 from qwen3vl_disagg.protocol.messages import EncodeLoad, LanguageLoad
+from qwen3vl_disagg.serving import metrics as metrics_module
 from qwen3vl_disagg.serving.access import ApiKeys
 from qwen3vl_disagg.serving.guard import MAX_LINES
 from qwen3vl_disagg.serving.limits import Limits
-from qwen3vl_disagg.serving.metrics import MAX_RANKS, Metrics
+from qwen3vl_disagg.serving.metrics import MAX_AGE_S, MAX_RANKS, REST, Metrics
 from qwen3vl_disagg.serving.watching import STAGES
+from tests.support.asgi import is_on_a_loop
 from tests.support.fake_backend import ASK, PATH, FakeBackend, answer_steps, serve
 from tests.support.pooling import pooling_processor
 
@@ -221,3 +226,35 @@ def test_one_bad_prompt_of_several_is_why_all_have_failed(tmp_path):
     told = scraped(client)
     assert told["q3vl_request_failure_total", "harmful_media"] == 3
     assert ("q3vl_request_failure_total", "left") not in told
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.2])
+def test_a_page_is_made_beside_the_loop_and_seldom_however_often_it_is_asked_for(seconds, monkeypatch):
+    made, now = list[bool](), [100.0]
+
+    def slow(registry) -> bytes:
+        made.append(is_on_a_loop())
+        time.sleep(0.01)
+        now[0] += seconds
+        return b"page %d" % len(made)
+
+    monkeypatch.setattr(metrics_module.exposition, "generate_latest", slow)
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: now[0])
+    backend = FakeBackend()
+    metrics = Metrics(backend)
+    looked = list[bool]()
+    monkeypatch.setattr(backend, "rank_loads", lambda: looked.append(is_on_a_loop()) or {})
+
+    async def ask() -> bytes:
+        return (await metrics.show(Request({"type": "http", "headers": []}))).body
+
+    async def scenario() -> None:
+        assert set(await asyncio.gather(*[ask() for _ in range(50)])) == {b"page 1"}
+        now[0] += 0.99 * min(REST * seconds, MAX_AGE_S)
+        assert await ask() == b"page 1"
+        now[0] += 0.02 * min(REST * seconds, MAX_AGE_S)
+        assert await ask() == b"page 2"
+
+    asyncio.run(scenario())
+    assert made == [False, False], "on a thread"
+    assert looked == [True, True], "what ranks said is read where it is written"

@@ -1,4 +1,5 @@
-"""The page: one file, no other origin, open where the rest is not. What a browser makes of it is an acceptance test."""
+"""The pages: a file each, no other origin, open where the rest is not. What a browser makes of them is an acceptance
+test."""
 
 from __future__ import annotations
 
@@ -11,10 +12,13 @@ import pytest
 from qwen3vl_disagg.serving.access import ApiKeys
 from tests.support.fake_backend import FakeBackend, serve
 
+ASKED = {"/ui": {"/ready", "/v1/models", "/v1/chat/completions"}, "/ui/live": {"/debug/live", "/debug/trace"}}
+"""What each page asks for."""
 
-@pytest.fixture
-def page():
-    reply = serve(FakeBackend(), keys=ApiKeys(["secret"])).get("/ui")
+
+@pytest.fixture(params=ASKED)
+def page(request):
+    reply = serve(FakeBackend(), keys=ApiKeys(["secret"])).get(request.param)
     assert reply.status_code == 200
     assert reply.headers["content-type"] == "text/html; charset=utf-8"
     return reply
@@ -31,10 +35,11 @@ def test_it_runs_what_is_in_it_and_nothing_else(page):
 
 
 def test_it_asks_for_nothing_that_is_not_there(page):
-    paths = set(re.findall(r'fetch\("([^"]+)"', page.text))
-    assert paths == {"/ready", "/v1/models", "/v1/chat/completions"}
+    paths = set(re.findall(r'fetch\(["`]([^"`?]+)', page.text))
+    assert paths == ASKED[page.request.url.path]
     used = set(re.findall(r'\$\("([a-z]+)"\)', page.text))
     assert used == set(re.findall(r'\bid="([a-z]+)"', page.text))
+    assert {*re.findall(r'href="([^"]+)"', page.text)} == {*ASKED} - {page.request.url.path}
 
 
 def test_what_it_asks_for_needs_the_key():

@@ -17,6 +17,7 @@ from qwen3vl_disagg.cluster.backend import AllDecoded, Event, FinishedEvent, Pro
 from qwen3vl_disagg.cluster.loads import Load
 from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.cluster.registry import RankKey
+from qwen3vl_disagg.cluster.traces import Watched
 from qwen3vl_disagg.core.errors import DisaggError, UnavailableError
 from qwen3vl_disagg.core.pooling import Pooling
 from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, SamplingParams, TokenLogprob
@@ -74,6 +75,7 @@ class FakeBackend:
         """Why everything is refused."""
         self.handles: list[FakeHandle] = []
         self.loads: dict[RankKey, Load | None] = {}
+        self.watched, self.asked_after = Watched(now=100.0), list[int]()
         self.media = MediaStore()
 
     def _answer(self, prompt: Prompt, sampling: SamplingParams) -> list[Step]:
@@ -109,6 +111,10 @@ class FakeBackend:
 
     def rank_loads(self) -> dict[RankKey, Load | None]:
         return self.loads
+
+    async def spans(self, after: int = 0) -> Watched:
+        self.asked_after.append(after)
+        return self.watched
 
     def debug_processes(self) -> list[dict[str, Any]]:
         return [{"pid": 1, "role": "encode", "rank": 0}]

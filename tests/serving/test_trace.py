@@ -1,0 +1,183 @@
+"""What ranks did, over HTTP: Chrome's form, what the page reads, and who may see it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+
+from qwen3vl_disagg.cluster.traces import Clock, Watched
+from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings
+from qwen3vl_disagg.core.spans import Span
+from qwen3vl_disagg.protocol.messages import EncodeLoad, LanguageLoad
+from qwen3vl_disagg.serving import trace
+from qwen3vl_disagg.serving.access import ApiKeys
+from qwen3vl_disagg.serving.limits import Limits
+from qwen3vl_disagg.serving.metrics import Metrics
+from tests.support.fake_backend import FakeBackend, serve
+
+E0, E1, L2 = ("encode", 0), ("encode", 1), ("language", 2)
+NOW = 1_000.0
+
+
+def spans() -> list[tuple[tuple[str, int], Span]]:
+    """A request `a-1` with two images, of which the second is encoded beside the decode steps of `a-0`; an old one."""
+    return [
+        (E0, Span("encode", "tower_0", NOW - 40, NOW - 39, ["a-9"], [("a-9", 0)], {"images": 1})),
+        (E0, Span("preprocess", "decode-images_0", NOW - 9.0, NOW - 8.5, ["a-1"], [("a-1", 0)])),
+        (E0, Span("encode", "tower_0", NOW - 8.5, NOW - 7.5, ["a-1"], [("a-1", 0)], {"images": 1})),
+        (L2, Span("prefill", "engine", NOW - 7.4, NOW - 7.0, ["a-1"], [("a-1", 0)], {"tokens": 30})),
+        (L2, Span("decode", "engine", NOW - 7.0, NOW - 6.9, ["a-0"], [], {"tokens": 1})),
+        (E1, Span("encode", "tower_0", NOW - 8.0, NOW - 6.5, ["a-1"], [("a-1", 1)], {"images": 1})),
+        (L2, Span("prefill", "engine", NOW - 6.4, NOW - 6.0, ["a-1", "a-2"], [("a-1", 1)], {"tokens": 20})),
+        (L2, Span("prefill", "engine", NOW - 6.0, NOW - 5.9, ["a-1"], [("a-1", 1)], {"tokens": 5})),
+    ]
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    backend = FakeBackend()
+    clocks = {E0: Clock(), E1: Clock(3.0, 0.002), L2: Clock()}
+    backend.watched = Watched(now=NOW, next=8, spans=spans(), clocks=clocks, lost={L2: (50, NOW - 9.5)}, silent=[E1])
+    language = LanguageLoad(running=2, waiting=1, kv_pages_used=3, kv_pages=10)
+    backend.loads = {E0: EncodeLoad(running=1), E1: None, L2: language}
+    return backend
+
+
+def check_form(made: dict[str, Any]) -> list[dict[str, Any]]:
+    """By the document "Trace Event Format": what Perfetto and chrome://tracing need of each event."""
+    events = made["traceEvents"]
+    for event in events:
+        assert event["ph"] in "XMsf"
+        assert isinstance(event["name"], str)
+        assert all(isinstance(event[name], int) for name in ("pid", "tid"))
+        assert isinstance(event["ts"], (int, float))
+        assert ("dur" in event) is (event["ph"] == "X")
+        assert event["ph"] != "X" or event["dur"] >= 0
+        assert ("id" in event) is (event["ph"] in "sf")
+    for arrow in [event for event in events if event["ph"] in "sf"]:  # they end in boxes, or are not drawn
+        assert any(
+            box["ph"] == "X"
+            and (box["pid"], box["tid"]) == (arrow["pid"], arrow["tid"])
+            and box["ts"] <= arrow["ts"] <= box["ts"] + box["dur"]
+            for box in events
+        )
+    for tid in {event["tid"] for event in events if event["ph"] == "X"}:
+        boxes = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X" and e["tid"] == tid)
+        assert all(after[0] >= before[1] - 0.01 for before, after in itertools.pairwise(boxes))
+    return events
+
+
+def test_it_is_chromes_form_with_a_process_for_each_rank_and_microseconds(backend):
+    reply = serve(backend).get("/debug/trace?seconds=10")
+    assert reply.status_code == 200
+    assert "trace.json" in reply.headers["content-disposition"]
+    made = reply.json()
+    events = check_form(made)
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert sorted(names.values()) == ["encode rank 0", "encode rank 1", "language rank 2"]
+    lanes = {(names[e["pid"]], e["args"]["name"]) for e in events if e["name"] == "thread_name"}
+    assert ("encode rank 0", "decode-images_0") in lanes
+    boxes = [e for e in events if e["ph"] == "X"]
+    assert len(boxes) == 7, "what ended before is left out"
+    [first] = [e for e in boxes if e["name"] == "preprocess"]
+    assert (first["ts"], first["dur"]) == pytest.approx((1e6, 0.5e6))
+    assert first["args"] == {"requests": ["a-1"], "request_id": "a-1", "items": ["a-1 item 0"]}
+    [both] = [e for e in boxes if len(e["args"]["requests"]) == 2]
+    assert both["args"]["tokens"] == 20
+
+
+def test_an_arrow_leads_from_each_encoding_to_the_prefill_that_uses_it(backend):
+    events = serve(backend).get("/debug/trace?seconds=10").json()["traceEvents"]
+    starts, ends = ({e["id"]: e for e in events if e["ph"] == ph} for ph in "sf")
+    assert starts.keys() == ends.keys()
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    arrows = sorted((names[starts[n]["pid"]], round(ends[n]["ts"] / 1e5), ends[n]["bp"]) for n in starts)
+    assert arrows == [("encode rank 0", 26, "e"), ("encode rank 1", 36, "e")]
+
+
+def test_what_is_to_know_of_the_numbers_stands_beside_them(backend):
+    notes = serve(backend).get("/debug/trace?seconds=10").json()["otherData"]
+    assert notes["seconds"] == 10
+    assert "2.000 ms" in notes["clock of encode rank 1"]
+    assert "clock of encode rank 0" not in notes
+    assert notes["not heard"] == "encode rank 1"
+    assert "before 500000 us" in notes["dropped by language rank 2"]
+    short = serve(backend).get("/debug/trace?seconds=9").json()["otherData"]
+    assert "dropped by language rank 2" not in short, "in these seconds nothing is missing"
+
+
+NONSENSE = ("0", "-1", "601", "nan", "inf", "x", "", "1_0", "1&seconds=2")
+
+
+@pytest.mark.parametrize("query", [f"seconds={text}" for text in NONSENSE])
+def test_nonsense_is_refused_by_name(backend, query):
+    reply = serve(backend).get(f"/debug/trace?{query}")
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "seconds")
+
+
+@pytest.mark.parametrize("query", ["after=-1", "after=x", "after=1e99", "after=1&after=2"])
+def test_so_it_is_for_the_page(backend, query):
+    reply = serve(backend).get(f"/debug/live?{query}")
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "after")
+    assert backend.asked_after == []
+
+
+@pytest.mark.parametrize("path", ["/debug/trace", "/debug/live"])
+def test_it_needs_the_key_and_says_nothing_where_hits_are_hidden(backend, path):
+    client = serve(backend, keys=ApiKeys(["secret"]))
+    reply = client.get(path)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert client.get(path, headers={"x-api-key": "secret"}).status_code == 200
+    hidden = serve(backend, limits=Limits(hide_cache_hits=True)).get(path)
+    assert (hidden.status_code, hidden.json()["error"]["code"]) == (403, "hidden")
+    assert client.post(path, headers={"x-api-key": "secret"}).status_code == 405
+
+
+def test_times_are_never_negative_also_of_what_had_begun_before(backend):
+    events = check_form(serve(backend).get("/debug/trace?seconds=7.7").json())
+    boxes = {(e["name"], e["args"]["items"][0]): e["ts"] for e in events if e["ph"] == "X" and "items" in e["args"]}
+    assert min(e["ts"] for e in events) == 0.0 == boxes["encode", "a-1 item 0"]
+    assert boxes["prefill", "a-1 item 0"] == pytest.approx(1.1e6)
+
+
+def test_without_ranks_there_is_nothing_and_that_is_a_trace():
+    made = serve(FakeBackend()).get("/debug/trace").json()
+    assert check_form(made) == []
+
+
+def test_the_page_hears_what_is_new_and_what_ranks_have_to_do(backend):
+    told = serve(backend).get("/debug/live?after=5").json()
+    assert backend.asked_after == [5]
+    assert (told["now"], told["next"], told["lost"]) == (NOW, 8, 0)
+    ranks = {rank["name"]: rank for rank in told["ranks"]}
+    assert ranks["encode rank 1"] == {"name": "encode rank 1", "load": None, "silent": True}
+    assert ranks["language rank 2"]["load"]["kv_pages_used"] == 3
+    assert len(told["spans"]) == 7, "older than the page shows"
+    first = told["spans"][0]
+    assert first == ["encode rank 0", ["preprocess", "decode-images_0", 991.0, 991.5, ["a-1"], [["a-1", 0]], {}]]
+
+
+def test_the_page_hears_no_more_at_once_than_it_can_draw(backend, monkeypatch):
+    monkeypatch.setattr(trace, "MAX_LIVE", 3)
+    told = serve(backend).get("/debug/live").json()
+    assert (len(told["spans"]), told["lost"]) == (3, 4)
+    assert told["spans"][-1][1][3] == NOW - 5.9
+
+
+def test_hits_are_those_of_the_metrics():
+    metrics = Metrics(FakeBackend())
+    items = [ItemTimings(encode_rank=0), ItemTimings(encode_rank=0, cached=True), ItemTimings()]
+    metrics.prompted(40, RequestTimings(items=items, cached_tokens=16))
+    metrics.prompted(10, RequestTimings())
+    assert metrics.hits == {"tokens": 50, "cached_tokens": 16, "items": 2, "cached_items": 1}
+
+
+def test_there_is_nothing_of_what_was_asked():
+    """Of a span nothing but names that this server made and numbers can be told."""
+    made = trace.chrome_trace(Watched(now=NOW, spans=spans()), 60)
+    words = {word for e in made["traceEvents"] if e["ph"] == "X" for word in e["args"]}
+    assert words <= {"requests", "request_id", "items", "tokens", "images", "rows", "steps"}
+    assert json.dumps(made)
