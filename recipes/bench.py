@@ -6,6 +6,7 @@
     python recipes/bench.py host [--contexts 1024 32768 131072] [--sequences 32]
     python recipes/bench.py grammars [--batch 8] [--bound 0 4]
     python recipes/bench.py gaps [--rounds 2] [--picture DIR]
+    python recipes/bench.py burst [--picture FILE.png]
     python recipes/bench.py road [--rounds 3] [--other NAME=COMMAND] [--llama-cpp DIR]
     python recipes/bench.py order [--rounds 3] [--model DIR]
     python recipes/bench.py repeat [--rounds 7]
@@ -30,6 +31,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qwen3vl_disagg.core.errors import InputError, report
+from tools.bench_burst import burst_of_images
 from tools.bench_engine import engine
 from tools.bench_gaps import gaps_under_load
 from tools.bench_grammars import grammars
@@ -51,6 +53,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "host": host,
     "grammars": grammars,
     "gaps": gaps_under_load,
+    "burst": burst_of_images,
     "road": road,
     "order": order,
     "repeat": repeat,
