@@ -240,7 +240,7 @@ class Hub:
 
     async def spans(self, after: int = 0) -> Watched:
         await self._traces.collect()
-        return self._traces.since(after)
+        return await asyncio.to_thread(self._traces.since, after)
 
     def debug_processes(self) -> list[dict[str, Any]]:
         ranks = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ def spans_told(role: Literal["encode", "language"], asked: TellSpans) -> Spans:
 
 
 class Clock(msgspec.Struct, frozen=True):
-    """Of a rank, against the frontend's. `ahead_s` is 0 on the same host, else an estimate that is off by `error_s` at
-    most: half of the time that question and answer took."""
+    """Of a rank, against the frontend's. `ahead_s` is 0 on the same host, else an estimate that was off by `error_s` at
+    most at `at`: half of the time that question and answer took. Before and after that clocks drift."""
 
     ahead_s: float = 0.0
     error_s: float = 0.0
@@ -50,7 +51,8 @@ class Clock(msgspec.Struct, frozen=True):
 
 
 class Watched(msgspec.Struct, kw_only=True):
-    """What ranks did, times on the frontend's monotonic clock. `next`: what to ask for after this.
+    """What ranks did, times on the frontend's monotonic clock. `next`: what to ask for after this. `clocks`: how far
+    they are off by now, also of ranks that have left and did some of this.
 
     `num_gone`: spans that the frontend had no room for, from the number on that was asked for. `lost`: how many each
     rank had no room for before it was asked, and since when none is missing. `silent`: ranks yet to answer.
@@ -65,29 +67,40 @@ class Watched(msgspec.Struct, kw_only=True):
     silent: list[RankKey] = []
 
 
+@dataclass(eq=False)
+class _Source:
+    """Known of a rank's process, for as long as it is there, or a span of it."""
+
+    key: RankKey
+    clock: Clock
+    lost: tuple[int, float] | None = None
+    """On its clock."""
+
+
 @dataclass
 class _Rank:
     post: Callable[[Message], None]
-    clock: Clock
+    source: _Source
     has_our_clock: bool
     next: int = 0
-    lost: tuple[int, float] | None = None
     asked_at: float | None = None
     """When it was asked for what it has not told yet."""
 
 
 class Traces:
-    """On one event loop. A rank that comes again is a new one; what it had told stays."""
+    """On one event loop, but for `since`. A rank that comes again is a new one; what it had told stays, with times on
+    its own clock, of which later answers may tell more."""
 
     def __init__(self) -> None:
-        self._ring = Ring[tuple[RankKey, Span]](MAX_SPANS, MAX_BYTES)
+        self._ring = Ring[tuple[_Source, Span]](MAX_SPANS, MAX_BYTES)
         self._ranks: dict[RankKey, _Rank] = {}
         self._heard = asyncio.Event()
         self._collecting: asyncio.Task[None] | None = None
         self._collected_at = -FRESH_S
 
     def up(self, key: RankKey, post: Callable[[Message], None], *, has_our_clock: bool) -> None:
-        self._ranks[key] = _Rank(post, Clock(error_s=0.0 if has_our_clock else float("inf")), has_our_clock)
+        source = _Source(key, Clock(error_s=0.0 if has_our_clock else math.inf))
+        self._ranks[key] = _Rank(post, source, has_our_clock)
 
     def down(self, key: RankKey) -> None:
         self._ranks.pop(key, None)
@@ -98,18 +111,15 @@ class Traces:
         rank, now = self._ranks.get(key), time.monotonic() if now is None else now
         if rank is None or rank.asked_at is None:
             return
-        error_s = (now - rank.asked_at) / 2
-        if not rank.has_our_clock and error_s < rank.clock.error_s + DRIFT * (now - rank.clock.at):
-            rank.clock = Clock(told.now - (now + rank.asked_at) / 2, error_s, now)
-        ahead_s = rank.clock.ahead_s
+        source, error_s = rank.source, (now - rank.asked_at) / 2
+        if not rank.has_our_clock and error_s < _by_now(source.clock, now).error_s:
+            source.clock = Clock(told.now - (now + rank.asked_at) / 2, error_s, now)
         for one in told.spans:
-            if ahead_s:
-                one = msgspec.structs.replace(one, start=one.start - ahead_s, stop=one.stop - ahead_s)
-            self._ring.add((key, one), one.num_bytes)
+            self._ring.add((source, one), one.num_bytes)
         has_more = told.next >= rank.next + MOST  # as many as were asked for, whosever they were
         if told.num_gone:
             since = told.spans[0].start if told.spans else told.now
-            rank.lost = told.num_gone + (rank.lost[0] if rank.lost else 0), since - ahead_s
+            source.lost = told.num_gone + (source.lost[0] if source.lost else 0), since
         rank.next, rank.asked_at = told.next, None
         if has_more:
             self._ask(rank)
@@ -140,17 +150,28 @@ class Traces:
         self._collected_at = time.monotonic()
 
     def _silent(self) -> list[RankKey]:
-        return [key for key, rank in self._ranks.items() if rank.asked_at is not None]
+        return [key for key, rank in self._ranks.copy().items() if rank.asked_at is not None]
 
-    def since(self, number: int) -> Watched:
-        """What is here from this number on."""
+    def since(self, number: int, now: float | None = None) -> Watched:
+        """What is here from this number on. For any thread: there may be much to shift."""
         found, behind, num_gone = self._ring.after(number, MAX_SPANS)
-        return Watched(
-            now=time.monotonic(),
-            next=behind,
-            num_gone=num_gone,
-            spans=found,
-            clocks={key: rank.clock for key, rank in self._ranks.items()},
-            lost={key: rank.lost for key, rank in self._ranks.items() if rank.lost},
-            silent=self._silent(),
-        )
+        now = time.monotonic() if now is None else now
+        sources = dict.fromkeys([rank.source for rank in self._ranks.copy().values()])
+        clocks = {source: _by_now(source.clock, now) for source in {**sources, **dict.fromkeys(s for s, _ in found)}}
+        told = Watched(now=now, next=behind, num_gone=num_gone, silent=self._silent())
+        told.spans = [(source.key, _shifted(one, clocks[source].ahead_s)) for source, one in found]
+        for source, clock in clocks.items():  # of one that came again there are two
+            told.clocks[source.key] = max(clock, told.clocks.get(source.key, clock), key=lambda clock: clock.error_s)
+            if source.lost is not None:
+                count, since = told.lost.get(source.key, (0, -math.inf))
+                told.lost[source.key] = count + source.lost[0], max(since, source.lost[1] - clock.ahead_s)
+        return told
+
+
+def _by_now(clock: Clock, now: float) -> Clock:
+    drift = DRIFT * (now - clock.at) if clock.error_s else 0.0
+    return msgspec.structs.replace(clock, error_s=clock.error_s + drift)
+
+
+def _shifted(one: Span, ahead_s: float) -> Span:
+    return msgspec.structs.replace(one, start=one.start - ahead_s, stop=one.stop - ahead_s) if ahead_s else one

@@ -26,9 +26,10 @@ Item = tuple[str, int]
 MAX_SPANS, MAX_BYTES = 20_000, 16 * 2**20
 MAX_NAMES = 64
 """Of requests, and of items, in a span; how many there were is in its numbers."""
+JOINED = ("decode", "take part")
 JOIN_S, NEXT_S = 0.01, 0.002
-"""Decode steps shorter than that and close behind one another are one span in the ring: on a GPU there are hundreds a
-second."""
+"""Such steps, shorter than that and close behind one another, are one span in the ring: on a GPU there are hundreds a
+second, also of a rank that has nothing to do but to take part in those of others."""
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -49,7 +50,7 @@ class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     def joined(self, behind: Span) -> Span | None:
         """Both as one; None where they are to be told apart."""
-        if self.name != "decode" or behind.name != "decode" or self.lane != behind.lane:
+        if self.name not in JOINED or self.name != behind.name or self.lane != behind.lane:
             return None
         is_next = behind.start - self.stop < NEXT_S and behind.stop - self.start < JOIN_S
         if not is_next or self.requests != behind.requests:
@@ -93,7 +94,7 @@ class Ring(Generic[T]):
 
 
 class SpanRing(Ring[Span]):
-    """Decode steps that nobody has read yet may still be joined."""
+    """Steps that nobody has read yet may still be joined."""
 
     def add_span(self, span: Span) -> None:
         with self._lock:

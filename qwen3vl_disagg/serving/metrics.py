@@ -3,6 +3,8 @@
 Times and counts are taken as answers grow (`watching.py`); what ranks have to do is what they said last. A page is made
 on a thread, of what the event loop saw when it was asked for, and is good for REST times as long as it took: with many
 ranks that are tens of milliseconds, and whoever asks again and again gets no more of this process than a part in REST.
+Numbers should be new, however: the rest is MAX_AGE_S at most, and pages that take longer than a part in REST of that
+may take more of the process.
 """
 
 from __future__ import annotations

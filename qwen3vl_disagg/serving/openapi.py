@@ -162,7 +162,8 @@ def _text(name: str, *kinds: str) -> dict[str, Any]:
 
 
 def _traced(name: str, query: str, most: float) -> dict[str, Any]:
-    made = _get(name, "Health", {400: _OF_BODIES[400]})
+    hidden = "A Host or an Origin that is not served; or `hidden`: with --hide-cache-hits there is nothing to see."
+    made = _get(name, "Health", {400: _OF_BODIES[400], 403: hidden, 429: _OF_BODIES[429]})
     made["responses"]["200"]["content"] = {"application/json": {"schema": {"type": "object"}}}
     number = {"type": "number", "exclusiveMinimum" if query == "seconds" else "minimum": 0, "maximum": most}
     made["parameters"] = [{"name": query, "in": "query", "schema": number}]
