@@ -86,6 +86,21 @@ async def test_a_full_answer_is_asked_on_and_what_the_rank_had_dropped_is_told(m
     await looking
     assert len(posted) == 2
     assert made.since(0).lost == {LANGUAGE: (70, 50.0)}
+    monkeypatch.setattr(traces, "FRESH_S", 0.0)
+    looking = await asked(made, num=3, posted=posted)
+    made.note(LANGUAGE, told(one(1, 90.0), behind=MOST + 80, num_gone=5))
+    await looking
+    assert made.since(0).lost == {LANGUAGE: (75, 90.0)}
+
+
+@in_loop
+async def test_nobody_waits_for_a_rank_that_left(monkeypatch):
+    monkeypatch.setattr(traces, "WAIT_S", 60.0)
+    made, posted = Traces(), list[TellSpans]()
+    made.up(LANGUAGE, posted.append, has_our_clock=True)
+    looking = await asked(made, posted=posted)
+    made.down(LANGUAGE)
+    await asyncio.wait_for(looking, 10)
 
 
 @in_loop

@@ -89,6 +89,15 @@ def test_it_does_not_grow(num_names, monkeypatch):
         assert ring.after(0, 1)[0][0].numbers["num_items"] == num_names
 
 
+def test_of_many_requests_the_first_are_named_and_all_are_counted(ring):
+    names = [str(number) for number in range(MAX_NAMES + 1)]
+    with span("decode", requests=names[:-1], tokens=1), span("prefill", requests=names, tokens=2):
+        pass
+    (many, exact), _, _ = ring.after(0, 10)
+    assert (many.requests, many.numbers) == (names[:-1], {"tokens": 2, "num_requests": MAX_NAMES + 1})
+    assert (exact.requests, exact.numbers) == (names[:-1], {"tokens": 1})
+
+
 def decode(start: float, seconds: float, requests: str = "ab", lane: str = "engine", name: str = "decode") -> Span:
     return Span(name, lane, start, start + seconds, list(requests), [], {"tokens": len(requests)})
 

@@ -112,6 +112,34 @@ def test_an_arrow_leads_from_each_encoding_to_the_prefill_that_uses_it(backend):
     assert arrows == [("encode rank 0", 26, "e"), ("encode rank 1", 36, "e")]
 
 
+def test_no_arrow_leads_to_a_prefill_before_the_encoding(backend):
+    """Rows that were dropped and made again were used before, too."""
+    early = Span("prefill", "engine", NOW - 9.9, NOW - 9.8, ["a-1"], [("a-1", 0)])
+    backend.watched.spans.insert(0, (L2, early))
+    events = serve(backend).get("/debug/trace?seconds=10").json()["traceEvents"]
+    assert sorted(round(e["ts"] / 1e5) for e in events if e["ph"] == "f") == [26, 36]
+    backend.watched.spans = [entry for entry in spans() if entry[1].name != "prefill"] + [(L2, early)]
+    events = serve(backend).get("/debug/trace?seconds=10").json()["traceEvents"]
+    assert not [e for e in events if e["ph"] in "sf"]
+
+
+def test_what_the_frontend_had_no_room_for_is_told(backend):
+    backend.watched.num_gone = 12
+    backend.watched.spans = spans()[1:]
+    assert "12 so far" in serve(backend).get("/debug/trace?seconds=10").json()["otherData"]["dropped by the frontend"]
+    backend.watched.spans = spans()
+    notes = serve(backend).get("/debug/trace?seconds=10").json()["otherData"]
+    assert "dropped by the frontend" not in notes, "that was before these seconds"
+
+
+def test_how_far_a_clock_may_be_off_counts_from_when_it_was_estimated(backend):
+    backend.watched.clocks = {E0: Clock(1.0, 0.002, NOW), E1: Clock(1.0, 0.002, NOW - 20), L2: Clock(0.0, float("inf"))}
+    notes = serve(backend).get("/debug/trace?seconds=10").json()["otherData"]
+    assert "3.000 ms" in notes["clock of encode rank 0"], "the first spans are 10 s older"
+    assert "2.000 ms" in notes["clock of encode rank 1"]
+    assert "clock of language rank 2" not in notes, "nothing is known"
+
+
 def test_what_is_to_know_of_the_numbers_stands_beside_them(backend):
     notes = serve(backend).get("/debug/trace?seconds=10").json()["otherData"]
     assert notes["seconds"] == 10
@@ -295,6 +323,25 @@ def test_a_trace_is_good_for_a_moment_and_then_forgotten(tracing, making, monkey
     asyncio.run(scenario())
 
 
+def test_a_trace_is_not_told_later_also_if_it_was_not_forgotten(backend, making, monkeypatch):
+    monkeypatch.setattr(trace, "FRESH_S", 0.05)
+    client = serve(backend)  # each request has a loop of its own, which does nothing later
+    for _ in range(2):
+        assert client.get("/debug/trace?seconds=10").status_code == 200
+        time.sleep(0.1)
+    assert len(making) == 2
+
+
+def test_of_a_body_that_nobody_reads_a_part_is_on_its_way(backend, tracing):
+    backend.watched.spans = [(L2, Span("prefill", "engine", NOW - 5, NOW - 4, ["a" * 300]))] * 2_000
+
+    async def scenario() -> None:
+        response = await tracing.live(asking(""))
+        assert await sent(response) == len(response.body) // 2**16 + 2
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("path", ["trace", "live"])
 def test_few_wait_or_have_not_read_and_others_are_refused_until_these_are_gone(backend, tracing, path, monkeypatch):
     monkeypatch.setattr(trace, "PART", 100)
@@ -408,6 +455,9 @@ def test_hits_are_those_of_the_metrics():
     metrics.prompted(40, RequestTimings(items=items, cached_tokens=16))
     metrics.prompted(10, RequestTimings())
     assert metrics.hits == {"tokens": 50, "cached_tokens": 16, "items": 2, "cached_items": 1}
+    hidden = Metrics(FakeBackend(), hides_cache_hits=True)
+    hidden.prompted(40, RequestTimings(items=items, cached_tokens=16))
+    assert hidden.hits == {}
 
 
 def test_there_is_nothing_of_what_was_asked():
