@@ -68,7 +68,7 @@ class Watched(msgspec.Struct, kw_only=True):
 
 
 @dataclass(eq=False)
-class _Source:
+class _Teller:
     """Known of a rank's process, for as long as it is there, or a span of it."""
 
     key: RankKey
@@ -80,7 +80,7 @@ class _Source:
 @dataclass
 class _Rank:
     post: Callable[[Message], None]
-    source: _Source
+    source: _Teller
     has_our_clock: bool
     next: int = 0
     asked_at: float | None = None
@@ -92,14 +92,14 @@ class Traces:
     its own clock, of which later answers may tell more."""
 
     def __init__(self) -> None:
-        self._ring = Ring[tuple[_Source, Span]](MAX_SPANS, MAX_BYTES)
+        self._ring = Ring[tuple[_Teller, Span]](MAX_SPANS, MAX_BYTES)
         self._ranks: dict[RankKey, _Rank] = {}
         self._heard = asyncio.Event()
         self._collecting: asyncio.Task[None] | None = None
         self._collected_at = -FRESH_S
 
     def up(self, key: RankKey, post: Callable[[Message], None], *, has_our_clock: bool) -> None:
-        source = _Source(key, Clock(error_s=0.0 if has_our_clock else math.inf))
+        source = _Teller(key, Clock(error_s=0.0 if has_our_clock else math.inf))
         self._ranks[key] = _Rank(post, source, has_our_clock)
 
     def down(self, key: RankKey) -> None:

@@ -148,7 +148,9 @@ async def test_another_hosts_clock_is_estimated_and_its_error_is_told(ahead, mon
     assert span.stop - span.start == pytest.approx(0.5)
 
 
-async def answered(made: Traces, posted: list, *, way_s: float, back_s: float, ahead: float, num_gone: int = 0) -> float:
+async def answered(
+    made: Traces, posted: list, *, way_s: float, back_s: float, ahead: float, num_gone: int = 0
+) -> float:
     """What the rank did as it was asked is told; when that was, on the frontend's clock."""
     await asked(made, num=len(posted) + 1, posted=posted)
     asked_at = made._ranks[LANGUAGE].asked_at
