@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from qwen3vl_disagg.cluster.rendezvous import World
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, Dismissed, HandshakeError, HubGone, InputError
 from qwen3vl_disagg.core.host import raise_descriptor_limit
-from qwen3vl_disagg.core.logs import start_logging
+from qwen3vl_disagg.core.logs import start_logging, write_line
 
 logger = logging.getLogger(__name__)
 EXIT_INPUT = 2
@@ -293,10 +293,10 @@ def run_worker(run: Callable[[World], int]) -> int:
         status = end.code if isinstance(end.code, int) else 1
     except (InputError, CheckpointError) as error:
         if world.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            write_line(sys.stderr, f"error: {error}")
         status = EXIT_INPUT
     except DisaggError as error:
-        print(f"error: slot {world.rank}: {error}", file=sys.stderr)
+        write_line(sys.stderr, f"error: slot {world.rank}: {error}")
         status = 1
     if world.local_rank != 0 and status == EXIT_INPUT:
         time.sleep(_EXIT_LAST_S)

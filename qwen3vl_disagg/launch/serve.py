@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from qwen3vl_disagg.cluster.slots import Child, Slot
 from qwen3vl_disagg.core.environment import TOKEN, check_environment
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.faults import plan_faults
-from qwen3vl_disagg.core.logs import start_logging, use_log_format
+from qwen3vl_disagg.core.logs import start_logging, use_log_format, write_line
 from qwen3vl_disagg.core.settings import (
     MAX_GAP_MS,
     BufferOptions,
@@ -140,7 +141,7 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
     roles = f"{num_encode} encode, {num_language} language" if world.size > 1 else "both roles in one process"
     context.progress.stage("ranks", f"starting ranks: {roles}", encode=num_encode, language=num_language)
     if options.hub is not None:
-        print(f"hub: {meeting.hub_address[0]}:{meeting.hub_address[1]}", flush=True)
+        write_line(sys.stdout, f"hub: {meeting.hub_address[0]}:{meeting.hub_address[1]}")
     publish(path, meeting)
     memory = JobMemory()
     frontend = Child(
