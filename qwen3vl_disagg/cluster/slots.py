@@ -100,10 +100,14 @@ class Slot:
     _stop_by: float | None = None
     _orphan_by: float | None = None
 
-    def run(self) -> int:
-        """Until every child has left. The exit status: 0, or that of the failure that ended the slot."""
+    def run(self, on_begin: Callable[[], None] = lambda: None) -> int:
+        """Until every child has left. The exit status: 0, or that of the failure that ended the slot.
+
+        `on_begin` is called before anything is forked: from then on signals wait.
+        """
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)
         try:
+            on_begin()
             for child in self.children:
                 self._fork(child, num_quick_deaths=0)
             while self._running or self._again:

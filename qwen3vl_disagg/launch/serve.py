@@ -34,6 +34,7 @@ from qwen3vl_disagg.core.settings import (
 from qwen3vl_disagg.encode.rank import run_encode_rank
 from qwen3vl_disagg.launch.bodies import run_combined_rank, run_language_rank
 from qwen3vl_disagg.launch.frontend import run_frontend
+from qwen3vl_disagg.launch.statuses import tell_running
 from qwen3vl_disagg.options import ServeOptions
 from qwen3vl_disagg.plan.dry_run import DEFAULT_WORLD, check_dry_run, dry_run
 from qwen3vl_disagg.plan.hardware import load_hardware
@@ -241,13 +242,13 @@ def run_slot(options: ServeOptions, world: World) -> int:
     if world.local_rank == 0:
         check_checkpoint(options.model, options.buffers, options.http.max_model_len)
     if world.local_rank != 0 and world.node == 0:
-        return other_slot(options, world, layout, meeting_path()).run()
+        return other_slot(options, world, layout, meeting_path()).run(tell_running)
     if world.local_rank != 0:
-        return far_slot(options, world, layout).run()
+        return far_slot(options, world, layout).run(tell_running)
     path, cores = meeting_path(), cores_file(world)
     try:
         slot = first_slot(options, world, layout, path) if world.node == 0 else far_slot(options, world, layout)
-        return slot.run()
+        return slot.run(tell_running)
     finally:
         for file in (path, cores):
             if file is not None:
