@@ -123,9 +123,8 @@ def train(settings: Settings) -> Saved:
     optimizer = make_optimizer(model, settings)
     if settings.state is not None and settings.state.is_file():
         run = load_run(settings.state, model, optimizer, run.settings)
-        is_over = run.stage == len(STAGES)
-        goes_on = "is of a run that is over" if is_over else f"goes on with stage {run.stage + 1} at its step {run.step}"
-        print(f"{settings.state}: {goes_on}", file=sys.stderr, flush=True)
+        goes_on = f"goes on with stage {run.stage + 1} at its step {run.step}" if run.stage < len(STAGES) else "is over"
+        print(f"the run of {settings.state} {goes_on}", file=sys.stderr, flush=True)
         save(model, optimizer, settings, run)  # --out may be another folder now, and the run may be over
     while run.stage < len(STAGES):
         if run.step == 0:

@@ -65,7 +65,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path, run):
     words = ("--out", str(out), "--state", str(state))
     killed_once_saved(state, *words)
     first, *lines = run(*words)
-    assert first.startswith(f"{state}: goes on with stage ")
+    assert first.startswith(f"the run of {state} goes on with stage ")
     assert [line.partition(",")[0] for line in lines][-2:] == ["step 29/36", "step 36/36"]
     assert all(f"{form} " in lines[-1] for form in ("image first", "text first", "json"))
     assert "steps/s, 0 min left" in lines[-1]
@@ -83,7 +83,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path, run):
     over = train(given)
     assert (over.stage, over.resumed) == (len(STAGES), 2)
     assert (given.out / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
-    with pytest.raises(SystemExit, match="'seed': 0.*'seed': 1"):
+    with pytest.raises(SystemExit, match=r"'seed': 0.*'seed': 1"):
         train(replace(given, seed=1))
 
 
