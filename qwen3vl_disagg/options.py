@@ -232,6 +232,8 @@ class TraceOptions:
     seconds: float = 30.0
     """How far back, up to 600; ranks keep their last spans only."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.json")] = Path("trace.json")
+    overwrite: bool = False
+    """Replace the file, if it is there."""
     api_key: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     """One of the server's. Other users of this host can see it in the command line: the environment variable
     Q3VL_API_KEY does the same."""

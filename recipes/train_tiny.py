@@ -123,7 +123,9 @@ def train(settings: Settings) -> Saved:
     optimizer = make_optimizer(model, settings)
     if settings.state is not None and settings.state.is_file():
         run = load_run(settings.state, model, optimizer, run.settings)
-        print(f"goes on with stage {run.stage + 1} at its step {run.step}", file=sys.stderr, flush=True)
+        goes_on = f"goes on with stage {run.stage + 1} at its step {run.step}" if run.stage < len(STAGES) else "is over"
+        print(f"the run of {settings.state} {goes_on}", file=sys.stderr, flush=True)
+        save(model, optimizer, settings, run)  # --out may be another folder now, and the run may be over
     while run.stage < len(STAGES):
         if run.step == 0:
             optimizer = make_optimizer(model, settings)

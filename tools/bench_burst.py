@@ -7,7 +7,6 @@ import json
 import signal
 import sys
 import time
-import urllib.request
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
@@ -17,6 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.launch.trace import direct
 from tools.bench_engine import folder_to_serve
 from tools.bench_load import Stream, send
 from tools.bench_machine import conclude, machine_facts, machine_line, table
@@ -84,8 +84,9 @@ def figures(found: Sequence[tuple[float, float]], first_tokens: Sequence[float],
 
 
 def _live(port: int, after: int) -> dict[str, Any]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/debug/live?after={after}", timeout=10) as response:
-        return json.load(response)
+    with direct.open(f"http://127.0.0.1:{port}/debug/live?after={after}", timeout=10) as response:
+        answer: dict[str, Any] = json.load(response)
+    return answer
 
 
 async def watch(port: int, told: list[dict[str, Any]]) -> None:

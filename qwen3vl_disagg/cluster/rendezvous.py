@@ -119,6 +119,12 @@ class RankContext:
         """This one hosts the store in which links meet."""
         return self.rank == self.layout.language_ranks[0]
 
+    @property
+    def is_first_language_rank_of_host(self) -> bool:
+        """This one speaks of what may be different on another host, as its memory."""
+        first_of_host = self.rank - self.world.local_rank
+        return self.rank == max(first_of_host, self.layout.language_ranks[0])
+
 
 class Published(msgspec.Struct, frozen=True, kw_only=True):
     """What one worker of a host tells the others by a file; `pid` is its own."""

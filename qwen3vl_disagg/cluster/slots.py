@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from qwen3vl_disagg.cluster.rendezvous import World
 from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, Dismissed, HandshakeError, HubGone, InputError
 from qwen3vl_disagg.core.host import raise_descriptor_limit
-from qwen3vl_disagg.core.logs import start_logging
+from qwen3vl_disagg.core.logs import start_logging, write_line
 
 logger = logging.getLogger(__name__)
 EXIT_INPUT = 2
@@ -100,10 +100,14 @@ class Slot:
     _stop_by: float | None = None
     _orphan_by: float | None = None
 
-    def run(self) -> int:
-        """Until every child has left. The exit status: 0, or that of the failure that ended the slot."""
+    def run(self, on_begin: Callable[[], None] = lambda: None) -> int:
+        """Until every child has left. The exit status: 0, or that of the failure that ended the slot.
+
+        `on_begin` is called before anything is forked: from then on signals wait.
+        """
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)
         try:
+            on_begin()
             for child in self.children:
                 self._fork(child, num_quick_deaths=0)
             while self._running or self._again:
@@ -293,10 +297,10 @@ def run_worker(run: Callable[[World], int]) -> int:
         status = end.code if isinstance(end.code, int) else 1
     except (InputError, CheckpointError) as error:
         if world.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            write_line(sys.stderr, f"error: {error}")
         status = EXIT_INPUT
     except DisaggError as error:
-        print(f"error: slot {world.rank}: {error}", file=sys.stderr)
+        write_line(sys.stderr, f"error: slot {world.rank}: {error}")
         status = 1
     if world.local_rank != 0 and status == EXIT_INPUT:
         time.sleep(_EXIT_LAST_S)

@@ -7,11 +7,17 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 LogFormat = Literal["text", "json"]
 _FIELDS, _IS_PROSE = "q3vl_fields", "q3vl_is_prose"
 _events = logging.getLogger("qwen3vl_disagg.events")
+
+
+def write_line(stream: TextIO, line: str) -> None:
+    """Write it with its end in one piece, and at once: other processes have the same stream, and `print` makes two."""
+    stream.write(line + "\n")
+    stream.flush()
 
 
 class _Stderr(logging.Handler):
@@ -19,7 +25,7 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(self.format(record), file=sys.stderr, flush=True)
+            write_line(sys.stderr, self.format(record))
         except Exception:
             self.handleError(record)
 

@@ -121,6 +121,15 @@ def rank_room(setup: RankSetup) -> KvRoom:
     )
 
 
+def tell_room(context: RankContext, room: KvRoom, max_rows: int) -> None:
+    """Said by the first language rank; where images of `max_rows` do not fit, by one of each host: the others may have
+    more memory."""
+    if context.progress.is_heard:
+        logger.info("%s", room)
+    if context.is_first_language_rank_of_host:
+        room.warn_of_images(max_rows)
+
+
 def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
     """Load the decoder, or with a group this rank's part of it, and nothing else of the weights."""
     context = setup.context
@@ -139,9 +148,7 @@ def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
         shards=None if group is None else group.shards,
     )
     room = rank_room(setup)
-    if context.progress.is_heard:
-        logger.info("%s", room)
-        room.warn_of_images(setup.processor.max_rows)
+    tell_room(context, room, setup.processor.max_rows)
     options = engine_options(setup)
     if options.compile:
         context.progress.stage("compile", "compiling the decoder's steps")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.rendezvous import RankContext
 from qwen3vl_disagg.cluster.slots import run_loop
 from qwen3vl_disagg.core.host import give_large_blocks_back, trim_heap
-from qwen3vl_disagg.core.logs import say
+from qwen3vl_disagg.core.logs import say, write_line
 from qwen3vl_disagg.core.progress import SILENT, Progress
 from qwen3vl_disagg.core.settings import HttpOptions
 from qwen3vl_disagg.processing import Processor
@@ -147,7 +148,7 @@ async def _announce(hub: Hub, url: str, memory: JobMemory, progress: Progress) -
             if not state.degraded or time.monotonic() - usable_since > SETTLE_S:
                 memory.announce()
                 progress.end()
-                print(f"ready: {url}", flush=True)
+                write_line(sys.stdout, f"ready: {url}")
         if time.monotonic() >= say_at:
             progress.stage("waiting", "waiting: " + _some(state.reasons), reasons=state.reasons)
             say_at, pause_s = time.monotonic() + pause_s, 2 * pause_s

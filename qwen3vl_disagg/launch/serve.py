@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from qwen3vl_disagg.cluster.slots import Child, Slot
 from qwen3vl_disagg.core.environment import TOKEN, check_environment
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.faults import plan_faults
-from qwen3vl_disagg.core.logs import start_logging, use_log_format
+from qwen3vl_disagg.core.logs import start_logging, use_log_format, write_line
 from qwen3vl_disagg.core.settings import (
     MAX_GAP_MS,
     BufferOptions,
@@ -33,6 +34,7 @@ from qwen3vl_disagg.core.settings import (
 from qwen3vl_disagg.encode.rank import run_encode_rank
 from qwen3vl_disagg.launch.bodies import run_combined_rank, run_language_rank
 from qwen3vl_disagg.launch.frontend import run_frontend
+from qwen3vl_disagg.launch.statuses import tell_running
 from qwen3vl_disagg.options import ServeOptions
 from qwen3vl_disagg.plan.dry_run import DEFAULT_WORLD, check_dry_run, dry_run
 from qwen3vl_disagg.plan.hardware import load_hardware
@@ -140,7 +142,7 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
     roles = f"{num_encode} encode, {num_language} language" if world.size > 1 else "both roles in one process"
     context.progress.stage("ranks", f"starting ranks: {roles}", encode=num_encode, language=num_language)
     if options.hub is not None:
-        print(f"hub: {meeting.hub_address[0]}:{meeting.hub_address[1]}", flush=True)
+        write_line(sys.stdout, f"hub: {meeting.hub_address[0]}:{meeting.hub_address[1]}")
     publish(path, meeting)
     memory = JobMemory()
     frontend = Child(
@@ -240,13 +242,13 @@ def run_slot(options: ServeOptions, world: World) -> int:
     if world.local_rank == 0:
         check_checkpoint(options.model, options.buffers, options.http.max_model_len)
     if world.local_rank != 0 and world.node == 0:
-        return other_slot(options, world, layout, meeting_path()).run()
+        return other_slot(options, world, layout, meeting_path()).run(tell_running)
     if world.local_rank != 0:
-        return far_slot(options, world, layout).run()
+        return far_slot(options, world, layout).run(tell_running)
     path, cores = meeting_path(), cores_file(world)
     try:
         slot = first_slot(options, world, layout, path) if world.node == 0 else far_slot(options, world, layout)
-        return slot.run()
+        return slot.run(tell_running)
     finally:
         for file in (path, cores):
             if file is not None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import signal
 import socket
+from itertools import pairwise
 
 import pytest
 
@@ -292,12 +294,18 @@ async def test_what_is_waited_for_is_said_ever_less_often(monkeypatch, caplog):
     http = HttpServer(create_app(system.hub, tiny_processor(), model_name="tiny"))
     arguments = (system.hub, http, http_socket, system.socket, JobMemory())
     running = asyncio.create_task(frontend.serve(*arguments, Progress()))
-    await asyncio.sleep(1.0)
+
+    def said() -> list[logging.LogRecord]:
+        return [record for record in caplog.records if "waiting" in record.getMessage()]
+
+    await system.until(lambda: len(said()) == 4)
     os.kill(os.getpid(), signal.SIGTERM)
     async with asyncio.timeout(WAIT_S):
         assert await running == 0
-    lines = [line for line in caplog.messages if "waiting" in line]
-    assert 2 <= len(lines) <= 4  # after 0.1, 0.2, 0.4, 0.8 s
+    seconds = [record.q3vl_fields["seconds"] for record in said()]
+    for number, (early, late) in enumerate(pairwise(seconds)):
+        assert late - early >= 0.1 * 2**number - 0.002  # and later where the loop stood still
+    lines = [record.getMessage() for record in said()]
     missing = [f"language rank {rank} is missing" for rank in range(1, 8)]
     assert lines[0].split("waiting: ")[1] == "; ".join([*missing[:4], "and 3 more"])
 

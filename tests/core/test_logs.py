@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import qwen3vl_disagg
 
@@ -61,9 +64,39 @@ def test_there_is_no_other_way():
         str(path.relative_to(package))
         for path in package.rglob("*.py")
         for line in path.read_text().splitlines()
-        if "print_exc" in line or ("print(" in line and "sys.stderr" in line)
+        if "print_exc" in line or ("sys.stderr" in line and ("print(" in line or "write_line(" in line))
     }
     assert found == allowed
+
+
+@pytest.mark.parametrize("flag", [[], ["-u"]])
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_line_is_one_write(flag, log_format):
+    """Several processes have the same stderr: what is written in two parts may have a part of another line between."""
+    script = f"""
+import logging, sys
+from qwen3vl_disagg.core.logs import start_logging, use_log_format, write_line
+use_log_format({log_format!r})
+start_logging("rank")
+log = logging.getLogger("qwen3vl_disagg")
+log.info("short")
+log.info("long " + "x" * 20_000)
+log.info("two\\nlines")
+try:
+    1 / 0
+except ZeroDivisionError:
+    log.exception("failed")
+write_line(sys.stderr, "ready")
+"""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with its:
+            subprocess.run([sys.executable, *flag, "-c", script], stderr=its, timeout=60, check=True)
+        writes = list(iter(lambda: ours.recv(100_000).decode(), ""))
+    assert len(writes) == 5
+    for text, word in zip(writes, ("short", "long xx", "two", "ZeroDivisionError", "ready"), strict=True):
+        assert word in text
+        assert text.endswith("\n")
 
 
 def test_lines_of_json():

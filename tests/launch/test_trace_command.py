@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,12 +19,54 @@ from qwen3vl_disagg.serving.app import create_app
 from qwen3vl_disagg.serving.limits import Limits
 from tests.support.fake_backend import FakeBackend, tiny_processor
 from tests.support.running import RunningApp
-from tests.support.server import free_port
 
 RANK = ("encode", 0)
 
 
+class Foreign:
+    """An app that is no server of ours: it answers what it is told to, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.asked: list[dict[str, str]] = []
+        self.answers()
+
+    def answers(self, body: bytes = b"[]", status: int = 200, **headers: str) -> None:
+        self.status, self.body = status, body
+        given = {"content-length": str(len(body)), **headers}
+        self.headers = [(name.encode(), value.encode()) for name, value in given.items()]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            self.asked.append({name.decode(): value.decode() for name, value in scope["headers"]})
+            await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
+            await send({"type": "http.response.body", "body": self.body})
+
+
+@pytest.fixture(scope="module")
+def foreign_server() -> Iterator[Foreign]:
+    app = Foreign()
+    with RunningApp(app) as running:
+        app.url = running.url
+        yield app
+
+
 @pytest.fixture
+def foreign(foreign_server) -> Foreign:
+    foreign_server.asked.clear()
+    foreign_server.answers()
+    return foreign_server
+
+
+@pytest.fixture(scope="module")
+def closed_url() -> Iterator[str]:
+    """Nobody listens there, and nobody else can have the port meanwhile."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
 def server() -> Iterator[RunningApp]:
     backend = FakeBackend()
     seen = [(RANK, Span("encode", "tower_0", 98.0, 99.0, ["a"])), (RANK, Span("encode", "tower_0", 50.0, 51.0, ["b"]))]
@@ -74,8 +118,7 @@ def test_the_key_may_stand_in_the_environment_and_the_file_elsewhere(server, run
         (["--url", "ftp://127.0.0.1"], 2, "must be the server's"),
         (["--url", "http://"], 2, "must be the server's"),
         (["--url", "http://127.0.0.1:99999"], 2, "must be the server's"),
-        (["--url", f"http://127.0.0.1:{free_port()}"], 1, "no answer from http://127.0.0.1"),
-        (["--url", "http://name.invalid"], 1, "no answer from http://name.invalid"),
+        (["--url", "http://127.0.0.1/\u00e9"], 2, "must be the server's"),
         (["--seconds", "0"], 2, "--seconds 0: must be more than 0"),
         (["--seconds", "nan"], 2, "--seconds nan"),
         (["--seconds", "601"], 2, "--seconds 601"),
@@ -90,6 +133,19 @@ def test_what_is_wrong_is_one_line(run, args, status, says):
     assert line.startswith("error: ")
     assert says in line
     assert not Path("trace.json").exists()
+
+
+def test_where_nobody_answers_it_is_one_line(run, closed_url, monkeypatch):
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    ended, out, err = run("--url", closed_url)
+    assert (ended, out) == (1, "")
+    assert err == f"error: no answer from {closed_url}: Connection refused\n"
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    ended, out, err = run("--url", "http://name.invalid")
+    assert (ended, out) == (1, "")
+    assert err == "error: no answer from http://name.invalid: Name or service not known\n"
 
 
 @pytest.mark.parametrize("key", [[], ["--api-key", "wrong"]])
@@ -110,15 +166,85 @@ def test_what_the_server_says_is_handed_on_and_another_server_is_none(run):
         assert ended == 1
         assert "answered 404" in err
 
-    async def health(scope, receive, send):
-        if scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-            await send({"type": "http.response.body", "body": b"[]"})
 
-    with RunningApp(health) as running:
-        ended, _, err = run("--url", running.url)
-        assert ended == 1
-        assert "is no trace" in err
+def trace_of(*events: Any, **more: Any) -> bytes:
+    return json.dumps({"traceEvents": list(events), **more}).encode()
+
+
+NAMED = {"name": "process_name", "ph": "M", "args": {"name": "encode rank 0"}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[]",
+        b"\xff",
+        b"{}",
+        b'{"traceEvents": {}}',
+        b'{"traceEvents": 1}',
+        trace_of(1),
+        trace_of({"name": "encode"}),
+        trace_of({"name": "process_name", "ph": "M"}),
+        trace_of(otherData=[1]),
+        trace_of(otherData=None),
+        b"[" * 100_000,
+        b'{"traceEvents": ' + b"[" * 100_000,
+    ],
+)
+def test_what_is_no_trace_is_not_written(foreign, run, body):
+    foreign.answers(body)
+    ended, out, err = run("--url", foreign.url)
+    assert (ended, out) == (1, "")
+    assert err == f"error: what {foreign.url} answered is no trace\n"
+    assert not Path("trace.json").exists()
+
+
+def test_what_another_says_moves_no_cursor(foreign, run):
+    evil = "\x1b]0;title\x07\r\nerror: \u202e" + "x" * 2000
+    rank = {**NAMED, "args": {"name": evil}}
+    foreign.answers(trace_of(rank, otherData={evil: evil, "plain": "note", "number": 3}))
+    ended, out, _ = run("--url", foreign.url)
+    assert ended == 0
+    assert out.replace("\n", "").isprintable()
+    assert [line.partition(":")[0] for line in out.splitlines()][::2] == ["trace.json", "plain"]
+    assert all(len(line) < 400 for line in out.splitlines())
+    foreign.answers(json.dumps({"error": {"message": evil}}).encode(), status=500)
+    ended, _, err = run("--url", foreign.url, "--overwrite")
+    assert ended == 1
+    assert err.startswith(f"error: {foreign.url} answered 500: ")
+    assert err.count("\n") == 1
+    assert err.rstrip("\n").isprintable()
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_the_key_goes_past_proxies(foreign, closed_url, run, monkeypatch, name):
+    for variable in ("no_proxy", "NO_PROXY", "REQUEST_METHOD"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, foreign.url)
+    assert run("--url", closed_url, "--api-key", "secret")[0] == 1
+    assert foreign.asked == []
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("to", ["/elsewhere", "http://["])
+def test_the_key_follows_no_redirect(foreign, run, status, to):
+    foreign.answers(b"", status, location=to)
+    ended, _, err = run("--url", foreign.url, "--api-key", "secret")
+    assert ended == 1
+    assert f"{foreign.url} answered {status}: " in err
+    assert [each["x-api-key"] for each in foreign.asked] == ["secret"]
+
+
+def test_a_file_that_is_there_is_replaced_only_if_that_is_wanted(foreign, run):
+    foreign.answers(trace_of(NAMED))
+    Path("trace.json").write_text("mine")
+    ended, _, err = run("--url", foreign.url)
+    assert (ended, foreign.asked) == (2, [])
+    assert "--out trace.json: the file is there; --overwrite would replace it" in err
+    assert Path("trace.json").read_text() == "mine"
+    assert run("--url", foreign.url, "--overwrite")[0] == 0
+    assert Path("trace.json").read_bytes() == foreign.body
+    assert run("--url", foreign.url, "--out", "/dev/null")[0] == 0
 
 
 def test_a_file_that_cannot_be_written_is_named(server, run):

@@ -71,7 +71,7 @@ def test_prompts_and_pixels_equal_the_processor(folder, order):
     config = read_config(folder)
     processor, prompts = Processor.from_folder(folder, config), Prompts(folder)
     rng = random.Random(4)
-    for sample, question in zip(generate(9, 36), questions(9, 36), strict=True):
+    for sample, question in zip(generate(9, 12), questions(9, 12), strict=True):
         if order == BETWEEN and len(sample.images) == 1:
             continue
         files = [png(image) for image in sample.images]
@@ -238,9 +238,9 @@ def test_targets_follow_their_rows(folder):
 
 
 def test_every_batch_has_every_form(folder):
-    for lesson, _ in zip(Lessons(folder, seed=5, num_scenes=32, mix=SEEING), range(3), strict=False):
-        share = torch.bincount(lesson.forms, minlength=len(FORMS)) > 0
-        assert share.all(), dict(zip(FORMS, share.tolist(), strict=True))
+    lesson = next(iter(Lessons(folder, seed=5, num_scenes=32, mix=SEEING)))
+    share = torch.bincount(lesson.forms, minlength=len(FORMS)) > 0
+    assert share.all(), dict(zip(FORMS, share.tolist(), strict=True))
 
 
 def test_loss_reaches_every_parameter_and_its_parts_add_up(folder):
