@@ -105,7 +105,8 @@ def test_counters_are_what_clients_have_counted(tmp_path: Path):
         assert prometheus.total("q3vl_prompt_tokens_total") == counts["prompt"]
         assert prometheus.total("q3vl_generation_tokens_total") == counts["generated"]
         assert prometheus.total("q3vl_e2e_request_latency_seconds_count") == counts["stop"] + counts["length"]
-        assert prometheus.total("q3vl_mm_cache_queries_total") <= counts["items"]  # some were in the prefix cache
+        # Some were in the prefix cache: of no more than half of these scenes.
+        assert counts["items"] / 2 < prometheus.total("q3vl_mm_cache_queries_total") <= counts["items"]
         assert prometheus.query('min_over_time(up{job="q3vl"}[10m])')[0][1] == 1
         assert statuses["200"] >= 0.99 * NUM_REQUESTS  # typed refusals aside: nothing else may come
         assert set(statuses) <= {"200", "429", "503"}

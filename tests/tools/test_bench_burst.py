@@ -73,7 +73,9 @@ def test_the_picture_has_a_lane_and_a_wait_for_each_server(tmp_path):
     done = [Bar("encode", 0.1, 0.3, ["a", "b"]), Bar("prefill", 0.3, 0.4, ["a"]), Bar("decode", 0.0, 0.1, ["t"])]
     run = (figures(found, [100.0], stop=1.0), found, done)
     draw(tmp_path / "burst.svg", {"split": run, "one": run}, "a machine")
-    assert (tmp_path / "burst.svg").read_text().startswith("<?xml")
+    drawn = (tmp_path / "burst.svg").read_text()  # words are in it as comments
+    for words in ("encode rank: encode", "language rank: decode", "longest wait 40 ms"):
+        assert drawn.count(words) == 2, words
 
 
 @pytest.mark.parametrize("options", [{"servers": ("two",)}, {"servers": ()}, {"images": 0}, {"quiet_seconds": 0.0}])
