@@ -114,9 +114,9 @@ class UnavailableError(DisaggError):
     code = "unavailable"
     status = 503
 
-    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+    def __init__(self, message: str, *, retry_after: float = 1.0, code: str = "unavailable") -> None:
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after, self.code = retry_after, code
 
 
 class Dismissed(DisaggError):

@@ -14,6 +14,7 @@ from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.download import model_name, resolve_model_folder
 from qwen3vl_disagg.cluster.hub import Hub
 from qwen3vl_disagg.cluster.job_memory import JobMemory
+from qwen3vl_disagg.cluster.last_words import LastWords
 from qwen3vl_disagg.cluster.rendezvous import RankContext
 from qwen3vl_disagg.cluster.slots import run_loop
 from qwen3vl_disagg.core.host import give_large_blocks_back, trim_heap
@@ -48,8 +49,10 @@ def run_frontend(
     keys: ApiKeys,
     *,
     debug: bool = False,
+    words_address: bytes | str | None = None,
 ) -> int:
-    """The body of the frontend's process; returns its exit status. `memory` outlives it."""
+    """The body of the frontend's process; returns its exit status. `memory` outlives it. `words_address`: of the
+    keeper of its last words."""
     give_large_blocks_back()
     folder = resolve_model_folder(context.options.model.model)
     config = read_config(folder)
@@ -81,7 +84,8 @@ def run_frontend(
         debug=debug,
         warm_up=True,
     )
-    return run_loop(serve(hub, HttpServer(app), http_socket, hub_socket, memory, context.progress))
+    http = HttpServer(app, words=LastWords(words_address))
+    return run_loop(serve(hub, http, http_socket, hub_socket, memory, context.progress))
 
 
 def _fetcher(options: HttpOptions) -> Fetcher | None:

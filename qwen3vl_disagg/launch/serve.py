@@ -16,6 +16,7 @@ from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.checkpoint.load import check_folder
 from qwen3vl_disagg.cluster.hub_client import ask_to_end
 from qwen3vl_disagg.cluster.job_memory import JobMemory
+from qwen3vl_disagg.cluster.last_words import keep_words, words_listener
 from qwen3vl_disagg.cluster.model_folder import shared_model_folder
 from qwen3vl_disagg.cluster.rank_setup import run_threaded
 from qwen3vl_disagg.cluster.rendezvous import Layout, Meeting, RankContext, World, find, meeting_path, publish
@@ -144,14 +145,30 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
     if options.hub is not None:
         write_line(sys.stdout, f"hub: {meeting.hub_address[0]}:{meeting.hub_address[1]}")
     publish(path, meeting)
-    memory = JobMemory()
+    memory, words_socket = JobMemory(), words_listener()
     frontend = Child(
         "frontend",
         functools.partial(
-            run_frontend, context, http_socket, hub_socket, memory, options.http, keys, debug=options.debug
+            run_frontend,
+            context,
+            http_socket,
+            hub_socket,
+            memory,
+            options.http,
+            keys,
+            debug=options.debug,
+            words_address=words_socket.getsockname(),
         ),
         is_vital=False,
         sockets=(http_socket, hub_socket),
+        takes_signals=True,
+    )
+
+    keeper = Child(
+        "keeper of last words",
+        functools.partial(keep_words, words_socket),
+        is_vital=False,
+        sockets=(words_socket,),
         takes_signals=True,
     )
 
@@ -167,8 +184,8 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
             os.kill(os.getppid(), signal.SIGTERM)
 
     return Slot(
-        [frontend, rank_child(context)],
-        sockets=(http_socket, hub_socket),
+        [keeper, frontend, rank_child(context)],
+        sockets=(http_socket, hub_socket, words_socket),
         is_hub_gone=lambda: not path.exists(),
         on_left=on_left,
         on_stop=memory.stop,

@@ -44,6 +44,9 @@ class AnswerWriter(Protocol):
     def failed(self, status: int, body: ErrorEnvelope) -> TypedEvent:
         """The last event of a stream that could not be brought to its end."""
 
+    def lost(self, status: int, body: ErrorEnvelope) -> TypedEvent:
+        """The same for the case that the stream's process dies, made at its beginning: nothing else changes."""
+
 
 WriterMaker = Callable[[Any, Answer, SamplingParams, str, str], AnswerWriter]
 """(request, answer, sampling, id of the request, model's name) -> its writer."""
@@ -74,6 +77,7 @@ class ChatForm:
                         frame=typed_sse,
                         is_long=lambda event: tells_more and _repeats_much(event),
                         failed=writer.failed,
+                        lost=writer.lost,
                         done=b"",
                     )
                     await sender.run(typed)

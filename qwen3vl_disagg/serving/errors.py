@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from qwen3vl_disagg.core.errors import MAX_RETRY_S, MIN_RETRY_S, Failure, TransferError
+from qwen3vl_disagg.core.errors import MAX_RETRY_S, MIN_RETRY_S, Failure, TransferError, UnavailableError
 
 T = TypeVar("T")
 _TRANSFER = "the embeddings of an image or clip could not be transferred; try again"
@@ -99,6 +99,12 @@ def envelope(status: int, message: str, *, param: str | None = None, code: str |
     return ErrorEnvelope(body)
 
 
+def interrupted() -> UnavailableError:
+    """What clients are told in place of a frontend that has died."""
+    reason = "the server's frontend was started again while this request was under way; ask again"
+    return UnavailableError(reason, code="interrupted")
+
+
 def describe(error: Exception) -> tuple[int, ErrorEnvelope, dict[str, str]]:
     """Status, envelope and headers of an error. Only what was meant for the client gets into the envelope."""
     failure = Failure.of(error)
@@ -126,8 +132,12 @@ def messages_error(status: int, body: ErrorEnvelope) -> MessagesError:
 
 
 def _formed(status: int, body: ErrorEnvelope, path: str) -> ErrorEnvelope | MessagesError:
-    is_messages = path == MESSAGES_PATH or path.startswith(MESSAGES_PATH + "/")
-    return messages_error(status, body) if is_messages else body
+    return messages_error(status, body) if is_messages_path(path) else body
+
+
+def is_messages_path(path: str) -> bool:
+    """Whether the path belongs to Anthropic's API."""
+    return path == MESSAGES_PATH or path.startswith(MESSAGES_PATH + "/")
 
 
 def error_response(error: Exception, path: str = "") -> JSONResponse:

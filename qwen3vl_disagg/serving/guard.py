@@ -22,6 +22,7 @@ from qwen3vl_disagg.serving.access import OPEN_PATHS, ApiKeys
 from qwen3vl_disagg.serving.body import ClientGone
 from qwen3vl_disagg.serving.doors import Doors
 from qwen3vl_disagg.serving.errors import error_response
+from qwen3vl_disagg.serving.http_words import EVENT, WORDS, HttpWords
 from qwen3vl_disagg.serving.limits import MAX_HEADER_BYTES
 from qwen3vl_disagg.serving.metrics import METRICS_PATH, Metrics
 from qwen3vl_disagg.serving.trace import LIVE_DATA_PATH
@@ -65,6 +66,7 @@ class RequestNames:
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         started, status, seen = time.monotonic(), 0, Seen()
         scope.setdefault("state", {}).update({REQUEST_ID: request_id, SEEN: seen})
+        words: HttpWords | None = scope["state"].get(WORDS)
 
         async def send_named(message: Message) -> None:
             nonlocal status
@@ -75,6 +77,10 @@ class RequestNames:
                 if message["status"] >= 400 and "expect" in headers:
                     # Whether the body comes after all, nobody can know (RFC 9110, 10.1.1).
                     answer["Connection"] = "close"
+            if words is not None:
+                words.answer(message, scope["http_version"])
+            else:
+                message.pop(EVENT, None)
             await send(message)
 
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import time
 import weakref
 from dataclasses import dataclass
@@ -14,9 +16,11 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from qwen3vl_disagg.cluster.last_words import LastWords
 from qwen3vl_disagg.serving.errors import envelope
 from qwen3vl_disagg.serving.http_places import ALWAYS_ANSWERED, Places
 from qwen3vl_disagg.serving.http_turns import ParseTurns
+from qwen3vl_disagg.serving.http_words import WORDS, HttpWords
 from qwen3vl_disagg.serving.limits import MAX_HEADER_BYTES
 
 EVENTS_PER_TURN = 64
@@ -128,7 +132,11 @@ class _Socket(asyncio.Transport):
         return self._connection.is_lingering or self.transport.is_closing()
 
     def write(self, data: Any) -> None:
-        self.transport.write(data)
+        words = self._connection.words
+        if words is None:
+            self.transport.write(data)
+        else:
+            words.write(data)
 
     def close(self) -> None:
         """A client that is still sending could not read the answer if its bytes met a closed socket (RFC 9112, 9.6)."""
@@ -163,8 +171,17 @@ class HttpConnection(H11Protocol):
 
     conn: TurnParser
 
-    def __init__(self, config: Config, server_state: ServerState, turns: ParseTurns, places: Places) -> None:
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        turns: ParseTurns,
+        places: Places,
+        last_words: LastWords | None = None,
+    ) -> None:
         super().__init__(config, server_state, {})
+        self._last_words = last_words
+        self.words: HttpWords | None = None
         self.conn = TurnParser(MAX_HEADER_BYTES)
         self.is_lingering = False
         self._turns, self._places = turns, places
@@ -181,12 +198,17 @@ class HttpConnection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._socket = _Socket(transport, self)
         transport.max_size = READ_BYTES  # type: ignore[attr-defined]  # of asyncio's selector transports: 256 KiB else
+        if self._last_words is not None:
+            self.words = self.app_state[WORDS] = HttpWords(self._last_words, transport)
         super().connection_made(self._socket)
         self._places.take(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The handler hears of it in a turn: hundreds of clients may leave at once."""
         self._is_lost = True
+        if self.words is not None:
+            self._end_sending()
+            self.words.release()
         self._pending.clear()
         self._places.give_back(self)
         self._turns.add(self)
@@ -200,6 +222,12 @@ class HttpConnection(H11Protocol):
             self._pending += data
             self._socket.hold(True)
             self._turns.add(self)
+
+    def _end_sending(self) -> None:
+        """The client hears of the end now, whenever the keeper closes its own end."""
+        sock = self._socket.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # it is over already
+            sock.shutdown(socket.SHUT_WR)
 
     # ---- parsing ----
 
@@ -231,7 +259,10 @@ class HttpConnection(H11Protocol):
             return False
         self.conn.begin_turn()
         while not self._socket.is_closing() and not self._is_lost:
+            num_requests = self.conn.num_requests
             super().handle_events()
+            if self.words is not None and self.conn.num_requests > num_requests:
+                self.words.request(self.scope["path"])
             if self.conn.last is Cut:
                 return True
             if self.conn.last is not h11.NEED_DATA or not self._pending:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import uvicorn
 from starlette.types import ASGIApp
 
+from qwen3vl_disagg.cluster.last_words import LastWords
 from qwen3vl_disagg.serving.http_connection import HttpConnection
 from qwen3vl_disagg.serving.http_places import PlaceLimits, Places
 from qwen3vl_disagg.serving.http_turns import ParseTurns
@@ -22,9 +23,9 @@ LOOK_TICKS = 3
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, places: Places) -> None:
+    def __init__(self, config: uvicorn.Config, places: Places, words: LastWords | None) -> None:
         super().__init__(config)
-        self._places, self._turns = places, ParseTurns()
+        self._places, self._turns, self._words = places, ParseTurns(), words
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -36,7 +37,7 @@ class _Server(uvicorn.Server):
         self.started = True
 
     def _connection(self) -> HttpConnection:
-        return HttpConnection(self.config, self.server_state, self._turns, self._places)
+        return HttpConnection(self.config, self.server_state, self._turns, self._places, self._words)
 
     async def on_tick(self, counter: int) -> bool:
         if counter % LOOK_TICKS == 0:
@@ -48,10 +49,18 @@ class HttpServer:
     """Serves an app until `shutdown`. Signals are left to the caller.
 
     `graceful_s`: after `shutdown`, how long running requests may still take before they are cancelled. `places`: how
-    many connections there may be; default: what the limit of file descriptors leaves room for.
+    many connections there may be; default: what the limit of file descriptors leaves room for. `words`: what is said if
+    this process dies.
     """
 
-    def __init__(self, app: ASGIApp, *, graceful_s: float = 20.0, places: PlaceLimits | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        graceful_s: float = 20.0,
+        places: PlaceLimits | None = None,
+        words: LastWords | None = None,
+    ) -> None:
         config = uvicorn.Config(
             cast(Any, app),
             http="h11",
@@ -66,7 +75,7 @@ class HttpServer:
         # Its warnings are about what clients send: anybody could fill the log.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         self.places = Places(places or PlaceLimits.of_process())
-        self._server = _Server(config, self.places)
+        self._server = _Server(config, self.places, words)
 
     @property
     def started(self) -> bool:

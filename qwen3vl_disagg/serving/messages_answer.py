@@ -126,6 +126,8 @@ class MessagesWriter:
     def failed(self, status: int, body: ErrorEnvelope) -> TypedEvent:
         return {"type": "error", "error": messages_error(status, body).error}
 
+    lost = failed
+
     def _begin_block(self, block: TextBlock | ThinkingBlock) -> Iterator[TypedEvent]:
         yield from self._close()
         self._open, self._texts = block, []

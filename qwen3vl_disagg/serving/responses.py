@@ -189,6 +189,10 @@ class ResponseWriter:
         self.whole.error = ResponseFailure(code=code, message=body.error.message)
         return self._event("response.failed", response=self.whole)
 
+    def lost(self, status: int, body: ErrorEnvelope) -> TypedEvent:
+        """OpenAI's other event of errors: this one needs nothing of the answer, and says no number it cannot know."""
+        return {"type": "error", "code": body.error.code, "message": body.error.message, "param": None}
+
     def _say(self, text: str) -> Iterator[TypedEvent]:
         if not isinstance(self._open, MessageItem):
             yield from self._close()

@@ -17,7 +17,8 @@ from qwen3vl_disagg.processing import Parts
 from qwen3vl_disagg.serving.answer import Answer, usage_of
 from qwen3vl_disagg.serving.body import ClientGone
 from qwen3vl_disagg.serving.chat_request import ChatRequest
-from qwen3vl_disagg.serving.errors import ErrorEnvelope, describe
+from qwen3vl_disagg.serving.errors import ErrorEnvelope, describe, interrupted
+from qwen3vl_disagg.serving.http_words import EVENT
 from qwen3vl_disagg.serving.types import (
     ChatCompletionChunk,
     ChunkChoice,
@@ -55,7 +56,8 @@ class ChunkSender:
     """A stream whose status line goes out with its first event: until then errors can still be a 4xx.
 
     `frame`: an event on the wire; `is_long`: one that is made beside the event loop; `failed`: the event of an error
-    with this status; `done`: what stands at the end.
+    with this status; `done`: what stands at the end; `lost`: as `failed`, made when the stream begins, for the case
+    that nobody is there at its end.
     """
 
     def __init__(
@@ -67,9 +69,11 @@ class ChunkSender:
         is_long: Callable[[Any], bool] = lambda _: False,
         failed: Callable[[int, ErrorEnvelope], object] = lambda _, body: body,
         done: bytes = DONE,
+        lost: Callable[[int, ErrorEnvelope], object] | None = None,
     ) -> None:
         self._send_message, self._send_timeout_s = send, send_timeout_s
         self._frame, self._is_long, self._failed, self._done = frame, is_long, failed, done
+        self._lost = lost or failed
         self.is_started = False
 
     async def run(self, chunks: AsyncGenerator[object | None]) -> None:
@@ -103,7 +107,9 @@ class ChunkSender:
     async def start(self) -> None:
         """Send the status line, once."""
         if not self.is_started:
-            await self._message({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
+            status, body, _ = describe(interrupted())
+            begin = {"type": "http.response.start", "status": 200, "headers": list(HEADERS)}
+            await self._message({**begin, EVENT: self._frame(self._lost(status, body))})
             self.is_started = True
 
     async def send(self, data: bytes, *, last: bool = False) -> None:

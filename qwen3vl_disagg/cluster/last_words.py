@@ -1,0 +1,234 @@
+"""What clients hear when the frontend dies: a small process beside it holds their connections too, and says it.
+
+The kernel closes the connections of a dead process without a word, so a client cannot tell the end of its answer from
+an accident. The frontend hands each connection over (SCM_RIGHTS) with the words that would be right now: a whole 503
+where no answer has begun, the last event of a stream. Bytes that are half written forbid all words: one byte of shared
+memory for each connection, written around each write, says which words fit, if any.
+
+The keeper knows nothing of HTTP. When the frontend's end of their socket closes, it says what fits and closes all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import selectors
+import signal
+import socket
+import struct
+from collections import deque
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+MAX_HELD = 1 << 14
+"""Connections; those beyond end without words."""
+MAX_WORDS = 16 * 2**10
+_HEAD = struct.Struct("<BHB")
+"""What is asked, of which connection, the number of the words. The first message is the shared memory alone."""
+_HOLD, _SAY, _RELEASE = 1, 2, 3
+_CREDENTIALS = struct.Struct("3i")
+
+
+def words_listener() -> socket.socket:
+    """Where a frontend finds the keeper. Its name is in no file system; who may come in is asked of the kernel."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind("")  # a free abstract name
+    listener.listen(4)
+    return listener
+
+
+# ---- the frontend's end ----
+
+
+class LastWords:
+    """The frontend's way to the keeper. Without one, or when it is lost, everything works and nothing is said."""
+
+    def __init__(self, address: bytes | str | None = None) -> None:
+        self._keeper: socket.socket | None = None
+        self._flags: mmap.mmap | None = None
+        self._free = deque(range(MAX_HELD))
+        self._unsaid: deque[bytes] = deque()
+        """Releases that had no room in the socket."""
+        if address is not None:
+            self._connect(address)
+
+    def _connect(self, address: bytes | str) -> None:
+        keeper = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        memory = os.memfd_create("last-words")
+        try:
+            os.ftruncate(memory, MAX_HELD)
+            self._flags = mmap.mmap(memory, MAX_HELD)
+            keeper.settimeout(1.0)
+            keeper.connect(address)
+            socket.send_fds(keeper, [b"flags"], [memory])
+            keeper.setblocking(False)
+            self._keeper = keeper
+        except OSError as error:
+            logger.warning("nobody keeps last words: %s", error)
+            keeper.close()
+        finally:
+            os.close(memory)
+
+    def hold(self, sock: socket.socket) -> Held | None:
+        """Give a connection into keeping; None where that cannot be."""
+        if self._keeper is None or not self._free or self._unsaid:
+            self._release_rest()
+            return None
+        index = self._free.popleft()
+        if not self._send(_HEAD.pack(_HOLD, index, 0), [sock.fileno()]):
+            self._free.append(index)
+            return None
+        return Held(self, index)
+
+    def say(self, index: int, number: int, words: bytes) -> bool:
+        return self._send(_HEAD.pack(_SAY, index, number) + words)
+
+    def release(self, index: int) -> None:
+        self.flag(index, 0)
+        self._unsaid.append(_HEAD.pack(_RELEASE, index, 0))
+        self._release_rest()
+
+    def flag(self, index: int, number: int) -> None:
+        """Which words fit from now on; 0 for none."""
+        if self._flags is not None:
+            self._flags[index] = number
+
+    def _release_rest(self) -> None:
+        while self._unsaid and self._send(self._unsaid[0]):
+            self._free.append(_HEAD.unpack(self._unsaid.popleft())[1])
+
+    def _send(self, message: bytes, descriptors: list[int] | None = None) -> bool:
+        if self._keeper is None:
+            return False
+        try:
+            socket.send_fds(self._keeper, [message], descriptors or [])
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            logger.warning("last words are kept no more: %s", error)
+            self._keeper.close()
+            self._keeper = None
+            return False
+        return True
+
+
+class Held:
+    """One connection in keeping."""
+
+    def __init__(self, words: LastWords, index: int) -> None:
+        self._words, self._index = words, index
+        self._number, self._last_number = 0, 0
+
+    def prepare(self, words: bytes) -> None:
+        """Say this if the process dies from the next `allow` on, in place of what was to be said; empty: nothing."""
+        self.forbid()
+        self._number = 0
+        if words and len(words) <= MAX_WORDS:
+            self._last_number = self._last_number % 255 + 1
+            if self._words.say(self._index, self._last_number, words):
+                self._number = self._last_number
+
+    def forbid(self) -> None:
+        """Something is half written."""
+        self._words.flag(self._index, 0)
+
+    def allow(self) -> None:
+        """Everything that was written has left this process."""
+        self._words.flag(self._index, self._number)
+
+    def release(self) -> None:
+        """The connection is over; the keeper closes its own end."""
+        self._words.release(self._index)
+
+
+# ---- the keeper ----
+
+
+@dataclass
+class _Kept:
+    descriptor: int
+    number: int = 0
+    words: bytes = b""
+
+
+def keep_words(listener: socket.socket) -> int:
+    """The body of the keeper's process: until it is told to end and no frontend is left. Its exit status."""
+    with selectors.DefaultSelector() as selector:
+        is_ending = False
+        wake, waker = socket.socketpair()
+        waker.setblocking(False)
+        signal.set_wakeup_fd(waker.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+        selector.register(wake, selectors.EVENT_READ)
+        selector.register(listener, selectors.EVENT_READ)
+        speakers: dict[socket.socket, _Speaker] = {}
+        while not (is_ending and not speakers):
+            for key, _ in selector.select():
+                sock = key.fileobj
+                if sock is wake:
+                    is_ending = True
+                    wake.recv(64)
+                elif sock is listener:
+                    speaker, _ = listener.accept()
+                    speakers[speaker] = _Speaker()
+                    selector.register(speaker, selectors.EVENT_READ)
+                elif isinstance(sock, socket.socket) and not speakers[sock].take(sock):
+                    selector.unregister(sock)
+                    sock.close()
+                    speakers.pop(sock).speak()
+    return 0
+
+
+class _Speaker:
+    """What one frontend has given into keeping."""
+
+    def __init__(self) -> None:
+        self._flags: mmap.mmap | None = None
+        self._kept: dict[int, _Kept] = {}
+
+    def take(self, sock: socket.socket) -> bool:
+        """One message; whether there may be more."""
+        try:
+            message, descriptors, _, _ = socket.recv_fds(sock, _HEAD.size + MAX_WORDS, 1)
+        except OSError:
+            return False
+        if self._flags is None:
+            return self._begin(sock, descriptors)
+        if len(message) < _HEAD.size:
+            return False
+        kind, index, number = _HEAD.unpack_from(message)
+        if kind in (_HOLD, _RELEASE) and index in self._kept:
+            os.close(self._kept.pop(index).descriptor)
+        if kind == _HOLD and descriptors:
+            self._kept[index] = _Kept(descriptors[0])
+        elif kind == _SAY and index in self._kept:
+            kept = self._kept[index]
+            kept.number, kept.words = number, message[_HEAD.size :]
+        return True
+
+    def _begin(self, sock: socket.socket, descriptors: list[int]) -> bool:
+        """Whoever may connect to the name: only this user's processes are heard."""
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        is_ours = _CREDENTIALS.unpack(raw)[1] == os.getuid()
+        if is_ours and descriptors and os.fstat(descriptors[0]).st_size == MAX_HELD:
+            self._flags = mmap.mmap(descriptors[0], MAX_HELD)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return self._flags is not None
+
+    def speak(self) -> None:
+        """The frontend is gone: what fits is said, and everything is closed."""
+        num_told = 0
+        for index, kept in self._kept.items():
+            with contextlib.closing(socket.socket(fileno=kept.descriptor)) as client, contextlib.suppress(OSError):
+                if self._flags is not None and kept.number and self._flags[index] == kept.number:
+                    client.send(kept.words, socket.MSG_DONTWAIT)
+                    num_told += 1
+                client.shutdown(socket.SHUT_WR)
+        if num_told:
+            logger.warning("the frontend died: told %d clients, whose requests were under way", num_told)
+        self._kept.clear()
