@@ -50,12 +50,13 @@ Event = AllDecoded | PromptLogprobs | TokenEvent | FinishedEvent
 
 class PromptCall(msgspec.Struct, frozen=True, kw_only=True):
     """A prompt and how it is answered, `sampling.n` times. `token_ids`: little-endian int32. `target_s`: as in
-    `Admit`."""
+    `Admit`, `keep_as`: as in `Submit`."""
 
     token_ids: bytes
     items: list[VisualItem]
     sampling: SamplingParams
     target_s: float = FIRST_COME
+    keep_as: str = ""
 
 
 class RequestHandle(Protocol):

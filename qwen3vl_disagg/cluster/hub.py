@@ -183,9 +183,11 @@ class Hub:
         for prompt in prompts:
             items, sampling = prompt.items, prompt.sampling
             self._num_requests += 1
-            request_id = f"{self._prefix}-{self._num_requests}"
+            request_id = self._router.kept_id(prompt.keep_as) or f"{self._prefix}-{self._num_requests}"
             num_tokens = len(prompt.token_ids) // TOKEN_ID_BYTES + _num_expected(sampling)
-            admits.append(Admit(request_id, prompt.token_ids, num_tokens, items, sampling, timeout_s, prompt.target_s))
+            target_s, keep_as = prompt.target_s, prompt.keep_as
+            admit = Admit(request_id, prompt.token_ids, num_tokens, items, sampling, timeout_s, target_s, keep_as)
+            admits.append(admit)
             self._handles[request_id] = [
                 _Handle(self, request_id, sample, items, undecoded=set(range(len(items))))
                 for sample in range(sampling.n)
@@ -388,7 +390,7 @@ class Hub:
         try:
             await connection.send(Welcome(rank=rank, job=self._memory.job))
             connection.keep_alive()
-            self.take(RankUp(hello.role, rank, hello.kv_tokens))
+            self.take(RankUp(hello.role, rank, hello.kv_tokens, hello.kept))
             self._traces.up(key, partial(self._post, connection), has_our_clock=hello.host == host_id())
             if hello.store_address is not None:
                 self._learn_store(hello.store_address)

@@ -7,6 +7,7 @@ import mmap
 import secrets
 import time
 
+from qwen3vl_disagg.cluster.answer_store import AnswerStore
 from qwen3vl_disagg.transport.control import Address
 
 _MAX_HOST_BYTES = 255
@@ -32,6 +33,7 @@ class JobMemory:
 
     def __init__(self) -> None:
         self._shared = _Shared.from_buffer(mmap.mmap(-1, ctypes.sizeof(_Shared)))
+        self.answers = AnswerStore()
         self.job = secrets.token_hex(8)
         """Tells this job's numbers from those of an earlier one at the same address."""
 

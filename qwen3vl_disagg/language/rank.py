@@ -26,6 +26,7 @@ from qwen3vl_disagg.language.link_server import LinkServer
 from qwen3vl_disagg.language.requests import LanguageRequests
 from qwen3vl_disagg.parallel.lockstep_link import LockstepClient
 from qwen3vl_disagg.protocol.messages import (
+    Adopt,
     Assign,
     Cancel,
     Message,
@@ -114,7 +115,8 @@ class LanguageRank:
 
     async def _serve(self) -> int:
         while True:
-            self._hub, welcome = await enter_hub(self._hub_address, self._hello, deadline_s=self._reconnect_s)
+            hello = msgspec.structs.replace(self._hello, kept=self._requests.kept())
+            self._hub, welcome = await enter_hub(self._hub_address, hello, deadline_s=self._reconnect_s)
             self._hello = msgspec.structs.replace(self._hello, job=welcome.job)
             try:
                 while True:
@@ -123,8 +125,8 @@ class LanguageRank:
                         return await self._leave()
                     await self._handle(message)
             except TransferError:
-                # The frontend died; with it went everybody who waits for these requests.
-                self._requests.forget_all()
+                # The frontend died; with it went everybody who waits for these requests, but for what is kept.
+                self._requests.hub_lost()
 
     async def _leave(self) -> int:
         """Nobody wants anything any more: everything should come back."""
@@ -145,6 +147,8 @@ class LanguageRank:
                     self._submit(message)
                 except Exception as error:  # one request's failure is not the rank's
                     self._requests.fail(message.request_id, error)
+            case Adopt():
+                self._requests.adopt(message.request_id)
             case Assign():
                 self._links.handle(message)
             case Peers():

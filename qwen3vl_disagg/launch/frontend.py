@@ -83,6 +83,7 @@ def run_frontend(
         fetcher=_fetcher(options),
         debug=debug,
         warm_up=True,
+        store=memory.answers,
     )
     http = HttpServer(app, words=LastWords(words_address))
     return run_loop(serve(hub, http, http_socket, hub_socket, memory, context.progress))

@@ -21,7 +21,7 @@ from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.spans import Span
 
-PROTOCOL_VERSION = 16
+PROTOCOL_VERSION = 17
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -62,13 +62,25 @@ class Refused(Message, frozen=True):
 # ---- hub: rank -> frontend ----
 
 
+class KeptRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that a language rank goes on with, or whose answers it has, while nobody hears them.
+
+    `name`: what it was kept as (`Submit`). `attempts`: the last one of each of its items, all of whose rows it has.
+    """
+
+    name: str
+    request_id: str
+    attempts: list[int] = []
+
+
 class RankHello(Message, frozen=True):
     """First message of a rank. `link_address` (host, port) is where a language rank listens for encode ranks;
     `store_address` is given by the first language rank, which hosts the store that links meet in.
 
     `rank` is None for an encode rank that joins: the answer says its number, which it states from then on, and the
     `job`, which all that come again state. `host` is where `pid` means something (`rendezvous.host_id`).
-    `weight_bytes`: of the model that is in this process. `kv_tokens`: keys and values it has room for.
+    `weight_bytes`: of the model that is in this process. `kv_tokens`: keys and values it has room for. `kept`: what an
+    earlier frontend has left.
     """
 
     token: str
@@ -82,6 +94,7 @@ class RankHello(Message, frozen=True):
     store_address: tuple[str, int] | None = None
     weight_bytes: int = 0
     kv_tokens: int = 0
+    kept: list[KeptRequest] = []
 
 
 class LinksUp(Message, frozen=True):
@@ -249,7 +262,8 @@ class Peers(Message, frozen=True):
 
 class Submit(Message, frozen=True):
     """To a language rank: a whole request. `token_ids` are little-endian int32, placeholders expanded. `due_s`: until
-    its first token is due (`core/due.py`)."""
+    its first token is due (`core/due.py`). `keep_as`: it outlives the frontend for a while, under this name; empty: it
+    does not."""
 
     request_id: str
     token_ids: bytes
@@ -257,6 +271,14 @@ class Submit(Message, frozen=True):
     sampling: SamplingParams
     timeout_s: float
     due_s: float = FIRST_COME
+    keep_as: str = ""
+
+
+class Adopt(Message, frozen=True):
+    """To a language rank: say all that there is to say of this kept request, from its beginning on. One that is gone
+    has failed."""
+
+    request_id: str
 
 
 class Assign(OfAttempt, frozen=True):
@@ -451,7 +473,7 @@ class Frame(Message, frozen=True):
 _OfItems = Decoded | ItemFailed | EncodingBegun | EncodingEnded | NeedItems | ItemLost | ItemReceived
 _OfAnswers = PromptLogprobs | Tokens | Finished | RequestFailed
 _FromRank = RankHello | LinksUp | Leaving | LanguageLoad | EncodeLoad | Spans | _OfItems | _OfAnswers
-_ToRank = Welcome | Peers | Submit | Assign | Cancel | TellSpans | Stop
+_ToRank = Welcome | Peers | Submit | Adopt | Assign | Cancel | TellSpans | Stop
 _OneQuestion = StoreAt | FindStore | EndJob | Pull | Blob
 
 HubMessage = Heartbeat | Refused | _FromRank | _ToRank | _OneQuestion

@@ -14,10 +14,12 @@ from qwen3vl_disagg.core.errors import DisaggError, ServerError, UnavailableErro
 from qwen3vl_disagg.protocol.admission import Admission
 from qwen3vl_disagg.protocol.attempts import Attempts
 from qwen3vl_disagg.protocol.messages import (
+    Adopt,
     Cancel,
     Finished,
     ItemLost,
     ItemReceived,
+    KeptRequest,
     Message,
     NeedItems,
     PromptLogprobs,
@@ -61,6 +63,8 @@ class Router:
         self.is_draining = False
         self._requests: dict[str, Request] = {}
         self._language: dict[int, LanguageRankState] = {}
+        self._kept: dict[str, tuple[int, KeptRequest]] = {}
+        """Name -> language rank, and what it has kept."""
         self._num_submitted = 0
         self._admission, self._prices = Admission(self.limits), Prices()
         self._now = 0.0
@@ -115,6 +119,10 @@ class Router:
         self._actions.clear()
         return actions
 
+    def kept_id(self, name: str) -> str | None:
+        """What the request that was kept under this name is called; None where there is none."""
+        return self._kept[name][1].request_id if name in self._kept else None
+
     # ---- requests ----
 
     def _admit(self, events: Sequence[Admit], now: float) -> None:
@@ -130,9 +138,10 @@ class Router:
             self._admission.add(event.request_id, of_answers, now)
 
     def _begin(self, event: Admit, now: float) -> None:
+        kept = self._take_kept(event)
         # For images, a rank that some encode rank can send to, if there is one.
         reachable = self.linked_language_ranks if event.items else set()
-        rank = choose_language_rank(self._language, reachable or self.language_ranks)
+        rank = kept[0] if kept else choose_language_rank(self._language, reachable or self.language_ranks)
         self._num_submitted += 1
         self._language[rank].last_used = self._num_submitted
         num_prompt = len(event.token_ids) // TOKEN_ID_BYTES
@@ -142,6 +151,11 @@ class Router:
         items, received = [Item(visual) for visual in event.items], dict.fromkeys(range(event.sampling.n), 0)
         deadline = now + event.timeout_s
         self._requests[event.request_id] = Request(rank, items, num_tokens, deadline, received, num_prompt)
+        if kept:
+            for item, attempt in zip(items, kept[1].attempts, strict=False):
+                item.state, item.attempt = "received", attempt
+            self._actions.append(Send("language", rank, Adopt(request_id=event.request_id)))
+            return
         price_s = self._prices.of(sum(visual.num_rows for visual in event.items), num_prompt)
         submit = Submit(
             request_id=event.request_id,
@@ -150,8 +164,15 @@ class Router:
             sampling=event.sampling,
             timeout_s=event.timeout_s,
             due_s=allowance(event.target_s, price_s, event.timeout_s),
+            keep_as=event.keep_as,
         )
         self._actions.append(Send("language", rank, submit))
+
+    def _take_kept(self, event: Admit) -> tuple[int, KeptRequest] | None:
+        """The rank that has this request already, with what it said of it."""
+        if self.kept_id(event.keep_as) != event.request_id:
+            return None
+        return self._kept.pop(event.keep_as)
 
     def refusal(self, now: float, *, cost: int = 0, num_coming: int = 0, num_new: int = 1) -> DisaggError | None:
         """Why `num_new` answers of this cost would not be taken. `num_coming`: how many will be admitted before."""
@@ -214,6 +235,7 @@ class Router:
             self._attempts.rank_up(event.rank)
         else:
             self._language[event.rank] = LanguageRankState(event.kv_tokens)
+            self._kept |= {kept.name: (event.rank, kept) for kept in event.kept}
 
     def _rank_down(self, event: RankDown, now: float) -> None:
         if event.role == "encode":
@@ -223,6 +245,7 @@ class Router:
         language = self._language.pop(event.rank, None)
         if language is None:
             return
+        self._kept = {name: kept for name, kept in self._kept.items() if kept[0] != event.rank}
         if event.rank in self.required:
             for request_id in list(self._requests):
                 self._end(request_id, UnavailableError(f"language rank {event.rank} was lost"))

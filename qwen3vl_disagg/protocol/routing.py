@@ -10,7 +10,7 @@ from typing import Literal
 from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import DisaggError, InputError
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
-from qwen3vl_disagg.protocol.messages import Decoded, Finished, Message, PromptLogprobs, Tokens
+from qwen3vl_disagg.protocol.messages import Decoded, Finished, KeptRequest, Message, PromptLogprobs, Tokens
 from qwen3vl_disagg.protocol.placement import encode_work
 from qwen3vl_disagg.protocol.session_events import Tick
 
@@ -24,7 +24,7 @@ TOKEN_ID_BYTES = 4
 @dataclass(frozen=True)
 class Admit:
     """A new request: a prompt and `sampling.n` answers. `token_ids` are little-endian int32; `num_tokens` counts prompt
-    and one answer at most. `target_s`: until the first token, before the price is added."""
+    and one answer at most. `target_s`: until the first token, before the price is added. `keep_as`: as in `Submit`."""
 
     request_id: str
     token_ids: bytes
@@ -33,6 +33,7 @@ class Admit:
     sampling: SamplingParams
     timeout_s: float
     target_s: float = FIRST_COME
+    keep_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,13 @@ class Abandon:
 
 @dataclass(frozen=True)
 class RankUp:
-    """`kv_tokens`: keys and values that a language rank has room for."""
+    """`kv_tokens`: keys and values that a language rank has room for. `kept`: requests of an earlier frontend that it
+    goes on with."""
 
     role: Role
     rank: int
     kv_tokens: int = 0
+    kept: Sequence[KeptRequest] = ()
 
 
 @dataclass(frozen=True)

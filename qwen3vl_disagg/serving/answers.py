@@ -40,7 +40,8 @@ class Answers:
     ) -> Answers:
         """What the backend refuses is raised."""
         processor, answers = intake.processor, list[Answer]()
-        handles = await intake.submit(arrived.prepared.prompts, arrived.deadline, arrived.target_s)
+        prompts = arrived.prepared.prompts
+        handles = await intake.submit(prompts, arrived.deadline, arrived.target_s, arrived.keep_as)
         arrived.watch.begun(handles)
         for prompt, sampling in arrived.prepared.prompts:
             first: Answer | None = None

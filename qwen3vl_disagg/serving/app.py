@@ -10,10 +10,12 @@ from typing import Literal
 from msgspec import structs
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from qwen3vl_disagg.cluster.answer_store import AnswerStore
 from qwen3vl_disagg.cluster.backend import Backend
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.serving.access import ApiKeys
@@ -24,6 +26,7 @@ from qwen3vl_disagg.serving.completions import Completions
 from qwen3vl_disagg.serving.doors import Doors
 from qwen3vl_disagg.serving.errors import MESSAGES_PATH, JSONResponse, envelope, on_http_exception
 from qwen3vl_disagg.serving.guard import guards
+from qwen3vl_disagg.serving.idempotency import Idempotency
 from qwen3vl_disagg.serving.intake import Intake
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.messages_answer import CountTokens, MessagesWriter
@@ -50,10 +53,12 @@ def create_app(
     fetcher: Fetcher | None = None,
     debug: bool = False,
     warm_up: bool = False,
+    store: AnswerStore | None = None,
 ) -> Starlette:
     """The application over a backend. `more_names`: what requests may call the model too. `doors`: whose requests it
     takes, anybody's without; `keys`: which of them know one. `fetcher`: gets images and clips by URL; none without.
-    `debug` opens GET /debug/processes. `warm_up`: be ready for large requests."""
+    `debug` opens GET /debug/processes. `warm_up`: be ready for large requests. `store`: where
+    answers are kept for those who ask again."""
     limits = limits or Limits()
     created = int(time.time())
     names = list(dict.fromkeys([model_name, *more_names]))
@@ -124,7 +129,10 @@ def create_app(
         routes.append(Route("/debug/processes", processes))
     app = Starlette(
         routes=routes,
-        middleware=guards(doors, keys, metrics, [route.path for route in routes]),
+        middleware=[
+            *guards(doors, keys, metrics, [route.path for route in routes]),
+            Middleware(Idempotency, store=store or AnswerStore(), limits=limits),
+        ],
         exception_handlers={HTTPException: on_http_exception},
     )
     app.router.redirect_slashes = False

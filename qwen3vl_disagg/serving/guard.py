@@ -118,7 +118,7 @@ class Cors(CORSMiddleware):
             allow_origins=sorted(doors.origins),
             allow_methods=("GET", "HEAD", "POST", "DELETE"),
             allow_headers=("*",),
-            expose_headers=("X-Request-ID", "Retry-After"),
+            expose_headers=("X-Request-ID", "Retry-After", "Idempotent-Replayed"),
             allow_private_network=True,
         )
 

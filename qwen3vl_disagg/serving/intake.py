@@ -30,6 +30,8 @@ from qwen3vl_disagg.serving.prepare_pool import PreparePool
 from qwen3vl_disagg.serving.prepared import BodyRoute, Prepared, Rules
 from qwen3vl_disagg.serving.watching import RequestWatch, Seen
 
+KEEP_AS = "keep_as"
+"""In a request's `state`: the name under which ranks keep it."""
 TIMEOUT_HEADER, TARGET_HEADER = "X-Request-Timeout-Ms", "X-First-Token-Target-Ms"
 # The backend keeps the same deadline and knows more about what took so long: its error should come first.
 GRACE_S = 1.0
@@ -38,14 +40,15 @@ GRACE_S = 1.0
 @dataclass(frozen=True)
 class Arrived:
     """A request that has been prepared, and what was measured and decided on the way. `deadline` is monotonic;
-    `target_s`: see `Admit`. `release`: gives back the room for the body; on routes that submit at once that has been
-    done."""
+    `target_s`, `keep_as`: see `Admit`. `release`: gives back the room for the body; on routes that submit at once that
+    has been done."""
 
     prepared: Prepared
     deadline: float
     target_s: float
     watch: RequestWatch
     release: Callable[[], None]
+    keep_as: str = ""
 
 
 async def read_body(receive: Receive, limits: Limits, account: BodyAccount) -> bytearray:
@@ -168,19 +171,27 @@ class Intake:
             preprocess_ms=preprocess_ms,
             hides_cache_hits=self.limits.hide_cache_hits,
         )
-        answering = work(Arrived(prepared, deadline, target_s, watch, account.release))
+        answering = work(Arrived(prepared, deadline, target_s, watch, account.release, state.get(KEEP_AS, "")))
         del prepared  # images and clips: once they are submitted the backend says how long they are kept
         await answering
 
     async def submit(
-        self, prompts: Sequence[tuple[Prompt, SamplingParams]], deadline: float, target_s: float
+        self,
+        prompts: Sequence[tuple[Prompt, SamplingParams]],
+        deadline: float,
+        target_s: float,
+        keep_as: str = "",
     ) -> Sequence[RequestHandle]:
         """Start all or none; a handle for each answer, those to one prompt behind one another. What the backend refuses
-        is raised. `deadline`, `target_s`: see `Arrived`."""
+        is raised. `deadline`, `target_s`, `keep_as`: see `Arrived`."""
         calls = list[PromptCall]()
         for prompt, sampling in prompts:
             token_ids = np.asarray(prompt.token_ids, dtype="<i4").tobytes()
-            calls.append(PromptCall(token_ids=token_ids, items=prompt.items, sampling=sampling, target_s=target_s))
+            name = f"{keep_as}-{len(calls)}" if keep_as else ""
+            call = PromptCall(
+                token_ids=token_ids, items=prompt.items, sampling=sampling, target_s=target_s, keep_as=name
+            )
+            calls.append(call)
             await asyncio.sleep(0)  # a long one takes milliseconds
         left = deadline - time.monotonic()
         if left <= 0:

@@ -31,6 +31,8 @@ from qwen3vl_disagg.serving.types import (
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+FAILED = "has_failed"
+"""In the last message of a stream that was not brought to its end."""
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -99,7 +101,7 @@ class ChunkSender:
             status, body, _ = describe(error)
             if status == 500:
                 logger.exception("a stream failed")
-            await self.send(await self._framed(self._failed(status, body)), last=True)
+            await self.send(await self._framed(self._failed(status, body)), last=True, has_failed=True)
 
     async def _framed(self, chunk: object) -> bytes:
         return await asyncio.to_thread(self._frame, chunk) if self._is_long(chunk) else self._frame(chunk)
@@ -112,8 +114,9 @@ class ChunkSender:
             await self._message({**begin, EVENT: self._frame(self._lost(status, body))})
             self.is_started = True
 
-    async def send(self, data: bytes, *, last: bool = False) -> None:
-        await self._message({"type": "http.response.body", "body": data, "more_body": not last})
+    async def send(self, data: bytes, *, last: bool = False, has_failed: bool = False) -> None:
+        message = {"type": "http.response.body", "body": data, "more_body": not last}
+        await self._message({**message, FAILED: True} if has_failed else message)
 
     async def _message(self, message: Message) -> None:
         try:

@@ -47,8 +47,8 @@ class Worded:
             body = {"model": "tiny", "max_output_tokens": 400, "input": text, **fields}
         data = json.dumps(body).encode()
         sock = self.connect()
-        head = f"POST {path} HTTP/{version}\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        sock.sendall(head.encode() + data)
+        head = [f"POST {path} HTTP/{version}", "Host: a", "Content-Type: application/json"]
+        sock.sendall("\r\n".join([*head, f"Content-Length: {len(data)}", "", ""]).encode() + data)
         return sock
 
 
