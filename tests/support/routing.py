@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qwen3vl_disagg.core.errors import Failure, UnavailableError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.protocol.messages import (
     Assign,
@@ -19,6 +20,8 @@ from qwen3vl_disagg.protocol.routing import (
     RankUp,
     Send,
 )
+
+BAD_KEPT = Failure.of(UnavailableError("the answer is no longer there"))
 
 
 def visual(name: str, side: int = 8) -> VisualItem:
