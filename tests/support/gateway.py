@@ -17,6 +17,8 @@ from tests.support.http import request
 from tests.support.server import REPO, free_port
 
 CONFIG = REPO / "deploy" / "nginx.conf"
+NGINX = Path(shutil.which("nginx") or "/usr/sbin/nginx")
+"""Debian has it where not every PATH leads."""
 _TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
@@ -67,7 +69,7 @@ class Gateway:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [shutil.which("nginx") or "/usr/sbin/nginx", "-c", str(self._config), "-g", "daemon off;"],
+            [str(NGINX), "-c", str(self._config), "-g", "daemon off;"],
             stderr=(self.folder / "stderr").open("w"),
         )
         end = time.monotonic() + 10

@@ -30,8 +30,8 @@ class Job:
     """`torchrun --nproc-per-node WORLD recipes/SCRIPT ...` as a context manager.
 
     Leaving the block ends it with SIGTERM, then SIGKILL for what is left. `prefix` stands before the whole command,
-    `torchrun` are more options of torchrun's own, `env` more of the environment. `module`: with its arguments, what
-    Python runs in place of torchrun and the script.
+    `torchrun` are more options of torchrun's own, `env` more of the environment. `command` stands in place of
+    torchrun and the script.
     """
 
     def __init__(
@@ -42,13 +42,14 @@ class Job:
         prefix: Sequence[str] = (),
         torchrun: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
-        module: Sequence[str] = (),
+        command: Sequence[str] = (),
     ) -> None:
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log", prefix=f"{script}-", delete=False)  # noqa: SIM115 - till the end
-        agent = ["torch.distributed.run", f"--nproc-per-node={world}", *(torchrun or [f"--master-port={free_port()}"])]
+        agent = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
+        agent += torchrun or [f"--master-port={free_port()}"]
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", *(module or [*agent, f"recipes/{script}"]), *args],
+            [*prefix, *(command or [*agent, f"recipes/{script}"]), *args],
             cwd=REPO,
             stdout=self.log,
             stderr=subprocess.STDOUT,

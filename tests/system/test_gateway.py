@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import os
-import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ from tests.support.server import Server, free_port
 pytestmark = [
     pytest.mark.acceptance,
     pytest.mark.timeout(280),
-    pytest.mark.skipif(not (shutil.which("nginx") or Path("/usr/sbin/nginx").exists()), reason="nginx is not installed"),
+    pytest.mark.skipif(
+        not (shutil.which("nginx") or Path("/usr/sbin/nginx").exists()), reason="nginx is not installed"
+    ),
 ]
 PATH = "/v1/chat/completions"
 MAX_WAITING, MAX_RUNNING, FAIL_S = 8, 4, 5.0
@@ -41,9 +44,9 @@ class Jobs:
 
     def start(self, port: int) -> Server:
         """Returns at once; see `Server.wait_ready`."""
-        command = ["qwen3vl_disagg", "serve", "--world", "1"]
+        command = [sys.executable, "-m", "qwen3vl_disagg", "serve", "--world", "1"]
         limits = [f"--max-waiting={MAX_WAITING}", f"--max-running={MAX_RUNNING}", "--kv-cache-gib=0.25"]
-        self.servers[port] = Server(1, *limits, port=port, module=command)
+        self.servers[port] = Server(1, *limits, port=port, command=command)
         return self.servers[port]
 
     def stop(self, port: int) -> int:
@@ -201,7 +204,7 @@ def test_events_of_a_stream_come_one_by_one(jobs):
     for line in sse_lines(jobs.gateway.url + PATH, long_body(stream=True)):
         if line.startswith("data: "):
             times.append(time.monotonic() - started)
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
     num_apart = sum(gap > 1e-4 for gap in gaps)
     print(f"{len(times)} events, the first after {times[0]:.3f} s, the last after {times[-1]:.3f} s; {num_apart} apart")
     assert len(times) > 50
