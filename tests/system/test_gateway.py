@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import pytest
 
-from tests.support.gateway import Gateway
+from tests.support.gateway import NGINX, Gateway
 from tests.support.http import Reply, post_json, request, sse_lines
 from tests.support.scenes import Asked, ask_scenes
 from tests.support.server import Server, free_port
@@ -25,9 +25,7 @@ from tests.support.server import Server, free_port
 pytestmark = [
     pytest.mark.acceptance,
     pytest.mark.timeout(280),
-    pytest.mark.skipif(
-        not (shutil.which("nginx") or Path("/usr/sbin/nginx").exists()), reason="nginx is not installed"
-    ),
+    pytest.mark.skipif(not NGINX.exists(), reason="nginx is not installed"),
 ]
 PATH = "/v1/chat/completions"
 MAX_WAITING, MAX_RUNNING, FAIL_S = 8, 4, 5.0
