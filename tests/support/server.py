@@ -30,7 +30,8 @@ class Job:
     """`torchrun --nproc-per-node WORLD recipes/SCRIPT ...` as a context manager.
 
     Leaving the block ends it with SIGTERM, then SIGKILL for what is left. `prefix` stands before the whole command,
-    `torchrun` are more options of torchrun's own, `env` more of the environment.
+    `torchrun` are more options of torchrun's own, `env` more of the environment. `command` stands in place of
+    torchrun and the script.
     """
 
     def __init__(
@@ -41,13 +42,14 @@ class Job:
         prefix: Sequence[str] = (),
         torchrun: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        command: Sequence[str] = (),
     ) -> None:
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log", prefix=f"{script}-", delete=False)  # noqa: SIM115 - till the end
-        launch = [*prefix, sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
-        launch += torchrun or [f"--master-port={free_port()}"]
+        agent = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
+        agent += torchrun or [f"--master-port={free_port()}"]
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            [*launch, f"recipes/{script}", *args],
+            [*prefix, *(command or [*agent, f"recipes/{script}"]), *args],
             cwd=REPO,
             stdout=self.log,
             stderr=subprocess.STDOUT,
@@ -96,11 +98,13 @@ class Job:
 
 
 class Server(Job):
-    """`torchrun --nproc-per-node WORLD recipes/serve.py ...`, ready when the block begins."""
+    """`torchrun --nproc-per-node WORLD recipes/serve.py ...`, ready when the block begins. `port`: 0 for any."""
 
-    def __init__(self, world: int, *args: str, ready_s: float = 120.0, host: str = "127.0.0.1", **options: Any) -> None:
+    def __init__(
+        self, world: int, *args: str, ready_s: float = 120.0, host: str = "127.0.0.1", port: int = 0, **options: Any
+    ) -> None:
         self.world, self.ready_s = world, ready_s
-        self.host, self.port = host, free_port()
+        self.host, self.port = host, port or free_port()
         where = ["--host", host, "--port", str(self.port)]
         super().__init__("serve.py", world, *where, "--debug", *args, **options)
         self.seconds_to_ready = float("nan")
