@@ -173,6 +173,8 @@ class Hub:
         self.end_job = asyncio.Event()
         """Set when a node is asked to end: whoever runs the hub should end the job."""
         self._absent: set[RankKey] = set()
+        self._lost: set[RankKey] = set()
+        """Ranks that were here and will not come back."""
         self._server: Doorkeeper | None = None
         self._ticker: asyncio.Future[None] | None = None
 
@@ -216,17 +218,17 @@ class Hub:
 
     def _presence(self) -> Readiness:
         """Ready once every language rank is there with a link from some encode rank; after that, and where others
-        are linked, a missing encode rank only degrades."""
+        are linked, a missing encode rank only degrades, as a language rank does that others can do without."""
         router = self._router
         if router.is_draining:
             return Readiness(ready=False, reasons=["the server is shutting down"])
         language = set(self._layout.language_ranks)
         reasons = [f"language rank {rank} is missing" for rank in sorted(language - router.language_ranks)]
-        if reasons:
+        if reasons and (router.required or not self._was_ready or not router.linked_language_ranks):
             return Readiness(ready=False, reasons=reasons)
         missing = sorted(set(self._layout.encode_ranks) - router.encode_ranks)
-        reasons = [f"encode rank {rank} is missing" for rank in missing]
-        unlinked = sorted(language - router.linked_language_ranks)
+        reasons += [f"encode rank {rank} is missing" for rank in missing]
+        unlinked = sorted(router.language_ranks - router.linked_language_ranks)
         reasons += [f"language rank {rank} has no link to an encode rank" for rank in unlinked]
         self._was_ready = self._was_ready or not unlinked
         return Readiness(ready=self._was_ready, degraded=bool(reasons), reasons=reasons)
@@ -273,7 +275,7 @@ class Hub:
     async def close(self, limit_s: float) -> None:
         """Tell every rank to stop, also those still to come; returns when all have left, or after `limit_s`."""
         self._closing.set()
-        self._absent = self._all_ranks() - self._ranks.keys()
+        self._absent = self._all_ranks() - self._ranks.keys() - self._lost
         for connection in self._ranks.values():
             self._post(connection, Stop())
         end = time.monotonic() + limit_s
@@ -386,14 +388,13 @@ class Hub:
         if key in self._ranks:  # an earlier incarnation, whose end has not been noticed yet
             self._ranks[key].abort()
         self._ranks[key] = connection
+        self._lost.discard(key)
         self._loads.forget(key)
         try:
             await connection.send(Welcome(rank=rank, job=self._memory.job))
             connection.keep_alive()
             self.take(RankUp(hello.role, rank, hello.kv_tokens, hello.kept))
             self._traces.up(key, partial(self._post, connection), has_our_clock=hello.host == host_id())
-            if hello.store_address is not None:
-                self._learn_store(hello.store_address)
             self._introduce()
             if self._closing.is_set():
                 self._absent.discard(key)
@@ -417,14 +418,14 @@ class Hub:
                 del self._ranks[key], registry.hellos[key]
                 self._loads.forget(key)
                 self._traces.down(key)
+                # Experts that are lost end the job, and after a signal nothing is started again.
+                if (hello.role == "language" and rank in self._router.required) or self._memory.stopped_at:
+                    self._lost.add(key)
                 self.take(RankDown(hello.role, rank))
 
     def _introduce(self) -> None:
-        """Tell all ranks where the store is and who the language ranks are."""
-        store_address = self._memory.store_address
-        if store_address is None:
-            return
+        """Tell all encode ranks who the language ranks are."""
         hellos = self._registry.hellos.items()
         links = sorted((rank, *h.link_address) for (_, rank), h in hellos if h.link_address is not None)
-        for connection in self._ranks.values():
-            self._post(connection, Peers(store_address=store_address, language_ranks=links))
+        for connection in [connection for (role, _), connection in self._ranks.items() if role == "encode"]:
+            self._post(connection, Peers(language_ranks=links))

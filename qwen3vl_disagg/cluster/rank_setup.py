@@ -69,7 +69,6 @@ class RankSetup:
         model: nn.Module,
         *,
         link_address: tuple[str, int] | None = None,
-        store_address: tuple[str, int] | None = None,
         kv_tokens: int = 0,
     ) -> RankHello:
         return RankHello(
@@ -80,7 +79,6 @@ class RankSetup:
             host=host_id(),
             fingerprint=self.fingerprint,
             link_address=link_address,
-            store_address=store_address,
             weight_bytes=held_bytes(model),
             kv_tokens=kv_tokens,
         )

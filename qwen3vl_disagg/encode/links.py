@@ -9,11 +9,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import msgspec
+
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.protocol.messages import Frame, Goodbye, LinkAccept, LinkHello, LinkReady, Refused
 from qwen3vl_disagg.transport.control import Address, Connection, ConnectionLost, Dial, connect_link
-from qwen3vl_disagg.transport.links import Link, LinkFactory
+from qwen3vl_disagg.transport.links import Link, Meet
 
 logger = logging.getLogger(__name__)
 CONNECT_S = 20.0
@@ -59,7 +61,8 @@ class EncodeLinks:
         self.hello = hello
         self._on_up, self._on_down, self._on_frame, self._on_refused = on_up, on_down, on_frame, on_refused
         self._links: dict[int, EncodeLink] = {}
-        self._keepers: dict[tuple[int, Address], asyncio.Task[None]] = {}
+        self._keepers: dict[int, tuple[Address, asyncio.Task[None]]] = {}
+        self._last_epochs: dict[int, int] = {}
 
     def get(self, language_rank: int, epoch: int) -> EncodeLink | None:
         link = self._links.get(language_rank)
@@ -70,18 +73,23 @@ class EncodeLinks:
         """Live links: (language rank, epoch)."""
         return sorted((rank, link.epoch) for rank, link in self._links.items())
 
-    def connect(self, peers: list[tuple[int, str, int]], make_link: LinkFactory, dial: Dial = connect_link) -> None:
-        """Link to these language ranks (rank, host, port); those already known are left alone."""
+    def connect(self, peers: list[tuple[int, str, int]], meet: Meet, dial: Dial = connect_link) -> None:
+        """Link to these language ranks (rank, host, port); those already known are left alone. One with another address
+        was started again: the link to it as it was is given up."""
         for language_rank, host, port in peers:
-            key = (language_rank, (host, port))
-            if key not in self._keepers:
-                self._keepers[key] = asyncio.create_task(self._keep(language_rank, (host, port), make_link, dial))
+            known, keeper = self._keepers.get(language_rank, (None, None))
+            if known == (host, port):
+                continue
+            if keeper is not None:
+                keeper.cancel()
+            task = asyncio.create_task(self._keep(language_rank, (host, port), meet, dial))
+            self._keepers[language_rank] = ((host, port), task)
 
-    async def _keep(self, language_rank: int, address: Address, make_link: LinkFactory, dial: Dial) -> None:
+    async def _keep(self, language_rank: int, address: Address, meet: Meet, dial: Dial) -> None:
         pause = 0.05
         while True:
             try:
-                link = await self._open(language_rank, make_link, await dial(address, deadline_s=CONNECT_S))
+                link = await self._open(language_rank, meet, await dial(address, deadline_s=CONNECT_S))
             except HandshakeError as error:
                 self._on_refused(error)
                 return
@@ -93,6 +101,7 @@ class EncodeLinks:
                 continue
             pause = 0.05
             self._links[language_rank] = link
+            self._last_epochs[language_rank] = link.epoch
             self._on_up(link)
             reason = "the language rank left"
             try:
@@ -108,15 +117,17 @@ class EncodeLinks:
                 self._lose(link, reason)
             await link.control.close()
 
-    async def _open(self, language_rank: int, make_link: LinkFactory, control: Connection) -> EncodeLink:
+    async def _open(self, language_rank: int, meet: Meet, control: Connection) -> EncodeLink:
         try:
-            await control.send(self.hello)
+            last_epoch = self._last_epochs.get(language_rank, 0)
+            await control.send(msgspec.structs.replace(self.hello, last_epoch=last_epoch))
             answer = await control.receive(timeout=CONNECT_S)
             if isinstance(answer, Refused):
                 raise HandshakeError(answer.field, answer.expected, answer.got)
             if not isinstance(answer, LinkAccept) or answer.language_rank != language_rank:
                 raise TransferError(f"language rank {language_rank} answered {type(answer).__name__}")
             fault_point("in-handshake")
+            make_link = await asyncio.to_thread(meet, answer.store_address)
             payload = await asyncio.to_thread(make_link, "encode", self.hello.encode_rank, language_rank, answer.epoch)
             if not isinstance(await control.receive(timeout=CONNECT_S), LinkReady):
                 raise TransferError(f"language rank {language_rank} did not get ready")
@@ -143,7 +154,8 @@ class EncodeLinks:
                 link.control.post(Goodbye())
             except ConnectionLost:
                 continue
-        for keeper in self._keepers.values():
+        keepers = [keeper for _, keeper in self._keepers.values()]
+        for keeper in keepers:
             keeper.cancel()
-        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+        await asyncio.gather(*keepers, return_exceptions=True)
         await asyncio.gather(*[link.control.close() for link in links])

@@ -39,8 +39,7 @@ from qwen3vl_disagg.protocol.messages import (
 )
 from qwen3vl_disagg.protocol.session_events import SessionLimits
 from qwen3vl_disagg.transport.control import Address, Connection, ConnectionLost
-from qwen3vl_disagg.transport.links import LinkFactory, process_group_links
-from qwen3vl_disagg.transport.store import join_store
+from qwen3vl_disagg.transport.links import LinkFactory, Meet, meet_in_store
 
 logger = logging.getLogger(__name__)
 JOIN_S = 120.0
@@ -72,7 +71,7 @@ class EncodeRank:
         reconnect_s: float = 30.0,
     ) -> None:
         self._hello, self._hub_address = hello, hub_address
-        self._make_link, self._host = make_link, host
+        self._meet: Meet = partial(meet_in_store, host=host) if make_link is None else lambda _: make_link
         self._join_s, self._reconnect_s = join_s or reconnect_s, reconnect_s
         self._hub: Connection | None = None
         self._loop = asyncio.get_running_loop()
@@ -147,7 +146,7 @@ class EncodeRank:
                     if isinstance(message, Stop):
                         await self._settle()
                         return 0
-                    await self._handle(message)
+                    self._handle(message)
             except TransferError:
                 self._hub = None  # the frontend died, and with it every request: language ranks say so over the links
 
@@ -170,14 +169,11 @@ class EncodeRank:
         if left:
             logger.warning("left over: %s", left)
 
-    async def _handle(self, message: Message) -> None:
+    def _handle(self, message: Message) -> None:
         if isinstance(message, TellSpans):
             self._tell(spans_told("encode", message))
         if isinstance(message, Peers):
-            if self._make_link is None:
-                store = await asyncio.to_thread(join_store, message.store_address)
-                self._make_link = process_group_links(store, host=self._host)
-            self.server.connect(message.language_ranks, self._make_link)
+            self.server.connect(message.language_ranks, self._meet)
 
     def _tell(self, message: Message) -> None:
         """Queue a message to the hub; when it is gone, the loop that reads from it finds out."""

@@ -63,8 +63,6 @@ from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory, proces
 from qwen3vl_disagg.transport.ticks import tick
 
 logger = logging.getLogger(__name__)
-MEET_S = 20.0
-"""How long encode ranks wait at the door until the store is known."""
 
 
 @dataclass
@@ -110,8 +108,8 @@ class LinkServer:
         self._pump = Pump[LanguageEvent, LanguageAction](self._decide, self._perform, time.monotonic)
         self._was_short_of_room = False
         self._store: dist.Store | None = None
+        self._store_address: Address | None = None
         self._host, self._make_link = host, make_link
-        self._can_meet = asyncio.Event()
         self._server: Doorkeeper | None = None
         self._ticker: asyncio.Task[None] | None = None
 
@@ -133,16 +131,11 @@ class LinkServer:
         await self._accept(await control.receive(), control)
         await control.close()
 
-    def use_store(self, store: dist.Store) -> None:
-        """Where epochs are counted and groups meet; encode ranks wait at the door until it is known."""
-        self._store = store
+    def use_store(self, store: dist.Store, address: Address | None = None) -> None:
+        """Where epochs are counted and groups meet."""
+        self._store, self._store_address = store, address
         if self._make_link is None:
             self._make_link = process_group_links(store, host=self._host)
-        self._can_meet.set()
-
-    @property
-    def has_store(self) -> bool:
-        return self._store is not None
 
     @property
     def is_idle(self) -> bool:
@@ -303,7 +296,6 @@ class LinkServer:
             await control.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))
             raise
         fault_point("in-handshake")
-        await asyncio.wait_for(self._can_meet.wait(), MEET_S)
         store, make_link = self._store, self._make_link
         if store is None or make_link is None:
             raise TransferError("the store is not known")
@@ -311,8 +303,11 @@ class LinkServer:
         for old in [link for link in self._links.values() if link.encode_rank == encode_rank]:
             old.control.abort()  # an earlier incarnation of that rank, or of this link
             self._drop(old, "the encode rank made a new link")
-        epoch = await asyncio.to_thread(store.add, f"epoch/{encode_rank}-{language_rank}", 1)
-        await control.send(LinkAccept(epoch=epoch, language_rank=language_rank))
+        key = f"epoch/{encode_rank}-{language_rank}"
+        epoch = await asyncio.to_thread(store.add, key, 1)
+        if epoch <= hello.last_epoch:  # this rank was started again, and its store with it
+            epoch = await asyncio.to_thread(store.add, key, hello.last_epoch + 1 - epoch)
+        await control.send(LinkAccept(epoch=epoch, language_rank=language_rank, store_address=self._store_address))
         payload = await asyncio.to_thread(make_link, "language", encode_rank, language_rank, epoch)
         thread = ThreadPoolExecutor(1, thread_name_prefix=f"link-{encode_rank}")
         return _PeerLink(encode_rank, epoch, control, payload, thread)

@@ -30,7 +30,6 @@ from qwen3vl_disagg.protocol.messages import (
     Assign,
     Cancel,
     Message,
-    Peers,
     RankHello,
     RequestFailed,
     Stop,
@@ -38,7 +37,6 @@ from qwen3vl_disagg.protocol.messages import (
     TellSpans,
 )
 from qwen3vl_disagg.transport.control import Connection, ConnectionLost
-from qwen3vl_disagg.transport.store import join_store
 
 logger = logging.getLogger(__name__)
 LEFT_S, LEAVE_S = 1.0, 2.0
@@ -123,7 +121,7 @@ class LanguageRank:
                     message = await self._hub.receive()
                     if isinstance(message, Stop):
                         return await self._leave()
-                    await self._handle(message)
+                    self._handle(message)
             except TransferError:
                 # The frontend died; with it went everybody who waits for these requests, but for what is kept.
                 self._requests.hub_lost()
@@ -140,7 +138,7 @@ class LanguageRank:
             logger.warning("not all others wanted to leave")
         return 0
 
-    async def _handle(self, message: Message) -> None:
+    def _handle(self, message: Message) -> None:
         match message:
             case Submit():
                 try:
@@ -151,9 +149,6 @@ class LanguageRank:
                 self._requests.adopt(message.request_id)
             case Assign():
                 self._links.handle(message)
-            case Peers():
-                if not self._links.has_store:
-                    self._links.use_store(await asyncio.to_thread(join_store, message.store_address))
             case Cancel():
                 self._requests.forget(message.request_id, message.sample)
             case TellSpans():

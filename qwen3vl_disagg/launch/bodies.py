@@ -170,7 +170,7 @@ async def start_language_rank(
     group: ExpertGroup | None = None,
     lockstep: LockstepClient | None = None,
 ) -> LanguageRank:
-    """Listen for encode ranks; the first language rank also hosts the store in which links meet."""
+    """Listen for encode ranks, and host the store in which its links meet, if no group has one."""
     context = setup.context
     buffers = MultimodalDataBuffers.from_options(
         setup.config, context.options.buffers, dtype=setup.dtype, device=setup.device
@@ -183,13 +183,7 @@ async def start_language_rank(
         host=context.host,
         make_link=make_link,
     )
-    store_address = None
-    if group is not None:
-        links.use_store(group.store)
-        store_address = group.store_address if context.is_first_language_rank else None
-    elif context.is_first_language_rank:
-        store, store_address = host_store(context.host)
-        links.use_store(store)
+    links.use_store(*(host_store(context.host) if group is None else (group.store, group.store_address)))
     link_address = await links.serve()
     context.progress.stage("links", "waiting for encode ranks and their links")
     pool = engine.scheduler.pool
@@ -197,7 +191,6 @@ async def start_language_rank(
         "language",
         engine.runner.model,
         link_address=link_address,
-        store_address=store_address,
         kv_tokens=pool.num_pages * pool.page_size,
     )
     cores = setup.shared_cores()

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from qwen3vl_disagg.checkpoint import read_config
 from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.checkpoint.load import check_folder
 from qwen3vl_disagg.cluster.hub_client import ask_to_end
@@ -61,13 +62,15 @@ def bind(host: str, port: int, param: str) -> socket.socket:
 
 
 def rank_child(context: RankContext) -> Child:
-    """The rank that this slot supervises. Encode ranks may die alone."""
+    """The rank that this slot supervises. Encode ranks may die alone, and language ranks without experts."""
     rank = context.rank
     if context.layout.world_size == 1:
         return Child("rank 0", functools.partial(run_threaded, run_combined_rank, context), is_vital=True)
     if rank in context.layout.encode_ranks:
         return Child(f"encode rank {rank}", functools.partial(run_threaded, run_encode_rank, context), is_vital=False)
-    return Child(f"language rank {rank}", functools.partial(run_threaded, run_language_rank, context), is_vital=True)
+    text = read_config(resolve_model_folder(context.options.model.model)).text
+    body = functools.partial(run_threaded, run_language_rank, context)
+    return Child(f"language rank {rank}", body, is_vital=bool(text.num_experts))
 
 
 def check_checkpoint(model: ModelOptions, buffers: BufferOptions, max_model_len: int | None = None) -> None:

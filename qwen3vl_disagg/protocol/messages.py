@@ -74,8 +74,7 @@ class KeptRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankHello(Message, frozen=True):
-    """First message of a rank. `link_address` (host, port) is where a language rank listens for encode ranks;
-    `store_address` is given by the first language rank, which hosts the store that links meet in.
+    """First message of a rank. `link_address` (host, port) is where a language rank listens for encode ranks.
 
     `rank` is None for an encode rank that joins: the answer says its number, which it states from then on, and the
     `job`, which all that come again state. `host` is where `pid` means something (`rendezvous.host_id`).
@@ -91,7 +90,6 @@ class RankHello(Message, frozen=True):
     host: str = ""
     job: str = ""
     link_address: tuple[str, int] | None = None
-    store_address: tuple[str, int] | None = None
     weight_bytes: int = 0
     kv_tokens: int = 0
     kept: list[KeptRequest] = []
@@ -254,9 +252,8 @@ class Welcome(Message, frozen=True):
 
 
 class Peers(Message, frozen=True):
-    """To encode ranks: where the store is and which language ranks to link to (rank, host, port)."""
+    """To encode ranks: which language ranks to link to (rank, host, port)."""
 
-    store_address: tuple[str, int]
     language_ranks: list[tuple[int, str, int]]
 
 
@@ -347,17 +344,19 @@ class Blob(Message, frozen=True):
 
 
 class LinkHello(Message, frozen=True):
+    """`last_epoch`: of the last link between the two; the next one is above it, also if the other end was started
+    again."""
+
     token: str
     encode_rank: int
     pid: int
     fingerprint: dict[str, str]
+    last_epoch: int = 0
 
 
 class LinkAccept(Message, frozen=True):
-    """The fingerprints agree. Both ends now build the 2-rank group under `link/{encode}-{language}/{epoch}`.
-
-    `store_address`: the store to meet in, where it is not the one that `Peers` named.
-    """
+    """The fingerprints agree. Both ends now build the 2-rank group under `link/{encode}-{language}/{epoch}` in the
+    store at this address (None: they are in one process)."""
 
     epoch: int
     language_rank: int

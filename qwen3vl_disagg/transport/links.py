@@ -20,6 +20,7 @@ from torch import Tensor
 from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.transport.process_group import build_pair
+from qwen3vl_disagg.transport.store import Address, join_store
 
 Side = Literal["encode", "language"]
 _RANK_IN_PAIR = {"encode": 0, "language": 1}
@@ -52,6 +53,9 @@ class Link(Protocol):
 
 LinkFactory = Callable[[Side, int, int, int], Link]
 """(side, encode rank, language rank, epoch) -> this side's end; blocks until the other side is there too."""
+
+Meet = Callable[[Address | None], LinkFactory]
+"""Where the other side says that its store is -> how links are made there. Blocks."""
 
 
 class ProcessGroupLink:
@@ -125,6 +129,16 @@ def process_group_links(store: dist.Store, *, host: str, timeout_s: float = 20.0
         return ProcessGroupLink(group, side)
 
     return make
+
+
+def meet_in_store(address: Address | None, *, host: str) -> LinkFactory:
+    """As `process_group_links`, in the store at `address`. LinkBroken where there is none."""
+    if address is None:
+        raise LinkBroken("the other end named no store")
+    try:
+        return process_group_links(join_store(address), host=host)
+    except (RuntimeError, OSError) as error:
+        raise LinkBroken(f"no store at {address[0]}:{address[1]}") from error
 
 
 class InProcessLink:

@@ -11,6 +11,7 @@ import pytest
 from msgspec import structs
 
 from qwen3vl_disagg.cluster.backend import TokenEvent
+from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.core.errors import (
     HandshakeError,
     UnavailableError,
@@ -96,16 +97,52 @@ async def test_a_request_from_before_this_hub_is_cancelled_on_its_rank():
 
 
 @in_loop
-async def test_all_ranks_learn_where_to_meet():
+async def test_encode_ranks_learn_who_the_language_ranks_are_also_when_one_is_started_again():
     async with System(4, 2) as system:
         encode = await system.join("encode", 0)
         second = await system.join("language", 3, link_address=("127.0.0.1", 33))
-        assert not encode.inbox
-        await system.join("language", 2, link_address=("127.0.0.1", 22), store_address=("127.0.0.1", 99))
+        await encode.expect(Peers, language_ranks=[(3, "127.0.0.1", 33)])
+        await system.join("language", 2, link_address=("127.0.0.1", 22))
         both = [(2, "127.0.0.1", 22), (3, "127.0.0.1", 33)]
-        for rank in (encode, second, await system.join("encode", 1)):
-            peers = await rank.expect(Peers, language_ranks=both)
-            assert peers.store_address == ("127.0.0.1", 99)
+        for rank in (encode, await system.join("encode", 1)):
+            await rank.expect(Peers, language_ranks=both)
+        assert not second.inbox
+        second.die()
+        await system.until(lambda: 3 not in system.hub._router.language_ranks)
+        await system.join("language", 3, link_address=("127.0.0.1", 44))
+        await encode.expect(Peers, language_ranks=[both[0], (3, "127.0.0.1", 44)])
+
+
+@in_loop
+async def test_nobody_waits_for_a_language_rank_whose_experts_are_gone():
+    async with System(4, 2) as system:
+        encode, language = await system.join_all()
+        language[3].die()
+        await system.until(lambda: 3 not in system.hub._router.language_ranks)
+        closing = asyncio.create_task(system.hub.close(WAIT_S))
+        for rank in (*encode.values(), language[2]):
+            await rank.expect(Stop)
+            await rank.close()
+        started = asyncio.get_running_loop().time()
+        await closing
+        assert asyncio.get_running_loop().time() - started < 2.0
+
+
+@in_loop
+async def test_nobody_waits_for_a_rank_that_died_after_the_signal():
+    memory = JobMemory()
+    async with System(4, 2, memory=memory) as system:
+        encode, language = await system.join_all()
+        memory.stop()
+        encode[1].die()
+        await system.until(lambda: 1 not in system.hub._router.encode_ranks)
+        closing = asyncio.create_task(system.hub.close(WAIT_S))
+        for rank in (encode[0], *language.values()):
+            await rank.expect(Stop)
+            await rank.close()
+        started = asyncio.get_running_loop().time()
+        await closing
+        assert asyncio.get_running_loop().time() - started < 2.0
 
 
 @in_loop

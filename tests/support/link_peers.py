@@ -298,7 +298,7 @@ async def encode_side(
         limits=limits,
         options=options,
     )
-    server.connect([(LANGUAGE_RANK, host, port)], wrap(make_link) if wrap else make_link)
+    server.connect([(LANGUAGE_RANK, host, port)], (lambda made: lambda _: made)(wrap(make_link) if wrap else make_link))
     it = EncodeSide(server, worker, told, peers)
     try:
         yield it

@@ -382,9 +382,9 @@ async def running(
         limits=limits,
     )
     engine = Engine(links)
-    links.use_store(store)
+    links.use_store(store, store_address)
     host, port = await links.serve()
-    hub.peers = Peers(store_address=store_address, language_ranks=[(LANGUAGE_RANK, host, port)])
+    hub.peers = Peers(language_ranks=[(LANGUAGE_RANK, host, port)])
     system = System(hub, server.sockets[0].getsockname()[:2], links, engine, receiver, limits, make_link)
     try:
         yield system
