@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.running import wait_for
 from tests.support.scenes import ask_scenes
-from tests.support.server import Server
+from tests.support.server import REPO, Server
 
 TYPED = {"unavailable", "language_rank_lost", "transfer_failed"}
 WITHIN_S = 5.0
@@ -62,7 +65,37 @@ def test_a_language_rank_is_killed_and_everybody_hears_of_it(tmp_path, world, en
             assert code in TYPED
             assert at - killed < WITHIN_S
         assert server.process.wait(40) != 0
+        assert time.monotonic() - killed < 4 * WITHIN_S  # torchrun itself takes a second or two to say so
         deadline = time.monotonic() + 5
         while server.alive() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not server.alive()
+
+
+def ask_again(server: Server, content: object) -> tuple[int, list[int], str | None]:
+    """Status, tokens and the error's code."""
+    status, body = server.chat(content, max_tokens=60, ignore_eos=True)
+    return status, body["choices"][0]["token_ids"] if status == 200 else [], body.get("error", {}).get("code")
+
+
+def test_a_language_rank_without_experts_is_started_again(tmp_path):
+    """Requests of the other one go on; afterwards both answer as before."""
+    folder = tmp_path / "dense"
+    make = [sys.executable, "tools/make_checkpoint.py", "--out", str(folder), "--preset", "tiny-random-dense"]
+    subprocess.run(make, cwd=REPO, check=True, timeout=60)
+    asked = [entry.content() for entry in ask_scenes(tmp_path, seed=7, count=8)]
+    with Server(3, "--encode-ranks", "1", "--model", str(folder)) as server, ThreadPoolExecutor(8) as pool:
+        before = [ask_again(server, content) for content in asked]
+        assert {status for status, _, _ in before} == {200}
+        for victim in (1, 2):  # the first one too: no store of others is in it
+            pid = rank_pids(server, "language")[victim]
+            futures = [pool.submit(ask_again, server, content) for content in asked]
+            time.sleep(0.2)
+            os.kill(pid, signal.SIGKILL)
+            during = [future.result(60) for future in futures]
+            for (status, tokens, code), mine in zip(during, before, strict=True):
+                assert (status, tokens) == mine[:2] or (status, code) == (503, "unavailable")
+            wait_for(lambda pid=pid, rank=victim: rank_pids(server, "language").get(rank, pid) != pid, 40)
+            wait_for(lambda: not server.get("/ready")["degraded"], 20)
+            assert [ask_again(server, content) for content in asked] == before
+        assert server.process.poll() is None
