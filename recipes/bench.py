@@ -13,6 +13,7 @@
     python recipes/bench.py pooling [--vllm-python PYTHON] [--rounds 5]
     python recipes/bench.py start [--ranks 8] [--rounds 2]
     python recipes/bench.py parallel [--model DIR] [--ranks 1 2 3 6]
+    python recipes/bench.py watch [--rounds 7] [--model DIR]
     python recipes/bench.py splits [--model DIR] [--splits 1+1 1+3 2+4] [--out FILE.json]
 
 docs/benchmarks.md
@@ -45,6 +46,7 @@ from tools.bench_road import road
 from tools.bench_split import splits
 from tools.bench_start import start
 from tools.bench_transfer import transfer
+from tools.bench_watch import what_watching_costs
 
 SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "transfer": transfer,
@@ -61,6 +63,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "start": start,
     "parallel": parallel,
     "splits": splits,
+    "watch": what_watching_costs,
 }
 
 
