@@ -20,6 +20,7 @@ class _Shared(ctypes.Structure):
         ("is_announced", ctypes.c_bool),
         ("num_joined", ctypes.c_uint32),
         ("stopped_at", ctypes.c_double),
+        ("beat_at", ctypes.c_double),
         ("store_host", ctypes.c_char * (_MAX_HOST_BYTES + 1)),
         ("store_port", ctypes.c_uint32),
     )
@@ -53,6 +54,20 @@ class JobMemory:
     def stop(self) -> None:
         """Now, unless it was earlier."""
         self._shared.stopped_at = self.stopped_at or time.monotonic()
+
+    def beat(self) -> None:
+        """The frontend gets on."""
+        self._shared.beat_at = time.monotonic()
+
+    def expect_no_beat(self) -> None:
+        """A frontend is about to begin: nothing is known of it until its first beat."""
+        self._shared.beat_at = 0.0
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the last beat; 0 before the first one."""
+        beat_at = float(self._shared.beat_at)
+        return time.monotonic() - beat_at if beat_at else 0.0
 
     @property
     def num_joined(self) -> int:

@@ -60,7 +60,8 @@ class Child:
     """A process to fork. `body` returns the exit status: 0 says that it was told to leave.
 
     `is_vital`: its death ends the job; else it is forked again. `sockets`: the only ones of the slot's that it keeps.
-    `takes_signals`: SIGTERM and SIGINT are passed on to it.
+    `takes_signals`: SIGTERM and SIGINT are passed on to it. `on_fork` is called in the slot right before it is forked;
+    one that `is_stuck` is killed, which is a death like any other.
     """
 
     name: str
@@ -68,6 +69,8 @@ class Child:
     is_vital: bool
     sockets: tuple[socket.socket, ...] = ()
     takes_signals: bool = False
+    on_fork: Callable[[], None] = lambda: None
+    is_stuck: Callable[[], bool] = lambda: False
 
 
 @dataclass
@@ -99,6 +102,7 @@ class Slot:
     _status: int = 0
     _stop_by: float | None = None
     _orphan_by: float | None = None
+    _looked_at: float = field(default_factory=time.monotonic)
 
     def run(self, on_begin: Callable[[], None] = lambda: None) -> int:
         """Until every child has left. The exit status: 0, or that of the failure that ended the slot.
@@ -116,6 +120,7 @@ class Slot:
                 self._reap()
                 self._fork_again()
                 self._enforce()
+                self._end_stuck()
             return self._status
         finally:
             for running in self._running.values():
@@ -192,7 +197,17 @@ class Slot:
                 logger.error("%s: did not leave in time", name)
                 os.kill(running.pid, signal.SIGKILL)
 
+    def _end_stuck(self) -> None:
+        """Not after this process itself stood still, as when the whole host did."""
+        now = time.monotonic()
+        stood_still, self._looked_at = now - self._looked_at > 2 * _IDLE_TICK_S, now
+        for child in self.children:
+            if child.name in self._running and self._stop_by is None and not stood_still and child.is_stuck():
+                logger.error("%s: does not get on", child.name)
+                os.kill(self._running[child.name].pid, signal.SIGKILL)
+
     def _fork(self, child: Child, num_quick_deaths: int) -> None:
+        child.on_fork()
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()

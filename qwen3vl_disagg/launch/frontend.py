@@ -33,7 +33,7 @@ from qwen3vl_disagg.serving.preparation import Fetcher
 
 DRAINED_S, CLOSED_S, LEFT_S = 20.0, 22.0, 26.0
 """Running requests have ended, HTTP connections are closed, the ranks have left: by then, after the signal."""
-TRIM_S, BUSY_S = 1.0, 5.0
+TRIM_S, BUSY_S, BEAT_S = 1.0, 5.0, 1.0
 WAITING_S, MOST_REASONS = 15.0, 4
 """So long nothing is said of what is missing; each time after that, twice as long. Of many reasons, the first ones."""
 SETTLE_S = 15.0
@@ -120,7 +120,7 @@ async def serve(
     host, port = http_socket.getsockname()[:2]
     ticking = await hub.serve(hub_socket)
     serving = asyncio.ensure_future(http.serve(http_socket))
-    beside = [asyncio.ensure_future(_trim()), asyncio.ensure_future(_say_busy(hub))]
+    beside = [asyncio.ensure_future(task) for task in (_trim(), _say_busy(hub), _beat(memory))]
     announcing = asyncio.ensure_future(_announce(hub, f"http://{host}:{port}", memory, progress))
     ends: list[asyncio.Future[Any]] = [asyncio.ensure_future(stopping.wait()), ticking, serving]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -171,6 +171,13 @@ async def _say_busy(hub: Hub) -> None:
         await asyncio.sleep(BUSY_S)
         if fields := hub.business():
             say("busy", fields)
+
+
+async def _beat(memory: JobMemory) -> None:
+    """Show the slot that this loop turns."""
+    while True:
+        memory.beat()
+        await asyncio.sleep(BEAT_S)
 
 
 async def _trim() -> None:

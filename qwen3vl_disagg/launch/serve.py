@@ -49,6 +49,8 @@ from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 
 logger = logging.getLogger(__name__)
 MEET_S = 60.0
+STUCK_S = 20.0
+"""A frontend whose loop has not turned for so long is started again: before ranks, which miss it too, give up."""
 
 
 def bind(host: str, port: int, param: str) -> socket.socket:
@@ -165,6 +167,8 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
         is_vital=False,
         sockets=(http_socket, hub_socket),
         takes_signals=True,
+        on_fork=memory.expect_no_beat,
+        is_stuck=lambda: memory.silent_s > STUCK_S,
     )
 
     keeper = Child(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg.cluster import rendezvous
+from qwen3vl_disagg.cluster import rendezvous, slots
 from qwen3vl_disagg.cluster.rendezvous import Layout, Meeting, World, find, meeting_path, publish
 from qwen3vl_disagg.cluster.slots import Child, Slot, leave_process, run_loop
 from qwen3vl_disagg.core.errors import InputError, UnavailableError
@@ -98,6 +98,16 @@ def test_what_keeps_dying_is_given_time(tmp_path):
         time.sleep(0.5)
         assert len(job.pids("encode")) <= 6
         assert "exit 5" in job.said()
+
+
+def test_one_that_does_not_get_on_is_started_again(tmp_path):
+    with Job(tmp_path, "stuck") as job:
+        first, second = (job.wait_for("frontend", number) for number in (1, 2))
+        assert "does not get on" in job.said()
+        assert not is_running(first)
+        assert is_running(second)
+        time.sleep(slots._IDLE_TICK_S + 1.0)
+        assert is_running(second)  # it beats
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])

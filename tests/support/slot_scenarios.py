@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.slots import Child, Slot, die_with_parent
 from qwen3vl_disagg.core.errors import Dismissed, HandshakeError, HubGone, InputError
 from qwen3vl_disagg.core.logs import start_logging
@@ -65,8 +67,23 @@ def crashing(name: str) -> int:
     return 5
 
 
-def child(name: str, body: Callable[[str], int], **options: bool) -> Child:
+memory = JobMemory()
+
+
+def child(name: str, body: Callable[[str], int], **options: Any) -> Child:
     return Child(name, partial(body, name), is_vital=options.pop("is_vital", False), **options)
+
+
+def stopping(name: str) -> int:
+    """Beats, and stands still the first time that it lives for a second."""
+    is_first = name not in LOG.read_text()
+    note(name, "up")
+    for turn in range(200):
+        memory.beat()
+        time.sleep(0.05)
+        if is_first and turn == 20:
+            os.kill(os.getpid(), signal.SIGSTOP)
+    return 0
 
 
 def slots() -> dict[str, Slot]:
@@ -89,6 +106,9 @@ def slots() -> dict[str, Slot]:
         "alone": Slot([child("frontend", told, takes_signals=True), child("encode", sleeper)], leave_s=0.5),
         "far": Slot([rank], on_stop=lambda: Path(f"{LOG}.stop").touch()),
         "crashing": Slot([child("encode", crashing)]),
+        "stuck": Slot(
+            [child("frontend", stopping, is_stuck=lambda: memory.silent_s > 1.0, on_fork=memory.expect_no_beat)]
+        ),
     }
 
 
