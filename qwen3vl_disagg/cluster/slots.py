@@ -34,11 +34,9 @@ from qwen3vl_disagg.core.logs import start_logging, write_line
 logger = logging.getLogger(__name__)
 EXIT_INPUT = 2
 EXIT_REFUSED = 78
-"""A rank that does not fit the others. Like bad input, starting it again would not help."""
+"""A rank that does not fit the others. Like bad input, starting it again would not help, if it never lived."""
 EXIT_GONE = 69
 """A rank whose hub is gone for good: how a host notices that the job is over on the others."""
-_FINAL = (EXIT_INPUT, EXIT_REFUSED, EXIT_GONE)
-
 KILL_S = 30.0
 """After a signal torchrun kills what is left of its workers."""
 LEAVE_S = 28.0
@@ -99,6 +97,7 @@ class Slot:
     _running: dict[str, _Running] = field(default_factory=dict)
     _again: dict[str, tuple[float, int]] = field(default_factory=dict)
     """Name -> (when to fork it again, quick deaths so far)."""
+    _has_lived: set[str] = field(default_factory=set)
     _status: int = 0
     _stop_by: float | None = None
     _orphan_by: float | None = None
@@ -162,9 +161,10 @@ class Slot:
                 self._stop()
             return
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit {status}"
-        is_final = child.is_vital or status in _FINAL or self._stop_by is not None
-        if not is_final:
-            lived = time.monotonic() - running.started
+        lived = time.monotonic() - running.started
+        if lived >= _LONG_LIFE_S:
+            self._has_lived.add(child.name)
+        if not self._is_final(child, status):
             deaths = running.num_quick_deaths + 1 if lived < _LONG_LIFE_S else 0
             # The first deaths are answered at once; what keeps dying is given time.
             pause = min(0.25 * 2.0 ** (deaths - 3), _MAX_BACKOFF_S) if deaths >= 3 else 0.0
@@ -178,6 +178,12 @@ class Slot:
         # Without its frontend nobody tells the ranks of this slot to leave; without its rank a slot has no reason to.
         if child.is_vital:
             self._orphan_by = self._orphan_by or time.monotonic() + self.orphan_s
+
+    def _is_final(self, child: Child, status: int) -> bool:
+        """What was wrong from the start will be again; a checkpoint that one lived on and that has vanished may come
+        back, and others do without this one."""
+        is_wrong = status in (EXIT_INPUT, EXIT_REFUSED) and child.name not in self._has_lived
+        return child.is_vital or is_wrong or status == EXIT_GONE or self._stop_by is not None
 
     def _fork_again(self) -> None:
         for child in self.children:

@@ -177,7 +177,27 @@ class Attempts:
                 item = self._current(message)
                 if item is not None:
                     self._take_back(message.request_id, message.item, item)
+                    self.ranks[item.encode_rank].learn(now - item.assigned_at, item.work_ahead)
                     item.state = "received"
+
+    def relieve(self, now: float) -> None:
+        """What a rank is too slow with goes to one that has nothing to do: no failure, and never back."""
+        paces = [state.pace for state in self._staying.values() if state.pace is not None]
+        if not paces:
+            return
+        limits, fastest = self._limits, min(paces)
+        for request_id, request in list(self._requests.items()):
+            for index, item in enumerate(request.items):
+                late_at = item.assigned_at + max(limits.relief_s, limits.relief_factor * fastest * item.work_ahead)
+                if item.state != "encoding" or now < late_at or self._suspects.is_suspect(item.visual.digest, now):
+                    continue
+                worker, linked = self._worker(item), self.linked(request.language_rank)
+                shunned = {worker} | item.relieved | item.failed_on
+                idle = {r: s for r, s in linked.items() if not s.jobs and (r, s.incarnation) not in shunned}
+                if idle:
+                    self._take_back(request_id, index, item)
+                    item.relieved.add(worker)
+                    self._give(request_id, index, idle, now)
 
     def _links_up(self, rank: int, links: set[int], now: float) -> None:
         # An attempt whose link is gone may be resumed when it is back: its language rank says when it is lost.
@@ -241,10 +261,17 @@ class Attempts:
         fresh = {rank: s for rank, s in linked.items() if (rank, s.incarnation) not in item.failed_on}
         if not linked:
             return
-        rank = choose_encode_rank(item.visual.digest, item.work, fresh or linked)
+        self._give(request_id, index, fresh or linked, now)
+
+    def _give(self, request_id: str, index: int, candidates: Mapping[int, EncodeRankState], now: float) -> None:
+        """A new attempt at the item, on one of these."""
+        request = self._requests[request_id]
+        item = request.items[index]
+        rank = choose_encode_rank(item.visual.digest, item.work, candidates)
         item.attempt += 1
         item.state, item.encode_rank, item.wait_until = "encoding", rank, math.inf
         self.ranks[rank].jobs[request_id, index] = item.work
+        item.assigned_at, item.work_ahead = now, self.ranks[rank].work
         is_alone = self._suspects.is_suspect(item.visual.digest, now)
         assign = Assign(request_id=request_id, item=index, attempt=item.attempt, encode_rank=rank, is_alone=is_alone)
         self._actions.append(Send("language", request.language_rank, assign))

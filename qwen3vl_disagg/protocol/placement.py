@@ -24,6 +24,13 @@ class EncodeRankState:
     is_leaving: bool = False
     """It gets nothing new, and goes when `jobs` is empty."""
     is_dismissed: bool = False
+    pace: float | None = None
+    """Seconds for a unit of work, of late: from the assignment to the last row."""
+
+    def learn(self, seconds: float, work: int) -> None:
+        """So long took what was assigned with this much to do."""
+        pace = seconds / max(1, work)
+        self.pace = pace if self.pace is None else self.pace + 0.2 * (pace - self.pace)
 
     @property
     def work(self) -> int:

@@ -226,6 +226,7 @@ class Router:
                 self._end(request_id, late())
             elif any(now >= item.wait_until for item in request.items):
                 self._end(request_id, UnavailableError("no encode rank is available"))
+        self._attempts.relieve(now)
 
     # ---- ranks ----
 

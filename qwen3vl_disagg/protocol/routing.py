@@ -134,6 +134,10 @@ class RouterLimits:
     """so many times what the language ranks hold at once."""
     max_attempts: int = 3
     """Encodings of one item that may fail before its request does. Deaths of encode ranks are not among these."""
+    relief_s: float = 2.0
+    relief_factor: float = 5.0
+    """An item that has been at an encode rank for `relief_s`, and so many times as long as the fastest rank would have
+    taken with all that was before it, goes to one that has nothing to do."""
     encode_wait_s: float = 30.0
     """How long an item waits for an encode rank when none is there."""
     max_deaths: int = 3
@@ -155,6 +159,11 @@ class Item:
     """(encode rank, its incarnation) of failed attempts."""
     lost_with: set[tuple[int, int]] = field(default_factory=set)
     """Those of whom nothing is known but that a link is gone."""
+    relieved: set[tuple[int, int]] = field(default_factory=set)
+    """Those that were too slow with it."""
+    assigned_at: float = 0.0
+    work_ahead: int = 0
+    """Of the rank when it was assigned, with its own."""
     wait_until: float = math.inf
     is_decoded: bool = False
 

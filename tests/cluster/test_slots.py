@@ -100,6 +100,14 @@ def test_what_keeps_dying_is_given_time(tmp_path):
         assert "exit 5" in job.said()
 
 
+def test_one_that_lived_is_started_again_whatever_it_says(tmp_path):
+    with Job(tmp_path, "vanished") as job:
+        last = job.wait_for("encode", 4)
+        assert job.said().count("error: no checkpoint here") == 2
+        time.sleep(0.3)
+        assert is_running(last)
+
+
 def test_one_that_does_not_get_on_is_started_again(tmp_path):
     with Job(tmp_path, "stuck") as job:
         first, second = (job.wait_for("frontend", number) for number in (1, 2))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qwen3vl_disagg.cluster import slots as slots_module
 from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.cluster.slots import Child, Slot, die_with_parent
 from qwen3vl_disagg.core.errors import Dismissed, HandshakeError, HubGone, InputError
@@ -67,6 +68,16 @@ def crashing(name: str) -> int:
     return 5
 
 
+def vanished(name: str) -> int:
+    """Lives well, then finds no checkpoint twice, then lives again."""
+    number = LOG.read_text().count(name)
+    note(name, "up")
+    if number in (1, 2):
+        raise InputError("no checkpoint here")
+    time.sleep(0.5 if number == 0 else 60)
+    return 1
+
+
 memory = JobMemory()
 
 
@@ -106,6 +117,7 @@ def slots() -> dict[str, Slot]:
         "alone": Slot([child("frontend", told, takes_signals=True), child("encode", sleeper)], leave_s=0.5),
         "far": Slot([rank], on_stop=lambda: Path(f"{LOG}.stop").touch()),
         "crashing": Slot([child("encode", crashing)]),
+        "vanished": Slot([child("encode", vanished)]),
         "stuck": Slot(
             [child("frontend", stopping, is_stuck=lambda: memory.silent_s > 1.0, on_fork=memory.expect_no_beat)]
         ),
@@ -130,4 +142,6 @@ def run_scenario(name: str, log: Path, errors: Path, has_agent: bool) -> None:
         die_with_parent(agent)
     start_logging()
     note("slot", "up")
+    if name == "vanished":
+        slots_module._LONG_LIFE_S = 0.3
     sys.exit(slots()[name].run())
