@@ -144,11 +144,14 @@ Notice = TypeVar("Notice", bound=Published)
 
 def private_folder() -> Path:
     """The user's own directory for what processes of a host tell one another; made if it is not there. InputError if
-    others could have made it."""
-    folder = Path(tempfile.gettempdir()) / f"qwen3vl-disagg-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    info = folder.lstat()
+    others could have made it, or nobody can."""
+    try:
+        folder = Path(tempfile.gettempdir()) / f"qwen3vl-disagg-{os.getuid()}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        info = folder.lstat()
+    except OSError as error:
+        raise InputError(f"no folder for temporary files (TMPDIR): {error.strerror or error}") from None
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise InputError(f"{folder} must be a directory that only its owner, uid {os.getuid()}, can use")
     return folder
@@ -164,13 +167,16 @@ def meeting_path(env: Mapping[str, str] = os.environ) -> Path:
 
 
 def publish(path: Path, notice: Published) -> None:
-    """Put the file there at once, whole."""
+    """Put the file there at once, whole. InputError where there is no room for it."""
     draft = path.with_suffix(f".{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(msgspec.json.encode(notice))
-    os.replace(draft, path)
+    try:
+        draft.unlink(missing_ok=True)
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(msgspec.json.encode(notice))
+        os.replace(draft, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def find(path: Path, kind: type[Notice], deadline_s: float = math.inf) -> Notice:

@@ -426,3 +426,21 @@ def test_a_directory_that_others_can_use_a_file_and_a_link_are_refused(place):
     folder.symlink_to(place / "elsewhere")
     with pytest.raises(InputError, match="only its owner"):
         meeting_path(ENV)
+
+
+def test_without_a_folder_for_temporary_files_that_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(rendezvous.tempfile, "gettempdir", lambda: str(tmp_path / "not there"))
+    with pytest.raises(InputError, match="TMPDIR.*No such file"):
+        meeting_path({})
+
+    def none() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(rendezvous.tempfile, "gettempdir", none)
+    with pytest.raises(InputError, match="No usable temporary directory"):
+        meeting_path({})
+
+
+def test_a_meeting_that_cannot_be_written_is_said(tmp_path):
+    with pytest.raises(InputError, match="cannot write .*No such file"):
+        publish(tmp_path / "gone" / "meeting.json", Meeting(hub_address=("127.0.0.1", 1), token="t", pid=1))
