@@ -430,7 +430,7 @@ def test_a_directory_that_others_can_use_a_file_and_a_link_are_refused(place):
 
 def test_without_a_folder_for_temporary_files_that_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(rendezvous.tempfile, "gettempdir", lambda: str(tmp_path / "not there"))
-    with pytest.raises(InputError, match="TMPDIR.*No such file"):
+    with pytest.raises(InputError, match=r"TMPDIR.*No such file"):
         meeting_path({})
 
     def none() -> str:
@@ -442,5 +442,5 @@ def test_without_a_folder_for_temporary_files_that_is_said(monkeypatch, tmp_path
 
 
 def test_a_meeting_that_cannot_be_written_is_said(tmp_path):
-    with pytest.raises(InputError, match="cannot write .*No such file"):
+    with pytest.raises(InputError, match=r"cannot write .*No such file"):
         publish(tmp_path / "gone" / "meeting.json", Meeting(hub_address=("127.0.0.1", 1), token="t", pid=1))
