@@ -21,7 +21,7 @@ from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.spans import Span
 
-PROTOCOL_VERSION = 16
+PROTOCOL_VERSION = 17
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -329,6 +329,8 @@ class LinkHello(Message, frozen=True):
     encode_rank: int
     pid: int
     fingerprint: dict[str, str]
+    has_canary: bool = False
+    """`LinkCanary` follows as soon as there is a group."""
 
 
 class LinkAccept(Message, frozen=True):
@@ -340,6 +342,15 @@ class LinkAccept(Message, frozen=True):
     epoch: int
     language_rank: int
     store_address: tuple[str, int] | None = None
+
+
+class LinkCanary(Message, frozen=True):
+    """Encode -> language: rows of a picture follow in the grants of `protocol/canary.py`, with a header for each. What
+    arrives has to have these `digests`: of the main rows, and of each DeepStack level."""
+
+    visual: VisualItem
+    headers: list[Header]
+    digests: list[int]
 
 
 class LinkReady(Message, frozen=True):
@@ -455,4 +466,4 @@ _ToRank = Welcome | Peers | Submit | Assign | Cancel | TellSpans | Stop
 _OneQuestion = StoreAt | FindStore | EndJob | Pull | Blob
 
 HubMessage = Heartbeat | Refused | _FromRank | _ToRank | _OneQuestion
-LinkMessage = Heartbeat | Refused | LinkHello | LinkAccept | LinkReady | Frame | Goodbye
+LinkMessage = Heartbeat | Refused | LinkHello | LinkAccept | LinkCanary | LinkReady | Frame | Goodbye
