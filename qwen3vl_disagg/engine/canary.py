@@ -192,8 +192,11 @@ class Canary:
             raise CanaryFailed("visual rows", "they are not where the prompt has its image")
         if is_only_visual and layer <= self._levels:
             raise CanaryFailed(f"DeepStack level {layer - 1}", "it is not what is added to the layer of that number")
-        part = f"decoder layer {max(0, layer - 1)}" + (", compiled" if self.runner.compiled else "")
-        raise CanaryFailed(part, "what it gives is not what the checkpoint's own decoder gives")
+        # Keys and values are of one layer's norm and projections, and of all that the layer before has made.
+        behind = f"layer {layer}" if layer < len(known.caches) else "head"
+        part = f"decoder layer {layer - 1} or {behind}" if layer else "decoder layer 0"
+        how = "as compiled, it" if self.runner.compiled else "it"
+        raise CanaryFailed(part, f"its weights are as in the files, but {how} gives what the files' decoder does not")
 
     def _compare_again(self, part: str, known: Known, seen: _Seen, more: int = 0) -> None:
         """Another way through what is known to be right."""
