@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,8 @@ class Canary:
 
     def _each_expert(self, layer: int, known: Known) -> list[Tensor]:
         """As the layer's experts, wherever they are, make it of a row for each; in every way in which rows travel."""
-        moe, device = self.runner.model.model.layers[layer].mlp, self.runner.device
+        moe: Any = self.runner.model.model.layers[layer].mlp
+        device = self.runner.device
         x_ED = known.experts[layer][0].to(device)
         weights_E1, ids_E1 = (x.to(device) for x in choose_each(len(x_ED)))
         plans = [self._plan(len(x_ED), [kind]) for kind in self.kinds] or [None]
