@@ -14,6 +14,7 @@ from qwen3vl_disagg.core.logs import LogFormat
 from qwen3vl_disagg.core.sampling_params import DEFAULTS, OPTIONS
 from qwen3vl_disagg.core.settings import (
     BufferOptions,
+    Canary,
     CheckpointOptions,
     Dispatch,
     EncodeOptions,
@@ -192,6 +193,9 @@ class ServeOptions:
     """Write what each rank does when as JSON lines into this folder."""
     log_format: LogFormat = "text"
     """`json`: an object a line, in place of text."""
+    canary: Canary = "auto"
+    """Before a rank serves, compare what it computes with what the checkpoint's files give, and refuse it if that
+    differs. `auto`: of a decoder of more than 512 MiB the first layers; `full`: all of it; `off`: nothing."""
     debug: bool = False
     """Open GET /debug/processes."""
     hub: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
@@ -219,6 +223,9 @@ class JoinOptions:
     """This host's own address, over which rows leave. Default: the one that faces the hub."""
     block_size: int = BufferOptions.block_size
     """Rows per block, as the server has it."""
+    canary: Canary = "auto"
+    """Before the rank joins, compare the rows that it makes of a picture with what the checkpoint's files give; if they
+    differ, it does not. `full` is `auto`; `off`: do not."""
     log_format: LogFormat = "text"
     """`json`: an object a line, in place of text."""
 

@@ -162,7 +162,7 @@ def whole_model(checkpoint: Checkpoint, expert_layout: ExpertLayout | None = Non
 
     Raises as loading does.
     """
-    module, recipes = _plan(checkpoint, Qwen3VLMoeForConditionalGeneration, expert_layout)
+    module, recipes = plan_module(checkpoint, Qwen3VLMoeForConditionalGeneration, expert_layout)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
     return {checkpoint_name(name): (shapes[name], recipe) for name, recipe in recipes.items()}
 
@@ -186,7 +186,7 @@ def load_as(
     check_quantize(quantize)
     shards = shards or AllRows()
     with open_checkpoint(folder) as checkpoint:
-        module, recipes = _plan(checkpoint, build, expert_layout)
+        module, recipes = plan_module(checkpoint, build, expert_layout)
         dtype = dtype or resolve_dtype("auto", checkpoint.config.dtype)
         quantized = frozenset() if quantize == "none" else make_room(module, dtype, quantize)
         _fill(module, recipes, checkpoint, dtype, torch.device(device), quantized, progress, on_size, shards)
@@ -207,8 +207,8 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _plan(
-    checkpoint: Checkpoint, build: Callable[[ModelConfig], ModuleT], expert_layout: ExpertLayout | None
+def plan_module(
+    checkpoint: Checkpoint, build: Callable[[ModelConfig], ModuleT], expert_layout: ExpertLayout | None = None
 ) -> tuple[ModuleT, dict[str, Recipe]]:
     """The module on the meta device, and how its parameters are filled."""
     try:
@@ -276,7 +276,7 @@ def _fill(
                 made = {name: weight}
             for key, local in made.items():
                 whole = (shapes[name][0], *local.shape[1:])
-                _set(module, key, local if cuts[name] is None else shards.hold(key, local, whole))
+                set_tensor(module, key, local if cuts[name] is None else shards.hold(key, local, whole))
             bar.update(checkpoint.bytes_read - before)
     for part in module.modules():
         if isinstance(part, Qwen3MoeForCausalLM) and part.lm_head.weight.is_meta:
@@ -307,7 +307,7 @@ def _read_quantized(
     return scale
 
 
-def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
+def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Exchange a parameter, or the buffer of a scale."""
     owner, _, leaf = name.rpartition(".")
     part = module.get_submodule(owner)

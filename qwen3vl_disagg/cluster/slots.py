@@ -27,14 +27,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qwen3vl_disagg.cluster.rendezvous import World
-from qwen3vl_disagg.core.errors import CheckpointError, DisaggError, Dismissed, HandshakeError, HubGone, InputError
+from qwen3vl_disagg.core.errors import (
+    CanaryFailed,
+    CheckpointError,
+    DisaggError,
+    Dismissed,
+    HandshakeError,
+    HubGone,
+    InputError,
+)
 from qwen3vl_disagg.core.host import raise_descriptor_limit
 from qwen3vl_disagg.core.logs import start_logging, write_line
 
 logger = logging.getLogger(__name__)
 EXIT_INPUT = 2
 EXIT_REFUSED = 78
-"""A rank that does not fit the others. Like bad input, starting it again would not help, if it never lived."""
+"""A rank that does not fit the others, or computes what its checkpoint does not say. Like bad input, starting it again
+would not help, if it never lived."""
 EXIT_GONE = 69
 """A rank whose hub is gone for good: how a host notices that the job is over on the others."""
 KILL_S = 30.0
@@ -239,7 +248,7 @@ def _run_child(child: Child, sockets: Sequence[socket.socket], parent: int) -> N
     except (InputError, CheckpointError) as error:
         logger.error("error: %s", error)
         status = EXIT_INPUT
-    except HandshakeError as error:
+    except (HandshakeError, CanaryFailed) as error:
         logger.error("%s", error)
         status = EXIT_REFUSED
     except HubGone as error:

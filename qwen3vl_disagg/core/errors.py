@@ -166,6 +166,16 @@ class HandshakeError(TransferError):
         self.field, self.expected, self.got = field, expected, got
 
 
+class CanaryFailed(DisaggError):
+    """What a rank computes is not what its checkpoint says. Names the part."""
+
+    code = "canary_failed"
+
+    def __init__(self, part: str, problem: str) -> None:
+        super().__init__(f"canary: {part}: {problem}")
+        self.part, self.problem = part, problem
+
+
 # ---- from one process to another ----
 
 Kind = Literal["input", "deadline", "overloaded", "unavailable", "transfer", "internal"]

@@ -7,13 +7,14 @@ fails once in a job and not once in each incarnation: `Q3VL_FAULT_MARK` names th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,17 @@ class FaultPlan:
 _plan: FaultPlan | None = None
 _passages: Counter[str] = Counter()
 _lock = threading.Lock()
+_checking = threading.local()
+
+
+@contextlib.contextmanager
+def no_faults() -> Iterator[None]:
+    """On this thread nothing that passes in the block is counted: a rank's checks of itself are not what is tested."""
+    _checking.is_on = True
+    try:
+        yield
+    finally:
+        _checking.is_on = False
 
 
 def plan_faults(environ: Mapping[str, str] = os.environ) -> None:
@@ -85,7 +97,7 @@ def plan_faults(environ: Mapping[str, str] = os.environ) -> None:
 
 def fault_point(name: str, *digests: str) -> None:
     """Fail here if the environment asked for it. Costs one comparison otherwise. `digests`: of what passes here."""
-    if _plan is None or _plan.point != name:
+    if _plan is None or _plan.point != name or getattr(_checking, "is_on", False):
         return
     if _plan.content is not None and not any(digest.startswith(_plan.content) for digest in digests):
         return

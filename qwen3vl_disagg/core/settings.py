@@ -18,6 +18,7 @@ Task = Literal["generate", "embed", "rerank"]
 TaskChoice = Literal["auto", "generate", "embed", "rerank"]
 ExpertLayout = Literal["hub", "v5", "per_expert"]
 Dispatch = Literal["gather", "all_to_all"]
+Canary = Literal["auto", "full", "off"]
 MAX_REQUEST_TIMEOUT_S = 86_400
 MAX_NAME_CHARS = 256
 

@@ -13,6 +13,7 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError
 from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.encode.link_canary import CheckedRows
 from qwen3vl_disagg.protocol.messages import Frame, Goodbye, LinkAccept, LinkHello, LinkReady, Refused
 from qwen3vl_disagg.transport.control import Address, Connection, ConnectionLost, Dial, connect_link
 from qwen3vl_disagg.transport.links import Link, Meet
@@ -46,7 +47,8 @@ class EncodeLinks:
     """Keeps one link to each language rank alive.
 
     `on_up` and `on_down` are called when a link comes and goes, `on_frame` with what the other end says, `on_refused`
-    when a language rank says that this rank does not fit: there is no use in trying again then.
+    when a language rank says that this rank does not fit: there is no use in trying again then. `canary`: what is sent
+    over each new link first.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class EncodeLinks:
         on_down: Callable[[EncodeLink, str], None],
         on_frame: Callable[[EncodeLink, Frame], None],
         on_refused: Callable[[HandshakeError], None],
+        canary: CheckedRows | None = None,
     ) -> None:
-        self.hello = hello
+        self.hello = msgspec.structs.replace(hello, has_canary=canary is not None)
+        self._canary = canary
         self._on_up, self._on_down, self._on_frame, self._on_refused = on_up, on_down, on_frame, on_refused
         self._links: dict[int, EncodeLink] = {}
         self._keepers: dict[int, tuple[Address, asyncio.Task[None]]] = {}
@@ -129,7 +133,13 @@ class EncodeLinks:
             fault_point("in-handshake")
             make_link = await asyncio.to_thread(meet, answer.store_address)
             payload = await asyncio.to_thread(make_link, "encode", self.hello.encode_rank, language_rank, answer.epoch)
-            if not isinstance(await control.receive(timeout=CONNECT_S), LinkReady):
+            if self._canary is not None:
+                await control.send(self._canary.announcement())
+                await asyncio.to_thread(self._canary.send, payload, CONNECT_S)
+            ready = await control.receive(timeout=CONNECT_S)
+            if isinstance(ready, Refused):
+                raise HandshakeError(ready.field, ready.expected, ready.got)
+            if not isinstance(ready, LinkReady):
                 raise TransferError(f"language rank {language_rank} did not get ready")
         except BaseException:
             await control.close()

@@ -23,6 +23,8 @@ from qwen3vl_disagg.core.devices import resolve_compile
 from qwen3vl_disagg.core.errors import HandshakeError, TransferError
 from qwen3vl_disagg.core.logs import start_logging
 from qwen3vl_disagg.core.settings import EncodeOptions
+from qwen3vl_disagg.encode.canary import check_tower
+from qwen3vl_disagg.encode.link_canary import CheckedRows
 from qwen3vl_disagg.encode.server import EncodeServer
 from qwen3vl_disagg.encode.worker import EncodeWorker
 from qwen3vl_disagg.media.decoding import MediaDecoder
@@ -53,7 +55,7 @@ class EncodeRank:
     """One encode rank on one event loop. `run` returns the exit status.
 
     `make_link` is given where payloads do not cross processes; otherwise links are process groups over the job's store.
-    `tower`: see `EncodePipeline`.
+    `tower`: see `EncodePipeline`, `canary`: see `EncodeLinks`.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class EncodeRank:
         options: EncodeOptions | None = None,
         join_s: float | None = None,
         reconnect_s: float = 30.0,
+        canary: CheckedRows | None = None,
     ) -> None:
         self._hello, self._hub_address = hello, hub_address
         self._meet: Meet = partial(meet_in_store, host=host) if make_link is None else lambda _: make_link
@@ -89,6 +92,7 @@ class EncodeRank:
             limits=limits,
             options=options,
             tower=tower,
+            canary=canary,
         )
 
     async def run(self) -> int:
@@ -200,16 +204,31 @@ def load_worker(setup: RankSetup) -> EncodeWorker:
     )
 
 
+def checked_rows(setup: RankSetup, worker: EncodeWorker) -> CheckedRows | None:
+    """Rows that are right, for the links. CanaryFailed if the rank does not make them."""
+    if setup.context.options.canary == "off":
+        return None
+    setup.context.progress.stage("canary", "a picture through the vision tower")
+    return check_tower(worker, setup.folder)
+
+
 def run_encode_rank(context: RankContext) -> int:
     """The body of an encode rank's process; returns its exit status. One that joins leaves on SIGTERM and SIGINT."""
     setup = RankSetup.of(context)
     worker = load_worker(setup)
+    canary = checked_rows(setup, worker)
 
     async def serve() -> int:
         hello = setup.hello("encode", worker.model)
         join_s = JOIN_S if context.is_joining else None
         rank = EncodeRank(
-            worker, hello, context.hub_address, host=context.host, options=context.options.encode, join_s=join_s
+            worker,
+            hello,
+            context.hub_address,
+            host=context.host,
+            options=context.options.encode,
+            join_s=join_s,
+            canary=canary,
         )
         if context.is_joining:  # the others leave when the hub says so
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -21,6 +21,7 @@ from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.encode.embedding_cache import HeldItem
+from qwen3vl_disagg.encode.link_canary import CheckedRows
 from qwen3vl_disagg.encode.links import EncodeLink, EncodeLinks
 from qwen3vl_disagg.encode.pipeline import EncodePipeline, Pull
 from qwen3vl_disagg.encode.worker import EncodeWorker, encode_error
@@ -64,7 +65,7 @@ logger = logging.getLogger(__name__)
 
 class EncodeServer:
     """`tell` gets what the router should know; `pull` fetches an item's bytes. `tower`, `gathers`: see
-    `EncodePipeline`."""
+    `EncodePipeline`, `canary`: see `EncodeLinks`."""
 
     def __init__(
         self,
@@ -78,13 +79,19 @@ class EncodeServer:
         options: EncodeOptions | None = None,
         tower: Executor | None = None,
         gathers: bool = False,
+        canary: CheckedRows | None = None,
     ) -> None:
         self.limits = limits or SessionLimits()
         self.sessions = EncodeSessions(self.limits)
         self.pipeline = EncodePipeline(worker, pull, options or EncodeOptions(), tell, tower=tower, gathers=gathers)
         self._tell = tell
         self._links = EncodeLinks(
-            hello, on_up=self._on_up, on_down=self._on_down, on_frame=self._on_frame, on_refused=on_refused
+            hello,
+            on_up=self._on_up,
+            on_down=self._on_down,
+            on_frame=self._on_frame,
+            on_refused=on_refused,
+            canary=canary,
         )
         self._pump = Pump[EncodeEvent, EncodeAction](self.sessions.handle, self._perform, time.monotonic)
         self._tasks: dict[Attempt, asyncio.Task[None]] = {}

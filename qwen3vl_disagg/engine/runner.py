@@ -93,13 +93,13 @@ class ModelRunner:
         self.model = model
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.page_size = page_size
+        self.page_size, self.num_pages, self.max_running = page_size, num_pages, max(max_running, 1)
         text = model.config.text
         self.impl = resolve_attention(
             attention, self.device, compile=compile, page_size=page_size, head_dim=text.head_dim
         )
         shape = (num_pages * page_size, text.num_key_value_heads, text.head_dim)
-        self._tables = PageTables(max(max_running, 1), num_pages)
+        self._tables = PageTables(self.max_running, num_pages)
         self._pools = [lazy_zeros(shape, self.dtype, self.device) for _ in range(2 * text.num_hidden_layers)]
         self.caches: list[LayerCache] = list(zip(self._pools[::2], self._pools[1::2], strict=True))
         self._ahead = TouchedAhead(self._pools)

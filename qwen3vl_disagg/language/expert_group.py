@@ -58,6 +58,12 @@ class ExpertGroup:
     def shards(self) -> ExpertShards:
         return ExpertShards(self.mesh)
 
+    @property
+    def kinds(self) -> tuple[DispatchKind, ...]:
+        """In which ways rows may travel."""
+        may_choose = not self.is_compiled and self.mesh.device_type == "cpu"
+        return ("gather", "all_to_all") if may_choose else ("gather",)
+
     async def start_lockstep(
         self, setup: RankSetup, limits: PaceLimits
     ) -> tuple[LockstepClient, LockstepServer | None]:
@@ -67,7 +73,7 @@ class ExpertGroup:
             text = setup.config.text
             row_bytes = text.hidden_size * setup.dtype.itemsize
             by_size = partial(choose_kind, num_choices=text.num_experts_per_tok, row_bytes=row_bytes)
-            choose = only_gather if self.is_compiled or setup.device.type != "cpu" else by_size
+            choose = by_size if len(self.kinds) > 1 else only_gather
             server = LockstepServer(Lockstep(self.size, limits, choose), token=setup.context.token)
             await server.serve(self.listener)
         return await LockstepClient.join(self.line), server
@@ -126,6 +132,7 @@ def shared_facts(setup: RankSetup, limits: PaceLimits) -> dict[str, str]:
         "device": setup.device.type,
         "quantize": setup.context.options.model.quantize,
         "compile": str(is_compiled),
+        "canary": setup.context.options.canary,
         "kernels": str(is_compiled and load() is not None),  # a graph more, and so a first step more
         "chunk_tokens": str(limits.chunk_tokens),
         "gap_target_ms": str(None if setup.context.options.chunk_tokens else setup.context.options.gap_target_ms),

@@ -22,6 +22,7 @@ from qwen3vl_disagg.cluster.registry import Fingerprint, check_fingerprint
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.spans import span
+from qwen3vl_disagg.language.link_canary import receive_canary
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.messages import (
@@ -32,6 +33,7 @@ from qwen3vl_disagg.protocol.messages import (
     Goodbye,
     ItemLost,
     LinkAccept,
+    LinkCanary,
     LinkHello,
     LinkMessage,
     LinkReady,
@@ -63,6 +65,7 @@ from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory, proces
 from qwen3vl_disagg.transport.ticks import tick
 
 logger = logging.getLogger(__name__)
+MEET_S = 20.0
 
 
 @dataclass
@@ -292,9 +295,13 @@ class LinkServer:
             raise TransferError(f"{type(hello).__name__} in place of a hello")
         try:
             check_fingerprint(self._fingerprint, hello.fingerprint)
+            return await self._make_link_with(hello, control)
         except HandshakeError as error:
             await control.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))
             raise
+
+    async def _make_link_with(self, hello: LinkHello, control: Connection) -> _PeerLink:
+        """HandshakeError names the part of the canary that did not arrive as it was sent."""
         fault_point("in-handshake")
         store, make_link = self._store, self._make_link
         if store is None or make_link is None:
@@ -309,6 +316,11 @@ class LinkServer:
             epoch = await asyncio.to_thread(store.add, key, hello.last_epoch + 1 - epoch)
         await control.send(LinkAccept(epoch=epoch, language_rank=language_rank, store_address=self._store_address))
         payload = await asyncio.to_thread(make_link, "language", encode_rank, language_rank, epoch)
+        if hello.has_canary:
+            said = await control.receive(timeout=MEET_S)
+            if not isinstance(said, LinkCanary):
+                raise TransferError(f"{type(said).__name__} in place of a canary")
+            await asyncio.to_thread(receive_canary, payload, said, self.receiver, MEET_S)
         thread = ThreadPoolExecutor(1, thread_name_prefix=f"link-{encode_rank}")
         return _PeerLink(encode_rank, epoch, control, payload, thread)
 

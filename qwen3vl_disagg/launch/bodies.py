@@ -13,7 +13,8 @@ from qwen3vl_disagg.cluster.rendezvous import RankContext
 from qwen3vl_disagg.cluster.slots import run_loop
 from qwen3vl_disagg.core.devices import resolve_compile
 from qwen3vl_disagg.core.settings import default_chunk_tokens
-from qwen3vl_disagg.encode.rank import EncodeRank, load_worker
+from qwen3vl_disagg.encode.rank import EncodeRank, checked_rows, load_worker
+from qwen3vl_disagg.engine.canary import Canary
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.engine.grammars import Grammars
 from qwen3vl_disagg.language.engine_thread import BetweenSteps
@@ -37,6 +38,7 @@ def run_language_rank(context: RankContext) -> int:
     setup = RankSetup.of(context)
     group = asyncio.run(meet(setup, engine_options(setup).pace_limits)) if shares_experts(setup) else None
     engine = load_engine(setup, group)
+    check_decoder(setup, engine, group)
 
     async def serve() -> int:
         if group is None:
@@ -63,6 +65,8 @@ def run_combined_rank(context: RankContext) -> int:
     """
     setup = RankSetup.of(context)
     engine, worker = load_engine(setup), load_worker(setup)
+    check_decoder(setup, engine)
+    canary = checked_rows(setup, worker)
 
     async def serve() -> int:
         links = in_process_links()
@@ -75,6 +79,7 @@ def run_combined_rank(context: RankContext) -> int:
             tower=BetweenSteps(language.engine.post),
             host=context.host,
             options=context.options.encode,
+            canary=canary,
         )
         return max(await asyncio.gather(language.run(), encode.run()))
 
@@ -160,6 +165,18 @@ def load_engine(setup: RankSetup, group: ExpertGroup | None = None) -> Engine:
         language_rank=context.rank,
         grammars=grammars,
     )
+
+
+def check_decoder(setup: RankSetup, engine: Engine, group: ExpertGroup | None = None) -> None:
+    """CanaryFailed if the engine's model does not compute what the checkpoint says. With a group on all of its ranks at
+    once."""
+    options = setup.context.options
+    if options.canary == "off":
+        return
+    setup.context.progress.stage("canary", "prompts with visual rows through the decoder")
+    kinds = () if group is None else group.kinds
+    canary = Canary(engine.runner, setup.folder, kinds, is_quantized=options.model.quantize != "none")
+    canary.check(is_full=options.canary == "full")
 
 
 async def start_language_rank(

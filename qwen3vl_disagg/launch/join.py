@@ -36,6 +36,7 @@ def rank_context(options: JoinOptions, world: World) -> RankContext:
         model=ModelOptions(**vars(options.checkpoint)),
         buffers=BufferOptions(block_size=options.block_size),
         encode=options.encode,
+        canary=options.canary,
     )
     host = own_address(options.address, hub_address)
     return RankContext(-1, Layout.of(1), hub_address, token, told, world, host=host, is_joining=True)

@@ -352,6 +352,8 @@ class LinkHello(Message, frozen=True):
     pid: int
     fingerprint: dict[str, str]
     last_epoch: int = 0
+    has_canary: bool = False
+    """`LinkCanary` follows as soon as there is a group."""
 
 
 class LinkAccept(Message, frozen=True):
@@ -361,6 +363,15 @@ class LinkAccept(Message, frozen=True):
     epoch: int
     language_rank: int
     store_address: tuple[str, int] | None = None
+
+
+class LinkCanary(Message, frozen=True):
+    """Encode -> language: rows of a picture follow in the grants of `protocol/canary.py`, with a header for each. What
+    arrives has to have these `digests`: of the main rows, and of each DeepStack level."""
+
+    visual: VisualItem
+    headers: list[Header]
+    digests: list[int]
 
 
 class LinkReady(Message, frozen=True):
@@ -476,4 +487,4 @@ _ToRank = Welcome | Peers | Submit | Adopt | Assign | Cancel | TellSpans | Stop
 _OneQuestion = StoreAt | FindStore | EndJob | Pull | Blob
 
 HubMessage = Heartbeat | Refused | _FromRank | _ToRank | _OneQuestion
-LinkMessage = Heartbeat | Refused | LinkHello | LinkAccept | LinkReady | Frame | Goodbye
+LinkMessage = Heartbeat | Refused | LinkHello | LinkAccept | LinkCanary | LinkReady | Frame | Goodbye

@@ -94,6 +94,11 @@ def deepstack_sums(deepstack: Tensor) -> Tensor:
     return _DEEPSTACK * row_sums(deepstack)
 
 
+def part_digests(main: Tensor, deepstack: Tensor) -> list[int]:
+    """Of an item's rows `[R, h]` and `[R, n * h]`: the main rows' digest, and that of each level."""
+    return [rows_digest(part) for part in (main, *deepstack.split(main.shape[1], dim=1)) if part.numel()]
+
+
 def range_digests(sums_R: Tensor, ranges: Sequence[tuple[int, int]]) -> list[int]:
     """One digest for each half-open range of an item's rows."""
     return [sums_digest(sums_R[start:stop], start) for start, stop in ranges]

@@ -66,6 +66,7 @@ def check_start(world: int, lines: list[str]) -> None:
     found = [match for line in lines if (match := STAGE.fullmatch(line))]
     *said, last = [re.sub(r", [\d.]+ MiB$", "", match[3] or "ready") for match in found]
     expected = {"reading the weights of the decoder", "reading the weights of the vision tower"}
+    expected |= {"a picture through the vision tower", "prompts with visual rows through the decoder"}
     expected |= {"waiting for encode ranks and their links"}
     if world == 1:
         expected |= {"starting ranks: both roles in one process"}
