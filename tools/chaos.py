@@ -4,8 +4,8 @@
     python tools/chaos.py --hours 1 --seed 2 --json --plot chaos.png
     python tools/chaos.py --replay chaos.jsonl
 
-Ends with status 0 when no answer was wrong, lost or late for ever, none failed by our fault, connections were cut by
-deaths of the frontend alone, and the server was whole afterwards and left nothing; 1 otherwise; 2 for bad arguments.
+Ends with status 0 when no answer was wrong, lost, late for ever, or a 500, connections were cut by deaths of the
+frontend alone, and the server was whole afterwards and left nothing; 1 otherwise; 2 for bad arguments.
 docs/chaos.md says what is done and counted. Linux only; as root it also cuts the network.
 """
 

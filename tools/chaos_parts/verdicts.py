@@ -14,10 +14,10 @@ MEANING: dict[Verdict, str] = {
     "refused": "a typed 429, 503 or 504",
     "broken": "a stream that ended with such an error",
     "left": "the client hung up",
-    "cut": "the connection ended without an answer's end or an error",
+    "cut": "the connection ended without an answer's end or an error, as the frontend or the job died",
     "failed": "a typed 500",
     "wrong": "another answer, or an error that says what is not so",
-    "lost": "a connection that ended before any answer, and no death explains it",
+    "lost": "the same, and no death explains it",
     "hung": "no byte in the time that the server has for the whole request",
 }
 FAULTS: tuple[Verdict, ...] = ("failed", "wrong", "lost", "hung")
@@ -137,12 +137,11 @@ def explains(event: Happening, outcome: Outcome) -> bool:
 
 
 def settle(happenings: Sequence[Happening], outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """With what was near; what was cut before any answer, with no death to explain it, is lost."""
+    """With what was near; what was cut with no death to explain it is lost."""
     settled = []
     for outcome in outcomes:
-        verdict = outcome.verdict
-        if verdict == "cut" and outcome.status is None and not any(explains(one, outcome) for one in happenings):
-            verdict = "lost"
+        is_lost = outcome.verdict == "cut" and not any(explains(one, outcome) for one in happenings)
+        verdict: Verdict = "lost" if is_lost else outcome.verdict
         settled.append(replace(outcome, verdict=verdict, near=outcome.near or near(happenings, outcome)))
     return settled
 
@@ -157,6 +156,6 @@ def count(outcomes: Iterable[Outcome]) -> dict[str, Counter[str]]:
     return {**{name: found[name] for name in sorted(found)}, "all": whole}
 
 
-def is_good(outcomes: Sequence[Outcome]) -> bool:
-    """No fault, and connections were cut by deaths alone."""
-    return not any(one.verdict in FAULTS or (one.verdict == "cut" and one.near not in DEATHS) for one in outcomes)
+def is_good(outcomes: Iterable[Outcome]) -> bool:
+    """No fault among those that `settle` gave."""
+    return not any(one.verdict in FAULTS for one in outcomes)
