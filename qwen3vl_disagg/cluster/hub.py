@@ -76,6 +76,9 @@ from qwen3vl_disagg.transport.ticks import tick
 logger = logging.getLogger(__name__)
 EXPECTED_TOKENS = 1024
 CLOSE_S = 2.0
+LOST_S = 3.0
+"""At the end, how long a language rank whose connection was lost is waited for. If it died, its slot does not fork it
+again."""
 
 
 @dataclass
@@ -173,6 +176,8 @@ class Hub:
         self.end_job = asyncio.Event()
         """Set when a node is asked to end: whoever runs the hub should end the job."""
         self._absent: set[RankKey] = set()
+        self._lost: set[RankKey] = set()
+        """Language ranks that were here."""
         self._server: Doorkeeper | None = None
         self._ticker: asyncio.Future[None] | None = None
 
@@ -272,6 +277,7 @@ class Hub:
         """Tell every rank to stop, also those still to come; returns when all have left, or after `limit_s`."""
         self._closing.set()
         self._absent = self._all_ranks() - self._ranks.keys()
+        asyncio.get_running_loop().call_later(LOST_S, self._absent.difference_update, set(self._lost))
         for connection in self._ranks.values():
             self._post(connection, Stop())
         end = time.monotonic() + limit_s
@@ -384,6 +390,7 @@ class Hub:
         if key in self._ranks:  # an earlier incarnation, whose end has not been noticed yet
             self._ranks[key].abort()
         self._ranks[key] = connection
+        self._lost.discard(key)
         self._loads.forget(key)
         try:
             await connection.send(Welcome(rank=rank, job=self._memory.job))
@@ -413,6 +420,8 @@ class Hub:
         finally:
             if self._ranks.get(key) is connection:
                 del self._ranks[key], registry.hellos[key]
+                if hello.role == "language":
+                    self._lost.add(key)
                 self._loads.forget(key)
                 self._traces.down(key)
                 self.take(RankDown(hello.role, rank))

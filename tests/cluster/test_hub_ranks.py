@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from msgspec import structs
@@ -121,6 +122,27 @@ async def test_a_rank_that_comes_while_the_others_leave_is_sent_home_too():
         await late.expect(Stop)
         late.die()
         await closing
+
+
+@in_loop
+async def test_the_end_does_not_wait_long_for_a_language_rank_that_died(monkeypatch):
+    """Its slot does not fork it again. One that only lost its connection may still come back to be told."""
+    monkeypatch.setattr("qwen3vl_disagg.cluster.hub.LOST_S", 0.4)
+    for comes_back in (False, True):
+        async with System(2, 1) as system:
+            encode, language = await system.join_all()
+            language[1].die()
+            await system.until(lambda: not system.hub.readiness().ready)
+            started = time.monotonic()
+            closing = asyncio.create_task(system.hub.close(WAIT_S))
+            await encode[0].expect(Stop)
+            encode[0].die()
+            if comes_back:
+                late = await system.join("language", 1)
+                await late.expect(Stop)
+                late.die()
+            await closing
+            assert (0 if comes_back else 0.4) <= time.monotonic() - started < WAIT_S / 2
 
 
 @in_loop

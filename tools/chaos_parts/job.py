@@ -26,9 +26,9 @@ from tools.chaos_parts.far_host import FarHost
 from tools.chaos_parts.processes import Process, descendants, is_alive, look, send
 
 READY_S, LEAVE_S, ASK_S = 240.0, 45.0, 10.0
-BLOCK_SIZE = ("--block-size", "16")
-SMALL = (*BLOCK_SIZE, "--blocks", "6", "--kv-cache-gib", "0.008", "--max-running", "8", "--max-waiting", "24")
-"""Sizes with which grants are resumed, requests preempted, and bursts refused."""
+ENCODE = ("--block-size", "16", "--embedding-cache-mib", "16", "--dtype", "float32")
+SMALL = (*ENCODE, "--blocks", "6", "--kv-cache-gib", "0.008", "--max-running", "8", "--max-waiting", "24")
+"""Sizes with which grants are resumed, requests preempted, bursts refused, and caches full after some minutes."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Server:
         self._folder = Path(tempfile.mkdtemp(prefix="chaos-"))
         self.log = self._folder / "server.log"
         self._options = [f"--nproc-per-node={world}", "recipes/serve.py", "--encode-ranks", str(encode_ranks)]
-        self._options += ["--port", str(self.port), "--hub", self._hub, "--debug", "--dtype", "float32", *SMALL]
+        self._options += ["--port", str(self.port), "--hub", self._hub, "--debug", *SMALL]
         self._options += ["--request-timeout", str(request_timeout_s)]
         self.num_encode = encode_ranks
         self.command: Command | None = None
@@ -151,9 +151,9 @@ class Server:
     def join(self) -> None:
         """One more encode rank, on the other host if there is one."""
         self._num_joined += 1
-        command = [*self._far.prefix, sys.executable, "recipes/encode.py", "--join", self._hub, *BLOCK_SIZE]
+        command = [*self._far.prefix, sys.executable, "recipes/encode.py", "--join", self._hub, *ENCODE]
         log = self._folder / f"joined-{self._num_joined}.log"
-        self.joined.append(Command([*command, "--dtype", "float32"], log))
+        self.joined.append(Command(command, log))
 
     def forget_ended(self) -> list[tuple[str, int]]:
         """Joined ranks that have ended: log and exit status."""
