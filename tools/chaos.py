@@ -150,7 +150,8 @@ def run(options: ChaosOptions, events: list[Event]) -> dict[str, Any]:
         settings = asdict(options)
         record.plan({name: settings[name] for name in REPLAYED}, events)
         server = Server(options.world, options.encode_ranks, options.request_timeout, far)
-        load = Load(server.port, pool, bad_requests(), record, options.request_timeout)
+        bad = bad_requests()
+        load = Load(server.port, pool, bad, record, options.request_timeout)
         try:
             _say(options, f"starting the server; its log: {server.log}")
             server.start()
@@ -162,7 +163,7 @@ def run(options: ChaosOptions, events: list[Event]) -> dict[str, Any]:
             if still := load.join(load.most_s):
                 record.trouble(f"{still} clients did not end")
             asked_s = record.now()
-            afterwards(server, load, record, pool)
+            afterwards(server, load, record, pool, bad)
             for trouble in server.end():
                 record.trouble(trouble)
         finally:

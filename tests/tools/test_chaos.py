@@ -467,5 +467,6 @@ def test_a_minute_of_chaos_and_the_same_again(tmp_path):
         assert result["events"]["kill-encode"] > 0
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         assert sum(line["what"] == "outcome" for line in lines) == result["asked"]
+        assert result["near"]["afterwards"] == {"asked": 22 + len(bad_requests()), "right": 22 + len(bad_requests())}
     kinds = [[event.kind for event in events_of(path.read_text().splitlines())[1]] for path in (log, again)]
     assert kinds[0] == kinds[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,8 +43,9 @@ def _data(data: bytes) -> dict[str, Any]:
 
 
 def _picture(kind: str, size: tuple[int, int] = (96, 96)) -> bytes:
+    """Noise: what is cut off is missed."""
     out = io.BytesIO()
-    Image.linear_gradient("L").resize(size).convert("RGB").save(out, kind)
+    Image.frombytes("RGB", size, random.Random(0).randbytes(3 * size[0] * size[1])).save(out, kind)
     return out.getvalue()
 
 
@@ -57,8 +59,8 @@ def _fields() -> dict[str, dict[str, Any]]:
     return {
         "an image of no bytes": _data(b""),
         "text as an image": _data(b"not an image"),
-        "half a PNG": _data(_picture("PNG")[:300]),
-        "a JPEG cut off": _data(_picture("JPEG")[:500]),
+        "half a PNG": _data(_picture("PNG")[:9000]),
+        "a JPEG cut off": _data(_picture("JPEG")[:2500]),
         "bad base64": _image("data:image/png;base64,!!!!"),
         "huge dimensions": _data(_huge_png()),
         "an aspect of 400": _data(_picture("PNG", (1600, 4))),

@@ -98,8 +98,9 @@ class Load:
         sent = json.dumps(body).encode()
         return self._exchange(asked.name, asked.kind, asked.expected, sent, JSON, patience, attempt, near)
 
-    def send_bad(self, bad: Bad) -> None:
-        self._exchange(bad.name, "bad input", None, bad.body, bad.headers, Patience(self._silence_s), 0, "")
+    def send_bad(self, bad: Bad, near: str = "") -> Outcome:
+        patience = Patience(self._silence_s)
+        return self._exchange(bad.name, "bad input", None, bad.body, bad.headers, patience, 0, near)[0]
 
     def _exchange(
         self,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from tools.chaos_parts.bad_input import Bad
 from tools.chaos_parts.far_host import FarHost
 from tools.chaos_parts.job import Command, Rank, Server
 from tools.chaos_parts.load import Load
@@ -22,7 +23,7 @@ from tools.chaos_parts.watch import watch
 MOST_JOINED = 2
 TICK_S = 0.1
 SAMPLE_S = 10.0
-LANGUAGE_END_S = 45.0
+LANGUAGE_END_S = 30.0
 """After a language rank's death the job has ended by itself."""
 LEFT_S = 60.0
 """After SIGTERM a joined rank has left, also one that was still loading."""
@@ -243,14 +244,15 @@ class Ordeal:
         self._record.say("the link is there again")
 
 
-def afterwards(server: Server, load: Load, record: Record, pool: Sequence[Asked]) -> None:
-    """When all is over the server is whole again, and answers each request of the pool."""
+def afterwards(server: Server, load: Load, record: Record, pool: Sequence[Asked], bad: Sequence[Bad]) -> None:
+    """When all is over the server is whole again, answers each request of the pool, and none of the bad ones."""
     deadline = time.monotonic() + WHOLE_S
     while not server.is_whole() and time.monotonic() < deadline:
         time.sleep(0.2)
     if not server.is_whole():
         record.trouble(f"the server is not whole {WHOLE_S:.0f} s after the last event")
-    for asked in pool:
-        outcome, _ = load.ask(asked, near="afterwards")
+    outcomes = [load.ask(asked, near="afterwards")[0] for asked in pool]
+    outcomes += [load.send_bad(one, near="afterwards") for one in bad]
+    for outcome in outcomes:
         if outcome.verdict != "right":
-            record.trouble(f"when all was over, {asked.name}: {outcome.verdict} {outcome.note}"[:300])
+            record.trouble(f"when all was over, {outcome.name}: {outcome.verdict} {outcome.note}"[:300])
