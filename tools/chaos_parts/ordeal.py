@@ -51,7 +51,8 @@ class Ordeal:
     def __init__(self, server: Server, load: Load, record: Record, far: FarHost, *, kills_language: bool) -> None:
         self._server, self._load, self._record, self._far = server, load, record, far
         self._kills_language = kills_language
-        self._later: list[tuple[float, int, Callable[[], None]]] = []
+        self._later: list[tuple[float, int, bool, Callable[[], None]]] = []
+        """When, in which order, whether it is a repair, and what."""
         self._numbers = count()
         self._paused_s = 0.0
         self._num_restarts = 0
@@ -64,7 +65,7 @@ class Ordeal:
         self._sample_again(0.0)
         while (now := self._now()) < seconds:
             while self._later and self._later[0][0] <= now:
-                heapq.heappop(self._later)[2]()
+                heapq.heappop(self._later)[-1]()
             self._look_after_job()
             time.sleep(TICK_S)
         self._finish()
@@ -73,22 +74,15 @@ class Ordeal:
         """On the schedule's clock, which stands still while the server is started again."""
         return self._record.now() - self._paused_s
 
-    def _at(self, at: float, what: Callable[[], None]) -> None:
-        heapq.heappush(self._later, (at, next(self._numbers), what))
+    def _at(self, at: float, what: Callable[[], None], *, is_repair: bool = False) -> None:
+        heapq.heappush(self._later, (at, next(self._numbers), is_repair, what))
 
     def _finish(self) -> None:
-        """Nothing stays stopped or cut. Events that are still to come do not."""
-        for _, _, what in sorted(self._later, key=lambda entry: entry[:2]):
-            if getattr(what, "is_repair", False):
+        """Nothing stays stopped or cut. What else is still to come does not."""
+        for _, _, is_repair, what in sorted(self._later, key=lambda entry: entry[:2]):
+            if is_repair:
                 what()
         self._later.clear()
-
-    def _repair_at(self, at: float, what: Callable[[], None]) -> None:
-        def repair() -> None:
-            what()
-
-        repair.is_repair = True  # type: ignore[attr-defined]
-        self._at(at, repair)
 
     def _sample_again(self, at: float) -> None:
         def sample() -> None:
@@ -182,7 +176,7 @@ class Ordeal:
         rank = self._rank("encode", args)
         if not send(rank.process, signal.SIGSTOP):
             raise Skipped(f"{rank.name} had just ended")
-        self._repair_at(self._now() + args["seconds"], lambda: self._go_on(rank))
+        self._at(self._now() + args["seconds"], lambda: self._go_on(rank), is_repair=True)
         return Done(rank.name, self._record.now() + args["seconds"])
 
     def _go_on(self, rank: Rank) -> None:
@@ -236,7 +230,7 @@ class Ordeal:
             raise Skipped("the link is cut already")
         self._far.cut()
         self._cut_until = self._now() + seconds
-        self._repair_at(self._cut_until, self._heal)
+        self._at(self._cut_until, self._heal, is_repair=True)
         return Done(until=self._record.now() + seconds, note=f"{len(self._server.joined)} ranks are beyond it")
 
     def _heal(self) -> None:

@@ -17,7 +17,7 @@ def conclude(record: Record, seconds: float) -> dict[str, Any]:
     """All that is reported; `ok` decides the exit status."""
     outcomes = settle(record.happenings, record.outcomes)
     counts = count(outcomes)
-    whole = {"asked": counts["all"]["asked"], **{name: counts["all"][name] for name in VERDICTS}}
+    whole: dict[str, int] = {name: counts["all"][name] for name in ("asked", *VERDICTS)}
     return {
         "ok": is_good(outcomes) and not record.troubles,
         "seconds": round(seconds, 1),
