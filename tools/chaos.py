@@ -162,14 +162,16 @@ def run(options: ChaosOptions, events: list[Event]) -> dict[str, Any]:
             load.stop()
             if still := load.join(load.most_s):
                 record.trouble(f"{still} clients did not end")
-            asked_s = record.now()
+            seconds = record.now()
             afterwards(server, load, record, pool, bad)
             for trouble in server.end():
                 record.trouble(trouble)
+        except RuntimeError as error:  # the server does not come up any more: what was seen is told
+            record.trouble(str(error))
         finally:
             load.stop()
             server.kill()
-        result = {"seed": options.seed, **conclude(record, asked_s), "server_log": str(server.log)}
+        result = {"seed": options.seed, **conclude(record, seconds), "server_log": str(server.log)}
         record.line({"what": "end", "result": result})
         if options.plot is not None:
             draw(record.samples, options.plot)

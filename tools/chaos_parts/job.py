@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ class Command:
     """A process of ours with all below it; ended by the kernel when this one is. Start it on the main thread: the
     kernel takes the end of the thread for that of the process."""
 
-    def __init__(self, command: Sequence[str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], log: Path, token: str) -> None:
         self.log = log
         with log.open("ab") as file:
             self.process = subprocess.Popen(
@@ -53,7 +54,7 @@ class Command:
                 cwd=REPO,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", TOKEN: "what ranks of this job show one another"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", TOKEN: token},
                 start_new_session=True,
                 preexec_fn=functools.partial(die_with_parent, os.getpid()),
             )
@@ -102,7 +103,7 @@ class Server:
         self.port, self._far = free_port(), far
         self._hub = f"{far.near}:{free_port()}"
         self._folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-        self.log = self._folder / "server.log"
+        self.log, self._token = self._folder / "server.log", secrets.token_hex(16)
         self._options = [f"--nproc-per-node={world}", "recipes/serve.py", "--encode-ranks", str(encode_ranks)]
         self._options += ["--port", str(self.port), "--hub", self._hub, "--debug", *SMALL]
         self._options += ["--request-timeout", str(request_timeout_s)]
@@ -115,7 +116,7 @@ class Server:
         """Until it is ready; RuntimeError if that does not come."""
         begun = self.log.stat().st_size if self.log.exists() else 0
         launch = [sys.executable, "-m", "torch.distributed.run", f"--master-port={free_port()}"]
-        self.command = Command([*launch, *self._options], self.log)
+        self.command = Command([*launch, *self._options], self.log, self._token)
         deadline = time.monotonic() + READY_S
         while not re.search(rb"^ready: ", self.log.read_bytes()[begun:], re.MULTILINE):
             if self.command.has_ended() or time.monotonic() > deadline:
@@ -153,7 +154,7 @@ class Server:
         self._num_joined += 1
         command = [*self._far.prefix, sys.executable, "recipes/encode.py", "--join", self._hub, *ENCODE]
         log = self._folder / f"joined-{self._num_joined}.log"
-        self.joined.append(Command(command, log))
+        self.joined.append(Command(command, log, self._token))
 
     def forget_ended(self) -> list[tuple[str, int]]:
         """Joined ranks that have ended: log and exit status."""

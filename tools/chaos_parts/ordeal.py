@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -121,8 +122,8 @@ class Ordeal:
         except Skipped as reason:
             self._record.skip(event, str(reason))
             return
-        except OSError as error:
-            self._record.skip(event, f"nobody says who there is: {error}")
+        except (OSError, subprocess.SubprocessError) as error:
+            self._record.skip(event, f"{type(error).__name__}: {error}")
             return
         if done is not None:
             self._record.did(event, start, max(done.until, self._record.now()), done.target, done.note)
