@@ -180,7 +180,8 @@ def test_growth_is_of_lives_after_the_warm_up():
         *life("encode 0", 7, 840, 900, 0),
     ]
     steep = [Sample(t, "frontend", 5, 1, 10**6 * t, 900 - t, 4) for t in range(0, 300, 10)]
-    rows = growth([*samples, *steep], 900)
+    young = [Sample(t, "encode 0", 7, 1, 10**6 * t, t, 4) for t in range(710, 770, 10)]
+    rows = growth([*samples, *steep, *young], 900)
     assert [(row.name, row.pid) for row in rows] == [("encode 0", 7), ("frontend", 5)]
     assert rows[1].mib_per_hour == pytest.approx(3600 / 1024)
     assert (rows[0].mib_per_hour, rows[1].descriptors_per_hour, rows[1].threads_per_hour) == (0, 0, 0)

@@ -8,6 +8,8 @@ from typing import Any
 
 WARM_S = 300.0
 """What comes before is not looked at, or half of a run that is shorter than twice that."""
+YOUNG_S = 60.0
+"""Nor is this much of a life that began later: whoever has just been started grows."""
 MIN_SPAN_S, MIN_SAMPLES = 50.0, 5
 """Of a life behind that; there is no slope in a shorter one."""
 
@@ -72,7 +74,7 @@ def growth(samples: Iterable[Sample], seconds: float) -> list[Growth]:
     found = []
     warm = warm_up(seconds)
     for (name, pid, _), life in lives(samples).items():
-        late = [sample for sample in life if sample.at >= warm]
+        late = [sample for sample in life if sample.at >= max(warm, life[0].at + YOUNG_S)]
         if len(late) < MIN_SAMPLES or late[-1].at - late[0].at < MIN_SPAN_S:
             continue
         last, rates = late[-1], []
