@@ -7,7 +7,6 @@ it (https://github.com/python/cpython/issues/116372). Here a failed accept ends 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import time
@@ -35,14 +34,11 @@ class Listener:
         self._resume()
 
     def close(self) -> None:
-        """Take no more connections, and close the socket. Also where other processes hold it, whoever connects is
-        refused from now on, and does not wait for nobody; `listen` opens it again."""
+        """Take no more connections, and close the socket."""
         if self._rest is not None:
             self._rest.cancel()
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock)
-            with contextlib.suppress(OSError):  # as some systems have it, for what is not connected
-                self._sock.shutdown(socket.SHUT_RDWR)
             self._sock.close()
 
     async def wait_closed(self) -> None:

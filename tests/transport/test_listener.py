@@ -46,24 +46,6 @@ def listen(kind: str, sock: socket.socket) -> Listener:
 
 @pytest.mark.parametrize("kind", ["hub", "http"])
 @in_loop
-async def test_who_connects_after_the_end_is_refused_though_another_process_has_the_socket(kind):
-    """A slot holds it for a frontend to come: a connection would wait there with nobody to take it."""
-    held = socket.create_server(("127.0.0.1", 0))
-    listener = listen(kind, held.dup())
-    try:
-        listener.close()
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(held.getsockname(), 5)
-        again = listen(kind, held.dup())  # the next frontend, where the last one failed
-        with socket.create_connection(held.getsockname(), 5):
-            await asyncio.sleep(0)
-        again.close()
-    finally:
-        held.close()
-
-
-@pytest.mark.parametrize("kind", ["hub", "http"])
-@in_loop
 async def test_no_descriptor_left(limits, caplog, kind):
     loop = asyncio.get_running_loop()
     sock = socket.create_server(("127.0.0.1", 0))

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -62,7 +63,7 @@ class Ordeal:
     def follow(self, events: Sequence[Event], seconds: float) -> None:
         """Each at its time, until `seconds` are over; what was stopped or cut goes on then."""
         for event in events:
-            self._at(event.at, lambda event=event: self._do(event))
+            self._at(event.at, partial(self._do, event))
         self._sample_again(0.0)
         while (now := self._now()) < seconds:
             while self._later and self._later[0][0] <= now:
@@ -98,8 +99,8 @@ class Ordeal:
         for name, status in self._server.forget_ended():
             self._record.say(f"a joined rank has ended with {status}: {name}")
         if self._server.has_ended():
-            status = self._server.command.process.returncode if self._server.command else None
-            self._record.trouble(f"the job ended by itself, with status {status}: {self._server.log}")
+            ended = self._server.command.process.returncode if self._server.command else None
+            self._record.trouble(f"the job ended by itself, with status {ended}: {self._server.log}")
             self._start_again(Event(self._now(), "job-ended", {}), self._record.now())
 
     def _start_again(self, event: Event, since: float) -> None:
@@ -139,7 +140,8 @@ class Ordeal:
             case "kill-frontend":
                 return Done(self._kill(self._rank("frontend", args)).name)
             case "kill-language":
-                return self._kill_language(event)
+                self._kill_language(event)
+                return None
             case "burst":
                 self._load.burst(**given)
             case "bad-input":
