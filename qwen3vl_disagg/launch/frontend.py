@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 import sys
@@ -118,6 +119,7 @@ async def serve(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
 
     host, port = http_socket.getsockname()[:2]
+    listener = http_socket.dup()  # the server closes the other one
     ticking = await hub.serve(hub_socket)
     serving = asyncio.ensure_future(http.serve(http_socket))
     beside = [asyncio.ensure_future(task) for task in (_trim(), _say_busy(hub), _beat(memory))]
@@ -134,8 +136,17 @@ async def serve(
     await hub.drain(time_left(stopped_at, DRAINED_S))
     http.shutdown()
     await asyncio.wait([serving], timeout=time_left(stopped_at, CLOSED_S))
+    _refuse(listener)
     await hub.close(time_left(stopped_at, LEFT_S))
     return 0
+
+
+def _refuse(listener: socket.socket) -> None:
+    """Whoever connects from now on is refused at once. The slot has the socket, too: only to close it here would let
+    connections wait, with nobody to take them, until the ranks have left."""
+    with contextlib.suppress(OSError):  # as some systems have it, for what is not connected
+        listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
 
 
 def time_left(stopped_at: float, by_s: float, now: float | None = None) -> float:

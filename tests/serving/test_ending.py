@@ -121,3 +121,44 @@ def test_the_stages_get_what_is_left(monkeypatch, heard_s):
     else:
         assert limits["drain"] == 0.0
         assert 0.0 < limits["close"] < 1.1  # what the connections took is not made up for
+
+
+class Attempt(Stages):
+    """Somebody connects to HTTP while the hub waits for the ranks to leave."""
+
+    address: tuple[str, int]
+    refused = False
+
+    async def close(self, limit_s: float) -> None:
+        try:
+            socket.create_connection(self.address, 5).close()
+        except ConnectionRefusedError:
+            self.refused = True
+
+
+class Closing(Http):
+    """As the real one, it closes its socket when it is told to."""
+
+    async def serve(self, sock: socket.socket) -> None:
+        while "shutdown" not in self._stages.limits:
+            await asyncio.sleep(0.01)
+        sock.close()
+
+
+def test_who_connects_while_ranks_leave_is_refused_though_the_slot_has_the_socket():
+    """The connection would wait, with nobody to take it, until the slot ends."""
+
+    async def main() -> bool:
+        stages = Attempt()
+        stages.end_job.set()
+        with socket.create_server(("127.0.0.1", 0)) as held, socket.create_server(("127.0.0.1", 0)) as hub:
+            stages.address = held.getsockname()
+            assert await serve(stages, Closing(stages), held.dup(), hub, JobMemory()) == 0  # type: ignore[arg-type]
+        return stages.refused
+
+    previous = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        assert asyncio.run(main())
+    finally:
+        signal.signal(signal.SIGTERM, previous[0])
+        signal.signal(signal.SIGINT, previous[1])

@@ -1,0 +1,1 @@
+"""What `tools/chaos.py` is made of: schedule, verdicts and slopes are pure; `ordeal.run` is the way in."""
