@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
@@ -25,6 +24,7 @@ from typing import Annotated, Any
 import tyro
 
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.launch.trace import direct
 from tools.bench_contestants.llama_build import NO_BUILD, LlamaBuildError, command, convert, named_build
 from tools.bench_engine import folder_to_serve
 from tools.bench_load import Stream, arrivals, body, picture, send, text
@@ -95,11 +95,11 @@ def name_at(port: int) -> str | None:
     try:
         for path in ("ready", "health"):
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=5).close()
+                direct.open(f"http://127.0.0.1:{port}/{path}", timeout=5).close()
             except urllib.error.HTTPError as error:
                 if error.code != 404:  # not every server has both
                     return None
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as response:
+        with direct.open(f"http://127.0.0.1:{port}/v1/models", timeout=5) as response:
             return json.load(response)["data"][0]["id"]
     except (OSError, HTTPException, ValueError, LookupError):  # it may be starting
         return None

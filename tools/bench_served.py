@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from qwen3vl_disagg.launch.trace import direct
+
 REPO = Path(__file__).resolve().parent.parent
 
 
@@ -76,7 +78,7 @@ class Served:
 
     def pids(self) -> dict[str, int]:
         """Process by role (`encode`, `language`, or `encode + language` when they share one); needs --debug."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/debug/processes", timeout=30) as response:
+        with direct.open(f"http://127.0.0.1:{self.port}/debug/processes", timeout=30) as response:
             entries = json.load(response)["processes"]
         roles: dict[int, list[str]] = {}
         for entry in entries:
@@ -87,7 +89,7 @@ class Served:
         """One chat request, not streamed."""
         url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=300) as response:
+        with direct.open(request, timeout=300) as response:
             return json.load(response)
 
     def close(self) -> None:

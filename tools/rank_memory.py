@@ -6,11 +6,12 @@ python tools/rank_memory.py --url http://127.0.0.1:8000
 from __future__ import annotations
 
 import json
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from qwen3vl_disagg.launch.trace import direct
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ def private_bytes(pid: int) -> int:
 
 
 def main(options: Options) -> None:
-    with urllib.request.urlopen(options.url + "/debug/processes", timeout=10) as response:
+    with direct.open(options.url + "/debug/processes", timeout=10) as response:
         processes = json.load(response)["processes"]
     print("| process | bytes of weights | private memory (RssAnon) |\n|---|---|---|")
     for entry in sorted(processes, key=lambda entry: (entry["role"], entry.get("rank", 0))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import urllib.request
 from pathlib import Path
@@ -34,6 +35,7 @@ def test_a_browser_drops_an_image_and_sees_the_answer_and_its_stages(tmp_path: P
     playwright = pytest.importorskip("playwright.sync_api")
     asked = [one for one in ask_scenes(tmp_path, seed=7, count=20) if len(one.images) == 1][:3]
     expected = [answer.text for answer in LLM().chat([one.messages() for one in asked])]
+    shots = Path(os.environ.get("UI_SHOTS", tmp_path))
     with Server(2, "--api-key", "secret") as server, playwright.sync_playwright() as player:
         browser = player.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         for page_number, (width, height) in enumerate(((1100, 800), (390, 800)), 1):
@@ -59,7 +61,7 @@ def test_a_browser_drops_an_image_and_sees_the_answer_and_its_stages(tmp_path: P
                 assert answer.locator(".stages b").count() == 6
                 where = "encode rank 0" if page_number == 1 else "cached"
                 assert where in answer.locator(".facts").inner_text()
-                page.screenshot(path=tmp_path / f"{width}-{number}.png")
+                page.screenshot(path=shots / f"{width}-{number}.png")
                 page.click("#clear")
                 assert page.locator(".turn").count() == 0
             page.route("**/v1/chat/completions", without_end)
@@ -76,7 +78,7 @@ def test_a_browser_drops_an_image_and_sees_the_answer_and_its_stages(tmp_path: P
             wait_for(
                 lambda request=request, counted=counted: counted in urllib.request.urlopen(request).read().decode(), 20
             )
-            page.screenshot(path=tmp_path / f"{width}-stopped.png")
+            page.screenshot(path=shots / f"{width}-stopped.png")
             assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
             assert {url.split("/")[2] for url in urls if not url.startswith("data:")} == {server.url.split("/")[2]}
             assert problems == []

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from qwen3vl_disagg.launch.trace import direct
 from tools.bench_contestants.llama_build import LlamaBuildError, command, convert, tower_seconds
 from tools.bench_contestants.worker import Setup, serve
 from tools.bench_served import free_port
@@ -116,7 +117,7 @@ class LlamaCpp:
         data = None if request is None else json.dumps(request).encode()
         head = {"Content-Type": "application/json"}
         asked = urllib.request.Request(f"http://127.0.0.1:{self._port}/{path}", data, head)
-        return urllib.request.urlopen(asked, timeout=ANSWER_S)
+        return direct.open(asked, timeout=ANSWER_S)
 
     def _wait_ready(self) -> None:
         end = time.monotonic() + READY_S
