@@ -183,7 +183,7 @@ class LocalTransfer:
         self.links.use_store(dist.HashStore())
         self.links.start()
         self._start(tick(self._pump.handle))
-        self.encode.connect([(_LANGUAGE_RANK, "", 0)], self._make_link, self._dial)
+        self.encode.connect([(_LANGUAGE_RANK, "", 0)], lambda _: self._make_link, self._dial)
         while not (self._is_closing or self._router.encode_ranks):
             await asyncio.sleep(0.001)
 
