@@ -7,6 +7,7 @@ from typing import Any
 
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, InputError, OverloadedError, UnavailableError
 from qwen3vl_disagg.protocol.messages import (
+    Adopt,
     Assign,
     EncodingBegun,
     EncodingEnded,
@@ -14,6 +15,7 @@ from qwen3vl_disagg.protocol.messages import (
     ItemLost,
     Leaving,
     Stop,
+    Submit,
 )
 from qwen3vl_disagg.protocol.routing import Event, FromRank, RankDown, RankUp, Send
 from tools.simulation.stays import Stays
@@ -49,11 +51,19 @@ class HubChecks:
         self._leaving: set[Worker] = set()
         self._told_to_go: set[Worker] = set()
         self._language: set[int] = set()
+        self._given: dict[int, set[str]] = {}
+        """To each language rank since it is here: requests."""
+        self._offers: dict[str, tuple[int, str]] = {}
+        """Name -> the language rank that has such a request, and the request."""
         self._waiting, self._unattended, self._staying = (Stays(self.world) for _ in range(3))
 
     # ---- the ledger ----
 
     def heard(self, event: Event) -> None:
+        if isinstance(event, FromRank) and event.role == "language" and event.rank in self._given:
+            request_id = getattr(event.message, "request_id", None)
+            if request_id is not None and request_id not in self._given[event.rank]:
+                raise Violation("I17", f"{type(event.message).__name__} of {request_id}, which was not adopted")
         match event:
             case RankUp(role="encode"):
                 self._down(event.rank)
@@ -68,9 +78,12 @@ class HubChecks:
                 if message.is_well:
                     self._suspects.pop(message.digest, None)
             case RankUp(role="language"):
+                self._language_down(event.rank)
                 self._language.add(event.rank)
+                self._given[event.rank] = set()
+                self._offers |= {kept.name: (event.rank, kept.request_id) for kept in event.kept}
             case RankDown(role="language"):
-                self._language.discard(event.rank)
+                self._language_down(event.rank)
             case FromRank(message=ItemFailed() | ItemLost() as message):
                 key = (message.request_id, message.item)
                 attempt, worker = self._attempts.get(key, (0, (-1, 0)))
@@ -93,6 +106,11 @@ class HubChecks:
                 self._failed[key].discard(attempt)
                 del self._lost_with[key, worker]
 
+    def _language_down(self, rank: int) -> None:
+        self._language.discard(rank)
+        self._given.pop(rank, None)
+        self._offers = {name: offer for name, offer in self._offers.items() if offer[0] != rank}
+
     def _worker(self, rank: int) -> Worker:
         return rank, self._incarnations.get(rank, 0)
 
@@ -110,11 +128,26 @@ class HubChecks:
                 raise Violation("I11", f"{key} is tried alone: {message.is_alone}; suspected are {self._suspects}")
             self._attempts[key] = (message.attempt, worker)
             self.hub.cluster.issued_at[(*key, message.attempt)] = self.world.now
+        elif isinstance(message, Submit):
+            self._given[action.rank].add(message.request_id)
+            offer = self._offers.pop(message.keep_as, None)
+            if offer is not None and self.hub.cluster.languages[offer[0]].kept_checks.has(offer[1]):
+                raise Violation("I17", f"{message.request_id} is computed again; language rank {offer[0]} has it")
+        elif isinstance(message, Adopt):
+            self._given[action.rank].add(message.request_id)
+            self._adopted(message.request_id, self.hub.cluster.languages[action.rank])
         elif isinstance(message, Stop):
             under_way = self._under_way(action.rank)
             self._told_to_go.add(self._worker(action.rank))
             if self._worker(action.rank) not in self._leaving or under_way:
                 raise Violation("I13", f"encode rank {action.rank} may go, and {under_way} are still to come from it")
+
+    def _adopted(self, request_id: str, language: Any) -> None:
+        """I10: attempts at its items go on behind those that its language rank knows."""
+        self._offers = {name: offer for name, offer in self._offers.items() if offer[1] != request_id}
+        request = language.sessions.requests.get(request_id)
+        for session in () if request is None else request.sessions:
+            self._attempts[request_id, session.item] = (session.attempt, (-1, 0))
 
     def after(self, event: Event) -> None:
         """I11: without a rank that has a part of the experts nothing runs; what a dead encode rank had to do is at
@@ -147,6 +180,8 @@ class HubChecks:
             deaths = max(self._suspects.get(digest, 0) for digest in self.hub.cluster.clients[request_id].digests)
             if deaths < self.hub.router.limits.max_deaths:
                 raise Violation("I11", f"{request_id} is refused after {deaths} deaths that it was alone with")
+        if isinstance(error, DeadlineError) and self.world.now < self.hub.cluster.clients[request_id].deadline:
+            raise Violation("I11", f"{request_id} is late before its deadline")
         is_given_up = error is not None and not isinstance(error, _NO_FAILURE_OF_AN_ITEM)
         if is_given_up and max(failures, default=0) < self.hub.router.limits.max_attempts:
             raise Violation("I11", f"{request_id} ended with {error!r} after {failures} failures of its items")

@@ -47,7 +47,7 @@ def language_on_time(rank: Any) -> None:
         for link in rank.links.values():
             _is_heard(link.to_encode, now, sessions.limits)
     for request_id, request in sessions.requests.items():
-        if rank.engine.requests[request_id][1] <= now:
+        if rank.book.running[request_id].deadline <= now:
             raise Violation("I11", f"{request_id} is past its deadline")
         for session in request.sessions:
             state = session.state
