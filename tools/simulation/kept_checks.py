@@ -1,8 +1,8 @@
 """I17, of answers that are kept while nobody hears them: a ledger of a language rank's keyed requests, beside the book
 that production has.
 
-What lacks no rows goes on without a hub, and is told to none that did not adopt it; who does is told all of it, from its
-beginning on. What nobody adopts in time is given up everywhere.
+What lacks no rows goes on without a hub, and is told to none that did not adopt it; who does is told all of it, from
+its beginning on. What nobody adopts in time is given up everywhere.
 """
 
 from __future__ import annotations
