@@ -2,7 +2,7 @@
 frontend can hear it too.
 
 Pure: times are given. A request is heard (its frontend lives), or unheard (its frontend died); a kept one runs on, and
-its end is kept, for KEEP_S after the death or the end. What is adopted is heard again.
+its end is kept, for `keep_s` after the death or the end. What is adopted is heard again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class _Kept:
 class KeptAnswers:
     """By request id. `num_answers`: of a request, to know when its last one ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_s: float = KEEP_S) -> None:
+        self._keep_s = keep_s
         self._kept: dict[str, _Kept] = {}
 
     def __len__(self) -> int:
@@ -68,7 +69,7 @@ class KeptAnswers:
             return
         kept.open.discard(sample)
         if not kept.open:
-            kept.until = now + KEEP_S
+            kept.until = now + self._keep_s
             self._make_room()
 
     def is_heard(self, request_id: str) -> bool:
@@ -80,7 +81,7 @@ class KeptAnswers:
         kept = self._kept.get(request_id)
         if kept is None:
             return False
-        kept.is_heard, kept.until = False, min(kept.until, now + KEEP_S)
+        kept.is_heard, kept.until = False, min(kept.until, now + self._keep_s)
         return True
 
     def adopt(self, request_id: str) -> list[Message] | None:

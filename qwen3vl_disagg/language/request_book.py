@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import Failure, UnavailableError
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.language.kept_answers import KeptAnswers
+from qwen3vl_disagg.language.kept_answers import KEEP_S, KeptAnswers
 from qwen3vl_disagg.protocol.messages import (
     Adopt,
     Cancel,
@@ -55,10 +55,12 @@ class RequestBook:
         cancel: Callable[[str, int | None], None],
         to_sessions: Callable[[LanguageEvent], None],
         tell: Callable[[Message], None],
+        *,
+        keep_s: float = KEEP_S,
     ) -> None:
         self._cancel, self._to_sessions, self._tell = cancel, to_sessions, tell
         self.running: dict[str, Running] = {}
-        self.kept = KeptAnswers()
+        self.kept = KeptAnswers(keep_s)
 
     # -- what the frontend says
 

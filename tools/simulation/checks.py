@@ -7,8 +7,8 @@ from typing import Any
 from qwen3vl_disagg.protocol.allocator import POOLS, BlockAllocator
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT
 from qwen3vl_disagg.protocol.link_state import LinkState
-from qwen3vl_disagg.protocol.messages import Ack, Frame, Resume, Room
-from qwen3vl_disagg.protocol.session import DONE, HELD, IDLE, RECEIVING, WAITING, RequestSessions, Session
+from qwen3vl_disagg.protocol.messages import Ack, Frame, Nack, Resume, Room
+from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING, RequestSessions, Session
 from qwen3vl_disagg.protocol.session_events import Attempt, EncodeEvent, FrameIn, Receive, RowsReady, Tick
 from tools.simulation.payload import Payload
 from tools.simulation.world import Violation
@@ -58,6 +58,8 @@ def language_side(rank: Any) -> None:
                 raise Violation(
                     "I2", f"{session.key} waits for blocks of {session.quarantined_as}, which are in no use"
                 )
+            if state is GRANTED and _is_void(rank, session):
+                raise Violation("I11", f"{session.key} waits for the header of a grant over a link that is gone")
             if state is DONE and (session.room is not None or session.hold is not None):
                 raise Violation("I15", f"{session.key} is done and holds blocks")
             if state is IDLE or state is DONE:
@@ -76,6 +78,11 @@ def language_side(rank: Any) -> None:
     num_quarantined += sum([len(leases) for leases in sessions.recalled.values()])
     if len(allocator.quarantined) != num_quarantined:
         raise Violation("I2", f"{len(allocator.quarantined)} leases in quarantine, {num_quarantined} are accounted for")
+
+
+def _is_void(rank: Any, session: Session) -> bool:
+    link = rank.sessions.links.get(session.encode_rank)
+    return link is None or link.epoch != rank.granted_over.get(session.key)
 
 
 def _is_ending(rank: Any, session: Session) -> bool:
@@ -329,6 +336,21 @@ def may_start(rank: Any, attempt: Attempt) -> None:
     """I13: what is here, or on its way, is not encoded once more."""
     if attempt in rank.tasks or attempt in rank.encoded:
         raise Violation("I13", f"{attempt} is encoded again while its rows are here")
+
+
+def may_refuse(rank: Any, nack: Nack) -> None:
+    """I13: what is kept for a resume is there for it."""
+    if nack.key in rank.sessions.items:
+        raise Violation("I13", f"{nack.key} is refused though it is here")
+
+
+def as_due(rank: Any, attempt: Attempt) -> None:
+    """I16: among items for one language rank none begins before one that is due before it."""
+    items = rank.sessions.items
+    begun = items.get(attempt)
+    for other in rank.sessions.queue if begun is not None else ():
+        if items[other].language_rank == begun.language_rank and items[other].due < begun.due:
+            raise Violation("I16", f"{attempt}, due at {begun.due}, begins before {other}, due at {items[other].due}")
 
 
 def may_release(rank: Any, event: EncodeEvent, attempt: Attempt) -> None:

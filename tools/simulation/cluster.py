@@ -27,7 +27,7 @@ from tools.simulation.world import Channel, SimLink, Violation, World
 
 TIMEOUT_S = 80.0
 ASK_AFTER_S = (1.0, 3.0, 10.0, 10.0, KEEP_S + 10.0)
-"""Within one of these a client asks again."""
+"""Within one of these a client asks again; the last is too late."""
 LIMITS = SessionLimits(
     beat_s=2.0,
     suspend_s=2.0,
@@ -49,6 +49,7 @@ class Sizes:
     row_sizes: RowSizes
     router_limits: RouterLimits
     are_language_ranks_required: bool = False
+    keep_s: float = KEEP_S
 
 
 @dataclass

@@ -94,6 +94,8 @@ class SimEncode:
 
     def _send_frame(self, action: SendFrame) -> None:
         self.cluster.check_wire(action.frame)
+        if isinstance(action.frame.body, Nack):
+            checks.may_refuse(self, action.frame.body)
         link = self.links.get(action.peer)
         if link is not None and link.epoch == action.frame.epoch:
             link.to_language.send(action.frame)
@@ -106,6 +108,7 @@ class SimEncode:
     def _start(self, action: StartEncode) -> None:
         attempt = action.attempt
         checks.may_start(self, attempt)
+        checks.as_due(self, attempt)
         self.visuals[attempt] = action.visual
         self.tasks.add(attempt)
         self._queue.append(action)

@@ -12,14 +12,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3vl_disagg.language.kept_answers import KEEP_S
 from qwen3vl_disagg.language.request_book import Said
-from qwen3vl_disagg.protocol.messages import Adopt, Finished, Message, NeedItems, RequestFailed, Submit, Tokens
+from qwen3vl_disagg.protocol.messages import (
+    Adopt,
+    Finished,
+    KeptRequest,
+    Message,
+    NeedItems,
+    RequestFailed,
+    Submit,
+    Tokens,
+)
 from tools.simulation.stays import Stays
 from tools.simulation.world import Violation
 
 GIVE_UP_S = 2.5
-"""How much longer than KEEP_S something may be there that is looked for once a second."""
+"""How much longer than `keep_s` something may be there that is looked for once a second."""
 PAGES_S = 10.0
 """How long the engine may have what the loop has forgotten: a slow rank's step."""
 
@@ -35,11 +43,11 @@ class _Entry:
     unheard_since: float | None = None
     ended_at: float | None = None
 
-    def is_due(self, now: float) -> bool:
+    def is_due(self, now: float, keep_s: float) -> bool:
         """Whether it has to be there."""
         if self.ended_at is not None:
-            return now < self.ended_at + KEEP_S
-        return self.unheard_since is None or now < self.unheard_since + KEEP_S
+            return now < self.ended_at + keep_s
+        return self.unheard_since is None or now < self.unheard_since + keep_s
 
 
 class KeptChecks:
@@ -48,7 +56,7 @@ class KeptChecks:
     def __init__(self, rank: Any) -> None:
         self.rank, self.world = rank, rank.world
         self.entries: dict[str, _Entry] = {}
-        self._stays = Stays(self.world)
+        self._stays, self._keep_s = Stays(self.world), rank.cluster.sizes.keep_s
         self._overheard: list[Message] | None = None
 
     # ---- the ledger ----
@@ -117,8 +125,16 @@ class KeptChecks:
                 raise Violation("I17", f"{request_id} goes on though nobody will ask for it, or it lacks rows")
         gone = self.entries.keys() - {offer.request_id for offer in self.rank.book.offer(_none)}
         for request_id in gone:
-            if self.entries[request_id].is_due(self.world.now):
+            if self.entries[request_id].is_due(self.world.now, self._keep_s):
                 raise Violation("I17", f"{request_id} has all its rows, and is given up with its hub")
+
+    def offers(self, offers: list[KeptRequest]) -> None:
+        """I10: who adopts counts the attempts on."""
+        for offer in offers:
+            request = self.rank.sessions.requests.get(offer.request_id)
+            numbers = [] if request is None else [session.attempt for session in request.sessions]
+            if offer.attempts != numbers:
+                raise Violation("I10", f"{offer.request_id} is offered after attempts {offer.attempts} of {numbers}")
 
     def told(self, message: Message) -> None:
         if self._overheard is not None:
@@ -134,7 +150,7 @@ class KeptChecks:
         if entry is None:
             return
         if any(isinstance(one, RequestFailed) for one in told):
-            if entry.is_due(self.world.now):
+            if entry.is_due(self.world.now, self._keep_s):
                 raise Violation("I17", f"{message.request_id} is adopted, and nothing of it is there")
             self.forgotten(message.request_id)
             return
@@ -160,10 +176,10 @@ class KeptChecks:
             entry = self.entries.get(request_id)
             since = None if entry is None else entry.unheard_since if entry.ended_at is None else entry.ended_at
             is_for_nobody = entry is None or since is not None
-            if is_for_nobody and stays.stay((request_id, since)) > KEEP_S + GIVE_UP_S:
-                raise Violation("I17", f"{request_id} is kept for longer than {KEEP_S} s")
+            if is_for_nobody and stays.stay((request_id, since)) > self._keep_s + GIVE_UP_S:
+                raise Violation("I17", f"{request_id} is kept for longer than {self._keep_s} s")
         for request_id in self.entries.keys() - set(kept):
-            if self.entries[request_id].is_due(now):
+            if self.entries[request_id].is_due(now, self._keep_s):
                 raise Violation("I17", f"{request_id} is kept no longer, though its time is not over")
             del self.entries[request_id]
         stays.done()
@@ -171,7 +187,7 @@ class KeptChecks:
     def has(self, request_id: str) -> bool:
         """Whether a request is here that only has to be adopted."""
         entry = self.entries.get(request_id)
-        return entry is not None and entry.is_due(self.world.now)
+        return entry is not None and entry.is_due(self.world.now, self._keep_s)
 
 
 def _none(request_id: str) -> list[int]:

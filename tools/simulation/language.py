@@ -63,7 +63,7 @@ class SimLanguage:
         self.hub: Channel | None = None
         self.from_hub_channel: Channel | None = None
         self.engine = SimEngine(self)
-        self.book = RequestBook(self.engine.cancel, self._to_sessions, self.tell)
+        self.book = RequestBook(self.engine.cancel, self._to_sessions, self.tell, keep_s=sizes.keep_s)
         self.kept_checks = KeptChecks(self)
         self.offered: list[KeptRequest] = []
         """To the next hub, as it was when the last one was lost."""
@@ -78,6 +78,8 @@ class SimLanguage:
         self.num_broken: dict[Attempt, int] = {}
         """Payloads of an attempt that broke since rows came last."""
         self.stays, self.bounds = Stays(self.world), language_bounds(cluster.limits)
+        self.granted_over: dict[Attempt, int] = {}
+        """Epoch of the link over which an attempt's last grant went."""
         self.epochs: dict[Attempt, int] = {}
         """Of the link over which an attempt's last payload comes."""
         self._acked: set[Attempt] = set()
@@ -119,6 +121,7 @@ class SimLanguage:
         if isinstance(body, Ack):
             self._acked.add(body.key)
         elif isinstance(body, Room):
+            self.granted_over[body.key] = action.frame.epoch
             checks.granted(self, body)
         link = self.links.get(action.peer)
         if link is not None and link.epoch == action.frame.epoch:
@@ -143,9 +146,10 @@ class SimLanguage:
         attempt = grant.key
         if is_broken:
             self.num_broken[attempt] = self.num_broken.get(attempt, 0) + 1
+        was_awaited = self.sessions.find(*attempt) is not None
         self.handle(PayloadEnd(*attempt, job.encode_rank, job.epoch, error, is_broken))
         if is_broken:
-            progress_checks.gives_up(self, attempt)
+            progress_checks.gives_up(self, attempt, was_awaited)
 
     def payload_broke(self, link: SimLink, job: Receive) -> None:
         """The receive ran into its timeout; some of the rows may have been written before."""
@@ -216,6 +220,7 @@ class SimLanguage:
     def _tell(self, action: Tell) -> None:
         message = action.message
         if isinstance(message, ItemLost):
+            progress_checks.has_no_link(self, message)
             self._jobs.pop(message.key, None)
             self.progress.pop((message.request_id, message.item), None)
         self.kept_checks.of_sessions(message)
@@ -313,6 +318,7 @@ class SimLanguage:
         self.book.hub_lost(self.world.now)
         self.kept_checks.lost_hub()
         self.offered = self.book.offer(self._attempts)
+        self.kept_checks.offers(self.offered)
 
     def _attempts(self, request_id: str) -> list[int]:
         """As the server of links does it."""

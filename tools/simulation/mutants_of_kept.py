@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qwen3vl_disagg.core.errors import UnavailableError
-from qwen3vl_disagg.language.kept_answers import KEEP_S, KeptAnswers
+from qwen3vl_disagg.language.kept_answers import KeptAnswers
 from qwen3vl_disagg.language.request_book import RequestBook, Running
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.messages import KeptRequest, Message, NeedItems, Submit
@@ -106,7 +106,7 @@ def _() -> Iterator[None]:
     def hasty(self: KeptAnswers, request_id: str, now: float) -> bool:
         is_kept = unhear(self, request_id, now)
         if is_kept:
-            self._kept[request_id].until -= KEEP_S / 2
+            self._kept[request_id].until -= self._keep_s / 2
         return is_kept
 
     with swap(KeptAnswers, "unhear", hasty):
@@ -171,7 +171,7 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("offers-outlive-their-rank", "raised", "what a language rank has kept is looked for when that rank is gone")
+@mutant("offers-outlive-their-rank", "I17", "what a language rank has kept is looked for when that rank is gone")
 def _() -> Iterator[None]:
     rank_down = method(Router, "_rank_down")
 

@@ -8,7 +8,7 @@ from typing import Any
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.protocol.allocator import BlockAllocator, Lease, Want
 from qwen3vl_disagg.protocol.attempts import Attempts
-from qwen3vl_disagg.protocol.encode_sessions import PARKED, EncodeSessions, Outgoing
+from qwen3vl_disagg.protocol.encode_sessions import ENCODING, PARKED, EncodeSessions, Outgoing
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.link_state import LinkState
 from qwen3vl_disagg.protocol.messages import ItemReceived, Nack
@@ -128,20 +128,18 @@ def _() -> Iterator[None]:
         yield
 
 
-@mutant("a-dropped-payload-does-not-follow", "I11", "what was given up while its header was out is awaited in vain")
+@mutant("grants-of-a-lost-link-are-kept", "raised", "what is encoded when its link is lost is sent over none")
 def _() -> Iterator[None]:
-    header_ok = method(EncodeSessions, "_header_ok")
+    cut = method(EncodeSessions, "_cut")
 
-    def drop(self: EncodeSessions, outlet: Any, message: Any, now: float) -> None:
-        item = self.items.get(message.key)
-        if item is not None and item.is_dropped and outlet.turn == message.key:
-            outlet.turn = None
-            self._end(message.key)
-            self._take_turn(outlet, now)
-            return
-        header_ok(self, outlet, message, now)
+    def keep(self: EncodeSessions, outlet: Any, now: float) -> None:
+        grants = {key: item.grant for key, item in self.items.items() if item.state == ENCODING}
+        cut(self, outlet, now)
+        for key, grant in grants.items():
+            if key in self.items:
+                self.items[key].grant = grant
 
-    with swap(EncodeSessions, "_header_ok", drop):
+    with swap(EncodeSessions, "_cut", keep):
         yield
 
 
@@ -161,7 +159,7 @@ def _() -> Iterator[None]:
 # ---- language ranks ----
 
 
-@mutant("items-that-came-are-not-told", "I15", "the router does not hear that all rows of an item are here")
+@mutant("items-that-came-are-not-told", "I11", "the router does not hear that all rows of an item are here")
 def _() -> Iterator[None]:
     payload_end = method(LanguageSessions, "_payload_end")
 

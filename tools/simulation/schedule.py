@@ -80,7 +80,7 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
         world.faults |= {"kill-encode", "break"}
     # In others answers are kept, and hubs die.
     if are_kept:
-        world.faults |= {"kill-hub"}
+        world.faults |= {"kill-hub"} | rng.choice((set(), {"kill-language"}, {"partition"}))
     block_size = rng.randint(1, 3)
     blocks = 1 if is_tight else rng.choice((1, 1, 2, 3, 4, 8))
     levels = rng.choice((0, 1, 1, 1))
@@ -96,6 +96,7 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
             max_waiting=rng.choice((2, 64, 64, 64)), encode_wait_s=15.0, max_deaths=rng.randint(1, 3)
         ),
         are_language_ranks_required=rng.random() < 0.25,
+        keep_s=rng.choice((6.0, 20.0, KEEP_S)) if are_kept else KEEP_S,
     )
     memory = rng.choice((1, 2, 8))
     limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory, max_urgent=1)
@@ -125,6 +126,7 @@ def _submit(cluster: Cluster, name: str, may_fail: bool, may_be_kept: bool = Fal
     timeout_s = rng.choice((TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, 2.5, 6.0)) if has_faults else TIMEOUT_S
     n, num_tokens, num_asks = rng.choice((1, 1, 2, 3)), rng.randint(1, 3), 0
     if may_be_kept and rng.random() < 0.85:
+        timeout_s = rng.choice((timeout_s, 8.0, 15.0))
         num_tokens, num_asks = rng.choice((num_tokens, MANY_TOKENS)), rng.randint(2, 3)
     request_id = cluster.submit(name, rows, num_tokens, timeout_s, wrong, n, num_asks=num_asks)
     if may_fail and rng.random() < 0.12:
