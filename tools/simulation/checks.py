@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwen3vl_disagg.protocol.allocator import POOLS, BlockAllocator
-from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT
+from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT, Outgoing
 from qwen3vl_disagg.protocol.link_state import LinkState
 from qwen3vl_disagg.protocol.messages import Ack, Frame, Nack, Resume, Room
 from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING, RequestSessions, Session
@@ -345,12 +345,26 @@ def may_refuse(rank: Any, nack: Nack) -> None:
 
 
 def as_due(rank: Any, attempt: Attempt) -> None:
-    """I16: among items for one language rank none begins before one that is due before it."""
-    items = rank.sessions.items
-    begun = items.get(attempt)
-    for other in rank.sessions.queue if begun is not None else ():
-        if items[other].language_rank == begun.language_rank and items[other].due < begun.due:
-            raise Violation("I16", f"{attempt}, due at {begun.due}, begins before {other}, due at {items[other].due}")
+    """I16: no item begins before one that is due before it, unless that one's language rank has its share in memory."""
+    sessions = rank.sessions
+    begun = sessions.items.get(attempt)
+    for key in sessions.queue if begun is not None else ():
+        other = sessions.items[key]
+        if other.due < begun.due and (other.language_rank == begun.language_rank or _has_place(rank, other)):
+            raise Violation("I16", f"{attempt}, due at {begun.due}, begins before {key}, due at {other.due}")
+
+
+def _has_place(rank: Any, item: Outgoing) -> bool:
+    """Whether the share of the item's language rank has room for it. Not said where a link was lost just now: with it
+    places came free one after another."""
+    sessions = rank.sessions
+    if len(sessions.outlets) != rank.num_outlets:
+        return False
+    in_memory = (ENCODING, *_SENDING)
+    dues = [i.due for i in sessions.items.values() if i.language_rank == item.language_rank and i.state in in_memory]
+    most = sessions.limits.max_items
+    share = most if len(sessions.outlets) < 2 else -(-most // 2)
+    return sum(due <= item.due for due in dues) < share and len(dues) < share + sessions.limits.max_urgent
 
 
 def may_release(rank: Any, event: EncodeEvent, attempt: Attempt) -> None:

@@ -83,11 +83,13 @@ class SimEncode:
             Tell: self._tell,
         }
         self._event: EncodeEvent = Tick()
+        self.num_outlets = 0
+        """Before the event."""
 
     # ---- sessions ----
 
     def handle(self, event: EncodeEvent) -> None:
-        self._event = event
+        self._event, self.num_outlets = event, len(self.sessions.outlets)
         for action in self.sessions.handle(event, self.world.now):
             self._do[type(action)](action)  # type: ignore[operator]
         checks.encode_side(self)

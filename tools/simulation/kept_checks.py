@@ -83,11 +83,22 @@ class KeptChecks:
         if not entry.open:
             entry.ended_at = self.world.now
 
-    def heard(self, event: Said) -> None:
-        """What the engine says before anybody decides what to do with it."""
-        entry = self.entries.get(event.request_id)
-        if entry is None or entry.ended_at is not None:
+    @contextlib.contextmanager
+    def hearing(self, event: Said) -> Iterator[None]:
+        """What the engine says goes to the hub at once, if there is one that hears of the request."""
+        entry = self.entries[event.request_id]
+        if entry.ended_at is not None:
+            yield
             return
+        is_wanted = isinstance(event, (Tokens, Finished)) and event.sample in entry.open
+        self._hear(event, entry)
+        self._overheard = []
+        yield
+        told, self._overheard = self._overheard, None
+        if is_wanted and (event in told) != (entry.unheard_since is None):
+            raise Violation("I17", f"{event} is told {len(told)} times; unheard since {entry.unheard_since}")
+
+    def _hear(self, event: Said, entry: _Entry) -> None:
         match event:
             case NeedItems() if entry.unheard_since is not None:
                 self.forgotten(event.request_id)

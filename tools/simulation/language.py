@@ -229,8 +229,11 @@ class SimLanguage:
     # ---- the engine ----
 
     def hear(self, event: Said) -> None:
-        self.kept_checks.heard(event)
-        self.book.hear(event, self.world.now)
+        if event.request_id not in self.kept_checks.entries:
+            self.book.hear(event, self.world.now)
+            return
+        with self.kept_checks.hearing(event):
+            self.book.hear(event, self.world.now)
 
     def preempted(self, request_id: str) -> None:
         self.book.preempted(request_id)

@@ -96,7 +96,7 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
             max_waiting=rng.choice((2, 64, 64, 64)), encode_wait_s=15.0, max_deaths=rng.randint(1, 3)
         ),
         are_language_ranks_required=rng.random() < 0.25,
-        keep_s=rng.choice((6.0, 20.0, KEEP_S)) if are_kept else KEEP_S,
+        keep_s=rng.choice((4.0, 20.0, KEEP_S)) if are_kept else KEEP_S,
     )
     memory = rng.choice((1, 2, 8))
     limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory, max_urgent=1)
