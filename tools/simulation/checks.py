@@ -43,7 +43,7 @@ def language_side(rank: Any) -> None:
     allocator = sessions.allocator
     _pools(rank)
     bounds = rank.bounds
-    num_held, now = 0, rank.world.now
+    num_held, now, is_waiting = 0, rank.world.now, False
     for request in sessions.requests.values():
         for session in request.sessions:
             state = session.state
@@ -64,6 +64,7 @@ def language_side(rank: Any) -> None:
                 raise Violation("I15", f"{session.key} is done and holds blocks")
             if state is IDLE or state is DONE:
                 continue
+            is_waiting = is_waiting or state is WAITING
             grant = session.grant
             if grant is not None:
                 low = session.received if state is not HELD else grant.row_start
@@ -71,7 +72,8 @@ def language_side(rank: Any) -> None:
                     raise Violation("I4", f"{session.key} received {session.received} of {grant.row_stop}")
             if state in bounds and session.deadline > now + bounds[state] and not _is_ending(rank, session):
                 raise Violation("I11", f"{session.key} is {state} until {session.deadline}, at {now}")
-    _nobody_waits_in_vain(rank)
+    if is_waiting:
+        _nobody_waits_in_vain(rank)
     if len(allocator.leases) != num_held:
         raise Violation("I2", f"{len(allocator.leases)} leases are owned, sessions hold {num_held}")
     num_quarantined = sum([len(leases) for leases in sessions.pending.values()])
