@@ -50,6 +50,8 @@ class Sizes:
     router_limits: RouterLimits
     are_language_ranks_required: bool = False
     keep_s: float = KEEP_S
+    encode_s: float = 0.3
+    """How long an item takes at most."""
 
 
 @dataclass

@@ -127,7 +127,7 @@ class SimEncode:
                 digest = self.inside[attempt] = visual.digest
                 self._is_alone = is_alone
                 self.tell(EncodingBegun(digest=digest))
-                seconds = (0.02 + 0.3 * self.world.random()) * self.slowness
+                seconds = (0.02 + self.cluster.sizes.encode_s * self.world.random()) * self.slowness
                 self.world.at(seconds, self, self._finish, attempt)
             self._queue.popleft()
 

@@ -69,6 +69,7 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
     world = World(rng, frozenset(), 0.0, 0.0)
     luck = rng.random()
     has_faults, are_kept = luck < 0.8, luck < 0.2
+    is_fragile, is_crowded = 0.7 <= luck < 0.75, 0.75 <= luck < 0.8
     if has_faults:
         count = rng.choice((1, 1, 2, 3, len(FAULTS)))
         world.faults = frozenset(rng.sample(FAULTS, count))
@@ -81,11 +82,16 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
     # In others answers are kept, and hubs die.
     if are_kept:
         world.faults |= {"kill-hub"} | rng.choice((set(), {"kill-language"}, {"partition"}))
+    # In some many payloads of an item break, in some the encode rank has many items to choose from.
+    if is_fragile:
+        world.faults, world.faults_until, world.rate = world.faults | {"allocation"}, 8.0, 0.15
     block_size = rng.randint(1, 3)
     blocks = 1 if is_tight else rng.choice((1, 1, 2, 3, 4, 8))
+    if is_fragile or is_crowded:
+        block_size, blocks = (1, 1) if is_fragile else (3, 8)
     levels = rng.choice((0, 1, 1, 1))
     sizes = Sizes(
-        num_encode=rng.randint(1 + is_tight, 3),
+        num_encode=1 if is_crowded else rng.randint(1 + is_tight, 3),
         num_language=rng.randint(1, 2),
         block_size=block_size,
         blocks=blocks,
@@ -96,14 +102,15 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
             max_waiting=rng.choice((2, 64, 64, 64)), encode_wait_s=15.0, max_deaths=rng.randint(1, 3)
         ),
         are_language_ranks_required=rng.random() < 0.25,
+        encode_s=1.0 if is_crowded else 0.3,
         keep_s=rng.choice((4.0, 20.0, KEEP_S)) if are_kept else KEEP_S,
     )
-    memory = rng.choice((1, 2, 8))
+    memory = 1 if is_crowded else rng.choice((1, 2, 8))
     limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory, max_urgent=1)
     cluster = Cluster(world, sizes, limits, preemption=rng.choice((0.0, 0.05, 0.2)))
     plan = _Plan(has_faults, world.faults_until, 2, are_kept)
     start = 0.3
-    for number in range(rng.randint(2, 7)):
+    for number in range(rng.randint(2, 7) + 4 * is_crowded):
         world.at(start + 4.0 * rng.random() * rng.random(), None, _submit, cluster, f"r{number}", True, are_kept)
     if has_faults:
         for _ in range(rng.randint(1, 6) + 4 * is_tight):
@@ -129,8 +136,8 @@ def _submit(cluster: Cluster, name: str, may_fail: bool, may_be_kept: bool = Fal
         timeout_s = rng.choice((timeout_s, 8.0, 15.0))
         num_tokens, num_asks = rng.choice((num_tokens, MANY_TOKENS)), rng.randint(2, 3)
     request_id = cluster.submit(name, rows, num_tokens, timeout_s, wrong, n, num_asks=num_asks)
-    if may_fail and rng.random() < 0.12:
-        sample = None if rng.random() < 0.5 else rng.randrange(n)
+    if may_fail and rng.random() < (0.4 if num_asks and n > 1 else 0.12):
+        sample = None if rng.random() < (0.1 if num_asks else 0.5) else rng.randrange(n)
         cluster.world.at(2.0 * rng.random(), None, cluster.abandon, request_id, sample)
 
 
