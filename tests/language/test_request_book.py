@@ -8,6 +8,9 @@ from qwen3vl_disagg.core.errors import Failure, UnavailableError
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams
 from qwen3vl_disagg.language.kept_answers import KEEP_S
 from qwen3vl_disagg.language.request_book import RequestBook
+from qwen3vl_disagg.protocol.allocator import BlockAllocator
+from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
+from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.messages import (
     Adopt,
     Cancel,
@@ -19,7 +22,7 @@ from qwen3vl_disagg.protocol.messages import (
     Submit,
     Tokens,
 )
-from qwen3vl_disagg.protocol.session_events import Consumed, Expect, LanguageEvent, Prolong
+from qwen3vl_disagg.protocol.session_events import Consumed, Expect, LanguageEvent, Prolong, Tick
 from tests.support.routing import visual
 
 
@@ -130,6 +133,18 @@ def test_who_adopts_gives_it_the_time_that_it_has(desk):
     desk.book.adopt(Adopt(request_id="r", timeout_s=50.0), 95.0)
     assert desk.book.running["r"].deadline == 145.0
     assert desk.sessions[-1] == Prolong("r", 145.0)
+
+
+def test_the_sessions_keep_the_new_time():
+    allocator = BlockAllocator(num_blocks=4, num_deepstack_blocks=4, num_slots=4)
+    sessions = LanguageSessions(allocator, 8, RowSizes(4, 4, 12, 64, 4))
+    sessions.handle(Expect("r", [visual("a")], [0], 100.0), 0.0)
+    sessions.handle(Prolong("r", 145.0), 95.0)
+    sessions.handle(Prolong("another", 145.0), 95.0)
+    assert not sessions.handle(Tick(), 144.0)
+    [tell] = sessions.handle(Tick(), 145.0)
+    assert tell.message.request_id == "r"
+    assert sessions.is_idle
 
 
 def test_what_nobody_adopts_is_over_in_time(desk):
