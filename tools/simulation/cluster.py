@@ -26,7 +26,7 @@ from tools.simulation.payload import Names, Payload
 from tools.simulation.world import Channel, SimLink, Violation, World
 
 TIMEOUT_S = 80.0
-ASK_AFTER_S = (1.0, 3.0, 10.0, 10.0, KEEP_S + 10.0)
+ASK_AFTER_S = (1.0, 1.0, 3.0, 10.0, KEEP_S + 10.0)
 """Within one of these a client asks again; the last is too late."""
 LIMITS = SessionLimits(
     beat_s=2.0,
@@ -247,13 +247,13 @@ class Cluster:
         """What is over for a reason of ours is asked for again."""
         if not isinstance(error, (UnavailableError, OverloadedError, TransferError)):
             return
-        delay = self.world.rng.choice(ASK_AFTER_S) * self.world.random()
+        delay = 0.6 + self.world.rng.choice(ASK_AFTER_S) * self.world.random()  # ranks are back, mostly
         self.num_asking += 1
         self.world.at(delay, None, self._ask_now, again)
 
     def _ask_now(self, again: Callable[[], str]) -> None:
         if self.hub.is_dead:  # nobody listens yet
-            self.world.at(0.5, None, self._ask_now, again)
+            self.world.at(1.0, None, self._ask_now, again)
             return
         self.num_asking -= 1
         again()

@@ -136,7 +136,7 @@ class SimEngine:
 
     def _add(self, message: Submit) -> None:
         text_s = 10.0 * self.world.random() if self.world.random() < 0.3 else 0.0
-        pace_s = self.world.rng.choice((0.0, 1.0, 4.0)) if message.keep_as else 0.0
+        pace_s = self.world.rng.choice((0.0, 2.0, 4.0)) if message.keep_as else 0.0
         self.known[message.request_id] = _Sequence(message, text_s=text_s, pace_s=pace_s)
 
     def _remove(self, request_id: str) -> None:

@@ -166,6 +166,9 @@ class KeptChecks:
             self.forgotten(message.request_id)
             return
         entry.unheard_since = None
+        request = self.rank.sessions.requests.get(message.request_id)
+        if request is not None and request.deadline < self.world.now + message.timeout_s:
+            raise Violation("I11", f"{message.request_id} ends at {request.deadline}, with the client that has left")
         for sample, count in entry.num_tokens.items():
             said = [one for one in told if isinstance(one, Tokens) and one.sample == sample]
             ends = [one for one in told if isinstance(one, Finished) and one.sample == sample]

@@ -103,7 +103,7 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
         ),
         are_language_ranks_required=rng.random() < 0.25,
         encode_s=1.0 if is_crowded else 0.3,
-        keep_s=rng.choice((4.0, 20.0, KEEP_S)) if are_kept else KEEP_S,
+        keep_s=rng.choice((4.0, 4.0, 20.0, KEEP_S)) if are_kept else KEEP_S,
     )
     memory = 1 if is_crowded else rng.choice((1, 2, 8))
     limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory, max_urgent=1)
@@ -134,7 +134,7 @@ def _submit(cluster: Cluster, name: str, may_fail: bool, may_be_kept: bool = Fal
     n, num_tokens, num_asks = rng.choice((1, 1, 2, 3)), rng.randint(1, 3), 0
     if may_be_kept and rng.random() < 0.85:
         timeout_s = rng.choice((timeout_s, 8.0, 15.0))
-        num_tokens, num_asks = rng.choice((num_tokens, MANY_TOKENS)), rng.randint(2, 3)
+        num_tokens, num_asks = rng.choice((num_tokens, MANY_TOKENS, MANY_TOKENS)), rng.randint(2, 3)
     request_id = cluster.submit(name, rows, num_tokens, timeout_s, wrong, n, num_asks=num_asks)
     if may_fail and rng.random() < (0.4 if num_asks and n > 1 else 0.12):
         sample = None if rng.random() < (0.1 if num_asks else 0.5) else rng.randrange(n)
