@@ -45,7 +45,6 @@ SOURCES = ("qwen3vl_disagg", "recipes", "tools")
 FORMATTER_OFF = re.compile(r"#\s*(?:isort|fmt|yapf):\s*(?:skip|off)")
 DOUBLES = {
     "_Entry": "private to its file",
-    "_Request": "private to its file",
 }
 """Class names that are there twice, and why."""
 

@@ -2,7 +2,7 @@
 frontend can hear it too.
 
 Pure: times are given. A request is heard (its frontend lives), or unheard (its frontend died); a kept one runs on, and
-its end is kept, for KEEP_S after the death or the end. What is adopted is heard again.
+its end is kept, for `keep_s` after the death or the end. What is adopted is heard again.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ class _Kept:
     said: list[Message] = field(default_factory=list)
     size: int = 0
     is_heard: bool = True
-    is_running: bool = True
+    open: set[int] = field(default_factory=set)
+    """Answers that have not ended."""
     until: float = math.inf
 
 
 class KeptAnswers:
     """By request id. `num_answers`: of a request, to know when its last one ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_s: float = KEEP_S) -> None:
+        self._keep_s = keep_s
         self._kept: dict[str, _Kept] = {}
-        self._num_open: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def begin(self, request_id: str, name: str, num_answers: int) -> None:
         """From now on what is said of this request is kept. An earlier one of that name is forgotten."""
-        for other in [key for key, kept in self._kept.items() if kept.name == name and not kept.is_running]:
+        for other in [key for key, kept in self._kept.items() if kept.name == name and not kept.open]:
             self.forget(other)
-        self._kept[request_id] = _Kept(name)
-        self._num_open[request_id] = num_answers
+        self._kept[request_id] = _Kept(name, open=set(range(num_answers)))
 
     def note(self, message: Tokens | Finished | RequestFailed | PromptLogprobs, now: float) -> bool:
         """Whether there is somebody to tell it to. One that failed is kept no longer: to ask again is to begin anew."""
@@ -57,12 +57,20 @@ class KeptAnswers:
             return kept.is_heard
         kept.said.append(message)
         kept.size += _size(message)
+        is_heard = kept.is_heard
         if isinstance(message, Finished):
-            self._num_open[message.request_id] -= 1
-            if not self._num_open[message.request_id]:
-                kept.is_running, kept.until = False, now + KEEP_S
-                self._make_room()
-        return kept.is_heard
+            self.close(message.request_id, message.sample, now)
+        return is_heard
+
+    def close(self, request_id: str, sample: int, now: float) -> None:
+        """Nothing more comes of this answer."""
+        kept = self._kept.get(request_id)
+        if kept is None or sample not in kept.open:
+            return
+        kept.open.discard(sample)
+        if not kept.open:
+            kept.until = now + self._keep_s
+            self._make_room()
 
     def is_heard(self, request_id: str) -> bool:
         kept = self._kept.get(request_id)
@@ -73,7 +81,7 @@ class KeptAnswers:
         kept = self._kept.get(request_id)
         if kept is None:
             return False
-        kept.is_heard, kept.until = False, min(kept.until, now + KEEP_S)
+        kept.is_heard, kept.until = False, min(kept.until, now + self._keep_s)
         return True
 
     def adopt(self, request_id: str) -> list[Message] | None:
@@ -82,13 +90,12 @@ class KeptAnswers:
         if kept is None:
             return None
         kept.is_heard = True
-        if kept.is_running:
+        if kept.open:
             kept.until = math.inf
         return list(kept.said)
 
     def forget(self, request_id: str) -> None:
         self._kept.pop(request_id, None)
-        self._num_open.pop(request_id, None)
 
     def expired(self, now: float) -> list[str]:
         """Those that nobody has asked for in time."""
@@ -103,7 +110,7 @@ class KeptAnswers:
 
     def _make_room(self) -> None:
         """Of those that ended the oldest go."""
-        ended = [(kept.until, request_id) for request_id, kept in self._kept.items() if not kept.is_running]
+        ended = [(kept.until, request_id) for request_id, kept in self._kept.items() if not kept.open]
         size = sum(self._kept[request_id].size for _, request_id in ended)
         for _, request_id in sorted(ended):
             if len(self._kept) <= MAX_KEPT and size <= MAX_KEPT_SIZE:

@@ -146,11 +146,11 @@ class LanguageRank:
                 except Exception as error:  # one request's failure is not the rank's
                     self._requests.fail(message.request_id, error)
             case Adopt():
-                self._requests.adopt(message.request_id)
+                self._requests.adopt(message)
             case Assign():
                 self._links.handle(message)
             case Cancel():
-                self._requests.forget(message.request_id, message.sample)
+                self._requests.cancel(message)
             case TellSpans():
                 self._tell(spans_told("language", message))
 

@@ -213,7 +213,7 @@ class LocalTransfer:
             case Send(message=Assign() as assign):
                 self.links.handle(assign)
             case Send(message=Cancel() as cancel):
-                self._requests.forget(cancel.request_id, cancel.sample)
+                self._requests.cancel(cancel)
             case End(request_id, error):
                 self._media.release(self._held.pop(request_id, []))
                 if error is not None:

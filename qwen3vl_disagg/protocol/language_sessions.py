@@ -66,6 +66,7 @@ from qwen3vl_disagg.protocol.session_events import (
     LinkDown,
     LinkUp,
     PayloadEnd,
+    Prolong,
     Recall,
     Returned,
     RowsReady,
@@ -99,6 +100,7 @@ class LanguageSessions:
             Expect: self._expect,
             Assign: self._assigned,
             Cancel: self._cancelled,
+            Prolong: self._prolonged,
             LinkUp: self._link_up,
             LinkDown: self._link_down,
             PayloadEnd: self._payload_end,
@@ -158,6 +160,13 @@ class LanguageSessions:
 
     def _cancelled(self, event: Cancel, now: float) -> None:
         self._forget(event.request_id, now)
+
+    def _prolonged(self, event: Prolong, now: float) -> None:
+        request = self.requests.get(event.request_id)
+        if request is not None:
+            request.deadline = event.deadline
+            for session in request.sessions:
+                session.request_deadline = event.deadline
 
     def _forget(self, request_id: str, now: float) -> None:
         request = self.requests.pop(request_id, None)

@@ -273,9 +273,10 @@ class Submit(Message, frozen=True):
 
 class Adopt(Message, frozen=True):
     """To a language rank: say all that there is to say of this kept request, from its beginning on. One that is gone
-    has failed."""
+    has failed. `timeout_s`: what its new client gives it, from now on."""
 
     request_id: str
+    timeout_s: float
 
 
 class Assign(OfAttempt, frozen=True):

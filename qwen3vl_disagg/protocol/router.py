@@ -151,19 +151,24 @@ class Router:
         items, received = [Item(visual) for visual in event.items], dict.fromkeys(range(event.sampling.n), 0)
         deadline = now + event.timeout_s
         self._requests[event.request_id] = Request(rank, items, num_tokens, deadline, received, num_prompt)
-        if kept:
-            for item, attempt in zip(items, kept[1].attempts, strict=False):
-                item.state, item.attempt = "received", attempt
-            self._actions.append(Send("language", rank, Adopt(request_id=event.request_id)))
+        if not kept:
+            self._submit(event, rank, event.timeout_s)
             return
+        self._requests[event.request_id].again = event
+        for item, attempt in zip(items, kept[1].attempts, strict=False):
+            item.state, item.attempt = "received", attempt
+        self._actions.append(Send("language", rank, Adopt(request_id=event.request_id, timeout_s=event.timeout_s)))
+
+    def _submit(self, event: Admit, rank: int, timeout_s: float) -> None:
+        num_prompt = len(event.token_ids) // TOKEN_ID_BYTES
         price_s = self._prices.of(sum(visual.num_rows for visual in event.items), num_prompt)
         submit = Submit(
             request_id=event.request_id,
             token_ids=event.token_ids,
             items=event.items,
             sampling=event.sampling,
-            timeout_s=event.timeout_s,
-            due_s=allowance(event.target_s, price_s, event.timeout_s),
+            timeout_s=timeout_s,
+            due_s=allowance(event.target_s, price_s, timeout_s),
             keep_as=event.keep_as,
         )
         self._actions.append(Send("language", rank, submit))
@@ -264,6 +269,10 @@ class Router:
             if isinstance(message, (NeedItems, PromptLogprobs, Tokens)):
                 self._actions.append(Send("language", rank, Cancel(request_id=message.request_id)))
             return
+        again, request.again = request.again, None
+        if again is not None and isinstance(message, RequestFailed):
+            self._begin_anew(again, request, now)
+            return
         match message:
             case NeedItems() | ItemLost() | ItemReceived():
                 self._attempts.from_language(rank, message, now)
@@ -282,6 +291,12 @@ class Router:
                     self._end(message.request_id, by_language_rank=True)
             case RequestFailed():
                 self._end(message.request_id, message.failure.error(), by_language_rank=True)
+
+    def _begin_anew(self, event: Admit, request: Request, now: float) -> None:
+        """Its language rank has it no longer, after all; attempts at its items are counted on."""
+        for item in request.items:
+            item.state = "idle"
+        self._submit(event, request.language_rank, request.deadline - now)
 
     def _tokens(self, request: Request, message: Tokens) -> None:
         """Pass on what continues the answer; a repetition is dropped, a gap ends the request."""

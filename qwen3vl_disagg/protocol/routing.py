@@ -181,6 +181,8 @@ class Request:
     num_received: dict[int, int]
     """Tokens of each answer that has not ended."""
     num_prompt: int
+    again: Admit | None = None
+    """Of one that is adopted, until its language rank has said something of it: how to begin it anew."""
 
 
 def harmful(visual: VisualItem) -> InputError:

@@ -127,7 +127,15 @@ class Returned(_OfAttempt, frozen=True):
     """Answer to `Recall`: nobody reads rows of this attempt any more."""
 
 
-LanguageEvent = LinkUp | LinkDown | FrameIn | Tick | Expect | Assign | Cancel | PayloadEnd | Consumed | Returned
+class Prolong(_Value, frozen=True):
+    """The request has another deadline."""
+
+    request_id: str
+    deadline: float
+
+
+_OfRequests = Expect | Assign | Cancel | Prolong
+LanguageEvent = LinkUp | LinkDown | FrameIn | Tick | _OfRequests | PayloadEnd | Consumed | Returned
 
 
 # ---- events of the encode side ----

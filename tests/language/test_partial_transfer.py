@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.language.rank import LanguageRank
-from qwen3vl_disagg.language.requests import _Request
+from qwen3vl_disagg.language.request_book import Running
 from qwen3vl_disagg.protocol.allocator import Want
 from qwen3vl_disagg.protocol.messages import Cancel, Grant, HubMessage, NeedItems, RankHello, Resume, Room
 from qwen3vl_disagg.protocol.session_events import Consumed, Expect
@@ -223,7 +223,7 @@ def test_a_language_rank_passes_on_what_its_engine_needs():
         rank = LanguageRank(Mock(), links, hello, ("", 0))  # type: ignore[arg-type]
         items = [make_visual(CONFIG, GRIDS[rows]) for rows in (6, 7)]
         requests = rank._requests
-        requests._requests["r"] = _Request(items, 60.0, {0})
+        requests.book.running["r"] = Running(items, 60.0, {0})
         requests.on_events(
             [NeedItems(request_id="r", items=[1], first_rows=[3]), NeedItems(request_id="r", items=[0, 1])]
         )

@@ -36,7 +36,9 @@ def adopted() -> Script:
 
 def test_it_goes_to_its_rank_and_is_not_submitted_again():
     script = adopted()
-    assert [(send.rank, send.message) for send in script.sent(Adopt)] == [(3, Adopt(request_id="old-1"))]
+    assert [(send.rank, send.message) for send in script.sent(Adopt)] == [
+        (3, Adopt(request_id="old-1", timeout_s=100.0))
+    ]
     assert not script.sent(Submit)
     script.language_says(3, Tokens(request_id="old-1", index=0, token_ids=[5, 6]))
     assert [action for action in script.actions if isinstance(action, Deliver)]
@@ -73,8 +75,24 @@ def test_what_a_rank_kept_goes_with_it_and_what_it_says_next_counts():
     assert script.router.kept_id("order") is None
 
 
-def test_one_that_is_gone_ends_with_what_its_rank_says():
+def test_one_that_is_gone_begins_anew_once():
     script = adopted()
-    script.language_says(3, RequestFailed(request_id="old-1", failure=BAD_KEPT))
+    script.now = 10.0
+    gone = RequestFailed(request_id="old-1", failure=BAD_KEPT)
+    script.language_says(3, gone)
+    [send] = script.sent(Submit)
+    assert (send.rank, send.message.keep_as, send.message.timeout_s) == (3, "order", 90.0)
+    assert not script.ends()
+    script.language_says(3, NeedItems(request_id="old-1", items=[1]))
+    assert [(assign.item, assign.attempt) for assign in script.assigned()] == [(1, 3)]
+    script.language_says(3, gone)
     assert [end.error.status for end in script.ends()] == [503]
     assert not script.sent(Cancel)
+
+
+def test_one_that_has_said_something_and_fails_has_failed():
+    script = adopted()
+    script.language_says(3, Tokens(request_id="old-1", index=0, token_ids=[5]))
+    script.language_says(3, RequestFailed(request_id="old-1", failure=BAD_KEPT))
+    assert [end.error.status for end in script.ends()] == [503]
+    assert not script.sent(Submit)

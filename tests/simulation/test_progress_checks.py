@@ -83,6 +83,7 @@ def test_late_news_of_other_things_are_no_excuse(cluster):
 
 def test_two_lost_links_of_one_rank_are_two_failures_and_its_death_takes_back_the_last(cluster):
     checks, key = cluster.hub.checks, ATTEMPT[:2]
+    checks._given[0].add("r0")
     for attempt in (1, 2):
         checks._attempts[key] = (attempt, checks._worker(0))
         lost = ItemLost(request_id="r0", item=0, attempt=attempt, reason="no link", dead_epoch=attempt)

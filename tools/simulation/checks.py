@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from qwen3vl_disagg.protocol.allocator import POOLS, BlockAllocator
-from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT
+from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT, Outgoing
 from qwen3vl_disagg.protocol.link_state import LinkState
-from qwen3vl_disagg.protocol.messages import Ack, Frame, Resume, Room
-from qwen3vl_disagg.protocol.session import DONE, HELD, IDLE, RECEIVING, WAITING, RequestSessions, Session
+from qwen3vl_disagg.protocol.messages import Ack, Frame, Nack, Resume, Room
+from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING, RequestSessions, Session
 from qwen3vl_disagg.protocol.session_events import Attempt, EncodeEvent, FrameIn, Receive, RowsReady, Tick
 from tools.simulation.payload import Payload
 from tools.simulation.world import Violation
@@ -43,7 +43,7 @@ def language_side(rank: Any) -> None:
     allocator = sessions.allocator
     _pools(rank)
     bounds = rank.bounds
-    num_held, now = 0, rank.world.now
+    num_held, now, is_waiting = 0, rank.world.now, False
     for request in sessions.requests.values():
         for session in request.sessions:
             state = session.state
@@ -58,10 +58,13 @@ def language_side(rank: Any) -> None:
                 raise Violation(
                     "I2", f"{session.key} waits for blocks of {session.quarantined_as}, which are in no use"
                 )
+            if state is GRANTED and _is_void(rank, session):
+                raise Violation("I11", f"{session.key} waits for the header of a grant over a link that is gone")
             if state is DONE and (session.room is not None or session.hold is not None):
                 raise Violation("I15", f"{session.key} is done and holds blocks")
             if state is IDLE or state is DONE:
                 continue
+            is_waiting = is_waiting or state is WAITING
             grant = session.grant
             if grant is not None:
                 low = session.received if state is not HELD else grant.row_start
@@ -69,13 +72,19 @@ def language_side(rank: Any) -> None:
                     raise Violation("I4", f"{session.key} received {session.received} of {grant.row_stop}")
             if state in bounds and session.deadline > now + bounds[state] and not _is_ending(rank, session):
                 raise Violation("I11", f"{session.key} is {state} until {session.deadline}, at {now}")
-    _nobody_waits_in_vain(rank)
+    if is_waiting:
+        _nobody_waits_in_vain(rank)
     if len(allocator.leases) != num_held:
         raise Violation("I2", f"{len(allocator.leases)} leases are owned, sessions hold {num_held}")
     num_quarantined = sum([len(leases) for leases in sessions.pending.values()])
     num_quarantined += sum([len(leases) for leases in sessions.recalled.values()])
     if len(allocator.quarantined) != num_quarantined:
         raise Violation("I2", f"{len(allocator.quarantined)} leases in quarantine, {num_quarantined} are accounted for")
+
+
+def _is_void(rank: Any, session: Session) -> bool:
+    link = rank.sessions.links.get(session.encode_rank)
+    return link is None or link.epoch != rank.granted_over.get(session.key)
 
 
 def _is_ending(rank: Any, session: Session) -> bool:
@@ -329,6 +338,35 @@ def may_start(rank: Any, attempt: Attempt) -> None:
     """I13: what is here, or on its way, is not encoded once more."""
     if attempt in rank.tasks or attempt in rank.encoded:
         raise Violation("I13", f"{attempt} is encoded again while its rows are here")
+
+
+def may_refuse(rank: Any, nack: Nack) -> None:
+    """I13: what is kept for a resume is there for it."""
+    if nack.key in rank.sessions.items:
+        raise Violation("I13", f"{nack.key} is refused though it is here")
+
+
+def as_due(rank: Any, attempt: Attempt) -> None:
+    """I16: no item begins before one that is due before it, unless that one's language rank has its share in memory."""
+    sessions = rank.sessions
+    begun = sessions.items.get(attempt)
+    for key in sessions.queue if begun is not None else ():
+        other = sessions.items[key]
+        if other.due < begun.due and (other.language_rank == begun.language_rank or _has_place(rank, other)):
+            raise Violation("I16", f"{attempt}, due at {begun.due}, begins before {key}, due at {other.due}")
+
+
+def _has_place(rank: Any, item: Outgoing) -> bool:
+    """Whether the share of the item's language rank has room for it. Not said where a link was lost just now: with it
+    places came free one after another."""
+    sessions = rank.sessions
+    if len(sessions.outlets) != rank.num_outlets:
+        return False
+    in_memory = (ENCODING, *_SENDING)
+    dues = [i.due for i in sessions.items.values() if i.language_rank == item.language_rank and i.state in in_memory]
+    most = sessions.limits.max_items
+    share = most if len(sessions.outlets) < 2 else -(-most // 2)
+    return sum(due <= item.due for due in dues) < share and len(dues) < share + sessions.limits.max_urgent
 
 
 def may_release(rank: Any, event: EncodeEvent, attempt: Attempt) -> None:

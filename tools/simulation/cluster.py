@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from qwen3vl_disagg.core.errors import UnavailableError
+from qwen3vl_disagg.core.errors import DisaggError, OverloadedError, TransferError, UnavailableError
 from qwen3vl_disagg.core.pooling import Pooling
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
+from qwen3vl_disagg.language.kept_answers import KEEP_S
 from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.messages import Frame, Leaving, LinkMessage, Message
 from qwen3vl_disagg.protocol.router import RouterLimits
@@ -22,6 +25,9 @@ from tools.simulation.language import SimLanguage
 from tools.simulation.payload import Names, Payload
 from tools.simulation.world import Channel, SimLink, Violation, World
 
+TIMEOUT_S = 80.0
+ASK_AFTER_S = (1.0, 1.0, 3.0, 10.0, KEEP_S + 10.0)
+"""Within one of these a client asks again; the last is too late."""
 LIMITS = SessionLimits(
     beat_s=2.0,
     suspend_s=2.0,
@@ -43,6 +49,9 @@ class Sizes:
     row_sizes: RowSizes
     router_limits: RouterLimits
     are_language_ranks_required: bool = False
+    keep_s: float = KEEP_S
+    encode_s: float = 0.3
+    """How long an item takes at most."""
 
 
 @dataclass
@@ -65,6 +74,8 @@ class Cluster:
         self.issued_at: dict[Attempt, float] = {}
         """When the hub gave an attempt out."""
         self.num_payload_rows = 0
+        self.num_asking = 0
+        """Clients that will ask again."""
         self._num_frames = 0
         self._decoder = msgspec.msgpack.Decoder(LinkMessage)
         self.encodes = [SimEncode(self, rank) for rank in range(self.sizes.num_encode)]
@@ -93,7 +104,7 @@ class Cluster:
         back = Channel(self.world, rank, hub, lambda message: hub.take(FromRank(role, rank.rank, message)))
         forth = Channel(self.world, hub, rank, rank.from_hub)
         rank.hub, rank.from_hub_channel = back, forth
-        hub.take(RankUp(role, rank.rank))
+        hub.take(RankUp(role, rank.rank, kept=() if isinstance(rank, SimEncode) else rank.offered))
         if isinstance(rank, SimEncode):
             rank.tell_links()
             if rank.is_leaving:
@@ -179,16 +190,27 @@ class Cluster:
     # ---- clients ----
 
     def submit(
-        self, request_id: str, rows: list[int], num_tokens: int, timeout_s: float, wrong: str | None, n: int = 1
-    ) -> None:
+        self,
+        name: str,
+        rows: list[int],
+        num_tokens: int,
+        timeout_s: float,
+        wrong: str | None,
+        n: int = 1,
+        *,
+        num_asks: int = 0,
+    ) -> str:
         """`wrong`: the first image is `bad`, or `poison`. `n`: answers. A request for one token is one for a vector in
-        its place."""
+        its place. With `num_asks` it is keyed, and asked so often at most. What the hub calls it."""
+        hub, keep_as = self.hub, name if num_asks else ""
+        kept = None if hub.is_dead else hub.router.kept_id(keep_as)
+        request_id = kept or (name if name not in self.clients else f"{name}.{num_asks}")
         pooling = Pooling() if num_tokens == 1 else None
         n = n if pooling is None else 1
         items = [
             VisualItem(
                 modality="image",
-                digest=wrong if wrong and index == 0 else f"{request_id}/{index}",
+                digest=wrong if wrong and index == 0 else f"{name}/{index}",
                 num_bytes=1,
                 grid=(1, 2, 2 * count),
                 num_rows=count,
@@ -208,13 +230,33 @@ class Cluster:
             lacks_vector=pooling is not None,
             tokens=dict.fromkeys(range(n), 0),
         )
+        if num_asks > 1:
+            again = partial(self.submit, name, rows, num_tokens, TIMEOUT_S, wrong, n, num_asks=num_asks - 1)
+            client.ask_again = partial(self._ask_again, again)
         self.clients[request_id] = client
         sampling = SamplingParams(max_new_tokens=num_tokens, n=n, pooling=pooling)
         if self.hub.is_dead:
             client.end(UnavailableError("nobody listens"))
         else:
             target_s = 2.0 * (len(self.clients) % 3)  # so that some pass those before them
-            self.hub.take(Admit(request_id, b"", sum(rows) + num_tokens, items, sampling, timeout_s, target_s))
+            num_all = sum(rows) + num_tokens
+            self.hub.take(Admit(request_id, b"", num_all, items, sampling, timeout_s, target_s, keep_as))
+        return request_id
+
+    def _ask_again(self, again: Callable[[], str], error: DisaggError) -> None:
+        """What is over for a reason of ours is asked for again."""
+        if not isinstance(error, (UnavailableError, OverloadedError, TransferError)):
+            return
+        delay = 0.6 + self.world.rng.choice(ASK_AFTER_S) * self.world.random()  # ranks are back, mostly
+        self.num_asking += 1
+        self.world.at(delay, None, self._ask_now, again)
+
+    def _ask_now(self, again: Callable[[], str]) -> None:
+        if self.hub.is_dead:  # nobody listens yet
+            self.world.at(1.0, None, self._ask_now, again)
+            return
+        self.num_asking -= 1
+        again()
 
     def abandon(self, request_id: str, sample: int | None = None) -> None:
         """The request, or one of its answers."""

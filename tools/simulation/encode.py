@@ -83,17 +83,21 @@ class SimEncode:
             Tell: self._tell,
         }
         self._event: EncodeEvent = Tick()
+        self.num_outlets = 0
+        """Before the event."""
 
     # ---- sessions ----
 
     def handle(self, event: EncodeEvent) -> None:
-        self._event = event
+        self._event, self.num_outlets = event, len(self.sessions.outlets)
         for action in self.sessions.handle(event, self.world.now):
             self._do[type(action)](action)  # type: ignore[operator]
         checks.encode_side(self)
 
     def _send_frame(self, action: SendFrame) -> None:
         self.cluster.check_wire(action.frame)
+        if isinstance(action.frame.body, Nack):
+            checks.may_refuse(self, action.frame.body)
         link = self.links.get(action.peer)
         if link is not None and link.epoch == action.frame.epoch:
             link.to_language.send(action.frame)
@@ -106,6 +110,7 @@ class SimEncode:
     def _start(self, action: StartEncode) -> None:
         attempt = action.attempt
         checks.may_start(self, attempt)
+        checks.as_due(self, attempt)
         self.visuals[attempt] = action.visual
         self.tasks.add(attempt)
         self._queue.append(action)
@@ -122,7 +127,7 @@ class SimEncode:
                 digest = self.inside[attempt] = visual.digest
                 self._is_alone = is_alone
                 self.tell(EncodingBegun(digest=digest))
-                seconds = (0.02 + 0.3 * self.world.random()) * self.slowness
+                seconds = (0.02 + self.cluster.sizes.encode_s * self.world.random()) * self.slowness
                 self.world.at(seconds, self, self._finish, attempt)
             self._queue.popleft()
 

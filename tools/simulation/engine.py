@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3vl_disagg.core.requests import RequestTimings, VisualItem
+from qwen3vl_disagg.language.request_book import Said
 from qwen3vl_disagg.protocol.allocator import Lease
-from qwen3vl_disagg.protocol.messages import Cancel, Finished, NeedItems, Submit, Tokens
-from qwen3vl_disagg.protocol.session_events import Attempt, Consumed, Expect, Recall, Returned
+from qwen3vl_disagg.protocol.messages import Finished, NeedItems, Submit, Tokens
+from qwen3vl_disagg.protocol.session_events import Attempt, Consumed, Recall, Returned
 from tools.simulation import checks
 
 MAX_RUNNING = 3
@@ -54,6 +55,8 @@ class _Sequence:
     waits_until: float = 0.0
     text_s: float = 0.0
     """How long the prompt's text takes, behind its rows."""
+    pace_s: float = 0.0
+    """How long a token takes at most, beside the step."""
     decodes_at: float = 0.0
     offsets: list[int] = field(init=False)
     """Of each item's first row, and of what is behind the last one."""
@@ -90,38 +93,25 @@ class _Sequence:
 
 
 class SimEngine:
-    """Steps take time. `requests`: what the loop knows of, with deadline and due time; `known`: what the engine
-    does."""
+    """Steps take time. `known`: the requests that it has."""
 
     def __init__(self, rank: Any) -> None:
         self.rank, self.world = rank, rank.world
-        self.requests: dict[str, tuple[list[VisualItem], float, float]] = {}
-        self.open: dict[str, set[int]] = {}
-        """Answers of these that have not ended."""
         self.known: dict[str, _Sequence] = {}
         self._commands: list[tuple[Callable[..., None], Any]] = []
         self._is_stepping = False
         self._said_at = 0.0
 
-    # ---- the loop ----
+    # ---- what the loop tells it ----
 
-    def submit(self, message: Submit) -> None:
-        now = self.world.now
-        self.requests[message.request_id] = (message.items, now + message.timeout_s, now + message.due_s)
-        self.open[message.request_id] = set(range(message.sampling.n))
+    def add(self, message: Submit) -> None:
         self._command(self._add, message)
 
-    def cancel(self, request_id: str) -> None:
-        self.requests.pop(request_id, None)
-        self._command(self._remove, request_id)
-
-    def forget(self, request_id: str, sample: int | None = None) -> None:
-        if sample is not None and request_id in self.requests and self.open[request_id] - {sample}:
-            self.open[request_id].discard(sample)
+    def cancel(self, request_id: str, sample: int | None) -> None:
+        if sample is None:
+            self._command(self._remove, request_id)
+        else:
             self._command(self._remove_answer, (request_id, sample))
-            return
-        self.cancel(request_id)
-        self.rank.handle(Cancel(request_id=request_id))
 
     def provide(self, window: Window) -> None:
         self._command(self._take_rows, window)
@@ -133,39 +123,10 @@ class SimEngine:
         self._commands.append((do, value))
         self._wake()
 
-    def _hear(self, request_id: str, do: Callable[..., None], *args: Any) -> None:
-        """Something of the engine, unless the request was cancelled meanwhile."""
-        if request_id in self.requests:
-            do(request_id, *args)
-
-    def _preempted(self, request_id: str) -> None:
-        items, deadline, due = self.requests[request_id]
-        self.rank.expect(Expect(request_id, items, [], deadline, due=due))
-
-    def _needed(self, request_id: str, lacking: list[int], firsts: list[int]) -> None:
-        items, deadline, due = self.requests[request_id]
-        self.rank.expect(Expect(request_id, items, lacking, deadline, firsts, due))
-        self.rank.tell(NeedItems(request_id=request_id, items=lacking, first_rows=firsts))
-
-    def _consumed(self, request_id: str, attempt: Attempt, rows: int) -> None:
-        self.rank.handle(Consumed(*attempt, rows))
-
-    def _token(self, request_id: str, sample: int, index: int) -> None:
-        self.rank.tell(Tokens(request_id=request_id, index=index, token_ids=[index], sample=sample))
-
-    def _finished(self, request_id: str, sample: int, vector: bytes) -> None:
-        timings = RequestTimings()
-        end = Finished(request_id=request_id, finish_reason="length", timings=timings, vector=vector, sample=sample)
-        self.rank.tell(end)
-        self.open[request_id].discard(sample)
-        if not self.open[request_id]:
-            del self.requests[request_id]
-            self.rank.handle(Cancel(request_id=request_id))
-
     # ---- the engine: what it is told ----
 
-    def _say(self, request_id: str, do: Callable[..., None], *args: Any) -> None:
-        self._post(self._hear, request_id, do, *args)
+    def _say(self, event: Said) -> None:
+        self._post(self.rank.hear, event)
 
     def _post(self, do: Callable[..., None], *args: Any) -> None:
         """The loop hears of it soon, but now and then it has other things to do first."""
@@ -175,7 +136,8 @@ class SimEngine:
 
     def _add(self, message: Submit) -> None:
         text_s = 10.0 * self.world.random() if self.world.random() < 0.3 else 0.0
-        self.known[message.request_id] = _Sequence(message, text_s=text_s)
+        pace_s = self.world.rng.choice((0.0, 2.0, 4.0)) if message.keep_as else 0.0
+        self.known[message.request_id] = _Sequence(message, text_s=text_s, pace_s=pace_s)
 
     def _remove(self, request_id: str) -> None:
         self.known.pop(request_id, None)
@@ -195,7 +157,7 @@ class SimEngine:
         if sequence is None or not sequence.is_admitted:
             return
         if window.stop <= sequence.next_row(item):
-            self._say(request_id, self._consumed, window.attempt, window.stop)
+            self._say(Consumed(*window.attempt, window.stop))
         elif window.start <= sequence.next_row(item):
             sequence.windows[item] = window
 
@@ -248,7 +210,7 @@ class SimEngine:
                 sequence.num_preempted += 1
                 patience = self.world.random() * self.world.random() if self.world.random() < 0.3 else 0.0
                 sequence.waits_until = self.world.now + patience
-                self._say(request_id, self._preempted)
+                self._post(self.rank.preempted, request_id)
                 self.world.at(patience, self.rank, self._wake)
 
     def _admit(self) -> None:
@@ -261,7 +223,8 @@ class SimEngine:
                 firsts = [sequence.first_row(item) for item in range(len(sequence.items))]
                 lacking = [item for item, first in enumerate(firsts) if first < sequence.items[item].num_rows]
                 if lacking:
-                    self._say(request_id, self._needed, lacking, [firsts[item] for item in lacking])
+                    firsts = [firsts[item] for item in lacking]
+                    self._say(NeedItems(request_id=request_id, items=lacking, first_rows=firsts))
 
     def _find(self, sequence: _Sequence) -> int:
         """How much of the prompt is in the prefix cache: up to any row. A bad image was never encoded."""
@@ -280,23 +243,33 @@ class SimEngine:
         self._wake()
 
     def _consume(self, sequence: _Sequence, window: Window) -> None:
-        request_id, item, number = window.attempt
+        _, item, number = window.attempt
         sequence.cached, sequence.attempts[item] = sequence.offset(item) + window.stop, number
         if sequence.cached == sequence.num_rows and sequence.text_s:
-            sequence.decodes_at = self.world.now + sequence.text_s
-            self.world.at(sequence.text_s, self.rank, self._wake)
+            self._decode_after(sequence, sequence.text_s)
         del sequence.windows[item]
-        self._say(request_id, self._consumed, window.attempt, window.stop)
+        self._say(Consumed(*window.attempt, window.stop))
+
+    def _decode_after(self, sequence: _Sequence, seconds: float) -> None:
+        sequence.decodes_at = self.world.now + seconds
+        self.world.at(seconds, self.rank, self._wake)
 
     def _give_tokens(self, sequence: _Sequence) -> None:
         """One to most of the answers: others may have been preempted."""
         request_id, sampling = sequence.submit.request_id, sequence.submit.sampling
+        if sequence.pace_s:
+            self._decode_after(sequence, sequence.pace_s * self.world.random())
         for sample, index in list(sequence.tokens.items()):
             if len(sequence.tokens) > 1 and self.world.random() < 0.3:
                 continue
             sequence.tokens[sample] += 1
             if sampling.pooling is None:
-                self._say(request_id, self._token, sample, index)
+                self._say(Tokens(request_id=request_id, index=index, token_ids=[index], sample=sample))
             if index + 1 == sampling.max_new_tokens:
                 self._remove_answer((request_id, sample))
-                self._say(request_id, self._finished, sample, b"" if sampling.pooling is None else VECTOR)
+                self._say(self._end_of(request_id, sample, b"" if sampling.pooling is None else VECTOR))
+
+    @staticmethod
+    def _end_of(request_id: str, sample: int, vector: bytes) -> Finished:
+        timings = RequestTimings()
+        return Finished(request_id=request_id, finish_reason="length", timings=timings, vector=vector, sample=sample)

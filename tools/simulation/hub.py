@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,9 +36,13 @@ class Client:
     is_ended: bool = False
     error: DisaggError | None = None
     is_abandoned: bool = False
+    ask_again: Callable[[DisaggError], None] | None = None
+    """Of one that does."""
 
     def end(self, error: DisaggError | None) -> None:
         self.is_ended, self.error = True, error
+        if error is not None and self.ask_again is not None and not self.is_abandoned:
+            self.ask_again(error)
 
 
 class SimHub:

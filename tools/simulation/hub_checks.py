@@ -7,15 +7,20 @@ from typing import Any
 
 from qwen3vl_disagg.core.errors import DeadlineError, DisaggError, InputError, OverloadedError, UnavailableError
 from qwen3vl_disagg.protocol.messages import (
+    Adopt,
     Assign,
     EncodingBegun,
     EncodingEnded,
     ItemFailed,
     ItemLost,
     Leaving,
+    Message,
+    RequestFailed,
     Stop,
+    Submit,
 )
 from qwen3vl_disagg.protocol.routing import Event, FromRank, RankDown, RankUp, Send
+from qwen3vl_disagg.protocol.session_events import Tick
 from tools.simulation.stays import Stays
 from tools.simulation.world import Violation
 
@@ -26,6 +31,7 @@ Key = tuple[str, int]
 Worker = tuple[int, int]
 """(encode rank, its incarnation)"""
 
+LOOK_S = 1.0
 UNHEARD_S = 9.0
 """How long the news that an attempt is over may be under way, if nothing before it is."""
 
@@ -49,11 +55,28 @@ class HubChecks:
         self._leaving: set[Worker] = set()
         self._told_to_go: set[Worker] = set()
         self._language: set[int] = set()
-        self._waiting, self._unattended, self._staying = (Stays(self.world) for _ in range(3))
+        self._given: dict[int, set[str]] = {}
+        """To each language rank since it is here: requests."""
+        self._offers: dict[str, tuple[int, str]] = {}
+        """Name -> the language rank that has such a request, and the request."""
+        self._names: set[str] = set()
+        """Under which something was ever offered."""
+        self._adopting: set[str] = set()
+        """Of which their language rank has said nothing yet."""
+        self._gone: str | None = None
+        """One of them that has to begin anew."""
+        self._failed_on: dict[Key, set[Worker]] = defaultdict(set)
+        self._event: Event = Tick()
+        self._waits: dict[str, float] = {}
+        """How long each request has waited for encode ranks, at the last look."""
+        self._waiting, self._unserved, self._unattended, self._staying = (Stays(self.world) for _ in range(4))
 
     # ---- the ledger ----
 
     def heard(self, event: Event) -> None:
+        self._event = event
+        if isinstance(event, FromRank) and event.role == "language" and event.rank in self._given:
+            self._heard_of_language(event.rank, event.message)
         match event:
             case RankUp(role="encode"):
                 self._down(event.rank)
@@ -68,14 +91,20 @@ class HubChecks:
                 if message.is_well:
                     self._suspects.pop(message.digest, None)
             case RankUp(role="language"):
+                self._language_down(event.rank)
                 self._language.add(event.rank)
+                self._given[event.rank] = set()
+                self._offers |= {kept.name: (event.rank, kept.request_id) for kept in event.kept}
+                self._names |= {kept.name for kept in event.kept}
             case RankDown(role="language"):
-                self._language.discard(event.rank)
+                self._language_down(event.rank)
             case FromRank(message=ItemFailed() | ItemLost() as message):
                 key = (message.request_id, message.item)
                 attempt, worker = self._attempts.get(key, (0, (-1, 0)))
                 if attempt == message.attempt:
                     self._failed[key].add(attempt)
+                    if self._is_encoding(key, attempt):
+                        self._failed_on[key].add(worker)
                     if isinstance(message, ItemLost) and message.dead_epoch > 0:
                         self._lost_with[key, worker] = attempt
             case FromRank(role="encode", message=Leaving()):
@@ -84,6 +113,9 @@ class HubChecks:
     def _down(self, rank: int) -> None:
         """A death is nobody's failure, also when the news of a lost link came before. What was under way is suspected;
         one that leaves was killed by nothing."""
+        for key, (attempt, worker) in self._attempts.items():
+            if worker == self._worker(rank) and self._is_encoding(key, attempt):
+                self._failed_on[key].add(worker)
         under_way = +self._under_way_at.pop(rank, Counter())
         for digest in under_way if self._worker(rank) not in self._leaving else ():
             self._suspects[digest] = self._suspects.get(digest, 0) + (len(under_way) == 1)
@@ -92,6 +124,26 @@ class HubChecks:
             if worker == self._worker(rank):
                 self._failed[key].discard(attempt)
                 del self._lost_with[key, worker]
+
+    def _heard_of_language(self, rank: int, message: Message) -> None:
+        """I17: of what it was given, or is adopted; and what turns out to be gone begins anew."""
+        request_id = getattr(message, "request_id", None)
+        if request_id is not None and request_id not in self._given[rank]:
+            raise Violation("I17", f"{type(message).__name__} of {request_id}, which was not adopted")
+        if request_id in self._adopting:
+            self._adopting.discard(request_id)
+            if isinstance(message, RequestFailed) and request_id in self.hub.router._requests:
+                self._gone = request_id
+
+    def _is_encoding(self, key: Key, attempt: int) -> bool:
+        request = self.hub.router._requests.get(key[0])
+        item = None if request is None else request.items[key[1]]
+        return item is not None and item.state == "encoding" and item.attempt == attempt
+
+    def _language_down(self, rank: int) -> None:
+        self._language.discard(rank)
+        self._given.pop(rank, None)
+        self._offers = {name: offer for name, offer in self._offers.items() if offer[0] != rank}
 
     def _worker(self, rank: int) -> Worker:
         return rank, self._incarnations.get(rank, 0)
@@ -108,18 +160,54 @@ class HubChecks:
                 raise Violation("I15", f"{key} is given to encode rank {message.encode_rank}, which wants to leave")
             if message.is_alone != (digest in self._suspects):
                 raise Violation("I11", f"{key} is tried alone: {message.is_alone}; suspected are {self._suspects}")
+            self._is_fresh(key, worker, action.rank)
             self._attempts[key] = (message.attempt, worker)
             self.hub.cluster.issued_at[(*key, message.attempt)] = self.world.now
+        elif isinstance(message, Submit):
+            self._given[action.rank].add(message.request_id)
+            self._gone = None if self._gone == message.request_id else self._gone
+            offer = self._offers.pop(message.keep_as, None)
+            if offer is not None and self.hub.cluster.languages[offer[0]].kept_checks.has(offer[1]):
+                raise Violation("I17", f"{message.request_id} is computed again; language rank {offer[0]} has it")
+        elif isinstance(message, Adopt):
+            self._given[action.rank].add(message.request_id)
+            self._adopted(message.request_id, self.hub.cluster.languages[action.rank])
+            self._adopting.add(message.request_id)
         elif isinstance(message, Stop):
             under_way = self._under_way(action.rank)
             self._told_to_go.add(self._worker(action.rank))
             if self._worker(action.rank) not in self._leaving or under_way:
                 raise Violation("I13", f"encode rank {action.rank} may go, and {under_way} are still to come from it")
 
+    def _adopted(self, request_id: str, language: Any) -> None:
+        """I10: attempts at its items go on behind those that its language rank knows."""
+        if (language.rank, request_id) not in self._offers.values():
+            raise Violation(
+                "I17", f"{request_id} is adopted from language rank {language.rank}, which has not offered it"
+            )
+        self._offers = {name: offer for name, offer in self._offers.items() if offer[1] != request_id}
+        request = language.sessions.requests.get(request_id)
+        for session in () if request is None else request.sessions:
+            self._attempts[request_id, session.item] = (session.attempt, (-1, 0))
+
+    def _is_fresh(self, key: Key, worker: Worker, language_rank: int) -> None:
+        """I11: another try is another encode rank's, if there is one."""
+        if worker in self._failed_on[key]:
+            others = {self._worker(rank) for rank in self.hub.router._attempts.linked(language_rank)}
+            if others - self._failed_on[key]:
+                raise Violation("I11", f"{key} goes to {worker}, which has failed on it, and not to {others}")
+
     def after(self, event: Event) -> None:
-        """I11: without a rank that has a part of the experts nothing runs; what a dead encode rank had to do is at
+        """I17: what is offered is what those offer that are here.
+
+        I11: without a rank that has a part of the experts nothing runs; what a dead encode rank had to do is at
         another one, or waits for one."""
         router = self.hub.router
+        if self._gone is not None:
+            raise Violation("I17", f"{self._gone} is gone, and is not begun anew")
+        for name in self._names:
+            if router.kept_id(name) != self._offers.get(name, (0, None))[1]:
+                raise Violation("I17", f"{router.kept_id(name)} is called {name}, offered are {self._offers}")
         missing = router.required - self._language
         if missing and router.num_requests:
             raise Violation("I11", f"{router.num_requests} requests run without language ranks {missing}")
@@ -147,12 +235,20 @@ class HubChecks:
             deaths = max(self._suspects.get(digest, 0) for digest in self.hub.cluster.clients[request_id].digests)
             if deaths < self.hub.router.limits.max_deaths:
                 raise Violation("I11", f"{request_id} is refused after {deaths} deaths that it was alone with")
+        if isinstance(error, DeadlineError) and self.world.now < self.hub.cluster.clients[request_id].deadline:
+            raise Violation("I11", f"{request_id} is late before its deadline")
+        waited_s = self._waits.get(request_id, 0.0)
+        is_unserved = isinstance(error, UnavailableError) and isinstance(self._event, Tick)
+        if is_unserved and waited_s < self.hub.router.limits.encode_wait_s - 2 * LOOK_S:
+            raise Violation("I11", f"{request_id} ended with {error!r} after {waited_s} s")
         is_given_up = error is not None and not isinstance(error, _NO_FAILURE_OF_AN_ITEM)
         if is_given_up and max(failures, default=0) < self.hub.router.limits.max_attempts:
             raise Violation("I11", f"{request_id} ended with {error!r} after {failures} failures of its items")
         for key in [key for key in self._attempts if key[0] == request_id]:
             del self._attempts[key]
             self._failed.pop(key, None)
+            self._failed_on.pop(key, None)
+        self._adopting.discard(request_id)
 
     # ---- the clocks ----
 
@@ -167,12 +263,17 @@ class HubChecks:
         num_waiting = hub.cluster.num_waiting
         if sum(num_waiting) > limits.max_waiting and len(num_waiting) > 1:  # one request alone always fits
             raise Violation("I12", f"{num_waiting} answers of requests wait, {limits.max_waiting} may")
-        waiting, unattended = self._waiting.look(now), self._unattended.look(now)
+        waiting, unattended, unserved = (s.look(now) for s in (self._waiting, self._unattended, self._unserved))
+        self._waits = {}
         for request_id, request in hub.router._requests.items():
             for index, item in enumerate(request.items):
                 key = (request_id, index, item.attempt)
-                if item.state == "waiting" and waiting.stay(key) > limits.encode_wait_s:
-                    raise Violation("I11", f"{key} waits for an encode rank without end")
+                if item.state == "waiting":
+                    self._waits[request_id] = max(self._waits.get(request_id, 0.0), waiting.stay(key))
+                    if self._waits[request_id] > limits.encode_wait_s:
+                        raise Violation("I11", f"{key} waits for an encode rank without end")
+                    if hub.router._attempts.linked(request.language_rank) and unserved.stay(key) > 0:
+                        raise Violation("I11", f"{key} waits for an encode rank, and there is one")
                 if item.failures > len(self._failed.get(key[:2], ())):
                     raise Violation("I11", f"{item.failures} failures of {key}, there were {self._failed[key[:2]]}")
                 if item.state != "encoding" or hub.cluster.is_at_work(key):
@@ -186,4 +287,5 @@ class HubChecks:
                 raise Violation("I15", f"encode rank {worker[0]} wants to leave, and is not told that it may")
         staying.done()
         waiting.done()
+        unserved.done()
         unattended.done()

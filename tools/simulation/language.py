@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen3vl_disagg.language.request_book import RequestBook, Said
 from qwen3vl_disagg.protocol import layout
 from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.messages import (
     Ack,
+    Adopt,
     Assign,
     Cancel,
     Frame,
     ItemLost,
+    KeptRequest,
     Message,
-    RequestFailed,
     Room,
     Submit,
 )
@@ -36,6 +38,7 @@ from qwen3vl_disagg.protocol.session_events import (
 )
 from tools.simulation import checks, progress_checks
 from tools.simulation.engine import SimEngine, Window
+from tools.simulation.kept_checks import KeptChecks
 from tools.simulation.payload import Payload, run_digests
 from tools.simulation.progress_checks import language_bounds
 from tools.simulation.stays import Stays
@@ -60,6 +63,10 @@ class SimLanguage:
         self.hub: Channel | None = None
         self.from_hub_channel: Channel | None = None
         self.engine = SimEngine(self)
+        self.book = RequestBook(self.engine.cancel, self._to_sessions, self.tell, keep_s=sizes.keep_s)
+        self.kept_checks = KeptChecks(self)
+        self.offered: list[KeptRequest] = []
+        """To the next hub, as it was when the last one was lost."""
         self.asked: dict[tuple[str, int], int] = {}
         """(request, item) -> the first row that the engine asked for last; none for an item that it does not lack"""
         self.progress: dict[tuple[str, int], tuple[int, int]] = {}
@@ -71,6 +78,8 @@ class SimLanguage:
         self.num_broken: dict[Attempt, int] = {}
         """Payloads of an attempt that broke since rows came last."""
         self.stays, self.bounds = Stays(self.world), language_bounds(cluster.limits)
+        self.granted_over: dict[Attempt, int] = {}
+        """Epoch of the link over which an attempt's last grant went."""
         self.epochs: dict[Attempt, int] = {}
         """Of the link over which an attempt's last payload comes."""
         self._acked: set[Attempt] = set()
@@ -92,7 +101,10 @@ class SimLanguage:
             self._do[type(action)](action)  # type: ignore[operator]
         checks.language_side(self)
 
-    def expect(self, event: Expect) -> None:
+    def _to_sessions(self, event: LanguageEvent) -> None:
+        (self._expect if isinstance(event, Expect) else self.handle)(event)  # type: ignore[arg-type]
+
+    def _expect(self, event: Expect) -> None:
         """What the engine needs from now on; what was before is over."""
         firsts = dict(zip(event.lacking, event.first_rows, strict=True))
         for item in range(len(event.items)):
@@ -109,6 +121,7 @@ class SimLanguage:
         if isinstance(body, Ack):
             self._acked.add(body.key)
         elif isinstance(body, Room):
+            self.granted_over[body.key] = action.frame.epoch
             checks.granted(self, body)
         link = self.links.get(action.peer)
         if link is not None and link.epoch == action.frame.epoch:
@@ -133,9 +146,10 @@ class SimLanguage:
         attempt = grant.key
         if is_broken:
             self.num_broken[attempt] = self.num_broken.get(attempt, 0) + 1
+        was_awaited = self.sessions.find(*attempt) is not None
         self.handle(PayloadEnd(*attempt, job.encode_rank, job.epoch, error, is_broken))
         if is_broken:
-            progress_checks.gives_up(self, attempt)
+            progress_checks.gives_up(self, attempt, was_awaited)
 
     def payload_broke(self, link: SimLink, job: Receive) -> None:
         """The receive ran into its timeout; some of the rows may have been written before."""
@@ -204,13 +218,25 @@ class SimLanguage:
         self.world.at(0.0, self, self.engine.recall, action)
 
     def _tell(self, action: Tell) -> None:
-        match message := action.message:
-            case ItemLost():
-                self._jobs.pop(message.key, None)
-                self.progress.pop((message.request_id, message.item), None)
-            case RequestFailed():
-                self.engine.cancel(message.request_id)
-        self.tell(message)
+        message = action.message
+        if isinstance(message, ItemLost):
+            progress_checks.has_no_link(self, message)
+            self._jobs.pop(message.key, None)
+            self.progress.pop((message.request_id, message.item), None)
+        self.kept_checks.of_sessions(message)
+        self.book.of_sessions(message, self.world.now)
+
+    # ---- the engine ----
+
+    def hear(self, event: Said) -> None:
+        if event.request_id not in self.kept_checks.entries:
+            self.book.hear(event, self.world.now)
+            return
+        with self.kept_checks.hearing(event):
+            self.book.hear(event, self.world.now)
+
+    def preempted(self, request_id: str) -> None:
+        self.book.preempted(request_id)
 
     # ---- links ----
 
@@ -267,24 +293,46 @@ class SimLanguage:
                 channel.is_open = False
 
     def tell(self, message: Message) -> None:
+        self.kept_checks.told(message)
         if self.hub is not None:
             self.hub.send(message)
 
     def from_hub(self, message: Message) -> None:
-        if isinstance(message, Submit):
-            self.engine.submit(message)
-        elif isinstance(message, Assign):
-            self.handle(message)
-        elif isinstance(message, Cancel):
-            self.engine.forget(message.request_id, message.sample)
+        now, checks_of_kept = self.world.now, self.kept_checks
+        match message:
+            case Submit():
+                checks_of_kept.begun(message)
+                self.book.begin(message, now)
+                self.engine.add(message)
+            case Adopt():
+                with checks_of_kept.adopting(message):
+                    self.book.adopt(message, now)
+            case Assign():
+                self.handle(message)
+            case Cancel(sample=None):
+                checks_of_kept.forgotten(message.request_id)
+                self.book.forget(message.request_id)
+            case Cancel(sample=int(sample)):
+                checks_of_kept.cut(message.request_id, sample)
+                self.book.forget_answer(message.request_id, sample, now)
 
     def lost_hub(self) -> None:
-        for request_id in list(self.engine.requests):
-            self.engine.forget(request_id)
+        self.kept_checks.losing_hub()
+        self.book.hub_lost(self.world.now)
+        self.kept_checks.lost_hub()
+        self.offered = self.book.offer(self._attempts)
+        self.kept_checks.offers(self.offered)
+
+    def _attempts(self, request_id: str) -> list[int]:
+        """As the server of links does it."""
+        request = self.sessions.requests.get(request_id)
+        return [] if request is None else [session.attempt for session in request.sessions]
 
     def tick(self) -> None:
         self.handle(Tick())
+        self.book.look(self.world.now)
         progress_checks.language_on_time(self)
+        self.kept_checks.on_time()
         self.world.at(1.0, self, self.tick)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-INVARIANTS = (*(f"I{number}" for number in range(1, 17)), "wire", "raised")
+INVARIANTS = (*(f"I{number}" for number in range(1, 18)), "wire", "raised")
 """What a violation can name: those of the protocol; that only typed frames cross a border; that a machine raised."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, QUEUED, READY, SENDING, SENT
-from qwen3vl_disagg.protocol.messages import Frame
+from qwen3vl_disagg.protocol.messages import Frame, ItemLost
 from qwen3vl_disagg.protocol.session import GRANTED, IDLE, RECEIVING, WAITING
 from qwen3vl_disagg.protocol.session_events import Attempt, SessionLimits
 from tools.simulation.stays import Stays
@@ -47,7 +47,7 @@ def language_on_time(rank: Any) -> None:
         for link in rank.links.values():
             _is_heard(link.to_encode, now, sessions.limits)
     for request_id, request in sessions.requests.items():
-        if rank.engine.requests[request_id][1] <= now:
+        if rank.book.running[request_id].deadline <= now:
             raise Violation("I11", f"{request_id} is past its deadline")
         for session in request.sessions:
             state = session.state
@@ -99,11 +99,22 @@ def _is_heard(way: Channel, now: float, limits: SessionLimits) -> None:
         raise Violation("I11", f"nothing was said on a link for {now - way.said_at:.1f} s")
 
 
-def gives_up(rank: Any, attempt: Attempt) -> None:
-    """I11: an attempt whose payloads break again and again is over."""
+def gives_up(rank: Any, attempt: Attempt, was_awaited: bool) -> None:
+    """I11: an attempt whose payloads break again and again is over, and no other one."""
     session = rank.sessions.find(*attempt)
+    if was_awaited and session is None and rank.num_broken[attempt] < MAX_BROKEN:
+        raise Violation("I11", f"{attempt} is given up after {rank.num_broken[attempt]} payloads broke")
     if rank.num_broken[attempt] >= MAX_BROKEN and session is not None and session.is_under_way:
         raise Violation("I11", f"{rank.num_broken[attempt]} payloads of {attempt} broke, and it goes on")
+
+
+def has_no_link(rank: Any, lost: ItemLost) -> None:
+    """I11: what is given up for want of a link has none."""
+    request = rank.sessions.requests.get(lost.request_id)
+    if lost.dead_epoch > 0 and request is not None:
+        encode_rank = request.sessions[lost.item].encode_rank
+        if encode_rank in rank.sessions.links:
+            raise Violation("I11", f"{lost.key} is given up for want of a link to {encode_rank}, which is there")
 
 
 def last_acks_come_again(rank: Any, link: SimLink, acked: set[Attempt]) -> None:

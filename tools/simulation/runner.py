@@ -13,8 +13,10 @@ from qwen3vl_disagg.protocol import encode_sessions, session
 from tools.simulation import (
     mutants_of_deadlines,
     mutants_of_invariants,
+    mutants_of_kept,
     mutants_of_others,
     mutants_of_partial_items,
+    mutants_of_review,
     mutants_of_routing,
 )
 from tools.simulation.mutants import MUTANTS, planted
@@ -24,8 +26,10 @@ from tools.simulation.world import FAULTS
 MODULES = (
     mutants_of_deadlines,
     mutants_of_invariants,
+    mutants_of_kept,
     mutants_of_others,
     mutants_of_partial_items,
+    mutants_of_review,
     mutants_of_routing,
 )
 """Each registers its bugs when it is imported."""

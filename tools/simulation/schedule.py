@@ -9,18 +9,20 @@ from random import Random
 import msgspec
 
 from qwen3vl_disagg.core.errors import InputError, OverloadedError
+from qwen3vl_disagg.language.kept_answers import KEEP_S
 from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.router import RouterLimits
 from tools.simulation import faults as fault
-from tools.simulation.cluster import LIMITS, Cluster, Sizes
+from tools.simulation.cluster import ASK_AFTER_S, LIMITS, TIMEOUT_S, Cluster, Sizes
 from tools.simulation.hub import Client
+from tools.simulation.kept_checks import GIVE_UP_S
 from tools.simulation.world import FAULTS, RANK_FAULTS, SILENCE_S, Violation, World
 
 SETTLE_S = 30.0
 """After the last fault: long enough for every timeout and reconnection."""
 DRAIN_S = 15.0
 """After the longest lease: nothing that has not ended by then would end before its request's time is over."""
-TIMEOUT_S = 80.0
+MANY_TOKENS = 12
 AWAY_S = 20.0
 """Longer than an item waits for an encode rank."""
 _STRIKES = frozenset(RANK_FAULTS) - {"allocation", "poison"}
@@ -59,11 +61,15 @@ class _Plan:
     until: float
     """When faults stop."""
     num_late: int
+    are_kept: bool
+    """Whether some clients ask again, and language ranks keep what they have said."""
 
 
 def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
     world = World(rng, frozenset(), 0.0, 0.0)
-    has_faults = rng.random() < 0.8
+    luck = rng.random()
+    has_faults, are_kept = luck < 0.8, luck < 0.2
+    is_fragile, is_crowded = 0.7 <= luck < 0.75, 0.75 <= luck < 0.8
     if has_faults:
         count = rng.choice((1, 1, 2, 3, len(FAULTS)))
         world.faults = frozenset(rng.sample(FAULTS, count))
@@ -73,11 +79,19 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
     is_tight = has_faults and rng.random() < 0.25
     if is_tight:
         world.faults |= {"kill-encode", "break"}
+    # In others answers are kept, and hubs die.
+    if are_kept:
+        world.faults |= {"kill-hub"} | rng.choice((set(), {"kill-language"}, {"partition"}))
+    # In some many payloads of an item break, in some the encode rank has many items to choose from.
+    if is_fragile:
+        world.faults, world.faults_until, world.rate = world.faults | {"allocation"}, 8.0, 0.15
     block_size = rng.randint(1, 3)
     blocks = 1 if is_tight else rng.choice((1, 1, 2, 3, 4, 8))
+    if is_fragile or is_crowded:
+        block_size, blocks = (1, 1) if is_fragile else (3, 8)
     levels = rng.choice((0, 1, 1, 1))
     sizes = Sizes(
-        num_encode=rng.randint(1 + is_tight, 3),
+        num_encode=1 if is_crowded else rng.randint(1 + is_tight, 3),
         num_language=rng.randint(1, 2),
         block_size=block_size,
         blocks=blocks,
@@ -88,21 +102,26 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
             max_waiting=rng.choice((2, 64, 64, 64)), encode_wait_s=15.0, max_deaths=rng.randint(1, 3)
         ),
         are_language_ranks_required=rng.random() < 0.25,
+        encode_s=1.0 if is_crowded else 0.3,
+        keep_s=rng.choice((4.0, 4.0, 20.0, KEEP_S)) if are_kept else KEEP_S,
     )
-    memory = rng.choice((1, 2, 8))
+    memory = 1 if is_crowded else rng.choice((1, 2, 8))
     limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory, max_urgent=1)
     cluster = Cluster(world, sizes, limits, preemption=rng.choice((0.0, 0.05, 0.2)))
-    plan = _Plan(has_faults, world.faults_until, 2)
+    plan = _Plan(has_faults, world.faults_until, 2, are_kept)
     start = 0.3
-    for number in range(rng.randint(2, 7)):
-        world.at(start + 4.0 * rng.random() * rng.random(), None, _submit, cluster, f"r{number}", True)
+    for number in range(rng.randint(2, 7) + 4 * is_crowded):
+        world.at(start + 4.0 * rng.random() * rng.random(), None, _submit, cluster, f"r{number}", True, are_kept)
     if has_faults:
         for _ in range(rng.randint(1, 6) + 4 * is_tight):
             world.at(start + plan.until * rng.random(), None, _strike, cluster)
+    for _ in range(rng.randint(1, 3) if are_kept else 0):
+        seconds = rng.choice((0.1, 0.6, 2.0))
+        world.at(start + plan.until * rng.random(), None, fault.kill_hub, cluster, seconds)
     return world, cluster, plan
 
 
-def _submit(cluster: Cluster, request_id: str, may_fail: bool) -> None:
+def _submit(cluster: Cluster, name: str, may_fail: bool, may_be_kept: bool = False) -> None:
     rng = cluster.world.rng
     rows = [rng.randint(1, 9) for _ in range(rng.choice((0, 1, 1, 2, 3)))]
     wrong = None
@@ -112,10 +131,13 @@ def _submit(cluster: Cluster, request_id: str, may_fail: bool) -> None:
         wrong = "poison"
     has_faults = may_fail and bool(cluster.world.faults)
     timeout_s = rng.choice((TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, 2.5, 6.0)) if has_faults else TIMEOUT_S
-    n = rng.choice((1, 1, 2, 3))
-    cluster.submit(request_id, rows, rng.randint(1, 3), timeout_s, wrong, n)
-    if may_fail and rng.random() < 0.12:
-        sample = None if rng.random() < 0.5 else rng.randrange(n)
+    n, num_tokens, num_asks = rng.choice((1, 1, 2, 3)), rng.randint(1, 3), 0
+    if may_be_kept and rng.random() < 0.85:
+        timeout_s = rng.choice((timeout_s, 8.0, 15.0))
+        num_tokens, num_asks = rng.choice((num_tokens, MANY_TOKENS, MANY_TOKENS)), rng.randint(2, 3)
+    request_id = cluster.submit(name, rows, num_tokens, timeout_s, wrong, n, num_asks=num_asks)
+    if may_fail and rng.random() < (0.4 if num_asks and n > 1 else 0.12):
+        sample = None if rng.random() < (0.1 if num_asks else 0.5) else rng.randrange(n)
         cluster.world.at(2.0 * rng.random(), None, cluster.abandon, request_id, sample)
 
 
@@ -163,7 +185,8 @@ def _strike(cluster: Cluster) -> None:
 def _run(world: World, cluster: Cluster, plan: _Plan) -> None:
     """Requests under faults; then all must end; then, on the healed cluster, every new one must be answered."""
     world.run(6.0)
-    _run_until_ended(world, cluster, cluster.clients, world.now + TIMEOUT_S + SETTLE_S)
+    again_s = 2 * (TIMEOUT_S + max(ASK_AFTER_S)) if plan.are_kept else 0.0
+    _run_until_ended(world, cluster, cluster.clients, world.now + TIMEOUT_S + SETTLE_S + again_s)
     if not plan.has_faults:
         _check_all_answered(cluster.clients)
     world.run(max(world.now, plan.until + SETTLE_S if plan.has_faults else 0.0))
@@ -176,11 +199,11 @@ def _run(world: World, cluster: Cluster, plan: _Plan) -> None:
     clients = {name: cluster.clients[name] for name in late}
     _run_until_ended(world, cluster, clients, world.now + TIMEOUT_S)
     _check_all_answered(clients)
-    _check_drained(world, cluster)
+    _check_drained(world, cluster, plan)
 
 
 def _run_until_ended(world: World, cluster: Cluster, clients: dict[str, Client], limit: float) -> None:
-    while not all(client.is_ended for client in clients.values()):
+    while cluster.num_asking or not all(client.is_ended for client in clients.values()):
         if world.now > limit:
             waiting = [name for name, client in clients.items() if not client.is_ended]
             raise Violation("I11", f"{waiting} never ended")
@@ -196,13 +219,13 @@ def _check_all_answered(clients: dict[str, Client]) -> None:
             raise Violation("I11", f"{name} ended with {client.error!r} though nothing was wrong")
 
 
-def _check_drained(world: World, cluster: Cluster) -> None:
+def _check_drained(world: World, cluster: Cluster, plan: _Plan) -> None:
     """I15: after a drain all pools are full and all tables empty. That a request has ended is news, and takes time."""
-    limit = world.now + cluster.limits.lease_s + DRAIN_S
+    limit = world.now + max(cluster.limits.lease_s, KEEP_S if plan.are_kept else 0.0) + DRAIN_S
     while True:
         ranks: list[fault.SimRank] = [*cluster.encodes, *cluster.languages]
         busy = [rank for rank in ranks if not rank.sessions.is_idle]
-        known = [name for rank in cluster.languages for name in (*rank.engine.known, *rank.engine.requests)]
+        known = [name for rank in cluster.languages for name in (*rank.engine.known, *rank.book.running)]
         if not busy and not known and not any(encode.encoded or encode.tasks for encode in cluster.encodes):
             break
         if world.now > limit:
@@ -211,5 +234,10 @@ def _check_drained(world: World, cluster: Cluster) -> None:
                 "I15", f"{len(busy)} ranks are not idle after the drain; encode items {states}; requests {known} known"
             )
         world.run(world.now + 1.0)
+    if plan.are_kept:
+        world.run(world.now + KEEP_S + GIVE_UP_S)
+        kept = [offer for rank in cluster.languages for offer in rank.book.offer(lambda _: [])]
+        if kept:
+            raise Violation("I17", f"{kept} are still kept")
     if cluster.hub.router.num_requests:
         raise Violation("I15", f"the router still has {cluster.hub.router.num_requests} requests")
