@@ -27,7 +27,7 @@ class _Ends(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Whereabouts:
     start: int
     num_bytes: int
     written_at: float
@@ -40,7 +40,7 @@ class AnswerStore:
         self._size = num_bytes
         self._memory = mmap.mmap(-1, ctypes.sizeof(_Ends) + num_bytes)
         self._ends = _Ends.from_buffer(self._memory)
-        self._places: dict[bytes, _Place] = {}
+        self._places: dict[bytes, _Whereabouts] = {}
 
     def read_all(self) -> None:
         """Find what an earlier process has left."""
@@ -48,7 +48,7 @@ class AnswerStore:
         at = int(self._ends.start)
         while at < int(self._ends.stop):
             num_bytes, written_at, key = _HEAD.unpack(self._bytes(at, _HEAD.size))
-            self._places[key] = _Place(at, num_bytes, written_at)
+            self._places[key] = _Whereabouts(at, num_bytes, written_at)
             at += num_bytes
 
     def put(self, key: bytes, value: bytes) -> bool:
@@ -66,7 +66,7 @@ class AnswerStore:
         now = time.monotonic()
         self._write(stop, _HEAD.pack(num_bytes, now, key) + value)
         self._ends.stop = stop + num_bytes  # after all of it is there
-        self._places[key] = _Place(stop, num_bytes, now)
+        self._places[key] = _Whereabouts(stop, num_bytes, now)
         return True
 
     def get(self, key: bytes) -> bytes | None:

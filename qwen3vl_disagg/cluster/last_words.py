@@ -147,7 +147,7 @@ class Held:
 
 
 @dataclass
-class _Kept:
+class _HeldConnection:
     descriptor: int
     number: int = 0
     words: bytes = b""
@@ -188,7 +188,7 @@ class _Speaker:
 
     def __init__(self) -> None:
         self._flags: mmap.mmap | None = None
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[int, _HeldConnection] = {}
 
     def take(self, sock: socket.socket) -> bool:
         """One message; whether there may be more."""
@@ -204,7 +204,7 @@ class _Speaker:
         if kind in (_HOLD, _RELEASE) and index in self._kept:
             os.close(self._kept.pop(index).descriptor)
         if kind == _HOLD and descriptors:
-            self._kept[index] = _Kept(descriptors[0])
+            self._kept[index] = _HeldConnection(descriptors[0])
         elif kind == _SAY and index in self._kept:
             kept = self._kept[index]
             kept.number, kept.words = number, message[_HEAD.size :]

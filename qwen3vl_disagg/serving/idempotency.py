@@ -47,7 +47,7 @@ class _Stored(msgspec.Struct, array_like=True):
 
 
 @dataclass
-class _Record:
+class _Recording:
     """A request that is running, and all that it has sent."""
 
     messages: list[Message] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Idempotency:
 
     def __init__(self, app: ASGIApp, store: AnswerStore, limits: Limits) -> None:
         self._app, self._store, self._limits = app, store, limits
-        self._running: dict[bytes, _Record] = {}
+        self._running: dict[bytes, _Recording] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_bytes = 0
         store.read_all()
@@ -110,7 +110,7 @@ class Idempotency:
     async def _begin(self, identity: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         if self._num_bytes > MAX_RECORDED_BYTES:
             raise UnavailableError(f"too many answers to requests with {HEADER} are being made")
-        record = self._running[identity] = _Record(num_listeners=1)
+        record = self._running[identity] = _Recording(num_listeners=1)
         task = asyncio.create_task(self._run(identity, record, scope, receive))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -121,7 +121,7 @@ class Idempotency:
         finally:
             self._left(record)
 
-    async def _run(self, identity: bytes, record: _Record, scope: Scope, receive: Receive) -> None:
+    async def _run(self, identity: bytes, record: _Recording, scope: Scope, receive: Receive) -> None:
         hashed = hashlib.sha256()
 
         async def body() -> Message:
@@ -157,7 +157,7 @@ class Idempotency:
                 self._store.put(identity, msgspec.msgpack.encode(stored))
             record.tell()
 
-    def _left(self, record: _Record) -> None:
+    def _left(self, record: _Recording) -> None:
         record.num_listeners -= 1
 
         def look() -> None:
@@ -169,7 +169,7 @@ class Idempotency:
 
     # ---- the others ----
 
-    async def _join(self, record: _Record, receive: Receive, send: Send) -> None:
+    async def _join(self, record: _Recording, receive: Receive, send: Send) -> None:
         record.num_listeners += 1
         try:
             digest = await self._digest(receive)
@@ -208,11 +208,11 @@ class Idempotency:
             raise InputError("the body came too slowly", status=408, code="body_timeout") from None
         return hashed.digest()
 
-    async def _listen(self, record: _Record, receive: Receive, send: Send, *, is_first: bool) -> None:
+    async def _listen(self, record: _Recording, receive: Receive, send: Send, *, is_first: bool) -> None:
         """Send what there is, and what comes, until it is over or this client leaves. Raises what the request did."""
         await until_disconnect(receive, self._follow(record, send, None if is_first else REPLAYED))
 
-    async def _follow(self, record: _Record, send: Send, mark: tuple[bytes, bytes] | None) -> None:
+    async def _follow(self, record: _Recording, send: Send, mark: tuple[bytes, bytes] | None) -> None:
         num_sent = 0
         while True:
             for message in record.messages[num_sent:]:
