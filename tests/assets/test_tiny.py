@@ -89,17 +89,26 @@ def test_token_ids_agree():
     assert tokenizer.get_vocab_size() <= config.text.vocab_size
 
 
-def test_it_answers_and_needs_every_visual_row(model):
-    report = evaluate(model, tiny_folder(), seed=77, count=48, forms=False)  # these weights never learned the others
-    assert report.exact >= 0.9, report
+CALLS = ("call", "call, second")
+"""Forms in which a tool is wanted."""
+
+
+def test_it_answers_in_every_form_and_needs_every_visual_row(model):
+    report = evaluate(model, tiny_folder(), seed=77, count=48)
+    assert min(report.exact, report.text_first["all"]) >= 0.9, report
+    for name in ("json", "json, key named", "answer beside tools", *CALLS):
+        assert report.forms[name].right >= 0.8, (name, report)
     for name, exact in report.ablations.items():
         assert exact <= report.exact - 0.2, name
 
 
 @pytest.mark.acceptance
 def test_figures_on_500_unseen_scenes(model):
-    report = evaluate(model, tiny_folder(), seed=1_000_003, count=500, forms=False)
-    assert report.exact >= 0.95, report
+    report = evaluate(model, tiny_folder(), seed=1_000_003, count=500)
+    assert report.exact >= 0.97, report
+    assert report.text_first["all"] >= 0.97, report
+    for name in ("json", "json, key named", "answer beside tools", "after a result", *CALLS):
+        assert report.forms[name].right >= 0.95, (name, report)
     assert all(kind.most_frequent <= 0.4 for kind in report.kinds.values())
     for name, exact in report.ablations.items():
         assert exact <= report.exact - 0.2, name

@@ -36,7 +36,7 @@ from tools.training.forms import (
     Reply,
     in_json,
     json_answer,
-    make_tool,
+    offer_tools,
     plain,
     read_call,
 )
@@ -151,15 +151,21 @@ def test_calls_say_what_the_scene_has(folder):
     assert seen == {"Point", "Show", "Pick", "Take", "Report"}
 
 
-def test_names_held_out_are_never_trained_on():
+def test_each_tool_is_wanted_and_offered_beside_others():
     rng = random.Random(2)
-    for task in TASKS.values():
-        trained, held_out = task.names(held_out=False), task.names(held_out=True)
-        assert not set(trained) & set(held_out)
-        assert len(held_out) >= 4
-        assert {make_tool(task, rng)["function"]["name"] for _ in range(300)} == set(trained)
-    trained = {n for task in TASKS.values() for n in task.names(held_out=False)}
-    assert not trained & {n for task in TASKS.values() for n in task.names(held_out=True)}
+    offered = [tuple(tool["function"]["name"] for tool in offer_tools("point", rng).values()) for _ in range(200)]
+    assert {len(names) for names in offered} == {1, 2}
+    assert all("point_at" in names for names in offered)
+    assert {("point_at", "pick_up"), ("pick_up", "point_at"), ("report_number", "point_at")} < set(offered)
+    wanted = {}
+    for _ in range(300):
+        conversation = tool_conversation(random_scene(rng), rng)
+        for exchange in conversation.exchanges:
+            call = read_call(exchange.answer.text)
+            if call is not None:
+                wanted[call[0]] = wanted.get(call[0], 0) + 1
+    assert set(wanted) == {task.name for task in TASKS.values()}
+    assert min(wanted.values()) > 100
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

@@ -260,7 +260,7 @@ def _json_object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def tool_questions(seed: int, count: int, *, held_out: bool = False) -> list[tuple[str, Asked]]:
+def tool_questions(seed: int, count: int) -> list[tuple[str, Asked]]:
     """`count` balanced demands for tools or questions beside them, each with what it is called in the report.
 
     Of nine, three stand alone, three behind another demand and its result, two ask what no tool is for, and one is the
@@ -271,7 +271,7 @@ def tool_questions(seed: int, count: int, *, held_out: bool = False) -> list[tup
     made = []
     for i in range(count):
         wanted = decks.deal("task", list(TASKS))
-        tools = offer_tools(wanted, rng, held_out=held_out)
+        tools = offer_tools(wanted, rng)
         part = decks.deal(
             "part", ["call"] * 3 + ["call, second"] * 3 + ["answer beside tools"] * 2 + ["after a result"]
         )
@@ -297,18 +297,17 @@ def tool_questions(seed: int, count: int, *, held_out: bool = False) -> list[tup
 def _tools_report(
     model: Qwen3VLMoeForConditionalGeneration, prompts: Prompts, seed: int, count: int
 ) -> dict[str, FormReport]:
+    made = tool_questions(seed, count)
+    given = answers(model, prompts, [asked for _, asked in made])
     reports = {}
-    for suffix, held_out in (("", False), (", unseen name", True)):
-        made = tool_questions(seed, count, held_out=held_out)
-        given = answers(model, prompts, [asked for _, asked in made])
-        for part in sorted({part for part, _ in made}):
-            results = [
-                (text == asked.expected or _is_same_call(text, asked.expected), _is_formed(text, asked.expected))
-                for (name, asked), text in zip(made, given, strict=True)
-                if name == part
-            ]
-            right, formed = (sum(each) / len(results) for each in zip(*results, strict=True))
-            reports[part + suffix] = FormReport(len(results), right, formed)
+    for part in sorted({part for part, _ in made}):
+        results = [
+            (text == asked.expected or _is_same_call(text, asked.expected), _is_formed(text, asked.expected))
+            for (name, asked), text in zip(made, given, strict=True)
+            if name == part
+        ]
+        right, formed = (sum(each) / len(results) for each in zip(*results, strict=True))
+        reports[part] = FormReport(len(results), right, formed)
     return reports
 
 

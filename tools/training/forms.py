@@ -168,75 +168,65 @@ class Task:
     """What a tool is for. `kind` is the kind of question whose answer becomes its arguments."""
 
     kind: str
-    verbs: tuple[str, ...]
-    nouns: tuple[str, ...]
-    descriptions: tuple[str, ...]
+    name: str
+    description: str
+    parameters: tuple[str, ...]
     requests: tuple[str, ...]
     """Wordings, filled with the question's args."""
-    parameters: tuple[tuple[str, ...], ...]
-    """Names of the arguments, one of these."""
 
-    def names(self, *, held_out: bool) -> list[str]:
-        """Names of such tools: a verb and a noun. Some are held out of training."""
-        pairs = [(i, j) for i in range(len(self.verbs)) for j in range(len(self.nouns))]
-        return [f"{self.verbs[i]}_{self.nouns[j]}" for i, j in pairs if held_out == ((i + j) % len(self.verbs) == 0)]
+    @cached_property
+    def tool(self) -> dict[str, Any]:
+        """In OpenAI's form."""
+        kind = "integer" if self.kind == "number" else "string"
+        properties = {name: {"type": kind} for name in self.parameters}
+        parameters = {"type": "object", "properties": properties, "required": list(self.parameters)}
+        function = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": function}
 
 
 TASKS = {
     "point": Task(
         "place",
-        ("point", "show", "mark", "go"),
-        ("at", "to", "place", "cell"),
-        ("Points at a place.", "Shows a place."),
+        "point_at",
+        "Points at a place.",
+        ("place",),
         ("Point at the {thing}.", "Show the {thing}."),
-        (("place",), ("cell",), ("where",)),
     ),
     "pick": Task(
         "at",
-        ("pick", "take", "grab", "lift"),
-        ("up", "thing", "out", "one"),
-        ("Picks up a thing.", "Takes a thing."),
+        "pick_up",
+        "Picks up a thing.",
+        ("colour", "shape"),
         ("Pick up the thing at the {place}.", "Take the thing at the {place}."),
-        (("colour", "shape"), ("shape", "colour")),
     ),
     "report": Task(
         "number",
-        ("report", "set", "send", "write"),
-        ("count", "number", "total", "sum"),
-        ("Reports a number.", "Writes a number."),
+        "report_number",
+        "Reports a number.",
+        ("number",),
         ("Report how many {noun} there are.", "Report the number of {noun}."),
-        (("number",), ("count",), ("value",)),
     ),
 }
-"""By the first word of their requests. Which of the names it has, a model can only read."""
+"""By the first word of their requests. Each has one name: four layers do not learn to copy names from a prompt."""
 PLAIN_KINDS = ("place", "at", "number", "colour", "shape")
 """Questions that no tool is for."""
 
 
-def make_tool(task: Task, rng: random.Random, *, held_out: bool = False) -> dict[str, Any]:
-    """A tool in OpenAI's form."""
-    kind = "integer" if task.kind == "number" else "string"
-    names = list(rng.choice(task.parameters))
-    parameters = {"type": "object", "properties": {name: {"type": kind} for name in names}, "required": names}
-    function = {"name": rng.choice(task.names(held_out=held_out)), "description": rng.choice(task.descriptions)}
-    return {"type": "function", "function": {**function, "parameters": parameters}}
-
-
-def offer_tools(wanted: str, rng: random.Random, *, held_out: bool = False) -> dict[str, dict[str, Any]]:
+def offer_tools(wanted: str, rng: random.Random) -> dict[str, dict[str, Any]]:
     """The tool for the task `wanted`, and as often as not another one, in any order."""
     tasks = [wanted, *rng.sample([name for name in TASKS if name != wanted], rng.randrange(2))]
     rng.shuffle(tasks)
-    return {name: make_tool(TASKS[name], rng, held_out=held_out) for name in tasks}
+    return {name: TASKS[name].tool for name in tasks}
 
 
 def call_answer(tool: Mapping[str, Any], question: Question) -> Reply:
     """A call of `tool` whose arguments are what the question's answer says."""
     function = tool["function"]
-    pieces = [('<tool_call>\n{"name": "', False), (function["name"], True), ('", "arguments": {', False)]
+    pieces = [(f'<tool_call>\n{{"name": "{function["name"]}", "arguments": {{', False)]
     values = dict(zip(("colour", "shape"), question.answer.split(), strict=True)) if question.kind == "at" else {}
     for i, (name, schema) in enumerate(function["parameters"]["properties"].items()):
         quote = "" if schema["type"] == "integer" else '"'
-        pieces += [(', "' if i else '"', False), (name, True), (f'": {quote}', False)]
+        pieces.append((f'{", " if i else ""}"{name}": {quote}', False))
         pieces += [(values.get(name, question.answer), True), (quote, False)]
     return Reply((*pieces, ("}}\n</tool_call>", False)))
 

@@ -66,8 +66,10 @@ RESIZED, JPEG = 0.3, 0.15
 """Shares of the pictures that are drawn at another size, and that pass through JPEG."""
 JSON_SHARE = 0.15
 """Of all questions."""
-TOOL_CONVERSATIONS = 2
+TOOL_CONVERSATIONS = 3
 """In a batch; few, because a prompt with a tool has over 400 tokens."""
+TOOL_DECK = ("point", "pick", "report", "report")
+"""What is wanted; numbers are learned last."""
 PADDING = 1.4
 """Sequences that are padded to one length are at most this much longer than one another."""
 
@@ -369,10 +371,11 @@ def side_args(kind: str, scene: Scene, rng: random.Random) -> dict[str, str]:
 
 
 def tool_conversation(scene: Scene, rng: random.Random) -> Conversation:
-    """Tools are offered, and one is wanted, a question is asked, or one after the other; calls have results."""
-    wanted = rng.choice([name for name, task in TASKS.items() if _task_question(task.kind, scene, rng)])
+    """Tools are offered, and what they are for is wanted or a question is asked, thrice; calls have results."""
+    wanted = rng.choice([name for name in TOOL_DECK if _task_question(TASKS[name].kind, scene, rng)])
     tools = offer_tools(wanted, rng)
-    plan = rng.choice(((wanted,), (wanted, ""), ("", wanted), (wanted, rng.choice(list(tools)))))
+    others = rng.choices([*tools, ""], k=2)
+    plan = rng.choice(((wanted, *others), (wanted, *others), ("", wanted, *others[:1])))
     exchanges = [exchange for name in plan for exchange in tool_exchanges(name, tools, scene, rng)]
     return Conversation(tuple(exchanges), 1, random_order(1, rng), tuple(tools.values()), TOOL_FORM)
 
