@@ -33,7 +33,7 @@ from qwen3vl_disagg.model.moe import Experts
 from tools.training.evaluate import Report, evaluate
 from tools.training.folder import load_model, read_config, save_weights, write_settings
 from tools.training.forms import FORMS
-from tools.training.lessons import FINISHING, SEARCHING, SEEING, Lesson, Lessons, Mix, lesson_loss
+from tools.training.lessons import COUNTING, FINISHING, SEARCHING, SEEING, Lesson, Lessons, Mix, lesson_loss
 from tools.training.saved import Saved, load_run, save_run
 
 
@@ -61,9 +61,10 @@ class Stage:
 
 
 STAGES = (
-    Stage(SEEING, share=15 / 36, peak=1.2e-3, cycle=6 / 11),
-    Stage(SEARCHING, share=14 / 36, peak=1.0e-3),
-    Stage(FINISHING, share=7 / 36, peak=7e-4),
+    Stage(SEEING, share=30 / 90, peak=1.2e-3, cycle=6 / 11),
+    Stage(SEARCHING, share=28 / 90, peak=1.0e-3),
+    Stage(FINISHING, share=14 / 90, peak=7e-4),
+    Stage(COUNTING, share=18 / 90, peak=7e-4),
 )
 
 MIN_STEPS = 36  # a few for each stage
@@ -76,7 +77,7 @@ class Settings:
 
     out: Path = field(default_factory=tiny_folder)
     """The checkpoint's folder."""
-    steps: int = 7200
+    steps: int = 9000
     """Of all stages together."""
     state: Path | None = None
     """File for what a run needs to go on; if it is there, the run goes on from it."""

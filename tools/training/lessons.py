@@ -105,7 +105,14 @@ FINISHING = Mix(
     sides={"shape": 1, "place": 1, "number": 3, "comparison": 3},
     pair_sides=("pair_at", "pair_has", "pair_has", "pair_more"),
 )
-"""What is learned last."""
+"""What needs many examples."""
+COUNTING = Mix(
+    kinds={kind: {"number": 6, "comparison": 5, "pair_more": 5}.get(kind, 1) for kind in KINDS},
+    list_share=0.2,
+    sides={"shape": 1, "place": 1, "number": 4, "comparison": 3},
+    pair_sides=("pair_at", "pair_has", "pair_more", "pair_more"),
+)
+"""What is learned last, also for tools."""
 
 
 @dataclass(frozen=True)
