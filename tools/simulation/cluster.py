@@ -243,13 +243,14 @@ class Cluster:
             self.hub.take(Admit(request_id, b"", num_all, items, sampling, timeout_s, target_s, keep_as))
         return request_id
 
-    def _ask_again(self, again: Callable[[], str], error: DisaggError) -> None:
+    def _ask_again(self, again: Callable[[], str], error: DisaggError) -> bool:
         """What is over for a reason of ours is asked for again."""
         if not isinstance(error, (UnavailableError, OverloadedError, TransferError)):
-            return
+            return False
         delay = 0.6 + self.world.rng.choice(ASK_AFTER_S) * self.world.random()  # ranks are back, mostly
         self.num_asking += 1
         self.world.at(delay, None, self._ask_now, again)
+        return True
 
     def _ask_now(self, again: Callable[[], str]) -> None:
         if self.hub.is_dead:  # nobody listens yet

@@ -36,13 +36,14 @@ class Client:
     is_ended: bool = False
     error: DisaggError | None = None
     is_abandoned: bool = False
-    ask_again: Callable[[DisaggError], None] | None = None
-    """Of one that does."""
+    ask_again: Callable[[DisaggError], bool] | None = None
+    """Of one that does; whether it will, after this error."""
+    asks_again: bool = False
 
     def end(self, error: DisaggError | None) -> None:
         self.is_ended, self.error = True, error
         if error is not None and self.ask_again is not None and not self.is_abandoned:
-            self.ask_again(error)
+            self.asks_again = self.ask_again(error)
 
 
 class SimHub:
