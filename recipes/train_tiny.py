@@ -3,7 +3,8 @@
     python recipes/train_tiny.py --out qwen3vl_disagg/assets/tiny --state /tmp/tiny.state
     python recipes/train_tiny.py --out qwen3vl_disagg/assets/tiny --evaluate-only
 
-It takes an hour and a quarter on two cores; ended in the middle, the same command goes on from the last save of --state.
+It takes an hour and a quarter on two cores; ended in the middle, the same command goes on from the last save of
+--state.
 docs/tiny.md has the loss curve and the figures.
 """
 
