@@ -141,7 +141,7 @@ def _nobody_waits_in_vain(rank: Any) -> None:
 
 
 def encode_side(rank: Any) -> None:
-    """I12, I11: memory is bounded; every state has a deadline."""
+    """I12, I11, I16: memory is bounded; every state has a deadline; what is due first is first in the queue."""
     sessions, limits = rank.sessions, rank.sessions.limits
     num_languages = rank.cluster.sizes.num_language
     most_parked = limits.max_parked * num_languages
@@ -161,6 +161,9 @@ def encode_side(rank: Any) -> None:
             num_sending += 1
         if item.deadline > (now + bounds[state] if state in bounds else rank.request_ends[attempt]):
             raise Violation("I11", f"{attempt} is {state} until {item.deadline}, at {now}")
+    dues = [sessions.items[attempt].due for attempt in sessions.queue]
+    if len(dues) > 1 and dues != sorted(dues):
+        raise Violation("I16", f"items in the queue are due at {dues}")
     if num_encoding > places:
         raise Violation("I12", f"{num_encoding} items are encoded at a time")
     if num_encoding + num_sending + num_parked > most or num_parked > most_parked:
