@@ -105,7 +105,7 @@ class Caller:
         self.recalls.append((name, item))
         self._here.pop((name, item), None)
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str, sample: int | None = None) -> None:
         """Nothing of it is left here."""
 
     def set_short_of_room(self, is_short: bool) -> None:
