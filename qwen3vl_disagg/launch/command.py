@@ -70,7 +70,7 @@ def _supervise(size: int, args: Sequence[str]) -> int:
     as_they_are = [arg.replace("$", "$$") for arg in args]  # torch fills templates in
     with collected_statuses() as statuses:
         try:
-            elastic_launch(config, sys.executable)("-u", "-m", "qwen3vl_disagg.launch.worker", *as_they_are)
+            elastic_launch(config, sys.executable)("-u", "-m", "qwen3vl_disagg.launch.begin", *as_they_are)
         except ChildFailedError as error:
             _, first = error.get_first_failure()
             return first.exitcode if first.exitcode > 0 else 1

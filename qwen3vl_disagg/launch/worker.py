@@ -9,7 +9,7 @@ from typing import TypeVar
 import tyro
 
 from qwen3vl_disagg.cluster.rendezvous import World
-from qwen3vl_disagg.cluster.slots import leave_process, run_worker
+from qwen3vl_disagg.cluster.slots import run_worker
 from qwen3vl_disagg.core.interrupt import leaving_at_once
 from qwen3vl_disagg.core.logs import start_logging, use_log_format
 from qwen3vl_disagg.launch.statuses import tell_status
@@ -52,6 +52,3 @@ def join_slot(options: JoinOptions, world: World) -> int:
 
 serve = functools.partial(run_parsed, ServeOptions, "serve.py", serve_slot)
 join = functools.partial(run_parsed, JoinOptions, "encode.py", join_slot)
-
-if __name__ == "__main__":
-    leave_process(serve())
