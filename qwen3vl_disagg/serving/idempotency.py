@@ -108,8 +108,7 @@ class Idempotency:
     # ---- the first ----
 
     async def _begin(self, identity: bytes, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._num_bytes > MAX_RECORDED_BYTES:
-            raise UnavailableError(f"too many answers to requests with {HEADER} are being made")
+        self._check_room()
         record = self._running[identity] = _Recording(num_listeners=1)
         task = asyncio.create_task(self._run(identity, record, scope, receive))
         self._tasks.add(task)
@@ -138,7 +137,10 @@ class Idempotency:
             return message
 
         async def note(message: Message) -> None:
-            record.has_failed |= bool(message.pop(FAILED, False))
+            if message.pop(FAILED, False):
+                record.has_failed = True
+            else:
+                self._check_room()
             record.messages.append(message)
             num_bytes = len(message.get("body", b""))
             record.num_bytes, self._num_bytes = record.num_bytes + num_bytes, self._num_bytes + num_bytes
@@ -156,6 +158,11 @@ class Idempotency:
             if (stored := record.stored()) is not None:
                 self._store.put(identity, msgspec.msgpack.encode(stored))
             record.tell()
+
+    def _check_room(self) -> None:
+        """Nobody's slow reading holds an answer up, so this does. UnavailableError."""
+        if self._num_bytes > MAX_RECORDED_BYTES:
+            raise UnavailableError(f"too much is being answered to requests with {HEADER}")
 
     def _left(self, record: _Recording) -> None:
         record.num_listeners -= 1

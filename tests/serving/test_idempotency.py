@@ -142,6 +142,23 @@ async def test_what_failed_is_tried_again():
 
 
 @in_loop
+async def test_answers_that_are_too_much_together_end_typed_and_are_not_kept(monkeypatch):
+    monkeypatch.setattr(idempotency, "MAX_RECORDED_BYTES", 600)
+    backend = FakeBackend(steps(0.01, "red circle at the top " * 8))
+    async with served(backend) as client:
+        body = {**ASK, "stream": True}
+        cut = await client.post(PATH, json=body, headers=KEY)
+        assert cut.status_code == 200
+        assert json.loads(cut.text.rstrip().rpartition("data: ")[2])["error"]["code"] == "unavailable"
+        assert backend.handles[0].was_cancelled.is_set()
+        monkeypatch.setattr(idempotency, "MAX_RECORDED_BYTES", 2**20)
+        whole = await client.post(
+            PATH, json=body, headers=KEY
+        )  # room again: it was not kept, and nothing is counted on
+        assert content(whole).split() == ("red circle at the top " * 8).split()
+
+
+@in_loop
 async def test_another_body_another_caller_and_another_path_are_other_requests():
     backend = FakeBackend()
     async with served(backend, keys=ApiKeys(["alpha-key-1", "beta-key-22"])) as client:
