@@ -35,7 +35,7 @@ from tools.chaos_parts.ordeal import Ordeal, afterwards
 from tools.chaos_parts.questions import Asked, read_pool
 from tools.chaos_parts.record import Record
 from tools.chaos_parts.report import conclude, draw, table
-from tools.chaos_parts.schedule import Event, events_of, schedule
+from tools.chaos_parts.schedule import KINDS, Event, events_of, schedule
 
 POOL_S = 600.0
 
@@ -54,6 +54,10 @@ class ChaosOptions:
     """That ask one question after another."""
     every: float = 6.0
     """Seconds from one event to the next, on average."""
+    only: tuple[str, ...] = ()
+    """Kinds of events, as `kill-encode`; without it all."""
+    calm: float = 0.0
+    """Seconds without an event at first, to compare with."""
     questions: int = 60
     """Different requests."""
     request_timeout: float = 60.0
@@ -74,7 +78,7 @@ class ChaosOptions:
 
 REPLAYED = (
     *("hours", "seed", "world", "encode_ranks", "clients"),
-    *("every", "questions", "request_timeout", "kill_language"),
+    *("every", "calm", "questions", "request_timeout", "kill_language"),
 )
 """What a log says of its run."""
 
@@ -110,7 +114,11 @@ def plan(options: ChaosOptions) -> tuple[ChaosOptions, list[Event]]:
         options = replace(options, **settings)
     check(options)
     hours = options.hours or 0.0
-    return options, schedule(options.seed, hours * 3600, options.every) if events is None else events
+    return options, events if events is not None else _schedule(options, hours * 3600)
+
+
+def _schedule(options: ChaosOptions, seconds: float) -> list[Event]:
+    return schedule(options.seed, seconds, options.every, calm_s=options.calm, only=options.only)
 
 
 def check(options: ChaosOptions) -> None:
@@ -125,6 +133,12 @@ def check(options: ChaosOptions) -> None:
     for name in ("every", "request_timeout"):
         if not getattr(options, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be more than 0", param=name)
+    if not 0 <= options.calm < options.hours * 3600:
+        raise InputError(f"--calm {options.calm:g}: must be shorter than --hours", param="calm")
+    if unknown := sorted(set(options.only) - KINDS.keys()):
+        raise InputError(f"--only {' '.join(unknown)}: the kinds are {', '.join(KINDS)}", param="only")
+    if "kill-language" in options.only and not options.kill_language:
+        raise InputError("--only kill-language: needs --kill-language", param="only")
     for name in ("pool", "log", "plot"):
         path = getattr(options, name)
         if path is not None and not path.absolute().parent.is_dir():
@@ -171,7 +185,7 @@ def run(options: ChaosOptions, events: list[Event]) -> dict[str, Any]:
         finally:
             load.stop()
             server.kill()
-        result = {"seed": options.seed, **conclude(record, seconds), "server_log": str(server.log)}
+        result = {"seed": options.seed, **conclude(record, seconds, options.calm), "server_log": str(server.log)}
         record.line({"what": "end", "result": result})
         if options.plot is not None:
             draw(record.samples, options.plot)

@@ -39,6 +39,31 @@ seeds = st.integers(0, 2**32)
 # ---- the schedule ----
 
 
+@given(seeds, st.sets(st.sampled_from(sorted(KINDS)), min_size=1), st.floats(0, 500))
+def test_some_kinds_of_events_after_a_calm(seed, only, calm):
+    events = schedule(seed, 1000, 2.0, calm_s=calm, only=only)
+    assert {event.kind for event in events} <= only
+    assert all(event.at > calm for event in events)
+    size = sum(KINDS[name].count for name in only)
+    assert Counter(event.kind for event in events[:size]) == {name: KINDS[name].count for name in only}
+
+
+def test_first_tokens_are_told_of_before_the_first_event_and_after_it(record):
+    def seen(start: float, first: float | None, verdict: str = "right", near: str = "") -> None:
+        record.outcome(Outcome(start, start + 1, "s", "text", verdict, 200, near=near, seconds_to_first=first))
+
+    for number in range(4):
+        seen(number, 0.1)
+    seen(9.5, 9.0)  # not over when the first event came, and begun before it
+    seen(11, 0.5)
+    seen(12, 5.0, "wrong")
+    seen(13, None)
+    seen(14, 7.0, near="afterwards")
+    told = conclude(record, 20, 10.0)["seconds_to_first_token"]
+    assert told["before"] == {"count": 4, "p50": 0.1, "p99": 0.1, "max": 0.1}
+    assert told["after"] == {"count": 1, "p50": 0.5, "p99": 0.5, "max": 0.5}
+
+
 @given(seeds, st.floats(1, 5_000), st.floats(0, 1), st.floats(0.5, 60))
 def test_a_schedule_follows_from_its_seed_and_a_shorter_one_is_its_beginning(seed, seconds, share, every):
     events = schedule(seed, seconds, every)
@@ -440,6 +465,9 @@ def test_a_signal_does_not_hit_another_process_with_the_same_number():
         ["--hours", "1", "--log", "/nowhere/at/all"],
         ["--replay", "/nowhere/at/all"],
         ["--hours", "1", "--flood"],
+        ["--hours", "0.1", "--calm", "360"],
+        ["--hours", "1", "--only", "kill-everything"],
+        ["--hours", "1", "--only", "kill-language"],
     ],
 )
 def test_bad_arguments(monkeypatch, capsys, arguments):

@@ -45,7 +45,7 @@ def exchange(port: int, body: bytes, headers: Mapping[str, str], patience: Patie
         sent = _slowly(body, patience.pause_s) if patience.pause_s else body
         connection.request("POST", PATH, sent, {**headers, "Content-Length": str(len(body))})
         response = connection.getresponse()
-        reply.status, reply.seconds_to_first = response.status, time.monotonic() - started
+        reply.status = response.status
         reply.retry_after = response.getheader("Retry-After")
         kind = response.getheader("Content-Type") or ""
         if kind.startswith("text/event-stream"):
@@ -114,6 +114,8 @@ def _read_stream(
             return
         if not _take(data, reply, texts, finished):
             return
+        if reply.seconds_to_first is None and any(texts.values()):
+            reply.seconds_to_first = now - started
         time.sleep(patience.pause_s)
     reply.note = "a stream without an end"
 

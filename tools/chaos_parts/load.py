@@ -119,7 +119,8 @@ class Load:
         code = str((reply.error or {}).get("code", "")) if reply.is_typed else ""
         end = self._record.now()
         outcome = Outcome(
-            *(round(start, 3), round(end, 3), name, kind, verdict, reply.status, code, note, attempt, near)
+            *(round(start, 3), round(end, 3), name, kind, verdict, reply.status, code, note, attempt, near),
+            seconds_to_first=reply.seconds_to_first,
         )
         self._record.outcome(outcome)
         return outcome, reply

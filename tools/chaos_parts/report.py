@@ -15,8 +15,8 @@ from tools.chaos_parts.verdicts import MEANING, VERDICTS, Outcome, count, is_goo
 CHILD = "child of"
 
 
-def conclude(record: Record, seconds: float) -> dict[str, Any]:
-    """All that is reported; `ok` decides the exit status."""
+def conclude(record: Record, seconds: float, calm_s: float = 0.0) -> dict[str, Any]:
+    """All that is reported; `ok` decides the exit status. `calm_s`: before any event came."""
     outcomes = settle(record.happenings, record.outcomes)
     counts = count(outcomes)
     whole: dict[str, int] = {name: counts["all"][name] for name in ("asked", *VERDICTS)}
@@ -31,6 +31,7 @@ def conclude(record: Record, seconds: float) -> dict[str, Any]:
         "skipped": _given(Counter(f"{kind}: {reason}" for kind, reason in record.skipped)),
         "right_after_refusals": sum(one.verdict == "right" and one.attempt > 0 for one in outcomes),
         "seconds_to_answer": _latency(outcomes),
+        "seconds_to_first_token": _first_tokens(outcomes, calm_s),
         "troubles": record.troubles,
         "bad": [f"{one.start:.1f} s, {one.name}: {one.verdict}: {one.note}"[:400] for one in outcomes if _is_bad(one)],
         "growth": [one.to_dict() for one in growth(record.samples, seconds)],
@@ -63,6 +64,21 @@ def _latency(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
     return {name: {key: round(value, 2) for key, value in row.items()} for name, row in found.items()}
 
 
+def _first_tokens(outcomes: Sequence[Outcome], calm_s: float) -> dict[str, dict[str, float]]:
+    """Of streams that were right: those that were over when the first event came, and those that began after it."""
+    parts = {
+        "before": [one for one in outcomes if one.end < calm_s],
+        "after": [one for one in outcomes if one.start >= calm_s and one.near != "afterwards"],
+    }
+    found = {}
+    for name, some in parts.items():
+        took = [one.seconds_to_first for one in some if one.verdict == "right" and one.seconds_to_first is not None]
+        if took:
+            summary = {"count": len(took), "p50": percentile(took, 50), "p99": percentile(took, 99), "max": max(took)}
+            found[name] = {key: round(value, 3) for key, value in summary.items()}
+    return found
+
+
 def table(result: dict[str, Any]) -> str:
     """For people, as Markdown."""
     lines = [f"| near | asked | {' | '.join(VERDICTS)} |", f"|---|---|{'---|' * len(VERDICTS)}"]
@@ -77,6 +93,8 @@ def table(result: dict[str, Any]) -> str:
     lines.append(f"right after having been refused: {result['right_after_refusals']}")
     for name, row in result["seconds_to_answer"].items():
         lines.append(f"seconds to a right answer, near {name}: " + _listed(row))
+    for name, row in result["seconds_to_first_token"].items():
+        lines.append(f"seconds to a first token, {name} the first event: " + _listed(row))
     lines += ["", *_growth_table([Growth(**row) for row in result["growth"]], result["seconds"])]
     lines += [f"bad: {text}" for text in result["bad"][:50]]
     lines += [f"trouble: {text}" for text in result["troubles"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,19 +82,21 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def schedule(seed: int, seconds: float, every_s: float) -> list[Event]:
-    """Events before `seconds`, one every `every_s` on average. A longer schedule begins with the shorter one.
+def schedule(
+    seed: int, seconds: float, every_s: float, *, calm_s: float = 0.0, only: Collection[str] = ()
+) -> list[Event]:
+    """Events from `calm_s` on, before `seconds`, one every `every_s` on average; of the kinds of `only`, or of all.
 
-    Kinds are dealt from a shuffled deck, so none stays away for long.
+    A longer schedule begins with the shorter one. Kinds are dealt from a shuffled deck, so none stays away for long.
     """
     rng = random.Random(f"chaos {seed}")
     deck: list[str] = []
     events: list[Event] = []
-    at = 0.0
+    at = calm_s
     while True:
         at += max(MIN_GAP_S, rng.expovariate(1 / every_s))
         if not deck:
-            deck = [name for name, kind in KINDS.items() for _ in range(kind.count)]
+            deck = [name for name, kind in KINDS.items() if not only or name in only for _ in range(kind.count)]
             rng.shuffle(deck)
         kind = deck.pop()
         event = Event(round(at, 3), kind, KINDS[kind].draw(rng))

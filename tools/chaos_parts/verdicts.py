@@ -46,7 +46,8 @@ class Reply:
     retry_after: str | None = None
     texts: list[str] | None = None
     note: str = ""
-    seconds_to_first: float = 0.0
+    seconds_to_first: float | None = None
+    """Until the first token of a stream."""
 
 
 def judge(expected: Sequence[str] | None, reply: Reply) -> tuple[Verdict, str]:
@@ -116,6 +117,7 @@ class Outcome:
     attempt: int = 0
     """How often it was refused before."""
     near: str = ""
+    seconds_to_first: float | None = None
 
 
 def near(happenings: Iterable[Happening], outcome: Outcome) -> str:
