@@ -18,6 +18,7 @@ import selectors
 import signal
 import socket
 import struct
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -25,55 +26,73 @@ logger = logging.getLogger(__name__)
 MAX_HELD = 1 << 14
 """Connections; those beyond end without words."""
 MAX_WORDS = 16 * 2**10
+AGAIN_S = 1.0
 _HEAD = struct.Struct("<BHB")
 """What is asked, of which connection, the number of the words. The first message is the shared memory alone."""
 _HOLD, _SAY, _RELEASE = 1, 2, 3
-_CREDENTIALS = struct.Struct("3i")
 
 
-def words_listener() -> socket.socket:
-    """Where a frontend finds the keeper. Its name is in no file system; who may come in is asked of the kernel."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind("")  # a free abstract name
-    listener.listen(4)
-    return listener
+def words_door() -> tuple[socket.socket, socket.socket]:
+    """The frontend's end and the keeper's, for every life of each: no other process can reach it."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 # ---- the frontend's end ----
 
 
 class LastWords:
-    """The frontend's way to the keeper. Without one, or when it is lost, everything works and nothing is said."""
+    """The frontend's way to the keeper. Without one, or while it is lost, everything works and nothing is said."""
 
-    def __init__(self, address: bytes | str | None = None) -> None:
-        self._keeper: socket.socket | None = None
-        self._flags: mmap.mmap | None = None
+    def __init__(self, door: socket.socket | None = None) -> None:
+        self._door = door
+        self._line: _Line | None = None
+        self._next_try = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        """A line of one's own, its other end handed through the door: a keeper that is not there now finds it."""
+        self._next_try = time.monotonic() + AGAIN_S
+        if self._door is None:
+            return
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs, contextlib.ExitStack() as stack:
+                stack.enter_context(ours)
+                line = _Line(ours)
+                socket.send_fds(self._door, [b"line"], [theirs.fileno()], socket.MSG_DONTWAIT)
+                stack.pop_all()
+            self._line = line
+        except OSError as error:
+            logger.warning("nobody keeps last words: %s", error)
+
+    def hold(self, sock: socket.socket) -> Held | None:
+        """Give a connection into keeping; None where that cannot be. The next keeper is asked where one was lost."""
+        if (self._line is None or self._line.is_lost) and time.monotonic() >= self._next_try:
+            self._line = None
+            self._begin()
+        return None if self._line is None else self._line.hold(sock)
+
+
+class _Line:
+    """To one life of the keeper. OSError if it cannot be begun."""
+
+    def __init__(self, keeper: socket.socket) -> None:
+        self._keeper = keeper
+        self.is_lost = False
         self._free = deque(range(MAX_HELD))
         self._unsaid: deque[bytes] = deque()
         """Releases that had no room in the socket."""
-        if address is not None:
-            self._connect(address)
-
-    def _connect(self, address: bytes | str) -> None:
-        keeper = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         memory = os.memfd_create("last-words")
         try:
             os.ftruncate(memory, MAX_HELD)
             self._flags = mmap.mmap(memory, MAX_HELD)
-            keeper.settimeout(1.0)
-            keeper.connect(address)
             socket.send_fds(keeper, [b"flags"], [memory])
             keeper.setblocking(False)
-            self._keeper = keeper
-        except OSError as error:
-            logger.warning("nobody keeps last words: %s", error)
-            keeper.close()
         finally:
             os.close(memory)
 
     def hold(self, sock: socket.socket) -> Held | None:
-        """Give a connection into keeping; None where that cannot be."""
-        if self._keeper is None or not self._free or self._unsaid:
+        if self.is_lost or not self._free or self._unsaid:
             self._release_rest()
             return None
         index = self._free.popleft()
@@ -87,20 +106,20 @@ class LastWords:
 
     def release(self, index: int) -> None:
         self.flag(index, 0)
-        self._unsaid.append(_HEAD.pack(_RELEASE, index, 0))
-        self._release_rest()
+        if not self.is_lost:
+            self._unsaid.append(_HEAD.pack(_RELEASE, index, 0))
+            self._release_rest()
 
     def flag(self, index: int, number: int) -> None:
         """Which words fit from now on; 0 for none."""
-        if self._flags is not None:
-            self._flags[index] = number
+        self._flags[index] = number
 
     def _release_rest(self) -> None:
         while self._unsaid and self._send(self._unsaid[0]):
             self._free.append(_HEAD.unpack(self._unsaid.popleft())[1])
 
     def _send(self, message: bytes, descriptors: list[int] | None = None) -> bool:
-        if self._keeper is None:
+        if self.is_lost:
             return False
         try:
             socket.send_fds(self._keeper, [message], descriptors or [])
@@ -108,8 +127,9 @@ class LastWords:
             return False
         except OSError as error:
             logger.warning("last words are kept no more: %s", error)
+            self.is_lost = True
+            self._unsaid.clear()
             self._keeper.close()
-            self._keeper = None
             return False
         return True
 
@@ -117,8 +137,8 @@ class LastWords:
 class Held:
     """One connection in keeping."""
 
-    def __init__(self, words: LastWords, index: int) -> None:
-        self._words, self._index = words, index
+    def __init__(self, line: _Line, index: int) -> None:
+        self._line, self._index = line, index
         self._number, self._last_number = 0, 0
 
     def prepare(self, words: bytes) -> None:
@@ -127,20 +147,20 @@ class Held:
         self._number = 0
         if words and len(words) <= MAX_WORDS:
             self._last_number = self._last_number % 255 + 1
-            if self._words.say(self._index, self._last_number, words):
+            if self._line.say(self._index, self._last_number, words):
                 self._number = self._last_number
 
     def forbid(self) -> None:
         """Something is half written."""
-        self._words.flag(self._index, 0)
+        self._line.flag(self._index, 0)
 
     def allow(self) -> None:
         """Everything that was written has left this process."""
-        self._words.flag(self._index, self._number)
+        self._line.flag(self._index, self._number)
 
     def release(self) -> None:
         """The connection is over; the keeper closes its own end."""
-        self._words.release(self._index)
+        self._line.release(self._index)
 
 
 # ---- the keeper ----
@@ -153,7 +173,7 @@ class _HeldConnection:
     words: bytes = b""
 
 
-def keep_words(listener: socket.socket) -> int:
+def keep_words(door: socket.socket) -> int:
     """The body of the keeper's process: until it is told to end and no frontend is left. Its exit status."""
     with selectors.DefaultSelector() as selector:
         is_ending = False
@@ -164,7 +184,7 @@ def keep_words(listener: socket.socket) -> int:
             signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
         selector.register(wake, selectors.EVENT_READ)
-        selector.register(listener, selectors.EVENT_READ)
+        selector.register(door, selectors.EVENT_READ)
         speakers: dict[socket.socket, _Speaker] = {}
         while not (is_ending and not speakers):
             for key, _ in selector.select():
@@ -172,10 +192,11 @@ def keep_words(listener: socket.socket) -> int:
                 if sock is wake:
                     is_ending = True
                     wake.recv(64)
-                elif sock is listener:
-                    speaker, _ = listener.accept()
-                    speakers[speaker] = _Speaker()
-                    selector.register(speaker, selectors.EVENT_READ)
+                elif sock is door:
+                    for descriptor in socket.recv_fds(door, 16, 1)[1]:
+                        speaker = socket.socket(fileno=descriptor)
+                        speakers[speaker] = _Speaker()
+                        selector.register(speaker, selectors.EVENT_READ)
                 elif isinstance(sock, socket.socket) and not speakers[sock].take(sock):
                     selector.unregister(sock)
                     sock.close()
@@ -197,7 +218,7 @@ class _Speaker:
         except OSError:
             return False
         if self._flags is None:
-            return self._begin(sock, descriptors)
+            return self._begin(descriptors)
         if len(message) < _HEAD.size:
             return False
         kind, index, number = _HEAD.unpack_from(message)
@@ -210,11 +231,8 @@ class _Speaker:
             kept.number, kept.words = number, message[_HEAD.size :]
         return True
 
-    def _begin(self, sock: socket.socket, descriptors: list[int]) -> bool:
-        """Whoever may connect to the name: only this user's processes are heard."""
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        is_ours = _CREDENTIALS.unpack(raw)[1] == os.getuid()
-        if is_ours and descriptors and os.fstat(descriptors[0]).st_size == MAX_HELD:
+    def _begin(self, descriptors: list[int]) -> bool:
+        if descriptors and os.fstat(descriptors[0]).st_size == MAX_HELD:
             self._flags = mmap.mmap(descriptors[0], MAX_HELD)
         for descriptor in descriptors:
             os.close(descriptor)

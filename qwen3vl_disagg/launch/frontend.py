@@ -50,10 +50,10 @@ def run_frontend(
     keys: ApiKeys,
     *,
     debug: bool = False,
-    words_address: bytes | str | None = None,
+    words: socket.socket | None = None,
 ) -> int:
-    """The body of the frontend's process; returns its exit status. `memory` outlives it. `words_address`: of the
-    keeper of its last words."""
+    """The body of the frontend's process; returns its exit status. `memory` outlives it. `words`: the door
+    to the keeper of its last words."""
     give_large_blocks_back()
     folder = resolve_model_folder(context.options.model.model)
     config = read_config(folder)
@@ -86,7 +86,7 @@ def run_frontend(
         warm_up=True,
         store=memory.answers,
     )
-    http = HttpServer(app, words=LastWords(words_address))
+    http = HttpServer(app, words=LastWords(words))
     return run_loop(serve(hub, http, http_socket, hub_socket, memory, context.progress))
 
 

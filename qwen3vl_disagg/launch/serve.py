@@ -17,7 +17,7 @@ from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.checkpoint.load import check_folder
 from qwen3vl_disagg.cluster.hub_client import ask_to_end
 from qwen3vl_disagg.cluster.job_memory import JobMemory
-from qwen3vl_disagg.cluster.last_words import keep_words, words_listener
+from qwen3vl_disagg.cluster.last_words import keep_words, words_door
 from qwen3vl_disagg.cluster.model_folder import shared_model_folder
 from qwen3vl_disagg.cluster.rank_setup import run_threaded
 from qwen3vl_disagg.cluster.rendezvous import Layout, Meeting, RankContext, World, find, meeting_path, publish
@@ -150,7 +150,7 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
     if options.hub is not None:
         write_line(sys.stdout, f"hub: {meeting.hub_address[0]}:{meeting.hub_address[1]}")
     publish(path, meeting)
-    memory, words_socket = JobMemory(), words_listener()
+    memory, (words, keepers_end) = JobMemory(), words_door()
     frontend = Child(
         "frontend",
         functools.partial(
@@ -162,10 +162,10 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
             options.http,
             keys,
             debug=options.debug,
-            words_address=words_socket.getsockname(),
+            words=words,
         ),
         is_vital=False,
-        sockets=(http_socket, hub_socket),
+        sockets=(http_socket, hub_socket, words),
         takes_signals=True,
         on_fork=memory.expect_no_beat,
         is_stuck=lambda: memory.silent_s > STUCK_S,
@@ -173,9 +173,9 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
 
     keeper = Child(
         "keeper of last words",
-        functools.partial(keep_words, words_socket),
+        functools.partial(keep_words, keepers_end),
         is_vital=False,
-        sockets=(words_socket,),
+        sockets=(keepers_end,),
         takes_signals=True,
     )
 
@@ -192,7 +192,7 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
 
     return Slot(
         [keeper, frontend, rank_child(context)],
-        sockets=(http_socket, hub_socket, words_socket),
+        sockets=(http_socket, hub_socket, words, keepers_end),
         is_hub_gone=lambda: not path.exists(),
         on_left=on_left,
         on_stop=memory.stop,

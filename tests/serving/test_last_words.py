@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen3vl_disagg.cluster.last_words import AGAIN_S
 from tests.support.server import REPO
 
 WAIT_S = 20.0
@@ -37,6 +38,12 @@ class Worded:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         self.pid = int(self.process.stdout.readline())
+
+    def keeper_again(self) -> None:
+        os.kill(self.keeper, signal.SIGKILL)
+        self.process.stdin.write("keeper\n")
+        self.process.stdin.flush()
+        self.keeper = int(self.process.stdout.readline())
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
@@ -189,3 +196,19 @@ def test_without_a_keeper_everything_goes_on():
             until(other, rb"red")
         one.kill()
         assert b"interrupted" not in rest(stream)
+
+
+def test_a_new_keeper_is_found_by_the_connections_that_come_then():
+    with worded() as one:
+        before = one.ask(CHAT, stream=True)
+        until(before, rb"red")
+        one.keeper_again()
+        time.sleep(AGAIN_S)
+        with one.ask(CHAT, stream=True) as sent:  # tells the frontend that its line is lost
+            until(sent, rb"red")
+        time.sleep(AGAIN_S)
+        after = one.ask(CHAT, stream=True)
+        seen = until(after, rb"red.*\n\n")
+        one.kill()
+        assert events(seen + rest(after))[-1]["error"]["code"] == "interrupted"
+        assert b"interrupted" not in rest(before)

@@ -2,9 +2,9 @@
 
     python -m tests.support.worded_server
 
-prints `ready: PORT KEEPER_PID PID`; for each line on its stdin it starts the server again and prints the new PID. Ends
-with its stdin. Answers have 200 tokens and take 10 s; where the question says `wait`, nothing comes,
-where it says `flood`, all of it at once.
+prints `ready: PORT KEEPER_PID PID`; for each line on its stdin it starts the server again, or where it says so the
+`keeper`, and prints the new PID. Ends with its stdin. Answers have 200 tokens and take 10 s; where the question says
+`wait`, nothing comes, where it says `flood`, all of it at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 import sys
 
 from qwen3vl_disagg.cluster.backend import AllDecoded
-from qwen3vl_disagg.cluster.last_words import LastWords, keep_words, words_listener
+from qwen3vl_disagg.cluster.last_words import LastWords, keep_words, words_door
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.processing import Prompt
 from qwen3vl_disagg.serving.app import create_app
@@ -32,9 +32,9 @@ def script(prompt: Prompt, sampling: SamplingParams) -> list[Step]:
     return [first, *(step for event in rest for step in (event, 0.0 if "flood" in question else 0.05))]
 
 
-def serve(sock: socket.socket, address: bytes) -> None:
+def serve(sock: socket.socket, words: socket.socket) -> None:
     app = create_app(FakeBackend(script), tiny_processor(), model_name="tiny")
-    asyncio.run(HttpServer(app, words=LastWords(address)).serve(sock))
+    asyncio.run(HttpServer(app, words=LastWords(words)).serve(sock))
 
 
 def fork(body: object) -> int:
@@ -47,17 +47,20 @@ def fork(body: object) -> int:
 
 def main() -> None:
     tiny_processor()
-    listener = words_listener()
+    words, keepers_end = words_door()
     sock = socket.create_server(("127.0.0.1", 0))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 2**10)  # of what it accepts: soon full
-    keeper = fork(lambda: keep_words(listener))
-    address = listener.getsockname()
-    listener.close()
-    server = fork(lambda: serve(sock, address))
+    keeper = fork(lambda: keep_words(keepers_end))
+    server = fork(lambda: serve(sock, words))
     print(f"ready: {sock.getsockname()[1]} {keeper} {server}", flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if line.strip() == "keeper":
+            os.waitpid(keeper, 0)
+            keeper = fork(lambda: keep_words(keepers_end))
+            print(keeper, flush=True)
+            continue
         os.waitpid(server, 0)
-        server = fork(lambda: serve(sock, address))
+        server = fork(lambda: serve(sock, words))
         print(server, flush=True)
     os.kill(server, signal.SIGKILL)
     os.waitpid(server, 0)
