@@ -14,6 +14,7 @@
     python recipes/bench.py start [--ranks 8] [--rounds 2]
     python recipes/bench.py parallel [--model DIR] [--ranks 1 2 3 6]
     python recipes/bench.py watch [--rounds 7] [--model DIR]
+    python recipes/bench.py overload [--seconds 600] [--model DIR]
     python recipes/bench.py splits [--model DIR] [--splits 1+1 1+3 2+4] [--out FILE.json]
 
 docs/benchmarks.md
@@ -39,6 +40,7 @@ from tools.bench_grammars import grammars
 from tools.bench_host import host
 from tools.bench_order import order
 from tools.bench_overlap import overlap
+from tools.bench_overload import overloaded
 from tools.bench_parallel import parallel
 from tools.bench_pooling import pooling
 from tools.bench_repeat import repeat
@@ -64,6 +66,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "parallel": parallel,
     "splits": splits,
     "watch": what_watching_costs,
+    "overload": overloaded,
 }
 
 

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import random
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,12 @@ class Stream:
 
 
 class LoadError(Exception):
-    """The server did not answer a request as it should."""
+    """The server did not answer a request as it should. `status`: of its answer, if there was one; `retry_after_s`:
+    when it says to ask again."""
+
+    def __init__(self, message: str, status: str = "", retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status, self.retry_after_s = status, retry_after_s
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
@@ -89,7 +95,7 @@ async def send(port: int, request: bytes, record: Stream) -> None:
         await writer.drain()
         status = await reader.readline()
         if b" 200 " not in status:
-            raise LoadError(f"{status.decode().strip()}: {(await reader.read(4000)).decode(errors='replace')[-600:]}")
+            raise refusal(status.decode().strip(), (await reader.read(4000)).decode(errors="replace"))
         while not record.finished:
             line = await reader.readline()
             if not line:
@@ -98,6 +104,13 @@ async def send(port: int, request: bytes, record: Stream) -> None:
                 take(line[len(b"data: ") :].strip(), record)
     finally:
         writer.close()
+
+
+def refusal(line: str, rest: str) -> LoadError:
+    """`line`: an answer's first one; `rest`: headers and body."""
+    words, again = line.split(), re.search(r"(?im)^retry-after: *(\d+)", rest)
+    status = words[1] if len(words) > 1 else ""
+    return LoadError(f"{line}: {rest[-600:]}", status, None if again is None else float(again[1]))
 
 
 def take(data: bytes, record: Stream) -> None:
