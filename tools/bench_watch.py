@@ -23,7 +23,7 @@ from tools.bench_load import Stream, send
 from tools.bench_machine import conclude, machine_facts, machine_line, table
 from tools.bench_road import ANSWER_S, SPLIT, TEXT_TOKENS, WARM_TOKENS, Requests, closed, running
 
-WATCHED, ALONE = "watched", "alone"
+WATCHED, ALONE, CONTROL = "watched", "alone", "alone, too"
 SCRAPE_S = 5.0
 """Three times as often as Prometheus does by itself."""
 
@@ -103,10 +103,10 @@ def what_watching_costs(
     image_side: int = 448,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """The rates of two servers that are equal but that one is watched, measured by turns.
+    """The rates of three equal servers, measured by turns: one is watched, two are not and say what chance does.
 
     Args:
-        rounds: In each, both servers, in one order and back in the next.
+        rounds: In each all servers, another one first each time.
         texts: That run together, for tokens/s.
         seconds: For which they do.
         at_once: Clients that send their next request when the last is answered, for requests/s.
@@ -121,15 +121,16 @@ def what_watching_costs(
         raise InputError("need at least one round, text, client, request and token, and some seconds")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the servers that run
     machine, load = machine_facts(), Load(texts, seconds, at_once, requests, tokens)
-    found: dict[str, list[dict[str, float]]] = {ALONE: [], WATCHED: []}
+    found: dict[str, list[dict[str, float]]] = {ALONE: [], CONTROL: [], WATCHED: []}
     with ExitStack() as stack:
         folder = model or folder_to_serve(stack, preset)
         spans = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-watch-"))
-        options = {ALONE: (), WATCHED: ("--spans", spans, "--log-format", "json")}
+        options = {ALONE: (), CONTROL: (), WATCHED: ("--spans", spans, "--log-format", "json")}
         servers = {name: stack.enter_context(running(SPLIT, {}, folder, more)) for name, more in options.items()}
         makes = {name: Requests(called, image_side, i) for i, (name, (_, called)) in enumerate(servers.items())}
-        for number in range(-1, rounds):  # the first one warms both
-            for name in (ALONE, WATCHED) if number % 2 == 0 else (WATCHED, ALONE):
+        names = list(servers)
+        for number in range(-1, rounds):  # the first one warms them
+            for name in names[number % len(names) :] + names[: number % len(names)]:
                 measured = asyncio.run(measure(servers[name][0], makes[name], is_watched=name == WATCHED, load=load))
                 if number >= 0:
                     found[name].append(measured)
@@ -141,24 +142,26 @@ def what_watching_costs(
         "model": preset if model is None else model.name,
         "rounds": rounds,
         "servers": found,
-        "ratios": {key: ratio(found, key) for key in found[ALONE][0]},
+        "ratios": {name: {key: ratio(found, key, name) for key in found[ALONE][0]} for name in (CONTROL, WATCHED)},
     }
     conclude(result, report(result), as_json)
 
 
-def ratio(found: dict[str, list[dict[str, float]]], key: str) -> dict[str, float]:
-    """Watched by alone, of each round: neighbours in time. Median, least and most."""
-    ratios = [w[key] / a[key] for w, a in zip(found[WATCHED], found[ALONE], strict=True)]
+def ratio(found: dict[str, list[dict[str, float]]], key: str, name: str = WATCHED) -> dict[str, float]:
+    """This server by the one that is alone, of each round: neighbours in time. Median, least and most."""
+    ratios = [w[key] / a[key] for w, a in zip(found[name], found[ALONE], strict=True)]
     return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
 def report(result: dict[str, Any]) -> str:
     """Markdown for people."""
-    keys = list(result["ratios"])
+    keys = list(result["ratios"][WATCHED])
     rows = [
         [name, *(f"{statistics.median(one[key] for one in values):.2f}" for key in keys)]
         for name, values in result["servers"].items()
     ]
-    ratios = [f"{r['median']:.3f} ({r['least']:.3f} .. {r['most']:.3f})" for r in result["ratios"].values()]
+    for name, of_name in result["ratios"].items():
+        said = (f"{r['median']:.3f} ({r['least']:.3f} .. {r['most']:.3f})" for r in of_name.values())
+        rows.append([f"{name} / {ALONE}, median of rounds", *said])
     head = f"{machine_line(result['machine'])}; {result['model']}, {result['rounds']} rounds"
-    return f"{head}\n\n{table(['', *keys], [*rows, ['ratio, median of rounds', *ratios]])}"
+    return f"{head}\n\n{table(['', *keys], rows)}"
