@@ -1,4 +1,4 @@
-"""What a job remembers when its frontend dies: some bytes of memory that slot 0 shares with every frontend it forks."""
+"""What outlives a process: some bytes of memory that its slot shares with every child it forks in its place."""
 
 from __future__ import annotations
 
@@ -24,6 +24,23 @@ class _Shared(ctypes.Structure):
         ("store_host", ctypes.c_char * (_MAX_HOST_BYTES + 1)),
         ("store_port", ctypes.c_uint32),
     )
+
+
+class Use:
+    """Whether a child was of use in this life: its slot makes one before forking, the child marks it."""
+
+    def __init__(self) -> None:
+        self._mark = mmap.mmap(-1, 1)
+
+    def begin(self) -> None:
+        """A life begins."""
+        self._mark[0] = 0
+
+    def mark(self) -> None:
+        self._mark[0] = 1
+
+    def __bool__(self) -> bool:
+        return bool(self._mark[0])
 
 
 class JobMemory:

@@ -16,12 +16,13 @@ import stat
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from qwen3vl_disagg.cluster.job_memory import Use
 from qwen3vl_disagg.core.errors import InputError, UnavailableError
 from qwen3vl_disagg.core.host import available_bytes, process_started
 from qwen3vl_disagg.core.progress import SILENT, Progress
@@ -113,6 +114,8 @@ class RankContext:
     cores_file: Path | None = None
     """Where this host's ranks say who computes; None: each keeps to its share of the cores."""
     progress: Progress = SILENT
+    use: Use = field(default_factory=Use)
+    """Of an encode rank: marked when it has sent rows."""
 
     @property
     def is_first_language_rank(self) -> bool:

@@ -68,7 +68,8 @@ class Child:
 
     `is_vital`: its death ends the job; else it is forked again. `sockets`: the only ones of the slot's that it keeps.
     `takes_signals`: SIGTERM and SIGINT are passed on to it. `on_fork` is called in the slot right before it is forked;
-    one that `is_stuck` is killed, which is a death like any other.
+    one that `is_stuck` is killed, which is a death like any other. `was_of_use`: in the life that has just ended, so
+    that however short that was, it is no sign that the next would be no better.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Child:
     takes_signals: bool = False
     on_fork: Callable[[], None] = lambda: None
     is_stuck: Callable[[], bool] = lambda: False
+    was_of_use: Callable[[], bool] = lambda: False
 
 
 @dataclass
@@ -174,7 +176,8 @@ class Slot:
         if lived >= _LONG_LIFE_S:
             self._has_lived.add(child.name)
         if not self._is_final(child, status):
-            deaths = running.num_quick_deaths + 1 if lived < _LONG_LIFE_S else 0
+            is_quick = lived < _LONG_LIFE_S and not child.was_of_use()
+            deaths = running.num_quick_deaths + 1 if is_quick else 0
             # The first deaths are answered at once; what keeps dying is given time.
             pause = min(0.25 * 2.0 ** (deaths - 3), _MAX_BACKOFF_S) if deaths >= 3 else 0.0
             self._again[child.name] = (time.monotonic() + pause, deaths)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any
@@ -55,7 +56,7 @@ class EncodeRank:
     """One encode rank on one event loop. `run` returns the exit status.
 
     `make_link` is given where payloads do not cross processes; otherwise links are process groups over the job's store.
-    `tower`: see `EncodePipeline`, `canary`: see `EncodeLinks`.
+    `tower`: see `EncodePipeline`, `canary`: see `EncodeLinks`, `on_sent`: see `EncodeServer`.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class EncodeRank:
         join_s: float | None = None,
         reconnect_s: float = 30.0,
         canary: CheckedRows | None = None,
+        on_sent: Callable[[], None] = lambda: None,
     ) -> None:
         self._hello, self._hub_address = hello, hub_address
         self._meet: Meet = partial(meet_in_store, host=host) if make_link is None else lambda _: make_link
@@ -93,6 +95,7 @@ class EncodeRank:
             options=options,
             tower=tower,
             canary=canary,
+            on_sent=on_sent,
         )
 
     async def run(self) -> int:
@@ -229,6 +232,7 @@ def run_encode_rank(context: RankContext) -> int:
             options=context.options.encode,
             join_s=join_s,
             canary=canary,
+            on_sent=context.use.mark,
         )
         if context.is_joining:  # the others leave when the hub says so
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -65,7 +65,7 @@ logger = logging.getLogger(__name__)
 
 class EncodeServer:
     """`tell` gets what the router should know; `pull` fetches an item's bytes. `tower`, `gathers`: see
-    `EncodePipeline`, `canary`: see `EncodeLinks`."""
+    `EncodePipeline`, `canary`: see `EncodeLinks`. `on_sent` is called when rows have been sent."""
 
     def __init__(
         self,
@@ -80,11 +80,12 @@ class EncodeServer:
         tower: Executor | None = None,
         gathers: bool = False,
         canary: CheckedRows | None = None,
+        on_sent: Callable[[], None] = lambda: None,
     ) -> None:
         self.limits = limits or SessionLimits()
         self.sessions = EncodeSessions(self.limits)
         self.pipeline = EncodePipeline(worker, pull, options or EncodeOptions(), tell, tower=tower, gathers=gathers)
-        self._tell = tell
+        self._tell, self._on_sent = tell, on_sent
         self._links = EncodeLinks(
             hello,
             on_up=self._on_up,
@@ -203,6 +204,8 @@ class EncodeServer:
         def sent(done: asyncio.Future) -> None:
             error = asyncio.CancelledError() if done.cancelled() else done.exception()
             reason = None if error is None else str(error) or type(error).__name__
+            if error is None:
+                self._on_sent()
             self.handle(PayloadSent(action.language_rank, action.epoch, attempt, reason))
 
         asyncio.get_running_loop().run_in_executor(link.thread, send).add_done_callback(sent)

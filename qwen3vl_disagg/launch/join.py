@@ -59,4 +59,6 @@ def run_slot(options: JoinOptions, world: World) -> int:
     check_environment()
     plan_faults()
     body = functools.partial(run_threaded, run_encode_rank, context)
-    return Slot([Child("encode rank", body, is_vital=False, takes_signals=True)]).run()
+    use = context.use
+    child = Child("encode rank", body, is_vital=False, takes_signals=True, on_fork=use.begin, was_of_use=use.__bool__)
+    return Slot([child]).run()

@@ -69,7 +69,9 @@ def rank_child(context: RankContext) -> Child:
     if context.layout.world_size == 1:
         return Child("rank 0", functools.partial(run_threaded, run_combined_rank, context), is_vital=True)
     if rank in context.layout.encode_ranks:
-        return Child(f"encode rank {rank}", functools.partial(run_threaded, run_encode_rank, context), is_vital=False)
+        body = functools.partial(run_threaded, run_encode_rank, context)
+        use = context.use
+        return Child(f"encode rank {rank}", body, is_vital=False, on_fork=use.begin, was_of_use=use.__bool__)
     text = read_config(resolve_model_folder(context.options.model.model)).text
     body = functools.partial(run_threaded, run_language_rank, context)
     return Child(f"language rank {rank}", body, is_vital=bool(text.num_experts))

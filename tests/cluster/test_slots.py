@@ -100,6 +100,13 @@ def test_what_keeps_dying_is_given_time(tmp_path):
         assert "exit 5" in job.said()
 
 
+def test_who_was_of_use_is_not_one_that_keeps_dying(tmp_path):
+    with Job(tmp_path, "useful") as job:
+        job.wait_for("encode", 8)
+        pauses = [line.partition("starting it again")[2] for line in job.said().splitlines() if "again" in line]
+        assert pauses[:7] == [""] * 6 + [" in 0.25 s"]  # four of use, two of none, and the third
+
+
 def test_one_that_lived_is_started_again_whatever_it_says(tmp_path):
     with Job(tmp_path, "vanished") as job:
         last = job.wait_for("encode", 4)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_disagg.cluster import slots as slots_module
-from qwen3vl_disagg.cluster.job_memory import JobMemory
+from qwen3vl_disagg.cluster.job_memory import JobMemory, Use
 from qwen3vl_disagg.cluster.slots import Child, Slot, die_with_parent
 from qwen3vl_disagg.core.errors import Dismissed, HandshakeError, HubGone, InputError
 from qwen3vl_disagg.core.logs import start_logging
@@ -68,6 +68,15 @@ def crashing(name: str) -> int:
     return 5
 
 
+def useful(name: str) -> int:
+    """Dies at once, but was of use before, the first four times."""
+    number = LOG.read_text().count(name)
+    note(name, "up")
+    if number < 4:
+        use.mark()
+    return 5
+
+
 def vanished(name: str) -> int:
     """Lives well, then finds no checkpoint twice, then lives again."""
     number = LOG.read_text().count(name)
@@ -78,7 +87,7 @@ def vanished(name: str) -> int:
     return 1
 
 
-memory = JobMemory()
+memory, use = JobMemory(), Use()
 
 
 def child(name: str, body: Callable[[str], int], **options: Any) -> Child:
@@ -117,6 +126,7 @@ def slots() -> dict[str, Slot]:
         "alone": Slot([child("frontend", told, takes_signals=True), child("encode", sleeper)], leave_s=0.5),
         "far": Slot([rank], on_stop=lambda: Path(f"{LOG}.stop").touch()),
         "crashing": Slot([child("encode", crashing)]),
+        "useful": Slot([child("encode", useful, on_fork=use.begin, was_of_use=use.__bool__)]),
         "vanished": Slot([child("encode", vanished)]),
         "stuck": Slot(
             [child("frontend", stopping, is_stuck=lambda: memory.silent_s > 1.0, on_fork=memory.expect_no_beat)]
