@@ -2,8 +2,9 @@
 
 The kernel closes the connections of a dead process without a word, so a client cannot tell the end of its answer from
 an accident. The frontend hands each connection over (SCM_RIGHTS) with the words that would be right now: a whole 503
-where no answer has begun, the last event of a stream. Bytes that are half written forbid all words: one byte of shared
-memory for each connection, written around each write, says which words fit, if any.
+where no answer has begun, the last event of a stream. What fits depends on how much has been written, and a process can
+die in the middle of that: so shared memory says for each connection which words fit behind how many bytes, before and
+after the last write, and the kernel how many bytes there are. Behind any other number of them nothing fits.
 
 The keeper knows nothing of HTTP. When the frontend's end of their socket closes, it says what fits and closes all.
 """
@@ -11,6 +12,7 @@ The keeper knows nothing of HTTP. When the frontend's end of their socket closes
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import mmap
 import os
@@ -18,9 +20,11 @@ import selectors
 import signal
 import socket
 import struct
+import sys
+import termios
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
 MAX_HELD = 1 << 14
@@ -30,11 +34,38 @@ AGAIN_S = 1.0
 _HEAD = struct.Struct("<BHB")
 """What is asked, of which connection, the number of the words. The first message is the shared memory alone."""
 _HOLD, _SAY, _RELEASE = 1, 2, 3
+_TOTAL = struct.Struct("<Q")
+_MARK_BYTES = 16
+"""Of shared memory, two for each connection: behind how many bytes (8) which words (1) fit; 0 for none."""
+_MEMORY_BYTES = MAX_HELD * 2 * _MARK_BYTES
+_NUM_WORDS = 3
+"""Of a connection: behind what was written before, behind all of it, and those that are to come."""
+_TCP_INFO_BYTES, _BYTES_ACKED = 232, 120
 
 
 def words_door() -> tuple[socket.socket, socket.socket]:
     """The frontend's end and the keeper's, for every life of each: no other process can reach it."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def bytes_written(sock: socket.socket) -> int:
+    """That the kernel has taken of this process and others on a TCP connection: what its peer has acknowledged
+    (`tcpi_bytes_acked`), and what it has not (SIOCOUTQ). OSError for a socket that is none."""
+    while True:
+        acked, waits, again = _acked(sock), _unacknowledged(sock), _acked(sock)
+        if acked == again:
+            return acked + waits
+
+
+def _acked(sock: socket.socket) -> int:
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    if len(info) < _BYTES_ACKED + _TOTAL.size:
+        raise OSError("the kernel does not count bytes")
+    return int(_TOTAL.unpack_from(info, _BYTES_ACKED)[0])
+
+
+def _unacknowledged(sock: socket.socket) -> int:
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0" * 4), sys.byteorder)
 
 
 # ---- the frontend's end ----
@@ -84,9 +115,9 @@ class _Line:
         """Releases that had no room in the socket."""
         memory = os.memfd_create("last-words")
         try:
-            os.ftruncate(memory, MAX_HELD)
-            self._flags = mmap.mmap(memory, MAX_HELD)
-            socket.send_fds(keeper, [b"flags"], [memory])
+            os.ftruncate(memory, _MEMORY_BYTES)
+            self._memory = mmap.mmap(memory, _MEMORY_BYTES)
+            socket.send_fds(keeper, [b"marks"], [memory])
             keeper.setblocking(False)
         finally:
             os.close(memory)
@@ -95,24 +126,32 @@ class _Line:
         if self.is_lost or not self._free or self._unsaid:
             self._release_rest()
             return None
+        try:
+            total = bytes_written(sock)
+        except OSError:
+            return None
         index = self._free.popleft()
         if not self._send(_HEAD.pack(_HOLD, index, 0), [sock.fileno()]):
             self._free.append(index)
             return None
-        return Held(self, index)
+        return Held(self, index, total)
 
     def say(self, index: int, number: int, words: bytes) -> bool:
         return self._send(_HEAD.pack(_SAY, index, number) + words)
 
     def release(self, index: int) -> None:
-        self.flag(index, 0)
+        for which in (0, 1):
+            self.mark(index, which, 0, 0)
         if not self.is_lost:
             self._unsaid.append(_HEAD.pack(_RELEASE, index, 0))
             self._release_rest()
 
-    def flag(self, index: int, number: int) -> None:
-        """Which words fit from now on; 0 for none."""
-        self._flags[index] = number
+    def mark(self, index: int, which: int, total: int, number: int) -> None:
+        """Words that fit behind so many bytes; 0 for none. At no moment do they fit behind another number."""
+        at = (2 * index + which) * _MARK_BYTES
+        self._memory[at + _TOTAL.size] = 0
+        _TOTAL.pack_into(self._memory, at, total)
+        self._memory[at + _TOTAL.size] = number
 
     def _release_rest(self) -> None:
         while self._unsaid and self._send(self._unsaid[0]):
@@ -135,28 +174,35 @@ class _Line:
 
 
 class Held:
-    """One connection in keeping."""
+    """One connection in keeping, of which so many bytes are written."""
 
-    def __init__(self, line: _Line, index: int) -> None:
-        self._line, self._index = line, index
-        self._number, self._last_number = 0, 0
+    def __init__(self, line: _Line, index: int, total: int) -> None:
+        self._line, self._index, self._total = line, index, total
+        self._which = self._number = self._last_number = 0
+        self.mark()
 
     def prepare(self, words: bytes) -> None:
-        """Say this if the process dies from the next `allow` on, in place of what was to be said; empty: nothing."""
-        self.forbid()
+        """Say this behind the next write, in place of what was to be said; empty: nothing."""
         self._number = 0
         if words and len(words) <= MAX_WORDS:
             self._last_number = self._last_number % 255 + 1
             if self._line.say(self._index, self._last_number, words):
                 self._number = self._last_number
 
-    def forbid(self) -> None:
-        """Something is half written."""
-        self._line.flag(self._index, 0)
+    @property
+    def is_prepared(self) -> bool:
+        """There is something to be said, and the keeper has it."""
+        return bool(self._number)
 
-    def allow(self) -> None:
-        """Everything that was written has left this process."""
-        self._line.flag(self._index, self._number)
+    def mark(self) -> None:
+        """What was prepared fits already."""
+        self._line.mark(self._index, self._which, self._total, self._number)
+
+    def will_write(self, num_bytes: int) -> None:
+        """Before each write: until it is done what fitted before still does."""
+        if num_bytes:
+            self._which, self._total = 1 - self._which, self._total + num_bytes
+            self.mark()
 
     def release(self) -> None:
         """The connection is over; the keeper closes its own end."""
@@ -169,8 +215,7 @@ class Held:
 @dataclass
 class _HeldConnection:
     descriptor: int
-    number: int = 0
-    words: bytes = b""
+    words: deque[tuple[int, bytes]] = field(default_factory=lambda: deque(maxlen=_NUM_WORDS))
 
 
 def keep_words(door: socket.socket) -> int:
@@ -208,7 +253,7 @@ class _Speaker:
     """What one frontend has given into keeping."""
 
     def __init__(self) -> None:
-        self._flags: mmap.mmap | None = None
+        self._memory: mmap.mmap | None = None
         self._kept: dict[int, _HeldConnection] = {}
 
     def take(self, sock: socket.socket) -> bool:
@@ -217,7 +262,7 @@ class _Speaker:
             message, descriptors, _, _ = socket.recv_fds(sock, _HEAD.size + MAX_WORDS, 1)
         except OSError:
             return False
-        if self._flags is None:
+        if self._memory is None:
             return self._begin(descriptors)
         if len(message) < _HEAD.size:
             return False
@@ -227,26 +272,36 @@ class _Speaker:
         if kind == _HOLD and descriptors:
             self._kept[index] = _HeldConnection(descriptors[0])
         elif kind == _SAY and index in self._kept:
-            kept = self._kept[index]
-            kept.number, kept.words = number, message[_HEAD.size :]
+            self._kept[index].words.append((number, message[_HEAD.size :]))
         return True
 
     def _begin(self, descriptors: list[int]) -> bool:
-        if descriptors and os.fstat(descriptors[0]).st_size == MAX_HELD:
-            self._flags = mmap.mmap(descriptors[0], MAX_HELD)
+        if descriptors and os.fstat(descriptors[0]).st_size == _MEMORY_BYTES:
+            self._memory = mmap.mmap(descriptors[0], _MEMORY_BYTES)
         for descriptor in descriptors:
             os.close(descriptor)
-        return self._flags is not None
+        return self._memory is not None
 
     def speak(self) -> None:
         """The frontend is gone: what fits is said, and everything is closed."""
         num_told = 0
         for index, kept in self._kept.items():
             with contextlib.closing(socket.socket(fileno=kept.descriptor)) as client, contextlib.suppress(OSError):
-                if self._flags is not None and kept.number and self._flags[index] == kept.number:
-                    client.send(kept.words, socket.MSG_DONTWAIT)
+                if words := self._fitting(index, kept, client):
+                    client.send(words, socket.MSG_DONTWAIT)
                     num_told += 1
                 client.shutdown(socket.SHUT_WR)
         if num_told:
             logger.warning("the frontend died: told %d clients, whose requests were under way", num_told)
         self._kept.clear()
+
+    def _fitting(self, index: int, kept: _HeldConnection, client: socket.socket) -> bytes:
+        """b"": nothing fits behind what was written."""
+        if self._memory is None:
+            return b""
+        words, total = dict(kept.words), bytes_written(client)
+        for at in (2 * index * _MARK_BYTES, (2 * index + 1) * _MARK_BYTES):
+            number = self._memory[at + _TOTAL.size]
+            if number and _TOTAL.unpack_from(self._memory, at)[0] == total:
+                return words.get(number, b"")
+        return b""

@@ -28,7 +28,7 @@ class HttpWords:
         """A request has begun, and no answer to it."""
         if self._held is not None:
             self._held.prepare(_refusal(is_messages=is_messages_path(path)))
-            self._allow()
+            self._held.mark()
 
     def answer(self, message: Message, http_version: str) -> None:
         """Before a message of the answer is written: what there is to say behind it. Takes out what only we know."""
@@ -42,17 +42,10 @@ class HttpWords:
             self._held.prepare(words)
 
     def write(self, data: Any) -> None:
-        """To the transport; where it cannot take all at once, nothing can be said until it has."""
-        if self._held is None:
-            self._transport.write(data)
-            return
-        self._held.forbid()
+        """To the transport."""
+        if self._held is not None:
+            self._held.will_write(len(data))
         self._transport.write(data)
-        self._allow()
-
-    def _allow(self) -> None:
-        if self._held is not None and not self._transport.get_write_buffer_size():
-            self._held.allow()
 
     def release(self) -> None:
         """The connection is over. The keeper's end would hold it open."""

@@ -212,3 +212,9 @@ def test_a_new_keeper_is_found_by_the_connections_that_come_then():
         one.kill()
         assert events(seen + rest(after))[-1]["error"]["code"] == "interrupted"
         assert b"interrupted" not in rest(before)
+
+
+def test_whenever_a_writer_is_killed_the_words_fit_behind_what_it_wrote():
+    command = [sys.executable, "-m", "tests.support.words_storm", "40"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout) == {"ends": {"right": 40}, "keeper": 0}, done.stderr
