@@ -2,8 +2,8 @@
 
     python -m tests.support.words_storm 40
 
-For each life the writer sends pieces of 100 bytes as fast as it can, each with other last words prepared, which name it.
-Prints how many lives ended with the words that fit behind what had been written, and what else was seen.
+For each life the writer sends pieces of 100 bytes as fast as it can, each with other last words prepared, which name
+it. Prints how many lives ended with the words that fit behind what had been written, and what else was seen.
 """
 
 from __future__ import annotations
