@@ -237,7 +237,7 @@ class Slot:
 
 def _run_child(child: Child, sockets: Sequence[socket.socket], parent: int) -> None:
     """In the child, to its end: `os._exit`, so that no hanging thread and nothing of the slot's can hold it up."""
-    # 300,000 objects of modules alone: looked at again for garbage, they cost 0.2 s, and their pages are shared no more.
+    # 300,000 objects of modules: to look through them for garbage takes 0.2 s, and their pages are shared no more.
     gc.freeze()
     start_logging(child.name)
     status = 1
