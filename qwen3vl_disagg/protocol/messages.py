@@ -21,7 +21,7 @@ from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.spans import Span
 
-PROTOCOL_VERSION = 17
+PROTOCOL_VERSION = 18
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -436,9 +436,11 @@ class Header(OfAttempt, frozen=True):
 
 
 class HeaderOk(OfAttempt, frozen=True):
-    """Language -> encode: the header is as it should be, send. The link's thread posts the receives, maybe later."""
+    """Language -> encode: the header is as it should be, send. The link's thread posts the receives, maybe later, and
+    waits `payload_s` seconds for the payload; 0: as long as usual."""
 
     row_start: int
+    payload_s: float = 0.0
 
 
 class Ack(OfAttempt, frozen=True):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from qwen3vl_disagg.protocol.messages import Abort, Ack, Beat, Cancel, Frame, Grant, HeaderOk, Resume
+from qwen3vl_disagg.protocol.payload_time import moving_s
 from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING
 from qwen3vl_disagg.protocol.session_events import (
     BreakLink,
@@ -44,9 +45,10 @@ def test_an_item_larger_than_the_pool_comes_in_parts():
     assert (side.counts(), side.counts("deepstack"), side.counts("slots")) == ((0, 1, 0), (5, 3, 0), (7, 1, 0))
     room, hold = side["r", 0].room, side["r", 0].hold
     header = side.header_of("r")
+    payload_s = LIMITS.payload_s + moving_s(SIZES.transfer_bytes(2, 5))
     assert side.header("r") == [
-        SendFrame(0, Frame(epoch=1, seq=2, body=HeaderOk(**ids(key), row_start=0))),
-        Receive(0, 1, header, grant, make_visual(5), room, hold),
+        SendFrame(0, Frame(epoch=1, seq=2, body=HeaderOk(**ids(key), row_start=0, payload_s=payload_s))),
+        Receive(0, 1, header, grant, make_visual(5), room, hold, payload_s),
     ]
     ready, ack = [RowsReady(*key, 0, 2)], Ack(**ids(key), received=2)
     assert side.payload("r") == [SendFrame(0, Frame(epoch=1, seq=3, body=ack)), *ready]
