@@ -310,7 +310,9 @@ class LinkServer:
         for old in [link for link in self._links.values() if link.encode_rank == encode_rank]:
             old.control.abort()  # an earlier incarnation of that rank, or of this link
             self._drop(old, "the encode rank made a new link")
-        key = f"epoch/{language_rank}"  # one for all links: none has the epoch of another, and ranks that join leave none
+        key = (
+            f"epoch/{language_rank}"  # one for all links: none has the epoch of another, and ranks that join leave none
+        )
         epoch = await asyncio.to_thread(store.add, key, 1)
         if epoch <= hello.last_epoch:  # this rank was started again, and its store with it
             epoch = await asyncio.to_thread(store.add, key, hello.last_epoch + 1 - epoch)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter as Counts
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, exposition
@@ -127,7 +127,7 @@ class Metrics:
     def _encoded(self, item: ItemTimings) -> None:
         rank = str(item.encode_rank)
         if rank not in self._ranks:
-            self._forget_ranks()
+            self._forget_ranks(self._backend.rank_loads())
             rank = rank if len(self._ranks) < MAX_RANKS else "others"
         if rank != "others":
             self._ranks[rank] = time.monotonic()
@@ -141,9 +141,9 @@ class Metrics:
             self._preprocess.labels(rank).observe(item.preprocess / 1e3)
             self._forward.labels(rank).observe(item.encode / 1e3)
 
-    def _forget_ranks(self) -> None:
-        """Those that left some time ago: what they did is in no series any more."""
-        now, there = time.monotonic(), {str(rank) for role, rank in self._backend.rank_loads() if role == "encode"}
+    def _forget_ranks(self, keys: Iterable[RankKey]) -> None:
+        """Those that left some time ago: what they did is in no series any more. `keys`: ranks that are there."""
+        now, there = time.monotonic(), {str(rank) for role, rank in keys if role == "encode"}
         self._ranks |= dict.fromkeys(there & self._ranks.keys(), now)
         for rank in [rank for rank, seen_at in self._ranks.items() if now - seen_at >= GONE_S]:
             del self._ranks[rank]
@@ -158,7 +158,7 @@ class Metrics:
             page = self._pages.get(is_open)
             if page is None or time.monotonic() >= page.good_until:
                 self._loads.look()
-                self._forget_ranks()
+                self._forget_ranks(self._loads.seen)
                 started = time.monotonic()
                 body = await asyncio.to_thread(form.generate_latest, self._registry)
                 took = time.monotonic() - started
@@ -177,11 +177,11 @@ class _Loads:
 
     def __init__(self, backend: Backend, *, hides_cache_hits: bool) -> None:
         self._backend, self._hides = backend, hides_cache_hits
-        self._is_ready, self._seen = False, dict[RankKey, Load | None]()
+        self._is_ready, self.seen = False, dict[RankKey, Load | None]()
 
     def look(self) -> None:
         """On the event loop, which the ranks' connections are on."""
-        self._is_ready, self._seen = self._backend.readiness().ready, dict(self._backend.rank_loads())
+        self._is_ready, self.seen = self._backend.readiness().ready, dict(self._backend.rank_loads())
 
     def collect(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily("q3vl_ready", "1 if requests are served.")
@@ -203,7 +203,7 @@ class _Loads:
         cached = gauge("encoder_cache_bytes", "Rows that an encode rank keeps.")
         items = counter("encoder_items", "Images and clips that went through a vision tower.")
         batches = counter("encoder_batches", "Runs of a vision tower.")
-        for (role, number), load in self._seen.items():
+        for (role, number), load in self.seen.items():
             rank = [role, str(number)]
             up.add_metric(rank, load is not None)
             if load is None:

@@ -125,7 +125,7 @@ def process_group_links(store: dist.Store, *, host: str, timeout_s: float = 20.0
         client = store.clone()  # type: ignore[attr-defined]
         try:
             group = build_pair(client, prefix, rank_in_pair=_RANK_IN_PAIR[side], host=host, timeout_s=timeout_s)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # the other: what it found in the store is no address
             with contextlib.suppress(RuntimeError):  # the store is gone, and the keys with it
                 forget_meeting(store.clone(), prefix)  # type: ignore[attr-defined]
             raise LinkBroken(f"no group with the other end of {prefix}") from error

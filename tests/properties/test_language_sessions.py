@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from qwen3vl_disagg.protocol.messages import Abort, Ack, Beat, Cancel, Frame, Grant, HeaderOk, Resume
@@ -212,6 +213,28 @@ def test_a_request_that_takes_too_long_is_forgotten(state):
     assert [a.reason for a in bodies(actions)] == (["the request is over"] if state in (GRANTED, RECEIVING) else [])
     assert side.sessions.requests == {}
     assert side.sessions.is_idle == (state not in (RECEIVING, HELD))
+
+
+def test_the_epoch_of_a_link_is_forgotten_when_nobody_can_come_with_an_older_one_any_more():
+    side = Side()
+    known = side.sessions._last_epochs
+    side.bring(GRANTED)
+    side.down(0)
+    side.down(1)
+    side.tick(LIMITS.forget_s - 0.1)
+    assert known == {0: 1, 1: 1}
+    side.up(0)
+    side.tick(0.1)
+    assert known == {0: 2}, "the one that is linked stays, and so it would with an item that waits for it"
+    side.down(0)
+    side.assign("r", attempt=2)
+    side.sessions.limits = msgspec.structs.replace(LIMITS, forget_s=0.0)
+    side.tick(0.1)
+    assert known == {0: 2}
+    side.do(Cancel(request_id="r"))
+    side.tick(0.1)
+    assert known == {}
+    assert side.sessions._gone_at == {}
 
 
 def test_beats_say_how_many_frames_there_were():

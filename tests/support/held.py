@@ -59,7 +59,7 @@ def _next(path: str, one: Any) -> Iterator[_Step]:
 
 def _is_walked(one: Any) -> bool:
     """Ours, and queues: what other packages keep is theirs."""
-    module = type(one).__module__ or ""
+    module = str(type(one).__module__)
     return module.split(".")[0] in (OURS, "queue") or module == "asyncio.queues"
 
 
@@ -95,7 +95,8 @@ def instances() -> Counter[str]:
     """How many objects of each class of ours the collector knows, however they are reached."""
     gc.collect()
     kinds = Counter(type(one) for one in gc.get_objects())
-    return Counter({f"{k.__module__}.{k.__qualname__}": n for k, n in kinds.items() if k.__module__.startswith(OURS)})
+    ours = {kind: count for kind, count in kinds.items() if str(kind.__module__).startswith(OURS)}
+    return Counter({f"{kind.__module__}.{kind.__qualname__}": count for kind, count in ours.items()})
 
 
 def of_process() -> dict[str, int]:
