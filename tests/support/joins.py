@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.requests import Request
 from torch import distributed as dist
 
 from qwen3vl_disagg.cluster.backend import FinishedEvent, PromptCall
@@ -57,7 +58,7 @@ ENDS = ("leaves", "leaves", "dies", "dies at work", "dies in the handshake", "is
 
 @dataclass
 class Language:
-    """The language rank, but for its engine: what the hub says goes to the link server, and what that says to the hub."""
+    """The language rank, but for its engine: what the hub says goes to the link server, and back."""
 
     rank: FakeRank
     links: LinkServer
@@ -125,7 +126,7 @@ class Job:
     async def settled(self) -> Counter[str]:
         """As `holds`, when what is remembered for a while has been forgotten."""
         await asyncio.sleep(FORGET_S + 2 * MEET_S + 0.5)
-        await self.metrics.show(_Scrape())
+        await self.metrics.show(Request({"type": "http", "headers": []}))
         return self.holds()
 
     async def come_and_go(self, end: str, rng: random.Random) -> None:
@@ -217,10 +218,6 @@ class Job:
                     self.metrics.prompted(1, event.timings)
                     return event.timings.items[0].encode_rank
         raise AssertionError("an answer without an end")
-
-
-class _Scrape:
-    headers: dict[str, str] = {}
 
 
 @asynccontextmanager
