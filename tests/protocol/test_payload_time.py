@@ -64,7 +64,7 @@ LARGE = RowSizes(1 << 24, 4, 12, 64, 0)
 
 
 def test_a_link_that_has_shown_its_rate_is_told_so_at_both_ends():
-    """Two blocks of 2 rows, one after another; the second after 32 MiB came in 4 s, so that 1 MiB a second are asked."""
+    """Two blocks of 2 rows, one after another; the second after 32 MiB in 4 s, so that 1 MiB a second are asked."""
     side = Side(blocks=1, row_sizes=LARGE)
     side.expect("r", 4)
     side.assign("r")

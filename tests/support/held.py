@@ -85,9 +85,9 @@ def modules() -> dict[str, object]:
         if name.split(".")[0] == OURS and isinstance(module, ModuleType):
             for key, value in vars(module).items():
                 is_cache = isinstance(value, functools._lru_cache_wrapper) and value.__module__ == name
-                if is_cache or isinstance(value, (dict, list, set, deque)) or _is_walked(value):
-                    if not key.startswith("__"):
-                        found[f"{name.removeprefix(OURS + '.')}.{key}"] = value
+                is_held = is_cache or isinstance(value, (dict, list, set, deque)) or _is_walked(value)
+                if is_held and not key.startswith("__"):
+                    found[f"{name.removeprefix(OURS + '.')}.{key}"] = value
     return found
 
 
