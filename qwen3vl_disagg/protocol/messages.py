@@ -323,9 +323,11 @@ class FindStore(Message, frozen=True):
 
 
 class EndJob(Message, frozen=True):
-    """A node was asked to end, and with it the job: as SIGTERM to the frontend. No answer."""
+    """A node was asked to end, and with it the job: as SIGTERM to the frontend. No answer. `lost`: the number of a rank
+    that failed for good, maybe before its hello: nobody has to wait for it."""
 
     token: str
+    lost: int | None = None
 
 
 class Pull(Message, frozen=True):
