@@ -97,7 +97,7 @@ class Given:
         while self.num_given_up < goal:
             while len(self._names) < UNDER_WAY:
                 self.begin()
-            for _ in range(self.rng.choice([0, 1, 1, 2, 3])):
+            for _ in range(self.rng.choice([0, 0, 1, 1, 2])):
                 self.llm._requests.step()
             if self.rng.random() < 0.3:
                 time.sleep(0.002 * self.rng.random())  # the other thread gets on
@@ -136,7 +136,9 @@ def test_cancelled_requests_leave_nothing_behind(llm, prompts):
 
 
 @pytest.mark.acceptance
-def test_ten_thousand_cancelled_requests_leave_nothing_behind(llm, prompts):
-    stages = check(llm, prompts, QUICK, MANY)
+@pytest.mark.parametrize("quarter", range(4))
+def test_ten_thousand_cancelled_requests_leave_nothing_behind(llm, prompts, quarter):
+    """Of one `LLM`; each quarter by itself, so that none takes too long."""
+    stages = check(llm, prompts, QUICK, MANY // 4 + quarter)
     print(f"given up in each stage: {dict(stages)}")
     assert min(stages[stage] for stage in STAGES) >= 30, stages

@@ -302,7 +302,7 @@ def test_a_child_that_is_killed_is_our_fault(app):
 
 def test_a_child_that_says_nothing_more_ends_with_its_request_s_time(app):
     async def main() -> None:
-        exchange, task, pid = await start(app, LONG, **{"x-request-timeout-ms": "1500"})
+        exchange, task, pid = await start(app, LONG, **{"x-request-timeout-ms": "5000"})
         os.kill(pid, signal.SIGSTOP)
         await asyncio.wait_for(task, 10)
         assert (exchange.status, exchange.json["error"]["code"]) == (504, "deadline_exceeded")
