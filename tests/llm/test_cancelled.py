@@ -16,13 +16,18 @@ from qwen3vl_disagg.engine.engine import EngineOptions
 from qwen3vl_disagg.processing import AnswerParts, Prompt
 from qwen3vl_disagg.protocol.session import HELD, RECEIVING, WAITING
 from tests.support.held import grown, look
-from tests.support.local import settled
+from tests.support.local import WAIT_S, settled
 from tests.support.scenes import ask_scenes
 
 STAGES = ("queued", "encoding", "transferring", "prefilling", "decoding", "streaming")
 UNDER_WAY = 8
 """More than run at once, so that some are queued."""
-BOUNDED = {"core.spans.ring": MAX_SPANS, "qwen3vl_disagg.core.spans.Span": MAX_SPANS}
+BOUNDED = {
+    "core.spans.ring": MAX_SPANS,
+    "qwen3vl_disagg.core.spans.Span": MAX_SPANS,
+    "requests.transfer.worker.decoder._idle": 2,
+    "qwen3vl_disagg.media.child.ChildProcess": 2,
+}
 QUICK, MANY = 150, 10_000
 
 
@@ -110,10 +115,13 @@ def check(llm: LLM, prompts: list[Prompt], warm_up: int, count: int) -> Counter[
     """The stages that were seen."""
 
     def holds() -> Counter[str]:
-        for _ in range(2):  # commands that came meanwhile, and those that come of them
-            llm._requests._steps.post(lambda _: None)
-            llm._requests.step()
-            assert settled(llm)
+        end = time.monotonic() + WAIT_S
+        is_idle = False
+        while not is_idle and time.monotonic() < end:
+            is_idle = settled(llm, 0.1)
+            llm._requests._steps.post(lambda _: None)  # else a step would wait for something to do
+            llm._requests.step()  # recalls, and what the tower had begun, are answered by the thread that steps
+        assert is_idle
         return look(requests=llm._requests)
 
     given = Given(llm, prompts, seed=count)
@@ -126,7 +134,8 @@ def check(llm: LLM, prompts: list[Prompt], warm_up: int, count: int) -> Counter[
     assert llm.engine.is_empty
     assert pool.num_free == pool.num_pages
     assert allocator.is_idle
-    assert grown(before, after, BOUNDED) == []
+    # The second of the two children that decode may come late, with its two pipes.
+    assert grown(before, after, {**BOUNDED, "descriptors": before["descriptors"] + 2}) == []
     return given.stages
 
 

@@ -96,7 +96,7 @@ def is_whole(server: Server) -> bool:
     ("who", "seconds", "is_restarted"),
     [
         ("encode 0", 15, False),
-        ("encode 1", 65, True),
+        ("encode 1", 65, False),
         ("language 2", 15, False),
         ("frontend", 14, False),
         ("frontend", 30, True),
