@@ -108,12 +108,15 @@ def look(**roots: object) -> Counter[str]:
     return held(**roots, **modules()) + instances() + Counter(of_process())
 
 
-def grown(before: Mapping[str, int], after: Mapping[str, int], bounded: Mapping[str, int] | None = None) -> list[str]:
-    """What holds more than before, a line each. `bounded`: what may grow, by the beginning of its name, and how far."""
+def grown(
+    before: Mapping[str, int], after: Mapping[str, int], bounded: Mapping[str, int] | None = None, slack: int = 0
+) -> list[str]:
+    """What holds more than before, a line each, by more than `slack`. `bounded`: what may grow, by the beginning of its
+    name, and how far."""
     lines = []
     for name, count in sorted(after.items()):
         allowed = [most for start, most in (bounded or {}).items() if name.startswith(start)]
-        if count > max([before.get(name, 0), *allowed]):
+        if count > max([before.get(name, 0) + slack, *allowed]):
             lines.append(f"{name}: {before.get(name, 0)} -> {count}")
     return lines
 
