@@ -139,7 +139,7 @@ class Job:
         )
 
     def receive(self, header: Header, grant: Grant) -> Receive:
-        return Receive(0, 1, header, grant, self.visual, self.lease, self.lease)
+        return Receive(0, 1, header, grant, self.visual, self.lease, self.lease, 10.0)
 
 
 class Peer:

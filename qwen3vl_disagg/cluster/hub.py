@@ -344,11 +344,17 @@ class Hub:
                 case FindStore():
                     await self._tell_store(connection, first.token)
                 case EndJob():
+                    self._give_up({("encode", first.lost), ("language", first.lost)} & self._all_ranks())
                     self.end_job.set()
                 case RankHello():
                     await self._welcome(connection, first)
         except HandshakeError as error:
             await connection.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))
+
+    def _give_up(self, keys: set[RankKey]) -> None:
+        """These will not come, nor come again."""
+        self._lost |= keys - self._ranks.keys()
+        self._absent -= self._lost
 
     def _learn_store(self, address: tuple[str, int]) -> None:
         try:

@@ -64,14 +64,15 @@ async def find_store(hub_address: Address, token: str, *, deadline_s: float) -> 
     return answer.address
 
 
-def ask_to_end(hub_address: Address, token: str) -> None:
+def ask_to_end(hub_address: Address, token: str, *, lost: int | None = None) -> None:
     """Let the job end as by SIGTERM to the frontend. For a process without an event loop; waits seconds at most.
+    `lost`: as in `EndJob`.
 
     A hub that cannot be reached is logged and no more: then the job is over, or the caller's limit ends it.
     """
     try:
         with socket.create_connection(hub_address, timeout=_END_S) as hub:
-            hub.sendall(encode_frame(EndJob(token=token), MAX_HUB_FRAME))
+            hub.sendall(encode_frame(EndJob(token=token, lost=lost), MAX_HUB_FRAME))
     except OSError as error:
         logger.warning("the hub was not told that this node ends: %s", error.strerror or error)
 

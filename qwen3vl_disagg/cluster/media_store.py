@@ -11,9 +11,11 @@ from qwen3vl_disagg.core.errors import DeadlineError, OverloadedError, TransferE
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
 from qwen3vl_disagg.protocol.messages import Blob, Pull
+from qwen3vl_disagg.protocol.payload_time import moving_s
 from qwen3vl_disagg.transport.control import Address, Connection, connect_hub
 
 PULL_S = 30.0
+"""Beside what the bytes take (`payload_time`)."""
 MAX_PULLS = 64
 """Answered at a time; each has at most a slice of its bytes on the way."""
 
@@ -70,7 +72,7 @@ class MediaStore:
             data = self.get(pull.digest)
             await connection.send(Blob(num_bytes=-1 if data is None else len(data)))
             if data is not None:
-                await connection.send_bytes(data, PULL_S)
+                await connection.send_bytes(data, PULL_S + moving_s(len(data)))
 
 
 async def pull_media(hub: Address, token: str, digest: str, num_bytes: int) -> bytes:
@@ -84,7 +86,7 @@ async def pull_media(hub: Address, token: str, digest: str, num_bytes: int) -> b
             raise TransferError(str(error)) from None
         if not isinstance(blob, Blob) or blob.num_bytes != num_bytes or num_bytes > MAX_VIDEO_BYTES:
             raise TransferError("the media store does not have the item")
-        data = await source.receive_bytes(num_bytes, PULL_S)
+        data = await source.receive_bytes(num_bytes, PULL_S + moving_s(num_bytes))
     finally:
         await source.close()
     if hashlib.sha256(data).hexdigest() != digest:

@@ -94,7 +94,8 @@ class Slot:
     """Forks `children` and supervises them. `sockets` are the slot's own, inherited as each child says.
 
     `is_hub_gone`: whether the frontend has left for good. `on_left(name)` is called when a child has. `on_stop` is
-    called once, when the slot begins to end; `on_told` before, if that is because its frontend left by itself.
+    called once, when the slot begins to end; `on_told` before, if that is because its frontend left by itself, and
+    `on_lost`, if one of the others failed for good.
     """
 
     children: Sequence[Child]
@@ -103,6 +104,7 @@ class Slot:
     on_left: Callable[[str], None] = lambda name: None
     on_stop: Callable[[], None] = lambda: None
     on_told: Callable[[], None] = lambda: None
+    on_lost: Callable[[], None] = lambda: None
     leave_s: float = LEAVE_S
     orphan_s: float = ORPHAN_S
     _running: dict[str, _Running] = field(default_factory=dict)
@@ -186,6 +188,8 @@ class Slot:
         logger.error("%s: %s%s", child.name, how, "; the job ends" if self._stop_by is None else "")
         self._status = self._status or (status if status > 0 else 1)
         self.on_left(child.name)
+        if self._stop_by is None and not child.takes_signals and status != EXIT_GONE:
+            self.on_lost()
         self._stop()
         # Without its frontend nobody tells the ranks of this slot to leave; without its rank a slot has no reason to.
         if child.is_vital:

@@ -24,6 +24,8 @@ T = TypeVar("T")
 Item = tuple[str, int]
 """request id, item"""
 MAX_SPANS, MAX_BYTES = 20_000, 16 * 2**20
+MAX_FILE_BYTES = 2**30
+"""Of what one process writes by `write_spans`: some millions of spans."""
 MAX_NAMES = 64
 """Of requests, and of items, in a span; how many there were is in its numbers."""
 JOINED = ("decode", "take part")
@@ -150,13 +152,19 @@ def _write(done: Span) -> None:
 
 
 def _put(line: bytes) -> None:
-    """A disk that is full ends the spans, not the work."""
+    """A disk that is full ends the spans, not the work; so does a file that has become large."""
     global _file
     if _file is None:
         return
+    why = None
     try:
         _file.write(line)
         _file.flush()
+        if _file.tell() >= MAX_FILE_BYTES:
+            why = f"the file has {MAX_FILE_BYTES >> 20} MiB"
+            _file.close()
     except OSError as error:
-        logger.warning("no more spans: %s", error.strerror)
+        why = error.strerror
+    if why is not None:
+        logger.warning("no more spans: %s", why)
         _file = None

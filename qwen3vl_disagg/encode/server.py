@@ -198,7 +198,7 @@ class EncodeServer:
 
         def send() -> None:
             with span("send", rows=grant.row_stop - grant.row_start, items=[(grant.request_id, grant.item)]):
-                link.payload.send(payload, self.limits.payload_s)
+                link.payload.send(payload, action.payload_s)
             fault_point("payload-sent")
 
         def sent(done: asyncio.Future) -> None:

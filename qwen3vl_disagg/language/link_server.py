@@ -242,7 +242,7 @@ class LinkServer:
     def _receive(self, payload: Link, job: Receive) -> None:
         grant = job.grant
         with span("receive", rows=grant.row_stop - grant.row_start, items=[(grant.request_id, grant.item)]):
-            self.receiver.receive(payload, job, self.limits.payload_s)
+            self.receiver.receive(payload, job, job.payload_s)
         fault_point("payload-received")
         if grant.row_stop == job.visual.num_rows:
             fault_point("last-row")
@@ -310,7 +310,9 @@ class LinkServer:
         for old in [link for link in self._links.values() if link.encode_rank == encode_rank]:
             old.control.abort()  # an earlier incarnation of that rank, or of this link
             self._drop(old, "the encode rank made a new link")
-        key = f"epoch/{encode_rank}-{language_rank}"
+        key = (
+            f"epoch/{language_rank}"  # one for all links: none has the epoch of another, and ranks that join leave none
+        )
         epoch = await asyncio.to_thread(store.add, key, 1)
         if epoch <= hello.last_epoch:  # this rank was started again, and its store with it
             epoch = await asyncio.to_thread(store.add, key, hello.last_epoch + 1 - epoch)

@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,11 @@ def rank_child(context: RankContext) -> Child:
     text = read_config(resolve_model_folder(context.options.model.model)).text
     body = functools.partial(run_threaded, run_language_rank, context)
     return Child(f"language rank {rank}", body, is_vital=bool(text.num_experts))
+
+
+def tell_lost(context: RankContext) -> Callable[[], None]:
+    """Says at the hub that this slot's rank is lost: else the frontend would wait for one that has never come."""
+    return functools.partial(ask_to_end, context.hub_address, context.token, lost=context.rank)
 
 
 def check_checkpoint(model: ModelOptions, buffers: BufferOptions, max_model_len: int | None = None) -> None:
@@ -199,6 +205,7 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
         on_left=on_left,
         on_stop=memory.stop,
         on_told=on_told,
+        on_lost=tell_lost(context),
     )
 
 
@@ -222,7 +229,7 @@ def warn_of_open_door(options: HttpOptions, *, has_keys: bool = False) -> None:
 def other_slot(options: ServeOptions, world: World, layout: Layout, path: Path) -> Slot:
     """Any other slot on slot 0's host: finds it, forks its rank."""
     context = rank_context(options, world, layout, find(path, Meeting, MEET_S))
-    return Slot([rank_child(context)], is_hub_gone=lambda: not path.exists())
+    return Slot([rank_child(context)], is_hub_gone=lambda: not path.exists(), on_lost=tell_lost(context))
 
 
 def far_slot(options: ServeOptions, world: World, layout: Layout) -> Slot:
@@ -231,9 +238,11 @@ def far_slot(options: ServeOptions, world: World, layout: Layout) -> Slot:
     meeting = stated_meeting(options, world)
     if meeting is None:
         raise ValueError(f"node {world.node} was not told where the hub is")
+    context = rank_context(options, world, layout, meeting)
     return Slot(
-        [rank_child(rank_context(options, world, layout, meeting))],
+        [rank_child(context)],
         on_stop=functools.partial(ask_to_end, meeting.hub_address, meeting.token),
+        on_lost=tell_lost(context),
     )
 
 

@@ -43,7 +43,7 @@ def canary_jobs(visual: VisualItem, sizes: RowSizes, header_of: Callable[[Room],
         header = header_of(grant)
         if (problem := header_problem(session, header)) is not None:
             raise ValueError(problem)
-        yield receive_job(session, header, 0)
+        yield receive_job(session, header, 0, math.inf)
         allocator.free(session.room)
         session.received, session.room, session.grant = grant.row_stop, None, None
 

@@ -67,7 +67,7 @@ STATES = {
         "payload out: sent; link down, or acknowledged in part: parked",
         (SENT, PARKED),
         lambda limits: 2 * limits.payload_s,
-        "then the link is broken",
+        "more by its size, then the link is broken",
     ),
     SENT: State(
         "waits for the acknowledgement",
@@ -186,11 +186,12 @@ class EncodeSessions:
         self._actions.append(Tell(ItemFailed(request_id=request_id, item=item, attempt=number, failure=failure)))
         self._fill_places(now)
 
-    def _go(self, item: Outgoing, state: str, now: float) -> None:
-        """To another state, for as long as the table says."""
+    def _go(self, item: Outgoing, state: str, now: float, *, more_s: float = 0.0) -> None:
+        """To another state, for as long as the table says and `more_s`."""
         check_transition(STATES, item.state, state)
         seconds = STATES[state].seconds
-        item.state, item.deadline = state, item.item_deadline if seconds is None else now + seconds(self.limits)
+        deadline = item.item_deadline if seconds is None else now + seconds(self.limits) + more_s
+        item.state, item.deadline = state, deadline
 
     # ---- encoding ----
 
@@ -334,8 +335,10 @@ class EncodeSessions:
             # The other end waits for a payload that nobody will send.
             self._break(outlet, "a payload was awaited that had been given up", now)
             return
-        self._go(item, SENDING, now)
-        self._actions.append(SendPayload(outlet.state.peer, outlet.state.epoch, item.grant))
+        # Who receives knows the size and what the link has moved lately.
+        payload_s = max(self.limits.payload_s, message.payload_s)
+        self._go(item, SENDING, now, more_s=2 * (payload_s - self.limits.payload_s))
+        self._actions.append(SendPayload(outlet.state.peer, outlet.state.epoch, item.grant, payload_s))
         if item.is_dropped:
             self._end(attempt)
 

@@ -36,6 +36,7 @@ from qwen3vl_disagg.protocol.messages import (
     RequestFailed,
     Stale,
 )
+from qwen3vl_disagg.protocol.payload_time import moving_s
 from qwen3vl_disagg.protocol.session import (
     DONE,
     GRANTED,
@@ -52,6 +53,7 @@ from qwen3vl_disagg.protocol.session import (
     fits_whole,
     header_problem,
     in_line,
+    payload_bytes,
     receive_job,
     take_room,
 )
@@ -93,6 +95,7 @@ class LanguageSessions:
         self.recalled: Leases = {}  # in quarantine until the engine has answered a recall
         self.is_short_of_room = False  # some item waits for blocks
         self._last_epochs: dict[int, int] = {}
+        self._gone_at: dict[int, float] = {}  # when peers without a link had one last
         self._actions: list[LanguageAction] = []
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             FrameIn: self._frame_in,
@@ -223,7 +226,14 @@ class LanguageSessions:
         for link in self.links.values():
             if now - link.sent_at >= self.limits.beat_s:
                 self._actions.append(link.beat(now))
+        self._forget_peers(now)
         self._give_room(now)
+
+    def _forget_peers(self, now: float) -> None:
+        """Ranks that joined have numbers of their own and never come back under them."""
+        for peer in [peer for peer, at in self._gone_at.items() if now - at >= self.limits.forget_s]:
+            if not self._sessions_of(peer):
+                del self._gone_at[peer], self._last_epochs[peer]
 
     def _out_of_time(self, session: Session, now: float) -> None:
         link = self.links.get(session.encode_rank)
@@ -241,11 +251,11 @@ class LanguageSessions:
 
     # ---- room ----
 
-    def _go(self, session: Session, state: str, now: float) -> None:
-        """To another state, for as long as the table says."""
+    def _go(self, session: Session, state: str, now: float, *, more_s: float = 0.0) -> None:
+        """To another state, for as long as the table says and `more_s`."""
         check_transition(STATES, session.state, state)
         seconds = STATES[state].seconds
-        session.state, session.deadline = state, math.inf if seconds is None else now + seconds(self.limits)
+        session.state, session.deadline = state, math.inf if seconds is None else now + seconds(self.limits) + more_s
 
     def _wait(self, session: Session, now: float) -> None:
         self._go(session, WAITING, now)
@@ -287,6 +297,7 @@ class LanguageSessions:
         if old is not None:
             self._cut(old, now)
         self._last_epochs[event.peer] = event.epoch
+        self._gone_at.pop(event.peer, None)
         self.links[event.peer] = LinkState(event.peer, event.epoch, now)
         for session in self._sessions_of(event.peer):
             if session.state == WAITING:
@@ -309,6 +320,7 @@ class LanguageSessions:
     def _cut(self, link: LinkState, now: float) -> None:
         """Sessions go on when the link is back; what was granted over it is void, what is being received will fail."""
         del self.links[link.peer]
+        self._gone_at[link.peer] = now
         for session in self._sessions_of(link.peer):
             if session.state == GRANTED or session.state == WAITING:
                 self._wait(session, now)
@@ -344,9 +356,11 @@ class LanguageSessions:
             self._lose(session, problem, now)
             self._give_room(now)
             return
-        job = receive_job(session, header, link.epoch)
-        self._go(session, RECEIVING, now)
-        self._actions.append(link.send(HeaderOk(**ids, row_start=header.row_start), now))
+        moving = 0.0 if session.grant is None else moving_s(payload_bytes(session.grant, self.row_sizes), link.pace)
+        job = receive_job(session, header, link.epoch, self.limits.payload_s + moving)
+        self._go(session, RECEIVING, now, more_s=2 * moving)
+        session.receiving_since = now
+        self._actions.append(link.send(HeaderOk(**ids, row_start=header.row_start, payload_s=job.payload_s), now))
         self._actions.append(job)
 
     def _given_up(self, link: LinkState, message: Nack | Abort, now: float) -> None:
@@ -367,6 +381,8 @@ class LanguageSessions:
         link = self.links.get(session.encode_rank)  # possibly a newer one than the payload came over
         if event.error is None:
             start, session.received = session.received, session.grant.row_stop
+            if link is not None and link.epoch == event.epoch:
+                link.pace.learn(payload_bytes(session.grant, self.row_sizes), now - session.receiving_since)
             self._go(session, HELD, now)
             session.num_broken = 0
             if link is not None:

@@ -7,9 +7,10 @@ nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qwen3vl_disagg.protocol.messages import Beat, Frame
+from qwen3vl_disagg.protocol.payload_time import Pace
 from qwen3vl_disagg.protocol.session_events import SendFrame
 
 
@@ -20,6 +21,8 @@ class LinkState:
     sent_at: float
     num_sent: int = 0
     num_received: int = 0
+    pace: Pace = field(default_factory=Pace)
+    """Of payloads that came over it."""
 
     def next_seq(self, now: float) -> int:
         self.num_sent += 1

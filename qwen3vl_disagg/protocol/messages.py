@@ -21,7 +21,7 @@ from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.spans import Span
 
-PROTOCOL_VERSION = 17
+PROTOCOL_VERSION = 18
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -323,9 +323,11 @@ class FindStore(Message, frozen=True):
 
 
 class EndJob(Message, frozen=True):
-    """A node was asked to end, and with it the job: as SIGTERM to the frontend. No answer."""
+    """A node was asked to end, and with it the job: as SIGTERM to the frontend. No answer. `lost`: the number of a rank
+    that failed for good, maybe before its hello: nobody has to wait for it."""
 
     token: str
+    lost: int | None = None
 
 
 class Pull(Message, frozen=True):
@@ -436,9 +438,11 @@ class Header(OfAttempt, frozen=True):
 
 
 class HeaderOk(OfAttempt, frozen=True):
-    """Language -> encode: the header is as it should be, send. The link's thread posts the receives, maybe later."""
+    """Language -> encode: the header is as it should be, send. The link's thread posts the receives, maybe later, and
+    waits `payload_s` seconds for the payload; 0: as long as usual."""
 
     row_start: int
+    payload_s: float = 0.0
 
 
 class Ack(OfAttempt, frozen=True):

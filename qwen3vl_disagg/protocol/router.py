@@ -241,7 +241,16 @@ class Router:
             self._attempts.rank_up(event.rank)
         else:
             self._language[event.rank] = LanguageRankState(event.kv_tokens)
-            self._kept |= {kept.name: (event.rank, kept) for kept in event.kept}
+            for kept in event.kept:
+                self._offer(event.rank, kept)
+
+    def _offer(self, rank: int, kept: KeptRequest) -> None:
+        """A rank has kept this. The second under a name is told at once that nobody will ask for it: who asked again
+        while its first rank was away was served by another."""
+        if kept.name in self._kept:
+            self._actions.append(Send("language", rank, Cancel(request_id=kept.request_id)))
+        else:
+            self._kept[kept.name] = rank, kept
 
     def _rank_down(self, event: RankDown, now: float) -> None:
         if event.role == "encode":

@@ -38,7 +38,7 @@ STATES = {
         "payload here: held; broken: waiting, the third time lost; wrong: nack, lost",
         (HELD, WAITING, IDLE),
         lambda limits: 2 * limits.payload_s,
-        "then the link is broken",
+        "more by its size, then the link is broken",
     ),
     HELD: State("the engine reads the rows", "consumed: waiting (more rows) or done", (WAITING, DONE, IDLE)),
     DONE: State("all consumed, or none needed", "end of the request; needed again: idle", (IDLE,)),
@@ -73,6 +73,7 @@ class Session:
     num_broken: int = 0
     """Payloads that broke since rows came last."""
     deadline: float = math.inf
+    receiving_since: float = math.inf
 
     @property
     def key(self) -> Attempt:
@@ -126,12 +127,17 @@ def first_rows(event: Expect) -> list[int]:
     return firsts
 
 
-def receive_job(session: Session, header: Header, epoch: int) -> Receive:
+def receive_job(session: Session, header: Header, epoch: int, payload_s: float) -> Receive:
     """What to post for a granted session whose header is right."""
     grant, room, hold = session.grant, session.room, session.hold
     if grant is None or room is None or hold is None:
         raise RuntimeError(f"session {session.key} is granted but holds nothing")
-    return Receive(session.encode_rank, epoch, header, grant, session.visual, room, hold)
+    return Receive(session.encode_rank, epoch, header, grant, session.visual, room, hold, payload_s)
+
+
+def payload_bytes(grant: Grant | Resume, sizes: RowSizes) -> int:
+    rows, deepstack_rows = grant.row_stop - grant.row_start, grant.deepstack_stop - grant.deepstack_start
+    return sizes.transfer_bytes(rows, deepstack_rows, aux=not isinstance(grant, Resume))
 
 
 def header_problem(session: Session, header: Header) -> str | None:

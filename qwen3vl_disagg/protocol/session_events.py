@@ -34,11 +34,13 @@ class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
     grant_s: float = 3600.0
     """From a grant to its header. Queueing and encoding are in it, so this only backs up the request's own deadline."""
     payload_s: float = 10.0
-    """One payload on its link."""
+    """One payload on its link, beside what its bytes take (`payload_time`)."""
     answer_s: float = 15.0
     """From a header or a payload to its answer."""
     lease_s: float = 180.0
     """How long encoded rows are kept while nobody asks for them: longer than any grant."""
+    forget_s: float = 120.0
+    """How long the epoch of a link that is gone is remembered: longer than a handshake that is still under way."""
     max_items: int = 8
     """Items that an encode rank encodes at a time. Where it has several language ranks, one may have half as many in
     memory on their way from bytes to acknowledged rows, so that a silent one does not take the places of others."""
@@ -189,7 +191,7 @@ class Receive(_Value, frozen=True):
     """Post the receives of a payload; answer with one `PayloadEnd`, whatever happens.
 
     `room` holds the blocks of the granted rows (with their DeepStack when that is ranged), `hold` what the item has
-    for its whole life: its aux slot and, unless ranged, its DeepStack blocks.
+    for its whole life: its aux slot and, unless ranged, its DeepStack blocks. `payload_s`: how long it may take.
     """
 
     encode_rank: int
@@ -199,6 +201,7 @@ class Receive(_Value, frozen=True):
     visual: VisualItem
     room: Lease
     hold: Lease
+    payload_s: float
 
 
 class RowsReady(_OfAttempt, frozen=True):
@@ -239,11 +242,12 @@ class SendHeader(_Value, frozen=True):
 
 
 class SendPayload(_Value, frozen=True):
-    """Send what `grant` asks for; answer with one `PayloadSent`, whatever happens."""
+    """Send what `grant` asks for, in `payload_s` at most; answer with one `PayloadSent`, whatever happens."""
 
     language_rank: int
     epoch: int
     grant: Grant | Resume
+    payload_s: float
 
 
 class Release(_Value, frozen=True):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter as Counts
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, exposition
@@ -33,6 +33,8 @@ _TOKENS = tuple(float(2**n) for n in range(0, 19, 2))
 REST, MAX_AGE_S = 20.0, 1.0
 MAX_RANKS = 64
 """Encode ranks with series of their own: those that join never have the number of one before."""
+GONE_S = 300.0
+"""Series of one that has left are shown for so long: some looks of Prometheus."""
 
 
 class Metrics:
@@ -41,7 +43,9 @@ class Metrics:
 
     def __init__(self, backend: Backend, *, hides_cache_hits: bool = False) -> None:
         self._registry = registry = CollectorRegistry()
-        self._hides, self._ranks = hides_cache_hits, set[str]()
+        self._hides, self._ranks = hides_cache_hits, dict[str, float]()
+        """Rank with series of its own -> when it was seen last."""
+        self._backend = backend
         self._loads = _Loads(backend, hides_cache_hits=hides_cache_hits)
         registry.register(self._loads)
         self._pages: dict[bool, _Page] = {}
@@ -79,6 +83,8 @@ class Metrics:
         self._bytes = counter("encoder_transfer_bytes", "Payload of rows that arrived.", rank)
         self._mm_queries = counter("mm_cache_queries", "Images and clips that rows were wanted of.", rank)
         self._mm_hits = counter("mm_cache_hits", "Those whose rows the encode rank had.", rank)
+        self._of_ranks: list[Counter | Histogram] = [self._wait, self._preprocess, self._forward, self._transfer]
+        self._of_ranks += [self._bytes, self._mm_queries, self._mm_hits]
 
     def answered(self, path: str, status: int) -> None:
         """An HTTP request was. `path`: of a route, so that there are few."""
@@ -120,9 +126,11 @@ class Metrics:
 
     def _encoded(self, item: ItemTimings) -> None:
         rank = str(item.encode_rank)
-        if rank not in self._ranks and len(self._ranks) >= MAX_RANKS:
-            rank = "others"
-        self._ranks.add(rank)
+        if rank not in self._ranks:
+            self._forget_ranks(self._backend.rank_loads())
+            rank = rank if len(self._ranks) < MAX_RANKS else "others"
+        if rank != "others":
+            self._ranks[rank] = time.monotonic()
         self._mm_queries.labels(rank).inc()
         self._mm_hits.labels(rank).inc(item.cached)
         self.hits.update(items=1, cached_items=int(item.cached))
@@ -133,6 +141,15 @@ class Metrics:
             self._preprocess.labels(rank).observe(item.preprocess / 1e3)
             self._forward.labels(rank).observe(item.encode / 1e3)
 
+    def _forget_ranks(self, keys: Iterable[RankKey]) -> None:
+        """Those that left some time ago: what they did is in no series any more. `keys`: ranks that are there."""
+        now, there = time.monotonic(), {str(rank) for role, rank in keys if role == "encode"}
+        self._ranks |= dict.fromkeys(there & self._ranks.keys(), now)
+        for rank in [rank for rank, seen_at in self._ranks.items() if now - seen_at >= GONE_S]:
+            del self._ranks[rank]
+            for metric in self._of_ranks:
+                metric.remove(rank)
+
     async def show(self, request: Request) -> Response:
         """The route."""
         is_open = "application/openmetrics-text" in request.headers.get("accept", "")
@@ -141,6 +158,7 @@ class Metrics:
             page = self._pages.get(is_open)
             if page is None or time.monotonic() >= page.good_until:
                 self._loads.look()
+                self._forget_ranks(self._loads.seen)
                 started = time.monotonic()
                 body = await asyncio.to_thread(form.generate_latest, self._registry)
                 took = time.monotonic() - started
@@ -159,11 +177,11 @@ class _Loads:
 
     def __init__(self, backend: Backend, *, hides_cache_hits: bool) -> None:
         self._backend, self._hides = backend, hides_cache_hits
-        self._is_ready, self._seen = False, dict[RankKey, Load | None]()
+        self._is_ready, self.seen = False, dict[RankKey, Load | None]()
 
     def look(self) -> None:
         """On the event loop, which the ranks' connections are on."""
-        self._is_ready, self._seen = self._backend.readiness().ready, dict(self._backend.rank_loads())
+        self._is_ready, self.seen = self._backend.readiness().ready, dict(self._backend.rank_loads())
 
     def collect(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily("q3vl_ready", "1 if requests are served.")
@@ -185,7 +203,7 @@ class _Loads:
         cached = gauge("encoder_cache_bytes", "Rows that an encode rank keeps.")
         items = counter("encoder_items", "Images and clips that went through a vision tower.")
         batches = counter("encoder_batches", "Runs of a vision tower.")
-        for (role, number), load in self._seen.items():
+        for (role, number), load in self.seen.items():
             rank = [role, str(number)]
             up.add_metric(rank, load is not None)
             if load is None:

@@ -6,6 +6,7 @@ posted buffer would take the receiving process down, a shorter one would leave s
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.core.faults import fault_point
-from qwen3vl_disagg.transport.process_group import build_pair
+from qwen3vl_disagg.transport.process_group import build_pair, forget_meeting
 from qwen3vl_disagg.transport.store import Address, join_store
 
 Side = Literal["encode", "language"]
@@ -124,7 +125,9 @@ def process_group_links(store: dist.Store, *, host: str, timeout_s: float = 20.0
         client = store.clone()  # type: ignore[attr-defined]
         try:
             group = build_pair(client, prefix, rank_in_pair=_RANK_IN_PAIR[side], host=host, timeout_s=timeout_s)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # the other: what it found in the store is no address
+            with contextlib.suppress(RuntimeError):  # the store is gone, and the keys with it
+                forget_meeting(store.clone(), prefix)  # type: ignore[attr-defined]
             raise LinkBroken(f"no group with the other end of {prefix}") from error
         return ProcessGroupLink(group, side)
 

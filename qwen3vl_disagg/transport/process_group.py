@@ -20,6 +20,11 @@ def build_pair(store: dist.Store, prefix: str, *, rank_in_pair: int, host: str, 
     group = gloo_group(dist.PrefixStore(prefix, store), rank_in_pair, 2, host=host, timeout=timeout)
     # The second end to get here knows that nobody needs the keys of the meeting any more.
     if store.add(f"{prefix}/built", 1) == 2:
-        for key in (f"{prefix}/0/0", f"{prefix}/0/1", f"{prefix}/built"):
-            store.delete_key(key)
+        forget_meeting(store, prefix)
     return group
+
+
+def forget_meeting(store: dist.Store, prefix: str) -> None:
+    """Delete what the ends of a pair have left in the store, also one that met nobody."""
+    for key in ("0/0", "0/1", "built"):
+        store.delete_key(f"{prefix}/{key}")

@@ -11,6 +11,7 @@ from qwen3vl_disagg.cluster.hub import Hub
 from qwen3vl_disagg.cluster.hub_client import ask_to_end, find_store, tell_store
 from qwen3vl_disagg.cluster.job_memory import JobMemory
 from qwen3vl_disagg.core.errors import Dismissed, HandshakeError, TransferError
+from qwen3vl_disagg.protocol.messages import Stop
 from tests.support.fake_ranks import CONFIG, TOKEN, WAIT_S, System, in_loop
 
 STORE = ("127.0.0.1", 4242)
@@ -94,6 +95,29 @@ async def test_a_node_that_is_asked_to_end_asks_the_job_to():
         await asyncio.to_thread(ask_to_end, system.address, TOKEN)
         async with asyncio.timeout(WAIT_S):
             await system.hub.end_job.wait()
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@in_loop
+async def test_a_rank_that_has_failed_before_its_hello_is_not_waited_for(is_late):
+    """One encode rank of four ranks has never come; the others leave when they are told."""
+    async with System() as system:
+        ranks = [await system.join("language", rank) for rank in system.layout.language_ranks]
+        ranks.append(await system.join("encode", 0))
+        closing, loop = None, asyncio.get_running_loop()
+        if is_late:
+            closing = asyncio.create_task(system.hub.close(WAIT_S))
+            await asyncio.sleep(0.3)
+        await asyncio.to_thread(ask_to_end, system.address, TOKEN, lost=1)
+        await system.hub.end_job.wait()
+        started = loop.time()
+        closing = closing or asyncio.create_task(system.hub.close(WAIT_S))
+        for rank in ranks:
+            await rank.expect(Stop)
+            assert not closing.done()
+            rank.die()
+        await closing
+        assert loop.time() - started < 3
 
 
 def test_a_hub_that_is_not_there_is_said_and_no_more(caplog):

@@ -143,15 +143,16 @@ def test_a_dead_language_rank_takes_its_slot_s_frontend_along(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scenario", "status", "words"),
-    [("refused", 78, "dtype"), ("input", 2, "no such thing"), ("gone", 69, "no hub"), ("dismissed", 0, "")],
+    ("scenario", "status", "words", "num_lost"),
+    [("refused", 78, "dtype", 1), ("input", 2, "no such thing", 1), ("gone", 69, "no hub", 0), ("dismissed", 0, "", 0)],
 )
-def test_a_rank_that_cannot_fit_is_not_tried_again(tmp_path, scenario, status, words):
+def test_a_rank_that_cannot_fit_is_not_tried_again(tmp_path, scenario, status, words, num_lost):
     with Job(tmp_path, scenario) as job:
         assert job.wait(20) == status
         assert len(job.pids("encode")) == 1
         assert words in job.said()
         assert "Traceback" not in job.said()
+        assert len(job.pids("slot", "lost")) == num_lost, "told where there is a hub to be told"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -148,6 +148,23 @@ def test_lines_have_every_step(ring, tmp_path, monkeypatch):
     assert len(ring) == 1
 
 
+@pytest.mark.parametrize("why", ["the file has 0 MiB", "No space left on device"])
+def test_a_file_that_is_large_or_a_disk_that_is_full_ends_with_a_line(ring, tmp_path, monkeypatch, caplog, why):
+    monkeypatch.setattr(spans, "_file", None)
+    monkeypatch.setattr(spans, "_rank", -1)
+    monkeypatch.setattr(spans, "MAX_FILE_BYTES", 1000)
+    spans.write_spans(tmp_path, 3)
+    if why.startswith("No space"):
+        spans._file.close()
+        monkeypatch.setattr(spans, "_file", open("/dev/full", "ab", buffering=0))  # noqa: SIM115 - as the module has it
+    for _ in range(50):
+        with span("decode", requests=["a"], tokens=1):
+            pass
+    assert caplog.messages == [f"no more spans: {why}"]
+    assert (tmp_path / "rank-3.jsonl").stat().st_size < 1200
+    assert len(ring) == 1, "what is looked at goes on"
+
+
 def test_threads_may_record_and_read_at_once():
     ring, seen, done = SpanRing(50, 2**20), [0, 0], threading.Event()
 

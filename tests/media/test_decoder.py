@@ -134,14 +134,18 @@ def test_cpu_time_runs_out(decoder, started):
     assert decoder.image(jpeg()).shape == (64, 96, 3)
 
 
-def test_patience_runs_out(monkeypatch, started):
-    with_each_job(monkeypatch, "time.sleep(60)")
+@pytest.mark.parametrize("act", ["time.sleep(60)", "os.kill(os.getpid(), signal.SIGSTOP)"])
+def test_patience_runs_out_and_the_next_one_has_another_child(monkeypatch, started, act):
     decoder = MediaDecoder(image_patience_s=0.3)
-    before = time.monotonic()
-    with pytest.raises(MediaTimeout, match="too long"):
-        decoder.image(jpeg())
-    assert time.monotonic() - before < 10
+    with monkeypatch.context() as patched:
+        with_each_job(patched, act)
+        before = time.monotonic()
+        with pytest.raises(MediaTimeout, match="too long"):
+            decoder.image(jpeg())
+        assert time.monotonic() - before < 10
     assert not is_there(started[0].process.pid)
+    decoder._image_patience_s = 10.0
+    assert decoder.image(jpeg()).shape == (64, 96, 3)
     decoder.close()
 
 

@@ -43,12 +43,12 @@ def test_an_item_is_encoded_once_granted_and_sent_in_parts(is_alone):
     first = msgspec.structs.replace(grant_of(A), is_alone=is_alone)
     assert side.frame(first) == [start_of(A, is_alone)]
     assert side.do(Encoded(A)) == [SendHeader(0, 1, 1, first)]
-    assert side.header_ok(A) == [SendPayload(0, 1, first)]
+    assert side.header_ok(A) == [SendPayload(0, 1, first, LIMITS.payload_s)]
     assert side.sent(A) == []
     assert side.ack(A) == []
     assert (side.state(A), side.sessions.num_parked, side.sessions.num_in_memory) == (PARKED, 1, 0)
     assert side.grant(A, 4) == [SendHeader(0, 1, 2, second)]
-    assert side.header_ok(A, 4) == [SendPayload(0, 1, second)]
+    assert side.header_ok(A, 4) == [SendPayload(0, 1, second, LIMITS.payload_s)]
     assert side.sent(A) == []
     assert side.ack(A, 6) == [Release(A)]
     assert side.sessions.is_idle
@@ -74,7 +74,7 @@ def test_payloads_follow_one_another_in_the_order_of_their_headers():
     side.bring(A, HEADER)
     side.grant(B)
     assert side.do(Encoded(B)) == []
-    assert side.header_ok(A) == [SendPayload(0, 1, grant_of(A))]
+    assert side.header_ok(A) == [SendPayload(0, 1, grant_of(A), LIMITS.payload_s)]
     assert side.state(B) == READY
     assert side.sent(A) == [SendHeader(0, 1, 2, grant_of(B))]
     assert side.sent(A) == [], "twice"
@@ -209,13 +209,13 @@ def test_what_follows_when_an_item_was_dropped_under_its_header(answer):
     assert (side.state(A), side.state(B)) == (HEADER, READY)
     next_header = SendHeader(0, 1, 2, grant_of(B))
     if answer == "ok":
-        assert side.header_ok(A) == [SendPayload(0, 1, grant_of(A)), Release(A)]
+        assert side.header_ok(A) == [SendPayload(0, 1, grant_of(A), LIMITS.payload_s), Release(A)]
         assert side.sent(A) == [next_header]
     elif answer == "nack":
         assert side.frame(Nack(**ids(A), reason="no such session")) == [Release(A), next_header]
     elif answer == "another abort":
         assert side.frame(Abort(**ids(A), reason="x")) == []
-        assert side.header_ok(A) == [SendPayload(0, 1, grant_of(A)), Release(A)]
+        assert side.header_ok(A) == [SendPayload(0, 1, grant_of(A), LIMITS.payload_s), Release(A)]
     elif answer == "link down":
         assert side.down() == [Release(A)]
         assert side.state(B) == PARKED

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from qwen3vl_disagg.protocol.messages import Abort, Ack, Beat, Cancel, Frame, Grant, HeaderOk, Resume
+from qwen3vl_disagg.protocol.payload_time import moving_s
 from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING
 from qwen3vl_disagg.protocol.session_events import (
     BreakLink,
@@ -44,9 +46,10 @@ def test_an_item_larger_than_the_pool_comes_in_parts():
     assert (side.counts(), side.counts("deepstack"), side.counts("slots")) == ((0, 1, 0), (5, 3, 0), (7, 1, 0))
     room, hold = side["r", 0].room, side["r", 0].hold
     header = side.header_of("r")
+    payload_s = LIMITS.payload_s + moving_s(SIZES.transfer_bytes(2, 5))
     assert side.header("r") == [
-        SendFrame(0, Frame(epoch=1, seq=2, body=HeaderOk(**ids(key), row_start=0))),
-        Receive(0, 1, header, grant, make_visual(5), room, hold),
+        SendFrame(0, Frame(epoch=1, seq=2, body=HeaderOk(**ids(key), row_start=0, payload_s=payload_s))),
+        Receive(0, 1, header, grant, make_visual(5), room, hold, payload_s),
     ]
     ready, ack = [RowsReady(*key, 0, 2)], Ack(**ids(key), received=2)
     assert side.payload("r") == [SendFrame(0, Frame(epoch=1, seq=3, body=ack)), *ready]
@@ -210,6 +213,28 @@ def test_a_request_that_takes_too_long_is_forgotten(state):
     assert [a.reason for a in bodies(actions)] == (["the request is over"] if state in (GRANTED, RECEIVING) else [])
     assert side.sessions.requests == {}
     assert side.sessions.is_idle == (state not in (RECEIVING, HELD))
+
+
+def test_the_epoch_of_a_link_is_forgotten_when_nobody_can_come_with_an_older_one_any_more():
+    side = Side()
+    known = side.sessions._last_epochs
+    side.bring(GRANTED)
+    side.down(0)
+    side.down(1)
+    side.tick(LIMITS.forget_s - 0.1)
+    assert known == {0: 1, 1: 1}
+    side.up(0)
+    side.tick(0.1)
+    assert known == {0: 2}, "the one that is linked stays, and so it would with an item that waits for it"
+    side.down(0)
+    side.assign("r", attempt=2)
+    side.sessions.limits = msgspec.structs.replace(LIMITS, forget_s=0.0)
+    side.tick(0.1)
+    assert known == {0: 2}
+    side.do(Cancel(request_id="r"))
+    side.tick(0.1)
+    assert known == {}
+    assert side.sessions._gone_at == {}
 
 
 def test_beats_say_how_many_frames_there_were():

@@ -27,7 +27,7 @@ from qwen3vl_disagg.protocol.session_events import (
 )
 from tests.properties import encode_side
 from tests.properties.language_side import DEADLINE, SIZES, Side, bodies, granted
-from tests.properties.session_parts import arrived, ids, lost, make_visual
+from tests.properties.session_parts import LIMITS, arrived, ids, lost, make_visual
 
 KEY = ("r", 0, 1)
 
@@ -313,7 +313,7 @@ def test_the_encode_side_takes_a_grant_from_any_row_and_knows_a_resume_by_its_ki
         return
     assert actions == [StartEncode(key, make_visual(6), False)]
     assert side.do(Encoded(key)) == [SendHeader(0, 1, 1, body)]
-    assert side.header_ok(key, 3) == [SendPayload(0, 1, body)]
+    assert side.header_ok(key, 3) == [SendPayload(0, 1, body, LIMITS.payload_s)]
     side.sent(key)
     side.ack(key, 5)
     assert side.state(key) == PARKED

@@ -75,6 +75,18 @@ def test_what_a_rank_kept_goes_with_it_and_what_it_says_next_counts():
     assert script.router.kept_id("order") is None
 
 
+def test_of_two_ranks_that_have_kept_one_name_the_second_is_told_that_nobody_wants_it():
+    script = after_a_death()
+    second, other = KeptRequest(name="order", request_id="old-2"), KeptRequest(name="other", request_id="old-3")
+    script.do(RankUp("language", 2, kept=[second, other]))
+    assert [(send.rank, send.message) for send in script.sent(Cancel)] == [(2, Cancel(request_id="old-2"))]
+    assert (script.router.kept_id("order"), script.router.kept_id("other")) == ("old-1", "old-3")
+    script.do(RankDown("language", 2))
+    assert script.router.kept_id("order") == "old-1"
+    script.do(replace(admit("old-1", "a", "b"), keep_as="order"))
+    assert [send.rank for send in script.sent(Adopt)] == [3]
+
+
 def test_one_that_is_gone_begins_anew_once():
     script = adopted()
     script.now = 10.0

@@ -309,6 +309,24 @@ def test_a_child_that_does_not_begin_is_not_waited_for_long(monkeypatch):
     assert time.monotonic() - started < 10, "two children, each for 0.1 s"
 
 
+def test_a_child_that_has_begun_and_says_nothing_more_ends_with_its_time(monkeypatch):
+    pool = PreparePool(tiny_processor(), Rules(model_names=["tiny"]))
+    says, word = "os.write(1, bytes.fromhex(sys.argv[1]))", pack(Ready()).hex()
+    silent = f"import os, sys; {says}; os.read(0, 99); {says}\nwhile os.read(0, 99): pass"
+    monkeypatch.setattr(pool, "_command", (sys.executable, "-S", "-c", silent, word))
+    monkeypatch.setattr(pool, "warm_up", lambda: None)
+    monkeypatch.setattr(prepare_pool, "GRAMMAR_S", 0.3)
+    started = list[ChildProcess]()
+    send = ChildProcess.send
+    monkeypatch.setattr(ChildProcess, "send", lambda child, *args: (started.append(child), send(child, *args))[1])
+    before = time.monotonic()
+    with pytest.raises(InputError, match="too"):
+        pool.check_grammar(GRAMMAR, cpu_s=1.0, in_reasoning=False, stop=StopSignal())
+    assert 0.3 < time.monotonic() - before < 10
+    assert started[0].process.poll() is not None
+    assert pool._idle == []
+
+
 GRAMMAR = Grammar.of_regex("a", param="regex")
 FORKS = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # which has threads
 

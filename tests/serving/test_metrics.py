@@ -114,6 +114,36 @@ def test_ranks_without_end_share_a_label():
     assert values("q3vl_mm_cache_queries_total", {"encode_rank": str(MAX_RANKS)}) is None
 
 
+def test_series_of_ranks_that_have_left_go_after_a_while(monkeypatch):
+    backend, now = FakeBackend(), [100.0]
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: now[0])
+    metrics = Metrics(backend)
+
+    def series() -> set[str]:
+        samples = [sample for family in metrics._registry.collect() for sample in family.samples]
+        return {sample.labels["encode_rank"] for sample in samples if "encode_rank" in sample.labels}
+
+    def encoded(rank: int) -> None:
+        metrics.prompted(1, RequestTimings(items=[ItemTimings(encode_rank=rank)]))
+
+    there = {("encode", 0): None, ("encode", 7): None}
+    backend.rank_loads = lambda: there
+    encoded(0)
+    encoded(7)
+    del there["encode", 7]
+    now[0] += metrics_module.GONE_S - 1
+    encoded(8)
+    assert series() == {"0", "7", "8"}
+    now[0] += 1
+    encoded(9)
+    assert series() == {"0", "8", "9"}
+    for _ in range(3):
+        for rank in range(100, 100 + 2 * MAX_RANKS):
+            encoded(rank)
+        assert len(series()) == MAX_RANKS + 1
+        now[0] += metrics_module.GONE_S
+
+
 def test_what_breaks_off_has_its_tokens_and_its_error(lines):
     steps = [AllDecoded(), TokenEvent(40), TokenEvent(41), ServerError("broken", code="engine_error")]
     client = serve(FakeBackend(lambda *_: [*steps]))

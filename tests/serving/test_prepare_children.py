@@ -261,11 +261,11 @@ async def settled(app: Starlette) -> None:
             await asyncio.sleep(0.3)
 
 
-async def start(app: Starlette, body: bytes) -> tuple[Exchange, asyncio.Task[None], int]:
+async def start(app: Starlette, body: bytes, **headers: str) -> tuple[Exchange, asyncio.Task[None], int]:
     """A request whose child is at work, and that child."""
     await settled(app)
     before = {pid: cpu_seconds(pid) for pid in children()}
-    exchange = Exchange(app, PATH, [body])
+    exchange = Exchange(app, PATH, [body], headers)
     task = asyncio.create_task(exchange.run())
     async with asyncio.timeout(30):
         while True:
@@ -295,6 +295,20 @@ def test_a_child_that_is_killed_is_our_fault(app):
         os.kill(pid, signal.SIGKILL)
         await asyncio.wait_for(task, 10)
         assert (exchange.status, exchange.json["error"]["code"]) == (500, "preparation_failed")
+        assert (await ask(app, body_of(WORDS))).status == 200
+
+    asyncio.run(main())
+
+
+def test_a_child_that_says_nothing_more_ends_with_its_request_s_time(app):
+    async def main() -> None:
+        exchange, task, pid = await start(app, LONG, **{"x-request-timeout-ms": "5000"})
+        os.kill(pid, signal.SIGSTOP)
+        await asyncio.wait_for(task, 10)
+        assert (exchange.status, exchange.json["error"]["code"]) == (504, "deadline_exceeded")
+        async with asyncio.timeout(2):
+            while pid in children():
+                await asyncio.sleep(0.02)
         assert (await ask(app, body_of(WORDS))).status == 200
 
     asyncio.run(main())

@@ -111,6 +111,10 @@ def slots() -> dict[str, Slot]:
         return Path(f"{LOG}.gone").exists()
 
     rank = child("language", leaver, is_vital=True)
+
+    def refused(error: Exception) -> Slot:
+        return Slot([child("encode", partial(raising, error))], on_lost=lambda: note("slot", "lost"))
+
     return {
         "encode": Slot([child("encode", sleeper)]),
         "language": Slot([child("language", sleeper, is_vital=True)]),
@@ -118,10 +122,10 @@ def slots() -> dict[str, Slot]:
         "both": Slot([child("frontend", frontend, takes_signals=True), rank], on_told=lambda: note("slot", "told")),
         "stubborn": Slot([child("language", sleeper, is_vital=True)], leave_s=0.5),
         "orphan": Slot([child("language", sleeper, is_vital=True)], is_hub_gone=hub_is_gone, orphan_s=0.5),
-        "refused": Slot([child("encode", partial(raising, HandshakeError("dtype", "a", "b")))]),
-        "input": Slot([child("encode", partial(raising, InputError("no such thing")))]),
-        "gone": Slot([child("encode", partial(raising, HubGone("no hub within 30 s")))]),
-        "dismissed": Slot([child("encode", partial(raising, Dismissed("the job is going down")))]),
+        "refused": refused(HandshakeError("dtype", "a", "b")),
+        "input": refused(InputError("no such thing")),
+        "gone": refused(HubGone("no hub within 30 s")),
+        "dismissed": refused(Dismissed("the job is going down")),
         "told": Slot([child("frontend", told, takes_signals=True), rank], on_told=lambda: note("slot", "told")),
         "alone": Slot([child("frontend", told, takes_signals=True), child("encode", sleeper)], leave_s=0.5),
         "far": Slot([rank], on_stop=lambda: Path(f"{LOG}.stop").touch()),

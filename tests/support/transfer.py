@@ -81,7 +81,7 @@ class Transfer:
         room, hold = session.room, session.hold
         assert room is not None
         assert hold is not None
-        return Receive(0, 1, header or self.encoded.header(grant), grant, session.visual, room, hold)
+        return Receive(0, 1, header or self.encoded.header(grant), grant, session.visual, room, hold, 10.0)
 
     def receive(self, payload: list[Tensor] | None = None, **changed: object) -> VisualRows:
         """One payload over an in-process link; `changed`: fields of its header."""

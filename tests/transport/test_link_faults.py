@@ -8,6 +8,7 @@ import time
 import msgspec
 import pytest
 
+from qwen3vl_disagg.protocol import payload_time
 from qwen3vl_disagg.protocol.messages import Abort, Ack, Cancel, Frame, Goodbye, Grant, HeaderOk, Nack, Resume, Stale
 from qwen3vl_disagg.protocol.session_events import Consumed
 from qwen3vl_disagg.transport.control import ConnectionLost
@@ -159,12 +160,34 @@ def test_a_payload_that_does_not_come_ends_the_link_and_is_asked_for_again():
             await peer.hear(HeaderOk)
             await peer.ended()
             again = await it.connect(0)
-            assert again.epoch == peer.epoch + 1
+            assert again.epoch > other.epoch > peer.epoch, "one count for all links"
             repeated = await again.hear(Grant)
             assert msgspec.structs.replace(repeated, timeout_s=grant.timeout_s) == grant
             assert await it.has_rows("a", await again.deliver(repeated)) == 1
             assert not other.control.is_closed
             assert not it.engine.lost
+
+    run(scenario)
+
+
+def test_a_payload_that_is_large_for_its_link_has_more_time(monkeypatch):
+    """3 KiB at 2 KiB a second, where other things may take 0.3 s."""
+    monkeypatch.setattr(payload_time, "FLOOR_RATE", 2048.0)
+
+    async def scenario():
+        async with language(limits=msgspec.structs.replace(LIMITS, payload_s=0.3)) as it:
+            peer, encoded = await it.connect(0), make_encoded(CONFIG)
+            it.expect("a")
+            grant = await peer.hear(Grant)
+            await peer.say(encoded.header(grant))
+            ok = await peer.hear(HeaderOk)
+            num_bytes = sum(tensor.nbytes for tensor in encoded.payload(grant))
+            assert ok.payload_s == 0.3 + num_bytes / 2048
+            await asyncio.sleep(min(1.0, ok.payload_s - 0.2))
+            peer.link.send(encoded.payload(grant), 1)
+            await peer.hear(Ack)
+            assert await it.has_rows("a", encoded) == 1
+            assert not peer.control.is_closed
 
     run(scenario)
 

@@ -14,6 +14,8 @@ from tools.simulation.world import RETURN_S, Channel, SimLink, Violation
 TICK_S = 1.0
 MAX_BROKEN = 3
 """Payloads of one grant that may break before its attempt is over."""
+MOVING_S = 0.1
+"""What the bytes of a payload may take here at most: they are few."""
 
 
 _KEPT = (QUEUED, ENCODING, READY, PARKED)
@@ -24,7 +26,7 @@ def encode_bounds(limits: SessionLimits) -> dict[str, float]:
     """Seconds that an attempt may be in a state; in the others as long as its request."""
     return {
         HEADER: limits.answer_s,
-        SENDING: 2 * limits.payload_s,
+        SENDING: 2 * (limits.payload_s + MOVING_S),
         SENT: limits.answer_s,
         PARKED: limits.lease_s,
     }
@@ -34,7 +36,7 @@ def language_bounds(limits: SessionLimits) -> dict[str, float]:
     """A payload that does not come ends its link, and then the receive returns."""
     return {
         GRANTED: limits.grant_s,
-        RECEIVING: 2 * limits.payload_s + RETURN_S,
+        RECEIVING: 2 * (limits.payload_s + MOVING_S) + RETURN_S,
         WAITING: limits.suspend_s,
     }
 

@@ -307,7 +307,7 @@ class SimLink:
         """Each end gives up after its own time; or is stuck, and does so when the link breaks, or much later."""
         self._endless_sends.append(payload)
         self._endless_receives.append(job)
-        limit = self.encode.sessions.limits.payload_s
+        limit = job.payload_s
         for time_out in (self._send_times_out, self._receive_times_out):
             self.world.at(limit if self.world.random() < 0.7 else STUCK_S, None, time_out, payload, job)
 
