@@ -26,6 +26,7 @@ from qwen3vl_disagg.core.errors import InputError, UnavailableError
 from qwen3vl_disagg.core.host import available_bytes, process_started
 from qwen3vl_disagg.core.progress import SILENT, Progress
 from qwen3vl_disagg.options import ServeOptions
+from qwen3vl_disagg.transport.tls import Tls
 
 _POLL_S = 0.05
 
@@ -113,6 +114,8 @@ class RankContext:
     cores_file: Path | None = None
     """Where this host's ranks say who computes; None: each keeps to its share of the cores."""
     progress: Progress = SILENT
+    tls: Tls | None = None
+    """For control connections, both ways."""
 
     @property
     def is_first_language_rank(self) -> bool:

@@ -46,6 +46,8 @@ from qwen3vl_disagg.serving.doors import ANY, Doors, is_loopback
 from qwen3vl_disagg.serving.fetch_rules import FetchRules
 from qwen3vl_disagg.transport.addresses import LOOPBACK, given_token, own_address, parse_address
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
+from qwen3vl_disagg.transport.sockets import address_text, listen
+from qwen3vl_disagg.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
 MEET_S = 60.0
@@ -56,9 +58,10 @@ STUCK_S = 20.0
 def bind(host: str, port: int, param: str) -> socket.socket:
     """A listening socket. InputError if the address cannot be had."""
     try:
-        sock = socket.create_server((host, port), backlog=1024)
-    except (OSError, OverflowError) as error:
-        raise InputError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}", param=param) from None
+        sock = listen(host, port, backlog=1024)
+    except (OSError, OverflowError, ValueError) as error:
+        where, why = address_text((host, port)), getattr(error, "strerror", error)
+        raise InputError(f"cannot listen on {where}: {why}", param=param) from None
     sock.setblocking(False)
     return sock
 
@@ -109,6 +112,7 @@ def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: M
         host=own_address(options.address, meeting.hub_address),
         cores_file=cores_file(world),
         progress=world.progress(is_heard=world.rank in (0, layout.language_ranks[0])),
+        tls=Tls.of(options.tls),
     )
 
 
@@ -148,7 +152,7 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
     roles = f"{num_encode} encode, {num_language} language" if world.size > 1 else "both roles in one process"
     context.progress.stage("ranks", f"starting ranks: {roles}", encode=num_encode, language=num_language)
     if options.hub is not None:
-        write_line(sys.stdout, f"hub: {meeting.hub_address[0]}:{meeting.hub_address[1]}")
+        write_line(sys.stdout, f"hub: {address_text(meeting.hub_address)}")
     publish(path, meeting)
     memory, words_socket = JobMemory(), words_listener()
     frontend = Child(
@@ -229,9 +233,10 @@ def far_slot(options: ServeOptions, world: World, layout: Layout) -> Slot:
     meeting = stated_meeting(options, world)
     if meeting is None:
         raise ValueError(f"node {world.node} was not told where the hub is")
+    context = rank_context(options, world, layout, meeting)
     return Slot(
-        [rank_child(rank_context(options, world, layout, meeting))],
-        on_stop=functools.partial(ask_to_end, meeting.hub_address, meeting.token),
+        [rank_child(context)],
+        on_stop=functools.partial(ask_to_end, meeting.hub_address, meeting.token, context.tls),
     )
 
 
@@ -297,6 +302,7 @@ def check_arguments(options: ServeOptions, world: World) -> Layout:
     if target != "auto" and not 1 <= target <= MAX_GAP_MS:
         raise InputError(f"--gap-target-ms {target}: must be auto, or from 1 to {MAX_GAP_MS}", param="gap_target_ms")
     stated_meeting(options, world)
+    Tls.of(options.tls)
     check_environment()
     plan_faults()
     return layout
