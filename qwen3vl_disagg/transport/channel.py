@@ -72,8 +72,8 @@ class TlsChannel:
 
     async def shake(self, first: bytes = b"") -> None:
         """`first`: what was received already. ValueError where the other side sends too much."""
-        session, num_bytes = self._session, len(first)
-        session.take(first)
+        num_bytes = len(first)
+        self._session.take(first)
         while not await self._advance():
             data = await asyncio.get_running_loop().sock_recv(self._sock, PIECE_BYTES)
             num_bytes += len(data)
@@ -81,7 +81,7 @@ class TlsChannel:
                 raise ConnectionError("the peer closed the connection")
             if num_bytes > MAX_HANDSHAKE_BYTES:
                 raise ValueError(f"a handshake of more than {MAX_HANDSHAKE_BYTES} bytes")
-            session.take(data)
+            self._session.take(data)
 
     async def _advance(self) -> bool:
         try:
@@ -123,7 +123,10 @@ class TlsChannel:
         return await tls_streams(self._sock, self._session)
 
     def close(self) -> None:
+        """OpenSSL's 50 KiB go at once, also where a task that was cancelled is kept, with all that it had, until
+        garbage is collected."""
         self._sock.close()
+        del self._session
 
 
 async def open_streams(address: Address, tls: Tls | None) -> Streams:

@@ -101,18 +101,28 @@ class Door(Listener):
                 if first:
                     await self._send_off(sock, "TLS", "speaks no TLS")
                 return None
-            channel = secured = TlsChannel(sock, self._tls, is_server=True)
-            try:
-                await secured.shake(first)
-            except ssl.SSLError as error:
-                await self._send_off(sock, None, words_of(error))
+            secured = await self._shake(sock, self._tls, first)
+            if secured is None:
                 return None
+            channel = secured
         start = await self._read(channel, FRAME_HEADER_BYTES)
         if self._tls is None and start[:1] == _TLS_RECORD:
             await self._send_off(sock, "no TLS", "speaks TLS")
             return None
         hello = await self._hello(channel, int.from_bytes(start, "big"))
         return None if hello is None else (hello, channel)
+
+    async def _shake(self, sock: socket.socket, tls: Tls, first: bytes) -> TlsChannel | None:
+        channel = TlsChannel(sock, tls, is_server=True)
+        try:
+            await channel.shake(first)
+        except ssl.SSLError as error:
+            await self._send_off(sock, None, words_of(error))
+            return None
+        except BaseException:
+            channel.close()
+            raise
+        return channel
 
     async def _hello(self, channel: Channel, length: int) -> Any:
         if not 0 < length <= MAX_HELLO_FRAME:

@@ -53,7 +53,7 @@ class TwoHosts:
     def _make(self) -> None:
         for space in self._spaces.values():
             _ip("-n", space, "link", "set", "lo", "up")
-        _ip("link", "add", self._ends["a"], "type", "veth", "peer", "name", self._ends["b"])
+        self._join()
         _ip("link", "add", self._outside, "type", "veth", "peer", "name", self._inside)
         _ip("link", "set", self._inside, "netns", self._spaces["a"])
         for host, space in self._spaces.items():
@@ -64,6 +64,10 @@ class TwoHosts:
         _ip("-n", self._spaces["a"], "link", "set", self._inside, "up")
         _ip("addr", "add", f"{self._here}/30", "dev", self._outside)
         _ip("link", "set", self._outside, "up")
+
+    def _join(self) -> None:
+        """Make both ends of the link, still here."""
+        _ip("link", "add", self._ends["a"], "type", "veth", "peer", "name", self._ends["b"])
 
     def cut(self, seconds: float) -> None:
         """Take the link away for so long."""
