@@ -10,8 +10,8 @@ from typing import Any
 
 from qwen3vl_disagg.core.errors import DeadlineError, Dismissed, HandshakeError, HubGone, TransferError
 from qwen3vl_disagg.protocol.messages import EndJob, FindStore, Message, RankHello, Refused, Stop, StoreAt, Welcome
-from qwen3vl_disagg.transport.channel import secure_now
 from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection, ConnectionLost, connect_hub, encode_frame
+from qwen3vl_disagg.transport.opening import secure_now
 from qwen3vl_disagg.transport.sockets import Address
 from qwen3vl_disagg.transport.tls import Tls
 

@@ -25,8 +25,8 @@ from qwen3vl_disagg.parallel.dispatch import choose_kind
 from qwen3vl_disagg.parallel.expert_parallel import ExpertShards
 from qwen3vl_disagg.parallel.lockstep import Lockstep, PaceLimits, PeerHello
 from qwen3vl_disagg.parallel.lockstep_link import Gathering, Line, LockstepClient, LockstepServer, say_hello
-from qwen3vl_disagg.transport.channel import Channel
 from qwen3vl_disagg.transport.gloo import expert_mesh
+from qwen3vl_disagg.transport.opening import Opening
 from qwen3vl_disagg.transport.sockets import Address, listen
 from qwen3vl_disagg.transport.store import host_store, join_store
 
@@ -51,7 +51,7 @@ class ExpertGroup:
     store: dist.TCPStore
     store_address: Address
     mesh: DeviceMesh
-    line: Channel
+    line: Opening
     lines: Sequence[Line]
     is_compiled: bool
 

@@ -22,9 +22,9 @@ from qwen3vl_disagg.parallel.lockstep import (
     StepPlan,
 )
 from qwen3vl_disagg.protocol.messages import Message, Refused
-from qwen3vl_disagg.transport.channel import Channel, secure_now
 from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Connection, ConnectionLost, encode_frame
 from qwen3vl_disagg.transport.doorkeeper import Door
+from qwen3vl_disagg.transport.opening import Opening, secure_now
 from qwen3vl_disagg.transport.sockets import Address
 from qwen3vl_disagg.transport.tls import Tls
 
@@ -40,11 +40,11 @@ class PeerLost(UnavailableError):
     code = "language_rank_lost"
 
 
-Line = tuple[Message, Channel]
+Line = tuple[Message, Opening]
 """What a rank said first, and the way back to it."""
 
 
-def say_hello(address: Address, hello: PeerHello, tls: Tls | None = None) -> Channel:
+def say_hello(address: Address, hello: PeerHello, tls: Tls | None = None) -> Opening:
     """Connect to the first rank and say hello; blocks for `CONNECT_S` at most, at a time. PeerLost if none listens
     there, HandshakeError if it is none of the CA's.
 
@@ -72,7 +72,7 @@ class Gathering:
         self._has_come = asyncio.Event()
         self._door = Door(sock, self._take, token=token, messages=LockstepMessage, name="lockstep", tls=tls)
 
-    async def _take(self, hello: Message, line: Channel) -> None:
+    async def _take(self, hello: Message, line: Opening) -> None:
         self._lines.append((hello, line))
         self._has_come.set()
 
@@ -111,7 +111,7 @@ class LockstepServer:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=1.0)
 
-    async def take_in(self, hello: Message, line: Channel) -> None:
+    async def take_in(self, hello: Message, line: Opening) -> None:
         """One rank, until its line ends."""
         peer = Connection(*await line.streams(), messages=LockstepMessage, max_frame=MAX_LINK_FRAME)
         try:
@@ -183,7 +183,7 @@ class LockstepClient:
         self._is_over = asyncio.Event()
 
     @classmethod
-    async def join(cls, line: Channel, *, deadline_s: float = LOAD_S) -> LockstepClient:
+    async def join(cls, line: Opening, *, deadline_s: float = LOAD_S) -> LockstepClient:
         """On a line that `say_hello` has made. PeerLost if the first rank is gone, or does not answer in time;
         HandshakeError if it refuses."""
         connection = Connection(*await line.streams(), messages=LockstepMessage, max_frame=MAX_LINK_FRAME)

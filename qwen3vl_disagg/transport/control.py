@@ -17,10 +17,10 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import DeadlineError, TransferError
 from qwen3vl_disagg.protocol.messages import Heartbeat, HubMessage, LinkMessage, Message
-from qwen3vl_disagg.transport.channel import open_streams
+from qwen3vl_disagg.transport.opening import open_streams
 from qwen3vl_disagg.transport.sockets import Address, address_text
 from qwen3vl_disagg.transport.tls import Tls
-from qwen3vl_disagg.transport.tls_streams import Refusal
+from qwen3vl_disagg.transport.tls_streams import CertificateRefused
 
 MAX_LINK_FRAME = 64 * 1024
 MAX_HUB_FRAME = 8 * 1024 * 1024
@@ -193,7 +193,7 @@ class Connection:
 
     def _broke(self, error: OSError) -> TransferError:
         lost = ConnectionLost(f"connection broke: {type(error).__name__}")
-        return self._fail(error.error if isinstance(error, Refusal) else lost)
+        return self._fail(error.error if isinstance(error, CertificateRefused) else lost)
 
     def _fail(self, failure: TransferError) -> TransferError:
         """Remember the first failure and drop the connection at once; whoever waits on it wakes."""

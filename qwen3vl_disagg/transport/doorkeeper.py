@@ -19,9 +19,9 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.protocol.messages import Refused
-from qwen3vl_disagg.transport.channel import PIECE_BYTES, Channel, PlainChannel, TlsChannel
 from qwen3vl_disagg.transport.control import FRAME_HEADER_BYTES, Connection, encode_frame
 from qwen3vl_disagg.transport.listener import Listener
+from qwen3vl_disagg.transport.opening import PIECE_BYTES, Opening, PlainOpening, TlsOpening
 from qwen3vl_disagg.transport.refusals import Refusals
 from qwen3vl_disagg.transport.tls import FIELD, Tls, words_of
 
@@ -35,8 +35,8 @@ belongs here says hello at once."""
 _TLS_RECORD = b"\x16"
 """The first byte of a TLS connection. That of a frame is 0: none is as long."""
 
-Admit = Callable[[Any, Channel], Awaitable[None]]
-"""(first message, the channel behind it), which is then the callee's."""
+Admit = Callable[[Any, Opening], Awaitable[None]]
+"""(first message, the way back), which is then the callee's."""
 Serve = Callable[[Any, Connection], Awaitable[None]]
 """(first message, the connection behind it); the connection is closed when it returns."""
 
@@ -90,11 +90,11 @@ class Door(Listener):
         if came is not None:
             await self._admit(*came)
 
-    async def _meet(self, sock: socket.socket) -> tuple[Any, Channel] | None:
+    async def _meet(self, sock: socket.socket) -> tuple[Any, Opening] | None:
         """The first message, if the token is in it, and what is behind it. None for who was told that it is refused;
         ValueError for what is no hello."""
         if self._tls is None:
-            channel: Channel = PlainChannel(sock)
+            opening: Opening = PlainOpening(sock)
         else:
             first = await self._loop.sock_recv(sock, PIECE_BYTES)
             if first[:1] != _TLS_RECORD:
@@ -104,35 +104,35 @@ class Door(Listener):
             secured = await self._shake(sock, self._tls, first)
             if secured is None:
                 return None
-            channel = secured
-        start = await self._read(channel, FRAME_HEADER_BYTES)
+            opening = secured
+        start = await self._read(opening, FRAME_HEADER_BYTES)
         if self._tls is None and start[:1] == _TLS_RECORD:
             await self._send_off(sock, "no TLS", "speaks TLS")
             return None
-        hello = await self._hello(channel, int.from_bytes(start, "big"))
-        return None if hello is None else (hello, channel)
+        hello = await self._hello(opening, int.from_bytes(start, "big"))
+        return None if hello is None else (hello, opening)
 
-    async def _shake(self, sock: socket.socket, tls: Tls, first: bytes) -> TlsChannel | None:
-        channel = TlsChannel(sock, tls, is_server=True)
+    async def _shake(self, sock: socket.socket, tls: Tls, first: bytes) -> TlsOpening | None:
+        opening = TlsOpening(sock, tls, is_server=True)
         try:
-            await channel.shake(first)
+            await opening.shake(first)
         except ssl.SSLError as error:
             await self._send_off(sock, None, words_of(error))
             return None
         except BaseException:
-            channel.close()
+            opening.close()
             raise
-        return channel
+        return opening
 
-    async def _hello(self, channel: Channel, length: int) -> Any:
+    async def _hello(self, opening: Opening, length: int) -> Any:
         if not 0 < length <= MAX_HELLO_FRAME:
             raise ValueError(f"a first frame of {length} bytes")
-        first = self._decoder.decode(await self._read(channel, length))
+        first = self._decoder.decode(await self._read(opening, length))
         token = getattr(first, "token", "")
         if hmac.compare_digest(token.encode(), self._token):
             return first
         refused = Refused(field="token", expected="the job's token", got="another")
-        await channel.send(encode_frame(refused, MAX_HELLO_FRAME))
+        await opening.send(encode_frame(refused, MAX_HELLO_FRAME))
         return None
 
     async def _send_off(self, sock: socket.socket, expected: str | None, problem: str) -> None:
@@ -154,10 +154,10 @@ class Door(Listener):
             host = "an address that is gone"
         self._refusals.say(host, f"{self._name}: refused a peer at {host}: it {problem}")
 
-    async def _read(self, channel: Channel, num_bytes: int) -> bytes:
+    async def _read(self, opening: Opening, num_bytes: int) -> bytes:
         data = b""
         while len(data) < num_bytes:
-            piece = await channel.receive(num_bytes - len(data))
+            piece = await opening.receive(num_bytes - len(data))
             if not piece:
                 raise ConnectionError("the peer closed the connection")
             data += piece
@@ -181,8 +181,8 @@ class Doorkeeper(Door):
         self._serve, self._messages, self._max_frame = serve, messages, max_frame
         super().__init__(sock, self._greet, token=token, messages=messages, name=name, tls=tls)
 
-    async def _greet(self, first: Any, channel: Channel) -> None:
-        connection = Connection(*await channel.streams(), messages=self._messages, max_frame=self._max_frame)
+    async def _greet(self, first: Any, opening: Opening) -> None:
+        connection = Connection(*await opening.streams(), messages=self._messages, max_frame=self._max_frame)
         try:
             await self._serve(first, connection)
         except (DisaggError, OSError):

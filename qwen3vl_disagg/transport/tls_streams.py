@@ -14,7 +14,7 @@ from qwen3vl_disagg.transport.tls import refusal
 _READ_BYTES = 64 * 1024
 
 
-class Refusal(ConnectionError):
+class CertificateRefused(ConnectionError):
     """The other side has sent an alert: it does not take this one's certificate."""
 
     def __init__(self, error: HandshakeError) -> None:
@@ -22,7 +22,7 @@ class Refusal(ConnectionError):
         self.error = error
 
 
-class Session:
+class TlsEnd:
     """One end: bytes of the wire in and out, bytes of ours out and in. Every method may raise ssl.SSLError, and what
     `to_send` gives then tells the other end."""
 
@@ -61,7 +61,7 @@ class Session:
         while view:
             view = view[self._object.write(view) :]
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Tell the other end that no more comes."""
         try:
             self._object.unwrap()
@@ -69,12 +69,12 @@ class Session:
             return
 
 
-async def tls_streams(sock: socket.socket, session: Session) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Over a socket that is connected, of a session whose handshake has ended."""
+async def tls_streams(sock: socket.socket, end: TlsEnd) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Over a socket that is connected, of an end whose handshake has ended."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(loop=loop)
     plain = asyncio.StreamReaderProtocol(reader, loop=loop)
-    _, shell = await loop.connect_accepted_socket(lambda: _Shell(session, plain), sock)
+    _, shell = await loop.connect_accepted_socket(lambda: _Shell(end, plain), sock)
     return reader, asyncio.StreamWriter(shell.inner, plain, reader, loop)
 
 
@@ -83,24 +83,24 @@ class _Shell(asyncio.Protocol):
 
     inner: _Inner
 
-    def __init__(self, session: Session, plain: asyncio.StreamReaderProtocol) -> None:
-        self._session, self._plain = session, plain
+    def __init__(self, end: TlsEnd, plain: asyncio.StreamReaderProtocol) -> None:
+        self._end, self._plain = end, plain
         self._failure: Exception | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if not isinstance(transport, asyncio.Transport):
             raise TypeError(f"{type(transport).__name__} is no transport of a stream")
-        self.inner = _Inner(transport, self._session)
+        self.inner = _Inner(transport, self._end)
         self._plain.connection_made(self.inner)
         self._read()  # what came behind the handshake
 
     def data_received(self, data: bytes) -> None:
-        self._session.take(data)
+        self._end.take(data)
         self._read()
 
     def _read(self) -> None:
         try:
-            while data := self._session.read(_READ_BYTES):
+            while data := self._end.read(_READ_BYTES):
                 self._plain.data_received(data)
         except ssl.SSLError as error:
             self._fail(error)
@@ -112,7 +112,9 @@ class _Shell(asyncio.Protocol):
     def _fail(self, error: ssl.SSLError) -> None:
         is_alert = "_ALERT_" in (error.reason or "")
         peer = tuple(self.inner.get_extra_info("peername") or ("?", 0))[:2]
-        self._failure = Refusal(refusal(address_text(peer), error)) if is_alert else ConnectionError(str(error))
+        self._failure = (
+            CertificateRefused(refusal(address_text(peer), error)) if is_alert else ConnectionError(str(error))
+        )
         self.inner.flush()
         self.inner.abort()
 
@@ -133,22 +135,22 @@ class _Shell(asyncio.Protocol):
 class _Inner(asyncio.Transport):
     """What the streams take for their transport. What is written is encrypted at once; the rest is the socket's."""
 
-    def __init__(self, raw: asyncio.Transport, session: Session) -> None:
+    def __init__(self, raw: asyncio.Transport, end: TlsEnd) -> None:
         super().__init__()
-        self._raw, self._session = raw, session
+        self._raw, self._end = raw, end
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if not self._raw.is_closing():
-            self._session.write(data)
+            self._end.write(data)
             self.flush()
 
     def flush(self) -> None:
-        if data := self._session.to_send():
+        if data := self._end.to_send():
             self._raw.write(data)
 
     def close(self) -> None:
         if not self._raw.is_closing():
-            self._session.end()
+            self._end.finish()
             self.flush()
             self._raw.close()
 

@@ -41,12 +41,12 @@ def test_encrypted_ranks_answer_and_strangers_are_turned_away(tmp_path):
         Server(3, "--encode-ranks", "1", "--hub", hub, *ours.args, host=host, env=TOKEN) as server,
         Job("encode.py", 1, "--join", server.hub, *authority.sign("far").args, env=TOKEN) as job,
     ):
+        expected = LLM().chat([entry.messages() for entry in asked], SamplingParams(max_new_tokens=64))
         job.wait_for("encode rank 3: joined")
         hello = RankHello(token=TOKEN["Q3VL_TOKEN"], role="encode", rank=None, pid=1, fingerprint={})
         for tls in (None, theirs.tls()):
             with pytest.raises(HandshakeError, match="TLS"):
                 asyncio.run(enter_hub(parse_address(server.hub, "hub"), hello, deadline_s=10, tls=tls))
-        expected = LLM().chat([entry.messages() for entry in asked], SamplingParams(max_new_tokens=64))
         used = set()
         for _ in range(2):
             for entry, mine in zip(asked, expected, strict=True):

@@ -28,13 +28,13 @@ from qwen3vl_disagg.parallel.lockstep import Lockstep, PaceLimits, PeerHello
 from qwen3vl_disagg.parallel.lockstep_link import Gathering, LockstepClient, LockstepServer, PeerLost, say_hello
 from qwen3vl_disagg.protocol.messages import EndJob, FindStore, HubMessage, LinksUp, Message, RankHello
 from qwen3vl_disagg.transport import doorkeeper
-from qwen3vl_disagg.transport.channel import MAX_HANDSHAKE_BYTES
 from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection, ConnectionLost, connect_hub, encode_frame
 from qwen3vl_disagg.transport.doorkeeper import MAX_STRANGERS, Doorkeeper
+from qwen3vl_disagg.transport.opening import MAX_HANDSHAKE_BYTES
 from qwen3vl_disagg.transport.refusals import MAX_HOSTS, SAY_AGAIN_S, Refusals
 from qwen3vl_disagg.transport.sockets import Address, listen
 from qwen3vl_disagg.transport.tls import Tls
-from qwen3vl_disagg.transport.tls_streams import Session
+from qwen3vl_disagg.transport.tls_streams import TlsEnd
 from recipes import encode, serve
 from tests.support.certificates import Authority, Signed
 from tests.support.fake_ranks import FINGERPRINT, TOKEN, WAIT_S, in_loop
@@ -95,7 +95,7 @@ def strangers(address: Address, count: int, data: bytes) -> list[socket.socket]:
 
 
 def client_hello(signed: Signed) -> bytes:
-    session = Session(signed.tls().context(is_server=False), is_server=False)
+    session = TlsEnd(signed.tls().context(is_server=False), is_server=False)
     assert not session.advance()
     return session.to_send()
 
@@ -466,7 +466,7 @@ def test_threads_share_the_contexts(ours):
 
     def make() -> None:
         for _ in range(50):
-            made.append(Session(tls.context(is_server=False), is_server=False).advance())
+            made.append(TlsEnd(tls.context(is_server=False), is_server=False).advance())
 
     threads = [threading.Thread(target=make) for _ in range(4)]
     for thread in threads:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from qwen3vl_disagg.transport.sockets import Address, address_text, family_of
 from qwen3vl_disagg.transport.tls import Tls, refusal
-from qwen3vl_disagg.transport.tls_streams import Session, tls_streams
+from qwen3vl_disagg.transport.tls_streams import TlsEnd, tls_streams
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 PIECE_BYTES = 4096
@@ -22,7 +22,7 @@ MAX_HANDSHAKE_BYTES = 16 * 1024
 and the CA, 1 to 2 KiB each."""
 
 
-class Channel(Protocol):
+class Opening(Protocol):
     """Either `receive` and `send`, or from then on `streams`."""
 
     async def receive(self, num_bytes: int) -> bytes:
@@ -39,7 +39,7 @@ class Channel(Protocol):
     def close(self) -> None: ...
 
 
-class PlainChannel:
+class PlainOpening:
     """Takes over a socket."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -61,19 +61,19 @@ class PlainChannel:
         self._sock.close()
 
 
-class TlsChannel:
+class TlsOpening:
     """Takes over a socket. First `shake`, or on a socket that blocks `shake_now`.
 
     ssl.SSLError says what is wrong with the other side; it has been told then.
     """
 
     def __init__(self, sock: socket.socket, tls: Tls, *, is_server: bool) -> None:
-        self._sock, self._session = sock, Session(tls.context(is_server=is_server), is_server=is_server)
+        self._sock, self._end = sock, TlsEnd(tls.context(is_server=is_server), is_server=is_server)
 
     async def shake(self, first: bytes = b"") -> None:
         """`first`: what was received already. ValueError where the other side sends too much."""
         num_bytes = len(first)
-        self._session.take(first)
+        self._end.take(first)
         while not await self._advance():
             data = await asyncio.get_running_loop().sock_recv(self._sock, PIECE_BYTES)
             num_bytes += len(data)
@@ -81,52 +81,52 @@ class TlsChannel:
                 raise ConnectionError("the peer closed the connection")
             if num_bytes > MAX_HANDSHAKE_BYTES:
                 raise ValueError(f"a handshake of more than {MAX_HANDSHAKE_BYTES} bytes")
-            self._session.take(data)
+            self._end.take(data)
 
     async def _advance(self) -> bool:
         try:
-            return self._session.advance()
+            return self._end.advance()
         finally:
             await self._flush()
 
     def shake_now(self) -> None:
         try:
-            while not self._session.advance():
-                self._sock.sendall(self._session.to_send())
+            while not self._end.advance():
+                self._sock.sendall(self._end.to_send())
                 data = self._sock.recv(PIECE_BYTES)
                 if not data:
                     raise ConnectionError("the peer closed the connection")
-                self._session.take(data)
+                self._end.take(data)
         finally:
-            self._sock.sendall(self._session.to_send())
+            self._sock.sendall(self._end.to_send())
 
     async def receive(self, num_bytes: int) -> bytes:
-        while (data := self._session.read(num_bytes)) is None:
+        while (data := self._end.read(num_bytes)) is None:
             raw = await asyncio.get_running_loop().sock_recv(self._sock, PIECE_BYTES)
             if not raw:
                 return b""
-            self._session.take(raw)
+            self._end.take(raw)
         return data
 
     async def send(self, data: bytes) -> None:
-        self._session.write(data)
+        self._end.write(data)
         await self._flush()
 
     def send_now(self, data: bytes) -> None:
-        self._session.write(data)
-        self._sock.sendall(self._session.to_send())
+        self._end.write(data)
+        self._sock.sendall(self._end.to_send())
 
     async def _flush(self) -> None:
-        await asyncio.get_running_loop().sock_sendall(self._sock, self._session.to_send())
+        await asyncio.get_running_loop().sock_sendall(self._sock, self._end.to_send())
 
     async def streams(self) -> Streams:
-        return await tls_streams(self._sock, self._session)
+        return await tls_streams(self._sock, self._end)
 
     def close(self) -> None:
         """OpenSSL's 50 KiB go at once, also where a task that was cancelled is kept, with all that it had, until
         garbage is collected."""
         self._sock.close()
-        del self._session
+        del self._end
 
 
 async def open_streams(address: Address, tls: Tls | None) -> Streams:
@@ -137,9 +137,9 @@ async def open_streams(address: Address, tls: Tls | None) -> Streams:
     sock.setblocking(False)
     try:
         await asyncio.get_running_loop().sock_connect(sock, address)
-        channel = TlsChannel(sock, tls, is_server=False)
-        await channel.shake()
-        return await channel.streams()
+        opening = TlsOpening(sock, tls, is_server=False)
+        await opening.shake()
+        return await opening.streams()
     except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
         sock.close()
         raise ConnectionError("the peer closed the connection") from error
@@ -151,15 +151,15 @@ async def open_streams(address: Address, tls: Tls | None) -> Streams:
         raise
 
 
-def secure_now(sock: socket.socket, tls: Tls | None) -> Channel:
+def secure_now(sock: socket.socket, tls: Tls | None) -> Opening:
     """Takes over a connected socket that blocks. OSError or HandshakeError as `open_streams`."""
     if tls is None:
-        return PlainChannel(sock)
-    channel = TlsChannel(sock, tls, is_server=False)
+        return PlainOpening(sock)
+    opening = TlsOpening(sock, tls, is_server=False)
     try:
-        channel.shake_now()
+        opening.shake_now()
     except ssl.SSLError as error:
         peer = address_text(sock.getpeername()[:2])
         sock.close()
         raise refusal(peer, error) from None
-    return channel
+    return opening
