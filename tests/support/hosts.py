@@ -71,9 +71,13 @@ class TwoHosts:
 
     def cut(self, seconds: float) -> None:
         """Take the link away for so long."""
-        _ip("-n", self._spaces["b"], "link", "set", self._ends["b"], "down")
+        self.set_link("down")
         time.sleep(seconds)
-        _ip("-n", self._spaces["b"], "link", "set", self._ends["b"], "up")
+        self.set_link("up")
+
+    def set_link(self, state: str) -> None:
+        """`up` or `down`."""
+        _ip("-n", self._spaces["b"], "link", "set", self._ends["b"], state)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -20,22 +17,21 @@ from typing import Any
 
 import pytest
 
-from qwen3vl_disagg.cluster import slots
 from qwen3vl_disagg.cluster.hub_client import ask_to_end, enter_hub
-from qwen3vl_disagg.core.errors import HandshakeError, InputError
-from qwen3vl_disagg.core.settings import TlsOptions
+from qwen3vl_disagg.core.errors import HandshakeError
+from qwen3vl_disagg.encode import links
+from qwen3vl_disagg.encode.links import EncodeLinks
 from qwen3vl_disagg.parallel.lockstep import Lockstep, PaceLimits, PeerHello
 from qwen3vl_disagg.parallel.lockstep_link import Gathering, LockstepClient, LockstepServer, PeerLost, say_hello
-from qwen3vl_disagg.protocol.messages import EndJob, FindStore, HubMessage, LinksUp, Message, RankHello
-from qwen3vl_disagg.transport import doorkeeper
+from qwen3vl_disagg.protocol.messages import EndJob, FindStore, HubMessage, LinkHello, LinksUp, Message, RankHello
+from qwen3vl_disagg.transport import control, doorkeeper
 from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection, ConnectionLost, connect_hub, encode_frame
 from qwen3vl_disagg.transport.doorkeeper import MAX_STRANGERS, Doorkeeper
 from qwen3vl_disagg.transport.opening import MAX_HANDSHAKE_BYTES
 from qwen3vl_disagg.transport.refusals import MAX_HOSTS, SAY_AGAIN_S, Refusals
 from qwen3vl_disagg.transport.sockets import Address, listen
-from qwen3vl_disagg.transport.tls import Tls
+from qwen3vl_disagg.transport.tls import FIELD, Tls
 from qwen3vl_disagg.transport.tls_streams import TlsEnd
-from recipes import encode, serve
 from tests.support.certificates import Authority, Signed
 from tests.support.fake_ranks import FINGERPRINT, TOKEN, WAIT_S, in_loop
 
@@ -261,6 +257,62 @@ async def test_a_rank_that_does_not_come_to_the_gathering_is_not_waited_for_long
     line.close()
 
 
+@in_loop
+async def test_an_attempt_to_connect_that_hangs_is_given_up_for_another(ours, monkeypatch):
+    """As when the network is away: the kernel asks again after 1, 3, 7, 15 and 31 s only."""
+    real, num_tried = control.open_streams, 0
+
+    async def hangs_at_first(address: Address, tls: Tls | None) -> Any:
+        nonlocal num_tried
+        num_tried += 1
+        await asyncio.sleep(0.0 if num_tried > 1 else 100 * WAIT_S)
+        return await real(address, tls)
+
+    monkeypatch.setattr(control, "open_streams", hangs_at_first)
+    monkeypatch.setattr(control, "ATTEMPT_S", 0.1)
+    async with door(ours.tls()) as (_, address, _), asyncio.timeout(WAIT_S):
+        peer = await connect_hub(address, deadline_s=2 * WAIT_S, tls=ours.tls())
+        await peer.close()
+    assert num_tried == 2
+
+
+@pytest.mark.parametrize(("field", "num_tried"), [(FIELD, 3), ("dtype", 1)])
+@in_loop
+async def test_a_link_that_certificates_stand_in_the_way_of_is_tried_again_and_others_are_not(
+    monkeypatch, caplog, field, num_tried
+):
+    monkeypatch.setattr(links, "TLS_PAUSE_S", 0.01)
+    tries, is_over = [], asyncio.Event()
+
+    async def dial(address: Address, *, deadline_s: float) -> Connection:
+        tries.append(address)
+        if len(tries) == 3:
+            is_over.set()
+            await asyncio.sleep(WAIT_S)
+        raise HandshakeError(field, "one", "another")
+
+    refused: list[HandshakeError] = []
+
+    def on_refused(error: HandshakeError) -> None:
+        refused.append(error)
+        is_over.set()
+
+    hello = LinkHello(token=TOKEN, encode_rank=0, pid=1, fingerprint=FINGERPRINT)
+    made = EncodeLinks(
+        hello,
+        on_up=pytest.fail,
+        on_down=pytest.fail,
+        on_frame=pytest.fail,
+        on_refused=on_refused,  # type: ignore[arg-type]
+    )
+    made.connect([(1, "192.0.2.1", 9)], lambda _: pytest.fail("met"), dial)
+    async with asyncio.timeout(WAIT_S):
+        await is_over.wait()
+    await made.close()
+    assert (len(tries), len(refused)) == (num_tried, int(field != FIELD))
+    assert caplog.text.count("no link to language rank 1: handshake refused: TLS") == int(field == FIELD)
+
+
 # ---- what a stranger costs ----
 
 
@@ -351,9 +403,6 @@ def test_refusals_are_said_once_a_minute_for_each_host(caplog):
     assert len(caplog.records) == MAX_HOSTS + 1
 
 
-# ---- files ----
-
-
 @in_loop
 async def test_new_files_are_for_new_connections_and_bad_ones_change_nothing(tmp_path, ours, theirs, caplog):
     caplog.set_level(logging.INFO)
@@ -383,80 +432,6 @@ async def test_new_files_are_for_new_connections_and_bad_ones_change_nothing(tmp
         await old.close()
     assert caplog.text.count("certificate and CA were read again") == 1
     assert caplog.text.count("holds no private key in PEM form; what was read before stays in use") == 1
-
-
-def bad_files(name: str, folder: Path, authority: Authority, ours: Signed, theirs: Signed) -> tuple[TlsOptions, str]:
-    fine, change = ours.options, dataclasses.replace
-    match name:
-        case "one missing":
-            return change(fine, tls_ca=None), "all of them or none; there is no --tls-ca"
-        case "no file":
-            return change(fine, tls_key=folder / "no"), f"--tls-key {folder / 'no'}: No such file or directory"
-        case "a folder":
-            return change(fine, tls_cert=folder), f"--tls-cert {folder}: Is a directory"
-        case "empty":
-            (folder / "empty").touch()
-            return change(fine, tls_ca=folder / "empty"), "holds no certificate in PEM form"
-        case "the key as certificate":
-            return change(fine, tls_cert=ours.key), "--tls-cert .*: holds no certificate in PEM form"
-        case "the certificate as key":
-            return change(fine, tls_key=ours.cert), "--tls-key .*: holds no private key in PEM form"
-        case "another key":
-            return change(fine, tls_key=theirs.key), "--tls-key .*: is not the key of --tls-cert"
-        case "another CA":
-            return change(fine, tls_ca=theirs.ca), "is not confirmed by --tls-ca .*: unable to get local issuer"
-        case "expired":
-            return authority.sign("old", days=-1).options, "is not confirmed by --tls-ca .*: certificate has expired"
-        case "an expired CA":
-            return Authority(folder, days=-1).sign("x").options, "certificate has expired"
-        case "not for both":
-            return authority.sign("half", purposes="serverAuth").options, "unsuitable certificate purpose"
-        case "with a password":
-            locked = folder / "locked"
-            command = ["openssl", "ec", "-in", ours.key, "-aes256", "-passout", "pass:abcd", "-out", locked]
-            subprocess.run(command, check=True, capture_output=True)
-            return change(fine, tls_key=locked), "--tls-key .*: is encrypted: a key without a password is needed"
-    raise AssertionError(name)
-
-
-BAD = ["one missing", "no file", "a folder", "empty", "the key as certificate", "the certificate as key"]
-BAD += ["another key", "another CA", "expired", "an expired CA", "not for both", "with a password"]
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_files_of_no_use_are_named_with_what_is_wrong(name, tmp_path, authority, ours, theirs):
-    options, words = bad_files(name, tmp_path, authority, ours, theirs)
-    with pytest.raises(InputError, match=words) as caught:
-        Tls.of(options)
-    assert str(caught.value.param).startswith("tls-")
-
-
-@pytest.mark.parametrize("script", [serve, encode])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_they_end_every_rank_with_2_before_anything_is_bound(script, rank, theirs, ours, monkeypatch, capsys):
-    where = {"TORCHELASTIC_RUN_ID": "a", "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    where |= {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "Q3VL_TOKEN": "t"}
-    for key, value in where.items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.setattr(slots, "die_with_parent", lambda parent: None)
-    monkeypatch.setattr(slots, "_EXIT_LAST_S", 0.0)
-    for listening in ("listen", "create_server", "bind"):
-        monkeypatch.setattr(socket, listening, lambda *_, **__: pytest.fail("bound"), raising=False)
-    to = ["--join", "127.0.0.1:9"] if script is encode else []
-    args = dataclasses.replace(ours, key=theirs.key).args
-    monkeypatch.setattr(sys, "argv", ["script", *to, *args])
-    assert script.main() == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("at ")]
-    assert [f"--tls-key {theirs.key}: is not the key of" in line for line in lines] == [True] * (rank == 0)
-
-
-def test_a_certificate_that_ends_soon_is_said(authority, caplog):
-    authority.sign("short", days=2).tls()
-    assert "expires in 48 hours" in caplog.text
-
-
-def test_without_files_there_is_no_tls():
-    assert Tls.of(TlsOptions()) is None
 
 
 def test_threads_share_the_contexts(ours):
