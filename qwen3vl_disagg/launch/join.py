@@ -75,6 +75,8 @@ def run_slot(options: JoinOptions, world: World) -> int:
     reachable_context(options, world)  # what cannot be is said before anything is fetched
     checkpoint = replace(options.checkpoint, model=shared_model_folder(options.checkpoint.model, world))
     context = reachable_context(replace(options, checkpoint=checkpoint), world)
+    if context.tls is not None and world.local_rank == 0:
+        context.tls.warn_of_end()
     folder = resolve_model_folder(checkpoint.model)
     # Said once, and not by every rank.
     check_folder(folder, lambda config: Processor.from_folder(folder, config, task="generate"), dtype=checkpoint.dtype)

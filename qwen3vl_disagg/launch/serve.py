@@ -102,6 +102,9 @@ def make_folder(folder: Path | None) -> None:
 
 def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: Meeting) -> RankContext:
     """What a rank's body is told. Of the start rank 0 and the frontend speak, and the first language rank."""
+    tls = Tls.of(options.tls)
+    if tls is not None and world.local_rank == 0:
+        tls.warn_of_end()
     return RankContext(
         world.rank,
         layout,
@@ -112,7 +115,7 @@ def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: M
         host=own_address(options.address, meeting.hub_address),
         cores_file=cores_file(world),
         progress=world.progress(is_heard=world.rank in (0, layout.language_ranks[0])),
-        tls=Tls.of(options.tls),
+        tls=tls,
     )
 
 

@@ -63,8 +63,7 @@ class Tls:
     def __init__(self, files: _Files) -> None:
         """InputError, which names the option, for files that are of no use."""
         self._files, self._seen = files, files.signature()
-        self._server, self._client, ends_at = _read(files)
-        _warn_of_end(files, ends_at)
+        self._server, self._client, self._ends_at = _read(files)
 
     @classmethod
     def of(cls, options: TlsOptions) -> Tls | None:
@@ -77,13 +76,20 @@ class Tls:
         if seen != self._seen:
             self._seen = seen
             try:
-                self._server, self._client, ends_at = _read(self._files)
+                self._server, self._client, self._ends_at = _read(self._files)
             except InputError as error:
                 logger.error("%s; what was read before stays in use", error)
             else:
                 logger.info("certificate and CA were read again")
-                _warn_of_end(self._files, ends_at)
+                self.warn_of_end()
         return self._server if is_server else self._client
+
+    def warn_of_end(self) -> None:
+        """Say it where the certificate has not long to live."""
+        left_s = self._ends_at - time.time()
+        if left_s < SOON_S:
+            hours = left_s / 3600
+            logger.warning("warning: --tls-cert %s expires in %.0f hours; a newer one is read", self._files.cert, hours)
 
 
 def words_of(error: ssl.SSLError) -> str:
@@ -174,12 +180,6 @@ def _waits(side: ssl.SSLObject) -> bool:
     except ssl.SSLWantReadError:
         return True
     return False
-
-
-def _warn_of_end(files: _Files, ends_at: float) -> None:
-    left_s = ends_at - time.time()
-    if left_s < SOON_S:
-        logger.warning("warning: --tls-cert %s expires in %.0f hours; a newer one is read", files.cert, left_s / 3600)
 
 
 def _wrong(name: str, path: Path, problem: str) -> InputError:

@@ -99,7 +99,9 @@ def test_they_end_every_rank_with_2_before_anything_is_bound(script, rank, their
 
 
 def test_a_certificate_that_ends_soon_is_said(authority, caplog):
-    authority.sign("short", days=2).tls()
+    authority.sign("long", days=30).tls().warn_of_end()
+    assert caplog.text == ""
+    authority.sign("short", days=2).tls().warn_of_end()
     assert "expires in 48 hours" in caplog.text
 
 
