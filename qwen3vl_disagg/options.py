@@ -23,6 +23,7 @@ from qwen3vl_disagg.core.settings import (
     GapTarget,
     HttpOptions,
     ModelOptions,
+    TlsOptions,
 )
 
 Options = TypeVar("Options")
@@ -206,6 +207,7 @@ class ServeOptions:
     Q3VL_TOKEN does the same. Default without --hub: random."""
     address: Annotated[str | None, tyro.conf.arg(metavar="HOST")] = None
     """This node's own address, on which its ranks listen for one another. Default: the one that faces the hub."""
+    tls: OmitArgPrefixes[TlsOptions] = field(default_factory=TlsOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +223,7 @@ class JoinOptions:
     does the same."""
     address: Annotated[str | None, tyro.conf.arg(metavar="HOST")] = None
     """This host's own address, over which rows leave. Default: the one that faces the hub."""
+    tls: OmitArgPrefixes[TlsOptions] = field(default_factory=TlsOptions)
     block_size: int = BufferOptions.block_size
     """Rows per block, as the server has it."""
     canary: Canary = "auto"

@@ -25,7 +25,7 @@ from qwen3vl_disagg.parallel.collectives import GroupCollectives
 from qwen3vl_disagg.parallel.dispatch import ExpertDispatcher
 from qwen3vl_disagg.parallel.expert_parallel import ExpertShards, mesh_collectives
 from qwen3vl_disagg.parallel.lockstep import Lockstep, Outlook, PaceLimits, PeerHello, StepPlan
-from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, LockstepServer, say_hello
+from qwen3vl_disagg.parallel.lockstep_link import Gathering, LockstepClient, LockstepServer, say_hello
 from qwen3vl_disagg.parallel.sizes import padded_rows
 from qwen3vl_disagg.transport.gloo import expert_mesh
 
@@ -136,12 +136,14 @@ class Rank:
         limits, server = PaceLimits(64, 4096), None
         if self.rank == 0:
             sock = socket.create_server(("127.0.0.1", 0))
-            sock.setblocking(False)
-            server = LockstepServer(Lockstep(self.size, limits, lambda rows, num_rows: "gather"), token="bench")
-            await server.serve(sock)
+            gathering = Gathering(sock, token="bench")
+            server = LockstepServer(Lockstep(self.size, limits, lambda rows, num_rows: "gather"))
             self.store.set("lockstep", str(sock.getsockname()[1]))
         address = ("127.0.0.1", int(self.store.get("lockstep")))
-        client = await LockstepClient.join(say_hello(address, PeerHello(token="bench", rank=self.rank)))
+        line = say_hello(address, PeerHello(token="bench", rank=self.rank))
+        if server is not None:
+            server.serve(await gathering.all(self.size, JOIN_S))
+        client = await LockstepClient.join(line)
         plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
         client.on_plan = plans.put
         running = asyncio.create_task(client.run())

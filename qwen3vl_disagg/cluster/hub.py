@@ -72,6 +72,7 @@ from qwen3vl_disagg.protocol.routing import (
 from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
 from qwen3vl_disagg.transport.ticks import tick
+from qwen3vl_disagg.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
 EXPECTED_TOKENS = 1024
@@ -151,8 +152,9 @@ class Hub:
         media: MediaStore | None = None,
         memory: JobMemory | None = None,
         limits: RouterLimits | None = None,
+        tls: Tls | None = None,
     ) -> None:
-        self._token = token
+        self._token, self._tls = token, tls
         self._layout, self._memory = layout, memory or JobMemory()
         self._registry = Registry(layout, token, self._memory)
         together = layout.language_ranks if config.text.num_experts else ()
@@ -259,7 +261,13 @@ class Hub:
     async def serve(self, sock: socket.socket) -> asyncio.Future[None]:
         """Take connections on a bound socket, until `close`. What it returns ends only if the hub fails before."""
         self._server = Doorkeeper(
-            sock, self._greet, token=self._token, messages=HubMessage, max_frame=MAX_HUB_FRAME, name="hub"
+            sock,
+            self._greet,
+            token=self._token,
+            messages=HubMessage,
+            max_frame=MAX_HUB_FRAME,
+            name="hub",
+            tls=self._tls,
         )
         self._ticker = asyncio.create_task(tick(self.take, must_succeed=True))
         return self._ticker

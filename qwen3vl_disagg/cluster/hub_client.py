@@ -10,14 +10,10 @@ from typing import Any
 
 from qwen3vl_disagg.core.errors import DeadlineError, Dismissed, HandshakeError, HubGone, TransferError
 from qwen3vl_disagg.protocol.messages import EndJob, FindStore, Message, RankHello, Refused, Stop, StoreAt, Welcome
-from qwen3vl_disagg.transport.control import (
-    MAX_HUB_FRAME,
-    Address,
-    Connection,
-    ConnectionLost,
-    connect_hub,
-    encode_frame,
-)
+from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection, ConnectionLost, connect_hub, encode_frame
+from qwen3vl_disagg.transport.opening import secure_now
+from qwen3vl_disagg.transport.sockets import Address
+from qwen3vl_disagg.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
 LOAD_S = 1.0
@@ -25,13 +21,15 @@ _PAUSE_S = 0.1
 _END_S = 2.0
 
 
-async def enter_hub(address: Address, hello: RankHello, *, deadline_s: float) -> tuple[Connection, Welcome]:
+async def enter_hub(
+    address: Address, hello: RankHello, *, deadline_s: float, tls: Tls | None = None
+) -> tuple[Connection, Welcome]:
     """Connect and say hello until the hub welcomes this rank; a frontend that dies meanwhile is started again.
 
-    The welcome says of which job this is, and to a rank that joins its number. HandshakeError if the hub refuses,
-    HubGone if it is not there within `deadline_s`, Dismissed if the job goes down.
+    The welcome says of which job this is, and to a rank that joins its number. HandshakeError if one of the two
+    refuses the other, HubGone if it is not there within `deadline_s`, Dismissed if the job goes down.
     """
-    hub, answer = await _ask(address, hello, Welcome, deadline_s)
+    hub, answer = await _ask(address, hello, Welcome, deadline_s, tls)
     return hub.keep_alive(), answer
 
 
@@ -48,23 +46,25 @@ async def report_load(
             said = now
 
 
-async def tell_store(hub_address: Address, token: str, address: Address, *, deadline_s: float) -> None:
+async def tell_store(
+    hub_address: Address, token: str, address: Address, *, deadline_s: float, tls: Tls | None = None
+) -> None:
     """Say where the store is in which ranks meet. HandshakeError for a wrong token, HubGone as `enter_hub`."""
-    hub, _ = await _ask(hub_address, StoreAt(token=token, address=address), Welcome, deadline_s)
+    hub, _ = await _ask(hub_address, StoreAt(token=token, address=address), Welcome, deadline_s, tls)
     await hub.close()
 
 
-async def find_store(hub_address: Address, token: str, *, deadline_s: float) -> Address:
+async def find_store(hub_address: Address, token: str, *, deadline_s: float, tls: Tls | None = None) -> Address:
     """Where ranks meet; waits until somebody has said so.
 
     HandshakeError for a wrong token, HubGone after `deadline_s`, Dismissed when the job goes down meanwhile.
     """
-    hub, answer = await _ask(hub_address, FindStore(token=token), StoreAt, deadline_s)
+    hub, answer = await _ask(hub_address, FindStore(token=token), StoreAt, deadline_s, tls)
     await hub.close()
     return answer.address
 
 
-def ask_to_end(hub_address: Address, token: str, *, lost: int | None = None) -> None:
+def ask_to_end(hub_address: Address, token: str, tls: Tls | None = None, *, lost: int | None = None) -> None:
     """Let the job end as by SIGTERM to the frontend. For a process without an event loop; waits seconds at most.
     `lost`: as in `EndJob`.
 
@@ -72,19 +72,22 @@ def ask_to_end(hub_address: Address, token: str, *, lost: int | None = None) -> 
     """
     try:
         with socket.create_connection(hub_address, timeout=_END_S) as hub:
-            hub.sendall(encode_frame(EndJob(token=token, lost=lost), MAX_HUB_FRAME))
-    except OSError as error:
-        logger.warning("the hub was not told that this node ends: %s", error.strerror or error)
+            secure_now(hub, tls).send_now(encode_frame(EndJob(token=token, lost=lost), MAX_HUB_FRAME))
+    except (OSError, HandshakeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        logger.warning("the hub was not told that this node ends: %s", reason)
 
 
-async def _ask(address: Address, first: Message, expected: type[Message], deadline_s: float) -> tuple[Connection, Any]:
+async def _ask(
+    address: Address, first: Message, expected: type[Message], deadline_s: float, tls: Tls | None
+) -> tuple[Connection, Any]:
     """The connection, and its answer to the first message. A frontend that dies before it answers is asked again."""
     loop = asyncio.get_running_loop()
     end = loop.time() + deadline_s
     while True:
         left = max(0.01, end - loop.time())
         try:
-            hub = await connect_hub(address, deadline_s=left)
+            hub = await connect_hub(address, deadline_s=left, tls=tls)
         except ConnectionLost as error:
             raise HubGone(f"{error} within {deadline_s:g} s") from None
         try:

@@ -12,7 +12,9 @@ from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
 from qwen3vl_disagg.protocol.messages import Blob, Pull
 from qwen3vl_disagg.protocol.payload_time import moving_s
-from qwen3vl_disagg.transport.control import Address, Connection, connect_hub
+from qwen3vl_disagg.transport.control import Connection, connect_hub
+from qwen3vl_disagg.transport.sockets import Address
+from qwen3vl_disagg.transport.tls import Tls
 
 PULL_S = 30.0
 """Beside what the bytes take (`payload_time`)."""
@@ -75,9 +77,9 @@ class MediaStore:
                 await connection.send_bytes(data, PULL_S + moving_s(len(data)))
 
 
-async def pull_media(hub: Address, token: str, digest: str, num_bytes: int) -> bytes:
+async def pull_media(hub: Address, token: str, digest: str, num_bytes: int, *, tls: Tls | None = None) -> bytes:
     """The bytes under `digest` from the store behind the hub at that address, checked. TransferError without them."""
-    source = await connect_hub(hub, deadline_s=PULL_S)
+    source = await connect_hub(hub, deadline_s=PULL_S, tls=tls)
     try:
         await source.send(Pull(token=token, digest=digest))
         try:

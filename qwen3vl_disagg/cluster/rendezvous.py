@@ -27,6 +27,7 @@ from qwen3vl_disagg.core.errors import InputError, UnavailableError
 from qwen3vl_disagg.core.host import available_bytes, process_started
 from qwen3vl_disagg.core.progress import SILENT, Progress
 from qwen3vl_disagg.options import ServeOptions
+from qwen3vl_disagg.transport.tls import Tls
 
 _POLL_S = 0.05
 
@@ -116,6 +117,8 @@ class RankContext:
     progress: Progress = SILENT
     use: Use = field(default_factory=Use)
     """Of an encode rank: marked when it has sent rows."""
+    tls: Tls | None = None
+    """For control connections, both ways."""
 
     @property
     def is_first_language_rank(self) -> bool:

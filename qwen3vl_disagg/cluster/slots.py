@@ -319,7 +319,7 @@ def run_loop(main: Coroutine[Any, Any, int]) -> int:
 
 
 def run_worker(run: Callable[[World], int]) -> int:
-    """A worker's exit status: what `run` returns, or 2 for bad input and 1 for another failure, told in one line.
+    """A worker's exit status: what `run` returns, or, told in one line, 2 for bad input, 69 without a hub, and else 1.
 
     When the arguments are wrong, a host's first worker speaks for all: the others end after it, because torchrun ends
     everybody when one leaves.
@@ -339,7 +339,7 @@ def run_worker(run: Callable[[World], int]) -> int:
         status = EXIT_INPUT
     except DisaggError as error:
         write_line(sys.stderr, f"error: slot {world.rank}: {error}")
-        status = 1
+        status = EXIT_GONE if isinstance(error, HubGone) else 1
     if world.local_rank != 0 and status == EXIT_INPUT:
         time.sleep(_EXIT_LAST_S)
     return status

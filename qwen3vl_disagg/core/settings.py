@@ -137,6 +137,20 @@ class EncodeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TlsOptions:
+    """Whom ranks take for ranks, beside the token: all three files or none. They may be replaced while a job runs."""
+
+    tls_cert: Annotated[Path | None, tyro.conf.arg(metavar="FILE.pem")] = None
+    """Encrypt the control connections between ranks (not the rows of images, nor what travels between experts): this
+    host's certificate."""
+    tls_key: Annotated[Path | None, tyro.conf.arg(metavar="FILE.pem")] = None
+    """The certificate's key, without a password."""
+    tls_ca: Annotated[Path | None, tyro.conf.arg(metavar="FILE.pem")] = None
+    """Who has signed the certificates of all hosts. It should sign nothing else: names in certificates are not
+    compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class HttpOptions:
     """Whom the HTTP server serves, and for how long."""
 

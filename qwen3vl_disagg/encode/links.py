@@ -15,11 +15,15 @@ from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferErro
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.encode.link_canary import CheckedRows
 from qwen3vl_disagg.protocol.messages import Frame, Goodbye, LinkAccept, LinkHello, LinkReady, Refused
-from qwen3vl_disagg.transport.control import Address, Connection, ConnectionLost, Dial, connect_link
+from qwen3vl_disagg.transport.control import Connection, ConnectionLost, Dial, connect_link
 from qwen3vl_disagg.transport.links import Link, Meet
+from qwen3vl_disagg.transport.refusals import Refusals
+from qwen3vl_disagg.transport.sockets import Address
+from qwen3vl_disagg.transport.tls import FIELD
 
 logger = logging.getLogger(__name__)
 CONNECT_S = 20.0
+TLS_PAUSE_S = 2.0
 
 
 @dataclass
@@ -67,6 +71,7 @@ class EncodeLinks:
         self._links: dict[int, EncodeLink] = {}
         self._keepers: dict[int, tuple[Address, asyncio.Task[None]]] = {}
         self._last_epochs: dict[int, int] = {}
+        self._refusals = Refusals()
 
     def get(self, language_rank: int, epoch: int) -> EncodeLink | None:
         link = self._links.get(language_rank)
@@ -95,8 +100,13 @@ class EncodeLinks:
             try:
                 link = await self._open(language_rank, meet, await dial(address, deadline_s=CONNECT_S))
             except HandshakeError as error:
-                self._on_refused(error)
-                return
+                if error.field != FIELD:
+                    self._on_refused(error)
+                    return
+                # New files may be on their way.
+                self._refusals.say(str(language_rank), f"no link to language rank {language_rank}: {error}")
+                await asyncio.sleep(TLS_PAUSE_S)
+                continue
             except Exception as error:  # whatever is in the way now may be gone the next time
                 if not isinstance(error, DisaggError):
                     logger.error("no link to language rank %d", language_rank, exc_info=error)

@@ -41,8 +41,10 @@ from qwen3vl_disagg.protocol.messages import (
     Welcome,
 )
 from qwen3vl_disagg.protocol.session_events import SessionLimits
-from qwen3vl_disagg.transport.control import Address, Connection, ConnectionLost
+from qwen3vl_disagg.transport.control import Connection, ConnectionLost, Dial, connect_link
 from qwen3vl_disagg.transport.links import LinkFactory, Meet, meet_in_store
+from qwen3vl_disagg.transport.sockets import Address
+from qwen3vl_disagg.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
 JOIN_S = 120.0
@@ -74,8 +76,11 @@ class EncodeRank:
         reconnect_s: float = 30.0,
         canary: CheckedRows | None = None,
         on_sent: Callable[[], None] = lambda: None,
+        tls: Tls | None = None,
     ) -> None:
-        self._hello, self._hub_address = hello, hub_address
+        self._hello = hello
+        self._enter = partial(enter_hub, hub_address, tls=tls)
+        self._dial: Dial = partial(connect_link, tls=tls)
         self._meet: Meet = partial(meet_in_store, host=host) if make_link is None else lambda _: make_link
         self._join_s, self._reconnect_s = join_s or reconnect_s, reconnect_s
         self._hub: Connection | None = None
@@ -89,7 +94,7 @@ class EncodeRank:
             worker,
             link_hello,
             tell=self._tell,
-            pull=partial(pull_media, hub_address, hello.token),
+            pull=partial(pull_media, hub_address, hello.token, tls=tls),
             on_refused=self._on_refused,
             limits=limits,
             options=options,
@@ -141,7 +146,7 @@ class EncodeRank:
     async def _serve(self) -> int:
         patience_s = self._join_s
         while True:
-            hub, welcome = await enter_hub(self._hub_address, self._hello, deadline_s=patience_s)
+            hub, welcome = await self._enter(self._hello, deadline_s=patience_s)
             self._hub, patience_s = hub, self._reconnect_s
             self._take_number(welcome)
             self.server.tell_links()
@@ -180,7 +185,7 @@ class EncodeRank:
         if isinstance(message, TellSpans):
             self._tell(spans_told("encode", message))
         if isinstance(message, Peers):
-            self.server.connect(message.language_ranks, self._meet)
+            self.server.connect(message.language_ranks, self._meet, self._dial)
 
     def _tell(self, message: Message) -> None:
         """Queue a message to the hub; when it is gone, the loop that reads from it finds out."""
@@ -233,6 +238,7 @@ def run_encode_rank(context: RankContext) -> int:
             join_s=join_s,
             canary=canary,
             on_sent=context.use.mark,
+            tls=context.tls,
         )
         if context.is_joining:  # the others leave when the hub says so
             for number in (signal.SIGTERM, signal.SIGINT):

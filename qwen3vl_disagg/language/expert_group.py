@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,9 +24,10 @@ from qwen3vl_disagg.model.moe import DispatchKind
 from qwen3vl_disagg.parallel.dispatch import choose_kind
 from qwen3vl_disagg.parallel.expert_parallel import ExpertShards
 from qwen3vl_disagg.parallel.lockstep import Lockstep, PaceLimits, PeerHello
-from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, LockstepServer, say_hello
-from qwen3vl_disagg.transport.control import Address
+from qwen3vl_disagg.parallel.lockstep_link import Gathering, Line, LockstepClient, LockstepServer, say_hello
 from qwen3vl_disagg.transport.gloo import expert_mesh
+from qwen3vl_disagg.transport.opening import Opening
+from qwen3vl_disagg.transport.sockets import Address, listen
 from qwen3vl_disagg.transport.store import host_store, join_store
 
 MEET_S = 60.0
@@ -42,16 +43,16 @@ def shares_experts(setup: RankSetup) -> bool:
 
 @dataclass
 class ExpertGroup:
-    """One language rank's place among all. `line` leads to the first one, which has the `listener` where all of them
-    agree on steps; `is_compiled` says whether steps are graphs."""
+    """One language rank's place among all. `line` leads to the first one, which has the `lines` to all where they agree
+    on steps; `is_compiled` says whether steps are graphs."""
 
     rank: int
     size: int
     store: dist.TCPStore
     store_address: Address
     mesh: DeviceMesh
-    line: socket.socket
-    listener: socket.socket | None
+    line: Opening
+    lines: Sequence[Line]
     is_compiled: bool
 
     @property
@@ -69,13 +70,13 @@ class ExpertGroup:
     ) -> tuple[LockstepClient, LockstepServer | None]:
         """This rank's way to the agreement, and on the first rank the agreement itself."""
         server = None
-        if self.listener is not None:
+        if self.lines:
             text = setup.config.text
             row_bytes = text.hidden_size * setup.dtype.itemsize
             by_size = partial(choose_kind, num_choices=text.num_experts_per_tok, row_bytes=row_bytes)
             choose = by_size if len(self.kinds) > 1 else only_gather
-            server = LockstepServer(Lockstep(self.size, limits, choose), token=setup.context.token)
-            await server.serve(self.listener)
+            server = LockstepServer(Lockstep(self.size, limits, choose))
+            server.serve(self.lines)
         return await LockstepClient.join(self.line), server
 
 
@@ -86,33 +87,37 @@ async def meet(setup: RankSetup, limits: PaceLimits) -> ExpertGroup:
     GPU; HubGone, Dismissed (of the hub), PeerLost or RuntimeError (of the store) when others are not there in time.
     """
     context, ranks = setup.context, setup.context.layout.language_ranks
-    rank, listener = context.rank - ranks.start, None
+    rank, gathering, lines = context.rank - ranks.start, None, list[Line]()
     facts = shared_facts(setup, limits)
     context.progress.stage("group", f"joining {len(ranks)} language ranks in a process group", ranks=len(ranks))
     if context.is_first_language_rank:
         store, store_address = host_store(context.host)
-        listener = socket.create_server((context.host, 0), backlog=1024)
-        listener.setblocking(False)
+        listener = listen(context.host, backlog=1024)
+        gathering = Gathering(listener, token=context.token, tls=context.tls)
         start = _Start(facts=facts, lockstep=listener.getsockname()[:2])
         store.set(_START_KEY, msgspec.json.encode(start).decode())
-        await tell_store(context.hub_address, context.token, store_address, deadline_s=MEET_S)
+        await tell_store(context.hub_address, context.token, store_address, deadline_s=MEET_S, tls=context.tls)
     else:
-        store_address = await find_store(context.hub_address, context.token, deadline_s=MEET_S)
+        store_address = await find_store(context.hub_address, context.token, deadline_s=MEET_S, tls=context.tls)
         store = join_store(store_address)
         start = msgspec.json.decode(store.get(_START_KEY), type=_Start)
         check_fingerprint(start.facts, facts)
     gpu = f"{host_id()}/{setup.device.index}"
     if setup.device.type == "cuda" and store.add(f"gpu/{gpu}", 1) > 1:  # NCCL would hang or fail without a word
         raise InputError(f"two language ranks on {setup.device}: each needs a GPU of its own", param="device")
-    line = say_hello(start.lockstep, PeerHello(token=context.token, rank=rank))
+    # Beside the loop, in which the first rank takes them in.
+    line = await asyncio.to_thread(say_hello, start.lockstep, PeerHello(token=context.token, rank=rank), context.tls)
     # A client of its own: a thread that waits in a store blocks every other call on it.
     client = store.clone()  # type: ignore[attr-defined]
     client.set(f"here/{rank}", "")
     # With all of them here the group is made in a moment; its own timeout is a long one.
-    client.wait([f"here/{other}" for other in range(len(ranks))], timedelta(seconds=MEET_S))
+    here = [f"here/{other}" for other in range(len(ranks))]
+    await asyncio.to_thread(client.wait, here, timedelta(seconds=MEET_S))
+    if gathering is not None:
+        lines = await gathering.all(len(ranks), MEET_S)
     mesh = expert_mesh(client, rank, len(ranks), host=context.host, device=setup.device, timeout_s=COLLECTIVE_S)
     is_compiled = resolve_compile(context.options.model.compile, setup.device)
-    return ExpertGroup(rank, len(ranks), store, store_address, mesh, line, listener, is_compiled)
+    return ExpertGroup(rank, len(ranks), store, store_address, mesh, line, lines, is_compiled)
 
 
 class _Start(msgspec.Struct):

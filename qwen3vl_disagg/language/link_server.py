@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -59,10 +58,12 @@ from qwen3vl_disagg.protocol.session_events import (
     SessionLimits,
     Tell,
 )
-from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Address, Connection, ConnectionLost
+from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Connection, ConnectionLost
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
 from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory, process_group_links
+from qwen3vl_disagg.transport.sockets import Address, listen
 from qwen3vl_disagg.transport.ticks import tick
+from qwen3vl_disagg.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
 MEET_S = 20.0
@@ -101,6 +102,7 @@ class LinkServer:
         host: str = "127.0.0.1",
         make_link: LinkFactory | None = None,
         limits: SessionLimits | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self.limits = limits or SessionLimits()
         buffers = receiver.buffers
@@ -112,15 +114,21 @@ class LinkServer:
         self._was_short_of_room = False
         self._store: dist.Store | None = None
         self._store_address: Address | None = None
-        self._host, self._make_link = host, make_link
+        self._host, self._make_link, self._tls = host, make_link, tls
         self._server: Doorkeeper | None = None
         self._ticker: asyncio.Task[None] | None = None
 
     async def serve(self) -> Address:
         """Listen for encode ranks on a free port."""
-        sock = socket.create_server((self._host, 0))
+        sock = listen(self._host)
         self._server = Doorkeeper(
-            sock, self._accept, token=self._token, messages=LinkMessage, max_frame=MAX_LINK_FRAME, name="links"
+            sock,
+            self._accept,
+            token=self._token,
+            messages=LinkMessage,
+            max_frame=MAX_LINK_FRAME,
+            name="links",
+            tls=self._tls,
         )
         self.start()
         return sock.getsockname()[:2]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -37,6 +38,7 @@ from qwen3vl_disagg.protocol.messages import (
     TellSpans,
 )
 from qwen3vl_disagg.transport.control import Connection, ConnectionLost
+from qwen3vl_disagg.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
 LEFT_S, LEAVE_S = 1.0, 2.0
@@ -62,9 +64,11 @@ class LanguageRank:
         reconnect_s: float = 30.0,
         lockstep: LockstepClient | None = None,
         cores: SharedCores | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self._lockstep, self._is_leaving = lockstep, False
-        self._links, self._hello, self._hub_address = links, hello, hub_address
+        self._links, self._hello = links, hello
+        self._enter = partial(enter_hub, hub_address, tls=tls)
         self._reconnect_s = reconnect_s
         self._hub: Connection | None = None
         self._loop = asyncio.get_running_loop()
@@ -114,7 +118,7 @@ class LanguageRank:
     async def _serve(self) -> int:
         while True:
             hello = msgspec.structs.replace(self._hello, kept=self._requests.kept())
-            self._hub, welcome = await enter_hub(self._hub_address, hello, deadline_s=self._reconnect_s)
+            self._hub, welcome = await self._enter(hello, deadline_s=self._reconnect_s)
             self._hello = msgspec.structs.replace(self._hello, job=welcome.job)
             try:
                 while True:

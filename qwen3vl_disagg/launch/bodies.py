@@ -80,6 +80,7 @@ def run_combined_rank(context: RankContext) -> int:
             host=context.host,
             options=context.options.encode,
             canary=canary,
+            tls=context.tls,
         )
         return max(await asyncio.gather(language.run(), encode.run()))
 
@@ -199,6 +200,7 @@ async def start_language_rank(
         language_rank=context.rank,
         host=context.host,
         make_link=make_link,
+        tls=context.tls,
     )
     links.use_store(*(host_store(context.host) if group is None else (group.store, group.store_address)))
     link_address = await links.serve()
@@ -211,4 +213,4 @@ async def start_language_rank(
         kv_tokens=pool.num_pages * pool.page_size,
     )
     cores = setup.shared_cores()
-    return LanguageRank(engine, links, hello, context.hub_address, lockstep=lockstep, cores=cores)
+    return LanguageRank(engine, links, hello, context.hub_address, lockstep=lockstep, cores=cores, tls=context.tls)

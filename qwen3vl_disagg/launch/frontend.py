@@ -31,6 +31,7 @@ from qwen3vl_disagg.serving.fetch_rules import FetchRules
 from qwen3vl_disagg.serving.http_server import HttpServer
 from qwen3vl_disagg.serving.limits import Limits
 from qwen3vl_disagg.serving.preparation import Fetcher
+from qwen3vl_disagg.transport.sockets import address_text
 
 DRAINED_S, CLOSED_S, LEFT_S = 20.0, 22.0, 26.0
 """Running requests have ended, HTTP connections are closed, the ranks have left: by then, after the signal."""
@@ -65,9 +66,8 @@ def run_frontend(
         task=context.options.model.task,
     )
     name, *more_names = options.served_model_name or (model_name(folder),)
-    hub = Hub(
-        config, context.layout, context.token, memory=memory, limits=RouterLimits(max_waiting=options.max_waiting)
-    )
+    limits = RouterLimits(max_waiting=options.max_waiting)
+    hub = Hub(config, context.layout, context.token, memory=memory, limits=limits, tls=context.tls)
     app = create_app(
         hub,
         processor,
@@ -118,12 +118,12 @@ async def serve(
         loop.add_signal_handler(number, stopping.set)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
 
-    host, port = http_socket.getsockname()[:2]
+    url = f"http://{address_text(http_socket.getsockname()[:2])}"
     listener = http_socket.dup()  # the server closes the other one
     ticking = await hub.serve(hub_socket)
     serving = asyncio.ensure_future(http.serve(http_socket))
     beside = [asyncio.ensure_future(task) for task in (_trim(), _say_busy(hub), _beat(memory))]
-    announcing = asyncio.ensure_future(_announce(hub, f"http://{host}:{port}", memory, progress))
+    announcing = asyncio.ensure_future(_announce(hub, url, memory, progress))
     ends: list[asyncio.Future[Any]] = [asyncio.ensure_future(stopping.wait()), ticking, serving]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     if not stopping.is_set():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import time
 from dataclasses import replace
 
 from qwen3vl_disagg.checkpoint.download import resolve_model_folder
@@ -13,17 +15,21 @@ from qwen3vl_disagg.cluster.rank_setup import run_threaded
 from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext, World
 from qwen3vl_disagg.cluster.slots import Child, Slot
 from qwen3vl_disagg.core.environment import TOKEN, check_environment
-from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.core.errors import HubGone, InputError
 from qwen3vl_disagg.core.faults import plan_faults
 from qwen3vl_disagg.core.logs import start_logging, use_log_format
 from qwen3vl_disagg.core.settings import (
     BufferOptions,
     ModelOptions,
 )
-from qwen3vl_disagg.encode.rank import run_encode_rank
+from qwen3vl_disagg.encode.rank import JOIN_S, run_encode_rank
 from qwen3vl_disagg.options import JoinOptions, ServeOptions
 from qwen3vl_disagg.processing import Processor
-from qwen3vl_disagg.transport.addresses import given_token, own_address, parse_address
+from qwen3vl_disagg.transport.addresses import Unreachable, given_token, own_address, parse_address
+from qwen3vl_disagg.transport.tls import Tls
+
+logger = logging.getLogger(__name__)
+PAUSE_S = 1.0
 
 
 def rank_context(options: JoinOptions, world: World) -> RankContext:
@@ -38,8 +44,24 @@ def rank_context(options: JoinOptions, world: World) -> RankContext:
         encode=options.encode,
         canary=options.canary,
     )
+    tls = Tls.of(options.tls)
     host = own_address(options.address, hub_address)
-    return RankContext(-1, Layout.of(1), hub_address, token, told, world, host=host, is_joining=True)
+    return RankContext(-1, Layout.of(1), hub_address, token, told, world, host=host, is_joining=True, tls=tls)
+
+
+def reachable_context(options: JoinOptions, world: World) -> RankContext:
+    """As `rank_context`, for which the network may still be on its way. HubGone when it does not come within JOIN_S."""
+    end, has_said = time.monotonic() + JOIN_S, world.local_rank != 0
+    while True:
+        try:
+            return rank_context(options, world)
+        except Unreachable as error:
+            if time.monotonic() >= end:
+                raise HubGone(f"{error}, for {JOIN_S:g} s") from None
+            if not has_said:
+                logger.warning("%s; trying again for %g s", error, JOIN_S)
+                has_said = True
+        time.sleep(PAUSE_S)
 
 
 def run_slot(options: JoinOptions, world: World) -> int:
@@ -50,9 +72,11 @@ def run_slot(options: JoinOptions, world: World) -> int:
     use_log_format(options.log_format)
     start_logging()
     options.encode.check()
-    rank_context(options, world)  # what cannot be is said before anything is fetched
+    reachable_context(options, world)  # what cannot be is said before anything is fetched
     checkpoint = replace(options.checkpoint, model=shared_model_folder(options.checkpoint.model, world))
-    context = rank_context(replace(options, checkpoint=checkpoint), world)
+    context = reachable_context(replace(options, checkpoint=checkpoint), world)
+    if context.tls is not None and world.local_rank == 0:
+        context.tls.warn_of_end()
     folder = resolve_model_folder(checkpoint.model)
     # Said once, and not by every rank.
     check_folder(folder, lambda config: Processor.from_folder(folder, config, task="generate"), dtype=checkpoint.dtype)

@@ -47,6 +47,8 @@ from qwen3vl_disagg.serving.doors import ANY, Doors, is_loopback
 from qwen3vl_disagg.serving.fetch_rules import FetchRules
 from qwen3vl_disagg.transport.addresses import LOOPBACK, given_token, own_address, parse_address
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
+from qwen3vl_disagg.transport.sockets import address_text, listen
+from qwen3vl_disagg.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
 MEET_S = 60.0
@@ -57,9 +59,10 @@ STUCK_S = 20.0
 def bind(host: str, port: int, param: str) -> socket.socket:
     """A listening socket. InputError if the address cannot be had."""
     try:
-        sock = socket.create_server((host, port), backlog=1024)
-    except (OSError, OverflowError) as error:
-        raise InputError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}", param=param) from None
+        sock = listen(host, port, backlog=1024)
+    except (OSError, OverflowError, ValueError) as error:
+        where, why = address_text((host, port)), getattr(error, "strerror", error)
+        raise InputError(f"cannot listen on {where}: {why}", param=param) from None
     sock.setblocking(False)
     return sock
 
@@ -80,7 +83,7 @@ def rank_child(context: RankContext) -> Child:
 
 def tell_lost(context: RankContext) -> Callable[[], None]:
     """Says at the hub that this slot's rank is lost: else the frontend would wait for one that has never come."""
-    return functools.partial(ask_to_end, context.hub_address, context.token, lost=context.rank)
+    return functools.partial(ask_to_end, context.hub_address, context.token, context.tls, lost=context.rank)
 
 
 def check_checkpoint(model: ModelOptions, buffers: BufferOptions, max_model_len: int | None = None) -> None:
@@ -107,6 +110,9 @@ def make_folder(folder: Path | None) -> None:
 
 def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: Meeting) -> RankContext:
     """What a rank's body is told. Of the start rank 0 and the frontend speak, and the first language rank."""
+    tls = Tls.of(options.tls)
+    if tls is not None and world.local_rank == 0:
+        tls.warn_of_end()
     return RankContext(
         world.rank,
         layout,
@@ -117,6 +123,7 @@ def rank_context(options: ServeOptions, world: World, layout: Layout, meeting: M
         host=own_address(options.address, meeting.hub_address),
         cores_file=cores_file(world),
         progress=world.progress(is_heard=world.rank in (0, layout.language_ranks[0])),
+        tls=tls,
     )
 
 
@@ -156,7 +163,7 @@ def first_slot(options: ServeOptions, world: World, layout: Layout, path: Path) 
     roles = f"{num_encode} encode, {num_language} language" if world.size > 1 else "both roles in one process"
     context.progress.stage("ranks", f"starting ranks: {roles}", encode=num_encode, language=num_language)
     if options.hub is not None:
-        write_line(sys.stdout, f"hub: {meeting.hub_address[0]}:{meeting.hub_address[1]}")
+        write_line(sys.stdout, f"hub: {address_text(meeting.hub_address)}")
     publish(path, meeting)
     memory, (words, keepers_end) = JobMemory(), words_door()
     frontend = Child(
@@ -241,7 +248,7 @@ def far_slot(options: ServeOptions, world: World, layout: Layout) -> Slot:
     context = rank_context(options, world, layout, meeting)
     return Slot(
         [rank_child(context)],
-        on_stop=functools.partial(ask_to_end, meeting.hub_address, meeting.token),
+        on_stop=functools.partial(ask_to_end, meeting.hub_address, meeting.token, context.tls),
         on_lost=tell_lost(context),
     )
 
@@ -308,6 +315,7 @@ def check_arguments(options: ServeOptions, world: World) -> Layout:
     if target != "auto" and not 1 <= target <= MAX_GAP_MS:
         raise InputError(f"--gap-target-ms {target}: must be auto, or from 1 to {MAX_GAP_MS}", param="gap_target_ms")
     stated_meeting(options, world)
+    Tls.of(options.tls)
     check_environment()
     plan_faults()
     return layout

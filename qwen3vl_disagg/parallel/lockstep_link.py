@@ -7,9 +7,8 @@ experts of the one that is gone are gone, and the others may wait in a collectiv
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from qwen3vl_disagg.core.errors import DeadlineError, HandshakeError, TransferError, UnavailableError
 from qwen3vl_disagg.parallel.lockstep import (
@@ -23,8 +22,11 @@ from qwen3vl_disagg.parallel.lockstep import (
     StepPlan,
 )
 from qwen3vl_disagg.protocol.messages import Message, Refused
-from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Address, Connection, ConnectionLost, encode_frame
-from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
+from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Connection, ConnectionLost, encode_frame
+from qwen3vl_disagg.transport.doorkeeper import Door
+from qwen3vl_disagg.transport.opening import Opening, secure_now
+from qwen3vl_disagg.transport.sockets import Address
+from qwen3vl_disagg.transport.tls import Tls
 
 CONNECT_S = 10.0
 LOAD_S = 1800.0
@@ -38,48 +40,84 @@ class PeerLost(UnavailableError):
     code = "language_rank_lost"
 
 
-def say_hello(address: Address, hello: PeerHello) -> socket.socket:
-    """Connect to the first rank and say hello; blocks for `CONNECT_S` at most. PeerLost if none listens there.
+Line = tuple[Message, Opening]
+"""What a rank said first, and the way back to it."""
+
+
+def say_hello(address: Address, hello: PeerHello, tls: Tls | None = None) -> Opening:
+    """Connect to the first rank and say hello; blocks for `CONNECT_S` at most, at a time. PeerLost if none listens
+    there, HandshakeError if it is none of the CA's.
 
     Done before a rank loads: if it dies meanwhile, what the first rank finds on its line is a hello and the end. The
     kernel watches over a line on which nothing is said.
     """
     try:
-        line = socket.create_connection(address, CONNECT_S)
+        sock = socket.create_connection(address, CONNECT_S)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3)):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        line = secure_now(sock, tls)
+        line.send_now(encode_frame(hello, MAX_LINK_FRAME))
     except OSError as error:
         raise PeerLost(f"{GONE}: no connection to the first: {type(error).__name__}") from error
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3)):
-        line.setsockopt(socket.IPPROTO_TCP, option, value)
-    line.sendall(encode_frame(hello, MAX_LINK_FRAME))
-    line.setblocking(False)
+    sock.setblocking(False)
     return line
 
 
-class LockstepServer:
-    """The first rank's side: takes the others in, and carries out what `Lockstep` decides."""
+class Gathering:
+    """The first rank's side until all have said hello, itself too, before any of them loads."""
 
-    def __init__(self, lockstep: Lockstep, *, token: str) -> None:
-        self._lockstep, self._token = lockstep, token
+    def __init__(self, sock: socket.socket, *, token: str, tls: Tls | None = None) -> None:
+        self._lines: list[Line] = []
+        self._has_come = asyncio.Event()
+        self._door = Door(sock, self._take, token=token, messages=LockstepMessage, name="lockstep", tls=tls)
+
+    async def _take(self, hello: Message, line: Opening) -> None:
+        self._lines.append((hello, line))
+        self._has_come.set()
+
+    async def all(self, num_ranks: int, deadline_s: float) -> list[Line]:
+        """One for each rank; takes no more then. PeerLost when some have not come in time."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                while len(self._lines) < num_ranks:
+                    self._has_come.clear()
+                    await self._has_come.wait()
+        except TimeoutError:
+            raise PeerLost(f"{len(self._lines)} of {num_ranks} language ranks came in {deadline_s:g} s") from None
+        finally:
+            self._door.close()
+        await self._door.wait_closed()
+        return self._lines
+
+
+class LockstepServer:
+    """The first rank's side from then on: carries out what `Lockstep` decides."""
+
+    def __init__(self, lockstep: Lockstep) -> None:
+        self._lockstep = lockstep
         self._peers: dict[int, Connection] = {}
-        self._server: Doorkeeper | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._is_over = False
 
-    async def serve(self, sock: socket.socket) -> None:
-        """Take ranks in on a bound socket."""
-        self._server = Doorkeeper(
-            sock, self._accept, token=self._token, messages=LockstepMessage, max_frame=MAX_LINK_FRAME, name="lockstep"
-        )
+    def serve(self, lines: Sequence[Line]) -> None:
+        """The ranks that have come."""
+        self._tasks += [asyncio.create_task(self.take_in(*line)) for line in lines]
 
     async def close(self) -> None:
         """Send what is queued, and close."""
-        if self._server is not None:
-            self._server.close()
         for peer in list(self._peers.values()):
             await peer.close()
-        if self._server is not None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._server.wait_closed(), 1.0)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=1.0)
+
+    async def take_in(self, hello: Message, line: Opening) -> None:
+        """One rank, until its line ends."""
+        peer = Connection(*await line.streams(), messages=LockstepMessage, max_frame=MAX_LINK_FRAME)
+        try:
+            await self._accept(hello, peer)
+        finally:
+            await peer.close()
 
     async def _accept(self, hello: Message, peer: Connection) -> None:
         rank = None
@@ -145,15 +183,16 @@ class LockstepClient:
         self._is_over = asyncio.Event()
 
     @classmethod
-    async def join(cls, line: socket.socket, *, deadline_s: float = LOAD_S) -> LockstepClient:
+    async def join(cls, line: Opening, *, deadline_s: float = LOAD_S) -> LockstepClient:
         """On a line that `say_hello` has made. PeerLost if the first rank is gone, or does not answer in time;
         HandshakeError if it refuses."""
-        reader, writer = await asyncio.open_connection(sock=line)
-        connection = Connection(reader, writer, messages=LockstepMessage, max_frame=MAX_LINK_FRAME)
+        connection = Connection(*await line.streams(), messages=LockstepMessage, max_frame=MAX_LINK_FRAME)
         try:
             answer = await connection.receive(timeout=deadline_s)
         except (TransferError, DeadlineError) as error:
             await connection.close()
+            if isinstance(error, HandshakeError):
+                raise
             raise PeerLost(f"{GONE}: {error}") from error
         if isinstance(answer, PeerWelcome):
             return cls(connection.keep_alive())

@@ -17,14 +17,19 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import DeadlineError, TransferError
 from qwen3vl_disagg.protocol.messages import Heartbeat, HubMessage, LinkMessage, Message
-
-Address = tuple[str, int]
+from qwen3vl_disagg.transport.opening import open_streams
+from qwen3vl_disagg.transport.sockets import Address, address_text
+from qwen3vl_disagg.transport.tls import Tls
+from qwen3vl_disagg.transport.tls_streams import CertificateRefused
 
 MAX_LINK_FRAME = 64 * 1024
 MAX_HUB_FRAME = 8 * 1024 * 1024
 HEARTBEAT_S = 1.0
 SILENCE_S = 10.0
 """Generous: ranks that share two cores can stall for seconds."""
+ATTEMPT_S = 5.0
+"""How long one attempt to connect may take: the kernel would ask again at growing intervals, and a network that is back
+would not be seen for half a minute."""
 _MAX_UNSENT_BYTES = 64 * 1024 * 1024
 _SLICE_BYTES = 256 * 1024
 FRAME_HEADER_BYTES = 4
@@ -152,7 +157,7 @@ class Connection:
             cut = f" in the middle of a frame ({len(error.partial)} of {num_bytes} bytes)" if error.partial else ""
             raise self._fail(ConnectionLost(f"peer closed the connection{cut}")) from None
         except OSError as error:
-            raise self._fail(ConnectionLost(f"connection broke: {type(error).__name__}")) from None
+            raise self._broke(error) from None
         finally:
             self._waiting = False
         self._silent_ticks = 0
@@ -184,7 +189,11 @@ class Connection:
         except TimeoutError:
             raise self._fail(ConnectionLost(f"peer did not read for {timeout:g} s")) from None
         except OSError as error:
-            raise self._fail(ConnectionLost(f"connection broke: {type(error).__name__}")) from None
+            raise self._broke(error) from None
+
+    def _broke(self, error: OSError) -> TransferError:
+        lost = ConnectionLost(f"connection broke: {type(error).__name__}")
+        return self._fail(error.error if isinstance(error, CertificateRefused) else lost)
 
     def _fail(self, failure: TransferError) -> TransferError:
         """Remember the first failure and drop the connection at once; whoever waits on it wakes."""
@@ -214,21 +223,28 @@ class Connection:
 
 
 async def connect(
-    address: Address, *, deadline_s: float, messages: Any, max_frame: int, silence_s: float = SILENCE_S
+    address: Address,
+    *,
+    deadline_s: float,
+    messages: Any,
+    max_frame: int,
+    silence_s: float = SILENCE_S,
+    tls: Tls | None = None,
 ) -> Connection:
-    """Connect, trying again until `deadline_s` seconds have passed. Raises ConnectionLost then."""
+    """Connect, trying again until `deadline_s` seconds have passed. Raises ConnectionLost then, and HandshakeError at
+    once where one side does not take the other's certificate."""
     loop = asyncio.get_running_loop()
     end = loop.time() + deadline_s
     pause = 0.05
     while True:
         try:
-            async with asyncio.timeout_at(end):
-                reader, writer = await asyncio.open_connection(*address)
+            async with asyncio.timeout_at(min(end, loop.time() + ATTEMPT_S)):
+                reader, writer = await open_streams(address, tls)
             return Connection(reader, writer, messages=messages, max_frame=max_frame, silence_s=silence_s)
         except OSError as error:  # TimeoutError is one of these
             if loop.time() + pause >= end:
                 reason = type(error).__name__
-                raise ConnectionLost(f"no connection to {address[0]}:{address[1]}: {reason}") from None
+                raise ConnectionLost(f"no connection to {address_text(address)}: {reason}") from None
         await asyncio.sleep(pause)
         pause = min(2 * pause, 1.0)
 

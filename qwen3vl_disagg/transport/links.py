@@ -21,7 +21,8 @@ from torch import Tensor
 from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.transport.process_group import build_pair, forget_meeting
-from qwen3vl_disagg.transport.store import Address, join_store
+from qwen3vl_disagg.transport.sockets import Address, address_text
+from qwen3vl_disagg.transport.store import join_store
 
 Side = Literal["encode", "language"]
 _RANK_IN_PAIR = {"encode": 0, "language": 1}
@@ -141,7 +142,7 @@ def meet_in_store(address: Address | None, *, host: str) -> LinkFactory:
     try:
         return process_group_links(join_store(address), host=host)
     except (RuntimeError, OSError) as error:
-        raise LinkBroken(f"no store at {address[0]}:{address[1]}") from error
+        raise LinkBroken(f"no store at {address_text(address)}") from error
 
 
 class InProcessLink:

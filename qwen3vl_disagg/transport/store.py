@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 
 import torch.distributed as dist
 
-Address = tuple[str, int]
+from qwen3vl_disagg.transport.sockets import Address, listen
+
 STORE_TIMEOUT_S = 30.0
 
 
 def host_store(host: str) -> tuple[dist.TCPStore, Address]:
     """Start the store on a free port of `host`. A socket that we bound ourselves keeps it off other interfaces."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.bind((host, 0))
-    listener.listen(128)
+    listener = listen(host, backlog=128)
     port = listener.getsockname()[1]
     store = dist.TCPStore(
         host,

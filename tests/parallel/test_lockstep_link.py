@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from qwen3vl_disagg.core.errors import HandshakeError
-from qwen3vl_disagg.parallel.lockstep import Lockstep, Outlook, PaceLimits, PeerHello, StepPlan
+from qwen3vl_disagg.parallel.lockstep import Lockstep, LockstepMessage, Outlook, PaceLimits, PeerHello, StepPlan
 from qwen3vl_disagg.parallel.lockstep_link import LockstepClient, LockstepServer, PeerLost, say_hello
+from qwen3vl_disagg.transport.doorkeeper import Door
 from tests.support.fake_ranks import in_loop
 
 LIMITS = PaceLimits(64, 4096)
@@ -43,17 +44,19 @@ class Group:
 
 @asynccontextmanager
 async def group(num_ranks: int):
-    server = LockstepServer(Lockstep(num_ranks, LIMITS, lambda rows, num_rows: "gather"), token="t")
+    """Ranks may come at any time, also those that do not fit."""
+    server = LockstepServer(Lockstep(num_ranks, LIMITS, lambda rows, num_rows: "gather"))
     sock = socket.create_server(("127.0.0.1", 0))
-    sock.setblocking(False)
-    await server.serve(sock)
     made = Group(server, sock.getsockname()[:2])
+    door = Door(sock, server.take_in, token="t", messages=LockstepMessage, name="lockstep")
     try:
         yield made
     finally:
         for client in made.clients:
             await client.close()
         await server.close()
+        door.close()
+        await door.wait_closed()
         await asyncio.gather(*made.running, return_exceptions=True)
 
 

@@ -53,7 +53,7 @@ class TwoHosts:
     def _make(self) -> None:
         for space in self._spaces.values():
             _ip("-n", space, "link", "set", "lo", "up")
-        _ip("link", "add", self._ends["a"], "type", "veth", "peer", "name", self._ends["b"])
+        self._join()
         _ip("link", "add", self._outside, "type", "veth", "peer", "name", self._inside)
         _ip("link", "set", self._inside, "netns", self._spaces["a"])
         for host, space in self._spaces.items():
@@ -65,11 +65,19 @@ class TwoHosts:
         _ip("addr", "add", f"{self._here}/30", "dev", self._outside)
         _ip("link", "set", self._outside, "up")
 
+    def _join(self) -> None:
+        """Make both ends of the link, still here."""
+        _ip("link", "add", self._ends["a"], "type", "veth", "peer", "name", self._ends["b"])
+
     def cut(self, seconds: float) -> None:
         """Take the link away for so long."""
-        _ip("-n", self._spaces["b"], "link", "set", self._ends["b"], "down")
+        self.set_link("down")
         time.sleep(seconds)
-        _ip("-n", self._spaces["b"], "link", "set", self._ends["b"], "up")
+        self.set_link("up")
+
+    def set_link(self, state: str) -> None:
+        """`up` or `down`."""
+        _ip("-n", self._spaces["b"], "link", "set", self._ends["b"], state)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

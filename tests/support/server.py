@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from qwen3vl_disagg.transport.sockets import address_text
+
 REPO = Path(__file__).parent.parent.parent
 
 
@@ -124,7 +126,7 @@ class Server(Job):
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"http://{address_text((self.host, self.port))}"
 
     def wait_ready(self) -> None:
         """Until the ready line stands in the output."""

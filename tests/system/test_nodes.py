@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import http.client
-import itertools
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
 from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.requests import SamplingParams
+from tests.support.asking import Asking, ask
 from tests.support.hosts import TwoHosts
 from tests.support.scenes import Asked, ask_scenes
 from tests.support.server import Job, Server
@@ -121,43 +119,6 @@ def test_the_end_of_one_host_is_the_end_of_both(asked, victim, number):
                 assert "did not leave" not in output, output
 
 
-def ask(server: Server, entry: Asked) -> tuple[int | str, Any]:
-    try:
-        return server.chat(entry.content())
-    except (OSError, http.client.HTTPException) as error:
-        return "gone", error
-
-
-class Asking:
-    """Clients that go on asking until the block ends; `answers` are (question, asked at, status, body)."""
-
-    def __init__(self, server: Server, asked: list[Asked], at_once: int = 6) -> None:
-        self._server, self._asked, self._at_once = server, asked, at_once
-        self._stopping = threading.Event()
-        self._pool = ThreadPoolExecutor(at_once)
-        self.answers: list[tuple[int, float, int | str, Any]] = []
-
-    def _ask(self, client: int) -> None:
-        for n in itertools.count(client, self._at_once):
-            if self._stopping.is_set():
-                return
-            question, started = n % len(self._asked), time.monotonic()
-            self.answers.append((question, started, *ask(self._server, self._asked[question])))
-
-    def __enter__(self) -> Self:
-        for client in range(self._at_once):
-            self._pool.submit(self._ask, client)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self._pool.shutdown()
-
-    def since(self, moment: float) -> list[Any]:
-        """Bodies of the good answers to what was asked after this moment."""
-        return [body for _, started, status, body in list(self.answers) if started > moment and status == 200]
-
-
 @pytest.mark.acceptance
 @pytest.mark.timeout(180)
 def test_a_link_cut_for_5_seconds_ends_no_request_without_an_answer(asked, expected):
@@ -167,7 +128,7 @@ def test_a_link_cut_for_5_seconds_ends_no_request_without_an_answer(asked, expec
             hosts.cut(5.0)
             healed = time.monotonic()
             time.sleep(12)
-        for question, _, status, body in asking.answers:
+        for question, _, status, body, _ in asking.answers:
             if status == 200:
                 check((status, body), expected[question])
             else:
@@ -192,7 +153,7 @@ def test_an_encode_rank_of_another_host_is_cut_off_and_comes_back_under_its_numb
                     hosts.cut(seconds)
                     healed = time.monotonic()
                     wait_until(lambda: 2 in used(asking, healed))  # noqa: B023 - called in this turn
-            for question, _, status, body in asking.answers:
+            for question, _, status, body, _ in asking.answers:
                 check((status, body), expected[question])
             assert job.output().count("joined") == 1
             where = {

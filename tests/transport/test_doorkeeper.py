@@ -38,7 +38,7 @@ from qwen3vl_disagg.transport.control import (
     connect_hub,
     encode_frame,
 )
-from qwen3vl_disagg.transport.doorkeeper import MAX_HELLO_FRAME, MAX_STRANGERS, Doorkeeper
+from qwen3vl_disagg.transport.doorkeeper import MAX_HELLO_FRAME, MAX_STRANGERS, Door, Doorkeeper
 from tests.support.fake_ranks import FINGERPRINT, TOKEN, WAIT_S, System, in_loop
 from tests.support.random_model import small_config
 from tests.support.transfer import make_receiver
@@ -197,11 +197,12 @@ async def links() -> AsyncIterator[Address]:
 
 @asynccontextmanager
 async def lockstep() -> AsyncIterator[Address]:
-    server = LockstepServer(Lockstep(2, PaceLimits(64, 4096), lambda rows, num_rows: "gather"), token=TOKEN)
+    server = LockstepServer(Lockstep(2, PaceLimits(64, 4096), lambda rows, num_rows: "gather"))
     sock, address = listen()
-    await server.serve(sock)
+    door = Door(sock, server.take_in, token=TOKEN, messages=LockstepMessage, name="lockstep")
     yield address
     await server.close()
+    door.close()
 
 
 LISTENERS: list[tuple[Any, Any, list[Message]]] = [
