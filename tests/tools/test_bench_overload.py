@@ -88,8 +88,9 @@ def test_an_overload_is_counted_whole(monkeypatch):
     assert found["patient"]["clients"] == found["patient"]["answered"] == 3
     answered = found["ends"]["200"] + 3
     assert (answered - 3) / 2 <= found["requests_s"] <= answered / 2
-    said = report({"machine": {"cpu": "c", "cores": 2, "torch": "t", "date": "d", "load": []}, "model": "m", "times": 3,
-                   "wall_s": 2, "capacity_s": [4.0, 6.0], "goodput": 0.95, **found})  # fmt: skip
+    machine = {"cpu": "c", "cores": 2, "torch": "t", "date": "d", "load": []}
+    more = {"model": "m", "times": 3, "wall_s": 2, "capacity_s": [4.0, 6.0], "goodput": 0.95}
+    said = report({"machine": machine, **more, **found})
     assert "| of what it can | 0.950 |" in said
     assert "3 of 3" in said
 
