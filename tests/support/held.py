@@ -52,7 +52,8 @@ def _next(path: str, one: Any) -> Iterator[_Step]:
     elif isinstance(one, MethodType):
         yield path, one.__self__
     elif isinstance(one, functools._lru_cache_wrapper):
-        yield f"{path} (cache)", [None] * one.cache_info().currsize
+        if one.cache_info().maxsize is None:  # the others are bounded
+            yield f"{path} (cache)", [None] * one.cache_info().currsize
     elif _is_walked(one):
         yield from ((f"{path}.{name}", value) for name, value in _attributes(one))
 
