@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen3vl_disagg.core.errors import Failure, ServerError
 from qwen3vl_disagg.core.requests import RequestTimings, VisualItem
 from qwen3vl_disagg.language.request_book import Said
 from qwen3vl_disagg.protocol.allocator import Lease
-from qwen3vl_disagg.protocol.messages import Finished, NeedItems, Submit, Tokens
+from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed, Submit, Tokens
 from qwen3vl_disagg.protocol.session_events import Attempt, Consumed, Recall, Returned
 from tools.simulation import checks
 
@@ -234,13 +235,20 @@ class SimEngine:
 
     def _end(self, work: list[tuple[_Sequence, Window | None]]) -> None:
         for sequence, window in work:
-            if window is None:
+            if sequence.submit.request_id in self.known and self.world.happens("allocation", 0.1):
+                self._fail(sequence.submit.request_id)
+            elif window is None:
                 self._give_tokens(sequence)
             else:
                 checks.read(self.rank, window, sequence.next_row(window.attempt[1]), window.stop)
                 self._consume(sequence, window)
         self._is_stepping = False
         self._wake()
+
+    def _fail(self, request_id: str) -> None:
+        """A step has failed, and the request with it."""
+        self._remove(request_id)
+        self._say(RequestFailed(request_id=request_id, failure=Failure.of(ServerError("out of pages"))))
 
     def _consume(self, sequence: _Sequence, window: Window) -> None:
         _, item, number = window.attempt
@@ -262,10 +270,12 @@ class SimEngine:
         for sample, index in list(sequence.tokens.items()):
             if len(sequence.tokens) > 1 and self.world.random() < 0.3:
                 continue
-            sequence.tokens[sample] += 1
+            stop = min(index + (2 if self.world.random() < 0.2 else 1), sampling.max_new_tokens)
+            sequence.tokens[sample] = stop
             if sampling.pooling is None:
-                self._say(Tokens(request_id=request_id, index=index, token_ids=[index], sample=sample))
-            if index + 1 == sampling.max_new_tokens:
+                ids = [*range(index, stop)]
+                self._say(Tokens(request_id=request_id, index=index, token_ids=ids, sample=sample))
+            if stop == sampling.max_new_tokens:
                 self._remove_answer((request_id, sample))
                 self._say(self._end_of(request_id, sample, b"" if sampling.pooling is None else VECTOR))
 

@@ -47,6 +47,7 @@ def kill_hub(cluster: Cluster, restart_s: float) -> None:
         return
     world = cluster.world
     cluster.hub.is_dead = True
+    cluster.hub.connections.clear()
     for client in cluster.clients.values():
         if not client.is_ended:
             client.end(UnavailableError("the connection was reset"))
@@ -94,12 +95,23 @@ def freeze(cluster: Cluster, rank: SimRank, seconds: float) -> None:
         world.at(SILENCE_S, None, _cut_hub, cluster, rank)
 
 
-def _cut_hub(cluster: Cluster, rank: SimRank) -> None:
-    """The hub gave the rank up; the rank finds out when it can, and joins again."""
+def _cut_hub(cluster: Cluster, rank: SimRank, *, by_rank: bool = False) -> None:
+    """The hub gave the rank up; the rank finds out when it can, and joins again. Or it was the rank that gave up, and
+    the hub hears of it when the rank is back, or by its silence."""
+    world = cluster.world
     if not rank.is_dead and rank.hub is not None and rank.hub.is_open:
+        if by_rank:
+            rank.close_hub()
+            world.at(SILENCE_S, None, _hear_nothing, cluster, rank, rank.hub)
+        else:
+            cluster.hub_lost(rank, role_of(rank))
+        world.at(0.05, rank, rank.lost_hub)
+        world.at(0.2, rank, cluster.rejoin, rank)
+
+
+def _hear_nothing(cluster: Cluster, rank: SimRank, channel: Channel) -> None:
+    if rank.hub is channel:
         cluster.hub_lost(rank, role_of(rank))
-        cluster.world.at(0.05, rank, rank.lost_hub)
-        cluster.world.at(0.2, rank, cluster.rejoin, rank)
 
 
 def slow(cluster: Cluster, rank: SimRank, factor: float, seconds: float) -> None:
@@ -141,7 +153,7 @@ def cut_off(cluster: Cluster, rank: SimRank, seconds: float) -> None:
     way = (role_of(rank), rank.rank)
     rank.count_states("partition")
     cluster.blocked.add(way)
-    _cut_hub(cluster, rank)
+    _cut_hub(cluster, rank, by_rank=cluster.world.random() < 0.5)
     cluster.world.at(seconds, None, cluster.blocked.discard, way)
 
 
