@@ -63,9 +63,7 @@ def test_it_does_not_come_back_either_when_the_one_that_took_it_fails(dies):
 def test_a_slow_rank_is_asked_again_before_one_that_has_failed():
     script, first = taught()
     [second] = at(script, 100.0 + RELIEF_S + 0.1)
-    script.encode_says(
-        second.encode_rank, ItemFailed(request_id="slow", item=0, attempt=2, failure=BAD_KEPT)
-    )
+    script.encode_says(second.encode_rank, ItemFailed(request_id="slow", item=0, attempt=2, failure=BAD_KEPT))
     assert [assign.encode_rank for assign in script.assigned()] == [first.encode_rank]
 
 

@@ -52,6 +52,8 @@ class Sizes:
     keep_s: float = KEEP_S
     encode_s: float = 0.3
     """How long an item takes at most."""
+    clips: float = 0.2
+    """How many of the items are clips."""
 
 
 @dataclass
@@ -213,7 +215,7 @@ class Cluster:
         n = n if pooling is None else 1
         items = [
             VisualItem(
-                modality="video" if self.world.random() < 0.2 else "image",
+                modality="video" if self.world.random() < self.sizes.clips else "image",
                 digest=wrong if wrong and index == 0 else f"{name}/{index}",
                 num_bytes=1,
                 grid=(1, 2, 2 * count),

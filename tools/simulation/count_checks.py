@@ -130,7 +130,7 @@ class CountChecks:
             raise Violation("I11", f"{message.request_id} goes to language rank {rank} of {candidates}, loads {loads}")
 
     def _relieves(self, key: Key, to: int) -> None:
-        """I11: what is under way is taken away only from a slow rank, for one that has nothing to do, and never back."""
+        """I11: what is under way is taken away only from a slow rank, for an idle one, and never back."""
         number, rank = self._at[key]
         stay, relief_s = self.world.now - self.hub.cluster.issued_at[(*key, number)], self.hub.router.limits.relief_s
         busy = {at[1] for other, at in self._at.items() if other != key}

@@ -9,6 +9,7 @@ since they were sent.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +60,8 @@ class _Sequence:
     pace_s: float = 0.0
     """How long a token takes at most, beside the step."""
     decodes_at: float = 0.0
+    fails_at: float = math.inf
+    """When a step of it fails."""
     offsets: list[int] = field(init=False)
     """Of each item's first row, and of what is behind the last one."""
 
@@ -138,7 +141,9 @@ class SimEngine:
     def _add(self, message: Submit) -> None:
         text_s = 10.0 * self.world.random() if self.world.random() < 0.3 else 0.0
         pace_s = self.world.rng.choice((0.0, 2.0, 4.0)) if message.keep_as else 0.0
-        self.known[message.request_id] = _Sequence(message, text_s=text_s, pace_s=pace_s)
+        sequence = self.known[message.request_id] = _Sequence(message, text_s=text_s, pace_s=pace_s)
+        if message.keep_as and self.world.random() < 0.25:
+            sequence.fails_at = self.world.now + 3.0 + 10.0 * self.world.random()
 
     def _remove(self, request_id: str) -> None:
         self.known.pop(request_id, None)
@@ -235,7 +240,8 @@ class SimEngine:
 
     def _end(self, work: list[tuple[_Sequence, Window | None]]) -> None:
         for sequence, window in work:
-            if sequence.submit.request_id in self.known and self.world.happens("allocation", 0.1):
+            is_over = sequence.fails_at <= self.world.now or self.world.happens("allocation", 0.3)
+            if is_over and sequence.submit.request_id in self.known:
                 self._fail(sequence.submit.request_id)
             elif window is None:
                 self._give_tokens(sequence)

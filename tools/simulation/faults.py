@@ -33,12 +33,28 @@ def die_slowly(cluster: Cluster, encode: SimEncode, restart_s: float, fault: str
     """Its links go first and come back, for longer than items wait for them; then it is killed."""
     world, without_s = cluster.world, cluster.limits.suspend_s + 1.5
     for language in cluster.languages:
-        for way in ((pair := (("encode", encode.rank), ("language", language.rank))), pair[::-1]):
-            cluster.blocked.add(way)
-            world.at(without_s, None, cluster.blocked.discard, way)
+        _keep_apart(cluster, encode, language, without_s)
     for link in list(encode.links.values()):
         link.close(encode, "dying")
     world.at(without_s + 2.0 * world.random(), None, kill, cluster, encode, restart_s, fault)
+
+
+def _keep_apart(cluster: Cluster, encode: SimRank, language: SimRank, seconds: float) -> None:
+    for way in ((pair := (("encode", encode.rank), ("language", language.rank))), pair[::-1]):
+        cluster.blocked.add(way)
+        cluster.world.at(seconds, None, cluster.blocked.discard, way)
+
+
+def blink(cluster: Cluster, link: SimLink) -> None:
+    """A link is gone for a little longer than items wait for it, and what its language rank says to the hub of that
+    comes later than the news of the next link."""
+    world, language = cluster.world, link.language
+    link.count("break")
+    without_s = cluster.limits.suspend_s + 1.0 + 0.5 * world.random()
+    _keep_apart(cluster, link.encode, language, without_s)
+    link.close(link.encode, "broken")
+    if language.hub is not None:
+        language.hub.last = max(language.hub.last, world.now + without_s + 2.0 * world.random())
 
 
 def kill_hub(cluster: Cluster, restart_s: float) -> None:

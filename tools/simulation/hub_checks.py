@@ -228,6 +228,10 @@ class HubChecks:
         missing = router.required - self._language
         if missing and router.num_requests:
             raise Violation("I11", f"{router.num_requests} requests run without language ranks {missing}")
+        if isinstance(event, RankUp) and event.role == "language":
+            for request_id, request in router._requests.items():
+                if request_id not in self._given[request.language_rank]:
+                    raise Violation("I11", f"{request_id} is awaited from a language rank that has never had it")
         if isinstance(event, RankUp | RankDown) and event.role == "encode":
             for request_id, request in router._requests.items():
                 for index, item in enumerate(request.items):
