@@ -259,9 +259,10 @@ class Attempts:
             return
         linked = self.linked(request.language_rank)
         fresh = {rank: s for rank, s in linked.items() if (rank, s.incarnation) not in item.failed_on}
+        quick = {rank: s for rank, s in fresh.items() if (rank, s.incarnation) not in item.relieved}
         if not linked:
             return
-        self._give(request_id, index, fresh or linked, now)
+        self._give(request_id, index, quick or fresh or linked, now)
 
     def _give(self, request_id: str, index: int, candidates: Mapping[int, EncodeRankState], now: float) -> None:
         """A new attempt at the item, on one of these."""

@@ -18,9 +18,9 @@ def at(script: Script, now: float) -> list[Assign]:
     return script.assigned()
 
 
-def taught(seconds: float = 0.1) -> tuple[Script, Assign]:
-    """Both encode ranks have shown how fast they are, and one has an item since 100 s."""
-    script, seen = Script(), set[int]()
+def taught(seconds: float = 0.1, encode: int = 2) -> tuple[Script, Assign]:
+    """All encode ranks have shown how fast they are, and one has an item since 100 s."""
+    script, seen = Script(encode), set[int]()
     for n in range(20):
         script.now = float(n)
         language = script.start(f"t{n}", f"t{n}")
@@ -28,7 +28,7 @@ def taught(seconds: float = 0.1) -> tuple[Script, Assign]:
         script.now += seconds
         script.language_says(language, ItemReceived(request_id=f"t{n}", item=0, attempt=1))
         seen.add(assign.encode_rank)
-    assert seen == {0, 1}
+    assert seen == set(range(encode))
     script.now = 100.0
     script.start("slow", "slow")
     [assign] = script.assigned()
@@ -45,6 +45,26 @@ def test_an_idle_rank_takes_it_once_and_it_does_not_come_back():
     item = script.router._requests["slow"].items[0]
     assert item.failures == 0
     assert not script.router._attempts.ranks[first.encode_rank].jobs
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_it_does_not_come_back_either_when_the_one_that_took_it_fails(dies):
+    script, first = taught(encode=3)
+    [second] = at(script, 100.0 + RELIEF_S + 0.1)
+    if dies:
+        script.do(RankDown("encode", second.encode_rank))
+    else:
+        failed = ItemFailed(request_id="slow", item=0, attempt=2, failure=BAD_KEPT)
+        script.encode_says(second.encode_rank, failed)
+    [third] = script.assigned()
+    assert third.encode_rank not in (first.encode_rank, second.encode_rank)
+
+
+def test_a_slow_rank_is_asked_again_before_one_that_has_failed():
+    script, first = taught()
+    [second] = at(script, 100.0 + RELIEF_S + 0.1)
+    script.encode_says(second.encode_rank, ItemFailed(request_id="slow", item=0, attempt=2, failure=BAD_KEPT))
+    assert [assign.encode_rank for assign in script.assigned()] == [first.encode_rank]
 
 
 def test_it_is_slow_only_beside_what_others_take():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from qwen3vl_disagg.protocol.allocator import POOLS, BlockAllocator
@@ -149,12 +150,13 @@ def encode_side(rank: Any) -> None:
     most = places * num_languages + most_parked
     if len(rank.encoded) > most:
         raise Violation("I12", f"rows of {len(rank.encoded)} items in memory")
-    num_encoding = num_parked = num_sending = 0
+    num_encoding = num_parked = num_sending = num_clips = 0
     now, bounds = rank.world.now, rank.bounds
     for attempt, item in sessions.items.items():
         state = item.state
         if state is ENCODING:
             num_encoding += 1
+            num_clips += item.visual.modality == "video"
         elif state is PARKED:
             num_parked += 1
         elif state in _SENDING:
@@ -164,10 +166,24 @@ def encode_side(rank: Any) -> None:
     dues = [sessions.items[attempt].due for attempt in sessions.queue]
     if len(dues) > 1 and dues != sorted(dues):
         raise Violation("I16", f"items in the queue are due at {dues}")
-    if num_encoding > places:
-        raise Violation("I12", f"{num_encoding} items are encoded at a time")
+    if num_encoding > places or num_clips > limits.max_clips + limits.max_urgent:
+        raise Violation("I12", f"{num_encoding} items are encoded at a time, {num_clips} clips")
+    if dues and num_encoding < limits.max_items:
+        _no_place_is_empty(rank, num_clips)
     if num_encoding + num_sending + num_parked > most or num_parked > most_parked:
         raise Violation("I12", f"{num_encoding + num_sending} items in memory, {num_parked} parked")
+
+
+def _no_place_is_empty(rank: Any, num_clips: int) -> None:
+    """I11: nothing waits for a place while there is one, whatever others wait for."""
+    sessions, limits = rank.sessions, rank.sessions.limits
+    share = limits.max_items if len(sessions.outlets) < 2 else -(-limits.max_items // 2)
+    in_memory = Counter(i.language_rank for i in sessions.items.values() if i.state is ENCODING or i.state in _SENDING)
+    for attempt in sessions.queue:
+        item = sessions.items[attempt]
+        is_clip = item.visual.modality == "video"
+        if in_memory[item.language_rank] < share and (not is_clip or num_clips < limits.max_clips):
+            raise Violation("I11", f"{attempt} waits for a place, and there is one")
 
 
 def granted(rank: Any, grant: Room) -> None:
@@ -355,6 +371,8 @@ def as_due(rank: Any, attempt: Attempt) -> None:
     begun = sessions.items.get(attempt)
     for key in sessions.queue if begun is not None else ():
         other = sessions.items[key]
+        if other.visual.modality == "video" and begun.visual.modality != "video":
+            continue  # which may wait for one of their own places
         if other.due < begun.due and (other.language_rank == begun.language_rank or _has_place(rank, other)):
             raise Violation("I16", f"{attempt}, due at {begun.due}, begins before {key}, due at {other.due}")
 

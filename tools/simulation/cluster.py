@@ -16,14 +16,14 @@ from qwen3vl_disagg.language.kept_answers import KEEP_S
 from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.messages import Frame, Leaving, LinkMessage, Message
 from qwen3vl_disagg.protocol.router import RouterLimits
-from qwen3vl_disagg.protocol.routing import Abandon, Admit, FromRank, RankDown, RankUp
+from qwen3vl_disagg.protocol.routing import TOKEN_ID_BYTES, Abandon, Admit, FromRank, RankDown, RankUp
 from qwen3vl_disagg.protocol.session import GRANTED, WAITING
 from qwen3vl_disagg.protocol.session_events import Attempt, SessionLimits
 from tools.simulation.encode import SimEncode
 from tools.simulation.hub import Client, SimHub
 from tools.simulation.language import SimLanguage
 from tools.simulation.payload import Names, Payload
-from tools.simulation.world import Channel, SimLink, Violation, World
+from tools.simulation.world import SILENCE_S, Channel, SimLink, Violation, World
 
 TIMEOUT_S = 80.0
 ASK_AFTER_S = (1.0, 1.0, 3.0, 10.0, KEEP_S + 10.0)
@@ -52,6 +52,8 @@ class Sizes:
     keep_s: float = KEEP_S
     encode_s: float = 0.3
     """How long an item takes at most."""
+    clips: float = 0.2
+    """How many of the items are clips."""
 
 
 @dataclass
@@ -103,7 +105,10 @@ class Cluster:
             return
         back = Channel(self.world, rank, hub, lambda message: hub.take(FromRank(role, rank.rank, message)))
         forth = Channel(self.world, hub, rank, rank.from_hub)
+        if before := hub.connections.get((role, rank.rank)):  # whose end has not been noticed
+            before.is_open = False
         rank.hub, rank.from_hub_channel = back, forth
+        hub.connections[role, rank.rank] = back
         hub.take(RankUp(role, rank.rank, kept=() if isinstance(rank, SimEncode) else rank.offered))
         if isinstance(rank, SimEncode):
             rank.tell_links()
@@ -118,15 +123,14 @@ class Cluster:
 
     def hub_lost(self, rank: Any, role: Any) -> None:
         """The hub's end of a rank's connection is gone."""
-        current = self.encodes[rank.rank] if role == "encode" else self.languages[rank.rank]
-        if rank.hub is not None and rank.hub.is_open and current is rank:
+        if rank.hub is not None and self.hub.connections.get((role, rank.rank)) is rank.hub:
             rank.close_hub()
+            del self.hub.connections[role, rank.rank]
             self.hub.take(RankDown(role, rank.rank))
 
     def restart(self, role: str, number: int) -> None:
         """The slot has forked a dead rank again."""
         ranks: Any = self.encodes if role == "encode" else self.languages
-        self.hub_lost(ranks[number], role)
         ranks[number] = (SimEncode if role == "encode" else SimLanguage)(self, number)
         self.start(ranks[number])
 
@@ -158,7 +162,9 @@ class Cluster:
             link.to_language.is_open = link.to_language.is_open and role != "language"
             world.at(0.02 * world.random(), other, link.close, other, "the peer died")
             link.end_payloads()
-        world.at(0.02 * world.random(), None, self.hub_lost, rank, role)
+        # Of another host's process the hub may hear when the next one has come, or by silence.
+        patience = SILENCE_S if world.random() < 0.3 else 0.02 * world.random()
+        world.at(patience, None, self.hub_lost, rank, role)
         world.at(restart_s, None, self.restart, role, rank.rank)
 
     # ---- what checks ask ----
@@ -209,7 +215,7 @@ class Cluster:
         n = n if pooling is None else 1
         items = [
             VisualItem(
-                modality="image",
+                modality="video" if self.world.random() < self.sizes.clips else "image",
                 digest=wrong if wrong and index == 0 else f"{name}/{index}",
                 num_bytes=1,
                 grid=(1, 2, 2 * count),
@@ -240,7 +246,8 @@ class Cluster:
         else:
             target_s = 2.0 * (len(self.clients) % 3)  # so that some pass those before them
             num_all = sum(rows) + num_tokens
-            self.hub.take(Admit(request_id, b"", num_all, items, sampling, timeout_s, target_s, keep_as))
+            prompt = bytes(TOKEN_ID_BYTES * sum(rows))
+            self.hub.take(Admit(request_id, prompt, num_all, items, sampling, timeout_s, target_s, keep_as))
         return request_id
 
     def _ask_again(self, again: Callable[[], str], error: DisaggError) -> bool:

@@ -12,6 +12,7 @@ from qwen3vl_disagg.protocol.encode_sessions import PARKED, EncodeSessions
 from qwen3vl_disagg.protocol.messages import (
     Abort,
     Ack,
+    Beat,
     Decoded,
     EncodingBegun,
     EncodingEnded,
@@ -233,7 +234,7 @@ class SimEncode:
     def take(self, link: SimLink, frame: Frame) -> None:
         body, peer = frame.body, link.language.rank
         outlet = self.sessions.outlets.get(peer)
-        expected = 0 if outlet is None else outlet.state.num_received + 1
+        expected = 0 if outlet is None else outlet.state.num_received + (type(body) is not Beat)
         if type(body) is not Ack:
             if isinstance(body, Abort | Nack):
                 self.lease_until.pop(body.key, None)

@@ -9,14 +9,16 @@ since they were sent.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen3vl_disagg.core.errors import Failure, ServerError
 from qwen3vl_disagg.core.requests import RequestTimings, VisualItem
 from qwen3vl_disagg.language.request_book import Said
 from qwen3vl_disagg.protocol.allocator import Lease
-from qwen3vl_disagg.protocol.messages import Finished, NeedItems, Submit, Tokens
+from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed, Submit, Tokens
 from qwen3vl_disagg.protocol.session_events import Attempt, Consumed, Recall, Returned
 from tools.simulation import checks
 
@@ -58,6 +60,8 @@ class _Sequence:
     pace_s: float = 0.0
     """How long a token takes at most, beside the step."""
     decodes_at: float = 0.0
+    fails_at: float = math.inf
+    """When a step of it fails."""
     offsets: list[int] = field(init=False)
     """Of each item's first row, and of what is behind the last one."""
 
@@ -137,7 +141,9 @@ class SimEngine:
     def _add(self, message: Submit) -> None:
         text_s = 10.0 * self.world.random() if self.world.random() < 0.3 else 0.0
         pace_s = self.world.rng.choice((0.0, 2.0, 4.0)) if message.keep_as else 0.0
-        self.known[message.request_id] = _Sequence(message, text_s=text_s, pace_s=pace_s)
+        sequence = self.known[message.request_id] = _Sequence(message, text_s=text_s, pace_s=pace_s)
+        if message.keep_as and self.world.random() < 0.25:
+            sequence.fails_at = self.world.now + 3.0 + 10.0 * self.world.random()
 
     def _remove(self, request_id: str) -> None:
         self.known.pop(request_id, None)
@@ -234,13 +240,21 @@ class SimEngine:
 
     def _end(self, work: list[tuple[_Sequence, Window | None]]) -> None:
         for sequence, window in work:
-            if window is None:
+            is_over = sequence.fails_at <= self.world.now or self.world.happens("allocation", 0.3)
+            if is_over and sequence.submit.request_id in self.known:
+                self._fail(sequence.submit.request_id)
+            elif window is None:
                 self._give_tokens(sequence)
             else:
                 checks.read(self.rank, window, sequence.next_row(window.attempt[1]), window.stop)
                 self._consume(sequence, window)
         self._is_stepping = False
         self._wake()
+
+    def _fail(self, request_id: str) -> None:
+        """A step has failed, and the request with it."""
+        self._remove(request_id)
+        self._say(RequestFailed(request_id=request_id, failure=Failure.of(ServerError("out of pages"))))
 
     def _consume(self, sequence: _Sequence, window: Window) -> None:
         _, item, number = window.attempt
@@ -262,10 +276,12 @@ class SimEngine:
         for sample, index in list(sequence.tokens.items()):
             if len(sequence.tokens) > 1 and self.world.random() < 0.3:
                 continue
-            sequence.tokens[sample] += 1
+            stop = min(index + (2 if self.world.random() < 0.2 else 1), sampling.max_new_tokens)
+            sequence.tokens[sample] = stop
             if sampling.pooling is None:
-                self._say(Tokens(request_id=request_id, index=index, token_ids=[index], sample=sample))
-            if index + 1 == sampling.max_new_tokens:
+                ids = [*range(index, stop)]
+                self._say(Tokens(request_id=request_id, index=index, token_ids=ids, sample=sample))
+            if stop == sampling.max_new_tokens:
                 self._remove_answer((request_id, sample))
                 self._say(self._end_of(request_id, sample, b"" if sampling.pooling is None else VECTOR))
 

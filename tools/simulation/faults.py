@@ -33,12 +33,28 @@ def die_slowly(cluster: Cluster, encode: SimEncode, restart_s: float, fault: str
     """Its links go first and come back, for longer than items wait for them; then it is killed."""
     world, without_s = cluster.world, cluster.limits.suspend_s + 1.5
     for language in cluster.languages:
-        for way in ((pair := (("encode", encode.rank), ("language", language.rank))), pair[::-1]):
-            cluster.blocked.add(way)
-            world.at(without_s, None, cluster.blocked.discard, way)
+        _keep_apart(cluster, encode, language, without_s)
     for link in list(encode.links.values()):
         link.close(encode, "dying")
     world.at(without_s + 2.0 * world.random(), None, kill, cluster, encode, restart_s, fault)
+
+
+def _keep_apart(cluster: Cluster, encode: SimRank, language: SimRank, seconds: float) -> None:
+    for way in ((pair := (("encode", encode.rank), ("language", language.rank))), pair[::-1]):
+        cluster.blocked.add(way)
+        cluster.world.at(seconds, None, cluster.blocked.discard, way)
+
+
+def blink(cluster: Cluster, link: SimLink) -> None:
+    """A link is gone for a little longer than items wait for it, and what its language rank says to the hub of that
+    comes later than the news of the next link."""
+    world, language = cluster.world, link.language
+    link.count("break")
+    without_s = cluster.limits.suspend_s + 1.0 + 0.5 * world.random()
+    _keep_apart(cluster, link.encode, language, without_s)
+    link.close(link.encode, "broken")
+    if language.hub is not None:
+        language.hub.last = max(language.hub.last, world.now + without_s + 2.0 * world.random())
 
 
 def kill_hub(cluster: Cluster, restart_s: float) -> None:
@@ -47,6 +63,7 @@ def kill_hub(cluster: Cluster, restart_s: float) -> None:
         return
     world = cluster.world
     cluster.hub.is_dead = True
+    cluster.hub.connections.clear()
     for client in cluster.clients.values():
         if not client.is_ended:
             client.end(UnavailableError("the connection was reset"))
@@ -94,12 +111,23 @@ def freeze(cluster: Cluster, rank: SimRank, seconds: float) -> None:
         world.at(SILENCE_S, None, _cut_hub, cluster, rank)
 
 
-def _cut_hub(cluster: Cluster, rank: SimRank) -> None:
-    """The hub gave the rank up; the rank finds out when it can, and joins again."""
+def _cut_hub(cluster: Cluster, rank: SimRank, *, by_rank: bool = False) -> None:
+    """The hub gave the rank up; the rank finds out when it can, and joins again. Or it was the rank that gave up, and
+    the hub hears of it when the rank is back, or by its silence."""
+    world = cluster.world
     if not rank.is_dead and rank.hub is not None and rank.hub.is_open:
+        if by_rank:
+            rank.close_hub()
+            world.at(SILENCE_S, None, _hear_nothing, cluster, rank, rank.hub)
+        else:
+            cluster.hub_lost(rank, role_of(rank))
+        world.at(0.05, rank, rank.lost_hub)
+        world.at(0.2, rank, cluster.rejoin, rank)
+
+
+def _hear_nothing(cluster: Cluster, rank: SimRank, channel: Channel) -> None:
+    if rank.hub is channel:
         cluster.hub_lost(rank, role_of(rank))
-        cluster.world.at(0.05, rank, rank.lost_hub)
-        cluster.world.at(0.2, rank, cluster.rejoin, rank)
 
 
 def slow(cluster: Cluster, rank: SimRank, factor: float, seconds: float) -> None:
@@ -141,7 +169,7 @@ def cut_off(cluster: Cluster, rank: SimRank, seconds: float) -> None:
     way = (role_of(rank), rank.rank)
     rank.count_states("partition")
     cluster.blocked.add(way)
-    _cut_hub(cluster, rank)
+    _cut_hub(cluster, rank, by_rank=cluster.world.random() < 0.5)
     cluster.world.at(seconds, None, cluster.blocked.discard, way)
 
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3vl_disagg.core.errors import DisaggError, OverloadedError
+from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.protocol.messages import Decoded, Finished, Message, Tokens
 from qwen3vl_disagg.protocol.router import Router
 from qwen3vl_disagg.protocol.routing import Deliver, End, Event, Send
 from qwen3vl_disagg.protocol.session_events import Tick
+from tools.simulation.count_checks import CountChecks
 from tools.simulation.hub_checks import HubChecks
-from tools.simulation.world import Violation
+from tools.simulation.world import Channel, Violation
 
 
 @dataclass
@@ -55,15 +56,19 @@ class SimHub:
         sizes = cluster.sizes
         required = range(sizes.num_language) if sizes.are_language_ranks_required else ()
         self.router = Router(sizes.router_limits, required=required)
-        self.checks = HubChecks(self)
+        self.connections: dict[tuple[str, int], Channel] = {}
+        """From each rank that it takes for being there."""
+        self.checks, self.counts = HubChecks(self), CountChecks(self)
         self.world.at(1.0, self, self._tick)
 
     def take(self, event: Event) -> None:
         self.checks.heard(event)
+        self.counts.heard(event)
         for action in self.router.handle(event, self.world.now):
             match action:
                 case Send():
                     self.checks.sent(action)
+                    self.counts.sent(action)
                     ranks: list[Any] = self.cluster.encodes if action.role == "encode" else self.cluster.languages
                     rank = ranks[action.rank]
                     if not rank.is_dead and rank.hub is not None and rank.hub.is_open:
@@ -73,6 +78,7 @@ class SimHub:
                 case End():
                     self._end(action.request_id, action.error)
         self.checks.after(event)
+        self.counts.after(event)
 
     def _deliver(self, request_id: str, message: Message) -> None:
         client = self.cluster.clients[request_id]
@@ -107,11 +113,11 @@ class SimHub:
         is_whole = not client.tokens and not client.lacks_vector
         if error is None and not client.is_abandoned and not is_whole:
             raise Violation("I14", f"{request_id} ended well, and answers {[*client.tokens]} did not")
-        if isinstance(error, OverloadedError) and not self.cluster.num_waiting:
-            raise Violation("I11", f"{request_id} was refused for overload, and nobody waits")
         self.checks.ended(request_id, error)
+        self.counts.ended(request_id, client.num_items)
 
     def _tick(self) -> None:
         self.take(Tick())
         self.checks.on_time()
+        self.counts.on_time()
         self.world.at(1.0, self, self._tick)

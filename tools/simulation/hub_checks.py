@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -19,7 +20,7 @@ from qwen3vl_disagg.protocol.messages import (
     Stop,
     Submit,
 )
-from qwen3vl_disagg.protocol.routing import Event, FromRank, RankDown, RankUp, Send
+from qwen3vl_disagg.protocol.routing import Admit, Event, FromRank, RankDown, RankUp, Send
 from qwen3vl_disagg.protocol.session_events import Tick
 from tools.simulation.stays import Stays
 from tools.simulation.world import Violation
@@ -50,8 +51,8 @@ class HubChecks:
         """The last of them whose link was lost, which may turn out to be a death."""
         self._under_way_at: dict[int, Counter[str]] = {}
         """Contents that each encode rank says it works on."""
-        self._suspects: dict[str, int] = {}
-        """Contents that were under way at deaths -> deaths at which nothing else was."""
+        self._suspects: dict[str, tuple[int, float]] = {}
+        """Contents that were under way at deaths -> deaths at which nothing else was, and until when that counts."""
         self._leaving: set[Worker] = set()
         self._told_to_go: set[Worker] = set()
         self._language: set[int] = set()
@@ -118,12 +119,18 @@ class HubChecks:
                 self._failed_on[key].add(worker)
         under_way = +self._under_way_at.pop(rank, Counter())
         for digest in under_way if self._worker(rank) not in self._leaving else ():
-            self._suspects[digest] = self._suspects.get(digest, 0) + (len(under_way) == 1)
+            until = self.world.now + self.hub.router.limits.suspect_s
+            self._suspects[digest] = (self._num_deaths(digest) or 0) + (len(under_way) == 1), until
         self._leaving.discard(self._worker(rank))
         for (key, worker), attempt in list(self._lost_with.items()):
             if worker == self._worker(rank):
                 self._failed[key].discard(attempt)
                 del self._lost_with[key, worker]
+
+    def _num_deaths(self, digest: str) -> int | None:
+        """Of encode ranks that worked on nothing else; None for what is not suspected, or no longer."""
+        deaths, until = self._suspects.get(digest, (0, -math.inf))
+        return deaths if self.world.now < until else None
 
     def _heard_of_language(self, rank: int, message: Message) -> None:
         """I17: of what it was given, or is adopted; and what turns out to be gone begins anew."""
@@ -158,12 +165,14 @@ class HubChecks:
                 raise Violation("I10", f"attempt {message.attempt} at {key} follows attempt {number}")
             if worker in self._leaving:
                 raise Violation("I15", f"{key} is given to encode rank {message.encode_rank}, which wants to leave")
-            if message.is_alone != (digest in self._suspects):
+            if message.is_alone != (self._num_deaths(digest) is not None):
                 raise Violation("I11", f"{key} is tried alone: {message.is_alone}; suspected are {self._suspects}")
             self._is_fresh(key, worker, action.rank)
             self._attempts[key] = (message.attempt, worker)
             self.hub.cluster.issued_at[(*key, message.attempt)] = self.world.now
         elif isinstance(message, Submit):
+            if message.request_id in self._given[action.rank] and self._gone != message.request_id:
+                raise Violation("I14", f"{message.request_id} is begun once more, and nobody said that it is gone")
             self._given[action.rank].add(message.request_id)
             self._gone = None if self._gone == message.request_id else self._gone
             offer = self._offers.pop(message.keep_as, None)
@@ -190,6 +199,10 @@ class HubChecks:
         for session in () if request is None else request.sessions:
             self._attempts[request_id, session.item] = (session.attempt, (-1, 0))
 
+    def failed_on(self, key: Key) -> set[int]:
+        """Encode ranks that are here and have failed on an item."""
+        return {rank for rank, incarnation in self._failed_on[key] if self._incarnations.get(rank) == incarnation}
+
     def _is_fresh(self, key: Key, worker: Worker, language_rank: int) -> None:
         """I11: another try is another encode rank's, if there is one."""
         if worker in self._failed_on[key]:
@@ -203,6 +216,10 @@ class HubChecks:
         I11: without a rank that has a part of the experts nothing runs; what a dead encode rank had to do is at
         another one, or waits for one."""
         router = self.hub.router
+        if isinstance(event, Admit) and self.hub.cluster.clients[event.request_id].error is None:
+            deaths = max((self._num_deaths(visual.digest) or 0 for visual in event.items), default=0)
+            if deaths >= router.limits.max_deaths:
+                raise Violation("I11", f"{event.request_id} is taken, and encode ranks died over its image")
         if self._gone is not None:
             raise Violation("I17", f"{self._gone} is gone, and is not begun anew")
         for name in self._names:
@@ -211,6 +228,10 @@ class HubChecks:
         missing = router.required - self._language
         if missing and router.num_requests:
             raise Violation("I11", f"{router.num_requests} requests run without language ranks {missing}")
+        if isinstance(event, RankUp) and event.role == "language":
+            for request_id, request in router._requests.items():
+                if request_id not in self._given[request.language_rank]:
+                    raise Violation("I11", f"{request_id} is awaited from a language rank that has never had it")
         if isinstance(event, RankUp | RankDown) and event.role == "encode":
             for request_id, request in router._requests.items():
                 for index, item in enumerate(request.items):
@@ -232,7 +253,7 @@ class HubChecks:
         """I11: a request is given up only for as many failures as there were."""
         failures = [len(self._failed[key]) for key in self._attempts if key[0] == request_id]
         if isinstance(error, InputError) and error.code == "harmful_media":
-            deaths = max(self._suspects.get(digest, 0) for digest in self.hub.cluster.clients[request_id].digests)
+            deaths = max(self._num_deaths(digest) or 0 for digest in self.hub.cluster.clients[request_id].digests)
             if deaths < self.hub.router.limits.max_deaths:
                 raise Violation("I11", f"{request_id} is refused after {deaths} deaths that it was alone with")
         if isinstance(error, DeadlineError) and self.world.now < self.hub.cluster.clients[request_id].deadline:
@@ -241,7 +262,8 @@ class HubChecks:
         is_unserved = isinstance(error, UnavailableError) and isinstance(self._event, Tick)
         if is_unserved and waited_s < self.hub.router.limits.encode_wait_s - 2 * LOOK_S:
             raise Violation("I11", f"{request_id} ended with {error!r} after {waited_s} s")
-        is_given_up = error is not None and not isinstance(error, _NO_FAILURE_OF_AN_ITEM)
+        is_rank_s_word = isinstance(self._event, FromRank) and isinstance(self._event.message, RequestFailed)
+        is_given_up = error is not None and not is_rank_s_word and not isinstance(error, _NO_FAILURE_OF_AN_ITEM)
         if is_given_up and max(failures, default=0) < self.hub.router.limits.max_attempts:
             raise Violation("I11", f"{request_id} ended with {error!r} after {failures} failures of its items")
         for key in [key for key in self._attempts if key[0] == request_id]:

@@ -93,7 +93,9 @@ class KeptChecks:
         if entry.ended_at is not None:
             yield
             return
-        is_wanted = isinstance(event, (Tokens, Finished)) and event.sample in entry.open
+        is_wanted = isinstance(event, RequestFailed) or (
+            isinstance(event, (Tokens, Finished)) and event.sample in entry.open
+        )
         self._hear(event, entry)
         self._overheard = []
         yield
@@ -103,6 +105,8 @@ class KeptChecks:
 
     def _hear(self, event: Said, entry: _Entry) -> None:
         match event:
+            case RequestFailed():
+                self.forgotten(event.request_id)
             case NeedItems() if entry.unheard_since is not None:
                 self.forgotten(event.request_id)
             case Tokens(sample=sample) if sample in entry.open:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen3vl_disagg.core.errors import Failure, ServerError
 from qwen3vl_disagg.language.request_book import RequestBook, Said
 from qwen3vl_disagg.protocol import layout
 from qwen3vl_disagg.protocol.allocator import BlockAllocator
@@ -12,6 +13,7 @@ from qwen3vl_disagg.protocol.messages import (
     Ack,
     Adopt,
     Assign,
+    Beat,
     Cancel,
     Frame,
     ItemLost,
@@ -258,7 +260,7 @@ class SimLanguage:
 
     def take(self, link: SimLink, frame: Frame) -> None:
         state = self.sessions.links.get(link.encode.rank)
-        expected = 0 if state is None else state.num_received + 1
+        expected = 0 if state is None else state.num_received + (type(frame.body) is not Beat)
         self.handle(FrameIn(link.encode.rank, frame))
         if state is not None and frame.seq > expected:
             checks.gap_ends_link(self.sessions.links.get(link.encode.rank), expected, frame)
@@ -303,7 +305,11 @@ class SimLanguage:
             case Submit():
                 checks_of_kept.begun(message)
                 self.book.begin(message, now)
-                self.engine.add(message)
+                if self.world.happens("allocation", 0.3):
+                    checks_of_kept.forgotten(message.request_id)
+                    self.book.fail(message.request_id, Failure.of(ServerError("out of memory")))
+                else:
+                    self.engine.add(message)
             case Adopt():
                 with checks_of_kept.adopting(message):
                     self.book.adopt(message, now)

@@ -49,7 +49,10 @@ def language_on_time(rank: Any) -> None:
         for link in rank.links.values():
             _is_heard(link.to_encode, now, sessions.limits)
     for request_id, request in sessions.requests.items():
-        if rank.book.running[request_id].deadline <= now:
+        running = rank.book.running.get(request_id)
+        if running is None:
+            raise Violation("I15", f"{request_id} is over, and the sessions have it still")
+        if running.deadline <= now:
             raise Violation("I11", f"{request_id} is past its deadline")
         for session in request.sessions:
             state = session.state

@@ -18,6 +18,7 @@ from tools.simulation import (
     mutants_of_partial_items,
     mutants_of_review,
     mutants_of_routing,
+    mutants_of_second_reading,
 )
 from tools.simulation.mutants import MUTANTS, planted
 from tools.simulation.schedule import Outcome, run_schedule
@@ -31,6 +32,7 @@ MODULES = (
     mutants_of_partial_items,
     mutants_of_review,
     mutants_of_routing,
+    mutants_of_second_reading,
 )
 """Each registers its bugs when it is imported."""
 

@@ -99,14 +99,19 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
         slots=rng.randint(1, 4),
         row_sizes=RowSizes(4, 4, 12, 64, 4 * levels),
         router_limits=RouterLimits(
-            max_waiting=rng.choice((2, 64, 64, 64)), encode_wait_s=15.0, max_deaths=rng.randint(1, 3)
+            max_waiting=rng.choice((2, 64, 64, 64)),
+            max_waiting_tokens=rng.choice((30, 1 << 20, 1 << 20, 1 << 20)),
+            encode_wait_s=15.0,
+            max_deaths=rng.randint(1, 3),
+            suspect_s=rng.choice((8.0, 600.0)),
         ),
         are_language_ranks_required=rng.random() < 0.25,
         encode_s=1.0 if is_crowded else 0.3,
+        clips=rng.choice((0.0, 0.2, 0.8)),
         keep_s=rng.choice((4.0, 4.0, 20.0, KEEP_S)) if are_kept else KEEP_S,
     )
-    memory = 1 if is_crowded else rng.choice((1, 2, 8))
-    limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory, max_urgent=1)
+    memory = rng.choice((1, 1, 4)) if is_crowded else rng.choice((1, 2, 8))
+    limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory, max_urgent=1, max_clips=1)
     cluster = Cluster(world, sizes, limits, preemption=rng.choice((0.0, 0.05, 0.2)))
     plan = _Plan(has_faults, world.faults_until, 2, are_kept)
     start = 0.3
@@ -179,7 +184,7 @@ def _strike(cluster: Cluster) -> None:
     elif links and kind == "black-hole":
         fault.black_hole(cluster, rng.choice(links), world.now + rng.choice((4.0, 10.0)))
     elif links and kind == "break":
-        fault.break_link(cluster, rng.choice(links))
+        (fault.blink if rng.random() < 0.3 else fault.break_link)(cluster, rng.choice(links))
 
 
 def _run(world: World, cluster: Cluster, plan: _Plan) -> None:
