@@ -108,11 +108,17 @@ def run_experts_kernel(
 
 
 def run_experts_triton(
-    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    *,
+    takes_few_rows: bool = True,
 ) -> Tensor:
     """Same value: bfloat16 on CUDA, few rows by one kernel that sorts nothing, more as `run_experts_grouped`, with
     kernels of our own around the two products."""
-    if x_TD.shape[0] <= gpu.MAX_FEW_ROWS:
+    if takes_few_rows and x_TD.shape[0] <= gpu.MAX_FEW_ROWS:
         return torch.ops.q3vl.gpu_few_rows(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF)
     if down_EDF.shape[0] == 0:
         return torch.zeros_like(x_TD)
@@ -184,6 +190,12 @@ class Experts(nn.Module):
         """Those of the experts that are here."""
         return tuple(self.dispatcher.local(getattr(self, name)) for name in self.weight_names)
 
+    def takes_few_rows(self, x: Tensor) -> bool:
+        """Whether few rows like `x` have a kernel of their own: where all experts are here. Rows of several ranks come
+        together in numbers of which a graph could not say whether they are few."""
+        is_taken = takes_grouped_mm(x.device.type, x.dtype, *self.down_proj.shape[1:])
+        return gpu.takes(x) and self.impl == "grouped" and is_taken and type(self.dispatcher) is Dispatcher
+
     def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, plan: DispatchPlan | None = None) -> Tensor:
         """The weighted sum over each token's experts `[T, D]`. `plan` is needed where experts are spread over ranks."""
         *rows, sent = self.dispatcher.dispatch(x_TD, weights_TK, ids_TK, plan)
@@ -195,7 +207,8 @@ class Experts(nn.Module):
         if impl == "grouped" and not takes_grouped_mm(device, x_TD.dtype, *local_weights[1].shape[1:]):
             impl = "loop"
         if impl == "grouped" and gpu.takes(x_TD):
-            return run_experts_triton(x_TD, weights_TK, ids_TK, *local_weights)
+            few = self.takes_few_rows(x_TD)
+            return run_experts_triton(x_TD, weights_TK, ids_TK, *local_weights, takes_few_rows=few)
         if torch.compiler.is_compiling() and impl == "loop":
             return torch.ops.q3vl.experts_loop(x_TD, weights_TK, ids_TK, *local_weights)
         if torch.compiler.is_compiling() and impl == "grouped" and device == "cpu":

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 if importlib.util.find_spec("triton") is None:
@@ -24,7 +24,8 @@ from qwen3vl_disagg.model.moe import run_experts_triton
 
 gpu.register()
 
-from tests.support import expert_kernels as checks  # noqa: E402
+from tests.support import expert_kernels as checks  # noqa: E402 - needs the operators
+from tests.support.triton_interpreter import rounding  # noqa: E402
 
 OPS = torch.ops.q3vl
 CHECKS = {
@@ -39,10 +40,18 @@ CHECKS = {
 QUICK, MANY = 8, 300
 
 
-def holds(name: str, count: int, op=None) -> None:
+@pytest.fixture(autouse=True)
+def conversions_as_on_a_gpu(monkeypatch):
+    """The interpreter cuts bfloat16 off, the hardware rounds to nearest (and this is ten times as fast)."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounding(InterpreterBuilder.cast_impl))
+
+
+def holds(name: str, count: int, op=None, phases=tuple(Phase)) -> None:
     check, made = CHECKS[name]
 
-    @settings(max_examples=count, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=count, deadline=None, derandomize=True, database=None, phases=phases)
     @given(data=st.data())
     def run(data):
         check(data.draw, op or made())
@@ -97,7 +106,7 @@ def test_a_planted_bug_is_caught(file, good, bad, check, tmp_path):
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     with pytest.raises(BaseException, match=r"differ|ids|tokens|places|ends|loop|index|Error") as caught:
-        holds(check, 60, getattr(module, f"gpu_{file}"))
+        holds(check, 60, getattr(module, f"gpu_{file}"), (Phase.generate,))
     assert not isinstance(caught.value, (KeyboardInterrupt, SystemExit))
 
 

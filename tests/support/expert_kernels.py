@@ -1,8 +1,8 @@
 """What the Triton kernels of the expert layer have to hold, on random and hostile shapes: for the interpreter on a CPU
 and for a GPU. Each check draws its case, runs an operator that it is given and compares it with the reference.
 
-Bounds. One step of bfloat16 (u) is 2**-8 of a number at most. Products in float32 may be summed up in any order, which
-for the lengths here is less than 2**-16 of the sum of their absolute values.
+Bounds. One step of bfloat16 (u) is 2**-7 of a number at most, and rounding is off by half of it. Products in float32
+may be summed up in any order, which for the lengths here is less than 2**-16 of the sum of their absolute values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qwen3vl_disagg.kernels.gpu.swiglu import swiglu_reference
 from qwen3vl_disagg.model.moe import route, run_experts_loop
 
 BF16 = torch.bfloat16
-U, SUMMED = 2.0**-8, 2.0**-16
+U, SUMMED = 2.0**-7, 2.0**-16
 SIZES = st.integers(1, 40)
 STRIDES = ("plain", "transposed", "apart", "behind")
 
@@ -46,9 +46,9 @@ class Case:
         self.experts = draw(st.one_of(st.integers(1, 9), st.sampled_from([16, 31, 128])))
         self.choices = draw(st.integers(1, min(self.experts, 9)))
 
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+    def normal(self, *shape: int, scale: float = 1.0, is_plain: bool = False) -> Tensor:
         x = (torch.randn(shape, generator=self.generator) * scale).to(BF16).to(self.device)
-        return strided(x, self.draw(st.sampled_from(STRIDES)))
+        return x if is_plain else strided(x, self.draw(st.sampled_from(STRIDES)))
 
     def ids(self) -> tuple[Tensor, int]:
         """Different ones in each row, and how many of the experts are here: from none to all; ids beyond mean those
@@ -144,21 +144,21 @@ def check_combine(draw, op, device: str = "cpu") -> None:
     close(actual, expected, U * expected.double().abs() + SUMMED * parts.double(), "weighted sum")
 
 
-def check_experts(draw, op, device: str = "cpu", *, most_rows: int = 20, sizes=SIZES) -> None:
+def check_experts(draw, op, device: str = "cpu", *, most_rows: int = 20, sizes=SIZES, is_plain=False) -> None:
     """Against the loop over experts in float64: each of the roundings to bfloat16 (gate, up, silu, product, output) is
-    a step at most of what it rounds, and silu's slope makes of a step of the gate up to 1 + |gate| steps. Besides, not
-    further off altogether than the loop in bfloat16."""
+    half a step at most of what it rounds, silu's slope makes of the gate's up to 1 + |gate|; a whole step is allowed.
+    Besides, not much further off altogether than the loop in bfloat16."""
     case = Case(draw, device, most_rows=most_rows)
     ids, here = case.ids()
     hidden, width = draw(sizes), draw(sizes)
     x, weights = case.normal(case.rows, hidden), case.weights()
-    gate_up = case.normal(here, 2 * width, hidden, scale=hidden**-0.5)
-    down = case.normal(here, hidden, width, scale=width**-0.5)
+    gate_up = case.normal(here, 2 * width, hidden, scale=hidden**-0.5, is_plain=is_plain)
+    down = case.normal(here, hidden, width, scale=width**-0.5, is_plain=is_plain)
     actual = op(x, weights, ids, gate_up, down)
     assert actual.dtype == BF16
     rounded = run_experts_loop(x, weights, ids, gate_up, down)
     exact = exact_experts(x, weights, ids, gate_up, down)
-    close(actual, exact[0], exact[1] * U * 2 + 1e-30, "experts")
+    close(actual, exact[0], exact[1] * U + 1e-30, "experts")
     off, most = ((each.double() - exact[0]).norm() for each in (actual, rounded))
     assert off <= 1.5 * most + 4 * U * exact[0].norm() / max(exact[0].numel(), 1) ** 0.5, (
         f"{off:.4g}, the loop {most:.4g}"
@@ -166,8 +166,8 @@ def check_experts(draw, op, device: str = "cpu", *, most_rows: int = 20, sizes=S
 
 
 def check_sorted_experts(draw, op, device: str = "cpu") -> None:
-    """More rows than go by the kernel of few, and sizes that `grouped_mm` takes."""
-    check_experts(draw, op, device, most_rows=30, sizes=st.sampled_from([8, 16, 40]))
+    """More rows than go by the kernel of few, and sizes and strides of weights that `grouped_mm` takes."""
+    check_experts(draw, op, device, most_rows=30, sizes=st.sampled_from([8, 16, 40]), is_plain=True)
 
 
 def exact_experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

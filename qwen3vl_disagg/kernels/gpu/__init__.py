@@ -40,8 +40,3 @@ if IS_ON:
 def takes(x: Tensor) -> bool:
     """Whether what `x` goes through runs by these kernels."""
     return IS_ON and x.device.type == "cuda" and x.dtype == torch.bfloat16
-
-
-def power_of_two(count: int) -> int:
-    """The smallest that is not less, at least 1: sizes of Triton's blocks."""
-    return 1 << max(count - 1, 0).bit_length()

@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from qwen3vl_disagg.kernels.gpu.blocks import power_of_two
+
 _BLOCK = 1024
 
 
@@ -45,7 +47,7 @@ def gpu_combine(y_RD: Tensor, places_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """`[T, D]` in y's dtype. `places_TK`: contiguous int32, the row of each choice, -1 for one that adds nothing."""
     (num_rows, num_choices), hidden = places_TK.shape, y_RD.shape[1]
     out_TD = y_RD.new_empty(num_rows, hidden)
-    block = min(triton.next_power_of_2(hidden), _BLOCK) if isinstance(hidden, int) else _BLOCK
+    block = min(power_of_two(hidden), _BLOCK)
     strides = (*y_RD.stride(), *weights_TK.stride())
     wrap_triton(_combine)[(num_rows, triton.cdiv(hidden, block))](
         y_RD, places_TK, weights_TK, out_TD, *strides, hidden, K=num_choices, BLOCK=block

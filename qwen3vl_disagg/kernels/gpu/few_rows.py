@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from qwen3vl_disagg.kernels.gpu import power_of_two
+from qwen3vl_disagg.kernels.gpu.blocks import power_of_two
 
 _COLUMNS, _DOWN_COLUMNS = 16, 8
 """Of the two launches' programs. With the depths below, a thread has 32 and at most 64 numbers of a matrix."""

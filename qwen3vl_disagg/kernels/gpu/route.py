@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from qwen3vl_disagg.kernels.gpu import power_of_two
+from qwen3vl_disagg.kernels.gpu.blocks import power_of_two
 
 
 @triton.jit
