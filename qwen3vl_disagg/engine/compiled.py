@@ -2,9 +2,10 @@
 
 All layers share the graphs of their kind, because weights are inputs. A graph is for a kind of layer (experts or dense)
 with or without a DeepStack level, and for a range of token counts: 1 (a size of one is a constant to the compiler), few
-(where the CPU kernel reads the weights), and more. How tokens divide into sequences, contexts and pages is in tensors
-whose sizes no graph looks at. FlexAttention has graphs of its own, which all layers share. So the number of graphs is
-known, all are made at the start, and a recompilation afterwards is an error where `Q3VL_GRAPHS=fail` is set.
+(where the CPU kernel reads the weights, or on CUDA that of the experts), and more. How tokens divide into sequences,
+contexts and pages is in tensors whose sizes no graph looks at. FlexAttention has graphs of its own, which all layers
+share. So the number of graphs is known, all are made at the start, and a recompilation afterwards is an error where
+`Q3VL_GRAPHS=fail` is set.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from qwen3vl_disagg.core.environment import GRAPHS, variable
+from qwen3vl_disagg.kernels import gpu
 from qwen3vl_disagg.kernels.compiling import GraphCounts, compile_options, first_alone
 from qwen3vl_disagg.kernels.ops import MAX_LINEAR_ROWS
 from qwen3vl_disagg.model import ModelConfig, PagedBatch, Qwen3MoeForCausalLMWithDeepStack
@@ -42,13 +44,19 @@ class GraphKind:
     tokens: Literal["one", "few", "many"]
 
 
-def graph_kinds(config: ModelConfig, *, has_kernels: bool) -> set[GraphKind]:
-    """All graphs that the decoder can need: a model with experts in every layer has 6 with kernels and 4 without."""
+def graph_kinds(config: ModelConfig, *, has_kernels: bool, has_few_rows: bool = False) -> set[GraphKind]:
+    """All graphs that the decoder can need: a model with experts in every layer has 6 with kernels and 4 without.
+    `has_few_rows`: layers with experts have a kernel for few rows."""
     text, levels = config.text, config.num_deepstack_levels
     layers = {(text.is_moe_layer(i), False) for i in range(text.num_hidden_layers)}
     layers |= {(text.is_moe_layer(i), True) for i in range(min(levels, text.num_hidden_layers))}
-    sizes: tuple[Literal["one", "few", "many"], ...] = ("one", "few", "many") if has_kernels else ("one", "many")
-    return {GraphKind(is_moe, has_level, tokens) for is_moe, has_level in layers for tokens in sizes}
+    sizes: tuple[Literal["one", "few", "many"], ...] = ("one", "few", "many")
+    return {
+        GraphKind(is_moe, has_level, tokens)
+        for is_moe, has_level in layers
+        for tokens in sizes
+        if tokens != "few" or has_kernels or (is_moe and has_few_rows)
+    }
 
 
 class CompiledDecoder:
@@ -59,7 +67,11 @@ class CompiledDecoder:
         decoder = model.model
         # Of float8 weights only the router has a kernel.
         self._has_kernels = any(isinstance(part, Linear) and part.use_kernel for part in decoder.modules())
-        self.kinds: set[GraphKind | FlexKind] = {*graph_kinds(model.config, has_kernels=self._has_kernels)}
+        weight = decoder.norm.weight
+        has_few_rows = any(type(part) is Experts and part.takes_few_rows(weight) for part in decoder.modules())
+        self._few = MAX_LINEAR_ROWS if self._has_kernels else gpu.MAX_FEW_ROWS if has_few_rows else 0
+        kinds = graph_kinds(model.config, has_kernels=self._has_kernels, has_few_rows=has_few_rows)
+        self.kinds: set[GraphKind | FlexKind] = {*kinds}
         self._before = GraphCounts.now()
         decoder.step = torch.compile(  # type: ignore[method-assign]
             decoder.step, fullgraph=True, dynamic=True, options=compile_options()
@@ -89,7 +101,7 @@ class CompiledDecoder:
         """
         started = time.monotonic()
         # Sizes that differ everywhere: what is equal by chance the compiler takes for equal.
-        sizes = [1, 7, MAX_LINEAR_ROWS + 5] if self._has_kernels else [1, 7]
+        sizes = [1, 7, self._few + 5] if self._few else [1, 7]
         has_levels = [False, True] if self.model.config.num_deepstack_levels else [False]
         room = caches[0][0].shape[0] if caches else 0
         steps = [([min(size, room)], has_level) for has_level in has_levels for size in sizes]

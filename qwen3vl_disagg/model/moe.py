@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qwen3vl_disagg.kernels import ops
+from qwen3vl_disagg.kernels import gpu, ops
 from qwen3vl_disagg.model.config import TextConfig
 from qwen3vl_disagg.model.layers import Linear
 
@@ -107,6 +107,27 @@ def run_experts_kernel(
     return ops.experts(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF)
 
 
+def run_experts_triton(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    *,
+    takes_few_rows: bool = True,
+) -> Tensor:
+    """Same value: bfloat16 on CUDA, few rows by one kernel that sorts nothing, more as `run_experts_grouped`, with
+    kernels of our own around the two products."""
+    if takes_few_rows and x_TD.shape[0] <= gpu.MAX_FEW_ROWS:
+        return torch.ops.q3vl.gpu_few_rows(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF)
+    if down_EDF.shape[0] == 0:
+        return torch.zeros_like(x_TD)
+    token_R, place_TK, end_E = torch.ops.q3vl.gpu_order(ids_TK, down_EDF.shape[0])
+    gate_up_RG = F.grouped_mm(x_TD[token_R], gate_up_EGD.transpose(1, 2), offs=end_E)
+    y_RD = F.grouped_mm(torch.ops.q3vl.gpu_swiglu(gate_up_RG), down_EDF.transpose(1, 2), offs=end_E)
+    return torch.ops.q3vl.gpu_combine(y_RD, place_TK, weights_TK)
+
+
 EXPERT_IMPLS = {"loop": run_experts_loop, "grouped": run_experts_grouped, "kernel": run_experts_kernel}
 
 
@@ -169,6 +190,12 @@ class Experts(nn.Module):
         """Those of the experts that are here."""
         return tuple(self.dispatcher.local(getattr(self, name)) for name in self.weight_names)
 
+    def takes_few_rows(self, x: Tensor) -> bool:
+        """Whether few rows like `x` have a kernel of their own: where all experts are here. Rows of several ranks come
+        together in numbers of which a graph could not say whether they are few."""
+        is_taken = takes_grouped_mm(x.device.type, x.dtype, *self.down_proj.shape[1:])
+        return gpu.takes(x) and self.impl == "grouped" and is_taken and type(self.dispatcher) is Dispatcher
+
     def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, plan: DispatchPlan | None = None) -> Tensor:
         """The weighted sum over each token's experts `[T, D]`. `plan` is needed where experts are spread over ranks."""
         *rows, sent = self.dispatcher.dispatch(x_TD, weights_TK, ids_TK, plan)
@@ -179,6 +206,9 @@ class Experts(nn.Module):
         impl, device = self.impl, x_TD.device.type
         if impl == "grouped" and not takes_grouped_mm(device, x_TD.dtype, *local_weights[1].shape[1:]):
             impl = "loop"
+        if impl == "grouped" and gpu.takes(x_TD):
+            few = self.takes_few_rows(x_TD)
+            return run_experts_triton(x_TD, weights_TK, ids_TK, *local_weights, takes_few_rows=few)
         if torch.compiler.is_compiling() and impl == "loop":
             return torch.ops.q3vl.experts_loop(x_TD, weights_TK, ids_TK, *local_weights)
         if torch.compiler.is_compiling() and impl == "grouped" and device == "cpu":
@@ -202,7 +232,11 @@ class SparseMoe(nn.Module):
 
     def forward(self, x_TD: Tensor, plan: DispatchPlan | None = None) -> Tensor:
         is_kernel = self.use_kernel and not torch.compiler.is_compiling()
-        weights_TK, ids_TK = (ops.route if is_kernel else route)(self.gate(x_TD), self.num_experts_per_tok)
+        logits_TE, num_choices = self.gate(x_TD), self.num_experts_per_tok
+        if gpu.takes(logits_TE):
+            weights_TK, ids_TK = torch.ops.q3vl.gpu_route(logits_TE, num_choices)
+        else:
+            weights_TK, ids_TK = (ops.route if is_kernel else route)(logits_TE, num_choices)
         return self.experts(x_TD, weights_TK, ids_TK, plan)
 
     def take_part(self, plan: DispatchPlan) -> None:

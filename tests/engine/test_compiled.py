@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -72,3 +74,6 @@ def test_kinds_of_graphs():
     assert {config.text.is_moe_layer(i) for i in range(config.text.num_hidden_layers)} == {True}
     assert len(graph_kinds(config, has_kernels=True)) == 6
     assert len(graph_kinds(config, has_kernels=False)) == 4
+    assert graph_kinds(config, has_kernels=False, has_few_rows=True) == graph_kinds(config, has_kernels=True)
+    mixed = replace(config, text=replace(config.text, mlp_only_layers=(2,)))  # behind the levels: 2 x 3 and 2
+    assert len(graph_kinds(mixed, has_kernels=False, has_few_rows=True)) == 8

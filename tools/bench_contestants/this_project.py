@@ -20,6 +20,24 @@ from tools.bench_contestants.worker import Setup, serve
 from tools.checkpoints import random_language_model, random_vision_model
 
 
+def decode_stamps(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[list[float]]:
+    """When each request's tokens came, decoded greedily without end tokens."""
+    sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    stamps: dict[str, list[float]] = {}
+    for number, prompt in enumerate(prompts):
+        engine.add(str(number), prompt, [], sampling)
+        stamps[str(number)] = []
+    while not engine.is_empty:
+        events = engine.step()
+        now = time.perf_counter()
+        for event in events:
+            if isinstance(event, RequestFailed):
+                raise RuntimeError(event.failure.message)
+            if isinstance(event, Tokens):
+                stamps[event.request_id] += [now] * len(event.token_ids)
+    return list(stamps.values())
+
+
 class ThisProject:
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
@@ -36,20 +54,7 @@ class ThisProject:
         return {"torch": torch.__version__, "compile": self.setup.compile, "quantize": self.setup.quantize}
 
     def decode(self, prompts: list[list[int]], new_tokens: int) -> list[list[float]]:
-        sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-        stamps: dict[str, list[float]] = {}
-        for number, prompt in enumerate(prompts):
-            self.engine.add(str(number), prompt, [], sampling)
-            stamps[str(number)] = []
-        while not self.engine.is_empty:
-            events = self.engine.step()
-            now = time.perf_counter()
-            for event in events:
-                if isinstance(event, RequestFailed):
-                    raise RuntimeError(event.failure.message)
-                if isinstance(event, Tokens):
-                    stamps[event.request_id] += [now] * len(event.token_ids)
-        return list(stamps.values())
+        return decode_stamps(self.engine, prompts, new_tokens)
 
     def prefill(self, prompt: list[int]) -> float:
         started = time.perf_counter()
