@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qwen3vl_disagg.core.tensors import uploaded
 from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model.config import VisionConfig
 from qwen3vl_disagg.model.layers import Linear
@@ -206,9 +207,9 @@ class VisionTower(nn.Module):
             raise ValueError(f"pixels {tuple(pixels.shape)} do not fit grids {grids}: {expected} patches")
         if any(h % merge or w % merge for _, h, w in grids):
             raise ValueError(f"grids {grids}: heights and widths must be multiples of {merge}")
-        coords = patch_coordinates(grids, merge).to(pixels.device)
-        sizes = torch.tensor([g[1:] for g in grids], device=pixels.device)
-        sizes = sizes.repeat_interleave(torch.tensor([t * h * w for t, h, w in grids], device=pixels.device), dim=0)
+        coords = uploaded(patch_coordinates(grids, merge), pixels.device)
+        counts = torch.tensor([t * h * w for t, h, w in grids])
+        sizes = uploaded(torch.tensor([g[1:] for g in grids]).repeat_interleave(counts, dim=0), pixels.device)
         cu_seqlens = torch.tensor([0, *(h * w for t, h, w in grids for _ in range(t))]).cumsum(0)
         head_dim = self.config.hidden_size // self.config.num_heads
         rotary = vision_rotary(coords, head_dim=head_dim, theta=self.config.rope_theta)
