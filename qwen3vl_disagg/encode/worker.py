@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_disagg.cluster.shared_cores import SharedCores
+from qwen3vl_disagg.core.devices import raise_if_lost, use_device
 from qwen3vl_disagg.core.errors import (
     ENCODE_ERROR,
     DisaggError,
@@ -181,13 +182,15 @@ class EncodeWorker:
         memory of its own. `encode_ms` is the time of the whole batch.
 
         What goes wrong with an item stands in its place: ServerError for rows that are not finite. When the tower
-        fails over several (they may not fit in memory together), each goes through it alone.
+        fails over several (they may not fit in memory together), each goes through it alone. DeviceLost if there is no
+        more device to try on.
         """
         if not batch:
             return []
         try:
             return self._encode_together(batch, visual_token_ids)
         except Exception as error:
+            raise_if_lost(error)
             if len(batch) == 1:
                 return [error]
         finally:
@@ -204,6 +207,7 @@ class EncodeWorker:
         self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]
     ) -> list[EncodedItem | Exception]:
         started = time.monotonic()
+        use_device(self.device)
         pixels = uploaded(torch.cat([entry.patches for entry in batch]), self.device)
         main, levels = self.model.visual(pixels, [entry.grid for entry in batch])
         deepstack = torch.cat([main[:, :0], *levels], dim=-1)

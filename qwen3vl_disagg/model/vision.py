@@ -9,11 +9,13 @@ Dims: P patches, D tower width, N heads, H head size, R = P / merge_unit visual 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen3vl_disagg.core.tensors import uploaded
 from qwen3vl_disagg.kernels import ops
@@ -72,6 +74,15 @@ class PositionEmbedding(nn.Embedding):
         return taps_4PD.sum(0)
 
 
+def sdpa_backends(q_PNH: Tensor) -> AbstractContextManager[None]:
+    """On CUDA flash attention, or the one that saves memory: what is chosen is not to follow from the shape, as cuDNN
+    would, nor to keep a matrix of all pairs of patches. That is left to heads that neither takes."""
+    if q_PNH.device.type != "cuda":
+        return nullcontext()
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    return sdpa_kernel(backends if q_PNH.shape[2] % 8 == 0 else [*backends, SDPBackend.MATH])
+
+
 def attend_frames(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Full attention within each frame -> `[P, N, H]`. `cu_seqlens` `[frames + 1]` int64: where frames begin, and the
     end; on the host, because it decides the shapes."""
@@ -80,7 +91,8 @@ def attend_frames(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, cu_seqlens: Tenso
         count = len(list(run))
         rows = slice(start, start + count * length)
         frames = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q_PNH, k_PNH, v_PNH)]
-        outs.append(F.scaled_dot_product_attention(*frames).transpose(1, 2).flatten(0, 1))
+        with sdpa_backends(q_PNH):
+            outs.append(F.scaled_dot_product_attention(*frames).transpose(1, 2).flatten(0, 1))
         start = rows.stop
     return torch.cat(outs)
 

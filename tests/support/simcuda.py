@@ -448,7 +448,7 @@ def simulated(*, free_bytes: int = 64 << 20, num_devices: int = 1) -> Iterator[W
         stack.enter_context(mock.patch.object(torch.inference_mode, "__enter__", _NoGrad.__enter__))
         stack.enter_context(mock.patch.object(torch.inference_mode, "__exit__", _NoGrad.__exit__))
         stack.enter_context(mock.patch.object(torch, "compile", _compile))
-        stack.enter_context(mock.patch.object(torch._dynamo, "mark_dynamic", lambda *_, **__: None))
+        stack.enter_context(mock.patch.object(torch._dynamo, "mark_dynamic"))
         stack.enter_context(mock.patch.object(flex, "compiled_attention", _attention_by_lists))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_in_modes))
         stack.enter_context(_modes(watch))
