@@ -1,4 +1,4 @@
-"""CUDA begins in a rank and never in its slot, whose forks would have no use of it; and first with the rank's device."""
+"""CUDA begins in a rank and never in its slot, whose forks would have no use of it; first with the rank's device."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ BEGINS = {
 def called(monkeypatch):
     """Those that were called, in order, with what they were given."""
     calls: list[tuple] = []
+
+    def recorder(name: str, answer: object):
+        return lambda *args: calls.append((name, *args)) or answer
+
     for name, answer in BEGINS.items():
-        monkeypatch.setattr(
-            torch.cuda, name, lambda *args, name=name, answer=answer: calls.append((name, *args)) or answer
-        )
+        monkeypatch.setattr(torch.cuda, name, recorder(name, answer))
     return calls
 
 

@@ -119,7 +119,7 @@ def test_a_plan_runs_no_more_than_there_is_room_for():
     options = PlanOptions(preset="30b-a3b", gpus=8, kv_cache_gib=1.0, concurrency=100, visual_tokens=1024)
     for split in make_report(options).splits:
         assert split.room.num_pages == GIB // (64 * TOKEN)
-        assert split.running == split.language * (split.room.num_pages // 84)  # 1,344 tokens each
+        assert split.running == split.language * (split.room.num_pages // 21)  # 1,344 tokens each
     tight = make_report(replace(options, visual_tokens=IMAGE_ROWS))
     assert all(split.missing_bytes > 0 for split in tight.splits)
 
