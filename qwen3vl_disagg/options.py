@@ -194,6 +194,8 @@ class ServeOptions:
     """Write what each rank does when as JSON lines into this folder."""
     log_format: LogFormat = "text"
     """`json`: an object a line, in place of text."""
+    gpus: Annotated[str | None, tyro.conf.arg(metavar="LIST")] = None
+    """Which GPUs this host's ranks take, one each, in their order: `2,3`. Default: from the first on."""
     canary: Canary = "auto"
     """Before a rank serves, compare what it computes with what the checkpoint's files give, and refuse it if that
     differs. `auto`: of a decoder of more than 512 MiB the first layers; `full`: all of it; `off`: nothing."""
@@ -226,6 +228,9 @@ class JoinOptions:
     tls: OmitArgPrefixes[TlsOptions] = field(default_factory=TlsOptions)
     block_size: int = BufferOptions.block_size
     """Rows per block, as the server has it."""
+    gpus: Annotated[str | None, tyro.conf.arg(metavar="LIST")] = None
+    """Which GPUs the ranks take, one each, in their order: `2,3`. Default: from the first on, which on the server's own
+    host its ranks have."""
     canary: Canary = "auto"
     """Before the rank joins, compare the rows that it makes of a picture with what the checkpoint's files give; if they
     differ, it does not. `full` is `auto`; `off`: do not."""

@@ -14,6 +14,7 @@ import tyro
 from torch import Tensor, nn
 
 from qwen3vl_disagg.core.requests import SamplingParams
+from qwen3vl_disagg.core.settings import default_page_size
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.model import ForwardBatch
 from qwen3vl_disagg.model.config import ModelConfig
@@ -95,7 +96,7 @@ class Clock:
 
 def filled_engine(context: int, sequences: int, steps: int, params: dict[str, Any]) -> Engine:
     """An engine in which `sequences` requests of `context` tokens are decoding, and one more waits for pages."""
-    config, size = host_config(), EngineOptions.page_size
+    config, size = host_config(), default_page_size(is_cuda=False)
     room = sequences * (steps // size + 2)
     pages = 2 * room + (sequences + 1) * (context // size + 2)
     options = EngineOptions(

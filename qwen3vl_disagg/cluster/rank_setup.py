@@ -16,7 +16,7 @@ from qwen3vl_disagg.checkpoint.download import resolve_model_folder
 from qwen3vl_disagg.cluster.registry import Fingerprint, link_fingerprint
 from qwen3vl_disagg.cluster.rendezvous import RankContext, World, host_id
 from qwen3vl_disagg.cluster.shared_cores import SharedCores
-from qwen3vl_disagg.core.devices import resolve_compile, resolve_device, resolve_dtype
+from qwen3vl_disagg.core.devices import parse_gpus, resolve_compile, resolve_device, resolve_dtype, use_device
 from qwen3vl_disagg.core.spans import write_spans
 from qwen3vl_disagg.model import ModelConfig
 from qwen3vl_disagg.parallel.expert_placement import held_bytes
@@ -38,11 +38,15 @@ class RankSetup:
 
     @classmethod
     def of(cls, context: RankContext) -> RankSetup:
-        """Read the small files. CheckpointError or InputError if they cannot be used."""
+        """Take the rank's device, read the small files. CheckpointError or InputError if they cannot be used."""
+        options, world = context.options, context.world
+        gpus = parse_gpus(options.gpus, options.model.device, world.num_local_ranks)
+        device = resolve_device(
+            options.model.device, local_rank=world.local_rank, num_local_ranks=world.num_local_ranks, gpus=gpus
+        )
+        use_device(device)  # before anything begins CUDA
         folder = resolve_model_folder(context.options.model.model)
         config = read_config(folder)
-        local = {"local_rank": context.world.local_rank, "num_local_ranks": context.world.num_local_ranks}
-        device = resolve_device(context.options.model.device, **local)
         dtype = resolve_dtype(context.options.model.dtype, config.dtype)
         processor = ImageProcessor.from_folder(folder, config.vision, resize=context.options.model.image_resize)
         fields = link_fingerprint(

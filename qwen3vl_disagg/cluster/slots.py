@@ -30,6 +30,7 @@ from qwen3vl_disagg.cluster.rendezvous import World
 from qwen3vl_disagg.core.errors import (
     CanaryFailed,
     CheckpointError,
+    DeviceLost,
     DisaggError,
     Dismissed,
     HandshakeError,
@@ -260,6 +261,8 @@ def _run_child(child: Child, sockets: Sequence[socket.socket], parent: int) -> N
     except (HandshakeError, CanaryFailed) as error:
         logger.error("%s", error)
         status = EXIT_REFUSED
+    except DeviceLost as error:
+        logger.error("%s", error)
     except HubGone as error:
         logger.error("%s", error)
         status = EXIT_GONE

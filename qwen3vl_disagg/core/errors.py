@@ -232,3 +232,8 @@ def report(error: DisaggError, prefix: str = "") -> int:
     param = getattr(error, "param", None)
     print(f"error: {prefix}{f'{param}: ' if param else ''}{error}", file=sys.stderr)
     return 2 if is_input else 1
+
+
+class DeviceLost(BaseException):
+    """The GPU takes no more work of this process, whose end is all that helps. No failure of single requests, so
+    nothing that handles these may catch it."""

@@ -48,6 +48,14 @@ def on_huge_pages(x: Tensor) -> Tensor:
     return x
 
 
+def uploaded(x: Tensor, device: torch.device) -> Tensor:
+    """What is on the host, on `device`. On the way to a GPU it is pinned, so that nothing is waited for: a copy of
+    memory that can be paged out waits for all that is queued."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def all_finite(x: Tensor) -> bool:
     """Whether no number of `x`, of a float dtype, is NaN or infinite.
 
@@ -58,6 +66,13 @@ def all_finite(x: Tensor) -> bool:
         return True
     rows = x.flatten(0, -2) if x.dim() > 1 else x.view(1, -1)
     return bool(F.linear(rows, rows.new_ones(1, rows.shape[1])).isfinite().all()) or bool(x.isfinite().all())
+
+
+def are_finite(parts: Sequence[Sequence[Tensor]]) -> list[bool]:
+    """`all_finite` of all tensors of each part; of a GPU's all together, so that they are waited for once."""
+    if all(x.device.type == "cpu" for part in parts for x in part):
+        return [all(map(all_finite, part)) for part in parts]
+    return torch.stack([torch.stack([x.isfinite().all() for x in part]).all() for part in parts]).tolist()
 
 
 class TouchedAhead:

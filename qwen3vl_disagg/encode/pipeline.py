@@ -19,7 +19,9 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
+from qwen3vl_disagg.core.devices import raise_if_lost
 from qwen3vl_disagg.core.due import FIRST_COME
+from qwen3vl_disagg.core.errors import ENCODE_ERROR, DeviceLost, ServerError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
@@ -98,14 +100,16 @@ class EncodePipeline:
         *,
         tower: Executor | None = None,
         gathers: bool = False,
+        on_lost: Callable[[DeviceLost], None] = lambda _: None,
     ) -> None:
         """`tell` gets what the router should know of contents that begin and end. `tower`: where the tower runs, if not
         on a thread of its own. With `gathers` a batch waits for what is being decoded: so it does not depend on how
-        long that takes, and what is asked for together goes through the tower together."""
+        long that takes, and what is asked for together goes through the tower together. `on_lost`: there is no device
+        any more."""
         self.cache = EmbeddingCache[EncodedItem](options.cache_bytes)
         self.num_encodings = self.num_batches = 0
         """What went into the tower."""
-        self._worker, self._pull, self._tell = worker, pull, tell
+        self._worker, self._pull, self._tell, self._on_lost = worker, pull, tell, on_lost
         self._gate = Gate()
         self._vision = worker.config.vision
         self._visual_token_ids = {"image": worker.config.image_token_id, "video": worker.config.video_token_id}
@@ -305,6 +309,12 @@ class EncodePipeline:
         if running.cancelled():
             return
         error = running.exception()
+        if error is not None:
+            try:
+                raise_if_lost(error)
+            except DeviceLost as lost:
+                self._on_lost(lost)
+                error = ServerError(str(lost), code=ENCODE_ERROR)
         results = running.result() if error is None else [error] * len(batch)
         for encoding, result in zip(batch, results, strict=True):
             if encoding.rows.done():  # given up, with everything else

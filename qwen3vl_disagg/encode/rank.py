@@ -21,7 +21,7 @@ from qwen3vl_disagg.cluster.rendezvous import RankContext
 from qwen3vl_disagg.cluster.slots import EXIT_REFUSED, run_loop
 from qwen3vl_disagg.cluster.traces import spans_told
 from qwen3vl_disagg.core.devices import resolve_compile
-from qwen3vl_disagg.core.errors import HandshakeError, TransferError
+from qwen3vl_disagg.core.errors import DeviceLost, HandshakeError, TransferError
 from qwen3vl_disagg.core.logs import start_logging
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.canary import check_tower
@@ -86,6 +86,7 @@ class EncodeRank:
         self._hub: Connection | None = None
         self._loop = asyncio.get_running_loop()
         self._refused: asyncio.Future[HandshakeError] = self._loop.create_future()
+        self._lost: asyncio.Future[DeviceLost] = self._loop.create_future()
         self._left: asyncio.Future[None] = self._loop.create_future()
         self._is_leaving = False
         number = -1 if hello.rank is None else hello.rank
@@ -101,21 +102,24 @@ class EncodeRank:
             tower=tower,
             canary=canary,
             on_sent=on_sent,
+            on_lost=self._on_lost,
         )
 
     async def run(self) -> int:
         """Serve until the hub says Stop (0), this rank has left (0) or a peer refuses it (EXIT_REFUSED).
 
-        HubGone without a hub, HandshakeError if that refuses.
+        HubGone without a hub, HandshakeError if that refuses, DeviceLost without a device.
         """
         serving = asyncio.create_task(self._serve())
         reporting = asyncio.create_task(report_load(self.server.load, self._tell, lambda: self._hub))
-        ends: list[asyncio.Future[Any]] = [serving, self._refused, self._left]
+        ends: list[asyncio.Future[Any]] = [serving, self._refused, self._lost, self._left]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self._refused.done():
                 logger.error("%s", self._refused.result())
                 return EXIT_REFUSED
+            if self._lost.done():
+                raise self._lost.result()
             return await serving if serving.done() else 0
         finally:
             serving.cancel()
@@ -142,6 +146,10 @@ class EncodeRank:
     def _on_refused(self, error: HandshakeError) -> None:
         if not self._refused.done():
             self._refused.set_result(error)
+
+    def _on_lost(self, error: DeviceLost) -> None:
+        if not self._lost.done():
+            self._lost.set_result(error)
 
     async def _serve(self) -> int:
         patience_s = self._join_s

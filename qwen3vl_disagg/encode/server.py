@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from qwen3vl_disagg.core.errors import Failure, HandshakeError
+from qwen3vl_disagg.core.errors import DeviceLost, Failure, HandshakeError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.core.spans import span
@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 
 
 class EncodeServer:
-    """`tell` gets what the router should know; `pull` fetches an item's bytes. `tower`, `gathers`: see
+    """`tell` gets what the router should know; `pull` fetches an item's bytes. `tower`, `gathers`, `on_lost`: see
     `EncodePipeline`, `canary`: see `EncodeLinks`. `on_sent` is called when rows have been sent."""
 
     def __init__(
@@ -81,10 +81,13 @@ class EncodeServer:
         gathers: bool = False,
         canary: CheckedRows | None = None,
         on_sent: Callable[[], None] = lambda: None,
+        on_lost: Callable[[DeviceLost], None] = lambda _: None,
     ) -> None:
         self.limits = limits or SessionLimits()
         self.sessions = EncodeSessions(self.limits)
-        self.pipeline = EncodePipeline(worker, pull, options or EncodeOptions(), tell, tower=tower, gathers=gathers)
+        self.pipeline = EncodePipeline(
+            worker, pull, options or EncodeOptions(), tell, tower=tower, gathers=gathers, on_lost=on_lost
+        )
         self._tell, self._on_sent = tell, on_sent
         self._links = EncodeLinks(
             hello,

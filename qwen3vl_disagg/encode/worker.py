@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_disagg.cluster.shared_cores import SharedCores
+from qwen3vl_disagg.core.devices import raise_if_lost, use_device
 from qwen3vl_disagg.core.errors import (
     ENCODE_ERROR,
     DisaggError,
@@ -22,7 +23,7 @@ from qwen3vl_disagg.core.errors import (
 )
 from qwen3vl_disagg.core.host import keep_freed_memory
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.core.tensors import all_finite
+from qwen3vl_disagg.core.tensors import are_finite, uploaded
 from qwen3vl_disagg.kernels.compiling import GraphCounts, compile_options, first_alone
 from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.stop import StopSignal
@@ -181,13 +182,15 @@ class EncodeWorker:
         memory of its own. `encode_ms` is the time of the whole batch.
 
         What goes wrong with an item stands in its place: ServerError for rows that are not finite. When the tower
-        fails over several (they may not fit in memory together), each goes through it alone.
+        fails over several (they may not fit in memory together), each goes through it alone. DeviceLost if there is no
+        more device to try on.
         """
         if not batch:
             return []
         try:
             return self._encode_together(batch, visual_token_ids)
         except Exception as error:
+            raise_if_lost(error)
             if len(batch) == 1:
                 return [error]
         finally:
@@ -204,13 +207,14 @@ class EncodeWorker:
         self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]
     ) -> list[EncodedItem | Exception]:
         started = time.monotonic()
-        pixels = torch.cat([entry.patches for entry in batch]).to(self.device)
+        use_device(self.device)
+        pixels = uploaded(torch.cat([entry.patches for entry in batch]), self.device)
         main, levels = self.model.visual(pixels, [entry.grid for entry in batch])
         deepstack = torch.cat([main[:, :0], *levels], dim=-1)
         merge_unit = self.config.vision.merge_unit
         num_rows = [t * h * w // merge_unit for t, h, w in (entry.grid for entry in batch)]
         parts = list(zip(main.split(num_rows), deepstack.split(num_rows), strict=True))
-        is_good = [all_finite(main) and all_finite(deepstack) for main, deepstack in parts]
+        is_good = are_finite(parts)  # waits for the tower
         elapsed_ms = (time.monotonic() - started) * 1e3
         results: list[EncodedItem | Exception] = []
         for entry, token_id, (main, deepstack), ok in zip(batch, visual_token_ids, parts, is_good, strict=True):

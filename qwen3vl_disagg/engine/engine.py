@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qwen3vl_disagg.core.devices import raise_if_lost
 from qwen3vl_disagg.core.due import FIRST_COME
 from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, ServerError
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, VisualItem
@@ -417,7 +418,9 @@ class Engine:
 
     def _fail(self, batch: list[Sequence], error: Exception) -> list[EngineEvent]:
         """End requests that could not run, with all of their answers. The cause goes to the log; clients get no
-        internals. Their pages come back clean, whatever was written before it failed."""
+        internals. Their pages come back clean, whatever was written before it failed. DeviceLost if there is no more
+        device to go on with."""
+        raise_if_lost(error)
         if not batch:
             return []
         names = list(dict.fromkeys(sequence.request_id for sequence in batch))

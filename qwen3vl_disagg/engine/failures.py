@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from qwen3vl_disagg.core.devices import raise_if_lost
 from qwen3vl_disagg.engine.runner import BadRows
 from qwen3vl_disagg.model.moe import DispatchPlan
 
@@ -28,4 +29,5 @@ def fatal_where(dispatch: DispatchPlan | None) -> Iterator[None]:
     except Exception as error:
         if dispatch is None:
             raise
+        raise_if_lost(error)
         raise StepFailed(f"{type(error).__name__} in a step that is taken with other ranks") from error

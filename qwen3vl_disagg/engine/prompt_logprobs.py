@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen3vl_disagg.core.tensors import uploaded
 from qwen3vl_disagg.engine.sampler import logprobs
 from qwen3vl_disagg.engine.scheduler import Chunk
 from qwen3vl_disagg.protocol.messages import PromptLogprobs
@@ -60,7 +61,7 @@ def score(
         first = start + due.start - 1 - chunk.start
         start += chunk.stop - chunk.start
         for low in range(0, len(due), rows):
-            targets_R = targets_T[low : low + rows].to(x_TD.device)
+            targets_R = uploaded(targets_T[low : low + rows], x_TD.device)
             logits_RV = head(x_TD[first + low : first + low + len(targets_R)]).float()
             row_numbers_R = torch.arange(len(targets_R), device=x_TD.device)
             own_R, top_ids, top = logprobs(logits_RV, targets_R, row_numbers_R, min(num_top or 0, logits_RV.shape[1]))

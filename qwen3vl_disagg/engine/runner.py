@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen3vl_disagg.core.environment import CAPTURE, variable
 from qwen3vl_disagg.core.errors import ServerError
 from qwen3vl_disagg.core.host import keep_freed_memory
-from qwen3vl_disagg.core.tensors import TouchedAhead, lazy_zeros
+from qwen3vl_disagg.core.tensors import TouchedAhead, lazy_zeros, uploaded
 from qwen3vl_disagg.engine.captured import record
 from qwen3vl_disagg.engine.compiled import CompiledDecoder
 from qwen3vl_disagg.engine.page_tables import PageTables
@@ -121,15 +121,16 @@ class ModelRunner:
         """Pieces of prompts. `plan`: where experts are spread."""
         sequences = [chunk.sequence for chunk in chunks]
         ids = [i for chunk in chunks for i in chunk.sequence.tokens(chunk.start, chunk.stop)]
-        ids_T = torch.tensor(ids, device=self.device)
-        positions = torch.cat([c.sequence.positions_of(c.start, c.stop) for c in chunks], dim=1).to(self.device)
+        ids_T = self._upload(ids)
+        positions = torch.cat([c.sequence.positions_of(c.start, c.stop) for c in chunks], dim=1)
+        positions = uploaded(positions, self.device)
         embeds, deepstack = self._splice(ids_T, chunks)
         batch = self._batch(sequences, [c.stop - c.start for c in chunks], [c.stop for c in chunks], plan)
         self._ahead.reached(max(c.sequence.pages[(c.stop - 1) // self.page_size] + 1 for c in chunks) * self.page_size)
         x_TD = self.model.model(ids_T, positions, batch, embeds, input_deepstack_embeds=deepstack)
         x_BD = batch.select(x_TD)
         scores = list(score(x_TD, chunks, self.model.lm_head, self.model.config.text.vocab_size))
-        slots_B = batch.new_slots_T.to(self.device).split(batch.seq_lens)
+        slots_B = uploaded(batch.new_slots_T, self.device).split(batch.seq_lens)
         is_sound = [
             torch.stack([pool[slots].isfinite().all() for pool in self.caches[-1]]).all()
             for slots, chunk in zip(slots_B, chunks, strict=True)
@@ -138,14 +139,14 @@ class ModelRunner:
         ends = [number for number, chunk in enumerate(chunks) if chunk.is_last]
         answered = [number for number in ends if sequences[number].sampling.pooling is None]
         pooled = [number for number in ends if sequences[number].sampling.pooling is not None]
-        logits = self.model.lm_head(x_BD if len(answered) == len(chunks) else x_BD[answered])
+        logits = self.model.lm_head(x_BD if len(answered) == len(chunks) else x_BD[self._upload(answered)])
         sound = torch.stack(is_sound) if is_sound else ids_T.new_empty(0, dtype=torch.bool)
-        return Prefilled(logits, x_BD[pooled], sound, scores)
+        return Prefilled(logits, x_BD[self._upload(pooled)], sound, scores)
 
     @torch.inference_mode()
     def clear(self, pages: Seq[int]) -> None:
         """Forget the keys and values of these pages."""
-        pages_P = torch.tensor(pages, dtype=torch.int64, device=self.device)
+        pages_P = self._upload(pages)
         for pool in self._pools:
             pool.unflatten(0, (-1, self.page_size)).index_fill_(0, pages_P, 0)
 
@@ -162,10 +163,13 @@ class ModelRunner:
         if self.captured is not None and plan is None and len(sequences) <= self.captured.max_rows:
             return self.captured.run(sequences)
         contexts = [s.num_cached + 1 for s in sequences]
-        ids_T = torch.tensor([s.generated[-1] for s in sequences], device=self.device)
-        next_position = torch.tensor([s.num_cached + s.delta for s in sequences], device=self.device)
+        ids_T = self._upload([s.generated[-1] for s in sequences])
+        next_position = self._upload([s.num_cached + s.delta for s in sequences])
         batch = self._batch(sequences, [1] * len(sequences), contexts, plan)
         return self.model(ids_T, next_position.expand(3, -1), batch)
+
+    def _upload(self, numbers: Seq[int]) -> Tensor:
+        return uploaded(torch.tensor(numbers, dtype=torch.int64), self.device)
 
     def _batch(
         self, sequences: Seq[Sequence], seq_lens: list[int], context_lens: list[int], plan: DispatchPlan | None

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.requests import TokenLogprob
+from qwen3vl_disagg.core.tensors import uploaded
 from qwen3vl_disagg.engine.allowed import AllowedTokens
 from qwen3vl_disagg.engine.masks import Mask
 from qwen3vl_disagg.engine.penalties import Penalties, upload
@@ -128,13 +129,13 @@ def apply_masks(logits_BV: Tensor, rows: Sequence[int], masks: Sequence[Mask]) -
             logits_BV[b].masked_fill_(torch.from_numpy(is_out), float("-inf"))
         return
     bits_GW = torch.from_numpy(np.stack([mask.bits[: vocab_size + 7 >> 3] for mask in masks]))
-    fill_by_bits(logits_BV, torch.tensor(rows), bits_GW.pin_memory() if logits_BV.is_cuda else bits_GW)
+    fill_by_bits(logits_BV, torch.tensor(rows), bits_GW)
 
 
 def fill_by_bits(logits_BV: Tensor, rows_G: Tensor, bits_GW: Tensor) -> None:
     """The same on a device: the bits, `[G, W]` uint8 on the host, are taken apart there."""
     device = logits_BV.device
-    bits_GW, rows_G = bits_GW.to(device, non_blocking=True), rows_G.to(device, non_blocking=True)
+    bits_GW, rows_G = uploaded(bits_GW, device), uploaded(rows_G, device)
     bits_GW8 = bits_GW[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device)
     is_in_GV = (bits_GW8 & 1).bool().flatten(1)[:, : logits_BV.shape[1]]
     logits_BV.index_copy_(0, rows_G, logits_BV.index_select(0, rows_G).masked_fill(~is_in_GV, float("-inf")))

@@ -19,7 +19,7 @@ import numpy as np
 from qwen3vl_disagg.cluster.hub_client import enter_hub, report_load
 from qwen3vl_disagg.cluster.shared_cores import SharedCores
 from qwen3vl_disagg.cluster.traces import spans_told
-from qwen3vl_disagg.core.errors import DisaggError, Failure, TransferError
+from qwen3vl_disagg.core.errors import DeviceLost, DisaggError, Failure, TransferError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent
 from qwen3vl_disagg.language.engine_thread import EngineThread
@@ -81,7 +81,7 @@ class LanguageRank:
 
     async def run(self) -> int:
         """Serve until the hub says Stop (0). Raises if the engine crashes, or the hub stays away or refuses; PeerLost
-        if a rank is gone that holds a part of the experts."""
+        if a rank is gone that holds a part of the experts, DeviceLost without a device."""
         stepping = None if self._lockstep is None else asyncio.create_task(self._lockstep.run())
         self.engine.start()
         serving = asyncio.create_task(self._serve())
@@ -100,6 +100,8 @@ class LanguageRank:
                     if not self._is_leaving:
                         stepping.result()
                     ends.remove(stepping)
+                if self._crash.done() and isinstance(self._crash.result(), DeviceLost):
+                    raise self._crash.result()
                 if self._crash.done():
                     raise RuntimeError("the engine crashed") from self._crash.result()
             patience_s = ENGINE_STOP_S

@@ -11,7 +11,7 @@ from qwen3vl_disagg.checkpoint import load_language_model
 from qwen3vl_disagg.cluster.rank_setup import RankSetup
 from qwen3vl_disagg.cluster.rendezvous import RankContext
 from qwen3vl_disagg.cluster.slots import run_loop
-from qwen3vl_disagg.core.devices import resolve_compile
+from qwen3vl_disagg.core.devices import resolve_compile, use_device
 from qwen3vl_disagg.core.settings import default_chunk_tokens
 from qwen3vl_disagg.encode.rank import EncodeRank, checked_rows, load_worker
 from qwen3vl_disagg.engine.canary import Canary
@@ -213,4 +213,6 @@ async def start_language_rank(
         kv_tokens=pool.num_pages * pool.page_size,
     )
     cores = setup.shared_cores()
-    return LanguageRank(engine, links, hello, context.hub_address, lockstep=lockstep, cores=cores, tls=context.tls)
+    rank = LanguageRank(engine, links, hello, context.hub_address, lockstep=lockstep, cores=cores, tls=context.tls)
+    rank.engine.post(lambda _: use_device(setup.device))
+    return rank

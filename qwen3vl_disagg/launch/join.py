@@ -14,6 +14,7 @@ from qwen3vl_disagg.cluster.model_folder import shared_model_folder
 from qwen3vl_disagg.cluster.rank_setup import run_threaded
 from qwen3vl_disagg.cluster.rendezvous import Layout, RankContext, World
 from qwen3vl_disagg.cluster.slots import Child, Slot
+from qwen3vl_disagg.core.devices import parse_gpus
 from qwen3vl_disagg.core.environment import TOKEN, check_environment
 from qwen3vl_disagg.core.errors import HubGone, InputError
 from qwen3vl_disagg.core.faults import plan_faults
@@ -42,6 +43,7 @@ def rank_context(options: JoinOptions, world: World) -> RankContext:
         model=ModelOptions(**vars(options.checkpoint)),
         buffers=BufferOptions(block_size=options.block_size),
         encode=options.encode,
+        gpus=options.gpus,
         canary=options.canary,
     )
     tls = Tls.of(options.tls)
@@ -72,6 +74,7 @@ def run_slot(options: JoinOptions, world: World) -> int:
     use_log_format(options.log_format)
     start_logging()
     options.encode.check()
+    parse_gpus(options.gpus, options.checkpoint.device, world.num_local_ranks)
     reachable_context(options, world)  # what cannot be is said before anything is fetched
     checkpoint = replace(options.checkpoint, model=shared_model_folder(options.checkpoint.model, world))
     context = reachable_context(replace(options, checkpoint=checkpoint), world)

@@ -23,6 +23,7 @@ from qwen3vl_disagg.cluster.model_folder import shared_model_folder
 from qwen3vl_disagg.cluster.rank_setup import run_threaded
 from qwen3vl_disagg.cluster.rendezvous import Layout, Meeting, RankContext, World, find, meeting_path, publish
 from qwen3vl_disagg.cluster.slots import Child, Slot
+from qwen3vl_disagg.core.devices import parse_gpus
 from qwen3vl_disagg.core.environment import TOKEN, check_environment
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.faults import plan_faults
@@ -301,6 +302,7 @@ def check_arguments(options: ServeOptions, world: World) -> Layout:
     """Who does what. InputError, or another DisaggError, for what can be seen to be wrong before anything is loaded."""
     layout = Layout.of(world.size, options.encode_ranks)
     check_supported(options.model)
+    parse_gpus(options.gpus, options.model.device, world.num_local_ranks)
     options.encode.check()
     options.http.check()
     Doors.of(options.http.host, options.http.allow_host, options.http.allow_origin)

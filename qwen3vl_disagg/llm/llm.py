@@ -100,7 +100,7 @@ class LLM:
         kv_cache_gib: Literal["auto"] | float = "auto",
         max_running: int = EngineSettings.max_running,
         max_prefill_tokens: int = EngineSettings.max_prefill_tokens,
-        page_size: int = EngineSettings.page_size,
+        page_size: int | None = None,
         task: TaskChoice = "auto",
     ) -> None:
         name = None if model is None else str(model)

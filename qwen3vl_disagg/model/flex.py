@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from qwen3vl_disagg.core.tensors import uploaded
+
 SPARSE_ROWS = 128
 """Query rows that one entry of a block mask covers. More than a block has: the decode kernel on CUDA wants a multiple
 of the rows that it makes of one token, one for each query head of a kv head, and at least 16."""
@@ -92,7 +94,7 @@ def unwritten_slots(contexts_B: Tensor, tables_BW: Tensor, page_size: int, devic
     last_B1 = (contexts_B - 1)[:, None]
     place_BP = torch.arange(page_size).maximum(last_B1 % page_size)
     slots = (tables_BW.gather(1, last_B1 // page_size) * page_size + place_BP).flatten()
-    slots = slots.repeat(1 if len(slots) > 1 else 2).to(device, non_blocking=True)  # a size of one is a constant
+    slots = uploaded(slots.repeat(1 if len(slots) > 1 else 2), device)  # a size of one is a constant
     torch._dynamo.mark_dynamic(slots, 0)
     return slots
 
@@ -175,7 +177,7 @@ def make_plan(
     aligned = [torch.nn.functional.pad(part, (0, -len(part) % ALIGNMENT)) for part in [*padded, back_T]]
     flat = torch.cat(aligned).to(torch.int32)
     sizes = [num_blocks, width, len(back_T), page_size, rows, kind.num_blocks, int(kind.has_full), 0]
-    flat = flat.to(device, non_blocking=True)
+    flat = uploaded(flat, device)
     # A size of its own: the compiler would take it for the same as another that is equal by chance.
     torch._dynamo.mark_dynamic(flat, 0)
     return FlexPlan(flat, torch.tensor(sizes))

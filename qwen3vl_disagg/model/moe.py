@@ -56,6 +56,60 @@ def run_experts_loop(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_E
     return run_one_by_one(x_TD, weights_TK, ids_TK, len(down), lambda expert: (gate_up[expert], down[expert]))
 
 
+MAX_GATHERED_BYTES = 1 << 28
+"""Matrices of routed rows that may be copied at once."""
+
+
+def run_gathered(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    num_experts: int,
+    matrices: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """As `run_one_by_one`, and the host waits for nothing: each routed row has a copy of its expert's matrices, which
+    `matrices(experts [R])` makes. For few rows."""
+    ids_R, num_choices = ids_TK.flatten(), ids_TK.shape[1]
+    gate_up_RGD, down_RDF = matrices(ids_R.clamp(max=num_experts - 1))
+    x_RD = x_TD[:, None].expand(-1, num_choices, -1).flatten(0, 1)
+    gate, up = torch.bmm(gate_up_RGD, x_RD.unsqueeze(-1)).squeeze(-1).chunk(2, dim=-1)
+    y_RD = torch.bmm(down_RDF, (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1).float()
+    weighted_RD = y_RD * weights_TK.flatten().float().unsqueeze(-1)
+    is_here_R1 = (ids_R < num_experts).unsqueeze(-1)
+    return torch.where(is_here_R1, weighted_RD, 0).unflatten(0, ids_TK.shape).sum(1).to(x_TD.dtype)
+
+
+def should_gather(device_type: str, num_rows: int, row_bytes: int) -> bool:
+    """Beyond the CPU, where asking which experts have rows is a wait for each, and while there is room for copies."""
+    return device_type != "cpu" and 0 < num_rows * row_bytes <= MAX_GATHERED_BYTES
+
+
+def run_experts_ungrouped(
+    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Same value, of what `grouped_mm` does not take: by copies of the matrices of few rows, else by the loop."""
+    num_experts, row_bytes = len(down_EDF), (gate_up_EGD[0].nbytes + down_EDF[0].nbytes) if len(down_EDF) else 0
+    if not should_gather(x_TD.device.type, ids_TK.numel(), row_bytes):
+        return run_experts_loop(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF)
+    return run_gathered(x_TD, weights_TK, ids_TK, num_experts, lambda ids_R: (gate_up_EGD[ids_R], down_EDF[ids_R]))
+
+
+def used_experts(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Those that have rows, and as many as could have: their ids `[S]`, and each choice as a place among them
+    `[T, K]`, remote ones as S. Sizes follow from sizes, so nothing is waited for; what is left of S is expert 0.
+
+    Example: 6 experts, choices 4 2 4 and a remote one: S is 4, ids 2 4 0 0, places 1 0 1 4.
+    """
+    num_used = min(num_experts, ids_TK.numel())
+    ids_TK = ids_TK.clamp(max=num_experts)
+    is_used_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids_TK.device).index_fill(0, ids_TK.flatten(), 1)
+    place_E = torch.where(is_used_E > 0, is_used_E.cumsum(0) - 1, num_used).clamp(max=num_used)
+    place_E[num_experts:] = num_used
+    expert_E = torch.arange(num_experts + 1, device=ids_TK.device)
+    used_S = expert_E.new_zeros(num_used + 1).index_copy(0, place_E, expert_E)[:num_used]
+    return used_S, place_E[ids_TK]
+
+
 def takes_grouped_mm(device_type: str, dtype: torch.dtype, hidden: int, width: int) -> bool:
     """Whether `grouped_mm` takes both projections: rows begin at multiples of 16 bytes, and beyond the CPU, or wherever
     the compiler looks inside, it is made for bfloat16 alone."""
@@ -93,7 +147,7 @@ def run_experts_grouped(
 _library = torch.library.Library("q3vl", "FRAGMENT")
 for _name, _run, _device in (
     ("grouped_experts", run_experts_grouped, "CPU"),
-    ("experts_loop", run_experts_loop, "CompositeExplicitAutograd"),
+    ("experts_ungrouped", run_experts_ungrouped, "CompositeExplicitAutograd"),
 ):
     _library.define(f"{_name}(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor down) -> Tensor")
     _library.impl(_name, _run, _device)
@@ -178,7 +232,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.impl: Literal["loop", "grouped", "kernel"] = "grouped"
-        """`grouped` where `grouped_mm` takes it, else the loop."""
+        """`grouped` where `grouped_mm` takes it, else `loop`, or copies of matrices in its place."""
         self.dispatcher = Dispatcher()
         self.reset_parameters()
 
@@ -209,8 +263,10 @@ class Experts(nn.Module):
         if impl == "grouped" and gpu.takes(x_TD):
             few = self.takes_few_rows(x_TD)
             return run_experts_triton(x_TD, weights_TK, ids_TK, *local_weights, takes_few_rows=few)
-        if torch.compiler.is_compiling() and impl == "loop":
-            return torch.ops.q3vl.experts_loop(x_TD, weights_TK, ids_TK, *local_weights)
+        if impl == "loop" and torch.compiler.is_compiling():
+            return torch.ops.q3vl.experts_ungrouped(x_TD, weights_TK, ids_TK, *local_weights)
+        if impl == "loop":
+            return run_experts_ungrouped(x_TD, weights_TK, ids_TK, *local_weights)
         if torch.compiler.is_compiling() and impl == "grouped" and device == "cpu":
             return torch.ops.q3vl.grouped_experts(x_TD, weights_TK, ids_TK, *local_weights)
         if impl == "kernel":  # rows of other ranks have no say in the bits of this one's

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qwen3vl_disagg.core.tensors import uploaded
 from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model.attention import ForwardBatch, LayerCache
 from qwen3vl_disagg.model.flex import flex_kind, make_plan, unwritten_slots, why_not_flex, widened
@@ -71,12 +72,12 @@ class PagedBatch(ForwardBatch):
         place_T = torch.arange(sum(self.seq_lens)) + (contexts_B - ends_B)[sequence_T]
         pages_T = tables[sequence_T, place_T // page_size]
         self.new_slots_T = pages_T * page_size + place_T % page_size
-        self.logit_rows = ends_B.to(device) - 1 if last_only else None
+        self.logit_rows = uploaded(ends_B - 1, device) if last_only else None
         if impl == "flex":
             is_decode = max(self.seq_lens) == 1
             kind = flex_kind(device.type, page_size, num_sequences=len(new_B), is_decode=is_decode)
             self.plan = make_plan(kind, new_B, contexts_B, tables, len(caches[0][0]), device)
-            self.new_slots_T = self.new_slots_T.to(device, non_blocking=True)
+            self.new_slots_T = uploaded(self.new_slots_T, device)
             self.unwritten = unwritten_slots(contexts_B, tables, page_size, device)
         else:
             tables = tables.long().contiguous()
@@ -148,12 +149,12 @@ class PagedPlaces:
     @cached_property
     def new_slots(self) -> Tensor:
         """`[T]`, on the device."""
-        return self.new_slots_T.to(self.device)
+        return uploaded(self.new_slots_T, self.device)
 
     @cached_property
     def context_slots(self) -> list[Tensor]:
         """Of each sequence's tokens, in order, on the device."""
-        tables_BW = self.tables_BW.to(self.device)
+        tables_BW = uploaded(self.tables_BW, self.device)
         return [self._slots(table_W[None], total)[0] for table_W, total in zip(tables_BW, self.totals, strict=True)]
 
     @cached_property
@@ -163,8 +164,8 @@ class PagedPlaces:
         Padding repeats the first token: a slot that was never written may hold NaN, which no weight of 0 takes away.
         """
         longest = max(self.totals)
-        slots_BL = self._slots(self.tables_BW.to(self.device), longest)
-        is_context_BL = torch.arange(longest, device=self.device) < self.contexts_B.to(self.device)[:, None]
+        slots_BL = self._slots(uploaded(self.tables_BW, self.device), longest)
+        is_context_BL = torch.arange(longest, device=self.device) < uploaded(self.contexts_B, self.device)[:, None]
         return torch.where(is_context_BL, slots_BL, slots_BL[:, :1]), is_context_BL
 
     @cached_property

@@ -2,7 +2,7 @@
 weight).
 
 Where there are kernels, they read int8 as it is. Elsewhere, and float8 anywhere, a weight is dequantized each time it
-is used, one at a time: right, and slower than the bfloat16 it came from. Dims as in `moe.py`.
+is used, of the experts those that a step uses: right, and slower than the bfloat16 it came from. Dims as in `moe.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from torch.nn import functional as F
 from qwen3vl_disagg.kernels import int8  # noqa: F401 - defines the operators
 from qwen3vl_disagg.kernels.ops import MAX_LINEAR_ROWS
 from qwen3vl_disagg.model.layers import Linear
-from qwen3vl_disagg.model.moe import Experts, run_experts_grouped, run_one_by_one, takes_grouped_mm
+from qwen3vl_disagg.model.moe import (
+    Experts,
+    run_experts_grouped,
+    run_gathered,
+    run_one_by_one,
+    should_gather,
+    takes_grouped_mm,
+    used_experts,
+)
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,13 +59,21 @@ def run_experts_dequantized(
     down_EDF: Tensor,
     down_scale_ED: Tensor,
 ) -> Tensor:
-    """As `run_experts_loop`: of the experts that have rows, one at a time is dequantized."""
+    """As `run_experts_loop`: of the experts that have rows, one at a time is dequantized. Beyond the CPU all that a
+    step can use at once, as it does not wait to know which these are."""
+    num_experts, dtype, device = len(down_EDF), x_TD.dtype, x_TD.device.type
 
-    def matrices(expert: int) -> tuple[Tensor, Tensor]:
-        gate_up_GD = dequantize(gate_up_EGD[expert], gate_up_scale_EG[expert], x_TD.dtype)
-        return gate_up_GD, dequantize(down_EDF[expert], down_scale_ED[expert], x_TD.dtype)
+    def matrices(experts: int | Tensor) -> tuple[Tensor, Tensor]:
+        gate_up = dequantize(gate_up_EGD[experts], gate_up_scale_EG[experts], dtype)
+        return gate_up, dequantize(down_EDF[experts], down_scale_ED[experts], dtype)
 
-    return run_one_by_one(x_TD, weights_TK, ids_TK, len(down_EDF), matrices)
+    if device != "cpu" and num_experts and takes_grouped_mm(device, dtype, *down_EDF.shape[1:]):
+        used_S, places_TK = used_experts(ids_TK, num_experts)
+        return run_experts_grouped(x_TD, weights_TK, places_TK, *matrices(used_S))
+    row_bytes = (gate_up_EGD[0].numel() + down_EDF[0].numel()) * dtype.itemsize if num_experts else 0
+    if should_gather(device, ids_TK.numel(), row_bytes):
+        return run_gathered(x_TD, weights_TK, ids_TK, num_experts, matrices)
+    return run_one_by_one(x_TD, weights_TK, ids_TK, num_experts, matrices)
 
 
 # Which experts have rows is nothing that the compiler could know.
@@ -90,13 +106,7 @@ class QuantizedExperts(Experts):
     def run(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, *local_weights: Tensor) -> Tensor:
         if self.impl == "kernel":
             return torch.ops.q3vl.experts_int8(x_TD, weights_TK, ids_TK, *local_weights)
-        is_cpu = x_TD.device.type == "cpu"
-        if is_cpu or not takes_grouped_mm(x_TD.device.type, x_TD.dtype, *local_weights[2].shape[1:]):
-            return torch.ops.q3vl.experts_dequantized(x_TD, weights_TK, ids_TK, *local_weights)
-        # Elsewhere a wait for each expert would cost more than the memory of a layer's experts.
-        gate_up, gate_up_scale, down, down_scale = local_weights
-        whole = (dequantize(gate_up, gate_up_scale, x_TD.dtype), dequantize(down, down_scale, x_TD.dtype))
-        return run_experts_grouped(x_TD, weights_TK, ids_TK, *whole)
+        return torch.ops.q3vl.experts_dequantized(x_TD, weights_TK, ids_TK, *local_weights)
 
 
 def _hold(module: nn.Module, name: str, shape: torch.Size, dtype: torch.dtype) -> None:

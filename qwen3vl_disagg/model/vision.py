@@ -9,12 +9,15 @@ Dims: P patches, D tower width, N heads, H head size, R = P / merge_unit visual 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from qwen3vl_disagg.core.tensors import uploaded
 from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model.config import VisionConfig
 from qwen3vl_disagg.model.layers import Linear
@@ -71,6 +74,15 @@ class PositionEmbedding(nn.Embedding):
         return taps_4PD.sum(0)
 
 
+def sdpa_backends(q_PNH: Tensor) -> AbstractContextManager[None]:
+    """On CUDA flash attention, or the one that saves memory: what is chosen is not to follow from the shape, as cuDNN
+    would, nor to keep a matrix of all pairs of patches. That is left to heads that neither takes."""
+    if q_PNH.device.type != "cuda":
+        return nullcontext()
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    return sdpa_kernel(backends if q_PNH.shape[2] % 8 == 0 else [*backends, SDPBackend.MATH])
+
+
 def attend_frames(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Full attention within each frame -> `[P, N, H]`. `cu_seqlens` `[frames + 1]` int64: where frames begin, and the
     end; on the host, because it decides the shapes."""
@@ -79,7 +91,8 @@ def attend_frames(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, cu_seqlens: Tenso
         count = len(list(run))
         rows = slice(start, start + count * length)
         frames = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q_PNH, k_PNH, v_PNH)]
-        outs.append(F.scaled_dot_product_attention(*frames).transpose(1, 2).flatten(0, 1))
+        with sdpa_backends(q_PNH):
+            outs.append(F.scaled_dot_product_attention(*frames).transpose(1, 2).flatten(0, 1))
         start = rows.stop
     return torch.cat(outs)
 
@@ -206,9 +219,9 @@ class VisionTower(nn.Module):
             raise ValueError(f"pixels {tuple(pixels.shape)} do not fit grids {grids}: {expected} patches")
         if any(h % merge or w % merge for _, h, w in grids):
             raise ValueError(f"grids {grids}: heights and widths must be multiples of {merge}")
-        coords = patch_coordinates(grids, merge).to(pixels.device)
-        sizes = torch.tensor([g[1:] for g in grids], device=pixels.device)
-        sizes = sizes.repeat_interleave(torch.tensor([t * h * w for t, h, w in grids], device=pixels.device), dim=0)
+        coords = uploaded(patch_coordinates(grids, merge), pixels.device)
+        counts = torch.tensor([t * h * w for t, h, w in grids])
+        sizes = uploaded(torch.tensor([g[1:] for g in grids]).repeat_interleave(counts, dim=0), pixels.device)
         cu_seqlens = torch.tensor([0, *(h * w for t, h, w in grids for _ in range(t))]).cumsum(0)
         head_dim = self.config.hidden_size // self.config.num_heads
         rotary = vision_rotary(coords, head_dim=head_dim, theta=self.config.rope_theta)

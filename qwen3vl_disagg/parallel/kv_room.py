@@ -101,9 +101,10 @@ def kv_room(
             step += encode["cache of rows"] + encode["activations"]
         share = free_bytes - CARD_RESERVE * total_bytes if model.is_cuda else HOST_SHARE * free_bytes / num_sharers
         budget = share - step
-    affordable = int(max(0.0, budget)) // (token_bytes * settings.page_size)
-    useful = settings.max_running * -(-text.max_position_embeddings // settings.page_size)
-    return KvRoom(max(1, min(affordable, useful)), settings.page_size, token_bytes, text.max_position_embeddings)
+    size = settings.tokens_in_page(is_cuda=model.is_cuda)
+    affordable = int(max(0.0, budget)) // (token_bytes * size)
+    useful = settings.max_running * -(-text.max_position_embeddings // size)
+    return KvRoom(max(1, min(affordable, useful)), size, token_bytes, text.max_position_embeddings)
 
 
 def measured_room(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, EngineSettings
+from qwen3vl_disagg.core.settings import BufferOptions, EncodeOptions, default_page_size
 from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.protocol.layout import RowSizes
 
@@ -201,11 +201,12 @@ class SizedModel:
         }
 
     def language_memory(
-        self, num_ranks: int, requests: int, tokens: int, rows: int, page_size: int = EngineSettings.page_size
+        self, num_ranks: int, requests: int, tokens: int, rows: int, page_size: int | None = None
     ) -> dict[str, float]:
         """Bytes on the language rank with the most experts. `requests` of `tokens` tokens each are on it, `rows` are
         prefilled at once by each rank; activations are an estimate of the largest layer's."""
         text, buffers = self.config.text, BufferOptions()
+        page_size = page_size or default_page_size(is_cuda=self.is_cuda)
         pages = requests * math.ceil(tokens / page_size) * page_size
         own = rows * (2 * text.hidden_size + (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim)
         own += rows * 3 * text.intermediate_size if self.moe_layers < text.num_hidden_layers else 0

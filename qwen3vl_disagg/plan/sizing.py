@@ -231,7 +231,7 @@ def plan_split(place: Place, workload: Workload, dtype: str) -> Split:
         -(-running // place.num_language),
         each,
         min(workload.prompt_tokens, settings.max_prefill_tokens),
-        settings.page_size,
+        room.page_size,
     )
     for role in (encode_memory, language_memory):
         role["process"] = place.hardware.reserved_bytes
@@ -244,7 +244,7 @@ def plan_split(place: Place, workload: Workload, dtype: str) -> Split:
         language_memory=language_memory,
         room=room,
         missing_bytes=_missing(place, sum(encode_memory.values()), sum(language_memory.values()))
-        or max(0, -(-each // settings.page_size) - room.num_pages) * settings.page_size * room.token_bytes,
+        or max(0, -(-each // room.page_size) - room.num_pages) * room.page_size * room.token_bytes,
         running=running,
         first_token_s=sum(times.stages_s.values()),
         loaded_first_token_s=times.loaded_first_token_s(running),

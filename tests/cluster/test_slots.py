@@ -155,6 +155,17 @@ def test_a_rank_that_cannot_fit_is_not_tried_again(tmp_path, scenario, status, w
         assert len(job.pids("slot", "lost")) == num_lost, "told where there is a hub to be told"
 
 
+def test_a_rank_without_its_gpu_says_so_in_a_line_and_is_forked_again(tmp_path):
+    with Job(tmp_path, "lost") as job:
+        assert job.wait(20) == 0
+        assert len(job.pids("encode")) == 2
+        lines = [line for line in job.said().splitlines() if "encode" in line]
+        assert len(lines) == 2, lines
+        assert "the GPU is lost to this process: CUDA error" in lines[0]
+        assert "exit 1; starting it again" in lines[1]
+        assert "Traceback" not in job.said()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_group_lets_the_frontend_drain_before_the_ranks_leave(tmp_path, number):
     with Job(tmp_path, "first") as job:

@@ -21,7 +21,7 @@ def llm() -> LLM:
 
 
 def test_an_answer_ends_where_there_is_no_room_left(llm):
-    assert llm.engine.scheduler.pool.num_pages * llm.engine.options.page_size == NUM_TOKENS
+    assert llm.engine.scheduler.pool.num_pages * llm.engine.scheduler.pool.page_size == NUM_TOKENS
     sampling = llm.processor.generation.sampling(ignore_eos=True)
     [result] = llm.chat([[{"role": "user", "content": "?"}]], sampling)
     assert result.finish_reason == "length"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +12,7 @@ from qwen3vl_disagg.model import PagedBatch, flex
 from qwen3vl_disagg.protocol.messages import Tokens
 from tests.support.engine import make_engine, make_requests, run, token_ids
 from tests.support.flex import random_step, reference
-from tests.support.random_model import random_language_model, small_config
+from tests.support.random_model import cuda_config, random_language_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -25,13 +23,6 @@ def graphs() -> int:
     from torch._dynamo.utils import counters  # seconds of every worker that collects this file
 
     return counters["stats"]["unique_graphs"]
-
-
-def cuda_config():
-    """Heads and experts as wide as the matrix units want them."""
-    config = small_config()
-    text = replace(config.text, head_dim=16, mrope_section=(4, 2, 2), moe_intermediate_size=32)
-    return replace(config, text=text)
 
 
 def cuda_model():

@@ -8,8 +8,9 @@ import pytest
 
 from qwen3vl_disagg.cluster.rendezvous import World
 from qwen3vl_disagg.core.errors import InputError
+from qwen3vl_disagg.launch.join import run_slot as run_joining_slot
 from qwen3vl_disagg.launch.serve import run_slot
-from qwen3vl_disagg.options import ServeOptions
+from qwen3vl_disagg.options import JoinOptions, ServeOptions
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,11 @@ from qwen3vl_disagg.options import ServeOptions
 def test_chunks_that_cannot_be(options, named):
     with pytest.raises(InputError, match=named):
         run_slot(ServeOptions(**options), World())
+
+
+@pytest.mark.parametrize(("gpus", "problem"), [("0,1", "2 GPUs for 1 ranks"), ("a", "must be the numbers")])
+def test_gpus_that_cannot_be(gpus, problem):
+    with pytest.raises(InputError, match=problem):
+        run_slot(ServeOptions(gpus=gpus), World())
+    with pytest.raises(InputError, match=problem):
+        run_joining_slot(JoinOptions(join="127.0.0.1:9", token="t", gpus=gpus), World())

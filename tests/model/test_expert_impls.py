@@ -8,13 +8,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model import ForwardBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.config import TextConfig
 from qwen3vl_disagg.model.kernels import use_kernels
-from qwen3vl_disagg.model.moe import EXPERT_IMPLS, DispatchPlan, Experts, SparseMoe, run_experts_loop, takes_grouped_mm
+from qwen3vl_disagg.model.moe import (
+    EXPERT_IMPLS,
+    DispatchPlan,
+    Experts,
+    SparseMoe,
+    run_experts_loop,
+    run_gathered,
+    takes_grouped_mm,
+    used_experts,
+)
 from qwen3vl_disagg.model.quantized import QuantizedExperts
 from qwen3vl_disagg.parallel.dispatch import ExpertDispatcher
 from tests.support.random_model import random_language_model, small_config
@@ -93,7 +104,8 @@ def test_any_sizes_quantized(weight_dtype, hidden, width, is_compiled):
 @pytest.mark.parametrize("weight_dtype", [None, torch.int8, torch.float8_e4m3fn])
 def test_where_the_compiler_looks_into_grouped_mm_it_gets_what_that_takes(dtype, hidden, is_taken, weight_dtype):
     """The meta device has the checks that tracing for CUDA meets: bfloat16 alone, and strides of 16 bytes. What they
-    refuse has to stay outside of the graph."""
+    refuse has to stay outside of the graph, as does what chooses the experts to dequantize."""
+    is_taken = is_taken and weight_dtype is None
     with torch.device("meta"):
         experts = Experts(text_config(hidden, 24)).requires_grad_(False).to(dtype)
         if weight_dtype is not None:
@@ -109,6 +121,38 @@ def test_where_the_compiler_looks_into_grouped_mm_it_gets_what_that_takes(dtype,
     assert (out.shape, out.dtype) == (x.shape, dtype)
     assert any("grouped_mm" in name for name in seen) == is_taken
     assert any("experts" in name for name in seen) == (not is_taken)
+
+
+@settings(max_examples=60)
+@given(
+    num_tokens=st.integers(0, 7),
+    num_choices=st.integers(1, 4),
+    num_experts=st.integers(1, 6),
+    seed=st.integers(0, 999),
+)
+def test_without_asking_which_experts_have_rows(num_tokens, num_choices, num_experts, seed):
+    """As the loop: by copies of matrices, and among the experts that can be used alone. Choices from one expert more
+    than there are, which are remote; one that nobody chose holds NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_tokens, 8, generator=generator)
+    ids = torch.randint(0, num_experts + 2, (num_tokens, num_choices), generator=generator)
+    weights = torch.rand(num_tokens, num_choices, generator=generator)
+    gate_up = torch.randn(num_experts, 12, 8, generator=generator)
+    down = torch.randn(num_experts, 8, 6, generator=generator)
+    expected = run_experts_loop(x, weights, ids, gate_up, down)
+    used, places = used_experts(ids, num_experts)
+    assert len(used) == min(num_experts, ids.numel())
+    is_here = ids < num_experts
+    assert torch.equal(used[places[is_here]], ids[is_here])
+    assert (places[~is_here] == len(used)).all()
+    if not len(used):
+        return
+    for poisoned in set(range(num_experts)) - set(ids.flatten().tolist()) - set(used.tolist()):
+        gate_up[poisoned] = down[poisoned] = math.nan
+    among_used = run_experts_loop(x, weights, places, gate_up[used], down[used])
+    torch.testing.assert_close(among_used, expected, rtol=1e-5, atol=1e-5)
+    gathered = run_gathered(x, weights, ids, num_experts, lambda numbers: (gate_up[numbers], down[numbers]))
+    torch.testing.assert_close(gathered, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])

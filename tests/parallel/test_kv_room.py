@@ -41,7 +41,7 @@ def step_bytes(model: SizedModel, ranks: int, settings: EngineSettings) -> float
 
 def test_a_card_by_hand():
     free, total = 100 * GIB, 141e9
-    expected = int(free - 0.1 * total - step_bytes(B30, 6, AUTO)) // (16 * TOKEN)
+    expected = int(free - 0.1 * total - step_bytes(B30, 6, AUTO)) // (64 * TOKEN)
     assert kv_room(B30, AUTO, free_bytes=free, total_bytes=total, num_language=6).num_pages == expected
     # Nothing is left: one page, so that the engine stands, and says of each request how much too long it is.
     assert kv_room(B30, AUTO, free_bytes=GIB, total_bytes=total).num_pages == 1
@@ -118,8 +118,8 @@ def test_plan_and_dry_run_say_the_same(monkeypatch, capsys):
 def test_a_plan_runs_no_more_than_there_is_room_for():
     options = PlanOptions(preset="30b-a3b", gpus=8, kv_cache_gib=1.0, concurrency=100, visual_tokens=1024)
     for split in make_report(options).splits:
-        assert split.room.num_pages == GIB // (16 * TOKEN)
-        assert split.running == split.language * (split.room.num_pages // 84)  # 1,344 tokens each
+        assert split.room.num_pages == GIB // (64 * TOKEN)
+        assert split.running == split.language * (split.room.num_pages // 21)  # 1,344 tokens each
     tight = make_report(replace(options, visual_tokens=IMAGE_ROWS))
     assert all(split.missing_bytes > 0 for split in tight.splits)
 

@@ -57,9 +57,9 @@ def test_30b_on_six_language_ranks():
     assert MODEL.replicated_bytes() == 2 * (2 * 151936 * 2048 + attention + 48 * 128 * 2048 + norms)
     memory = MODEL.language_memory(6, requests=6, tokens=1088 + 256, rows=1088)
     assert memory["experts"] == 9_965_666_304
-    # Keys and values: 2 x 48 layers x 4 heads x 128 x 2 bytes a token; 1,344 tokens are 84 pages of 16.
-    assert memory["keys and values"] == 6 * 84 * 16 * 98_304
-    assert MODEL.language_memory(6, requests=1, tokens=17, rows=1)["keys and values"] == 32 * 98_304
+    # Keys and values: 2 x 48 layers x 4 heads x 128 x 2 bytes a token; 1,344 tokens are 21 pages of 64.
+    assert memory["keys and values"] == 6 * 21 * 64 * 98_304
+    assert MODEL.language_memory(6, requests=1, tokens=65, rows=1)["keys and values"] == 128 * 98_304
 
 
 @pytest.mark.parametrize("name", PRESETS)

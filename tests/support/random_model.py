@@ -1,5 +1,7 @@
 """Small random models for tests that need tensors but no oracle."""
 
+from dataclasses import replace
+
 import torch
 
 from qwen3vl_disagg.model import (
@@ -51,6 +53,13 @@ def small_config(*, levels: int = 2) -> ModelConfig:
         tie_word_embeddings=False,
         dtype="float32",
     )
+
+
+def cuda_config() -> ModelConfig:
+    """`small_config` with heads and experts as wide as the matrix units of a GPU want them."""
+    config = small_config()
+    text = replace(config.text, head_dim=16, mrope_section=(4, 2, 2), moe_intermediate_size=32)
+    return replace(config, text=text)
 
 
 def _randomize(module: torch.nn.Module, seed: int) -> None:

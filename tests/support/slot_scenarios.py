@@ -14,7 +14,7 @@ from typing import Any
 from qwen3vl_disagg.cluster import slots as slots_module
 from qwen3vl_disagg.cluster.job_memory import JobMemory, Use
 from qwen3vl_disagg.cluster.slots import Child, Slot, die_with_parent
-from qwen3vl_disagg.core.errors import Dismissed, HandshakeError, HubGone, InputError
+from qwen3vl_disagg.core.errors import DeviceLost, Dismissed, HandshakeError, HubGone, InputError
 from qwen3vl_disagg.core.logs import start_logging
 
 LOG = Path()
@@ -58,7 +58,7 @@ def told(name: str) -> int:
     return 0
 
 
-def raising(error: Exception, name: str) -> int:
+def raising(error: BaseException, name: str) -> int:
     note(name, "up")
     raise error
 
@@ -75,6 +75,15 @@ def useful(name: str) -> int:
     if number < 4:
         use.mark()
     return 5
+
+
+def lost(name: str) -> int:
+    """Its GPU is gone, the first time."""
+    number = LOG.read_text().count(name)
+    note(name, "up")
+    if number == 0:
+        raise DeviceLost("the GPU is lost to this process: CUDA error: an illegal memory access")
+    return 0
 
 
 def vanished(name: str) -> int:
@@ -126,6 +135,7 @@ def slots() -> dict[str, Slot]:
         "input": refused(InputError("no such thing")),
         "gone": refused(HubGone("no hub within 30 s")),
         "dismissed": refused(Dismissed("the job is going down")),
+        "lost": Slot([child("encode", lost)]),
         "told": Slot([child("frontend", told, takes_signals=True), rank], on_told=lambda: note("slot", "told")),
         "alone": Slot([child("frontend", told, takes_signals=True), child("encode", sleeper)], leave_s=0.5),
         "far": Slot([rank], on_stop=lambda: Path(f"{LOG}.stop").touch()),
