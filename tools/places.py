@@ -29,8 +29,8 @@ from qwen3vl_disagg.core.errors import DisaggError, InputError, report
 from tools.bench_served import REPO
 from tools.places_parts.answers import Answers, read_answers, wide_folder
 from tools.places_parts.questions import Question, questions
-from tools.places_parts.routes import ROUTES
-from tools.places_parts.verdicts import conclude
+from tools.places_parts.routes import ROUTES, Taken
+from tools.places_parts.verdicts import Said, conclude
 
 ORACLE_S = 3600.0
 MAX_QUESTIONS = 100_000
@@ -93,6 +93,9 @@ def expected(path: Path, folder: Path, asked: list[Question], options: PlacesOpt
 
 def run(options: PlacesOptions, names: list[str]) -> dict[str, Any]:
     """All routes, one after another, on the small checkpoint with room for larger pictures."""
+    import torch
+
+    torch.set_num_threads(1)
     asked = list(questions(options.seed, options.questions))
     dtypes = sorted({ROUTES[name].dtype for name in (names if options.answers is None else ROUTES)})
     with tempfile.TemporaryDirectory(prefix="places-") as temporary:
@@ -114,7 +117,10 @@ def run(options: PlacesOptions, names: list[str]) -> dict[str, Any]:
 
 def take(name: str, folder: Path, asked: list[Question], answers: Answers, options: PlacesOptions) -> dict[str, Any]:
     route, started = ROUTES[name], time.monotonic()
-    taken = route.take(folder, asked)
+    try:
+        taken = route.take(folder, asked)
+    except RuntimeError as error:  # the server did not come up
+        taken = Taken([Said(trouble="not asked")] * len(asked), str(error))
     found = conclude(asked, taken.answers, answers.answers[route.dtype], route.bound)
     found |= {"seconds": round(time.monotonic() - started, 1), "note": taken.note, "not taken": taken.trouble}
     found["ok"] = not taken.trouble and found["wrong" if route.is_exact else "unanswered"] == 0

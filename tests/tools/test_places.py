@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -175,7 +174,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(folder, asked):
-    torch.set_num_threads(1)
     return answer_all(folder, asked, ["float32"])
 
 

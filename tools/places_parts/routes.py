@@ -55,13 +55,10 @@ class Route:
 
 
 def in_process(folder: Path, asked: Sequence[Question], *, dtype: str = "float32", quantize: str = "none") -> Taken:
-    import torch
-
     from qwen3vl_disagg import LLM
     from qwen3vl_disagg.core.errors import DisaggError
     from qwen3vl_disagg.core.requests import SamplingParams
 
-    torch.set_num_threads(1)
     llm = LLM(folder, dtype=dtype, quantize=quantize, image_resize="pillow", progress=False)
     sampling = SamplingParams(max_new_tokens=MAX_TOKENS)
     results = llm.chat_each([question.messages() for question in asked], sampling)
