@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from qwen3vl_disagg.assets.drawing import COLOUR_RGB, SHAPE_NAMES, draw_shape
+from qwen3vl_disagg.assets.drawing import COLOUR_RGB, NATIVE_SIZES, SHAPE_NAMES, draw_shape
 from qwen3vl_disagg.assets.scenes import PLACES
 
 SIZES = (
-    *((128, 128), (160, 128), (128, 160)),  # those that the small checkpoint was trained on
+    *NATIVE_SIZES,
     *((176, 112), (97, 143), (131, 129), (320, 96), (200, 121)),
     *((333, 217), (256, 256), (240, 352), (400, 250)),
     *((640, 400), (512, 768)),  # larger than a folder of `wide_folder` lets them stay
@@ -25,6 +25,8 @@ SCALE = 1000
 ROLES = {"button": 4, "text box": 2, "check mark": 2, "icon": 5}
 """What is in a cell, and how often of all of them; nothing as often as EMPTY."""
 EMPTY = 3
+KNOWN = 0.4
+"""So many screens have icons alone and a size of those that the small checkpoint was trained on."""
 LABELS = (
     *("Save", "Open", "Close", "Cancel", "OK", "Print", "Search", "Send", "Reply", "Undo", "Redo", "Copy"),
     *("Paste", "Help", "Next", "Back", "Name", "E-mail", "Password", "Wrap", "Sound", "Zoom in", "Zoom out", "Log off"),
@@ -78,25 +80,27 @@ class Screen:
 
 def draw_screen(rng: random.Random) -> Screen:
     """An RGB picture with at least one element and one icon."""
-    size = width, height = rng.choice(SIZES)
+    is_known = rng.random() < KNOWN
+    size = width, height = rng.choice(NATIVE_SIZES if is_known else SIZES)
     shade = rng.randint(225, 250)
     image = Image.new("RGB", size, (shade, shade, min(255, shade + rng.randint(0, 5))))
     pen = ImageDraw.Draw(image)
     bar = height * rng.uniform(0.04, 0.1)
     pen.rectangle((0, 0, width, bar), fill=(70, 90, rng.randint(100, 160)))
     pen.rectangle((width - 0.9 * bar, 0.1 * bar, width - 0.1 * bar, 0.9 * bar), fill=(200, 60, 60))
-    elements = _place_elements(rng, (0.0, bar, float(width), float(height)))
+    roles = {"icon": sum(ROLES.values())} if is_known else ROLES
+    elements = _place_elements(rng, (0.0, bar, float(width), float(height)), roles)
     for element in elements:
         _draw_element(pen, element, rng)
     return Screen(image, tuple(elements))
 
 
-def _place_elements(rng: random.Random, area: Box) -> list[Element]:
+def _place_elements(rng: random.Random, area: Box, often: dict[str, int]) -> list[Element]:
     left, top, right, bottom = area
     width, height = (right - left) / 3, (bottom - top) / 3
     labels = rng.sample(LABELS, 9)
     icons = rng.sample([f"{colour} {shape}" for colour in COLOUR_RGB for shape in SHAPE_NAMES], 9)
-    roles: list[str | None] = rng.choices([*ROLES, None], [*ROLES.values(), EMPTY], k=8)
+    roles: list[str | None] = rng.choices([*often, None], [*often.values(), EMPTY], k=8)
     roles.insert(rng.randrange(9), "icon")
     found = []
     for cell, role in enumerate(roles):
