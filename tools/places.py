@@ -3,8 +3,8 @@
     python tools/places.py --questions 1000 --answers places.json
     python tools/places.py --questions 100 --routes llm,one-plus-one,hit --json
 
-Ends with status 0 where every answer of every route is the oracle's, or parts from it in a near tie; 1 otherwise, and
-where a route was not taken; 2 for bad arguments. docs/chaos.md says what the routes are.
+Ends with status 0 where no answer of any route is wrong: each is the oracle's, or parts from it in a near tie. 1
+otherwise, and where a route was not taken; 2 for bad arguments. docs/chaos.md says what the routes are.
 """
 
 from __future__ import annotations
@@ -131,8 +131,12 @@ def take(name: str, folder: Path, asked: list[Question], answers: Answers, optio
 
 
 def line_of(found: dict[str, Any], *, is_exact: bool, bound: float) -> str:
-    counts = f"{found['asked']} asked, {found['equal']} equal, {found['near ties']} near ties (within {bound:g}), "
-    counts += f"{found['wrong']} {'wrong' if is_exact else 'others'}, {found['different texts']} different texts"
+    near = f"{found['near ties']} near ties (within {bound:g})"
+    near += f", {found['as float32']} as float32" if found["as float32"] else ""
+    wrong = f"{found['wrong']} {'wrong' if is_exact else 'others'}"
+    counts = (
+        f"{found['asked']} asked, {found['equal']} equal, {near}, {wrong}, {found['different texts']} different texts"
+    )
     notes = [f"{found['seconds']} s", found["note"], found["not taken"] and f"NOT TAKEN: {found['not taken']}"]
     return f"{counts}; {', '.join(note for note in notes if note)}"
 

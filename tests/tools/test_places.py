@@ -125,6 +125,14 @@ def test_verdicts(verdict, text, token_ids, bound):
     assert judge(Said(text, token_ids), EXPECTED, bound) == verdict
 
 
+def test_who_says_what_float32_says_is_right_where_the_oracle_leaves_it():
+    """In bfloat16 it took 3, of which float32 says 3.0 where the best one, 1, has 5.0."""
+    expected = Answer("cd", [3, 8], [[(1, 5.0), (4, 4.9), (3, 3.0)], [(8, 5.0)]])
+    said = [Said("ab", [1, 2]), Said("x", [4, 2]), Said("ab", [1, 2], "no hit")]
+    assert [judge(one, expected, 0.5) for one in said] == ["as float32", "wrong", "wrong"]
+    assert judge(said[1], expected, 2.0) == "near ties"
+
+
 def test_who_did_not_take_the_route_is_wrong():
     for said in (Said("ab", [1, 2, 9], "no hit"), Said("cd", [3, 7, 7], "no hit"), Said(trouble="404")):
         assert judge(said, EXPECTED, 1.0) == "wrong"

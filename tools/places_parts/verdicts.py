@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from tools.places_parts.answers import Answer
 from tools.places_parts.questions import Question
 
-VERDICTS = ("equal", "near ties", "wrong")
+VERDICTS = ("equal", "near ties", "as float32", "wrong")
 SHOWN = 5
 
 
@@ -25,8 +26,9 @@ class Said:
 def judge(said: Said, expected: Answer, bound: float) -> str:
     """One of VERDICTS.
 
-    A near tie: where the tokens part, the logits of both are within `bound` of the float32 oracle's best one, and what
-    follows is not compared. An end that comes earlier or later is a token, too.
+    Where the tokens part, what follows is not compared. A near tie: there the logits of both are within `bound` of the
+    float32 oracle's best one. As float32: there the answer has that best one, and the oracle in its dtype has not (an
+    expert that is as good as another is enough for it). An end that comes earlier or later is a token, too.
     """
     if said.token_ids == expected.token_ids:
         return "equal" if said.text == expected.text and not said.trouble else "wrong"
@@ -34,9 +36,13 @@ def judge(said: Said, expected: Answer, bound: float) -> str:
     at = next((n for n, (mine, theirs) in enumerate(both) if mine != theirs), None)
     if at is None or said.trouble:
         return "wrong"
-    values, best = dict(expected.best[at]), expected.best[at][0][1]
-    near = [best - values.get(ids[at], float("-inf")) <= bound for ids in (said.token_ids, expected.token_ids)]
-    return "near ties" if all(near) else "wrong"
+    best = expected.best[at][0][1]
+    mine, theirs = (
+        best - dict(expected.best[at]).get(ids[at], -math.inf) for ids in (said.token_ids, expected.token_ids)
+    )
+    if max(mine, theirs) <= bound:
+        return "near ties"
+    return "as float32" if mine == 0 else "wrong"
 
 
 def conclude(
