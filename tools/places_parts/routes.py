@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
 import time
 import urllib.error
 from collections.abc import Callable, Sequence
@@ -22,14 +23,20 @@ from tools.places_parts.questions import MAX_TOKENS, Question
 from tools.places_parts.verdicts import Said
 
 CLIENTS = 8
+DEADLINE_S = 300.0
 METRICS_S = 3.0
 """Ranks tell their counts every second."""
-FEW_PAGES = ("--page-size", "4", "--kv-cache-gib", "0.001", "--max-running", "8", "--prefix-cache", "off")
-"""Room for about 500 tokens: of eight that run some have to go again. Nothing that is computed again is found."""
+FEW_PAGES = ("--page-size", "1", "--kv-cache-gib", "0.001", "--max-running", "16", "--prefix-cache", "off")
+"""Room for about 520 tokens, a page each. What is computed again is not found."""
+LONG = {
+    "messages": [{"role": "user", "content": "List all cells."}],
+    "temperature": 0,
+    "max_tokens": 120,
+    "ignore_eos": True,
+}
+"""What comes before the questions and wants a page with each token: it takes those of the last that came."""
 
 Ask = Callable[[Served, Question], Said]
-Proof = Callable[[Served], str]
-"""Why the route was not taken, if it was not."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,11 @@ def served(
     encode: int,
     options: Sequence[str] = (),
     ask: Ask = ask_once,
+    beside: dict[str, Any] | None = None,
 ) -> Taken:
-    """By CLIENTS at once. RuntimeError if the server does not come up."""
+    """By CLIENTS at once. `beside`: another client asks this all the time. RuntimeError if the server does not come up,
+    or has no answer for that client."""
+    is_over = threading.Event()
 
     def answer(question: Question) -> Said:
         try:
@@ -135,19 +145,32 @@ def served(
         except (OSError, http.client.HTTPException, KeyError, ValueError) as error:
             return Said(trouble=repr(error))
 
+    def keep_asking() -> None:
+        try:
+            while not is_over.is_set():
+                server.post(json.dumps(beside).encode())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise RuntimeError(f"the client beside the others: {error!r}") from None
+
     fixed = ["--model", str(folder), "--dtype", "float32", "--image-resize", "pillow"]
     with (
         Served(world, [*fixed, "--encode-ranks", str(encode), *options]) as server,
-        ThreadPoolExecutor(CLIENTS) as pool,
+        ThreadPoolExecutor(CLIENTS + (beside is not None)) as pool,
     ):
-        answers = list(pool.map(answer, asked))
+        other = None if beside is None else pool.submit(keep_asking)
+        try:
+            answers = list(pool.map(answer, asked))
+        finally:
+            is_over.set()
+        if other is not None:
+            other.result(DEADLINE_S)
         time.sleep(METRICS_S)
         preempted = metric(server, "q3vl_num_preemptions_total")
     return Taken(answers, note=f"{preempted:.0f} preemptions")
 
 
 def preempted(folder: Path, asked: Sequence[Question]) -> Taken:
-    taken = served(folder, asked, world=2, encode=1, options=FEW_PAGES)
+    taken = served(folder, asked, world=2, encode=1, options=FEW_PAGES, beside=LONG)
     trouble = "nothing was preempted" if taken.note.startswith("0 ") else ""
     return Taken(taken.answers, trouble, taken.note)
 
