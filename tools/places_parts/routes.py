@@ -31,10 +31,11 @@ FEW_PAGES = ("--page-size", "1", "--kv-cache-gib", "0.001", "--max-running", "16
 LONG = {
     "messages": [{"role": "user", "content": "List all cells."}],
     "temperature": 0,
-    "max_tokens": 120,
+    "max_tokens": 200,
     "ignore_eos": True,
 }
-"""What comes before the questions and wants a page with each token: it takes those of the last that came."""
+"""What comes before some questions and wants a page with each token: it takes those of the last that came."""
+NUM_LONG = 3
 
 Ask = Callable[[Served, Question], Said]
 
@@ -131,10 +132,10 @@ def served(
     encode: int,
     options: Sequence[str] = (),
     ask: Ask = ask_once,
-    beside: dict[str, Any] | None = None,
+    num_long: int = 0,
 ) -> Taken:
-    """By CLIENTS at once. `beside`: another client asks this all the time. RuntimeError if the server does not come up,
-    or has no answer for that client."""
+    """By CLIENTS at once, beside `num_long` others that ask LONG all the time. RuntimeError if the server does not come
+    up, or has no answer for one of these."""
     is_over = threading.Event()
 
     def answer(question: Question) -> Said:
@@ -148,21 +149,21 @@ def served(
     def keep_asking() -> None:
         try:
             while not is_over.is_set():
-                server.post(json.dumps(beside).encode())
+                server.post(json.dumps(LONG).encode())
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise RuntimeError(f"the client beside the others: {error!r}") from None
+            raise RuntimeError(f"a long answer: {error!r}") from None
 
     fixed = ["--model", str(folder), "--dtype", "float32", "--image-resize", "pillow"]
     with (
         Served(world, [*fixed, "--encode-ranks", str(encode), *options]) as server,
-        ThreadPoolExecutor(CLIENTS + (beside is not None)) as pool,
+        ThreadPoolExecutor(CLIENTS + num_long) as pool,
     ):
-        other = None if beside is None else pool.submit(keep_asking)
+        others = [pool.submit(keep_asking) for _ in range(num_long)]
         try:
             answers = list(pool.map(answer, asked))
         finally:
             is_over.set()
-        if other is not None:
+        for other in others:
             other.result(DEADLINE_S)
         time.sleep(METRICS_S)
         preempted = metric(server, "q3vl_num_preemptions_total")
@@ -170,7 +171,7 @@ def served(
 
 
 def preempted(folder: Path, asked: Sequence[Question]) -> Taken:
-    taken = served(folder, asked, world=2, encode=1, options=FEW_PAGES, beside=LONG)
+    taken = served(folder, asked, world=2, encode=1, options=FEW_PAGES, num_long=NUM_LONG)
     trouble = "nothing was preempted" if taken.note.startswith("0 ") else ""
     return Taken(taken.answers, trouble, taken.note)
 
