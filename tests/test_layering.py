@@ -245,8 +245,10 @@ def test_nothing_is_pickled():
 
 def test_the_oracle_stays_in_the_tests():
     found = [use for folder in SOURCES for use in uses(ROOT, folder, "transformers")]
-    measured_against = {"tools/bench_contestants/hf_transformers.py", "tools/acceptance/clients/lm_eval.py"}
-    measured_against.add("tools/gpu_steps/oracle.py")
+    measured_against = {
+        *("tools/bench_contestants/hf_transformers.py", "tools/acceptance/clients/lm_eval.py"),
+        *("tools/gpu_steps/oracle.py", "tools/places_parts/oracle.py"),
+    }
     assert {use.split(":")[0] for use in found} == measured_against
 
 

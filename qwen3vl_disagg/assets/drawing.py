@@ -53,11 +53,11 @@ def draw_scene(scene: Sequence[tuple[str, str] | None], size: tuple[int, int], r
         x = width * (i % 3 + 0.5) / 3 + rng.uniform(-slack, slack)
         y = height * (i // 3 + 0.5) / 3 + rng.uniform(-slack, slack)
         rgb = tuple(min(255, max(0, value + rng.randint(-18, 18))) for value in COLOUR_RGB[colour])
-        _draw_shape(draw, shape, x, y, radius, rgb)
+        draw_shape(draw, shape, x, y, radius, rgb)
     return image
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, rgb: tuple[int, ...]) -> None:
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, rgb: tuple[int, ...]) -> None:
     if shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=rgb)
     elif shape == "square":

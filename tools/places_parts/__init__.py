@@ -1,0 +1,1 @@
+"""What `tools/places.py` is made of: drawn screens, the oracle's answers, the routes, and verdicts."""
