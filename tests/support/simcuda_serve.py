@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from qwen3vl_disagg.cluster.rendezvous import RankContext
 from qwen3vl_disagg.cluster.slots import leave_process
