@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: its kernels are tested where it is", allow_module_level=True)
@@ -20,11 +22,12 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 from qwen3vl_disagg.kernels import gpu
-from qwen3vl_disagg.model.moe import run_experts_triton
+from qwen3vl_disagg.model.moe import Dispatcher, SparseMoe, run_experts_triton
 
 gpu.register()
 
 from tests.support import expert_kernels as checks  # noqa: E402 - needs the operators
+from tests.support.random_model import small_config  # noqa: E402
 from tests.support.triton_interpreter import rounding  # noqa: E402
 
 OPS = torch.ops.q3vl
@@ -51,7 +54,9 @@ def conversions_as_on_a_gpu(monkeypatch):
 def holds(name: str, count: int, op=None, phases=tuple(Phase)) -> None:
     check, made = CHECKS[name]
 
-    @settings(max_examples=count, deadline=None, derandomize=True, database=None, phases=phases)
+    @settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, phases=phases, report_multiple_bugs=False
+    )
     @given(data=st.data())
     def run(data):
         check(data.draw, op or made())
@@ -108,6 +113,56 @@ def test_a_planted_bug_is_caught(file, good, bad, check, tmp_path):
     with pytest.raises(BaseException, match=r"differ|ids|tokens|places|ends|loop|index|Error") as caught:
         holds(check, 60, getattr(module, f"gpu_{file}"), (Phase.generate,))
     assert not isinstance(caught.value, (KeyboardInterrupt, SystemExit))
+
+
+class Names(TorchDispatchMode):
+    """Operators of ours that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        space, _, name = func._schema.name.partition("::")
+        self.seen |= {name} if space == "q3vl" else set()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("rows", "names"),
+    [
+        (0, {"gpu_route", "gpu_few_rows"}),
+        (gpu.MAX_FEW_ROWS, {"gpu_route", "gpu_few_rows"}),
+        (gpu.MAX_FEW_ROWS + 1, {"gpu_route", "gpu_order", "gpu_swiglu", "gpu_combine"}),
+    ],
+)
+def test_a_layer_takes_them_where_they_are_on(rows, names, monkeypatch):
+    """As on CUDA: nothing but where a tensor lies is different here. And not otherwise."""
+    text = replace(small_config().text, moe_intermediate_size=24)
+    torch.manual_seed(0)
+    layer = SparseMoe(text).bfloat16().requires_grad_(False)
+    x = torch.randn(rows, text.hidden_size).bfloat16()
+    with Names() as off:
+        expected = layer(x)
+    assert not {name for name in off.seen if name.startswith("gpu_")}
+    monkeypatch.setattr(gpu, "takes", lambda x: x.dtype == torch.bfloat16)
+    with Names() as on:
+        actual = layer(x)
+    assert on.seen == names
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=4e-2)
+    layer.experts.impl = "loop"
+    with Names() as loop:
+        layer(x)
+    assert loop.seen == {"gpu_route"}, "who asks for the reference gets it"
+
+
+def test_experts_of_several_ranks_are_always_sorted(monkeypatch):
+    """The rows of all ranks come together, and a graph does not know whether they are few."""
+    monkeypatch.setattr(gpu, "takes", lambda x: x.dtype == torch.bfloat16)
+    experts = SparseMoe(replace(small_config().text, moe_intermediate_size=24)).bfloat16().experts
+    assert experts.takes_few_rows(experts.down_proj)
+    experts.dispatcher = type("Spread", (Dispatcher,), {})()
+    assert not experts.takes_few_rows(experts.down_proj)
 
 
 def arguments() -> dict[str, tuple]:

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 from qwen3vl_disagg.model import flex, moe, paged, quantized, vision
 
@@ -105,7 +104,7 @@ class SimTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        watch = next(x.watch for x in tree_flatten((args, kwargs))[0] if isinstance(x, SimTensor))
+        watch = next(x.watch for x in _tensors(args, kwargs or {}) if isinstance(x, SimTensor))
         return _run(watch, func, args, kwargs or {})
 
 
@@ -116,10 +115,26 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """`func`, or what stands for it where a tensor of the device is among the arguments."""
     stand_in = _METHODS.get(func)
     if stand_in is not None:
-        sim = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, SimTensor)), None)
+        sim = next((x for x in _tensors(args, kwargs) if isinstance(x, SimTensor)), None)
         if sim is not None:
             return stand_in(sim.watch, *args, **kwargs)
     return func(*args, **kwargs)
+
+
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    """Of an operator's arguments, which are no deeper than lists."""
+    found: list[Tensor] = []
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, (list, tuple)):
+            found += [y for y in x if isinstance(y, Tensor)]
+    return found
+
+
+def _elems(x: Any) -> Any:
+    """`_elem` of what is in lists and tuples, too."""
+    return type(x)(map(_elems, x)) if type(x) in (list, tuple) else _elem(x)
 
 
 def _elem(x: Any) -> Any:
@@ -127,6 +142,8 @@ def _elem(x: Any) -> Any:
 
 
 def _wrapped(watch: Watch, x: Any) -> Any:
+    if type(x) in (list, tuple):
+        return type(x)(_wrapped(watch, y) for y in x)
     return SimTensor(x, watch) if isinstance(x, Tensor) and not isinstance(x, SimTensor) else x
 
 
@@ -140,7 +157,7 @@ def _index(watch: Watch, index: Any) -> Any:
             watch.count(SHAPE)
         elif isinstance(part, (list, Tensor)) and not isinstance(part, SimTensor):
             watch.count(H2D)
-    return tree_map(_elem, index)
+    return _elems(index)
 
 
 def _getitem(watch: Watch, x: Tensor, index: Any) -> Any:
@@ -152,7 +169,7 @@ def _getitem(watch: Watch, x: Tensor, index: Any) -> Any:
 def _setitem(watch: Watch, x: Tensor, index: Any, value: Any) -> None:
     if not isinstance(x, SimTensor):
         watch.count(D2H)
-        x[tree_map(_elem, index)] = _elem(value)
+        x[_elems(index)] = _elem(value)
         return
     if isinstance(value, Tensor) and not isinstance(value, SimTensor) and value.dim():
         watch.count(H2D)
@@ -178,7 +195,7 @@ def _upload_kind(source: Tensor, is_async: bool) -> str:
 
 def _nonzero(watch: Watch, x: SimTensor, *, as_tuple: bool = False) -> Any:
     watch.count(SHAPE)
-    return tree_map(functools.partial(_wrapped, watch), x.elem.nonzero(as_tuple=as_tuple))
+    return _wrapped(watch, x.elem.nonzero(as_tuple=as_tuple))
 
 
 def _no_pointer(watch: Watch, *_: Any) -> Any:
@@ -193,7 +210,7 @@ def _sdpa(watch: Watch, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: A
     watch.sdpa.add(
         (on.flash_sdp_enabled(), on.mem_efficient_sdp_enabled(), on.math_sdp_enabled(), on.cudnn_sdp_enabled())
     )
-    args, kwargs = tree_map(_elem, (args, kwargs))
+    args, kwargs = _elems(args), {name: _elem(x) for name, x in kwargs.items()}
     with _here():
         return SimTensor(F.scaled_dot_product_attention(_elem(q), _elem(k), _elem(v), *args, **kwargs), watch)
 
@@ -215,7 +232,7 @@ _METHODS: dict[Any, Callable[..., Any]] = {
 @contextlib.contextmanager
 def _here() -> Iterator[None]:
     """On the CPU, whatever is simulated around it."""
-    with torch.utils._python_dispatch._disable_current_modes():
+    with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
         yield
 
 
@@ -224,7 +241,7 @@ def _here() -> Iterator[None]:
 
 def _run(watch: Watch, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     space, name = func._schema.name.split("::")
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    tensors = _tensors(args, kwargs)
     sims = [x for x in tensors if isinstance(x, SimTensor)]
     if space == "q3vl" and sims:
         if name not in _OPERATORS:
@@ -234,7 +251,7 @@ def _run(watch: Watch, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     target = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     is_on_device = target.type == "cuda" if target is not None else bool(sims)
     _look(watch, func, name, args, kwargs, tensors, is_on_device)
-    args, kwargs = tree_map(_elem, (args, kwargs))
+    args, kwargs = _elems(tuple(args)), {name: _elems(x) for name, x in kwargs.items()}
     if target is not None:
         kwargs["device"] = torch.device("cpu")
     kwargs.pop("pin_memory", None)
@@ -243,7 +260,7 @@ def _run(watch: Watch, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         out[int((kwargs.get("offs") if "offs" in kwargs else args[2])[-1]) :] = float("nan")
     if name.endswith("_") and not name.endswith("__"):
         return tensors[0]
-    return tree_map(functools.partial(_wrapped, watch), out) if is_on_device else out
+    return _wrapped(watch, out) if is_on_device else out
 
 
 def _look(
@@ -321,8 +338,12 @@ class _Functions(TorchFunctionMode):
         self._watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Without an index C++ would ask the device which one.
-        args, kwargs = tree_map(lambda x: DEVICE if x == torch.device("cuda") else x, (args, dict(kwargs or {})))
+        kwargs = dict(kwargs or {})
+        if any(isinstance(x, torch.device) for x in args) or "device" in kwargs:
+            # Without an index C++ would ask the device which one.
+            args = tuple(DEVICE if isinstance(x, torch.device) and x.type == "cuda" else x for x in args)
+            if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+                kwargs["device"] = DEVICE
         is_pinned = kwargs.pop("pin_memory", False)
         if func in (torch.tensor, torch.as_tensor):
             device = kwargs.pop("device", None)

@@ -104,7 +104,7 @@ def launches(calls: Counter[str]) -> dict[str, int]:
     return {
         name: count * KERNELS_OF.get(name, 1)
         for name, count in calls.items()
-        if count > 0 and not name.startswith("q3vl::") and name.partition("::")[2] not in VIEWS
+        if count > 0 and name.startswith(("triton ", "aten::")) and name.partition("::")[2] not in VIEWS
     }
 
 
