@@ -344,7 +344,7 @@ class Hub:
                 case FindStore():
                     await self._tell_store(connection, first.token)
                 case EndJob():
-                    self._give_up({("encode", first.lost), ("language", first.lost)} & self._all_ranks())
+                    self._give_up({key for key in self._all_ranks() if key[1] == first.lost})
                     self.end_job.set()
                 case RankHello():
                     await self._welcome(connection, first)
