@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qwen3vl_disagg.protocol.messages import Beat, Frame
-from qwen3vl_disagg.protocol.payload_time import PayloadPace
+from qwen3vl_disagg.protocol.payload_time import LinkPace
 from qwen3vl_disagg.protocol.session_events import SendFrame
 
 
@@ -21,7 +21,7 @@ class LinkState:
     sent_at: float
     num_sent: int = 0
     num_received: int = 0
-    pace: PayloadPace = field(default_factory=PayloadPace)
+    pace: LinkPace = field(default_factory=LinkPace)
     """Of payloads that came over it."""
 
     def next_seq(self, now: float) -> int:

@@ -20,7 +20,7 @@ LATELY_BYTES = 64 << 20
 
 
 @dataclass(slots=True)
-class PayloadPace:
+class LinkPace:
     """What one link has moved lately, and in which time."""
 
     num_bytes: float = 0.0
@@ -41,6 +41,6 @@ class PayloadPace:
         return max(FLOOR_RATE, self.num_bytes / max(self.seconds, 1e-6) / SLOWER)
 
 
-def moving_s(num_bytes: int, pace: PayloadPace | None = None) -> float:
+def moving_s(num_bytes: int, pace: LinkPace | None = None) -> float:
     """Seconds that so many bytes may take on the way, beside all else."""
     return num_bytes / (FLOOR_RATE if pace is None else pace.least_rate)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.messages import HeaderOk
-from qwen3vl_disagg.protocol.payload_time import FLOOR_RATE, KNOWN_BYTES, LATELY_BYTES, SLOWER, PayloadPace, moving_s
+from qwen3vl_disagg.protocol.payload_time import FLOOR_RATE, KNOWN_BYTES, LATELY_BYTES, SLOWER, LinkPace, moving_s
 from qwen3vl_disagg.protocol.session import RECEIVING
 from qwen3vl_disagg.protocol.session_events import BreakLink, Encoded, SendPayload
 from tests.properties import encode_side
@@ -20,8 +20,8 @@ SIZE = st.integers(0, 1 << 31)
 RATE = st.floats(FLOOR_RATE, 1e11)
 
 
-def paced(*moved: tuple[int, float]) -> PayloadPace:
-    pace = PayloadPace()
+def paced(*moved: tuple[int, float]) -> LinkPace:
+    pace = LinkPace()
     for num_bytes, seconds in moved:
         pace.learn(num_bytes, seconds)
     return pace
@@ -36,7 +36,7 @@ def test_whatever_was_seen_it_is_finite_grows_with_the_size_and_never_asks_for_l
 @given(RATE, st.floats(0, LIMITS.payload_s), st.lists(SIZE, min_size=1, max_size=60))
 def test_a_link_that_is_as_slow_as_ever_is_never_given_up(rate, else_s, sizes):
     """Each payload takes what its bytes take at that rate, and something else as long as is allowed for it."""
-    pace = PayloadPace()
+    pace = LinkPace()
     for num_bytes in sizes:
         seconds = num_bytes / rate + else_s
         assert seconds <= (LIMITS.payload_s + moving_s(num_bytes, pace)) * (1 + 1e-9)
