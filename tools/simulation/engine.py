@@ -142,7 +142,7 @@ class SimEngine:
         text_s = 10.0 * self.world.random() if self.world.random() < 0.3 else 0.0
         pace_s = self.world.rng.choice((0.0, 2.0, 4.0)) if message.keep_as else 0.0
         sequence = self.known[message.request_id] = _Sequence(message, text_s=text_s, pace_s=pace_s)
-        if message.keep_as and self.world.random() < 0.25:
+        if message.keep_as and self.world.random() < 0.1:
             sequence.fails_at = self.world.now + 3.0 + 10.0 * self.world.random()
 
     def _remove(self, request_id: str) -> None:
@@ -250,6 +250,11 @@ class SimEngine:
                 self._consume(sequence, window)
         self._is_stepping = False
         self._wake()
+
+    def may_fail(self, request_id: str) -> None:
+        """It has been adopted, and a step of it may fail all the same."""
+        if request_id in self.known and self.world.random() < 0.4:
+            self.known[request_id].fails_at = self.world.now + 4.0 * self.world.random()
 
     def _fail(self, request_id: str) -> None:
         """A step has failed, and the request with it."""

@@ -313,6 +313,7 @@ class SimLanguage:
             case Adopt():
                 with checks_of_kept.adopting(message):
                     self.book.adopt(message, now)
+                self.engine.may_fail(message.request_id)
             case Assign():
                 self.handle(message)
             case Cancel(sample=None):
