@@ -13,9 +13,10 @@ from tests.support.scenes import Asked
 from tests.support.server import Server
 
 
-def ask(server: Server, entry: Asked) -> tuple[int | str, Any]:
+def ask(server: Server, entry: Asked, timeout_s: float = 120.0) -> tuple[int | str, Any]:
+    """Status and body; `gone` and the error where the connection broke, or nothing came for so long."""
     try:
-        return server.chat(entry.content())
+        return server.chat(entry.content(), timeout_s)
     except (OSError, http.client.HTTPException) as error:
         return "gone", error
 
@@ -23,8 +24,8 @@ def ask(server: Server, entry: Asked) -> tuple[int | str, Any]:
 class Asking:
     """Clients that go on asking until the block ends; `answers` are (question, asked at, status, body, seconds)."""
 
-    def __init__(self, server: Server, asked: list[Asked], at_once: int = 6) -> None:
-        self._server, self._asked, self._at_once = server, asked, at_once
+    def __init__(self, server: Server, asked: list[Asked], at_once: int = 6, timeout_s: float = 120.0) -> None:
+        self._server, self._asked, self._at_once, self._timeout_s = server, asked, at_once, timeout_s
         self._stopping = threading.Event()
         self._pool = ThreadPoolExecutor(at_once)
         self.answers: list[tuple[int, float, int | str, Any, float]] = []
@@ -34,7 +35,7 @@ class Asking:
             if self._stopping.is_set():
                 return
             question, started = n % len(self._asked), time.monotonic()
-            status, body = ask(self._server, self._asked[question])
+            status, body = ask(self._server, self._asked[question], self._timeout_s)
             self.answers.append((question, started, status, body, time.monotonic() - started))
 
     def __enter__(self) -> Self:

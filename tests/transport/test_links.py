@@ -14,7 +14,8 @@ import torch
 from qwen3vl_disagg.transport.links import InProcessLink, LinkBroken, in_process_links, process_group_links
 from qwen3vl_disagg.transport.store import host_store, join_store
 
-KINDS = ["process_group", "in_process"]
+HOSTS = {"process_group": "127.0.0.1", "process_group over IPv6": "::1"}
+KINDS = [*HOSTS, "in_process"]
 
 
 def open_pair(kind: str, *, encode_rank: int = 0, epoch: int = 1, store=None):
@@ -22,10 +23,9 @@ def open_pair(kind: str, *, encode_rank: int = 0, epoch: int = 1, store=None):
     if kind == "in_process":
         make = in_process_links()
         return make("encode", encode_rank, 1, epoch), make("language", encode_rank, 1, epoch)
-    store, address = store or host_store("127.0.0.1")
-    make_here, make_there = (
-        process_group_links(s, host="127.0.0.1", timeout_s=10) for s in (store, join_store(address))
-    )
+    host = HOSTS[kind]
+    store, address = store or host_store(host)
+    make_here, make_there = (process_group_links(s, host=host, timeout_s=10) for s in (store, join_store(address)))
     with ThreadPoolExecutor(2) as threads:
         ends = [
             threads.submit(make_there, "encode", encode_rank, 1, epoch),

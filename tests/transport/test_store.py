@@ -35,10 +35,11 @@ def other_own_address() -> str | None:
     return None if address.startswith("127.") else address
 
 
-def test_the_store_listens_on_loopback_alone():
-    store, (host, port) = host_store("127.0.0.1")
-    assert host == "127.0.0.1"
-    assert listening_addresses(port) == {"0100007F"}
+@pytest.mark.parametrize(("own", "listens"), [("127.0.0.1", "0100007F"), ("::1", "00000000000000000000000001000000")])
+def test_the_store_listens_on_loopback_alone(own, listens):
+    store, (host, port) = host_store(own)
+    assert host == own
+    assert listening_addresses(port) == {listens}
     other = other_own_address()
     if other is not None:
         with pytest.raises(OSError, match="refused"):
