@@ -46,7 +46,7 @@ class Prompt:
 class Oracle:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.image = Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.exact = self.load("float32")
 
