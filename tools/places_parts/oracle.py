@@ -46,8 +46,8 @@ class Prompt:
 class Oracle:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.image = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.image: Any = Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.exact = self.load("float32")
 
     def load(self, dtype: str) -> Any:

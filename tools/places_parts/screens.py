@@ -146,10 +146,11 @@ def _write(pen: ImageDraw.ImageDraw, text: str, box: Box) -> None:
     """As large as fits; nothing where nothing does."""
     left, top, right, bottom = box
     size = 0.6 * (bottom - top)
+    where = (left, (top + bottom) / 2)
     while size >= 1:
-        where = {"xy": (left, (top + bottom) / 2), "font": ImageFont.load_default(size), "anchor": "lm"}
-        x0, y0, x1, y1 = pen.textbbox(text=text, **where)
+        font = ImageFont.load_default(size)
+        x0, y0, x1, y1 = pen.textbbox(where, text, font=font, anchor="lm")
         if x0 >= left - 1 and y0 >= top and x1 <= right and y1 <= bottom:
-            pen.text(text=text, fill=(20, 20, 20), **where)
+            pen.text(where, text, fill=(20, 20, 20), font=font, anchor="lm")
             return
         size *= 0.9
