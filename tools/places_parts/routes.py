@@ -16,7 +16,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from qwen3vl_disagg.core.settings import EngineSettings
+from qwen3vl_disagg.core.settings import default_page_size
 from qwen3vl_disagg.launch.trace import direct
 from tools.bench_served import Served
 from tools.places_parts.questions import MAX_TOKENS, Question
@@ -104,7 +104,7 @@ def ask_again_pages(server: Served, question: Question) -> Said:
     """The second answer; every full page of its prompt but the last token has to come from the prefix cache."""
     post(server, question)
     body = post(server, question)
-    size, found = EngineSettings.page_size, body["timings"]["cached_tokens"]
+    size, found = default_page_size(is_cuda=False), body["timings"]["cached_tokens"]
     most = (body["usage"]["prompt_tokens"] - 1) // size * size
     return said_in(body, "" if found == most else f"no hit: {found} tokens were cached, {most} could be")
 
