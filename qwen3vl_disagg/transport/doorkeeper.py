@@ -102,7 +102,8 @@ class Door(Listener):
                     await self._send_off(sock, "TLS", "speaks no TLS")
                 return None
             secured = await self._shake(sock, self._tls, first)
-            if secured is None:
+            if isinstance(secured, str):
+                await self._send_off(sock, None, secured)
                 return None
             opening = secured
         start = await self._read(opening, FRAME_HEADER_BYTES)
@@ -112,13 +113,13 @@ class Door(Listener):
         hello = await self._hello(opening, int.from_bytes(start, "big"))
         return None if hello is None else (hello, opening)
 
-    async def _shake(self, sock: socket.socket, tls: Tls, first: bytes) -> TlsOpening | None:
+    async def _shake(self, sock: socket.socket, tls: Tls, first: bytes) -> TlsOpening | str:
+        """Or what is wrong with the peer, which it has been told."""
         opening = TlsOpening(sock, tls, is_server=True)
         try:
             await opening.shake(first)
         except ssl.SSLError as error:
-            await self._send_off(sock, None, words_of(error))
-            return None
+            return words_of(error)
         except BaseException:
             opening.close()
             raise

@@ -34,13 +34,13 @@ _WORDS = {
 
 
 @dataclass(frozen=True)
-class _TlsFiles:
+class TlsFiles:
     cert: Path
     key: Path
     ca: Path
 
     @classmethod
-    def of(cls, options: TlsOptions) -> _TlsFiles | None:
+    def of(cls, options: TlsOptions) -> TlsFiles | None:
         """None without any. InputError where one of them is missing."""
         given = {f"--{name.replace('_', '-')}": path for name, path in vars(options).items()}
         missing = [name for name, path in given.items() if path is None]
@@ -60,7 +60,7 @@ class Tls:
     """The contexts of both sides. Files that have changed are read for the next connection; where they are of no use,
     what was read before stays, and the log says why."""
 
-    def __init__(self, files: _TlsFiles) -> None:
+    def __init__(self, files: TlsFiles) -> None:
         """InputError, which names the option, for files that are of no use."""
         self._files, self._seen = files, files.signature()
         self._server, self._client, self._ends_at = _read(files)
@@ -68,7 +68,7 @@ class Tls:
     @classmethod
     def of(cls, options: TlsOptions) -> Tls | None:
         """None where no files are given."""
-        files = _TlsFiles.of(options)
+        files = TlsFiles.of(options)
         return None if files is None else cls(files)
 
     def context(self, *, is_server: bool) -> ssl.SSLContext:
@@ -112,7 +112,7 @@ def _stat(path: Path) -> tuple[int, int, int] | None:
     return info.st_mtime_ns, info.st_size, info.st_ino
 
 
-def _read(files: _TlsFiles) -> tuple[ssl.SSLContext, ssl.SSLContext, float]:
+def _read(files: TlsFiles) -> tuple[ssl.SSLContext, ssl.SSLContext, float]:
     """Contexts of server and client, and when the certificate ends (POSIX time). InputError."""
     texts = {name: _text(name, path) for name, path in vars(files).items()}
     for name in ("cert", "ca"):
@@ -144,7 +144,7 @@ def _context(protocol: int, name: str, path: Path, text: str) -> ssl.SSLContext:
     return context
 
 
-def _use_key(context: ssl.SSLContext, files: _TlsFiles) -> None:
+def _use_key(context: ssl.SSLContext, files: TlsFiles) -> None:
     def no_password() -> str:
         raise _wrong("key", files.key, "is encrypted: a key without a password is needed")
 
@@ -158,7 +158,7 @@ def _use_key(context: ssl.SSLContext, files: _TlsFiles) -> None:
         raise _wrong("key", files.key, error.strerror or str(error)) from None
 
 
-def _meet_itself(server: ssl.SSLContext, client: ssl.SSLContext, files: _TlsFiles) -> float:
+def _meet_itself(server: ssl.SSLContext, client: ssl.SSLContext, files: TlsFiles) -> float:
     """A handshake within this process: what is wrong with the files for a peer that has the same CA is seen before one
     comes."""
     ways = ssl.MemoryBIO(), ssl.MemoryBIO()
