@@ -19,6 +19,7 @@ from qwen3vl_disagg.model.moe import route, run_experts_loop
 BF16 = torch.bfloat16
 U, SUMMED = 2.0**-7, 2.0**-16
 SIZES = st.integers(1, 40)
+ROWS = st.integers(0, 12)
 STRIDES = ("plain", "transposed", "apart", "behind")
 
 
@@ -39,10 +40,10 @@ def strided(x: Tensor, how: str) -> Tensor:
 class Case:
     """One draw: sizes, seeds, strides."""
 
-    def __init__(self, draw, device: str = "cpu", *, most_rows: int = 12) -> None:
+    def __init__(self, draw, device: str = "cpu", *, rows=ROWS) -> None:
         self.draw, self.device = draw, device
         self.generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-        self.rows = draw(st.integers(0, most_rows))
+        self.rows = draw(rows)
         self.experts = draw(st.one_of(st.integers(1, 9), st.sampled_from([16, 31, 128])))
         self.choices = draw(st.integers(1, min(self.experts, 9)))
 
@@ -110,8 +111,8 @@ def check_route_of_broken_rows(draw, op, device: str = "cpu") -> None:
 
 
 def check_order(draw, op, device: str = "cpu") -> None:
-    """Exactly the stable sort's."""
-    case = Case(draw, device, most_rows=draw(st.sampled_from([3, 12, 300])))
+    """Exactly the stable sort's, also of more choices than a program looks at together."""
+    case = Case(draw, device, rows=st.one_of(ROWS, st.sampled_from([200, 1025, 1100])))
     ids, here = case.ids()
     for name, actual, expected in zip(
         ("tokens", "places", "ends"), op(ids, here), order_reference(ids, here), strict=True
@@ -144,11 +145,11 @@ def check_combine(draw, op, device: str = "cpu") -> None:
     close(actual, expected, U * expected.double().abs() + SUMMED * parts.double(), "weighted sum")
 
 
-def check_experts(draw, op, device: str = "cpu", *, most_rows: int = 10, sizes=SIZES, is_plain=False) -> None:
+def check_experts(draw, op, device: str = "cpu", *, rows=ROWS, sizes=SIZES, is_plain=False) -> None:
     """Against the loop over experts in float64: each of the roundings to bfloat16 (gate, up, silu, product, output) is
     half a step at most of what it rounds, silu's slope makes of the gate's up to 1 + |gate|; a whole step is allowed.
     Besides, not much further off altogether than the loop in bfloat16."""
-    case = Case(draw, device, most_rows=most_rows)
+    case = Case(draw, device, rows=rows)
     ids, here = case.ids()
     hidden, width = draw(sizes), draw(sizes)
     x, weights = case.normal(case.rows, hidden), case.weights()
@@ -167,7 +168,7 @@ def check_experts(draw, op, device: str = "cpu", *, most_rows: int = 10, sizes=S
 
 def check_sorted_experts(draw, op, device: str = "cpu") -> None:
     """More rows than go by the kernel of few, and sizes and strides of weights that `grouped_mm` takes."""
-    check_experts(draw, op, device, most_rows=20, sizes=st.sampled_from([8, 16, 40]), is_plain=True)
+    check_experts(draw, op, device, rows=st.integers(0, 20), sizes=st.sampled_from([8, 16, 40]), is_plain=True)
 
 
 def exact_experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
