@@ -23,6 +23,7 @@ ALLOWED = {
     "serving/stream.py": "`created`",
     "train_tiny.py": "the date of a training",
     "serving/trace.py": "the date at which a trace begins",
+    "transport/tls.py": "a warning that a certificate ends soon",
 }
 """File -> what the date is for."""
 
