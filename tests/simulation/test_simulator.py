@@ -62,7 +62,7 @@ def test_no_schedule_breaks_an_invariant(seed):
     result = simulate(300, seed)
     assert result.violation is None, f"{result.violation}\n{result.replay}"
     assert result.events > 100 * result.schedules
-    assert result.answered > 2 * result.failed
+    assert result.answered > 1.5 * result.failed
 
 
 @pytest.mark.parametrize("seed", [5, 17])
