@@ -74,7 +74,8 @@ def check_llm(dtype: str, quantize: str, compile: str, caplog: pytest.LogCapture
     assert num_known > 100
     assert not watch.problems, str(watch)
     uploads = [place for (kind, place) in watch.counts if kind in (H2D, STAGED)]
-    allowed = ["engine/sampler.py", *["transport/links.py"] * sent]  # what stays for good, and what is received
+    # What stays for good, and what is received.
+    allowed = ["engine/sampler.py", "model/rope.py", *["transport/links.py"] * sent]
     assert all(place.split(":")[0] in allowed for place in uploads), str(watch)
     assert watch.sdpa == {(True, True, False, False)} or compile == "off"
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
