@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tools.gpu_steps.plan import FOR_SERVING, FOR_TESTS, NEEDED
+from tools.gpu_steps.plan import DOWNLOAD, FOR_SERVING, FOR_TESTS, NEEDED
 from tools.gpu_steps.step import Check
 
 SMI_S, PIP_S = 10.0, 12.0
@@ -55,7 +55,7 @@ def wheels(check: Check) -> None:
     }
     check.say(lacks={kind: names for kind, names in lacks.items() if names})
     if lacks["needed"]:
-        raise RuntimeError(f"not installed, and not among the wheels: {', '.join(lacks['needed'])}")
+        raise RuntimeError(f"not installed, nor among the wheels: {', '.join(lacks['needed'])}. Elsewhere: {DOWNLOAD}")
 
 
 def smi() -> str:

@@ -35,6 +35,13 @@ NEEDED = ("numpy", "safetensors", "tokenizers", "jinja2", "msgspec", "PIL", "tqd
 FOR_SERVING = ("starlette", "uvicorn", "httpx2", "prometheus_client", "llguidance")
 FOR_TESTS = ("pytest", "pytest_timeout", "xdist", "hypothesis", "transformers", "torchao")
 
+DOWNLOAD = (
+    "pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d wheels "
+    "tyro docstring-parser typeguard typing-extensions msgspec starlette uvicorn httpx2 httpcore2 truststore "
+    "prometheus-client llguidance torchao"
+)
+"""Fills a folder for `--wheels`, where there is a network."""
+
 
 def chosen(only: str) -> list[Step]:
     """The steps of a list with commas; all for an empty one. ValueError for a name that is none."""
