@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from qwen3vl_disagg.engine.compiled import CompiledDecoder
 from qwen3vl_disagg.model import ModelConfig, PagedBatch, Qwen3MoeForCausalLMWithDeepStack, TextConfig, flex
+from qwen3vl_disagg.model.deepstack import Qwen3MoeModelWithDeepStack
+from qwen3vl_disagg.model.moe import SparseMoe
 from qwen3vl_disagg.model.rope import text_rotary
 from qwen3vl_disagg.plan.presets import PRESETS
 from tools.gpu_compile.pretend import MODE, SEEN, as_fake, fake, is_fake
@@ -122,9 +124,9 @@ def make(name: str, steps: tuple[Step, ...] = STEPS) -> Iterator[Made]:
     config = config_of(name)
     text, model = config.text, fake_model(config)
     router = PRESETS[name.partition("/")[0]].text.num_experts
-    gate = model.model.layers[0].mlp
-    if text.num_experts != router and text.num_experts:
-        gate.gate.weight = nn.Parameter(fake(router, text.hidden_size), requires_grad=False)
+    mlp = model.model.layers[0].mlp
+    if text.num_experts != router and isinstance(mlp, SparseMoe):
+        mlp.gate.weight = nn.Parameter(fake(router, text.hidden_size), requires_grad=False)
     shape = (PAGE * PAGES, text.num_key_value_heads, text.head_dim)
     cache = (fake(*shape), fake(*shape))
     CompiledDecoder(model)
@@ -159,7 +161,10 @@ def run(model: Qwen3MoeForCausalLMWithDeepStack, config: ModelConfig, cache: tup
         )
     x_TD = fake(rows, text.hidden_size)
     level = fake(rows, config.num_deepstack_levels * text.hidden_size) if step.has_level else None
-    value = None if level is None else model.model._layer_input(0, input_deepstack_embeds=level)
+    decoder = model.model
+    if not isinstance(decoder, Qwen3MoeModelWithDeepStack):
+        raise TypeError(f"{type(decoder).__name__} has no levels")
+    value = None if level is None else decoder._layer_input(0, input_deepstack_embeds=level)
     SEEN.launches.clear()
     model.model.step(model.model.layers[0], x_TD, rotary, batch, cache, value)
     attend(text, cache, step)

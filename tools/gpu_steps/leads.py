@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import torch
+from torch import Tensor
 
 from tools.gpu_steps.runner import REPO
 from tools.gpu_steps.sizes import least_ms
@@ -54,9 +55,9 @@ def varlen(check: Check) -> None:
     q, k, v = (torch.randn(448, 16, 72, device=check.device, dtype=torch.bfloat16) for _ in "qkv")
     check.say(has_varlen_attn=hasattr(module, "varlen_attn"))
     if check.needs_gpu("varlen"):
-        out = module.varlen_attn(q, k, v, lengths, lengths, 256, 256)
-        first = [x[:64].float().transpose(0, 1) for x in (q, k, v)]
-        expected = torch.nn.functional.scaled_dot_product_attention(*first).transpose(0, 1)
+        out: Tensor = module.varlen_attn(q, k, v, lengths, lengths, 256, 256)  # type: ignore[assignment]
+        q, k, v = (x[:64].float().transpose(0, 1) for x in (q, k, v))
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1)
         check.say(varlen={"largest difference": (out[:64].float() - expected).abs().max().item()})
 
 

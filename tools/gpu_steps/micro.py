@@ -68,17 +68,16 @@ def attention(check: Check) -> None:
         for context in (40,) if check.is_dry else (1024, 8192, 32768):
             with check.part(f"flex_{page}_{context}"):
                 pages = -(-context // page)
-                pools = [
-                    torch.randn(pages * page, kv_heads, size, device=check.device, dtype=torch.bfloat16) for _ in "kv"
-                ]
+                shape = (pages * page, kv_heads, size)
+                k, v = (torch.randn(shape, device=check.device, dtype=torch.bfloat16) for _ in "kv")
                 kind = flex.flex_kind(check.device, page, num_sequences=1, is_decode=True)
                 tables = torch.randperm(pages)[None]
                 one, total = torch.tensor([1]), torch.tensor([context])
                 plan = flex.make_plan(kind, one, total, tables, pages * page, torch.device(check.device))
-                lists = flex.read_plan(plan.lists, plan.sizes)
+                kind, lists = flex.read_plan(plan.lists, plan.sizes)
                 q = torch.randn(1, heads, size, device=check.device, dtype=torch.bfloat16)
                 if check.needs_gpu(f"flex_{page}_{context}"):
-                    ms = least_ms(check, partial(flex.flex_attend, q, *pools, *lists))
+                    ms = least_ms(check, partial(flex.flex_attend, q, k, v, kind, lists))
                     check.say(**{f"flex_{page}_{context}": {"us": ms * 1e3}})
 
 
