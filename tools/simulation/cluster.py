@@ -17,7 +17,7 @@ from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.messages import Frame, Leaving, LinkMessage, Message
 from qwen3vl_disagg.protocol.router import RouterLimits
 from qwen3vl_disagg.protocol.routing import TOKEN_ID_BYTES, Abandon, Admit, FromRank, RankDown, RankUp
-from qwen3vl_disagg.protocol.session import GRANTED, WAITING
+from qwen3vl_disagg.protocol.session import GRANTED, RECEIVING, WAITING
 from qwen3vl_disagg.protocol.session_events import Attempt, SessionLimits
 from tools.simulation.encode import SimEncode
 from tools.simulation.hub import Client, SimHub
@@ -176,11 +176,14 @@ class Cluster:
         return [count for tokens in running if (count := list(tokens).count(0))]
 
     def is_at_work(self, attempt: Attempt) -> bool:
-        """An encode rank has the attempt, or is asked for it or will be, or it needs nobody any more."""
+        """An encode rank has the attempt, or is asked for it or will be, also after a receive that has yet to come to
+        its end; or it needs nobody any more."""
         if any(attempt in encode.sessions.items for encode in self.encodes):
             return True
         sessions = (language.sessions.find(*attempt) for language in self.languages)
-        return any(s is not None and (s.received == s.total or s.state in (WAITING, GRANTED)) for s in sessions)
+        return any(
+            s is not None and (s.received == s.total or s.state in (WAITING, GRANTED, RECEIVING)) for s in sessions
+        )
 
     def check_wire(self, frame: Frame) -> None:
         """Only typed frames cross a border; some are put through the real encoding."""
