@@ -148,7 +148,7 @@ class CountChecks:
     def ended(self, request_id: str, num_items: int) -> None:
         for table in (self._at, self._relieved):
             for item in range(num_items):
-                table.pop((request_id, item), None)  # type: ignore[attr-defined]
+                table.pop((request_id, item), None)
 
     # ---- what must hold ----
 
