@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 LOAD_S = 1.0
 _PAUSE_S = 0.1
 _END_S = 2.0
+_TLS_S = 10.0
+"""With TLS the hub has to answer before it can be told."""
 
 
 async def enter_hub(
@@ -70,12 +73,20 @@ def ask_to_end(hub_address: Address, token: str, tls: Tls | None = None, *, lost
 
     A hub that cannot be reached is logged and no more: then the job is over, or the caller's limit ends it.
     """
-    try:
-        with socket.create_connection(hub_address, timeout=_END_S) as hub:
-            secure_now(hub, tls).send_now(encode_frame(EndJob(token=token, lost=lost), MAX_HUB_FRAME))
-    except (OSError, HandshakeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        logger.warning("the hub was not told that this node ends: %s", reason)
+    frame, end = encode_frame(EndJob(token=token, lost=lost), MAX_HUB_FRAME), time.monotonic() + _TLS_S
+    while True:
+        try:
+            with socket.create_connection(hub_address, timeout=_END_S) as hub:
+                secure_now(hub, tls).send_now(frame)
+            return
+        except (OSError, HandshakeError) as error:
+            # Without TLS a hub that is busy, or starts again, finds the message in its backlog.
+            if tls is not None and isinstance(error, TimeoutError) and time.monotonic() < end:
+                continue
+            reason = getattr(error, "strerror", None) or error
+            what = "this node ends" if lost is None else f"rank {lost} is lost"
+            logger.warning("the hub was not told that %s: %s", what, reason)
+            return
 
 
 async def _ask(

@@ -31,6 +31,7 @@ MAX_HELD = 1 << 14
 """Connections; those beyond end without words."""
 MAX_WORDS = 16 * 2**10
 AGAIN_S = 1.0
+_LOOPBACK_S = 1.0
 _HEAD = struct.Struct("<BHB")
 """What is asked, of which connection, the number of the words. The first message is the shared memory alone."""
 _HOLD, _SAY, _RELEASE = 1, 2, 3
@@ -57,6 +58,24 @@ def bytes_written(sock: socket.socket) -> int:
             return acked + waits
 
 
+def counts_bytes() -> bool:
+    """Whether this kernel counts what a peer has acknowledged: not every one that has the field fills it."""
+    try:
+        with (
+            socket.create_server(("127.0.0.1", 0)) as listener,
+            socket.create_connection(listener.getsockname(), timeout=_LOOPBACK_S) as near,
+            listener.accept()[0] as far,
+        ):
+            before, end = bytes_written(far), time.monotonic() + _LOOPBACK_S
+            far.sendall(b"?")
+            near.recv(1)
+            while _unacknowledged(far) and time.monotonic() < end:
+                time.sleep(0.001)
+            return bytes_written(far) == before + 1
+    except OSError:
+        return False
+
+
 def _acked(sock: socket.socket) -> int:
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
     if len(info) < _BYTES_ACKED + _TOTAL.size:
@@ -76,6 +95,9 @@ class LastWords:
 
     def __init__(self, door: socket.socket | None = None) -> None:
         self._door = door
+        if door is not None and not counts_bytes():
+            logger.warning("the kernel does not count a connection's bytes: if the frontend dies, nobody says so")
+            self._door = None
         self._line: _Line | None = None
         self._next_try = 0.0
         self._begin()
@@ -162,13 +184,13 @@ class _Line:
             return False
         try:
             socket.send_fds(self._keeper, [message], descriptors or [])
-        except BlockingIOError:
-            return False
-        except OSError as error:
+        except (BrokenPipeError, ConnectionError) as error:
             logger.warning("last words are kept no more: %s", error)
             self.is_lost = True
             self._unsaid.clear()
             self._keeper.close()
+            return False
+        except OSError:  # no room; to close would say that this process is dead
             return False
         return True
 
@@ -188,11 +210,6 @@ class Held:
             self._last_number = self._last_number % 255 + 1
             if self._line.say(self._index, self._last_number, words):
                 self._number = self._last_number
-
-    @property
-    def is_prepared(self) -> bool:
-        """There is something to be said, and the keeper has it."""
-        return bool(self._number)
 
     def mark(self) -> None:
         """What was prepared fits already."""

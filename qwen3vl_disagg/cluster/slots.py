@@ -176,7 +176,7 @@ class Slot:
             return
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit {status}"
         lived = time.monotonic() - running.started
-        if lived >= _LONG_LIFE_S:
+        if lived >= _LONG_LIFE_S or child.was_of_use():
             self._has_lived.add(child.name)
         if not self._is_final(child, status):
             is_quick = lived < _LONG_LIFE_S and not child.was_of_use()

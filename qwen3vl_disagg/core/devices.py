@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What a model is run in."""
 _LOST = "CUDA error"
+_HARMLESS = ("out of memory", "ALLOC_FAILED", "invalid configuration argument", "invalid argument")
+"""Errors of one call: the context lives on."""
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 STORED_DTYPES = (*DTYPES, "float16")
 """What a checkpoint may be in."""
@@ -85,14 +87,14 @@ def resolve_compile(name: str, device: torch.device) -> bool:
 
 def raise_if_lost(error: BaseException) -> None:
     """DeviceLost where the error, or what it came of, is one after which all calls of CUDA fail: an illegal access, a
-    card that fell off the bus. Memory that is used up is not."""
+    card that fell off the bus. Memory that is used up is not, nor what one call was asked for in vain."""
     if isinstance(error, DeviceLost):
         raise error
     cause: BaseException | None = error
     while cause is not None:
         text = str(cause)
         is_of_cuda = isinstance(cause, torch.AcceleratorError) or (isinstance(cause, RuntimeError) and _LOST in text)
-        if is_of_cuda and not isinstance(cause, torch.OutOfMemoryError) and "out of memory" not in text:
+        if is_of_cuda and not isinstance(cause, torch.OutOfMemoryError) and not any(word in text for word in _HARMLESS):
             first_line = text.splitlines()[0] if text else type(cause).__name__
             raise DeviceLost(f"the GPU is lost to this process: {first_line}") from error
         cause = cause.__cause__

@@ -113,7 +113,13 @@ class LockstepServer:
 
     async def take_in(self, hello: Message, line: Opening) -> None:
         """One rank, until its line ends."""
-        peer = Connection(*await line.streams(), messages=LockstepMessage, max_frame=MAX_LINK_FRAME)
+        try:
+            peer = Connection(*await line.streams(), messages=LockstepMessage, max_frame=MAX_LINK_FRAME)
+        except OSError:  # it died meanwhile
+            line.close()
+            if isinstance(hello, PeerHello) and not self._is_over:
+                self._abort(hello.rank)
+            return
         try:
             await self._accept(hello, peer)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen3vl_disagg.cluster.last_words import AGAIN_S
+from qwen3vl_disagg.cluster import last_words
+from qwen3vl_disagg.cluster.last_words import AGAIN_S, LastWords, counts_bytes, words_door
 from tests.support.server import REPO
 
 WAIT_S = 20.0
@@ -218,3 +220,27 @@ def test_whenever_a_writer_is_killed_the_words_fit_behind_what_it_wrote():
     command = [sys.executable, "-m", "tests.support.words_storm", "40"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
     assert json.loads(done.stdout) == {"ends": {"right": 40}, "keeper": 0}, done.stderr
+
+
+def test_what_has_no_room_for_a_moment_does_not_end_the_line(monkeypatch):
+    """To close it would tell the keeper that this process is dead, and all its clients with it."""
+    door, _keepers_end = words_door()
+    listener = socket.create_server(("127.0.0.1", 0))
+    near = socket.create_connection(listener.getsockname())
+    words, send_fds = LastWords(door), socket.send_fds
+
+    def no_room(*_: object) -> int:
+        raise OSError(errno.ETOOMANYREFS, "too many references")
+
+    monkeypatch.setattr(socket, "send_fds", no_room)
+    assert words.hold(near) is None
+    monkeypatch.setattr(socket, "send_fds", send_fds)
+    assert words.hold(near) is not None
+
+
+def test_where_the_kernel_does_not_count_nothing_is_said(monkeypatch, caplog):
+    assert counts_bytes()
+    monkeypatch.setattr(last_words, "_acked", lambda sock: 0)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as near:
+        assert LastWords(words_door()[0]).hold(near) is None
+    assert "does not count" in caplog.text

@@ -29,7 +29,7 @@ def write(sock: socket.socket, door: socket.socket) -> None:
     while True:
         number += 1
         held.prepare(WORDS % number)
-        while not held.is_prepared:  # the keeper is behind: a server would go on without words
+        while not held._number:  # the keeper is behind: a server would go on without words
             time.sleep(1e-4)
             held.prepare(WORDS % number)
         held.will_write(len(PIECE))

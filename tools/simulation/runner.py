@@ -11,6 +11,7 @@ from random import Random
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.protocol import encode_sessions, session
 from tools.simulation import (
+    mutants_of_counts,
     mutants_of_deadlines,
     mutants_of_invariants,
     mutants_of_kept,
@@ -18,7 +19,6 @@ from tools.simulation import (
     mutants_of_partial_items,
     mutants_of_review,
     mutants_of_routing,
-    mutants_of_second_reading,
 )
 from tools.simulation.mutants import MUTANTS, planted
 from tools.simulation.schedule import Outcome, run_schedule
@@ -32,7 +32,7 @@ MODULES = (
     mutants_of_partial_items,
     mutants_of_review,
     mutants_of_routing,
-    mutants_of_second_reading,
+    mutants_of_counts,
 )
 """Each registers its bugs when it is imported."""
 

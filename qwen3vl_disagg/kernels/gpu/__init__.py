@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 
 import torch
@@ -34,7 +35,11 @@ def _is_wanted() -> bool:
 
 IS_ON = _is_wanted()
 if IS_ON:
-    register()
+    try:
+        register()
+    except ImportError as error:  # PyTorch's own operators do the same
+        logging.getLogger(__name__).warning("no Triton kernels: %s", error)
+        IS_ON = False
 
 
 def takes(x: Tensor) -> bool:

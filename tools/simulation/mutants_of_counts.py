@@ -1,5 +1,5 @@
-"""Planted bugs of a second reader who had not seen the checks, and that these did not find at first: what is counted,
-remembered and forgotten, where nothing else goes wrong for long."""
+"""Planted bugs that the checks did not find at first: what is counted, remembered and forgotten, where nothing else
+goes wrong for long."""
 
 from __future__ import annotations
 
