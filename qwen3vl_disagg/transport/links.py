@@ -34,11 +34,15 @@ class LinkBroken(TransferError):
     code = "link_broken"
 
 
+STILL_S = 10.0
+"""Without a tensor of a payload, beside its share of the time for all of them."""
+
+
 class Link(Protocol):
     """`send` on one end and `receive` on the other, with tensors of equal shapes and dtypes in equal order.
 
     All tensors of a payload are in flight at once. Both raise LinkBroken when the peer is gone or `timeout` seconds
-    have passed; nothing is written into any of the tensors after that.
+    have passed, or too many without any of them; nothing is written into any of the tensors after that.
     """
 
     def send(self, tensors: Sequence[Tensor], timeout: float) -> None: ...
@@ -60,6 +64,21 @@ Meet = Callable[[Address | None], LinkFactory]
 """Where the other side says that its store is -> how links are made there. Blocks."""
 
 
+class _Patience:
+    """With a payload: `timeout` for all of it, and not much longer than its share for any one tensor. They come in
+    order, and Gloo does not always notice that a peer died: what stands still is given up before all could be there."""
+
+    def __init__(self, tensors: Sequence[Tensor], timeout: float) -> None:
+        sizes = [tensor.nbytes for tensor in tensors]
+        self._still_s = STILL_S + timeout * max(sizes, default=0) / max(1, sum(sizes))
+        self._ends = time.monotonic() + timeout
+
+    @property
+    def left_s(self) -> float:
+        """For the next tensor."""
+        return max(0.01, min(self._ends - time.monotonic(), self._still_s))
+
+
 class ProcessGroupLink:
     """Over a 2-rank Gloo group. Tensors that are not on the CPU are staged through it."""
 
@@ -68,22 +87,22 @@ class ProcessGroupLink:
         self._peer = 1 - _RANK_IN_PAIR[side]
 
     def send(self, tensors: Sequence[Tensor], timeout: float) -> None:
-        deadline = time.monotonic() + timeout
+        patience = _Patience(tensors, timeout)
         group = self._open_group()
         works = []
         for number, tensor in enumerate(tensors):
             works.append(group.send([tensor.cpu()], self._peer, 0))
             if number == len(tensors) // 2:
                 fault_point("mid-payload-sent")
-        for _ in self._wait(works, deadline):
+        for _ in self._wait(works, patience):
             continue
 
     def receive(self, tensors: Sequence[Tensor], timeout: float) -> Generator[Tensor, None, None]:
-        deadline = time.monotonic() + timeout
+        patience = _Patience(tensors, timeout)
         staged = [t if t.device.type == "cpu" else torch.empty(t.shape, dtype=t.dtype) for t in tensors]
         group = self._open_group()
         works = [group.recv([tensor], self._peer, 0) for tensor in staged]
-        waiting = self._wait(works, deadline)
+        waiting = self._wait(works, patience)
         try:
             for tensor, stage, _ in zip(tensors, staged, waiting, strict=True):
                 if stage is not tensor:
@@ -99,12 +118,12 @@ class ProcessGroupLink:
         return self._group
 
     @staticmethod
-    def _wait(works: Sequence[dist.Work], deadline: float) -> Iterator[None]:
+    def _wait(works: Sequence[dist.Work], patience: _Patience) -> Iterator[None]:
         """Every one is waited for, also after a failure: until then a buffer may still be written."""
         failure = None
         for work in works:
             try:
-                work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
+                work.wait(timedelta(seconds=patience.left_s))
             except RuntimeError as error:
                 failure = error
             if failure is None:

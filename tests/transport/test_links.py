@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from qwen3vl_disagg.transport import links
 from qwen3vl_disagg.transport.links import InProcessLink, LinkBroken, in_process_links, process_group_links
 from qwen3vl_disagg.transport.store import host_store, join_store
 
@@ -299,16 +300,19 @@ os.kill(os.getpid(), 9)
 """
 
 
-def test_a_sender_killed_in_mid_payload_costs_the_receiver_its_timeout_and_no_more():
+@pytest.mark.parametrize(("timeout", "still_s"), [(2.0, 10.0), (60.0, 0.5)])
+def test_a_sender_killed_in_mid_payload_costs_the_receiver_its_timeout_and_no_more(monkeypatch, timeout, still_s):
+    """Nor all of a long one: what stands still is given up after a tensor's share of it, of sixteen here 3.75 s."""
+    monkeypatch.setattr(links, "STILL_S", still_s)
     store, (_, port) = host_store("127.0.0.1")
     sender = subprocess.Popen([sys.executable, "-c", _DIES_IN_MID_PAYLOAD, str(port)], stdout=subprocess.PIPE)
     try:
         link = process_group_links(store, host="127.0.0.1", timeout_s=60)("language", 0, 1, 1)
-        first, second = torch.zeros(2**20), torch.zeros(2**20)
+        first, *others = (torch.zeros(2**20) for _ in range(16))
         started = time.monotonic()
         with pytest.raises(LinkBroken):
-            list(link.receive([first, second], 2))
-        assert time.monotonic() - started < 30
+            list(link.receive([first, *others], timeout))
+        assert time.monotonic() - started < 15
         assert (first == 7).all()
         assert sender.wait(10) == -9
     finally:
