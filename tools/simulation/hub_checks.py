@@ -106,8 +106,8 @@ class HubChecks:
                     self._failed[key].add(attempt)
                     if self._is_encoding(key, attempt):
                         self._failed_on[key].add(worker)
-                    if isinstance(message, ItemLost) and message.dead_epoch > 0:
-                        self._lost_with[key, worker] = attempt
+                        if isinstance(message, ItemLost) and message.dead_epoch > 0:
+                            self._lost_with[key, worker] = attempt
             case FromRank(role="encode", message=Leaving()):
                 self._leaving.add(self._worker(event.rank))
 
