@@ -8,7 +8,7 @@ from typing import Any
 from qwen3vl_disagg.protocol.allocator import POOLS, BlockAllocator
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT, Outgoing
 from qwen3vl_disagg.protocol.link_state import LinkState
-from qwen3vl_disagg.protocol.messages import Ack, Frame, Nack, Resume, Room
+from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, Nack, Resume, Room
 from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING, RequestSessions, Session
 from qwen3vl_disagg.protocol.session_events import Attempt, EncodeEvent, FrameIn, Receive, RowsReady, Tick
 from tools.simulation.payload import Payload
@@ -163,6 +163,9 @@ def encode_side(rank: Any) -> None:
             num_sending += 1
         if item.deadline > (now + bounds[state] if state in bounds else rank.request_ends[attempt]):
             raise Violation("I11", f"{attempt} is {state} until {item.deadline}, at {now}")
+    for peer, outlet in sessions.outlets.items():
+        if outlet.ready and outlet.turn is None:
+            raise Violation("I11", f"{outlet.ready[0]} is ready for {peer}, and nobody has the turn")
     dues = [sessions.items[attempt].due for attempt in sessions.queue]
     if len(dues) > 1 and dues != sorted(dues):
         raise Violation("I16", f"items in the queue are due at {dues}")
@@ -202,6 +205,9 @@ def granted(rank: Any, grant: Room) -> None:
     first = rank.asked.get((grant.request_id, grant.item))
     if first is None:
         raise Violation("I4", f"room for item {grant.item} of {grant.request_id}, which is not needed")
+    left_s = rank.book.running[grant.request_id].deadline - rank.world.now
+    if isinstance(grant, Grant) and abs(grant.timeout_s - left_s) > 1e-6:
+        raise Violation("I11", f"{grant.key} may take {grant.timeout_s} s, its request has {left_s} s")
     attempt, delivered = rank.progress.get((grant.request_id, grant.item), (grant.attempt, first))
     if grant.row_start != (delivered if attempt == grant.attempt else first):
         is_mixed = rank.last_attempts.get((grant.request_id, grant.item), grant.attempt) != grant.attempt

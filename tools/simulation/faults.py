@@ -74,8 +74,7 @@ def kill_hub(cluster: Cluster, restart_s: float) -> None:
         if rank.is_dead or not was_open:
             continue
         rank.count_states("kill-hub")
-        world.at(0.02 * world.random(), rank, rank.lost_hub)
-        world.at(0.05, rank, cluster.rejoin, rank)
+        world.at(0.02 * world.random(), rank, _notice, cluster, rank)
     world.at(restart_s, None, _restart_hub, cluster)
 
 
@@ -121,8 +120,13 @@ def _cut_hub(cluster: Cluster, rank: SimRank, *, by_rank: bool = False) -> None:
             world.at(SILENCE_S, None, _hear_nothing, cluster, rank, rank.hub)
         else:
             cluster.hub_lost(rank, role_of(rank))
-        world.at(0.05, rank, rank.lost_hub)
-        world.at(0.2, rank, cluster.rejoin, rank)
+        world.at(0.05, rank, _notice, cluster, rank)
+
+
+def _notice(cluster: Cluster, rank: SimRank) -> None:
+    """A rank sees that its connection with the hub is gone, and then comes again, also when it is frozen meanwhile."""
+    rank.lost_hub()
+    cluster.world.at(0.05, rank, cluster.rejoin, rank)
 
 
 def _hear_nothing(cluster: Cluster, rank: SimRank, channel: Channel) -> None:

@@ -106,8 +106,8 @@ class HubChecks:
                     self._failed[key].add(attempt)
                     if self._is_encoding(key, attempt):
                         self._failed_on[key].add(worker)
-                    if isinstance(message, ItemLost) and message.dead_epoch > 0:
-                        self._lost_with[key, worker] = attempt
+                        if isinstance(message, ItemLost) and message.dead_epoch > 0:
+                            self._lost_with[key, worker] = attempt
             case FromRank(role="encode", message=Leaving()):
                 self._leaving.add(self._worker(event.rank))
 
@@ -173,6 +173,11 @@ class HubChecks:
         elif isinstance(message, Submit):
             if message.request_id in self._given[action.rank] and self._gone != message.request_id:
                 raise Violation("I14", f"{message.request_id} is begun once more, and nobody said that it is gone")
+            left_s = self.hub.cluster.clients[message.request_id].deadline - self.world.now
+            if message.timeout_s > left_s + 1e-6:
+                raise Violation(
+                    "I11", f"{message.request_id} may take {message.timeout_s} s, its client has {left_s} s"
+                )
             self._given[action.rank].add(message.request_id)
             self._gone = None if self._gone == message.request_id else self._gone
             offer = self._offers.pop(message.keep_as, None)
@@ -236,6 +241,9 @@ class HubChecks:
             for request_id, request in router._requests.items():
                 for index, item in enumerate(request.items):
                     state = router._attempts.ranks.get(item.encode_rank)
+                    deaths = self._num_deaths(item.visual.digest) or 0
+                    if item.state in ("waiting", "encoding") and deaths >= router.limits.max_deaths:
+                        raise Violation("I11", f"{request_id} goes on, and {deaths} encode ranks died over its image")
                     if item.state == "encoding" and (state is None or (request_id, index) not in state.jobs):
                         raise Violation("I11", f"{(request_id, index)} is awaited from a dead encode rank")
 

@@ -16,7 +16,7 @@ from qwen3vl_disagg.protocol.link_state import LinkState
 from qwen3vl_disagg.protocol.messages import Beat, Cancel, Frame, ItemLost, Message, RequestFailed, Tokens
 from qwen3vl_disagg.protocol.placement import LanguageRankState
 from qwen3vl_disagg.protocol.router import Router
-from qwen3vl_disagg.protocol.routing import RankUp, Request
+from qwen3vl_disagg.protocol.routing import Admit, RankUp, Request
 from qwen3vl_disagg.protocol.session_events import LanguageEvent
 from qwen3vl_disagg.protocol.suspects import Suspects
 from tools.simulation.mutants import method, mutant, swap
@@ -149,6 +149,21 @@ def _() -> Iterator[None]:
             rank_up(self, event, now)
 
     with swap(Router, "_rank_up", greet):
+        yield
+
+
+@mutant(
+    "what-begins-anew-has-all-its-time", "I11", "a request that is computed anew may go on when its client has left"
+)
+def _() -> Iterator[None]:
+    begin_anew = method(Router, "_begin_anew")
+
+    def renew(self: Router, event: Admit, request: Request, now: float) -> None:
+        deadline, request.deadline = request.deadline, now + event.timeout_s
+        begin_anew(self, event, request, now)
+        request.deadline = deadline
+
+    with swap(Router, "_begin_anew", renew):
         yield
 
 

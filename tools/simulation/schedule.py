@@ -100,7 +100,7 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
         row_sizes=RowSizes(4, 4, 12, 64, 4 * levels),
         router_limits=RouterLimits(
             max_waiting=rng.choice((2, 64, 64, 64)),
-            max_waiting_tokens=rng.choice((30, 1 << 20, 1 << 20, 1 << 20)),
+            max_waiting_tokens=rng.choice((60, 1 << 20, 1 << 20, 1 << 20)),
             encode_wait_s=15.0,
             max_deaths=rng.randint(1, 3),
             suspect_s=rng.choice((8.0, 600.0)),

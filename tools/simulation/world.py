@@ -66,29 +66,30 @@ class World:
         self.faults, self.faults_until, self.rate = faults, faults_until, rate
         self.table: Counter[tuple[str, str]] = Counter()
         """(fault, state of a session that it hit) -> times"""
-        self._heap: list[tuple[float, int, Any, Callable[..., None], tuple[Any, ...]]] = []
+        self._heap: list[tuple[float, float, int, Any, Callable[..., None], tuple[Any, ...]]] = []
+        """(when, when it came, count, ..): what comes to a frozen process keeps its order when it is frozen again."""
         self._count = 0
 
     def at(self, delay: float, owner: Process | None, do: Callable[..., None], *args: Any) -> None:
         """Let `owner` do this after `delay` seconds, unless it is dead by then."""
         self._count += 1
-        heappush(self._heap, (self.now + delay, self._count, owner, do, args))
+        time = self.now + delay
+        heappush(self._heap, (time, time, self._count, owner, do, args))
 
     def at_time(self, time: float, owner: Process | None, do: Callable[..., None], *args: Any) -> None:
         self._count += 1
-        heappush(self._heap, (time, self._count, owner, do, args))
+        heappush(self._heap, (time, time, self._count, owner, do, args))
 
     def run(self, until: float) -> None:
         """All events before `until`, in order."""
         heap = self._heap
         while heap and heap[0][0] < until:
-            time, _, owner, do, args = heappop(heap)
+            time, came, count, owner, do, args = heappop(heap)
             if owner is not None:
                 if owner.is_dead:
                     continue
                 if owner.frozen_until > time:
-                    self._count += 1  # in the order in which they came
-                    heappush(heap, (owner.frozen_until, self._count, owner, do, args))
+                    heappush(heap, (owner.frozen_until, came, count, owner, do, args))
                     continue
             self.now = time
             self.num_events += 1
