@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from random import Random
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+from qwen3vl_disagg.core.errors import Failure, ServerError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.protocol.encode_sessions import QUEUED
 from qwen3vl_disagg.protocol.layout import RowSizes
-from qwen3vl_disagg.protocol.messages import Abort, Grant, ItemLost
+from qwen3vl_disagg.protocol.messages import Abort, Grant, ItemFailed, ItemLost
 from qwen3vl_disagg.protocol.router import RouterLimits
 from qwen3vl_disagg.protocol.routing import FromRank, RankDown
 from tools.simulation.cluster import Cluster, Sizes
@@ -91,6 +93,28 @@ def test_two_lost_links_of_one_rank_are_two_failures_and_its_death_takes_back_th
     assert checks._failed[key] == {1, 2}
     checks.heard(RankDown("encode", 0))
     assert checks._failed[key] == {1}
+
+
+def test_what_had_failed_before_its_link_was_lost_stays_a_failure_when_the_rank_dies(cluster):
+    checks, key = cluster.hub.checks, ATTEMPT[:2]
+    checks._given[0].add("r0")
+    checks._attempts[key] = (1, checks._worker(0))
+    failure = Failure.of(ServerError("out of memory"))
+    checks.heard(FromRank("encode", 0, ItemFailed(request_id="r0", item=0, attempt=1, failure=failure)))
+    lost = ItemLost(request_id="r0", item=0, attempt=1, reason="no link", dead_epoch=1)
+    checks.heard(FromRank("language", 0, lost))
+    checks.heard(RankDown("encode", 0))
+    assert checks._failed[key] == {1}
+
+
+def test_what_comes_to_a_frozen_process_keeps_its_order_when_it_is_frozen_again():
+    world, seen = World(Random(0), frozenset(), 0.0, 0.0), []
+    process = SimpleNamespace(is_dead=False, frozen_until=2.0, slowness=1.0)
+    world.at_time(1.0, process, seen.append, "first")
+    world.at_time(1.5, None, setattr, process, "frozen_until", 3.0)
+    world.at_time(1.7, process, seen.append, "second")
+    world.run(4.0)
+    assert seen == ["first", "second"]
 
 
 @pytest.mark.parametrize(("seed", "number"), [(4000, 3803), (4001, 3550), (5005, 11165)])

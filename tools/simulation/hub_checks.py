@@ -103,11 +103,12 @@ class HubChecks:
                 key = (message.request_id, message.item)
                 attempt, worker = self._attempts.get(key, (0, (-1, 0)))
                 if attempt == message.attempt:
+                    is_lost = isinstance(message, ItemLost) and message.dead_epoch > 0
+                    if is_lost and attempt not in self._failed[key]:
+                        self._lost_with[key, worker] = attempt
                     self._failed[key].add(attempt)
                     if self._is_encoding(key, attempt):
                         self._failed_on[key].add(worker)
-                        if isinstance(message, ItemLost) and message.dead_epoch > 0:
-                            self._lost_with[key, worker] = attempt
             case FromRank(role="encode", message=Leaving()):
                 self._leaving.add(self._worker(event.rank))
 
