@@ -161,7 +161,7 @@ def overloaded(
     machine = machine_facts()
     with ExitStack() as stack:
         folder = model or folder_to_serve(stack, preset)
-        port, called = stack.enter_context(running(SPLIT, {}, folder, ()))
+        port, called = stack.enter_context(running(SPLIT, {}, folder, ("--debug",)))
         make = Requests(called, image_side, 0)
 
         def capacity() -> float:
