@@ -12,7 +12,7 @@ import ssl
 from typing import Protocol
 
 from qwen3vl_disagg.transport.sockets import Address, address_text, family_of
-from qwen3vl_disagg.transport.tls import Tls, refusal
+from qwen3vl_disagg.transport.tls import Tls, failure
 from qwen3vl_disagg.transport.tls_streams import TlsEnd, tls_streams
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -145,7 +145,7 @@ async def open_streams(address: Address, tls: Tls | None) -> Streams:
         raise ConnectionError("the peer closed the connection") from error
     except ssl.SSLError as error:
         sock.close()
-        raise refusal(address_text(address), error) from None
+        raise failure(address_text(address), error) from None
     except BaseException:
         sock.close()
         raise
@@ -161,5 +161,5 @@ def secure_now(sock: socket.socket, tls: Tls | None) -> Opening:
     except ssl.SSLError as error:
         peer = address_text(sock.getpeername()[:2])
         sock.close()
-        raise refusal(peer, error) from None
+        raise failure(peer, error) from None
     return opening

@@ -28,9 +28,15 @@ _WORDS = {
     "TLSV1_ALERT_PROTOCOL_VERSION": "refuses TLS 1.3",
     "TLSV1_ALERT_UNKNOWN_CA": "does not know the CA of this certificate",
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "wants a certificate",
+    "TLSV1_ALERT_ACCESS_DENIED": "denies access",
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": "has no cipher in common",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "calls this certificate bad",
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "does not support this certificate",
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": "says that this certificate was revoked",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "says that this certificate has expired",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "does not take this certificate",
 }
-"""OpenSSL's reasons, of the peer."""
+"""OpenSSL's reasons, of the peer, that asking again does not change. Whatever else goes wrong is a lost connection."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,15 @@ def words_of(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"shows a certificate that the CA does not confirm: {error.verify_message}"
     reason = error.reason or type(error).__name__
-    return _WORDS.get(reason) or reason.removeprefix("SSLV3_").removeprefix("TLSV1_").lower().replace("_", " ")
+    return _WORDS.get(reason) or reason.lower().replace("_", " ")
 
 
-def refusal(peer: str, error: ssl.SSLError) -> HandshakeError:
-    return HandshakeError(FIELD, "certificates of one CA on both sides", f"{peer} {words_of(error)}")
+def failure(peer: str, error: ssl.SSLError) -> HandshakeError | ConnectionError:
+    """The first where asking again changes nothing."""
+    text = f"{peer} {words_of(error)}"
+    if isinstance(error, ssl.SSLCertVerificationError) or error.reason in _WORDS:
+        return HandshakeError(FIELD, "certificates of one CA on both sides", text)
+    return ConnectionError(f"TLS broke: {text}")
 
 
 def _stat(path: Path) -> tuple[int, int, int] | None:

@@ -9,13 +9,13 @@ from typing import Any
 
 from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.transport.sockets import address_text
-from qwen3vl_disagg.transport.tls import refusal
+from qwen3vl_disagg.transport.tls import failure
 
 _READ_BYTES = 64 * 1024
 
 
 class CertificateRefused(ConnectionError):
-    """The other side has sent an alert: it does not take this one's certificate."""
+    """The other side has said that it does not take this one's certificate."""
 
     def __init__(self, error: HandshakeError) -> None:
         super().__init__(str(error))
@@ -110,11 +110,9 @@ class _Shell(asyncio.Protocol):
                 self._plain.eof_received()
 
     def _fail(self, error: ssl.SSLError) -> None:
-        is_alert = "_ALERT_" in (error.reason or "")
         peer = tuple(self.inner.get_extra_info("peername") or ("?", 0))[:2]
-        self._failure = (
-            CertificateRefused(refusal(address_text(peer), error)) if is_alert else ConnectionError(str(error))
-        )
+        told = failure(address_text(peer), error)
+        self._failure = CertificateRefused(told) if isinstance(told, HandshakeError) else told
         self.inner.flush()
         self.inner.abort()
 

@@ -10,7 +10,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,22 @@ def strangers(address: Address, count: int, data: bytes) -> list[socket.socket]:
     return made
 
 
+async def relay_to(address: Address, change: Callable[[bytes], bytes]) -> asyncio.Server:
+    """What goes through it, either way, goes through `change`."""
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(4096):
+                writer.write(change(data))
+        writer.close()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(*address)
+        await asyncio.gather(pass_on(reader, far_writer), pass_on(far_reader, writer))
+
+    return await asyncio.start_server(relay, "127.0.0.1", 0)
+
+
 def client_hello(signed: Signed) -> bytes:
     session = TlsEnd(signed.tls().context(is_server=False), is_server=False)
     assert not session.advance()
@@ -135,17 +151,11 @@ async def test_nothing_of_ours_is_readable_on_the_wire(ours):
     async with door(ours.tls()) as (_, address, let_in):
         seen = bytearray()
 
-        async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            while data := await reader.read(4096):
-                seen.extend(data)
-                writer.write(data)
-            writer.close()
+        def look(data: bytes) -> bytes:
+            seen.extend(data)
+            return data
 
-        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            far_reader, far_writer = await asyncio.open_connection(*address)
-            await asyncio.gather(pass_on(reader, far_writer), pass_on(far_reader, writer))
-
-        server = await asyncio.start_server(relay, "127.0.0.1", 0)
+        server = await relay_to(address, look)
         peer = await connect_hub(server.sockets[0].getsockname()[:2], deadline_s=WAIT_S, tls=ours.tls())
         await peer.send(FindStore(token=TOKEN))
         await let_in.get()
@@ -153,6 +163,27 @@ async def test_nothing_of_ours_is_readable_on_the_wire(ours):
         assert TOKEN.encode() not in seen
         assert b"token" not in seen
         await peer.close()
+        server.close()
+
+
+@in_loop
+async def test_bytes_that_the_wire_changed_end_the_connection_and_accuse_no_certificate(ours):
+    """The other end says so with an alert (bad record); who gets it tries again, as after any lost connection."""
+    async with door(ours.tls()) as (_, address, let_in):
+        num_bad: list[int] = []
+
+        def once(data: bytes) -> bytes:
+            return data[:-1] + bytes([data[-1] ^ num_bad.pop()]) if num_bad else data
+
+        server = await relay_to(address, once)
+        peer = await connect_hub(server.sockets[0].getsockname()[:2], deadline_s=WAIT_S, tls=ours.tls())
+        await peer.send(FindStore(token=TOKEN))
+        _, connection = await let_in.get()
+        num_bad.append(1)
+        await connection.send(LinksUp(language_ranks=[0]))
+        for end in (peer, connection):
+            with pytest.raises(ConnectionLost):
+                await end.receive(WAIT_S)
         server.close()
 
 
