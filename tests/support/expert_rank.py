@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from qwen3vl_disagg.checkpoint import load_language_model
 from qwen3vl_disagg.model import PagedBatch, Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.moe import DispatchPlan, SparseMoe
-from qwen3vl_disagg.parallel.expert_parallel import ExpertShards
+from qwen3vl_disagg.parallel.collectives import GroupCollectives
+from qwen3vl_disagg.parallel.expert_parallel import ExpertShards, mesh_collectives
 from qwen3vl_disagg.transport.gloo import expert_mesh
 
 PAGE = 4
@@ -57,6 +59,23 @@ def send_all_to_the_same_experts(model: Qwen3MoeForCausalLMWithDeepStack) -> Non
             part.gate.weight.zero_()
 
 
+def both_ways(mesh: DeviceMesh) -> dict[str, Tensor]:
+    """What rows come out as by the group's own collectives, as NCCL has them, and by exchanges, as Gloo's are used."""
+    found = {}
+    ours = mesh_collectives(mesh)
+    for has_native in (False, True):
+        group = GroupCollectives(mesh.get_group().group_name, ours.rank, ours.num_ranks, has_native=has_native)
+        for dtype in (torch.float32, torch.bfloat16):
+            for num_rows in (1, 6):
+                generator = torch.Generator().manual_seed(100 * ours.rank + num_rows)
+                x_SC = torch.randint(-40, 40, (num_rows * ours.num_ranks, 5), generator=generator).to(dtype)
+                key = f"{dtype}/{num_rows}/{has_native}"
+                found[f"gathered/{key}"] = group.all_gather(x_SC)
+                found[f"scattered/{key}"] = group.reduce_scatter(x_SC)
+                found[f"sent/{key}"] = x_SC
+    return found
+
+
 @torch.inference_mode()
 def main(folder: Path) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -82,6 +101,7 @@ def main(folder: Path) -> None:
                         for plan in mine:
                             model.model.take_part(plan)
         results[f"{name}/held"] = torch.tensor(model.model.layers[0].mlp.experts.down_proj.to_local().shape[0])
+    results |= both_ways(mesh)
     save_file(results, folder / f"rank{rank}.safetensors")
     dist.destroy_process_group()
 

@@ -65,7 +65,20 @@ def test_logits_are_those_of_the_oracle(tmp_path, num_ranks, held):
                 )
                 worst = max(worst, *errors)
                 assert max(errors) < 1e-5, (count, kind, number, errors)
+    rows_by_either_way_are_the_same(results)
     print(f"{num_ranks} ranks, {COUNTS} experts: relative error at most {worst:.1e}")
+
+
+def rows_by_either_way_are_the_same(results: list[dict[str, torch.Tensor]]) -> None:
+    """NCCL's branch, over Gloo: whole numbers, whose sums are exact in any order."""
+    kinds = [key.removeprefix("sent/") for key in results[0] if key.startswith("sent/")]
+    assert len(kinds) == 8
+    for kind in kinds:
+        sent = [result[f"sent/{kind}"] for result in results]
+        pieces = sum(rows.float() for rows in sent).to(sent[0].dtype).chunk(len(results))
+        for rank, result in enumerate(results):
+            assert torch.equal(result[f"gathered/{kind}"], torch.cat(sent)), kind
+            assert torch.equal(result[f"scattered/{kind}"], pieces[rank]), kind
 
 
 @pytest.mark.acceptance
