@@ -31,7 +31,10 @@ MAX_HELD = 1 << 14
 """Connections; those beyond end without words."""
 MAX_WORDS = 16 * 2**10
 AGAIN_S = 1.0
+LINGER_S = 2.0
+"""Who was told something may send for so long: closed before, the kernel drops what it was told (RFC 9112, 9.6)."""
 _LOOPBACK_S = 1.0
+_DROP_BYTES = 64 * 2**10
 _HEAD = struct.Struct("<BHB")
 """What is asked, of which connection, the number of the words. The first message is the shared memory alone."""
 _HOLD, _SAY, _RELEASE = 1, 2, 3
@@ -248,8 +251,9 @@ def keep_words(door: socket.socket) -> int:
         selector.register(wake, selectors.EVENT_READ)
         selector.register(door, selectors.EVENT_READ)
         speakers: dict[socket.socket, _Speaker] = {}
+        lingering = _Lingering(selector)
         while not (is_ending and not speakers):
-            for key, _ in selector.select():
+            for key, _ in selector.select(lingering.time_left()):
                 sock = key.fileobj
                 if sock is wake:
                     is_ending = True
@@ -259,11 +263,50 @@ def keep_words(door: socket.socket) -> int:
                         speaker = socket.socket(fileno=descriptor)
                         speakers[speaker] = _Speaker()
                         selector.register(speaker, selectors.EVENT_READ)
+                elif isinstance(sock, socket.socket) and sock not in speakers:
+                    lingering.drop_what_came(sock)
                 elif isinstance(sock, socket.socket) and not speakers[sock].take(sock):
                     selector.unregister(sock)
                     sock.close()
-                    speakers.pop(sock).speak()
+                    lingering.add(speakers.pop(sock).speak())
     return 0
+
+
+class _Lingering:
+    """Connections on which all is said, until the client ends them."""
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self._selector = selector
+        self._ends: dict[socket.socket, float] = {}
+        """The first are those that end first."""
+
+    def add(self, clients: list[socket.socket]) -> None:
+        for client in clients:
+            client.setblocking(False)
+            self._selector.register(client, selectors.EVENT_READ)
+            self._ends[client] = time.monotonic() + LINGER_S
+
+    def time_left(self) -> float | None:
+        """Until the next one's is over; those whose is are closed."""
+        now = time.monotonic()
+        for client in [client for client, end in self._ends.items() if end <= now]:
+            self._close(client)
+        return max(0.0, min(self._ends.values()) - now) if self._ends else None
+
+    def drop_what_came(self, client: socket.socket) -> None:
+        try:
+            if client.recv(_DROP_BYTES):
+                return
+        except BlockingIOError:
+            return
+        except OSError as error:
+            logger.debug("a client that was told has gone: %s", error)
+        self._close(client)
+
+    def _close(self, client: socket.socket) -> None:
+        self._selector.unregister(client)
+        client.close()
+        del self._ends[client]
 
 
 class _Speaker:
@@ -299,18 +342,22 @@ class _Speaker:
             os.close(descriptor)
         return self._memory is not None
 
-    def speak(self) -> None:
-        """The frontend is gone: what fits is said, and everything is closed."""
-        num_told = 0
+    def speak(self) -> list[socket.socket]:
+        """The frontend is gone: what fits is said, everything else is closed. Those who were told something."""
+        told = []
         for index, kept in self._kept.items():
-            with contextlib.closing(socket.socket(fileno=kept.descriptor)) as client, contextlib.suppress(OSError):
+            client = socket.socket(fileno=kept.descriptor)
+            with contextlib.suppress(OSError):
                 if words := self._fitting(index, kept, client):
                     client.send(words, socket.MSG_DONTWAIT)
-                    num_told += 1
+                    told.append(client)
                 client.shutdown(socket.SHUT_WR)
-        if num_told:
-            logger.warning("the frontend died: told %d clients, whose requests were under way", num_told)
+            if client not in told[-1:]:
+                client.close()
+        if told:
+            logger.warning("the frontend died: told %d clients, whose requests were under way", len(told))
         self._kept.clear()
+        return told
 
     def _fitting(self, index: int, kept: _HeldConnection, client: socket.socket) -> bytes:
         """b"": nothing fits behind what was written."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from qwen3vl_disagg.cluster import last_words
-from qwen3vl_disagg.cluster.last_words import AGAIN_S, LastWords, counts_bytes, words_door
+from qwen3vl_disagg.cluster.last_words import AGAIN_S, LINGER_S, LastWords, counts_bytes, words_door
 from tests.support.server import REPO
 
 WAIT_S = 20.0
@@ -141,6 +141,36 @@ def test_every_form_of_stream_has_a_typed_end_and_what_waits_a_503(server):
     server.again()
     with server.ask(CHAT, stream=True) as sock:
         until(sock, rb"red")
+
+
+def send_for(sock: socket.socket, seconds: float) -> None:
+    ended = time.monotonic() + seconds
+    while time.monotonic() < ended:
+        sock.sendall(b" " * 100)
+        time.sleep(0.05)
+
+
+def test_who_still_sends_its_request_hears_it_too(server):
+    """Bytes that nobody reads would make the kernel drop what was said; who sends for ever is not waited for."""
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9000000\r\n\r\n"
+    ending, endless = server.connect(), server.connect()
+    for sock in (ending, endless):
+        sock.sendall(head.encode())
+        sock.sendall(b" " * 300_000)
+    time.sleep(0.3)
+    server.kill()
+    for _ in range(20):
+        ending.sendall(b" " * 20_000)
+        time.sleep(0.02)
+    ending.shutdown(socket.SHUT_WR)
+    answer = rest(ending)
+    assert answer.startswith(b"HTTP/1.1 503 "), answer
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "interrupted"
+    server.again()
+    with server.ask(CHAT, stream=True) as sock:
+        until(sock, rb"red")
+    with endless, pytest.raises(ConnectionError):
+        send_for(endless, LINGER_S + 2)
 
 
 def test_an_old_client_gets_the_event_alone(server):
