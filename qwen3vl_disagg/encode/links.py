@@ -16,7 +16,7 @@ from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.encode.link_canary import CheckedRows
 from qwen3vl_disagg.protocol.messages import Frame, Goodbye, LinkAccept, LinkHello, LinkReady, Refused
 from qwen3vl_disagg.transport.control import Connection, ConnectionLost, Dial, connect_link
-from qwen3vl_disagg.transport.links import Link, Meet
+from qwen3vl_disagg.transport.links import Link, Meet, while_there
 from qwen3vl_disagg.transport.refusals import Refusals
 from qwen3vl_disagg.transport.sockets import Address
 from qwen3vl_disagg.transport.tls import FIELD
@@ -132,6 +132,7 @@ class EncodeLinks:
             await link.control.close()
 
     async def _open(self, language_rank: int, meet: Meet, control: Connection) -> EncodeLink:
+        thread = ThreadPoolExecutor(1, thread_name_prefix=f"link-{language_rank}")
         try:
             last_epoch = self._last_epochs.get(language_rank, 0)
             await control.send(msgspec.structs.replace(self.hello, last_epoch=last_epoch))
@@ -141,21 +142,22 @@ class EncodeLinks:
             if not isinstance(answer, LinkAccept) or answer.language_rank != language_rank:
                 raise TransferError(f"language rank {language_rank} answered {type(answer).__name__}")
             fault_point("in-handshake")
-            make_link = await asyncio.to_thread(meet, answer.store_address)
-            payload = await asyncio.to_thread(make_link, "encode", self.hello.encode_rank, language_rank, answer.epoch)
+            make_link = await while_there(control, thread, meet, answer.store_address)
+            ends = (self.hello.encode_rank, language_rank, answer.epoch)
+            payload = await while_there(control, thread, make_link, "encode", *ends)
             if self._canary is not None:
                 await control.send(self._canary.announcement())
-                await asyncio.to_thread(self._canary.send, payload, CONNECT_S)
+                await while_there(control, thread, self._canary.send, payload, CONNECT_S)
             ready = await control.receive(timeout=CONNECT_S)
             if isinstance(ready, Refused):
                 raise HandshakeError(ready.field, ready.expected, ready.got)
             if not isinstance(ready, LinkReady):
                 raise TransferError(f"language rank {language_rank} did not get ready")
         except BaseException:
+            thread.shutdown(wait=False)
             await control.close()
             raise
         control.keep_alive()
-        thread = ThreadPoolExecutor(1, thread_name_prefix=f"link-{language_rank}")
         return EncodeLink(language_rank, answer.epoch, control, payload, thread)
 
     def _lose(self, link: EncodeLink, reason: str) -> None:

@@ -60,7 +60,7 @@ from qwen3vl_disagg.protocol.session_events import (
 )
 from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Connection, ConnectionLost
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
-from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory, process_group_links
+from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory, process_group_links, while_there
 from qwen3vl_disagg.transport.sockets import Address, listen
 from qwen3vl_disagg.transport.ticks import tick
 from qwen3vl_disagg.transport.tls import Tls
@@ -325,13 +325,17 @@ class LinkServer:
         if epoch <= hello.last_epoch:  # this rank was started again, and its store with it
             epoch = await asyncio.to_thread(store.add, key, hello.last_epoch + 1 - epoch)
         await control.send(LinkAccept(epoch=epoch, language_rank=language_rank, store_address=self._store_address))
-        payload = await asyncio.to_thread(make_link, "language", encode_rank, language_rank, epoch)
-        if hello.has_canary:
-            said = await control.receive(timeout=MEET_S)
-            if not isinstance(said, LinkCanary):
-                raise TransferError(f"{type(said).__name__} in place of a canary")
-            await asyncio.to_thread(receive_canary, payload, said, self.receiver, MEET_S)
         thread = ThreadPoolExecutor(1, thread_name_prefix=f"link-{encode_rank}")
+        try:
+            payload = await while_there(control, thread, make_link, "language", encode_rank, language_rank, epoch)
+            if hello.has_canary:
+                said = await control.receive(timeout=MEET_S)
+                if not isinstance(said, LinkCanary):
+                    raise TransferError(f"{type(said).__name__} in place of a canary")
+                await while_there(control, thread, receive_canary, payload, said, self.receiver, MEET_S)
+        except BaseException:
+            thread.shutdown(wait=False)
+            raise
         return _PeerLink(encode_rank, epoch, control, payload, thread)
 
     def _drop(self, link: _PeerLink, reason: str) -> None:

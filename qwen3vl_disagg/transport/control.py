@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import deque
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ SILENCE_S = 10.0
 ATTEMPT_S = 5.0
 """How long one attempt to connect may take: the kernel would ask again at growing intervals, and a network that is back
 would not be seen for half a minute."""
+_MAX_CAME = 16
 _MAX_UNSENT_BYTES = 64 * 1024 * 1024
 _SLICE_BYTES = 256 * 1024
 FRAME_HEADER_BYTES = 4
@@ -79,6 +81,7 @@ class Connection:
         self._silence_s = silence_s
         self._watch: asyncio.Task[None] | None = None
         self._body_bytes: int | None = None  # of the frame under way: a cancelled receive can be taken up again
+        self._came: deque[Any] = deque()  # while `lost` watched
         self._waiting = False
         self._silent_ticks = 0
         self._failure: TransferError | None = None
@@ -126,13 +129,22 @@ class Connection:
         try:
             async with asyncio.timeout(timeout):
                 while True:
-                    message = await self._receive_one()
+                    message = self._came.popleft() if self._came else await self._receive_one()
                     if not isinstance(message, Heartbeat):
                         return message
         except TimeoutError as error:
             if isinstance(error, DeadlineError):
                 raise
             raise DeadlineError(f"no message within {timeout:g} s") from None
+
+    async def lost(self) -> TransferError:
+        """Why, as soon as the connection has ended. What comes before that, which is little, `receive` still gets."""
+        try:
+            while len(self._came) < _MAX_CAME:
+                self._came.append(await self._receive_one())
+        except TransferError as error:
+            return error
+        return self._fail(FrameError("messages in place of an answer"))
 
     async def _receive_one(self) -> Any:
         if self._body_bytes is None:

@@ -6,13 +6,16 @@ posted buffer would take the receiving process down, a shorter one would leave s
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor
 from datetime import timedelta
-from typing import Literal, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,10 +23,12 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.transport.control import Connection
 from qwen3vl_disagg.transport.process_group import build_pair, forget_meeting
 from qwen3vl_disagg.transport.sockets import Address, address_text
 from qwen3vl_disagg.transport.store import join_store
 
+T = TypeVar("T")
 Side = Literal["encode", "language"]
 _RANK_IN_PAIR = {"encode": 0, "language": 1}
 
@@ -162,6 +167,22 @@ def meet_in_store(address: Address | None, *, host: str) -> LinkFactory:
         return process_group_links(join_store(address), host=host)
     except (RuntimeError, OSError) as error:
         raise LinkBroken(f"no store at {address_text(address)}") from error
+
+
+async def while_there(control: Connection, thread: Executor, work: Callable[..., T], *args: Any) -> T:
+    """`work(*args)` on a thread of the link's own, for as long as its other end is there. When that is gone its error
+    is raised at once: nothing breaks off a call that waits for the dead, but only its thread waits for its deadline."""
+    running = asyncio.get_running_loop().run_in_executor(thread, partial(work, *args))
+    running.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody asks any more
+    watching = asyncio.create_task(control.lost())
+    try:
+        await asyncio.wait((running, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            raise watching.result()
+        return running.result()
+    finally:
+        watching.cancel()
+        await asyncio.wait((watching,))  # two may not read at once
 
 
 class InProcessLink:
