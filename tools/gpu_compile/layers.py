@@ -89,6 +89,8 @@ class OnFakes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is Tensor.pin_memory:
+            return args[0]
         if func is Tensor.to and not is_fake(args[0]):
             device = kwargs.get("device", args[1] if len(args) > 1 else None)
             if isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda":
