@@ -43,6 +43,7 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.use_kernel = self.use_tiles = False
+        self.register_buffer("fused", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.use_kernel and x.shape[0] <= MAX_LINEAR_ROWS:
@@ -56,8 +57,20 @@ class Linear(nn.Linear):
         return self.weight[numbers].float()
 
 
+def fuse(*layers: Linear) -> None:
+    """Lay the weights of layers of one input behind one another, so that `project` needs one product for all. Each
+    layer's own is a view of that, under its name as before; until they are freed both are in memory."""
+    sizes = [layer.out_features for layer in layers]
+    fused = torch.cat([layer.weight.detach() for layer in layers])
+    for layer, weight in zip(layers, fused.split(sizes), strict=True):
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    layers[0].fused = fused
+
+
 def project(x_TD: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
-    """Several layers of one input, without bias; those that a bfloat16 kernel runs in one call."""
+    """Several layers of one input, without bias; in one call where they are fused, or a bfloat16 kernel has them."""
+    if type(layers[0]) is Linear and layers[0].fused is not None:
+        return F.linear(x_TD, layers[0].fused).split([layer.out_features for layer in layers], dim=-1)
     is_kernel = all(type(layer) is Linear and layer.use_kernel for layer in layers)
     is_tiles = all(type(layer) is Linear and layer.use_tiles and layer.bias is None for layer in layers)
     weights, sizes = [layer.weight for layer in layers], [layer.out_features for layer in layers]

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from qwen3vl_disagg.engine.compiled import CompiledDecoder
 from qwen3vl_disagg.model import ModelConfig, PagedBatch, Qwen3MoeForCausalLMWithDeepStack, TextConfig, flex
 from qwen3vl_disagg.model.deepstack import Qwen3MoeModelWithDeepStack
+from qwen3vl_disagg.model.kernels import use_kernels
 from qwen3vl_disagg.model.moe import SparseMoe
 from qwen3vl_disagg.model.rope import text_rotary
 from qwen3vl_disagg.plan.presets import PRESETS
@@ -118,6 +119,8 @@ def fake_model(config: ModelConfig) -> Qwen3MoeForCausalLMWithDeepStack:
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(fake(*parameter.shape), requires_grad=False))
+    with MODE:
+        use_kernels(model)
     return model.eval()
 
 
