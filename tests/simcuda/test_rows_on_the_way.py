@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 
 from qwen3vl_disagg.core.copies import Arrival, Downloads, Uploads
-from qwen3vl_disagg.core.errors import ServerError, TransferError
+from qwen3vl_disagg.core.errors import HandshakeError, ServerError, TransferError
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode import worker as encode_worker
+from qwen3vl_disagg.encode.link_canary import CheckedRows
 from qwen3vl_disagg.encode.pipeline import EncodePipeline
 from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker, Pixels
+from qwen3vl_disagg.language.link_canary import receive_canary
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.transport.buffers import VisualRows
 from qwen3vl_disagg.transport.links import Link
 from tests.encode.test_encode_pipeline import ask, item_of, pull, until
+from tests.support.link_peers import VISUAL
+from tests.support.link_scenarios import CONFIG as LINK_CONFIG
 from tests.support.random_model import cuda_config, random_vision_model, small_config
 from tests.support.simcuda import ASYNC, D2H, DEVICE, EVENT, LATE, WAITS, Watch, simulated, to_device
 from tests.support.transfer import Transfer, make_encoded, make_receiver
@@ -90,10 +94,10 @@ def test_each_row_goes_up_once_and_nobody_waits(watch, kind, rows, deepstack_row
 def test_without_either_event_it_would_be_chance(watch, way, monkeypatch):
     """Rows are read before they are there; or others are written into their blocks before they are read."""
 
-    def reading(arrival: Arrival) -> contextlib.AbstractContextManager[None]:
+    def reading(arrival: Arrival) -> AbstractContextManager[None]:
         if way == "up":
             torch.cuda.current_stream(DEVICE).wait_event(arrival.event)
-        return contextlib.nullcontext() if way == "up" else arrival.uploads.reading(torch.cuda.Event())
+        return nullcontext() if way == "up" else arrival.uploads.reading(torch.cuda.Event())
 
     monkeypatch.setattr(Arrival, "reading", reading)
     receiver = make_receiver(CONFIG, rows=4, deepstack_rows=16, device=DEVICE)
@@ -254,3 +258,20 @@ def test_downloads_do_not_hold_up_what_comes_behind(watch):
     assert not event.query()
     event.synchronize()
     assert host.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("kind", ["process_group", "in_process"])
+def test_the_first_rows_of_a_link(watch, kind):
+    """Into blocks that live no longer than the check; right ones, and others."""
+    like, link = make_receiver(LINK_CONFIG, device=DEVICE), open_pair(kind)
+    rows = CheckedRows(VISUAL, make_encoded(LINK_CONFIG))
+    wrong = replace(rows, item=make_encoded(LINK_CONFIG, seed=1))
+    for sent in (rows, wrong):
+        with ThreadPoolExecutor(1) as thread:
+            sending = thread.submit(sent.send, link[0], 10)
+            refused = pytest.raises(HandshakeError, match="canary: transfer") if sent is wrong else nullcontext()
+            with refused:
+                receive_canary(link[1], rows.announcement(), like, 10)
+            if sent is rows:
+                sending.result(20)
+    assert not watch.problems

@@ -81,6 +81,7 @@ def test_reads_and_what_lies_elsewhere_need_none():
         with torch.cuda.stream(stream):
             x[:4].add_(1)
             total = x[6:].sum()
+            x.new_empty(2), torch.zeros_like(x)
         x[4:6].add_(1)
         assert x[6:].sum().item() == 0
         with pytest.raises(RuntimeError, match="without an order"):

@@ -301,8 +301,10 @@ def _written(func: Any) -> frozenset[str | int]:
 def split_uses(
     func: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What an operator reads and what it writes, of its arguments' tensors; nothing for one that makes a view."""
-    if func.is_view:
+    """What an operator reads and what it writes, of its arguments' tensors; nothing for one that makes a view, or a new
+    tensor like another."""
+    name = func._schema.name.split("::")[1]
+    if func.is_view or name.startswith("new_") or name.endswith("_like"):
         return [], []
     places = _written(func)
     given = [*[x for i, x in enumerate(args) if i in places], *[x for name, x in kwargs.items() if name in places]]
