@@ -340,7 +340,7 @@ class EncodePipeline:
 
 def _arrived(results: list[EncodeResult]) -> list[EncodeResult]:
     """When all are on the host, with their digests; blocks."""
-    here = [result.arrived() if isinstance(result, LeavingItem) else result for result in results]
+    here: list[EncodeResult] = [result.arrived() if isinstance(result, LeavingItem) else result for result in results]
     for result in here:
         if isinstance(result, EncodedItem):
             _ = result.digest

@@ -154,7 +154,7 @@ class Receiver:
         if is_whole and item.digest != item.item_digest:
             raise TransferError(f"digest of the item: expected {item.item_digest}, got {item.digest}")
         arrival = None if self.buffers.uploads is None else self.buffers.uploads.arrival()
-        rows = VisualRows(grant.attempt, grant.row_start, grant.row_stop, main, tuple(item.deepstack), arrival)
+        rows = VisualRows(grant.attempt, grant.row_start, grant.row_stop, main, tuple(item.deepstack), arrival=arrival)
         if grant.row_stop == job.visual.num_rows:
             item.deepstack = []  # no resume will need it
         return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -141,7 +141,7 @@ class VisualRows:
     stop: int
     main: Pieces
     deepstack: Pieces
-    arrival: Arrival | None = None
+    arrival: Arrival | None = field(default=None, kw_only=True)
     """On a GPU: when they are there."""
 
     def write(self, start: int, stop: int, main_out: Tensor, deepstack_out: Tensor | None) -> None:

@@ -14,8 +14,7 @@ from qwen3vl_disagg.cluster import media_store
 from qwen3vl_disagg.cluster.media_store import MediaStore, pull_media
 from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.core.requests import VisualItem
-from qwen3vl_disagg.protocol.messages import Blob, HubMessage
-from qwen3vl_disagg.transport import control
+from qwen3vl_disagg.protocol.messages import Blob, HubMessage, Pull
 from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection
 from tests.support.link_peers import VISUAL
 
@@ -56,8 +55,8 @@ def full_store() -> tuple[MediaStore, VisualItem]:
     return store, item
 
 
-def pull_of(item: VisualItem) -> control.Message:
-    return media_store.Pull(token="token", digest=item.digest)
+def pull_of(item: VisualItem) -> Pull:
+    return Pull(token="token", digest=item.digest)
 
 
 def test_a_pull_that_moves_takes_as_long_as_it_does():
