@@ -268,7 +268,7 @@ def test_the_first_rows_of_a_link(watch, kind):
     wrong = replace(rows, item=make_encoded(LINK_CONFIG, seed=1))
     for sent in (rows, wrong):
         with ThreadPoolExecutor(1) as thread:
-            sending = thread.submit(sent.send, link[0], 10)
+            sending = thread.submit(sent.send, link[0], 10 if sent is rows else 1)
             refused = pytest.raises(HandshakeError, match="canary: transfer") if sent is wrong else nullcontext()
             with refused:
                 receive_canary(link[1], rows.announcement(), like, 10)

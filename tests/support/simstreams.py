@@ -27,13 +27,8 @@ Clock = dict[int, int]
 """Stream -> its last step that comes before."""
 
 
-class Use(NamedTuple):
-    """Bytes [low, high) of a storage, by a stream."""
-
-    low: int
-    high: int
-    stream: int
-    is_write: bool
+Uses = dict[tuple[int, int, bool], int]
+"""(first byte, byte after the last, whether it is written) -> the last step that did so."""
 
 
 class Step(NamedTuple):
@@ -64,7 +59,8 @@ class Order:
         self._before: dict[int, Clock] = {0: {}}
         self._known: Clock = {}
         """What the host knows to have run."""
-        self._uses: dict[int, dict[Use, int]] = {}
+        self._uses: dict[int, dict[int, Uses]] = {}
+        """Of a storage, by stream."""
         self._owner: dict[int, int] = {}
         self._shared: set[tuple[int, int]] = set()
         """(storage, stream) of `record_stream`."""
@@ -111,6 +107,8 @@ class Order:
         with self._lock:
             _merge(self._known, clock)
             ready = [run for step, run in self._late if self._known.get(step.stream, 0) >= step.number]
+            if not ready:
+                return
             self._late = [(s, run) for s, run in self._late if self._known.get(s.stream, 0) < s.number]
         with here():
             for run in ready:
@@ -123,10 +121,9 @@ class Order:
         with self._lock:
             stream = self.current
             self._last[stream] += 1
-            before = self.clock(stream)
             for tensors, is_write in ((reads, False), (writes, True)):
                 for x in tensors:
-                    self._check(x, before, is_write=is_write, who=f"stream {stream}")
+                    self._check(x, stream, is_write=is_write)
             step = Step(stream, self._last[stream])
             self.tag(step, reads, is_write=False)
             self.tag(step, writes, is_write=True)
@@ -141,10 +138,11 @@ class Order:
                     uses = self._uses[storage] = {}
                     self._owner[storage] = step.stream
                     weakref.finalize(x.untyped_storage(), self._freed, storage).atexit = False
-                if is_write:
-                    for use in [use for use in uses if low <= use.low and use.high <= high]:
-                        del uses[use]
-                uses[Use(low, high, step.stream, is_write)] = step.number
+                own = uses.setdefault(step.stream, {})
+                if is_write and len(own) > 8:
+                    for use in [use for use in own if low <= use[0] and use[1] <= high]:
+                        del own[use]
+                own[low, high, is_write] = step.number
 
     def enter(self, func: Any, reads: Sequence[Tensor], writes: Sequence[Tensor], *, is_simulated: bool) -> Step | None:
         """An operator, of the current stream or of the host; one that makes a view touches nothing."""
@@ -158,19 +156,24 @@ class Order:
         with self._lock:
             for tensors, is_write in ((reads, False), (writes, True)):
                 for x in tensors:
-                    self._check(x, self._known, is_write=is_write, who="the host")
+                    self._check(x, None, is_write=is_write)
 
-    def _check(self, x: Tensor, before: Clock, *, is_write: bool, who: str) -> None:
-        storage, low, high = _region(x)
-        uses = self._uses.get(storage, {})
-        for use, number in list(uses.items()):
-            if self._known.get(use.stream, 0) >= number:
-                del uses[use]
-                continue
-            meets = use.low < high and low < use.high and (is_write or use.is_write)
-            if meets and before.get(use.stream, 0) < number:
-                did, does = "wrote" if use.is_write else "reads", "writes" if is_write else "reads"
-                raise self._problem(f"{who} {does} what stream {use.stream} {did}, without an order between them")
+    def _check(self, x: Tensor, stream: int | None, *, is_write: bool) -> None:
+        """`stream`: None for the host."""
+        uses = self._uses.get(x.untyped_storage()._cdata, {})
+        others = [other for other in uses if other != stream]
+        if not others:
+            return
+        _, low, high = _region(x)
+        before = self._known if stream is None else self.clock(stream)
+        for other in others:
+            for (first, end, wrote), number in list(uses[other].items()):
+                if self._known.get(other, 0) >= number:
+                    del uses[other][first, end, wrote]
+                elif first < high and low < end and (is_write or wrote) and before.get(other, 0) < number:
+                    who = "the host" if stream is None else f"stream {stream}"
+                    did, does = "wrote" if wrote else "reads", "writes" if is_write else "reads"
+                    raise self._problem(f"{who} {does} what stream {other} {did}, without an order between them")
 
     def share(self, x: Tensor, stream: int) -> None:
         with self._lock:
@@ -179,11 +182,11 @@ class Order:
     def _freed(self, storage: int) -> None:
         with self._lock:
             owner, uses = self._owner.pop(storage), self._uses.pop(storage)
-            before = self.clock(owner)
-            for use, number in uses.items():
-                if (storage, use.stream) not in self._shared and before.get(use.stream, 0) < number:
-                    self._problem(f"memory of stream {owner} is freed while stream {use.stream} may use it")
-            self._shared = {entry for entry in self._shared if entry[0] != storage}
+            for stream in [stream for stream in uses if stream != owner]:
+                is_late = self.clock(owner).get(stream, 0) < max(uses[stream].values(), default=0)
+                if is_late and (storage, stream) not in self._shared:
+                    self._problem(f"memory of stream {owner} is freed while stream {stream} may use it")
+                self._shared.discard((storage, stream))
 
     # -- copies that the host does not wait for
 
