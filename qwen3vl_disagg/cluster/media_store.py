@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from qwen3vl_disagg.core.errors import DeadlineError, OverloadedError, TransferError
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.media.video import MAX_VIDEO_BYTES
-from qwen3vl_disagg.protocol.messages import Blob, Pull
-from qwen3vl_disagg.protocol.payload_time import moving_s
-from qwen3vl_disagg.transport.control import Connection, connect_hub
+from qwen3vl_disagg.protocol.messages import Blob, Heartbeat, Pull
+from qwen3vl_disagg.transport.control import HEARTBEAT_S, STILL_S, Connection, connect_hub
 from qwen3vl_disagg.transport.sockets import Address
 from qwen3vl_disagg.transport.tls import Tls
 
-PULL_S = 30.0
-"""Beside what the bytes take (`payload_time`)."""
+REACH_S = 30.0
+"""For a connection: the frontend may be about to begin anew. From then on a pull goes on as long as something comes."""
 MAX_PULLS = 64
 """Answered at a time; each has at most a slice of its bytes on the way."""
 
@@ -70,25 +69,35 @@ class MediaStore:
 
     async def answer(self, connection: Connection, pull: Pull) -> None:
         """What an encode rank asks for: how many bytes there are, -1 for none under that digest, and the bytes."""
-        async with self._pulls:
+        while True:
+            try:
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await self._pulls.acquire()
+                break
+            except TimeoutError:
+                await connection.send(Heartbeat())
+        try:
             data = self.get(pull.digest)
             await connection.send(Blob(num_bytes=-1 if data is None else len(data)))
             if data is not None:
-                await connection.send_bytes(data, PULL_S + moving_s(len(data)))
+                await connection.send_bytes(data)
+        finally:
+            self._pulls.release()
 
 
 async def pull_media(hub: Address, token: str, digest: str, num_bytes: int, *, tls: Tls | None = None) -> bytes:
-    """The bytes under `digest` from the store behind the hub at that address, checked. TransferError without them."""
-    source = await connect_hub(hub, deadline_s=PULL_S, tls=tls)
+    """The bytes under `digest` from the store behind the hub at that address, checked. TransferError without them,
+    also when nothing comes for STILL_S seconds."""
+    source = await connect_hub(hub, deadline_s=REACH_S, tls=tls)
     try:
         await source.send(Pull(token=token, digest=digest))
         try:
-            blob = await source.receive(timeout=PULL_S)
+            blob = await source.receive(timeout=STILL_S, heartbeats_count=True)
         except DeadlineError as error:  # how long the request may take, others know
             raise TransferError(str(error)) from None
         if not isinstance(blob, Blob) or blob.num_bytes != num_bytes or num_bytes > MAX_VIDEO_BYTES:
             raise TransferError("the media store does not have the item")
-        data = await source.receive_bytes(num_bytes, PULL_S + moving_s(num_bytes))
+        data = await source.receive_bytes(num_bytes)
     finally:
         await source.close()
     if hashlib.sha256(data).hexdigest() != digest:

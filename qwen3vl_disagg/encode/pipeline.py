@@ -29,7 +29,7 @@ from qwen3vl_disagg.core.spans import Item, span
 from qwen3vl_disagg.encode.batches import plan_batch, tower_cost
 from qwen3vl_disagg.encode.embedding_cache import ContentKey, EmbeddingCache, HeldItem, content_key
 from qwen3vl_disagg.encode.gate import Budget, Gate
-from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker, Pixels
+from qwen3vl_disagg.encode.worker import EncodedItem, EncodeResult, EncodeWorker, LeavingItem, Pixels
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.protocol.messages import EncodingBegun, EncodingEnded, Message
 
@@ -121,6 +121,8 @@ class EncodePipeline:
         self._encodings: dict[ContentKey, _Encoding] = {}
         self._is_running = False
         self._tower = tower or ThreadPoolExecutor(1, thread_name_prefix="tower")
+        self._leaving = ThreadPoolExecutor(1, thread_name_prefix="leaving")
+        """Waits for rows from a GPU while the tower takes its next batch."""
         self._gathers, self._num_begun, self._num_decoding = gathers, 0, 0
 
     def close(self) -> None:
@@ -129,7 +131,7 @@ class EncodePipeline:
         for encoding in self._encodings.values():
             encoding.stop.set()
             encoding.task.cancel()
-        for executor in (*(lane.decoder for lane in self.lanes.values()), self._tower):
+        for executor in (*(lane.decoder for lane in self.lanes.values()), self._tower, self._leaving):
             executor.shutdown(wait=False, cancel_futures=True)
 
     def join(self) -> None:
@@ -293,7 +295,7 @@ class EncodePipeline:
         running = asyncio.get_running_loop().run_in_executor(self._tower, self._run_tower, pixels, batch)
         running.add_done_callback(partial(self._come_out, batch))
 
-    def _run_tower(self, pixels: list[Pixels], batch: list[_Encoding]) -> list[EncodedItem | Exception]:
+    def _run_tower(self, pixels: list[Pixels], batch: list[_Encoding]) -> list[EncodeResult]:
         fault_point("in-tower", *(entry.visual.digest for entry in batch))
         rows = sum(math.prod(entry.visual.grid) for entry in batch) // self._vision.merge_unit
         with span("encode", images=len(pixels), rows=rows) as readers:
@@ -304,26 +306,45 @@ class EncodePipeline:
             readers += [reader for entry in batch for reader in entry.readers]
         return results
 
-    def _come_out(self, batch: list[_Encoding], running: asyncio.Future[list[EncodedItem | Exception]]) -> None:
+    def _come_out(self, batch: list[_Encoding], running: asyncio.Future[list[EncodeResult]]) -> None:
+        """The tower has ended. From a GPU the rows are still on their way."""
         self._is_running = False
         if running.cancelled():
             return
-        error = running.exception()
+        if running.exception() is None and any(isinstance(result, LeavingItem) for result in running.result()):
+            leaving = asyncio.get_running_loop().run_in_executor(self._leaving, _arrived, running.result())
+            leaving.add_done_callback(partial(self._settle, batch))
+        else:
+            self._settle(batch, running)
+        self._feed_tower()
+
+    def _settle(self, batch: list[_Encoding], ended: asyncio.Future[list[EncodeResult]]) -> None:
+        if ended.cancelled():
+            return
+        error = ended.exception()
         if error is not None:
             try:
                 raise_if_lost(error)
             except DeviceLost as lost:
                 self._on_lost(lost)
                 error = ServerError(str(lost), code=ENCODE_ERROR)
-        results = running.result() if error is None else [error] * len(batch)
+        results = ended.result() if error is None else [error] * len(batch)
         for encoding, result in zip(batch, results, strict=True):
             if encoding.rows.done():  # given up, with everything else
                 continue
             if isinstance(result, BaseException):
                 encoding.rows.set_exception(result)
-            else:
+            elif isinstance(result, EncodedItem):
                 encoding.rows.set_result(result)
-        self._feed_tower()
+
+
+def _arrived(results: list[EncodeResult]) -> list[EncodeResult]:
+    """When all are on the host, with their digests; blocks."""
+    here: list[EncodeResult] = [result.arrived() if isinstance(result, LeavingItem) else result for result in results]
+    for result in here:
+        if isinstance(result, EncodedItem):
+            _ = result.digest
+    return here
 
 
 def _look_at(task: asyncio.Task[EncodedItem]) -> None:

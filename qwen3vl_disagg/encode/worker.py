@@ -1,4 +1,4 @@
-"""What an encode rank computes: bytes -> patches -> rows."""
+"""What an encode rank computes: bytes -> patches -> rows, in memory of the host."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_disagg.cluster.shared_cores import SharedCores
+from qwen3vl_disagg.core.copies import Downloads
 from qwen3vl_disagg.core.devices import raise_if_lost, use_device
 from qwen3vl_disagg.core.errors import (
     ENCODE_ERROR,
@@ -133,6 +134,27 @@ class EncodedItem:
         return torch.tensor([len(self.main), *self.grid, levels, self.main.shape[1], self.digest, attempt])
 
 
+@dataclass(frozen=True)
+class LeavingItem:
+    """An item whose rows are on their way from the GPU to the host. `is_finite`: `[]` bool, comes with them."""
+
+    item: EncodedItem
+    is_finite: Tensor
+    event: torch.cuda.Event
+
+    def arrived(self) -> EncodedItem | Exception:
+        """When they are here; blocks."""
+        self.event.synchronize()
+        return self.item if bool(self.is_finite) else _not_finite()
+
+
+def _not_finite() -> ServerError:
+    return ServerError("the vision tower's rows hold NaN or infinity", code=ENCODE_ERROR)
+
+
+EncodeResult = EncodedItem | LeavingItem | Exception
+
+
 class EncodeWorker:
     """The vision tower and what feeds it. Stateless; `encode` on one thread at a time."""
 
@@ -153,6 +175,7 @@ class EncodeWorker:
         self.video, self.decoder = video, decoder
         self.device = next(vision_model.parameters()).device
         self._cores = cores
+        self._downloads = Downloads(self.device) if self.device.type == "cuda" else None
         if self.device.type == "cpu":
             keep_freed_memory()
         if compile:
@@ -177,9 +200,9 @@ class EncodeWorker:
         note = "; ".join(dict.fromkeys(notes))[:MAX_NOTE]
         return Pixels(patches, grid, (time.monotonic() - started) * 1e3, note)
 
-    def encode(self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]) -> list[EncodedItem | Exception]:
-        """Run the tower over several images and clips at once; rows on the tower's device, contiguous, each item's in
-        memory of its own. `encode_ms` is the time of the whole batch.
+    def encode(self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]) -> list[EncodeResult]:
+        """Run the tower over several images and clips at once; rows contiguous, each item's in memory of its own.
+        `encode_ms` is the time of the whole batch. From a GPU the rows are on their way when this returns.
 
         What goes wrong with an item stands in its place: ServerError for rows that are not finite. When the tower
         fails over several (they may not fit in memory together), each goes through it alone. DeviceLost if there is no
@@ -203,9 +226,7 @@ class EncodeWorker:
         ]
 
     @torch.inference_mode()
-    def _encode_together(
-        self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]
-    ) -> list[EncodedItem | Exception]:
+    def _encode_together(self, batch: Sequence[Pixels], visual_token_ids: Sequence[int]) -> list[EncodeResult]:
         started = time.monotonic()
         use_device(self.device)
         pixels = uploaded(torch.cat([entry.patches for entry in batch]), self.device)
@@ -214,22 +235,42 @@ class EncodeWorker:
         merge_unit = self.config.vision.merge_unit
         num_rows = [t * h * w // merge_unit for t, h, w in (entry.grid for entry in batch)]
         parts = list(zip(main.split(num_rows), deepstack.split(num_rows), strict=True))
-        is_good = are_finite(parts)  # waits for the tower
+        if self._downloads is not None:
+            return self._leave(self._downloads, batch, visual_token_ids, parts, started)
+        is_good = are_finite(parts)
         elapsed_ms = (time.monotonic() - started) * 1e3
-        results: list[EncodedItem | Exception] = []
-        for entry, token_id, (main, deepstack), ok in zip(batch, visual_token_ids, parts, is_good, strict=True):
-            if not ok:
-                results.append(ServerError("the vision tower's rows hold NaN or infinity", code=ENCODE_ERROR))
-                continue
-            positions = item_positions(entry.grid, self.config.vision.spatial_merge_size).T.contiguous()
-            fill_ids = torch.full((len(main),), token_id, dtype=torch.int32)
-            main, deepstack = _own(main), _own(deepstack)
-            results.append(
-                EncodedItem(
-                    main, deepstack, fill_ids, positions, entry.grid, entry.preprocess_ms, elapsed_ms, entry.note
-                )
+        return [
+            self._item(entry, token_id, _own(main), _own(deepstack), elapsed_ms) if ok else _not_finite()
+            for entry, token_id, (main, deepstack), ok in zip(batch, visual_token_ids, parts, is_good, strict=True)
+        ]
+
+    def _leave(
+        self,
+        downloads: Downloads,
+        batch: Sequence[Pixels],
+        visual_token_ids: Sequence[int],
+        parts: Sequence[tuple[Tensor, Tensor]],
+        started: float,
+    ) -> list[EncodeResult]:
+        """Send the rows on their way, and wait for the tower alone."""
+        is_finite_B = torch.stack([main.isfinite().all() & deepstack.isfinite().all() for main, deepstack in parts])
+        computed = torch.cuda.current_stream(self.device).record_event()
+        (is_finite_B, *rows), copied = downloads.start([is_finite_B, *(rows for part in parts for rows in part)])
+        computed.synchronize()
+        elapsed_ms = (time.monotonic() - started) * 1e3
+        return [
+            LeavingItem(self._item(entry, token_id, main, deepstack, elapsed_ms), is_finite, copied)
+            for entry, token_id, main, deepstack, is_finite in zip(
+                batch, visual_token_ids, rows[::2], rows[1::2], is_finite_B, strict=True
             )
-        return results
+        ]
+
+    def _item(self, entry: Pixels, token_id: int, main: Tensor, deepstack: Tensor, elapsed_ms: float) -> EncodedItem:
+        positions = item_positions(entry.grid, self.config.vision.spatial_merge_size).T.contiguous()
+        fill_ids = torch.full((len(main),), token_id, dtype=torch.int32)
+        return EncodedItem(
+            main, deepstack, fill_ids, positions, entry.grid, entry.preprocess_ms, elapsed_ms, entry.note
+        )
 
 
 @torch.inference_mode()

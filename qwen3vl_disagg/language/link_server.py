@@ -61,6 +61,7 @@ from qwen3vl_disagg.protocol.session_events import (
 from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Connection, ConnectionLost
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
 from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory, process_group_links, while_there
+from qwen3vl_disagg.transport.refusals import Refusals
 from qwen3vl_disagg.transport.sockets import Address, listen
 from qwen3vl_disagg.transport.ticks import tick
 from qwen3vl_disagg.transport.tls import Tls
@@ -117,6 +118,7 @@ class LinkServer:
         self._host, self._make_link, self._tls = host, make_link, tls
         self._server: Doorkeeper | None = None
         self._ticker: asyncio.Task[None] | None = None
+        self._refusals = Refusals()
 
     async def serve(self) -> Address:
         """Listen for encode ranks on a free port."""
@@ -276,7 +278,11 @@ class LinkServer:
     async def _accept(self, hello: Message, control: Connection) -> None:
         try:
             link = await self._handshake(hello, control)
-        except (DisaggError, OSError, RuntimeError):
+        except (DisaggError, OSError):
+            return
+        except RuntimeError as error:  # a store that is gone, a GPU; it is tried again
+            peer = f"encode rank {hello.encode_rank}" if isinstance(hello, LinkHello) else "a stranger"
+            self._refusals.say(peer, f"no link with {peer}: {type(error).__name__}: {error}")
             return
         control.keep_alive()
         self._links[link.encode_rank, link.epoch] = link

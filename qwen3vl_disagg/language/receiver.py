@@ -1,4 +1,5 @@
 """The bytes of a language rank's sessions: payloads into leased blocks, checked run by run, then lent to the engine.
+Those for blocks on a GPU are checked in memory of the host, and uploaded from there.
 
 Who gets which blocks, and when they come back, is decided by `language_sessions`; this only moves and checks.
 """
@@ -72,19 +73,21 @@ class Receiver:
             deepstack: list[tuple[int, Tensor]] = []
             digests = [item.digest]
             ranges = item_ranges(grant.deepstack_runs, grant.deepstack_start)
-            for (start, stop), expected, _ in zip(ranges, job.header.deepstack_digests, deepstack_views, strict=True):
+            for (start, stop), expected, view in zip(
+                ranges, job.header.deepstack_digests, deepstack_views, strict=True
+            ):
                 piece = next(here)
                 digests.append(_check(expected, deepstack_sums(piece), "DeepStack rows", start, stop))
                 _check_finite(piece, "DeepStack rows", start, stop)
-                deepstack.append((start, piece))
+                deepstack.append((start, self._place(piece, view)))
             main: list[tuple[int, Tensor]] = []
             ranges = item_ranges(grant.row_runs, grant.row_start)
-            for (start, stop), expected, _ in zip(ranges, job.header.row_digests, row_views, strict=True):
+            for (start, stop), expected, (view, *_) in zip(ranges, job.header.row_digests, row_views, strict=True):
                 part, fill_ids, positions = next(here), next(here), next(here)
                 digests.append(_check(expected, run_sums(part, fill_ids, positions), "rows", start, stop))
                 self._check_run(item, job, start, fill_ids, positions)
                 _check_finite(part, "rows", start, stop)
-                main.append((start, part))
+                main.append((start, self._place(part, view)))
             for _ in here:  # nothing is left, but only the end says that the receives have returned
                 continue
         finally:
@@ -113,6 +116,13 @@ class Receiver:
         rows = self.buffers.row_views(job.room.rows, grant.row_runs)
         aux = [] if isinstance(grant, Resume) else [self.buffers.aux_view(job.hold.slots[0])]
         return [*aux, *deepstack, *itertools.chain.from_iterable(rows)], deepstack, rows
+
+    def _place(self, rows: Tensor, view: Tensor) -> Tensor:
+        """Rows that are right, where the engine reads them; on a GPU on their way there (`VisualRows.arrival`)."""
+        if self.buffers.uploads is None:
+            return rows
+        self.buffers.uploads.start(view, rows)
+        return view
 
     def _check_aux(self, item: _Item, job: Receive, aux: Tensor) -> None:
         visual, got = job.visual, aux.tolist()
@@ -143,7 +153,8 @@ class Receiver:
         is_whole = item.job.grant.row_start == 0 and grant.row_stop == job.visual.num_rows
         if is_whole and item.digest != item.item_digest:
             raise TransferError(f"digest of the item: expected {item.item_digest}, got {item.digest}")
-        rows = VisualRows(grant.attempt, grant.row_start, grant.row_stop, main, tuple(item.deepstack))
+        arrival = None if self.buffers.uploads is None else self.buffers.uploads.arrival()
+        rows = VisualRows(grant.attempt, grant.row_start, grant.row_stop, main, tuple(item.deepstack), arrival=arrival)
         if grant.row_stop == job.visual.num_rows:
             item.deepstack = []  # no resume will need it
         return rows

@@ -74,7 +74,7 @@ STATES = {
         "ack of all: over; of some, or link down: parked",
         (PARKED,),
         lambda limits: limits.answer_s,
-        "then the link is broken",
+        "more by its size, then the link is broken",
     ),
     PARKED: State(
         "rows wait for a resume", "grant: ready", (READY,), lambda limits: limits.lease_s, "then they are dropped"
@@ -97,6 +97,8 @@ class Outgoing:
     deadline: float
     due: float = FIRST_COME
     granted_at: float = 0.0
+    moving_s: float = 0.0
+    """What the bytes of the payload that is sent may take on the way, beside all else."""
     is_encoded: bool = False
     is_dropped: bool = False
     """Given up while its header was out: if that is answered with yes, the payload still has to follow."""
@@ -337,7 +339,8 @@ class EncodeSessions:
             return
         # Who receives knows the size and what the link has moved lately.
         payload_s = max(self.limits.payload_s, message.payload_s)
-        self._go(item, SENDING, now, more_s=2 * (payload_s - self.limits.payload_s))
+        item.moving_s = payload_s - self.limits.payload_s
+        self._go(item, SENDING, now, more_s=2 * item.moving_s)
         self._actions.append(SendPayload(outlet.state.peer, outlet.state.epoch, item.grant, payload_s))
         if item.is_dropped:
             self._end(attempt)
@@ -351,7 +354,7 @@ class EncodeSessions:
             return
         item = self.items.get(event.attempt)
         if item is not None and item.state == SENDING:
-            self._go(item, SENT, now)
+            self._go(item, SENT, now, more_s=item.moving_s)  # what is sent may be on its way as long
         self._next_turn(outlet, event.attempt, now)
 
     def _acknowledged(self, outlet: _Outlet, message: Ack, now: float) -> None:

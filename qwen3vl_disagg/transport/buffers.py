@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from qwen3vl_disagg.core.copies import Arrival, Uploads
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.requests import ItemTimings
 from qwen3vl_disagg.core.settings import BufferOptions
@@ -59,6 +61,9 @@ class MultimodalDataBuffers:
             num_slots=num_slots,
         )
         self.row_sizes = RowSizes.of(hidden_size=hidden, num_levels=levels, itemsize=dtype.itemsize)
+        blocks = (self.input_embeddings, self.deepstack_embeddings)
+        self.uploads = Uploads(blocks) if self.input_embeddings.device.type == "cuda" else None
+        """How rows come into blocks on a GPU."""
 
     @staticmethod
     def check(config: ModelConfig, options: BufferOptions) -> None:
@@ -136,15 +141,18 @@ class VisualRows:
     stop: int
     main: Pieces
     deepstack: Pieces
+    arrival: Arrival | None = field(default=None, kw_only=True)
+    """On a GPU: when they are there."""
 
     def write(self, start: int, stop: int, main_out: Tensor, deepstack_out: Tensor | None) -> None:
         """Copy rows [start, stop) into `[stop - start, h]` and `[stop - start, n * h]`.
 
         ValueError if not all of them are here. `deepstack_out` is None for a model without levels.
         """
-        self._copy(self.main, start, stop, main_out)
-        if deepstack_out is not None and deepstack_out.shape[1]:
-            self._copy(self.deepstack, start, stop, deepstack_out)
+        with contextlib.nullcontext() if self.arrival is None else self.arrival.reading():
+            self._copy(self.main, start, stop, main_out)
+            if deepstack_out is not None and deepstack_out.shape[1]:
+                self._copy(self.deepstack, start, stop, deepstack_out)
 
     def _copy(self, pieces: Pieces, start: int, stop: int, out: Tensor) -> None:
         copied = 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
+from collections.abc import Coroutine
 from functools import partial
 from typing import Any, Protocol
 
@@ -34,6 +35,8 @@ would not be seen for half a minute."""
 _MAX_CAME = 16
 _MAX_UNSENT_BYTES = 64 * 1024 * 1024
 _SLICE_BYTES = 256 * 1024
+STILL_S = 10.0
+"""Without one more of many raw bytes that were announced, or a slice of them that the peer has taken."""
 FRAME_HEADER_BYTES = 4
 
 _encoder = msgspec.msgpack.Encoder()
@@ -124,14 +127,17 @@ class Connection:
         self.post(message)
         await self._drain(self._silence_s)
 
-    async def receive(self, timeout: float | None = None) -> Any:
-        """The next message that is no heartbeat. Raises ConnectionLost, FrameError, DeadlineError after `timeout`."""
+    async def receive(self, timeout: float | None = None, *, heartbeats_count: bool = False) -> Any:
+        """The next message that is no heartbeat. Raises ConnectionLost, FrameError, DeadlineError after `timeout`, in
+        which `heartbeats_count` or do not."""
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout) as clock:
                 while True:
                     message = self._came.popleft() if self._came else await self._receive_one()
                     if not isinstance(message, Heartbeat):
                         return message
+                    if heartbeats_count and timeout is not None:
+                        clock.reschedule(asyncio.get_running_loop().time() + timeout)
         except TimeoutError as error:
             if isinstance(error, DeadlineError):
                 raise
@@ -160,13 +166,17 @@ class Connection:
             raise self._fail(FrameError(f"frame of {len(body)} bytes does not decode: {error}")) from None
 
     async def _read(self, num_bytes: int) -> bytes:
+        return await self._wait_for(self._reader.readexactly(num_bytes))
+
+    async def _wait_for(self, reading: Coroutine[Any, Any, bytes]) -> bytes:
         if self._failure is not None:
+            reading.close()
             raise self._failure
         self._waiting = True
         try:
-            data = await self._reader.readexactly(num_bytes)
+            data = await reading
         except asyncio.IncompleteReadError as error:
-            cut = f" in the middle of a frame ({len(error.partial)} of {num_bytes} bytes)" if error.partial else ""
+            cut = f" in the middle of a frame ({len(error.partial)} of {error.expected} bytes)" if error.partial else ""
             raise self._fail(ConnectionLost(f"peer closed the connection{cut}")) from None
         except OSError as error:
             raise self._broke(error) from None
@@ -175,24 +185,31 @@ class Connection:
         self._silent_ticks = 0
         return data
 
-    async def send_bytes(self, data: bytes | memoryview, timeout: float) -> None:
+    async def send_bytes(self, data: bytes | memoryview, still_s: float = STILL_S) -> None:
         """Raw bytes after a message that announced them, a slice at a time: no more of them wait here than the peer may
-        be behind. Not with `keep_alive`."""
-        end = asyncio.get_running_loop().time() + timeout
+        be behind. ConnectionLost when it takes none for `still_s` seconds. Not with `keep_alive`."""
         view = memoryview(data)
         for start in range(0, len(view), _SLICE_BYTES):
             if self.is_closed:
                 raise self._failure or ConnectionLost("connection is closed")
             self._writer.write(view[start : start + _SLICE_BYTES])
-            await self._drain(end - asyncio.get_running_loop().time())
+            await self._drain(still_s)
 
-    async def receive_bytes(self, num_bytes: int, timeout: float) -> bytes:
-        """Exactly `num_bytes` raw bytes. Not with `keep_alive`."""
-        try:
-            async with asyncio.timeout(timeout):
-                return await self._read(num_bytes)
-        except TimeoutError:
-            raise self._fail(ConnectionLost(f"{num_bytes} bytes did not arrive within {timeout:g} s")) from None
+    async def receive_bytes(self, num_bytes: int, still_s: float = STILL_S) -> bytes:
+        """Exactly `num_bytes` raw bytes. ConnectionLost when none come for `still_s` seconds. Not with `keep_alive`."""
+        pieces, missing = list[bytes](), num_bytes
+        while missing:
+            here = f"{num_bytes - missing} of {num_bytes} bytes"
+            try:
+                async with asyncio.timeout(still_s):
+                    piece = await self._wait_for(self._reader.read(min(_SLICE_BYTES, missing)))
+            except TimeoutError:
+                raise self._fail(ConnectionLost(f"{here}, and no more within {still_s:g} s")) from None
+            if not piece:
+                raise self._fail(ConnectionLost(f"peer closed the connection after {here}"))
+            pieces.append(piece)
+            missing -= len(piece)
+        return b"".join(pieces)
 
     async def _drain(self, timeout: float) -> None:
         try:

@@ -46,14 +46,16 @@ STILL_S = 10.0
 class Link(Protocol):
     """`send` on one end and `receive` on the other, with tensors of equal shapes and dtypes in equal order.
 
-    All tensors of a payload are in flight at once. Both raise LinkBroken when the peer is gone or `timeout` seconds
-    have passed, or too many without any of them; nothing is written into any of the tensors after that.
+    What is sent is in memory of the host. All tensors of a payload are in flight at once. Both raise LinkBroken when
+    the peer is gone or `timeout` seconds have passed, or too many without any of them; nothing is written into any of
+    the tensors after that.
     """
 
     def send(self, tensors: Sequence[Tensor], timeout: float) -> None: ...
 
     def receive(self, tensors: Sequence[Tensor], timeout: float) -> Generator[Tensor, None, None]:
-        """Yield the tensors in order, each as soon as it is there: the one given, filled, or the sender's own.
+        """Yield the tensors in order, each as soon as it is there: the one given, filled, or the sender's own; for one
+        on a GPU its bytes in memory of the host, pinned where they came over a wire.
 
         Has to be run to its end, or closed.
         """
@@ -85,7 +87,7 @@ class _Patience:
 
 
 class ProcessGroupLink:
-    """Over a 2-rank Gloo group. Tensors that are not on the CPU are staged through it."""
+    """Over a 2-rank Gloo group."""
 
     def __init__(self, group: dist.ProcessGroup, side: Side) -> None:
         self._group: dist.ProcessGroup | None = group
@@ -96,7 +98,7 @@ class ProcessGroupLink:
         group = self._open_group()
         works = []
         for number, tensor in enumerate(tensors):
-            works.append(group.send([tensor.cpu()], self._peer, 0))
+            works.append(group.send([tensor], self._peer, 0))
             if number == len(tensors) // 2:
                 fault_point("mid-payload-sent")
         for _ in self._wait(works, patience):
@@ -104,14 +106,12 @@ class ProcessGroupLink:
 
     def receive(self, tensors: Sequence[Tensor], timeout: float) -> Generator[Tensor, None, None]:
         patience = _Patience(tensors, timeout)
-        staged = [t if t.device.type == "cpu" else torch.empty(t.shape, dtype=t.dtype) for t in tensors]
+        here = [t if t.device.type == "cpu" else torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
         group = self._open_group()
-        works = [group.recv([tensor], self._peer, 0) for tensor in staged]
+        works = [group.recv([tensor], self._peer, 0) for tensor in here]
         waiting = self._wait(works, patience)
         try:
-            for tensor, stage, _ in zip(tensors, staged, waiting, strict=True):
-                if stage is not tensor:
-                    tensor.copy_(stage)
+            for tensor, _ in zip(here, waiting, strict=True):
                 yield tensor
         finally:
             for _ in waiting:

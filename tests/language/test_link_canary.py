@@ -14,6 +14,7 @@ from qwen3vl_disagg.core.errors import HandshakeError
 from qwen3vl_disagg.encode.link_canary import CheckedRows
 from qwen3vl_disagg.encode.links import EncodeLinks
 from qwen3vl_disagg.encode.worker import EncodedItem
+from qwen3vl_disagg.language import link_server
 from qwen3vl_disagg.language.receiver import Receiver
 from qwen3vl_disagg.protocol.messages import LinkHello, Resume
 from qwen3vl_disagg.transport.buffers import VisualRows
@@ -133,3 +134,26 @@ def test_rows_of_another_picture_are_not_the_announced_ones(monkeypatch):
     told = refusal()
     assert told is not None
     assert told.field == "canary: main rows"
+
+
+def test_what_is_in_the_way_of_a_link_stands_in_the_log(monkeypatch, caplog):
+    """Nobody refuses it, so it is tried again: once a minute it is said why, and not each time."""
+    tries = []
+
+    def broken(*_: Any) -> None:
+        tries.append(1)
+        raise RuntimeError("CUDA error: of some kind")
+
+    monkeypatch.setattr(link_server, "receive_canary", broken)
+
+    async def run() -> None:
+        async with language() as it:
+            linking = asyncio.create_task(link_up(it, ROWS))
+            async with asyncio.timeout(WAIT_S):
+                while len(tries) < 2:
+                    await asyncio.sleep(0.02)
+            linking.cancel()
+
+    asyncio.run(run())
+    said = [record.getMessage() for record in caplog.records if "no link with encode rank" in record.getMessage()]
+    assert said == ["no link with encode rank 0: RuntimeError: CUDA error: of some kind"]

@@ -94,3 +94,16 @@ def test_who_sends_does_as_it_is_told_but_for_its_own_least(said, held):
     assert side.frame(ok) == [SendPayload(0, 1, encode_side.grant_of(A), held)]
     assert side.tick(2 * held - 0.1) == []
     assert isinstance(side.tick(0.2)[0], BreakLink)
+
+
+@pytest.mark.parametrize("said", [LIMITS.payload_s, 100.0])
+def test_who_has_sent_waits_for_the_answer_as_long_as_the_bytes_may_still_be_on_their_way(said):
+    """What was handed to the network is not there yet: a long payload over a slow link has its time once more."""
+    side = encode_side.Side()
+    side.grant(A)
+    side.do(Encoded(A))
+    side.frame(HeaderOk(**ids(A), row_start=0, payload_s=said))
+    side.sent(A)
+    patience = LIMITS.answer_s + said - LIMITS.payload_s
+    assert side.tick(patience - 0.1) == []
+    assert isinstance(side.tick(0.2)[0], BreakLink)

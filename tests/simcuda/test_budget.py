@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams
-from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker, Pixels
+from qwen3vl_disagg.encode.worker import EncodedItem, EncodeWorker, LeavingItem, Pixels
 from qwen3vl_disagg.engine.engine import Engine
 from qwen3vl_disagg.protocol.messages import NeedItems, RequestFailed
 from qwen3vl_disagg.transport.buffers import VisualRows
 from tests.support.engine import make_engine, make_requests
 from tests.support.random_model import cuda_config, random_language_model, random_vision_model
-from tests.support.simcuda import DEVICE, H2D, ITEM, SHAPE, STAGED, WAITS, Watch, simulated, to_device
+from tests.support.simcuda import D2H, DEVICE, EVENT, H2D, ITEM, LATE, SHAPE, STAGED, WAITS, Watch, simulated, to_device
 
 SAMPLING = {
     "greedy": SamplingParams(max_new_tokens=6, temperature=0.0),
@@ -89,9 +89,16 @@ def test_a_batch_of_images_is_waited_for_once():
         grids = [(1, 4, 6), (1, 8, 8), (1, 4, 6)]
         pixels = [Pixels(torch.randn(h * w, config.vision.patch_dim), (t, h, w), 0.0) for t, h, w in grids]
         watch.reset()
-        items = worker.encode(pixels, [60] * 3)
-        counts, problems = watch.counts, watch.problems
+        leaving = worker.encode(pixels, [60] * 3)
+        counts, num_bytes = watch.counts.copy(), watch.bytes_of(LATE)
+        assert all(isinstance(item, LeavingItem) for item in leaving)
+        items = [item.arrived() for item in leaving]
+        digests = [item.digest for item in items]
+        assert total(watch.counts, D2H) == 0, "the bytes that came are digested"
+        problems = watch.problems
     assert all(isinstance(item, EncodedItem) for item in items)
+    assert len(set(digests)) == 3
     assert not problems
-    assert total(counts, H2D, STAGED, SHAPE, ITEM) == 0, counts
-    assert total(counts, *WAITS) == 1, counts
+    assert total(counts, H2D, D2H, STAGED, SHAPE, ITEM) == 0, counts
+    assert total(counts, *WAITS) == total(counts, EVENT) == 1, counts
+    assert num_bytes == 3 + sum(item.main.nbytes + item.deepstack.nbytes for item in items), "each row once"

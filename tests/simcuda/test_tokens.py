@@ -20,7 +20,7 @@ from tests.support.engine import make_engine, make_requests, run, token_ids
 from tests.support.local import settled
 from tests.support.random_model import cuda_config, random_language_model
 from tests.support.scenes import ask_scenes
-from tests.support.simcuda import D2H, H2D, STAGED, simulated, to_device
+from tests.support.simcuda import ASYNC, D2H, EVENT, H2D, LATE, STAGED, WAITS, simulated, to_device
 
 SAMPLING = SamplingParams(max_new_tokens=12, temperature=0.0)
 ABOUT = "You are shown pictures of coloured shapes, and you say what is in them, in as few words as you can. "
@@ -39,8 +39,8 @@ def conversations() -> list[list[dict]]:
     return [[{"role": "system", "content": ABOUT * 2}, *messages] for messages in made]
 
 
-def answers(llm: LLM) -> tuple[list[list[int]], int]:
-    """Token ids, and the prompts' tokens that were known when all was asked again."""
+def answers(llm: LLM) -> tuple[list[list[int]], int, int]:
+    """Token ids, the prompts' tokens that were known when all was asked again, and the bytes that were sent."""
     streamed = [""] * len(conversations())
 
     def on_text(number: int, piece: str) -> None:
@@ -51,7 +51,8 @@ def answers(llm: LLM) -> tuple[list[list[int]], int]:
     assert [result.token_ids for result in again] == [result.token_ids for result in first]
     assert streamed == [result.text for result in first]
     assert settled(llm)
-    return [r.token_ids for r in first], sum(r.timings.cached_tokens for r in again)
+    num_sent = sum(r.timings.transfer_bytes for r in [*first, *again])
+    return [r.token_ids for r in first], sum(r.timings.cached_tokens for r in again), num_sent
 
 
 @functools.cache
@@ -59,7 +60,7 @@ def expected(dtype: str, quantize: str) -> list[list[int]]:
     return answers(LLM(dtype=dtype, quantize=quantize, device="cpu", kv_cache_gib=0.005))[0]
 
 
-def check_llm(dtype: str, quantize: str, compile: str, caplog: pytest.LogCaptureFixture, *, sent: bool = False) -> None:
+def check_llm(dtype: str, quantize: str, compile: str, caplog: pytest.LogCaptureFixture) -> None:
     wanted = expected(dtype, quantize)
     caplog.clear()
     with simulated() as watch:
@@ -68,15 +69,20 @@ def check_llm(dtype: str, quantize: str, compile: str, caplog: pytest.LogCapture
         assert llm.engine.scheduler.pool.page_size == 64
         assert llm.engine.runner.impl == ("sdpa" if compile == "off" else "flex")
         watch.reset()
-        found, num_known = answers(llm)
+        found, num_known, num_sent = answers(llm)
+        num_encoded = llm.transfer.pipeline.cache.num_bytes
         llm.transfer.close()
     assert found == wanted
     assert num_known > 100
     assert not watch.problems, str(watch)
     uploads = [place for (kind, place) in watch.counts if kind in (H2D, STAGED)]
-    # What stays for good, and what is received.
-    allowed = ["engine/sampler.py", "model/rope.py", *["transport/links.py"] * sent]
+    allowed = ["engine/sampler.py", "model/rope.py"]  # what stays for good
     assert all(place.split(":")[0] in allowed for place in uploads), str(watch)
+    assert 0 < watch.bytes_of(LATE) <= num_encoded, "each row that is encoded comes down once"
+    assert 0 < watch.bytes_of(ASYNC, "core/copies.py") <= num_sent, "each that is sent goes up once"
+    waits = {place.split(":")[0] for kind, place in watch.counts if kind in WAITS}
+    assert not [place for place in waits if place.startswith(("language/", "transport/", "core/", "protocol/"))]
+    assert {place.split(":")[0] for kind, place in watch.counts if kind == EVENT} == {"encode/worker.py"}
     assert watch.sdpa == {(True, True, False, False)} or compile == "off"
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
@@ -102,7 +108,7 @@ def test_rows_that_travel_between_two_processes(monkeypatch, caplog):
     """Over Gloo, through the host's memory, as from an encode rank to a language rank: the bits are the same."""
     store, _ = host_store("127.0.0.1")
     monkeypatch.setattr(transfer, "in_process_links", lambda: process_group_links(store, host="127.0.0.1"))
-    check_llm("bfloat16", "none", "off", caplog, sent=True)
+    check_llm("bfloat16", "none", "off", caplog)
 
 
 @pytest.mark.parametrize("compile", [True, False])

@@ -3,7 +3,8 @@
 `simulated()` makes tensors that say `cuda:0` and compute on the CPU, and a `Watch` that knows what a real device would
 have had to say: tensors of two devices in one operator, operators without a CUDA kernel, operands that `grouped_mm`
 does not take, and each time the host would have waited. What runs in it is the real code with real numbers: host
-logic, devices and copies are shown by it; kernels, speed, streams and memory are not.
+logic, devices, copies and the order between streams (`simstreams.py`) are shown by it; kernels, speed and memory are
+not.
 
 Compiled regions run uncompiled, and are told that they are compiled. FlexAttention is computed from its block lists.
 """
@@ -14,7 +15,6 @@ import contextlib
 import functools
 import sys
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,12 +27,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3vl_disagg.model import flex, moe, paged, quantized, vision
+from tests.support.simstreams import Order, here, is_pinned, pin, split_uses
 
 DEVICE = torch.device("cuda", 0)
 H2D, STAGED, ASYNC, D2H, ITEM, SHAPE = "H2D blocking", "H2D staged", "H2D pinned", "D2H", "item", "shape"
+LATE, EVENT = "D2H pinned", "event"
 """Blocking: from memory that can be paged out. Staged: the same, but not waited for, which the driver does not promise.
-Item: one number, as `bool` and `.item()` take it. Shape: an operator whose result's shape the host has to learn."""
-WAITS = (H2D, STAGED, D2H, ITEM, SHAPE)
+Item: one number, as `bool` and `.item()` take it. Shape: an operator whose result's shape the host has to learn.
+Pinned: not waited for, but by an event."""
+_STOPS = (H2D, D2H, ITEM, SHAPE)
+WAITS = (*_STOPS, STAGED, EVENT)
 _SHAPES = {"nonzero", "unique2", "_unique2", "unique_dim", "unique_consecutive", "masked_select"}
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 _OPERATORS: dict[str, Callable[..., Any]] = {
@@ -46,21 +50,27 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 class Watch:
-    """What was seen: `counts` of copies and waits by kind and place, `problems` that a device would have raised, and
-    the `sdpa` backends that were allowed when attention was computed (flash, efficient, math, cuDNN)."""
+    """What was seen: `counts` of copies and waits by kind and place, `num_bytes` of copies, `problems` that a
+    device would have raised or could not have promised, and the `sdpa` backends that were allowed when attention was
+    computed (flash, efficient, math, cuDNN)."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self.order = Order(self.problem, self.count)
         self.reset()
 
     def reset(self) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
+        self.num_bytes: Counter[tuple[str, str]] = Counter()
         self.problems: list[str] = []
         self.sdpa: set[tuple[bool, bool, bool, bool]] = set()
 
-    def count(self, kind: str) -> None:
+    def count(self, kind: str, num_bytes: int = 0) -> None:
         with self._lock:
             self.counts[kind, _place()] += 1
+            self.num_bytes[kind, _place()] += num_bytes
+        if kind in _STOPS:
+            self.order.learn(self.order.clock(self.order.current))
 
     def problem(self, message: str) -> RuntimeError:
         with self._lock:
@@ -69,6 +79,10 @@ class Watch:
 
     def of(self, *kinds: str) -> int:
         return sum(number for (kind, _), number in self.counts.items() if kind in kinds)
+
+    def bytes_of(self, kind: str, file: str = "") -> int:
+        """Copied by lines of that file, or of any."""
+        return sum(number for (of, place), number in self.num_bytes.items() if of == kind and place.startswith(file))
 
     def __str__(self) -> str:
         rows = sorted(self.counts.items(), key=lambda row: (row[0][0], -row[1]))
@@ -163,7 +177,10 @@ def _index(watch: Watch, index: Any) -> Any:
 def _getitem(watch: Watch, x: Tensor, index: Any) -> Any:
     if not isinstance(x, SimTensor):  # a CPU tensor by places on the device
         raise watch.problem("indices should be on the CPU or on the indexed tensor's device (cpu)")
-    return SimTensor(x.elem[_index(watch, index)], watch)
+    found = x.elem[_index(watch, index)]
+    if found.untyped_storage()._cdata != x.elem.untyped_storage()._cdata:
+        watch.order.tag(watch.order.step([x.elem], []), [found])
+    return SimTensor(found, watch)
 
 
 def _setitem(watch: Watch, x: Tensor, index: Any, value: Any) -> None:
@@ -171,6 +188,7 @@ def _setitem(watch: Watch, x: Tensor, index: Any, value: Any) -> None:
         watch.count(D2H)
         x[_elems(index)] = _elem(value)
         return
+    watch.order.step([value.elem] if isinstance(value, SimTensor) else [], [x.elem])
     if isinstance(value, Tensor) and not isinstance(value, SimTensor) and value.dim():
         watch.count(H2D)
     x.elem[_index(watch, index)] = _elem(value)
@@ -178,19 +196,30 @@ def _setitem(watch: Watch, x: Tensor, index: Any, value: Any) -> None:
 
 def _tolist(watch: Watch, x: SimTensor) -> Any:
     if x.elem.numel():
+        watch.order.step([x.elem], [])
         watch.count(D2H)
     return x.elem.tolist()
 
 
 def _copy(watch: Watch, x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    if isinstance(x, SimTensor) != isinstance(source, SimTensor) and source.numel():
-        watch.count(_upload_kind(source, non_blocking) if isinstance(x, SimTensor) else D2H)
-    _elem(x).copy_(_elem(source))
+    is_up, target, given = isinstance(x, SimTensor), _elem(x), _elem(source)
+    step = watch.order.step(*_touched((source,), (x,)))
+    kind = ""
+    if is_up != isinstance(source, SimTensor) and source.numel():
+        kind = _upload_kind(source, non_blocking) if is_up else LATE if non_blocking and is_pinned(x) else D2H
+        watch.count(kind, x.nbytes)
+    with here():
+        if kind == LATE:
+            watch.order.download(step, target, given)
+            return x
+        if kind == ASYNC:
+            watch.order.upload(step, given)
+        target.copy_(given)
     return x
 
 
 def _upload_kind(source: Tensor, is_async: bool) -> str:
-    return H2D if not is_async else ASYNC if _is_pinned(source) else STAGED
+    return H2D if not is_async else ASYNC if is_pinned(source) else STAGED
 
 
 def _nonzero(watch: Watch, x: SimTensor, *, as_tuple: bool = False) -> Any:
@@ -211,7 +240,7 @@ def _sdpa(watch: Watch, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: A
         (on.flash_sdp_enabled(), on.mem_efficient_sdp_enabled(), on.math_sdp_enabled(), on.cudnn_sdp_enabled())
     )
     args, kwargs = _elems(args), {name: _elem(x) for name, x in kwargs.items()}
-    with _here():
+    with here():
         return SimTensor(F.scaled_dot_product_attention(_elem(q), _elem(k), _elem(v), *args, **kwargs), watch)
 
 
@@ -229,13 +258,6 @@ _METHODS: dict[Any, Callable[..., Any]] = {
 }
 
 
-@contextlib.contextmanager
-def _here() -> Iterator[None]:
-    """On the CPU, whatever is simulated around it."""
-    with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
-        yield
-
-
 # ---- operators ----
 
 
@@ -250,7 +272,11 @@ def _run(watch: Watch, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return _OPERATORS[name](*args, **kwargs)
     target = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     is_on_device = target.type == "cuda" if target is not None else bool(sims)
+    touched = _touched(*split_uses(func, args, kwargs, tensors))
+    step = watch.order.enter(func, *touched, is_simulated=is_on_device or bool(sims))
     _look(watch, func, name, args, kwargs, tensors, is_on_device)
+    if name == "_to_copy" and is_on_device and step is not None and kwargs.get("non_blocking") and is_pinned(args[0]):
+        watch.order.upload(step, args[0])
     args, kwargs = _elems(tuple(args)), {name: _elems(x) for name, x in kwargs.items()}
     if target is not None:
         kwargs["device"] = torch.device("cpu")
@@ -260,7 +286,16 @@ def _run(watch: Watch, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         out[int((kwargs.get("offs") if "offs" in kwargs else args[2])[-1]) :] = float("nan")
     if name.endswith("_") and not name.endswith("__"):
         return tensors[0]
+    if step is not None and is_on_device:
+        held = {x.untyped_storage()._cdata for x in map(_elem, tensors)}
+        watch.order.tag(step, [x for x in _tensors([out], {}) if x.untyped_storage()._cdata not in held])
     return _wrapped(watch, out) if is_on_device else out
+
+
+def _touched(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of these what lies on the device, or may have copies from and to it under way."""
+    kept = [[_elem(x) for x in part if isinstance(x, SimTensor) or is_pinned(x)] for part in (reads, writes)]
+    return kept[0], kept[1]
 
 
 def _look(
@@ -270,9 +305,9 @@ def _look(
     sims = [x for x in tensors if isinstance(x, SimTensor)]
     if name == "_to_copy":
         if is_on_device and not sims and args[0].numel():
-            watch.count(_upload_kind(args[0], bool(kwargs.get("non_blocking"))))
+            watch.count(_upload_kind(args[0], bool(kwargs.get("non_blocking"))), args[0].nbytes)
         if not is_on_device and sims and args[0].numel():
-            watch.count(D2H)
+            watch.count(D2H, args[0].nbytes)
         return
     if not sims:
         return
@@ -298,22 +333,6 @@ def _look_at_grouped(watch: Watch, *matrices: SimTensor) -> None:
         strides = [stride * x.element_size() for stride in x.stride() if stride != 1]
         if any(stride % 16 for stride in strides) or x.elem.storage_offset() * x.element_size() % 16:
             raise watch.problem(f"grouped_mm: {tuple(x.shape)} by {x.stride()} does not begin at multiples of 16 bytes")
-
-
-_pinned: set[int] = set()
-
-
-def _pin(x: Tensor) -> Tensor:
-    """A copy that counts as pinned for as long as it lives, with all views of it."""
-    made = x.clone()
-    number = made.untyped_storage()._cdata
-    _pinned.add(number)
-    weakref.finalize(made, _pinned.discard, number)
-    return made
-
-
-def _is_pinned(x: Tensor) -> bool:
-    return x.untyped_storage()._cdata in _pinned
 
 
 # ---- what has no tensor of the device among its arguments ----
@@ -356,10 +375,10 @@ class _Functions(TorchFunctionMode):
                 self._watch.count(H2D)
                 made = SimTensor(made, self._watch)
         elif func is Tensor.pin_memory:
-            return _pin(args[0])
+            return pin(args[0])
         else:
             made = _call(func, args, kwargs)
-        return _pin(made) if is_pinned else made
+        return pin(made) if is_pinned else made
 
 
 @contextlib.contextmanager
@@ -387,7 +406,7 @@ def _attention_by_lists(kind: flex.FlexKind) -> Callable[..., Tensor]:
 
     def attend(q: SimTensor, k_pool: SimTensor, v_pool: SimTensor, *lists: SimTensor) -> SimTensor:
         q_RNMH, keys, values, num_partial, partial, offset, starts, *rest = map(_elem, (q, k_pool, v_pool, *lists))
-        with _here():
+        with here():
             mask_mod = flex.block_mask(kind, len(keys), num_partial, partial, offset, starts).mask_mod
             out = torch.zeros_like(q_RNMH, dtype=torch.float32)
             row_M1, group = torch.arange(q_RNMH.shape[2])[:, None], q_RNMH.shape[1] // keys.shape[1]
@@ -458,7 +477,6 @@ def simulated(*, free_bytes: int = 64 << 20, num_devices: int = 1) -> Iterator[W
         "device_count": lambda: num_devices,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
-        "synchronize": lambda *_: None,
         "mem_get_info": lambda *_: (free_bytes, free_bytes),
         "_lazy_init": lambda: None,
     }
@@ -472,6 +490,7 @@ def simulated(*, free_bytes: int = 64 << 20, num_devices: int = 1) -> Iterator[W
         stack.enter_context(mock.patch.object(torch._dynamo, "mark_dynamic"))
         stack.enter_context(mock.patch.object(flex, "compiled_attention", _attention_by_lists))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_in_modes))
+        stack.enter_context(watch.order.simulated())
         stack.enter_context(_modes(watch))
         torch._C._set_only_lift_cpu_tensors(True)
         try:

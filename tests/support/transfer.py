@@ -44,10 +44,16 @@ def make_encoded(config: ModelConfig, grid: Grid = (1, 4, 6), *, seed: int = 0) 
 
 
 def make_receiver(
-    config: ModelConfig, *, rows: int = 16, deepstack_rows: int | None = None, slots: int = 8, block_size: int = 4
+    config: ModelConfig,
+    *,
+    rows: int = 16,
+    deepstack_rows: int | None = None,
+    slots: int = 8,
+    block_size: int = 4,
+    device: torch.device | str = "cpu",
 ) -> Receiver:
     buffers = MultimodalDataBuffers(
-        config, num_rows=rows, num_deepstack_rows=deepstack_rows, num_slots=slots, block_size=block_size
+        config, num_rows=rows, num_deepstack_rows=deepstack_rows, num_slots=slots, block_size=block_size, device=device
     )
     return Receiver(buffers, config)
 

@@ -232,7 +232,7 @@ def test_a_stall_of_this_process_does_not_make_the_peer_look_dead():
 def test_a_peer_that_does_not_read_ends_the_connection():
     async def scenario(connection, _reader, _writer):
         with pytest.raises(ConnectionLost, match="did not read"):
-            await connection.send_bytes(bytes(64 * 2**20), timeout=0.3)
+            await connection.send_bytes(bytes(64 * 2**20), 0.3)
         assert connection.is_closed
 
     with_peer(scenario, HUB)
@@ -248,8 +248,46 @@ def test_raw_bytes_follow_their_announcement():
         assert await connection.receive(10) == Blob(num_bytes=len(data))
         writer.write(data[1000:])
         assert await connection.receive_bytes(len(data), 2) == data
-        with pytest.raises(ConnectionLost, match="did not arrive"):
-            await connection.receive_bytes(1, timeout=0.1)
+        writer.write(data[:3])
+        with pytest.raises(ConnectionLost, match=r"3 of 4 bytes, and no more within 0\.1 s"):
+            await connection.receive_bytes(4, 0.1)
+
+    with_peer(scenario, HUB)
+
+
+def test_raw_bytes_may_take_as_long_as_they_move():
+    async def scenario(connection, _reader, writer):
+        receiving = asyncio.create_task(connection.receive_bytes(8, 1.0))
+        for number in range(8):
+            writer.write(bytes([number]))
+            await asyncio.sleep(0.25)
+        assert await receiving == bytes(range(8))
+
+    with_peer(scenario, HUB)
+
+
+def test_a_peer_that_closes_among_raw_bytes_is_lost_at_once():
+    async def scenario(connection, _reader, writer):
+        receiving = asyncio.create_task(connection.receive_bytes(8, 60.0))
+        writer.write(b"abc")
+        await writer.drain()
+        writer.close()
+        with pytest.raises(ConnectionLost, match="closed the connection after 3 of 8 bytes"):
+            await asyncio.wait_for(receiving, 20)
+
+    with_peer(scenario, HUB)
+
+
+def test_heartbeats_count_where_an_answer_may_take_long():
+    async def scenario(connection, _reader, writer):
+        receiving = asyncio.create_task(connection.receive(1.0, heartbeats_count=True))
+        for _ in range(8):
+            writer.write(encode_frame(Heartbeat(), MAX_HUB_FRAME))
+            await asyncio.sleep(0.25)
+        writer.write(encode_frame(Blob(num_bytes=1), MAX_HUB_FRAME))
+        assert await receiving == Blob(num_bytes=1)
+        with pytest.raises(DeadlineError):
+            await connection.receive(0.1, heartbeats_count=True)
 
     with_peer(scenario, HUB)
 

@@ -27,7 +27,7 @@ def encode_bounds(limits: SessionLimits) -> dict[str, float]:
     return {
         HEADER: limits.answer_s,
         SENDING: 2 * (limits.payload_s + MOVING_S),
-        SENT: limits.answer_s,
+        SENT: limits.answer_s + MOVING_S,
         PARKED: limits.lease_s,
     }
 
