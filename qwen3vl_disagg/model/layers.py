@@ -40,6 +40,8 @@ class Linear(nn.Linear):
     """Few rows go through the kernel that reads the weight as it is, where there is one and no bias; many through the
     one for tiles, where the processor has them."""
 
+    fused: Tensor | None
+
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.use_kernel = self.use_tiles = False
