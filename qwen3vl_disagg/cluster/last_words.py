@@ -278,7 +278,7 @@ class _Lingering:
     def __init__(self, selector: selectors.BaseSelector) -> None:
         self._selector = selector
         self._ends: dict[socket.socket, float] = {}
-        """The first are those that end first."""
+        """In the order in which they end."""
 
     def add(self, clients: list[socket.socket]) -> None:
         for client in clients:
@@ -289,9 +289,12 @@ class _Lingering:
     def time_left(self) -> float | None:
         """Until the next one's is over; those whose is are closed."""
         now = time.monotonic()
-        for client in [client for client, end in self._ends.items() if end <= now]:
+        while self._ends:
+            client, end = next(iter(self._ends.items()))
+            if end > now:
+                return end - now
             self._close(client)
-        return max(0.0, min(self._ends.values()) - now) if self._ends else None
+        return None
 
     def drop_what_came(self, client: socket.socket) -> None:
         try:
@@ -346,13 +349,15 @@ class _Speaker:
         """The frontend is gone: what fits is said, everything else is closed. Those who were told something."""
         told = []
         for index, kept in self._kept.items():
-            client = socket.socket(fileno=kept.descriptor)
+            client, is_told = socket.socket(fileno=kept.descriptor), False
             with contextlib.suppress(OSError):
                 if words := self._fitting(index, kept, client):
                     client.send(words, socket.MSG_DONTWAIT)
-                    told.append(client)
+                    is_told = True
                 client.shutdown(socket.SHUT_WR)
-            if client not in told[-1:]:
+            if is_told:
+                told.append(client)
+            else:
                 client.close()
         if told:
             logger.warning("the frontend died: told %d clients, whose requests were under way", len(told))

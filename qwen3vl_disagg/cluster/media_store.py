@@ -69,20 +69,17 @@ class MediaStore:
 
     async def answer(self, connection: Connection, pull: Pull) -> None:
         """What an encode rank asks for: how many bytes there are, -1 for none under that digest, and the bytes."""
-        while True:
-            try:
-                async with asyncio.timeout(HEARTBEAT_S):
-                    await self._pulls.acquire()
-                break
-            except TimeoutError:
-                await connection.send(Heartbeat())
+        place = asyncio.create_task(self._pulls.acquire())
         try:
+            while not (await asyncio.wait((place,), timeout=HEARTBEAT_S))[0]:
+                await connection.send(Heartbeat())
             data = self.get(pull.digest)
             await connection.send(Blob(num_bytes=-1 if data is None else len(data)))
             if data is not None:
                 await connection.send_bytes(data)
         finally:
-            self._pulls.release()
+            if not place.cancel():  # it was taken
+                self._pulls.release()
 
 
 async def pull_media(hub: Address, token: str, digest: str, num_bytes: int, *, tls: Tls | None = None) -> bytes:

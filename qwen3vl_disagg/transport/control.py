@@ -36,7 +36,8 @@ _MAX_CAME = 16
 _MAX_UNSENT_BYTES = 64 * 1024 * 1024
 _SLICE_BYTES = 256 * 1024
 STILL_S = 10.0
-"""Without one more of many raw bytes that were announced, or a slice of them that the peer has taken."""
+"""What moves may go on: raw bytes that were announced end after so long without one more, or without a slice that the
+peer has taken; a payload after so long without a tensor, beside its share of the time for all of them."""
 FRAME_HEADER_BYTES = 4
 
 _encoder = msgspec.msgpack.Encoder()
@@ -147,7 +148,9 @@ class Connection:
         """Why, as soon as the connection has ended. What comes before that, which is little, `receive` still gets."""
         try:
             while len(self._came) < _MAX_CAME:
-                self._came.append(await self._receive_one())
+                message = await self._receive_one()
+                if not isinstance(message, Heartbeat):
+                    self._came.append(message)
         except TransferError as error:
             return error
         return self._fail(FrameError("messages in place of an answer"))

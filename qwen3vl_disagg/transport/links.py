@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.core.faults import fault_point
-from qwen3vl_disagg.transport.control import Connection
+from qwen3vl_disagg.transport.control import STILL_S, Connection
 from qwen3vl_disagg.transport.process_group import build_pair, forget_meeting
 from qwen3vl_disagg.transport.sockets import Address, address_text
 from qwen3vl_disagg.transport.store import join_store
@@ -37,10 +37,6 @@ class LinkBroken(TransferError):
     """The peer is gone or did not keep up; the link is of no more use."""
 
     code = "link_broken"
-
-
-STILL_S = 10.0
-"""Without a tensor of a payload, beside its share of the time for all of them."""
 
 
 class Link(Protocol):

@@ -27,7 +27,7 @@ from qwen3vl_disagg.model.moe import Dispatcher, SparseMoe, run_experts_triton
 gpu.register()
 
 from tests.support import expert_kernels as checks  # noqa: E402 - needs the operators
-from tests.support.random_model import small_config  # noqa: E402
+from tests.support.random_model import small_config  # noqa: E402 - as above
 from tests.support.triton_interpreter import rounding  # noqa: E402
 
 OPS = torch.ops.q3vl

@@ -9,6 +9,7 @@ from qwen3vl_disagg.core.environment import KERNELS
 from qwen3vl_disagg.model import use_kernels
 from qwen3vl_disagg.model.attention import Attention
 from qwen3vl_disagg.model.layers import Linear, SwiGLU, fuse, project
+from qwen3vl_disagg.parallel.expert_placement import held_bytes
 from tests.support.random_model import cuda_config, random_language_model
 from tests.support.simcuda import simulated, to_device
 
@@ -38,7 +39,10 @@ def test_fused_layers_give_what_each_gives_under_the_names_and_in_the_memory_tha
 def test_on_a_gpu_what_has_one_input_is_one_product(choice, monkeypatch):
     monkeypatch.setenv(KERNELS, choice)
     with simulated() as watch:
-        model = use_kernels(to_device(random_language_model(cuda_config(), seed=3), watch))
+        model = to_device(random_language_model(cuda_config(), seed=3), watch)
+        num_bytes = held_bytes(model)
+        use_kernels(model)
+        assert held_bytes(model) == num_bytes > 0, "what lies in the product has no memory of its own"
         parts = [part for part in model.modules() if isinstance(part, (Attention, SwiGLU))]
         assert parts
         for part in parts:

@@ -257,6 +257,9 @@ class Order:
                 order._count("event")
                 order.learn(order.clock(self.number))
 
+        def record_stream(x: Any, stream: Stream) -> None:
+            order.share(x.elem, stream.number)
+
         def synchronize(*_: Any) -> None:
             for number in list(order._last):
                 order.learn(order.clock(number))
@@ -272,8 +275,7 @@ class Order:
         with contextlib.ExitStack() as stack:
             for name, stand_in in stands_in.items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
-            share = lambda x, stream: order.share(x.elem, stream.number)  # noqa: E731
-            stack.enter_context(mock.patch.object(Tensor, "record_stream", share))
+            stack.enter_context(mock.patch.object(Tensor, "record_stream", record_stream))
             yield
             synchronize()
 

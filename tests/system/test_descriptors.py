@@ -4,6 +4,7 @@ let in: requests are right or end typed, and afterwards the job is whole, withou
 from __future__ import annotations
 
 import contextlib
+import itertools
 import resource
 import socket
 import time
@@ -25,15 +26,17 @@ def load(tmp_path_factory) -> Iterator[Load]:
         yield load
 
 
-def highest(pid: int) -> int:
-    return max(int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir())
+def lowest_free(pid: int) -> int:
+    used = {int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    return next(number for number in itertools.count() if number not in used)
 
 
 @contextlib.contextmanager
 def no_more_descriptors(pid: int) -> Iterator[None]:
-    """What is open stays, holes below are used up by the next ones, and then there are none."""
+    """What is open stays; a new one would get the lowest free number, and there is none below the limit but those that
+    are closed meanwhile."""
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest(pid) + 1, before[1]))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free(pid), before[1]))
     try:
         yield
     finally:

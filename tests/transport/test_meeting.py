@@ -11,7 +11,7 @@ import time
 import pytest
 
 from qwen3vl_disagg.encode.links import EncodeLinks
-from qwen3vl_disagg.protocol.messages import LinkAccept, LinkHello, LinkMessage, LinkReady
+from qwen3vl_disagg.protocol.messages import Heartbeat, LinkAccept, LinkHello, LinkMessage, LinkReady
 from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, ConnectionLost, connect_link, link_pair
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
 from qwen3vl_disagg.transport.links import Link
@@ -75,7 +75,10 @@ def test_a_language_rank_that_dies_while_the_link_is_made_is_dialled_again_at_on
         sock = listen("127.0.0.1")
         door = Doorkeeper(sock, serve, token=TOKEN, messages=LinkMessage, max_frame=MAX_LINK_FRAME, name="links")
         hello = LinkHello(token=TOKEN, encode_rank=0, pid=os.getpid(), fingerprint=FINGERPRINT)
-        nothing = lambda *_: None  # noqa: E731
+
+        def nothing(*_: object) -> None:
+            return
+
         links = EncodeLinks(hello, on_up=nothing, on_down=nothing, on_frame=nothing, on_refused=nothing)
         links.connect([(1, *sock.getsockname()[:2])], meet)
         try:
@@ -98,6 +101,8 @@ def test_what_came_before_the_end_is_not_lost():
         await asyncio.sleep(0.05)
         assert not watching.done()
         watching.cancel()
+        for _ in range(100):  # are no messages, and not kept
+            await far.send(Heartbeat())
         await far.send(LinkAccept(epoch=1, language_rank=2))
         watching = asyncio.create_task(near.lost())
         await asyncio.sleep(0.05)
