@@ -239,7 +239,7 @@ class _HeldConnection:
 
 
 def keep_words(door: socket.socket) -> int:
-    """The body of the keeper's process: until it is told to end and no frontend is left. Its exit status."""
+    """The body of the keeper's process: until it is told to end and no frontend or told client is left. Its status."""
     with selectors.DefaultSelector() as selector:
         is_ending = False
         wake, waker = socket.socketpair()
@@ -252,8 +252,8 @@ def keep_words(door: socket.socket) -> int:
         selector.register(door, selectors.EVENT_READ)
         speakers: dict[socket.socket, _Speaker] = {}
         lingering = _Lingering(selector)
-        while not (is_ending and not speakers):
-            for key, _ in selector.select(lingering.time_left()):
+        while (time_left := lingering.time_left()) is not None or speakers or not is_ending:
+            for key, _ in selector.select(time_left):
                 sock = key.fileobj
                 if sock is wake:
                     is_ending = True

@@ -173,6 +173,21 @@ def test_who_still_sends_its_request_hears_it_too(server):
         send_for(endless, LINGER_S + 2)
 
 
+def test_who_still_sends_hears_it_where_the_job_ends_as_well():
+    with worded() as one:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9000000\r\n\r\n"
+        sending = one.connect()
+        sending.sendall(head.encode() + b" " * 300_000)
+        time.sleep(0.3)
+        os.kill(one.keeper, signal.SIGTERM)
+        one.kill()
+        for _ in range(20):
+            sending.sendall(b" " * 20_000)
+            time.sleep(0.02)
+        sending.shutdown(socket.SHUT_WR)
+        assert rest(sending).startswith(b"HTTP/1.1 503 ")
+
+
 def test_an_old_client_gets_the_event_alone(server):
     with server.ask(CHAT, version="1.0", stream=True) as sock:
         data = until(sock, rb"red.*\n\n")
