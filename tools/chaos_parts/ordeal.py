@@ -190,6 +190,8 @@ class Ordeal:
         """The job ends with it. The line in the log comes when it is there again."""
         if not self._kills_language:
             raise Skipped("--kill-language is not given")
+        if self._num_restarts >= MOST_RESTARTS:
+            raise Skipped(f"the server was started again {MOST_RESTARTS} times")
         start = self._record.now()
         rank = self._kill(self._rank("language", event.args))
         deadline = time.monotonic() + LANGUAGE_END_S
