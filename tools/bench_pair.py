@@ -32,8 +32,8 @@ from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, Header, HeaderOk
 from qwen3vl_disagg.protocol.session_events import Receive
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, encode_frame
+from qwen3vl_disagg.transport.gloo import build_pair
 from qwen3vl_disagg.transport.links import InProcessLink, ProcessGroupLink
-from qwen3vl_disagg.transport.process_group import build_pair
 from qwen3vl_disagg.transport.sockets import Address
 
 HOST, DEADLINE_S = "127.0.0.1", 60.0

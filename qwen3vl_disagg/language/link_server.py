@@ -59,14 +59,13 @@ from qwen3vl_disagg.protocol.session_events import (
 )
 from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Connection, ConnectionLost
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
-from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory, meet, process_group_links, while_there
+from qwen3vl_disagg.transport.links import MEET_S, Link, LinkBroken, LinkFactory, meet, process_group_links, while_there
 from qwen3vl_disagg.transport.refusals import Refusals
 from qwen3vl_disagg.transport.sockets import Address, listen
 from qwen3vl_disagg.transport.ticks import tick
 from qwen3vl_disagg.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
-MEET_S = 20.0
 
 
 @dataclass

@@ -10,7 +10,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from datetime import timedelta
 from functools import partial
@@ -24,7 +24,7 @@ from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.protocol.messages import LinkAddress
 from qwen3vl_disagg.transport.control import STILL_S, Connection
-from qwen3vl_disagg.transport.process_group import Swap, build_pair
+from qwen3vl_disagg.transport.gloo import Swap, build_pair
 
 T = TypeVar("T")
 Side = Literal["encode", "language"]
@@ -142,16 +142,14 @@ def process_group_links(host: str, *, timeout_s: float = MEET_S) -> LinkFactory:
         try:
             group = build_pair(swap, rank_in_pair=_RANK_IN_PAIR[side], host=host, timeout_s=timeout_s)
         except (RuntimeError, ValueError, TimeoutError, CancelledError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise LinkBroken(f"no group of link {encode_rank}-{language_rank}, epoch {epoch}: {reason}") from error
+            name = f"link {encode_rank}-{language_rank}, epoch {epoch}"
+            raise LinkBroken(f"no group of {name}: {type(error).__name__}: {error}") from error
         return ProcessGroupLink(group, side)
 
     return make
 
 
-async def meet(
-    control: Connection, thread: Executor, make_link: LinkFactory, side: Side, *ends: int, timeout_s: float = MEET_S
-) -> Link:
+async def meet(control: Connection, thread: Executor, make_link: LinkFactory, side: Side, *ends: int) -> Link:
     """This side's end, made on a thread of the link's own. Where the two are crosses `control`; when that ends, the
     swap does, too."""
     loop = asyncio.get_running_loop()
@@ -159,7 +157,7 @@ async def meet(
 
     def swap(ours: bytes) -> bytes:
         asyncio.run_coroutine_threadsafe(control.send(LinkAddress(address=ours)), loop)
-        return theirs.result(timeout_s)
+        return theirs.result(MEET_S)
 
     def take(message: Any) -> bool:
         is_first = isinstance(message, LinkAddress) and not theirs.done()
@@ -173,15 +171,13 @@ async def meet(
         theirs.cancel()
 
 
-async def while_there(
-    lost: Coroutine[Any, Any, TransferError], thread: Executor, work: Callable[..., T], *args: Any
-) -> T:
+async def while_there(lost: Awaitable[TransferError], thread: Executor, work: Callable[..., T], *args: Any) -> T:
     """`work(*args)` on a thread of the link's own, for as long as its other end is there (`Connection.lost`). When that
     is gone its error is raised at once: nothing breaks off a call that waits for the dead, but only its thread waits
     for its deadline."""
     running = asyncio.get_running_loop().run_in_executor(thread, partial(work, *args))
     running.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody asks any more
-    watching = asyncio.create_task(lost)
+    watching = asyncio.ensure_future(lost)
     try:
         await asyncio.wait((running, watching), return_when=asyncio.FIRST_COMPLETED)
         if not running.done():

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from qwen3vl_disagg.transport import links
+from qwen3vl_disagg.transport.gloo import _form
 from qwen3vl_disagg.transport.links import InProcessLink, LinkBroken, in_process_links, process_group_links
-from qwen3vl_disagg.transport.process_group import _form
 
 HOSTS = {"process_group": "127.0.0.1", "process_group over IPv6": "::1"}
 KINDS = [*HOSTS, "in_process"]
