@@ -21,7 +21,14 @@ import pytest
 
 from qwen3vl_disagg.encode.links import EncodeLinks
 from qwen3vl_disagg.protocol.messages import Heartbeat, LinkAccept, LinkAddress, LinkHello, LinkMessage, LinkReady
-from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Connection, ConnectionLost, connect_link, link_pair
+from qwen3vl_disagg.transport.control import (
+    MAX_LINK_FRAME,
+    Connection,
+    ConnectionLost,
+    FrameError,
+    connect_link,
+    link_pair,
+)
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
 from qwen3vl_disagg.transport.links import Link, meet, process_group_links
 from qwen3vl_disagg.transport.sockets import listen
@@ -240,6 +247,20 @@ def test_a_language_rank_s_garbage_in_place_of_an_address_ends_its_connection(ga
             with pytest.raises(ConnectionLost):
                 await control.receive(SOON_S)
             await it.accepted()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("size", [0, 4097])
+def test_an_address_of_no_possible_length_ends_the_connection(size):
+    async def scenario():
+        near, far = await link_pair()
+        await far.send(LinkAddress(address=bytes(4096)))
+        assert await near.receive(1) == LinkAddress(address=bytes(4096))
+        await far.send(LinkAddress(address=bytes(size)))
+        with pytest.raises(FrameError, match="length"):
+            await near.receive(1)
+        await far.close()
 
     run(scenario)
 
