@@ -32,9 +32,9 @@ from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, Header, HeaderOk
 from qwen3vl_disagg.protocol.session_events import Receive
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, encode_frame
+from qwen3vl_disagg.transport.gloo import build_pair
 from qwen3vl_disagg.transport.links import InProcessLink, ProcessGroupLink
-from qwen3vl_disagg.transport.process_group import build_pair
-from qwen3vl_disagg.transport.store import Address, join_store
+from qwen3vl_disagg.transport.sockets import Address
 
 HOST, DEADLINE_S = "127.0.0.1", 60.0
 BLOCK_SIZE, ATTEMPT = 128, ("bench", 0, 1)
@@ -176,6 +176,16 @@ class Peer:
     def read_count(self) -> int:
         return int(_COUNT.unpack(self.read(_COUNT.size))[0])
 
+    def meet(self, rank_in_pair: int) -> dist.ProcessGroup:
+        """The bare group of both."""
+
+        def swap(ours: bytes) -> bytes:
+            self.send_count(len(ours))
+            self.socket.sendall(ours)
+            return bytes(self.read(self.read_count()))
+
+        return build_pair(swap, rank_in_pair=rank_in_pair, host=HOST, timeout_s=DEADLINE_S)
+
 
 def touched(num_bytes: int) -> Tensor:
     """`[num_bytes]` uint8 whose pages are there."""
@@ -246,11 +256,10 @@ class LanguageEnd:
         self.receiver.forget(request_id)
 
 
-def run_language(address: Address, store: Address, plan: Plan) -> None:
+def run_language(address: Address, plan: Plan) -> None:
     torch.set_num_threads(1)
     peer = Peer(socket.create_connection(address, timeout=DEADLINE_S))
-    group = build_pair(join_store(store), "bench", rank_in_pair=1, host=HOST, timeout_s=DEADLINE_S)
-    end = LanguageEnd(peer, group, plan)
+    end = LanguageEnd(peer, peer.meet(1), plan)
     for rows in BYTE_ROWS:
         end.answer("link", rows)
     started = time.process_time()

@@ -15,8 +15,6 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from qwen3vl_disagg.transport.process_group import build_pair
-from qwen3vl_disagg.transport.store import host_store
 from tools.bench_machine import busy_seconds, conclude, machine_facts, machine_line, spread, table
 from tools.bench_pair import BYTE_ROWS, DEADLINE_S, HOST, ROW_BYTES, WAYS, EncodeEnd, Peer, Plan, run_language
 
@@ -46,16 +44,14 @@ def measure_size(end: EncodeEnd, rows: int, rounds: int) -> dict[str, Any]:
 
 def run_encode(plan: Plan) -> dict[str, Any]:
     """Start the language rank, measure, end it."""
-    store, store_address = host_store(HOST)
     listener = socket.create_server((HOST, 0))
     listener.settimeout(DEADLINE_S)
     spawn = multiprocessing.get_context("spawn")
-    child = spawn.Process(target=run_language, args=(listener.getsockname(), store_address, plan), daemon=True)
+    child = spawn.Process(target=run_language, args=(listener.getsockname(), plan), daemon=True)
     child.start()
     try:
         peer = Peer(listener.accept()[0])
-        group = build_pair(store, "bench", rank_in_pair=0, host=HOST, timeout_s=DEADLINE_S)
-        end = EncodeEnd(peer, group, plan)
+        end = EncodeEnd(peer, peer.meet(0), plan)
         counts = [end.count_bytes(rows) for rows in BYTE_ROWS]
         wall, cpu, busy = time.perf_counter(), time.process_time(), busy_seconds()
         sizes = [measure_size(end, rows, plan.rounds) for rows in plan.rows]

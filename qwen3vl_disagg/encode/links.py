@@ -16,7 +16,7 @@ from qwen3vl_disagg.core.faults import fault_point
 from qwen3vl_disagg.encode.link_canary import CheckedRows
 from qwen3vl_disagg.protocol.messages import Frame, Goodbye, LinkAccept, LinkHello, LinkReady, Refused
 from qwen3vl_disagg.transport.control import Connection, ConnectionLost, Dial, connect_link
-from qwen3vl_disagg.transport.links import Link, Meet, while_there
+from qwen3vl_disagg.transport.links import Link, LinkFactory, meet, while_there
 from qwen3vl_disagg.transport.refusals import Refusals
 from qwen3vl_disagg.transport.sockets import Address
 from qwen3vl_disagg.transport.tls import FIELD
@@ -82,7 +82,7 @@ class EncodeLinks:
         """Live links: (language rank, epoch)."""
         return sorted((rank, link.epoch) for rank, link in self._links.items())
 
-    def connect(self, peers: list[tuple[int, str, int]], meet: Meet, dial: Dial = connect_link) -> None:
+    def connect(self, peers: list[tuple[int, str, int]], make_link: LinkFactory, dial: Dial = connect_link) -> None:
         """Link to these language ranks (rank, host, port); those already known are left alone. One with another address
         was started again: the link to it as it was is given up."""
         for language_rank, host, port in peers:
@@ -91,14 +91,14 @@ class EncodeLinks:
                 continue
             if keeper is not None:
                 keeper.cancel()
-            task = asyncio.create_task(self._keep(language_rank, (host, port), meet, dial))
+            task = asyncio.create_task(self._keep(language_rank, (host, port), make_link, dial))
             self._keepers[language_rank] = ((host, port), task)
 
-    async def _keep(self, language_rank: int, address: Address, meet: Meet, dial: Dial) -> None:
+    async def _keep(self, language_rank: int, address: Address, make_link: LinkFactory, dial: Dial) -> None:
         pause = 0.05
         while True:
             try:
-                link = await self._open(language_rank, meet, await dial(address, deadline_s=CONNECT_S))
+                link = await self._open(language_rank, make_link, await dial(address, deadline_s=CONNECT_S))
             except HandshakeError as error:
                 if error.field != FIELD:
                     self._on_refused(error)
@@ -131,7 +131,7 @@ class EncodeLinks:
                 self._lose(link, reason)
             await link.control.close()
 
-    async def _open(self, language_rank: int, meet: Meet, control: Connection) -> EncodeLink:
+    async def _open(self, language_rank: int, make_link: LinkFactory, control: Connection) -> EncodeLink:
         thread = ThreadPoolExecutor(1, thread_name_prefix=f"link-{language_rank}")
         try:
             last_epoch = self._last_epochs.get(language_rank, 0)
@@ -142,12 +142,11 @@ class EncodeLinks:
             if not isinstance(answer, LinkAccept) or answer.language_rank != language_rank:
                 raise TransferError(f"language rank {language_rank} answered {type(answer).__name__}")
             fault_point("in-handshake")
-            make_link = await while_there(control, thread, meet, answer.store_address)
             ends = (self.hello.encode_rank, language_rank, answer.epoch)
-            payload = await while_there(control, thread, make_link, "encode", *ends)
+            payload = await meet(control, thread, make_link, "encode", *ends)
             if self._canary is not None:
                 await control.send(self._canary.announcement())
-                await while_there(control, thread, self._canary.send, payload, CONNECT_S)
+                await while_there(control.lost(), thread, self._canary.send, payload, CONNECT_S)
             ready = await control.receive(timeout=CONNECT_S)
             if isinstance(ready, Refused):
                 raise HandshakeError(ready.field, ready.expected, ready.got)

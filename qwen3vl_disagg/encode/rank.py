@@ -42,7 +42,7 @@ from qwen3vl_disagg.protocol.messages import (
 )
 from qwen3vl_disagg.protocol.session_events import SessionLimits
 from qwen3vl_disagg.transport.control import Connection, ConnectionLost, Dial, connect_link
-from qwen3vl_disagg.transport.links import LinkFactory, Meet, meet_in_store
+from qwen3vl_disagg.transport.links import LinkFactory, process_group_links
 from qwen3vl_disagg.transport.sockets import Address
 from qwen3vl_disagg.transport.tls import Tls
 
@@ -57,7 +57,7 @@ SETTLE_S = 2.0
 class EncodeRank:
     """One encode rank on one event loop. `run` returns the exit status.
 
-    `make_link` is given where payloads do not cross processes; otherwise links are process groups over the job's store.
+    `make_link` is given where payloads do not cross processes; otherwise links are process groups.
     `tower`: see `EncodePipeline`, `canary`: see `EncodeLinks`, `on_sent`: see `EncodeServer`.
     """
 
@@ -81,7 +81,7 @@ class EncodeRank:
         self._hello = hello
         self._enter = partial(enter_hub, hub_address, tls=tls)
         self._dial: Dial = partial(connect_link, tls=tls)
-        self._meet: Meet = partial(meet_in_store, host=host) if make_link is None else lambda _: make_link
+        self._make_link = make_link or process_group_links(host)
         self._join_s, self._reconnect_s = join_s or reconnect_s, reconnect_s
         self._hub: Connection | None = None
         self._loop = asyncio.get_running_loop()
@@ -193,7 +193,7 @@ class EncodeRank:
         if isinstance(message, TellSpans):
             self._tell(spans_told("encode", message))
         if isinstance(message, Peers):
-            self.server.connect(message.language_ranks, self._meet, self._dial)
+            self.server.connect(message.language_ranks, self._make_link, self._dial)
 
     def _tell(self, message: Message) -> None:
         """Queue a message to the hub; when it is gone, the loop that reads from it finds out."""

@@ -57,7 +57,7 @@ from qwen3vl_disagg.protocol.session_events import (
     Tell,
 )
 from qwen3vl_disagg.transport.control import Dial, connect_link
-from qwen3vl_disagg.transport.links import Meet
+from qwen3vl_disagg.transport.links import LinkFactory
 from qwen3vl_disagg.transport.ticks import tick
 
 logger = logging.getLogger(__name__)
@@ -102,11 +102,11 @@ class EncodeServer:
         self._encoded: dict[Attempt, HeldItem] = {}
         self._ticker: asyncio.Task[None] | None = None
 
-    def connect(self, peers: list[tuple[int, str, int]], meet: Meet, dial: Dial = connect_link) -> None:
+    def connect(self, peers: list[tuple[int, str, int]], make_link: LinkFactory, dial: Dial = connect_link) -> None:
         """Link to these language ranks (rank, host, port); those already known are left alone."""
         if self._ticker is None:
             self._ticker = asyncio.create_task(tick(self.handle))
-        self._links.connect(peers, meet, dial)
+        self._links.connect(peers, make_link, dial)
 
     def use_number(self, encode_rank: int) -> None:
         """What this rank is called from now on; before the first link."""

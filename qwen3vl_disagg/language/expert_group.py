@@ -27,7 +27,7 @@ from qwen3vl_disagg.parallel.lockstep import Lockstep, PaceLimits, PeerHello
 from qwen3vl_disagg.parallel.lockstep_link import Gathering, Line, LockstepClient, LockstepServer, say_hello
 from qwen3vl_disagg.transport.gloo import expert_mesh
 from qwen3vl_disagg.transport.opening import Opening
-from qwen3vl_disagg.transport.sockets import Address, listen
+from qwen3vl_disagg.transport.sockets import listen
 from qwen3vl_disagg.transport.store import host_store, join_store
 
 MEET_S = 60.0
@@ -44,12 +44,11 @@ def shares_experts(setup: RankSetup) -> bool:
 @dataclass
 class ExpertGroup:
     """One language rank's place among all. `line` leads to the first one, which has the `lines` to all where they agree
-    on steps; `is_compiled` says whether steps are graphs."""
+    on steps; `is_compiled` says whether steps are graphs. The first rank's `store` is served while it is held."""
 
     rank: int
     size: int
     store: dist.TCPStore
-    store_address: Address
     mesh: DeviceMesh
     line: Opening
     lines: Sequence[Line]
@@ -117,7 +116,7 @@ async def meet(setup: RankSetup, limits: PaceLimits) -> ExpertGroup:
         lines = await gathering.all(len(ranks), MEET_S)
     mesh = expert_mesh(client, rank, len(ranks), host=context.host, device=setup.device, timeout_s=COLLECTIVE_S)
     is_compiled = resolve_compile(context.options.model.compile, setup.device)
-    return ExpertGroup(rank, len(ranks), store, store_address, mesh, line, lines, is_compiled)
+    return ExpertGroup(rank, len(ranks), store, mesh, line, lines, is_compiled)
 
 
 class _Start(msgspec.Struct):

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
-import torch.distributed as dist
 
 from qwen3vl_disagg.cluster.registry import Fingerprint, check_fingerprint
 from qwen3vl_disagg.core.errors import DisaggError, HandshakeError, TransferError
@@ -60,14 +59,13 @@ from qwen3vl_disagg.protocol.session_events import (
 )
 from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Connection, ConnectionLost
 from qwen3vl_disagg.transport.doorkeeper import Doorkeeper
-from qwen3vl_disagg.transport.links import Link, LinkBroken, LinkFactory, process_group_links, while_there
+from qwen3vl_disagg.transport.links import MEET_S, Link, LinkBroken, LinkFactory, meet, process_group_links, while_there
 from qwen3vl_disagg.transport.refusals import Refusals
 from qwen3vl_disagg.transport.sockets import Address, listen
 from qwen3vl_disagg.transport.ticks import tick
 from qwen3vl_disagg.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
-MEET_S = 20.0
 
 
 @dataclass
@@ -113,9 +111,8 @@ class LinkServer:
         self._links: dict[tuple[int, int], _PeerLink] = {}
         self._pump = Pump[LanguageEvent, LanguageAction](self._decide, self._perform, time.monotonic)
         self._was_short_of_room = False
-        self._store: dist.Store | None = None
-        self._store_address: Address | None = None
-        self._host, self._make_link, self._tls = host, make_link, tls
+        self._last_epoch = 0
+        self._host, self._make_link, self._tls = host, make_link or process_group_links(host), tls
         self._server: Doorkeeper | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._refusals = Refusals()
@@ -143,12 +140,6 @@ class LinkServer:
         """Serve a connection that came by another way than the door, as far as it goes."""
         await self._accept(await control.receive(), control)
         await control.close()
-
-    def use_store(self, store: dist.Store, address: Address | None = None) -> None:
-        """Where epochs are counted and groups meet."""
-        self._store, self._store_address = store, address
-        if self._make_link is None:
-            self._make_link = process_group_links(store, host=self._host)
 
     @property
     def is_idle(self) -> bool:
@@ -280,7 +271,7 @@ class LinkServer:
             link = await self._handshake(hello, control)
         except (DisaggError, OSError):
             return
-        except RuntimeError as error:  # a store that is gone, a GPU; it is tried again
+        except RuntimeError as error:  # a GPU, threads; it is tried again
             peer = f"encode rank {hello.encode_rank}" if isinstance(hello, LinkHello) else "a stranger"
             self._refusals.say(peer, f"no link with {peer}: {type(error).__name__}: {error}")
             return
@@ -317,28 +308,21 @@ class LinkServer:
     async def _make_link_with(self, hello: LinkHello, control: Connection) -> _PeerLink:
         """HandshakeError names the part of the canary that did not arrive as it was sent."""
         fault_point("in-handshake")
-        store, make_link = self._store, self._make_link
-        if store is None or make_link is None:
-            raise TransferError("the store is not known")
         encode_rank, language_rank = hello.encode_rank, self._language_rank
         for old in [link for link in self._links.values() if link.encode_rank == encode_rank]:
             old.control.abort()  # an earlier incarnation of that rank, or of this link
             self._drop(old, "the encode rank made a new link")
-        key = (
-            f"epoch/{language_rank}"  # one for all links: none has the epoch of another, and ranks that join leave none
-        )
-        epoch = await asyncio.to_thread(store.add, key, 1)
-        if epoch <= hello.last_epoch:  # this rank was started again, and its store with it
-            epoch = await asyncio.to_thread(store.add, key, hello.last_epoch + 1 - epoch)
-        await control.send(LinkAccept(epoch=epoch, language_rank=language_rank, store_address=self._store_address))
+        # One count for all links: none has the epoch of another. The peer's is above it after a restart of this rank.
+        epoch = self._last_epoch = max(self._last_epoch, hello.last_epoch) + 1
+        await control.send(LinkAccept(epoch=epoch, language_rank=language_rank))
         thread = ThreadPoolExecutor(1, thread_name_prefix=f"link-{encode_rank}")
         try:
-            payload = await while_there(control, thread, make_link, "language", encode_rank, language_rank, epoch)
+            payload = await meet(control, thread, self._make_link, "language", encode_rank, language_rank, epoch)
             if hello.has_canary:
                 said = await control.receive(timeout=MEET_S)
                 if not isinstance(said, LinkCanary):
                     raise TransferError(f"{type(said).__name__} in place of a canary")
-                await while_there(control, thread, receive_canary, payload, said, self.receiver, MEET_S)
+                await while_there(control.lost(), thread, receive_canary, payload, said, self.receiver, MEET_S)
         except BaseException:
             thread.shutdown(wait=False)
             raise

@@ -28,7 +28,6 @@ from qwen3vl_disagg.parallel.sizes import SizedModel
 from qwen3vl_disagg.processing import Processor
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.transport.links import LinkFactory, in_process_links
-from qwen3vl_disagg.transport.store import host_store
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def run_language_rank(context: RankContext) -> int:
             return await (await start_language_rank(setup, engine)).run()
         lockstep, server = await group.start_lockstep(setup, engine.options.pace_limits)
         try:
-            return await (await start_language_rank(setup, engine, group=group, lockstep=lockstep)).run()
+            return await (await start_language_rank(setup, engine, lockstep=lockstep)).run()
         finally:
             await lockstep.close()
             if server is not None:
@@ -185,10 +184,9 @@ async def start_language_rank(
     engine: Engine,
     make_link: LinkFactory | None = None,
     *,
-    group: ExpertGroup | None = None,
     lockstep: LockstepClient | None = None,
 ) -> LanguageRank:
-    """Listen for encode ranks, and host the store in which its links meet, if no group has one."""
+    """Listen for encode ranks."""
     context = setup.context
     buffers = MultimodalDataBuffers.from_options(
         setup.config, context.options.buffers, dtype=setup.dtype, device=setup.device
@@ -202,7 +200,6 @@ async def start_language_rank(
         make_link=make_link,
         tls=context.tls,
     )
-    links.use_store(*(host_store(context.host) if group is None else (group.store, group.store_address)))
     link_address = await links.serve()
     context.progress.stage("links", "waiting for encode ranks and their links")
     pool = engine.scheduler.pool

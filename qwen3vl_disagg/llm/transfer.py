@@ -10,8 +10,6 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-import torch.distributed as dist
-
 from qwen3vl_disagg.cluster.media_store import MediaStore
 from qwen3vl_disagg.core.errors import DisaggError, Failure, HandshakeError, TransferError
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
@@ -180,10 +178,9 @@ class LocalTransfer:
             self._post(_raising(error))
 
     async def _open(self) -> None:
-        self.links.use_store(dist.HashStore())
         self.links.start()
         self._start(tick(self._pump.handle))
-        self.encode.connect([(_LANGUAGE_RANK, "", 0)], lambda _: self._make_link, self._dial)
+        self.encode.connect([(_LANGUAGE_RANK, "", 0)], self._make_link, self._dial)
         while not (self._is_closing or self._router.encode_ranks):
             await asyncio.sleep(0.001)
 

@@ -12,7 +12,7 @@ A session is one item of one request: (`request_id`, `item`). Each try on an enc
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -21,7 +21,7 @@ from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.spans import Span
 
-PROTOCOL_VERSION = 18
+PROTOCOL_VERSION = 19
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -360,12 +360,16 @@ class LinkHello(Message, frozen=True):
 
 
 class LinkAccept(Message, frozen=True):
-    """The fingerprints agree. Both ends now build the 2-rank group under `link/{encode}-{language}/{epoch}` in the
-    store at this address (None: they are in one process)."""
+    """The fingerprints agree. Both ends now make the link, and where they are two processes each says `LinkAddress`."""
 
     epoch: int
     language_rank: int
-    store_address: tuple[str, int] | None = None
+
+
+class LinkAddress(Message, frozen=True):
+    """Either way: where this end's half of the 2-rank group listens, in Gloo's own form."""
+
+    address: Annotated[bytes, msgspec.Meta(min_length=1, max_length=4096)]
 
 
 class LinkCanary(Message, frozen=True):
@@ -492,4 +496,4 @@ _ToRank = Welcome | Peers | Submit | Adopt | Assign | Cancel | TellSpans | Stop
 _OneQuestion = StoreAt | FindStore | EndJob | Pull | Blob
 
 HubMessage = Heartbeat | Refused | _FromRank | _ToRank | _OneQuestion
-LinkMessage = Heartbeat | Refused | LinkHello | LinkAccept | LinkCanary | LinkReady | Frame | Goodbye
+LinkMessage = Heartbeat | Refused | LinkHello | LinkAccept | LinkAddress | LinkCanary | LinkReady | Frame | Goodbye

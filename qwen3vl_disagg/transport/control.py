@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Protocol
 
@@ -144,12 +144,13 @@ class Connection:
                 raise
             raise DeadlineError(f"no message within {timeout:g} s") from None
 
-    async def lost(self) -> TransferError:
-        """Why, as soon as the connection has ended. What comes before that, which is little, `receive` still gets."""
+    async def lost(self, take: Callable[[Any], bool] = lambda _: False) -> TransferError:
+        """Why, as soon as the connection has ended. What comes before that, which is little, `receive` still gets where
+        `take` does not say that it has taken it."""
         try:
             while len(self._came) < _MAX_CAME:
                 message = await self._receive_one()
-                if not isinstance(message, Heartbeat):
+                if not isinstance(message, Heartbeat) and not take(message):
                     self._came.append(message)
         except TransferError as error:
             return error

@@ -7,12 +7,11 @@ posted buffer would take the receiving process down, a shorter one would leave s
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from concurrent.futures import CancelledError, Executor, Future
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
@@ -23,14 +22,15 @@ from torch import Tensor
 
 from qwen3vl_disagg.core.errors import TransferError
 from qwen3vl_disagg.core.faults import fault_point
+from qwen3vl_disagg.protocol.messages import LinkAddress
 from qwen3vl_disagg.transport.control import STILL_S, Connection
-from qwen3vl_disagg.transport.process_group import build_pair, forget_meeting
-from qwen3vl_disagg.transport.sockets import Address, address_text
-from qwen3vl_disagg.transport.store import join_store
+from qwen3vl_disagg.transport.gloo import Swap, build_pair
 
 T = TypeVar("T")
 Side = Literal["encode", "language"]
 _RANK_IN_PAIR = {"encode": 0, "language": 1}
+MEET_S = 20.0
+"""How long one end waits for what the other says of itself, and then for its connection."""
 
 
 class LinkBroken(TransferError):
@@ -60,11 +60,9 @@ class Link(Protocol):
     def close(self) -> None: ...
 
 
-LinkFactory = Callable[[Side, int, int, int], Link]
-"""(side, encode rank, language rank, epoch) -> this side's end; blocks until the other side is there too."""
-
-Meet = Callable[[Address | None], LinkFactory]
-"""Where the other side says that its store is -> how links are made there. Blocks."""
+LinkFactory = Callable[[Side, int, int, int, Swap], Link]
+"""(side, encode rank, language rank, epoch, swap) -> this side's end; blocks until the other side is there too. Ends
+that have to tell each other where they are do it by `swap`."""
 
 
 class _Patience:
@@ -137,40 +135,49 @@ class ProcessGroupLink:
         self._group = None
 
 
-def process_group_links(store: dist.Store, *, host: str, timeout_s: float = 20.0) -> LinkFactory:
-    """Links over Gloo groups that meet in `store`, on the interface of `host`."""
+def process_group_links(host: str, *, timeout_s: float = MEET_S) -> LinkFactory:
+    """Links over Gloo groups, on the interface of `host`. LinkBroken when the two ends do not come together."""
 
-    def make(side: Side, encode_rank: int, language_rank: int, epoch: int) -> Link:
-        prefix = f"link/{encode_rank}-{language_rank}/{epoch}"
-        # A clone of the client: a thread that waits in the store would block every other call on it.
-        client = store.clone()  # type: ignore[attr-defined]
+    def make(side: Side, encode_rank: int, language_rank: int, epoch: int, swap: Swap) -> Link:
         try:
-            group = build_pair(client, prefix, rank_in_pair=_RANK_IN_PAIR[side], host=host, timeout_s=timeout_s)
-        except (RuntimeError, ValueError) as error:  # the other: what it found in the store is no address
-            with contextlib.suppress(RuntimeError):  # the store is gone, and the keys with it
-                forget_meeting(store.clone(), prefix)  # type: ignore[attr-defined]
-            raise LinkBroken(f"no group with the other end of {prefix}") from error
+            group = build_pair(swap, rank_in_pair=_RANK_IN_PAIR[side], host=host, timeout_s=timeout_s)
+        except (RuntimeError, ValueError, TimeoutError, CancelledError) as error:
+            name = f"link {encode_rank}-{language_rank}, epoch {epoch}"
+            raise LinkBroken(f"no group of {name}: {type(error).__name__}: {error}") from error
         return ProcessGroupLink(group, side)
 
     return make
 
 
-def meet_in_store(address: Address | None, *, host: str) -> LinkFactory:
-    """As `process_group_links`, in the store at `address`. LinkBroken where there is none."""
-    if address is None:
-        raise LinkBroken("the other end named no store")
+async def meet(control: Connection, thread: Executor, make_link: LinkFactory, side: Side, *ends: int) -> Link:
+    """This side's end, made on a thread of the link's own. Where the two are crosses `control`; when that ends, the
+    swap does, too."""
+    loop = asyncio.get_running_loop()
+    theirs = Future[bytes]()
+
+    def swap(ours: bytes) -> bytes:
+        asyncio.run_coroutine_threadsafe(control.send(LinkAddress(address=ours)), loop)
+        return theirs.result(MEET_S)
+
+    def take(message: Any) -> bool:
+        is_first = isinstance(message, LinkAddress) and not theirs.done()
+        if is_first:
+            theirs.set_result(message.address)
+        return is_first
+
     try:
-        return process_group_links(join_store(address), host=host)
-    except (RuntimeError, OSError) as error:
-        raise LinkBroken(f"no store at {address_text(address)}") from error
+        return await while_there(control.lost(take), thread, make_link, side, *ends, swap)
+    finally:
+        theirs.cancel()
 
 
-async def while_there(control: Connection, thread: Executor, work: Callable[..., T], *args: Any) -> T:
-    """`work(*args)` on a thread of the link's own, for as long as its other end is there. When that is gone its error
-    is raised at once: nothing breaks off a call that waits for the dead, but only its thread waits for its deadline."""
+async def while_there(lost: Awaitable[TransferError], thread: Executor, work: Callable[..., T], *args: Any) -> T:
+    """`work(*args)` on a thread of the link's own, for as long as its other end is there (`Connection.lost`). When that
+    is gone its error is raised at once: nothing breaks off a call that waits for the dead, but only its thread waits
+    for its deadline."""
     running = asyncio.get_running_loop().run_in_executor(thread, partial(work, *args))
     running.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody asks any more
-    watching = asyncio.create_task(control.lost())
+    watching = asyncio.ensure_future(lost)
     try:
         await asyncio.wait((running, watching), return_when=asyncio.FIRST_COMPLETED)
         if not running.done():
@@ -219,7 +226,7 @@ def in_process_links() -> LinkFactory:
     made: dict[tuple[int, int, int], InProcessLink] = {}
     lock = threading.Lock()
 
-    def make(side: Side, encode_rank: int, language_rank: int, epoch: int) -> Link:
+    def make(side: Side, encode_rank: int, language_rank: int, epoch: int, swap: Swap | None = None) -> Link:
         with lock:
             key = (encode_rank, language_rank, epoch)
             return made.pop(key) if key in made else made.setdefault(key, InProcessLink())

@@ -1,4 +1,4 @@
-"""The store in which links meet: ours, bound to the address it is given, never torchrun's."""
+"""The store in which ranks that share experts meet: ours, bound to the address it is given, never torchrun's."""
 
 from __future__ import annotations
 

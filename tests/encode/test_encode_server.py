@@ -100,7 +100,7 @@ def test_a_link_that_dies_is_resumed_with_the_same_rows(when):
 def test_rows_for_a_rank_that_stays_away_are_let_go_when_their_lease_ends():
     def wrap(make):
         def once(*key):
-            if key[-1] > 1:
+            if key[3] > 1:
                 raise LinkBroken("no more")
             return make(*key)
 
@@ -173,7 +173,7 @@ def test_a_payload_that_cannot_be_sent_ends_the_link():
     def wrap(make):
         def broken(*key):
             link = make(*key)
-            if key[-1] == 1:
+            if key[3] == 1:
                 link.send = fail
             return link
 

@@ -39,7 +39,7 @@ async def link_up(it: Language, canary: CheckedRows) -> HandshakeError | None:
         on_refused=ends.set_result,
         canary=canary,
     )
-    links.connect([(LANGUAGE_RANK, *it.address)], lambda _: it.make_link)
+    links.connect([(LANGUAGE_RANK, *it.address)], it.make_link)
     try:
         return await asyncio.wait_for(ends, WAIT_S)
     finally:

@@ -15,7 +15,6 @@ from qwen3vl_disagg import LLM
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.llm import transfer
 from qwen3vl_disagg.transport.links import process_group_links
-from qwen3vl_disagg.transport.store import host_store
 from tests.support.engine import make_engine, make_requests, run, token_ids
 from tests.support.local import settled
 from tests.support.random_model import cuda_config, random_language_model
@@ -106,8 +105,7 @@ def test_all_ways(dtype, quantize, compile, caplog):
 
 def test_rows_that_travel_between_two_processes(monkeypatch, caplog):
     """Over Gloo, through the host's memory, as from an encode rank to a language rank: the bits are the same."""
-    store, _ = host_store("127.0.0.1")
-    monkeypatch.setattr(transfer, "in_process_links", lambda: process_group_links(store, host="127.0.0.1"))
+    monkeypatch.setattr(transfer, "in_process_links", lambda: process_group_links("127.0.0.1"))
     check_llm("bfloat16", "none", "off", caplog)
 
 

@@ -42,8 +42,8 @@ class FlakyLinks:
     sent: list[int] = field(default_factory=list)
     """Bytes of each payload that was begun."""
 
-    def __call__(self, side: Any, encode_rank: int, language_rank: int, epoch: int) -> Link:
-        return _FlakyLink(self, self.make(side, encode_rank, language_rank, epoch), side)
+    def __call__(self, side: Any, *ends: Any) -> Link:
+        return _FlakyLink(self, self.make(side, *ends), side)
 
     def is_due(self, side: str) -> bool:
         left = self.breaks.pop(side, None)

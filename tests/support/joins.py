@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
-from torch import distributed as dist
 
 from qwen3vl_disagg.cluster.backend import FinishedEvent, PromptCall
 from qwen3vl_disagg.cluster.rendezvous import host_id
@@ -31,6 +30,7 @@ from qwen3vl_disagg.protocol.messages import (
     Cancel,
     Finished,
     LinkAccept,
+    LinkAddress,
     LinkHello,
     Message,
     NeedItems,
@@ -43,7 +43,6 @@ from qwen3vl_disagg.serving.metrics import Metrics
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.transport.control import connect_link
 from qwen3vl_disagg.transport.links import process_group_links
-from qwen3vl_disagg.transport.store import host_store
 from tests.support.fake_ranks import FINGERPRINT, TOKEN, FakeRank, System
 from tests.support.held import look
 from tests.support.link_peers import FakeWorker
@@ -111,7 +110,6 @@ class Job:
     system: System
     links: LinkServer
     metrics: Metrics
-    store: dist.TCPStore
     language: Language
     num_come: int = 0
     ends: Counter[str] = field(default_factory=Counter)
@@ -119,7 +117,6 @@ class Job:
     def holds(self) -> Counter[str]:
         """What is held of ranks that came, in all places where it could be."""
         found = look(hub=self.system.hub, links=self.links, receiver=self.links.receiver, metrics=self.metrics)
-        found["keys of the store"] = self.store.num_keys()
         found["series"] = sum(len(family.samples) for family in self.metrics._registry.collect())
         return found
 
@@ -156,13 +153,12 @@ class Job:
         return EncodeRank(FakeWorker(), hello, self.system.address, options=options, reconnect_s=5.0)
 
     async def _die_in_handshake(self) -> None:
-        """It was accepted, and has left its address in the store."""
+        """It was accepted, and has said where it is."""
         control = await connect_link(self.language.rank.link_address, deadline_s=5)
         number = 10_000 + self.num_come
         await control.send(LinkHello(token=TOKEN, encode_rank=number, pid=1, fingerprint=FINGERPRINT))
-        accept = await control.receive(5)
-        assert isinstance(accept, LinkAccept)
-        self.store.set(f"link/{number}-{LANGUAGE}/{accept.epoch}/0/0", "somewhere")
+        assert isinstance(await control.receive(5), LinkAccept)
+        await control.send(LinkAddress(address=b"somewhere"))
         control.abort()
         await control.close()
 
@@ -223,17 +219,15 @@ class Job:
 @asynccontextmanager
 async def job() -> AsyncIterator[Job]:
     """One language rank; the slot's own encode rank is not there, so that those that join have to do the work."""
-    store, store_address = host_store("127.0.0.1")
     buffers = MultimodalDataBuffers(CONFIG, num_rows=16 * BLOCK, num_deepstack_rows=64, block_size=BLOCK)
     links = LinkServer(
         Receiver(buffers, CONFIG),
         fingerprint=FINGERPRINT,
         token=TOKEN,
         language_rank=LANGUAGE,
-        make_link=process_group_links(store, host="127.0.0.1", timeout_s=MEET_S),
+        make_link=process_group_links("127.0.0.1", timeout_s=MEET_S),
         limits=SessionLimits(forget_s=FORGET_S, suspend_s=0.2),
     )
-    links.use_store(store, store_address)
     address = await links.serve()
     async with System(world=2, num_encode=1) as system:
         rank = await system.connect("language", LANGUAGE, link_address=address)
@@ -243,7 +237,7 @@ async def job() -> AsyncIterator[Job]:
         language = Language(rank, links)
         reader = asyncio.create_task(language.run())
         try:
-            yield Job(system, links, Metrics(system.hub), store, language)
+            yield Job(system, links, Metrics(system.hub), language)
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)

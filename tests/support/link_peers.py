@@ -41,7 +41,6 @@ from qwen3vl_disagg.protocol.session_events import Expect, SessionLimits
 from qwen3vl_disagg.transport.buffers import MultimodalDataBuffers
 from qwen3vl_disagg.transport.control import MAX_LINK_FRAME, Connection, ConnectionLost, connect_link
 from qwen3vl_disagg.transport.links import InProcessLink, Link, in_process_links
-from qwen3vl_disagg.transport.store import host_store
 from tests.support.link_scenarios import BLOCK, CONFIG, LANGUAGE_RANK, LIMITS, TOKEN, Engine, FakeHub, System, until
 from tests.support.transfer import make_encoded, make_visual
 
@@ -160,7 +159,6 @@ class Language:
 
 @asynccontextmanager
 async def language(*, blocks: int = 2, limits: SessionLimits = LIMITS) -> AsyncIterator[Language]:
-    store, _ = host_store("127.0.0.1")
     buffers = MultimodalDataBuffers(CONFIG, num_rows=blocks * BLOCK, num_deepstack_rows=64, block_size=BLOCK)
     receiver, make_link = Receiver(buffers, CONFIG), in_process_links()
     server = LinkServer(
@@ -172,7 +170,6 @@ async def language(*, blocks: int = 2, limits: SessionLimits = LIMITS) -> AsyncI
         limits=limits,
     )
     system = System(FakeHub(), ("", 0), server, Engine(server), receiver, limits, make_link)
-    server.use_store(store)
     it = Language(system, make_link, await server.serve())
     try:
         yield it
@@ -298,7 +295,7 @@ async def encode_side(
         limits=limits,
         options=options,
     )
-    server.connect([(LANGUAGE_RANK, host, port)], (lambda made: lambda _: made)(wrap(make_link) if wrap else make_link))
+    server.connect([(LANGUAGE_RANK, host, port)], wrap(make_link) if wrap else make_link)
     it = EncodeSide(server, worker, told, peers)
     try:
         yield it

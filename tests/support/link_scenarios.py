@@ -53,7 +53,6 @@ from qwen3vl_disagg.protocol.session_events import (
 from qwen3vl_disagg.transport.buffers import Delivery, MultimodalDataBuffers
 from qwen3vl_disagg.transport.control import MAX_HUB_FRAME, Connection
 from qwen3vl_disagg.transport.links import LinkFactory, in_process_links, process_group_links
-from qwen3vl_disagg.transport.store import host_store
 from tests.support.flaky_links import CountingWorker, FlakyLinks
 from tests.support.random_model import random_vision_model, small_config
 
@@ -362,16 +361,15 @@ async def running(
     **flaws: Any,
 ) -> AsyncIterator[System]:
     """A language rank's link server without an encode rank. `kind`: gloo, in-process, or gloo with each side making
-    its own links over the store ("own"). `flaws` are those of `FlakyLinks`."""
+    its own links ("own"). `flaws` are those of `FlakyLinks`."""
     hub = FakeHub()
     server = await asyncio.start_server(hub.accept, "127.0.0.1", 0)
-    store, store_address = host_store("127.0.0.1")
     deepstack_rows = None if deepstack_blocks is None else deepstack_blocks * BLOCK
     buffers = MultimodalDataBuffers(
         CONFIG, num_rows=blocks * BLOCK, num_deepstack_rows=deepstack_rows, block_size=BLOCK
     )
     receiver = Receiver(buffers, CONFIG)
-    make = in_process_links() if kind == "in-process" else process_group_links(store, host="127.0.0.1")
+    make = in_process_links() if kind == "in-process" else process_group_links("127.0.0.1")
     make_link = None if kind == "own" else FlakyLinks(make, **flaws)
     links = LinkServer(
         receiver,
@@ -382,7 +380,6 @@ async def running(
         limits=limits,
     )
     engine = Engine(links)
-    links.use_store(store, store_address)
     host, port = await links.serve()
     hub.peers = Peers(language_ranks=[(LANGUAGE_RANK, host, port)])
     system = System(hub, server.sockets[0].getsockname()[:2], links, engine, receiver, limits, make_link)

@@ -265,12 +265,6 @@ async def test_a_language_rank_lets_encode_ranks_in_beside_strangers(flood):
         stack.push_async_callback(server.close)
         noise = strangers(address, flood)
         push(noise, MAX_HELLO_FRAME.to_bytes(4, "big") + bytes(4000))
-
-        class Store:
-            def add(self, key: str, amount: int) -> int:
-                return 1
-
-        server.use_store(Store())  # type: ignore[arg-type]
         peer = await control.connect_link(address, deadline_s=WAIT_S)
         await peer.send(LinkHello(token=TOKEN, encode_rank=0, pid=1, fingerprint=FINGERPRINT))
         assert isinstance(await peer.receive(WAIT_S), LinkAccept)

@@ -6,31 +6,40 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
 
 from qwen3vl_disagg.transport import links
+from qwen3vl_disagg.transport.gloo import _form
 from qwen3vl_disagg.transport.links import InProcessLink, LinkBroken, in_process_links, process_group_links
-from qwen3vl_disagg.transport.store import host_store, join_store
 
 HOSTS = {"process_group": "127.0.0.1", "process_group over IPv6": "::1"}
 KINDS = [*HOSTS, "in_process"]
 
 
-def open_pair(kind: str, *, encode_rank: int = 0, epoch: int = 1, store=None):
-    """(encode end, language end); each end of the process-group one has a store client of its own."""
-    if kind == "in_process":
-        make = in_process_links()
-        return make("encode", encode_rank, 1, epoch), make("language", encode_rank, 1, epoch)
-    host = HOSTS[kind]
-    store, address = store or host_store(host)
-    make_here, make_there = (process_group_links(s, host=host, timeout_s=10) for s in (store, join_store(address)))
+def swaps():
+    """Of both ends."""
+    said = Future[bytes](), Future[bytes]()
+
+    def swap_of(end: int):
+        def swap(ours: bytes) -> bytes:
+            said[end].set_result(ours)
+            return said[1 - end].result(10)
+
+        return swap
+
+    return swap_of(0), swap_of(1)
+
+
+def open_pair(kind: str, *, encode_rank: int = 0, epoch: int = 1):
+    """(encode end, language end)"""
+    make = in_process_links() if kind == "in_process" else process_group_links(HOSTS[kind], timeout_s=10)
     with ThreadPoolExecutor(2) as threads:
         ends = [
-            threads.submit(make_there, "encode", encode_rank, 1, epoch),
-            threads.submit(make_here, "language", encode_rank, 1, epoch),
+            threads.submit(make, side, encode_rank, 1, epoch, swap)
+            for side, swap in zip(("encode", "language"), swaps(), strict=True)
         ]
         return tuple(end.result(20) for end in ends)
 
@@ -251,49 +260,67 @@ def test_a_link_that_is_closed_wakes_whoever_waits_in_process():
 
 
 def test_one_broken_link_leaves_the_others_alone():
-    store = host_store("127.0.0.1")
-    first, second = (open_pair("process_group", encode_rank=rank, store=store) for rank in (0, 1))
+    first, second = (open_pair("process_group", encode_rank=rank) for rank in (0, 1))
     with pytest.raises(LinkBroken):
         list(first[1].receive(payload(0), 0.1))
     sent = payload(1)
     assert all(same_bits(a, b) for a, b in zip(transfer(second, sent), sent, strict=True))
-    again = open_pair("process_group", encode_rank=0, epoch=2, store=store)
+    again = open_pair("process_group", encode_rank=0, epoch=2)
     assert all(same_bits(a, b) for a, b in zip(transfer(again, sent), sent, strict=True))
 
 
-def test_no_group_without_the_other_end():
-    store, _ = host_store("127.0.0.1")
+@pytest.mark.parametrize("host", HOSTS.values())
+@pytest.mark.parametrize("port", [1, 65535])
+def test_no_group_without_the_other_end(host, port):
+    """It has said where it is, and is not there: whichever of the two would have to connect."""
+
+    def swap(ours: bytes) -> bytes:
+        at = ours.index(b"\x88" + bytes(7)) + 10
+        return ours[:at] + port.to_bytes(2, "big") + ours[at + 2 :]
+
     started = time.monotonic()
-    with pytest.raises(LinkBroken, match="link/0-1/1"):
-        process_group_links(store, host="127.0.0.1", timeout_s=0.5)("encode", 0, 1, 1)
-    assert time.monotonic() - started < 10
+    with pytest.raises(LinkBroken, match="link 0-1, epoch 1: RuntimeError"):
+        process_group_links(host, timeout_s=1)("encode", 0, 1, 1, swap)
+    assert time.monotonic() - started < 4
 
 
-def test_a_thread_that_waits_for_its_peer_does_not_block_the_store():
-    store, _ = host_store("127.0.0.1")
-    make = process_group_links(store, host="127.0.0.1", timeout_s=6)
-    with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(make, "encode", 0, 1, 1)
-        time.sleep(0.2)
-        started = time.monotonic()
-        store.add("epoch/0-1", 1)
-        assert time.monotonic() - started < 4
-        with pytest.raises(LinkBroken):
-            waiting.result(30)
+WRONG = {
+    "nothing": lambda ours: b"",
+    "zeros": lambda ours: bytes(len(ours)),
+    "ones": lambda ours: b"\xff" * len(ours),
+    "no address": lambda ours: b"somewhere",
+    "cut": lambda ours: ours[:-1],
+    "longer": lambda ours: ours + bytes(8),
+    "a name beyond the end": lambda ours: (2**63).to_bytes(8, "little") + ours[8:],
+    "another family": lambda ours: ours.replace(b"\x88" + bytes(7) + b"\2", b"\x88" + bytes(7) + b"\1", 1),
+}
 
 
-def test_a_link_leaves_no_keys_behind():
-    store = host_store("127.0.0.1")
-    before = store[0].num_keys()
-    ends = [open_pair("process_group", epoch=epoch, store=store) for epoch in (1, 2, 3)]
-    assert store[0].num_keys() == before, f"{store[0].num_keys() - before} keys of {len(ends)} links"
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_what_is_no_address_does_not_reach_gloo(wrong):
+    """Which trusts its lengths."""
+    with pytest.raises(LinkBroken, match="are no address like this end"):
+        process_group_links("127.0.0.1", timeout_s=1)("encode", 0, 1, 1, wrong)
+
+
+def test_another_host_s_name_is_none_of_the_form():
+    def swap(ours: bytes) -> bytes:
+        size = int.from_bytes(ours[:8], "little")
+        raise KeyError(_form((size + 3).to_bytes(8, "little") + b"abc" + ours[8:]) == _form(ours))
+
+    with pytest.raises(KeyError, match="True"):
+        process_group_links("127.0.0.1", timeout_s=1)("encode", 0, 1, 1, swap)
 
 
 _DIES_IN_MID_PAYLOAD = """
-import os, sys, torch
+import os, torch
 from qwen3vl_disagg.transport.links import process_group_links
-from qwen3vl_disagg.transport.store import join_store
-link = process_group_links(join_store(("127.0.0.1", int(sys.argv[1]))), host="127.0.0.1")("encode", 0, 1, 1)
+
+def swap(ours):
+    print(ours.hex(), flush=True)
+    return bytes.fromhex(input())
+
+link = process_group_links("127.0.0.1")("encode", 0, 1, 1, swap)
 link.send([torch.full((2**20,), 7.0)], 10)
 print("sent", flush=True)
 os.kill(os.getpid(), 9)
@@ -304,10 +331,15 @@ os.kill(os.getpid(), 9)
 def test_a_sender_killed_in_mid_payload_costs_the_receiver_its_timeout_and_no_more(monkeypatch, timeout, still_s):
     """Nor all of a long one: what stands still is given up after a tensor's share of it, of sixteen here 3.75 s."""
     monkeypatch.setattr(links, "STILL_S", still_s)
-    store, (_, port) = host_store("127.0.0.1")
-    sender = subprocess.Popen([sys.executable, "-c", _DIES_IN_MID_PAYLOAD, str(port)], stdout=subprocess.PIPE)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    sender = subprocess.Popen([sys.executable, "-c", _DIES_IN_MID_PAYLOAD], **pipes)
+
+    def swap(ours: bytes) -> bytes:
+        print(ours.hex(), file=sender.stdin)
+        return bytes.fromhex(sender.stdout.readline())
+
     try:
-        link = process_group_links(store, host="127.0.0.1", timeout_s=60)("language", 0, 1, 1)
+        link = process_group_links("127.0.0.1", timeout_s=60)("language", 0, 1, 1, swap)
         first, *others = (torch.zeros(2**20) for _ in range(16))
         started = time.monotonic()
         with pytest.raises(LinkBroken):

@@ -47,12 +47,12 @@ def test_the_store_listens_on_loopback_alone(own, listens):
     del store
 
 
-def test_clients_see_the_same_keys_and_epochs_count_up():
+def test_clients_see_the_same_keys_and_count_together():
     store, address = host_store("127.0.0.1")
     clients = [join_store(address) for _ in range(2)]
     clients[0].set("a", "1")
     assert clients[1].get("a") == store.get("a") == b"1"
-    assert [client.add("epoch/0-1", 1) for client in [*clients, store]] == [1, 2, 3]
+    assert [client.add("gpu/here/0", 1) for client in [*clients, store]] == [1, 2, 3]
 
 
 def test_two_stores_on_one_host_do_not_meet():
