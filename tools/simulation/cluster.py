@@ -54,6 +54,8 @@ class Sizes:
     """How long an item takes at most."""
     clips: float = 0.2
     """How many of the items are clips."""
+    shared: float = 0.0
+    """How many are the same image, and two rows long."""
 
 
 @dataclass
@@ -208,9 +210,11 @@ class Cluster:
         n: int = 1,
         *,
         num_asks: int = 0,
+        shares: bool = False,
     ) -> str:
         """`wrong`: the first image is `bad`, or `poison`. `n`: answers. A request for one token is one for a vector in
-        its place. With `num_asks` it is keyed, and asked so often at most. What the hub calls it."""
+        its place. With `num_asks` it is keyed, and asked so often at most. What the hub calls it. `shares`: images of
+        two rows are one."""
         hub, keep_as = self.hub, name if num_asks else ""
         kept = None if hub.is_dead else hub.router.kept_id(keep_as)
         request_id = kept or (name if name not in self.clients else f"{name}.{num_asks}")
@@ -219,7 +223,7 @@ class Cluster:
         items = [
             VisualItem(
                 modality="video" if self.world.random() < self.sizes.clips else "image",
-                digest=wrong if wrong and index == 0 else f"{name}/{index}",
+                digest=_digest(name, index, count, wrong if index == 0 else None, shares),
                 num_bytes=1,
                 grid=(1, 2, 2 * count),
                 num_rows=count,
@@ -240,7 +244,9 @@ class Cluster:
             tokens=dict.fromkeys(range(n), 0),
         )
         if num_asks > 1:
-            again = partial(self.submit, name, rows, num_tokens, TIMEOUT_S, wrong, n, num_asks=num_asks - 1)
+            again = partial(
+                self.submit, name, rows, num_tokens, TIMEOUT_S, wrong, n, num_asks=num_asks - 1, shares=shares
+            )
             client.ask_again = partial(self._ask_again, again)
         self.clients[request_id] = client
         sampling = SamplingParams(max_new_tokens=num_tokens, n=n, pooling=pooling)
@@ -279,3 +285,7 @@ class Cluster:
         else:
             client.tokens.pop(sample, None)  # nothing of it may come any more
         self.hub.take(Abandon(request_id, sample))
+
+
+def _digest(name: str, index: int, num_rows: int, wrong: str | None, shares: bool) -> str:
+    return wrong or ("shared" if shares and num_rows == 2 else f"{name}/{index}")

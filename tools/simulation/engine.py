@@ -60,6 +60,8 @@ class _Sequence:
     pace_s: float = 0.0
     """How long a token takes at most, beside the step."""
     decodes_at: float = 0.0
+    preempted_at: float = math.inf
+    """When it is, if it still waits for rows."""
     fails_at: float = math.inf
     """When a step of it fails."""
     offsets: list[int] = field(init=False)
@@ -205,19 +207,25 @@ class SimEngine:
                 self._wake()
 
     def _preempt(self) -> None:
-        """Now and then somebody gives all up, and waits to be admitted again."""
+        """Now and then somebody gives all up, and waits to be admitted again; some while they wait for rows, and then
+        for long, so that hubs die meanwhile."""
         for request_id, sequence in self.known.items():
             may = sequence.is_admitted and sequence.num_preempted < MAX_PREEMPTED
-            if may and self.world.random() < self.rank.cluster.preemption:
-                sequence.is_admitted = False
-                sequence.found = sequence.cached = 0
-                sequence.windows.clear()
-                sequence.attempts.clear()
-                sequence.num_preempted += 1
+            if may and sequence.preempted_at <= self.world.now and sequence.cached < sequence.num_rows:
+                self._give_up_pages(request_id, sequence, 4.0 * self.world.random())
+            elif may and self.world.random() < self.rank.cluster.preemption:
                 patience = self.world.random() * self.world.random() if self.world.random() < 0.3 else 0.0
-                sequence.waits_until = self.world.now + patience
-                self._post(self.rank.preempted, request_id)
-                self.world.at(patience, self.rank, self._wake)
+                self._give_up_pages(request_id, sequence, patience)
+
+    def _give_up_pages(self, request_id: str, sequence: _Sequence, patience: float) -> None:
+        sequence.is_admitted, sequence.preempted_at = False, math.inf
+        sequence.found = sequence.cached = 0
+        sequence.windows.clear()
+        sequence.attempts.clear()
+        sequence.num_preempted += 1
+        sequence.waits_until = self.world.now + patience
+        self._post(self.rank.preempted, request_id)
+        self.world.at(patience, self.rank, self._wake)
 
     def _admit(self) -> None:
         running = sum(1 for s in self.known.values() if s.is_admitted)
@@ -231,6 +239,10 @@ class SimEngine:
                 if lacking:
                     firsts = [firsts[item] for item in lacking]
                     self._say(NeedItems(request_id=request_id, items=lacking, first_rows=firsts))
+                    if sequence.submit.keep_as and not sequence.num_preempted and self.world.random() < 0.25:
+                        seconds = 0.4 * self.world.random()
+                        sequence.preempted_at = self.world.now + seconds
+                        self.world.at(seconds, self.rank, self._wake)
 
     def _find(self, sequence: _Sequence) -> int:
         """How much of the prompt is in the prefix cache: up to any row. A bad image was never encoded."""
@@ -240,7 +252,7 @@ class SimEngine:
 
     def _end(self, work: list[tuple[_Sequence, Window | None]]) -> None:
         for sequence, window in work:
-            is_over = sequence.fails_at <= self.world.now or self.world.happens("allocation", 0.3)
+            is_over = sequence.fails_at <= self.world.now or self.world.happens("allocation", 0.05)
             if is_over and sequence.submit.request_id in self.known:
                 self._fail(sequence.submit.request_id)
             elif window is None:

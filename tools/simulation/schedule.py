@@ -69,7 +69,7 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
     world = World(rng, frozenset(), 0.0, 0.0)
     luck = rng.random()
     has_faults, are_kept = luck < 0.8, luck < 0.2
-    is_fragile, is_crowded = 0.7 <= luck < 0.75, 0.75 <= luck < 0.8
+    is_fragile, is_crowded = 0.66 <= luck < 0.75, 0.75 <= luck < 0.8
     if has_faults:
         count = rng.choice((1, 1, 2, 3, len(FAULTS)))
         world.faults = frozenset(rng.sample(FAULTS, count))
@@ -108,6 +108,7 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
         are_language_ranks_required=rng.random() < 0.25,
         encode_s=1.0 if is_crowded else 0.3,
         clips=rng.choice((0.0, 0.2, 0.8)),
+        shared=rng.choice((0.0, 0.0, 0.5)),
         keep_s=rng.choice((4.0, 4.0, 20.0, KEEP_S)) if are_kept else KEEP_S,
     )
     memory = rng.choice((1, 1, 4)) if is_crowded else rng.choice((1, 2, 8))
@@ -128,7 +129,8 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
 
 def _submit(cluster: Cluster, name: str, may_fail: bool, may_be_kept: bool = False) -> None:
     rng = cluster.world.rng
-    rows = [rng.randint(1, 9) for _ in range(rng.choice((0, 1, 1, 2, 3)))]
+    shared = cluster.sizes.shared if may_fail else 0.0
+    rows = [2 if rng.random() < shared else rng.randint(1, 9) for _ in range(rng.choice((0, 1, 1, 2, 3)))]
     wrong = None
     if may_fail and rng.random() < 0.06:
         wrong = "bad"
@@ -140,7 +142,7 @@ def _submit(cluster: Cluster, name: str, may_fail: bool, may_be_kept: bool = Fal
     if may_be_kept and rng.random() < 0.85:
         timeout_s = rng.choice((timeout_s, 8.0, 15.0))
         num_tokens, num_asks = rng.choice((num_tokens, MANY_TOKENS, MANY_TOKENS)), rng.randint(2, 3)
-    request_id = cluster.submit(name, rows, num_tokens, timeout_s, wrong, n, num_asks=num_asks)
+    request_id = cluster.submit(name, rows, num_tokens, timeout_s, wrong, n, num_asks=num_asks, shares=shared > 0)
     if may_fail and rng.random() < (0.4 if num_asks and n > 1 else 0.12):
         sample = None if rng.random() < (0.1 if num_asks else 0.5) else rng.randrange(n)
         cluster.world.at(2.0 * rng.random(), None, cluster.abandon, request_id, sample)
