@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections.abc import Sequence
 from typing import Any
 
+from qwen3vl_disagg.protocol import layout
 from qwen3vl_disagg.protocol.allocator import POOLS, BlockAllocator
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT, Outgoing
 from qwen3vl_disagg.protocol.link_state import LinkState
 from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, Nack, Resume, Room
-from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING, RequestSessions, Session
+from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, WAITING, RequestSessions, Session
 from qwen3vl_disagg.protocol.session_events import Attempt, EncodeEvent, FrameIn, Receive, RowsReady, Tick
 from tools.simulation.payload import Payload
 from tools.simulation.world import Violation
@@ -43,8 +45,8 @@ def language_side(rank: Any) -> None:
     sessions = rank.sessions
     allocator = sessions.allocator
     _pools(rank)
-    bounds = rank.bounds
-    num_held, now, is_waiting = 0, rank.world.now, False
+    entered, links = rank.ledger.entered, sessions.links
+    num_held, is_waiting = 0, False
     for request in sessions.requests.values():
         for session in request.sessions:
             state = session.state
@@ -65,14 +67,17 @@ def language_side(rank: Any) -> None:
                 raise Violation("I15", f"{session.key} is done and holds blocks")
             if state is IDLE or state is DONE:
                 continue
-            is_waiting = is_waiting or state is WAITING
+            if entered.get(id(session)) != (state, session.deadline):
+                rank.ledger.enters(session)
+            if state is WAITING:
+                is_waiting = True
+                if (session.deadline == math.inf) != (session.encode_rank in links):
+                    raise Violation("I11", f"{session.key} waits until {session.deadline}, links are {links.keys()}")
             grant = session.grant
             if grant is not None:
                 low = session.received if state is not HELD else grant.row_start
                 if not low <= grant.row_stop <= session.visual.num_rows or session.received > grant.row_stop:
                     raise Violation("I4", f"{session.key} received {session.received} of {grant.row_stop}")
-            if state in bounds and session.deadline > now + bounds[state] and not _is_ending(rank, session):
-                raise Violation("I11", f"{session.key} is {state} until {session.deadline}, at {now}")
     if is_waiting:
         _nobody_waits_in_vain(rank)
     if len(allocator.leases) != num_held:
@@ -86,15 +91,6 @@ def language_side(rank: Any) -> None:
 def _is_void(rank: Any, session: Session) -> bool:
     link = rank.sessions.links.get(session.encode_rank)
     return link is None or link.epoch != rank.granted_over.get(session.key)
-
-
-def _is_ending(rank: Any, session: Session) -> bool:
-    """What waits for room, not for its link, has only its request's deadline; and a receive whose link has been broken
-    for its sake returns by itself."""
-    link = rank.sessions.links.get(session.encode_rank)
-    if session.state is WAITING:
-        return link is not None
-    return session.state is RECEIVING and (link is None or link.epoch > rank.epochs[session.key])
 
 
 def _no_quarantined_is_granted(allocator: BlockAllocator) -> None:
@@ -151,8 +147,7 @@ def encode_side(rank: Any) -> None:
     if len(rank.encoded) > most:
         raise Violation("I12", f"rows of {len(rank.encoded)} items in memory")
     num_encoding = num_parked = num_sending = num_clips = 0
-    now, bounds = rank.world.now, rank.bounds
-    for attempt, item in sessions.items.items():
+    for item in sessions.items.values():
         state = item.state
         if state is ENCODING:
             num_encoding += 1
@@ -161,8 +156,6 @@ def encode_side(rank: Any) -> None:
             num_parked += 1
         elif state in _SENDING:
             num_sending += 1
-        if item.deadline > (now + bounds[state] if state in bounds else rank.request_ends[attempt]):
-            raise Violation("I11", f"{attempt} is {state} until {item.deadline}, at {now}")
     for peer, outlet in sessions.outlets.items():
         if outlet.ready and outlet.turn is None:
             raise Violation("I11", f"{outlet.ready[0]} is ready for {peer}, and nobody has the turn")
@@ -171,22 +164,8 @@ def encode_side(rank: Any) -> None:
         raise Violation("I16", f"items in the queue are due at {dues}")
     if num_encoding > places or num_clips > limits.max_clips + limits.max_urgent:
         raise Violation("I12", f"{num_encoding} items are encoded at a time, {num_clips} clips")
-    if dues and num_encoding < limits.max_items:
-        _no_place_is_empty(rank, num_clips)
     if num_encoding + num_sending + num_parked > most or num_parked > most_parked:
         raise Violation("I12", f"{num_encoding + num_sending} items in memory, {num_parked} parked")
-
-
-def _no_place_is_empty(rank: Any, num_clips: int) -> None:
-    """I11: nothing waits for a place while there is one, whatever others wait for."""
-    sessions, limits = rank.sessions, rank.sessions.limits
-    share = limits.max_items if len(sessions.outlets) < 2 else -(-limits.max_items // 2)
-    in_memory = Counter(i.language_rank for i in sessions.items.values() if i.state is ENCODING or i.state in _SENDING)
-    for attempt in sessions.queue:
-        item = sessions.items[attempt]
-        is_clip = item.visual.modality == "video"
-        if in_memory[item.language_rank] < share and (not is_clip or num_clips < limits.max_clips):
-            raise Violation("I11", f"{attempt} waits for a place, and there is one")
 
 
 def granted(rank: Any, grant: Room) -> None:
@@ -230,11 +209,37 @@ def granted(rank: Any, grant: Room) -> None:
         raise Violation("I5", f"DeepStack rows {wanted} granted, should be {expected}")
     if num_blocks > -(-(total - first) // size):
         raise Violation("I12", f"{num_blocks} DeepStack blocks for rows {first} to {total}")
+    _runs_are_whole(session.room.rows, size, grant.row_runs, sessions.row_sizes.max_run_rows)
     key, room = (grant.request_id, grant.item), session.room.generation
     had_begun, is_kept = key in rank.begun, rank.begun.get(key) == room
     rank.begun[key] = room
     if not is_kept:
+        _takes_what_is_free(sessions, session, grant)
         _nobody_passed_over(rank, session, had_begun)
+
+
+def _runs_are_whole(blocks: Sequence[int], size: int, runs: Sequence[int], most: int) -> None:
+    """I12: rows go in as few pieces as their places and the length of a piece allow."""
+    left, places = sum(runs), [block * size + row for block in blocks for row in range(size)]
+    expected: list[int] = []
+    for index, place in enumerate(places[:left]):
+        if index and place == places[index - 1] + 1 and expected[-1] < most:
+            expected[-1] += 1
+        else:
+            expected.append(1)
+    if [*runs] != expected:
+        raise Violation("I12", f"{left} rows in blocks {blocks} go in runs {runs}, should be {expected}")
+
+
+def _takes_what_is_free(sessions: Any, session: Session, grant: Room) -> None:
+    """I11: who gets less than it lacks has got all that was free, or as much as one grant may have."""
+    if grant.row_stop == session.total or session.room is None:
+        return
+    allocator, runs_of_a_block = sessions.allocator, -(-sessions.block_size // sessions.row_sizes.max_run_rows)
+    most = max(1, layout.MAX_RUNS // runs_of_a_block)
+    is_short = session.room.deepstack and not allocator.num_free("deepstack")
+    if allocator.num_free("rows") and len(session.room.rows) < most and not is_short:
+        raise Violation("I11", f"{session.key} got {len(session.room.rows)} blocks, and more were free")
 
 
 def _nobody_passed_over(rank: Any, session: Session, had_begun: bool) -> None:

@@ -44,6 +44,7 @@ from qwen3vl_disagg.protocol.session_events import (
     Tick,
 )
 from tools.simulation import checks, progress_checks
+from tools.simulation.encode_checks import EncodeLedger, answers_stale
 from tools.simulation.payload import Payload, make_payload, run_digests, wrong_header
 from tools.simulation.progress_checks import encode_bounds
 from tools.simulation.stays import Stays
@@ -83,6 +84,9 @@ class SimEncode:
             Release: self._release,
             Tell: self._tell,
         }
+        self.ledger = EncodeLedger(self)
+        self._sent: list[SendFrame] = []
+        """By this event."""
         self._event: EncodeEvent = Tick()
         self.num_outlets = 0
         """Before the event."""
@@ -91,12 +95,17 @@ class SimEncode:
 
     def handle(self, event: EncodeEvent) -> None:
         self._event, self.num_outlets = event, len(self.sessions.outlets)
+        self._sent.clear()
+        self.ledger.before()
         for action in self.sessions.handle(event, self.world.now):
             self._do[type(action)](action)  # type: ignore[operator]
+            self.ledger.does(action)
         checks.encode_side(self)
+        self.ledger.after(event)
 
     def _send_frame(self, action: SendFrame) -> None:
         self.cluster.check_wire(action.frame)
+        self._sent.append(action)
         if isinstance(action.frame.body, Nack):
             checks.may_refuse(self, action.frame.body)
         link = self.links.get(action.peer)
@@ -201,6 +210,8 @@ class SimEncode:
 
     def _release(self, action: Release) -> None:
         attempt = action.attempt
+        if attempt not in self.visuals:
+            raise Violation("I13", f"{attempt} is released, and is not in memory")
         checks.may_release(self, self._event, attempt)
         self._end_work(attempt)
         self.encoded.discard(attempt)
@@ -235,6 +246,9 @@ class SimEncode:
         body, peer = frame.body, link.language.rank
         outlet = self.sessions.outlets.get(peer)
         expected = 0 if outlet is None else outlet.state.num_received + (type(body) is not Beat)
+        is_next = outlet is not None and outlet.state.epoch == frame.epoch and frame.seq == expected
+        if is_next:
+            self.ledger.heard(peer, frame)
         if type(body) is not Ack:
             if isinstance(body, Abort | Nack):
                 self.lease_until.pop(body.key, None)
@@ -250,18 +264,24 @@ class SimEncode:
                 progress_checks.one_attempt_is_made(self, attempt)
             if outlet is not None and frame.seq > expected and peer in self.sessions.outlets:
                 checks.gap_ends_link(self.sessions.outlets[peer].state, expected, frame)
+            if is_next and self.sessions.outlets.get(peer) is outlet:
+                self.ledger.taken(peer, frame)
             return
         item = self.sessions.items.get(body.key)
         was_parked = item is not None and item.state == PARKED
         self.handle(FrameIn(link.language.rank, frame))
         if item is not None and item.state == PARKED and not was_parked:
             self.lease_until[item.attempt] = self.world.now + self.sessions.limits.lease_s
+        if is_next and self.sessions.outlets.get(peer) is outlet:
+            self.ledger.taken(peer, frame)
 
     def take_copy(self, link: SimLink, frame: Frame) -> None:
         """A frame that was here before, or comes too late: nothing may change."""
-        before = self.snapshot()
+        before, outlet = self.snapshot(), self.sessions.outlets.get(link.language.rank)
         self.handle(FrameIn(link.language.rank, frame))
         checks.unchanged(self, before, frame)
+        if outlet is not None:
+            answers_stale(outlet.state.epoch, frame, self._sent)
 
     def snapshot(self) -> Any:
         items = [(i.attempt, i.state, i.grant, i.is_dropped) for i in self.sessions.items.values()]

@@ -16,12 +16,14 @@ from qwen3vl_disagg.protocol.messages import (
     Beat,
     Cancel,
     Frame,
+    Header,
     ItemLost,
     KeptRequest,
     Message,
     Room,
     Submit,
 )
+from qwen3vl_disagg.protocol.session import RECEIVING
 from qwen3vl_disagg.protocol.session_events import (
     Attempt,
     BreakLink,
@@ -39,8 +41,10 @@ from qwen3vl_disagg.protocol.session_events import (
     Tick,
 )
 from tools.simulation import checks, progress_checks
+from tools.simulation.encode_checks import answers_stale
 from tools.simulation.engine import SimEngine, Window
 from tools.simulation.kept_checks import KeptChecks
+from tools.simulation.language_checks import LanguageLedger
 from tools.simulation.payload import Payload, run_digests
 from tools.simulation.progress_checks import language_bounds
 from tools.simulation.stays import Stays
@@ -66,7 +70,7 @@ class SimLanguage:
         self.from_hub_channel: Channel | None = None
         self.engine = SimEngine(self)
         self.book = RequestBook(self.engine.cancel, self._to_sessions, self.tell, keep_s=sizes.keep_s)
-        self.kept_checks = KeptChecks(self)
+        self.kept_checks, self.ledger = KeptChecks(self), LanguageLedger(self)
         self.offered: list[KeptRequest] = []
         """To the next hub, as it was when the last one was lost."""
         self.asked: dict[tuple[str, int], int] = {}
@@ -99,9 +103,15 @@ class SimLanguage:
     # ---- sessions ----
 
     def handle(self, event: LanguageEvent) -> None:
+        awaited = self.sessions.find(*event.key) if isinstance(event, PayloadEnd) else None
+        if awaited is not None and awaited.state is not RECEIVING:
+            awaited = None
+        self.ledger.before(event)
         for action in self.sessions.handle(event, self.world.now):
             self._do[type(action)](action)  # type: ignore[operator]
         checks.language_side(self)
+        if isinstance(event, PayloadEnd):
+            self.ledger.after_payload(event, awaited)
 
     def _to_sessions(self, event: LanguageEvent) -> None:
         (self._expect if isinstance(event, Expect) else self.handle)(event)  # type: ignore[arg-type]
@@ -119,6 +129,7 @@ class SimLanguage:
 
     def _send_frame(self, action: SendFrame) -> None:
         self.cluster.check_wire(action.frame)
+        self.ledger.sends(action)
         body = action.frame.body
         if isinstance(body, Ack):
             self._acked.add(body.key)
@@ -136,6 +147,7 @@ class SimLanguage:
 
     def _receive(self, job: Receive) -> None:
         checks.agrees(job)
+        self.ledger.does(job)
         self.epochs[job.grant.request_id, job.grant.item, job.grant.attempt] = job.epoch
         link = self.links.get(job.encode_rank)
         if link is not None and link.epoch == job.epoch:
@@ -207,6 +219,7 @@ class SimLanguage:
 
     def _rows_ready(self, action: RowsReady) -> None:
         attempt = action.key
+        self.ledger.does(action)
         job = self._jobs.pop(attempt, None)
         if job is None:
             raise Violation("I7", f"rows {action.start}..{action.stop} of {attempt} are ready, but did not come well")
@@ -221,6 +234,7 @@ class SimLanguage:
 
     def _tell(self, action: Tell) -> None:
         message = action.message
+        self.ledger.tells(message)
         if isinstance(message, ItemLost):
             progress_checks.has_no_link(self, message)
             self._jobs.pop(message.key, None)
@@ -261,15 +275,26 @@ class SimLanguage:
     def take(self, link: SimLink, frame: Frame) -> None:
         state = self.sessions.links.get(link.encode.rank)
         expected = 0 if state is None else state.num_received + (type(frame.body) is not Beat)
-        self.handle(FrameIn(link.encode.rank, frame))
+        ledger, peer = self.ledger, link.encode.rank
+        is_next = state is not None and state.epoch == frame.epoch and frame.seq == expected
+        if is_next and type(frame.body) is not Beat:
+            ledger.frame_comes(peer, frame)
+            was_right = isinstance(frame.body, Header) and ledger.is_right(frame.body)
+            was_whole = ledger.was_whole
+            self.handle(FrameIn(peer, frame))
+            ledger.frame_was_taken(peer, frame, was_right, was_whole)
+            return
+        self.handle(FrameIn(peer, frame))
         if state is not None and frame.seq > expected:
             checks.gap_ends_link(self.sessions.links.get(link.encode.rank), expected, frame)
 
     def take_copy(self, link: SimLink, frame: Frame) -> None:
         """A frame that was here before, or comes too late: nothing may change."""
-        before = self.snapshot()
+        before, state = self.snapshot(), self.sessions.links.get(link.encode.rank)
         self.handle(FrameIn(link.encode.rank, frame))
         checks.unchanged(self, before, frame)
+        if state is not None:
+            answers_stale(state.epoch, frame, self.ledger.sent)
 
     def snapshot(self) -> Any:
         sessions = [
@@ -300,6 +325,7 @@ class SimLanguage:
             self.hub.send(message)
 
     def from_hub(self, message: Message) -> None:
+        self.ledger.heard(message)
         now, checks_of_kept = self.world.now, self.kept_checks
         match message:
             case Submit():
@@ -339,6 +365,7 @@ class SimLanguage:
         self.handle(Tick())
         self.book.look(self.world.now)
         progress_checks.language_on_time(self)
+        self.ledger.on_time()
         self.kept_checks.on_time()
         self.world.at(1.0, self, self.tick)
 

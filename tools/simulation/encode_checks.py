@@ -1,0 +1,230 @@
+"""What an encode rank was told, beside what its sessions remember: which grant holds, when each state has to end, whose
+turn it is, who has a place, and what is in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT, Outgoing
+from qwen3vl_disagg.protocol.messages import Abort, Ack, Frame, Grant, HeaderOk, Nack, Room, Stale
+from qwen3vl_disagg.protocol.session_events import (
+    Attempt,
+    EncodeEvent,
+    ItemFailed,
+    PayloadSent,
+    SendFrame,
+    SendHeader,
+    SendPayload,
+    StartEncode,
+    Tell,
+)
+from tools.simulation.world import Violation
+
+_IN_MEMORY = (ENCODING, READY, HEADER, SENDING, SENT)
+_MOMENT_S = 1e-6
+
+
+class EncodeLedger:
+    """Of one incarnation."""
+
+    def __init__(self, rank: Any) -> None:
+        self.rank, self.sessions = rank, rank.sessions
+        self._grants: dict[Attempt, Grant] = {}
+        """The first of each attempt that is here."""
+        self._rooms: dict[Attempt, Room] = {}
+        """What was granted last."""
+        self._came_at: dict[Attempt, float] = {}
+        self._dues: dict[Attempt, float] = {}
+        self._payload_s: dict[Attempt, float] = {}
+        """How long the payload that is sent may take, as its receiver says."""
+        self._entered: dict[Attempt, tuple[str, float]] = {}
+        """State and deadline, when they were seen first."""
+        self._ready: dict[int, list[Attempt]] = {}
+        """What waited for its link's turn, in order."""
+        self._began: Attempt | None = None
+        """What was begun last by this event."""
+
+    # ---- what it is told ----
+
+    def heard(self, peer: int, frame: Frame) -> None:
+        """A frame comes that is the next one."""
+        body, items = frame.body, self.sessions.items
+        if isinstance(body, Grant) and body.key not in items:
+            now = self.rank.world.now
+            of_request = [item.due for key, item in items.items() if key[0] == body.request_id]
+            self._grants[body.key], self._came_at[body.key] = body, now
+            self._dues[body.key] = of_request[0] if of_request else now + body.due_s
+        elif isinstance(body, HeaderOk):
+            self._payload_s[body.key] = max(self.sessions.limits.payload_s, body.payload_s)
+        if isinstance(body, Room):
+            self._rooms[body.key] = body
+
+    def taken(self, peer: int, frame: Frame) -> None:
+        """I11, I13, I15: it has been handled, and its link goes on."""
+        body = frame.body
+        if not isinstance(body, Room | Ack | Nack | Abort):
+            return
+        item = self.sessions.items.get(body.key)
+        if isinstance(body, Grant) and item is None:
+            raise Violation("I11", f"{body.key} is granted, and is not here")
+        if item is None or item.language_rank != peer:
+            return
+        if isinstance(body, Room) and item.grant is not body:
+            raise Violation("I11", f"{body.key} was granted {body}, the encode rank goes by {item.grant}")
+        is_whole = isinstance(body, Ack) and body.received == item.visual.num_rows
+        if is_whole or isinstance(body, Nack):
+            raise Violation("I15", f"{body.key} is {item.state} after {body}")
+
+    # ---- what it does ----
+
+    def before(self) -> None:
+        self._began = None
+
+    def does(self, action: Any) -> None:
+        match action:
+            case StartEncode():
+                self._begins(action)
+            case SendHeader(grant=grant):
+                self._is_its_turn(action.peer, grant.key)
+                if grant is not self._rooms.get(grant.key):
+                    raise Violation("I8", f"{grant} is answered, granted was {self._rooms.get(grant.key)}")
+            case SendPayload(grant=grant):
+                payload_s = self._payload_s.get(grant.key)
+                if grant is not self._rooms.get(grant.key) or action.payload_s != payload_s:
+                    raise Violation("I11", f"{grant} is sent in {action.payload_s} s, its receiver waits {payload_s}")
+            case Tell(message=ItemFailed() as message):
+                if message.key in self.sessions.items and not self.sessions.items[message.key].is_dropped:
+                    raise Violation("I15", f"{message.key} has failed, and goes on")
+
+    def _begins(self, action: StartEncode) -> None:
+        """I11, I16: with what its grant says of it."""
+        attempt, now = action.attempt, self.rank.world.now
+        grant, due = self._grants[attempt], self._dues[attempt]
+        said = (action.visual, action.is_alone, action.due)
+        if said != (grant.visual, grant.is_alone, due):
+            raise Violation("I16", f"{attempt} begins as {said}, granted as {(grant.visual, grant.is_alone, due)}")
+        if abs(action.waited_s - (now - self._came_at[attempt])) > _MOMENT_S:
+            raise Violation("I11", f"{attempt} came at {self._came_at[attempt]}, waited {action.waited_s} s at {now}")
+        if attempt in self.sessions.items:
+            self._began = attempt
+
+    def _is_its_turn(self, peer: int, attempt: Attempt) -> None:
+        """I16: payloads go in the order in which they are ready."""
+        for other in self._ready.get(peer, ()):
+            if other == attempt:
+                return
+            item = self.sessions.items.get(other)
+            if item is not None and item.state is READY:
+                raise Violation("I16", f"{attempt} goes before {other}, which was ready before it")
+
+    # ---- what must hold ----
+
+    def after(self, event: EncodeEvent) -> None:
+        sessions = self.sessions
+        items, outlets = sessions.items, sessions.outlets
+        num_queued = num_ready = 0
+        entered = self._entered
+        for attempt, item in items.items():
+            state = item.state
+            seen = entered.get(attempt)
+            if seen is None or seen[0] is not state or seen[1] != item.deadline:
+                entered[attempt] = (state, item.deadline)
+                self._enters(attempt, item)
+            if state is ENCODING:
+                continue
+            if (item.grant is None) != (state is PARKED):
+                raise Violation("I11", f"{attempt} is {state}, granted is {item.grant}")
+            if state is READY:
+                num_ready += 1
+            elif state is HEADER or state is SENDING:
+                if outlets[item.language_rank].turn != attempt:
+                    raise Violation("I8", f"{attempt} is {state}, and it is not its turn")
+            elif state is not PARKED and state is not SENT:
+                num_queued += 1
+            if item.is_dropped and state is not HEADER:
+                raise Violation("I15", f"{attempt} was given up, and is {state}")
+        num_waiting = 0
+        for peer, outlet in outlets.items():
+            if outlet.ready or self._ready.get(peer):
+                self._ready[peer] = list(outlet.ready)
+                num_waiting += len(outlet.ready)
+        if num_waiting != num_ready or len(sessions.queue) != num_queued:
+            raise Violation("I15", f"{num_queued} items are queued, {num_ready} ready; in line are {sessions.queue}")
+        if len(self.rank.visuals) != len(items) - num_queued:
+            raise Violation("I15", f"{self.rank.visuals.keys()} are in memory, the sessions have {items.keys()}")
+        if len(entered) > 2 * len(items) + 16:
+            self._forget()
+        if self._began is not None:
+            self._may_begin(self._began)
+        if sessions.queue:
+            self._is_full()
+        if isinstance(event, PayloadSent) and event.error is not None:
+            outlet = outlets.get(event.language_rank)
+            if outlet is not None and outlet.state.epoch == event.epoch:
+                raise Violation("I11", f"a payload of {event.attempt} was not sent, and its link goes on")
+
+    def _forget(self) -> None:
+        """Attempts that are over."""
+        for table in (self._entered, self._grants, self._rooms, self._came_at, self._dues, self._payload_s):
+            for attempt in table.keys() - self.sessions.items.keys():
+                del table[attempt]  # type: ignore[attr-defined]
+
+    def _enters(self, attempt: Attempt, item: Outgoing) -> None:
+        """I11: each state has the time that it is meant to have, no less and no more."""
+        rank, limits, state = self.rank, self.sessions.limits, item.state
+        moving_s = self._payload_s.get(attempt, limits.payload_s) - limits.payload_s
+        seconds = {
+            HEADER: limits.answer_s,
+            SENDING: 2 * (limits.payload_s + moving_s),
+            SENT: limits.answer_s + moving_s,
+            PARKED: limits.lease_s,
+        }.get(state)
+        until = rank.request_ends[attempt] if seconds is None else rank.world.now + seconds
+        if abs(item.deadline - until) > _MOMENT_S:
+            raise Violation("I11", f"{attempt} is {state} until {item.deadline}, should be {until}")
+        if item.due != self._dues[attempt]:
+            raise Violation("I16", f"{attempt} is due at {item.due}, should be {self._dues[attempt]}")
+
+    # ---- places ----
+
+    def _others(self, but: Attempt | None) -> list[Outgoing]:
+        return [item for key, item in self.sessions.items.items() if key != but and item.state in _IN_MEMORY]
+
+    def _why_not(self, item: Outgoing, others: list[Outgoing]) -> str | None:
+        """What keeps an item from a place beside these: so many places of each kind are for all, `max_urgent` more for
+        what is due before those that have them. Clips above their number are not counted with the images."""
+        limits = self.sessions.limits
+        encoding = [o for o in others if o.state is ENCODING]
+        clips = [o for o in encoding if o.visual.modality == "video"]
+        of_rank = [o for o in others if o.language_rank == item.language_rank]
+        share = limits.max_items if len(self.sessions.outlets) == 1 else (limits.max_items + 1) // 2
+        above = max(0, len(clips) - limits.max_clips)
+        kinds = [("items", encoding, limits.max_items, above), ("items of its rank", of_rank, share, above)]
+        if item.visual.modality == "video":
+            kinds.append(("clips", clips, limits.max_clips, 0))
+        for name, in_places, most, more in kinds:
+            num_before = len([o for o in in_places if o.due <= item.due])
+            if num_before >= most + more or len(in_places) >= most + limits.max_urgent:
+                return f"{len(in_places)} {name}"
+        return None
+
+    def _may_begin(self, attempt: Attempt) -> None:
+        """I12: what was begun last had a place."""
+        item = self.sessions.items.get(attempt)
+        if item is not None and item.state is ENCODING and (reason := self._why_not(item, self._others(attempt))):
+            raise Violation("I12", f"{attempt} is begun beside {reason}")
+
+    def _is_full(self) -> None:
+        """I11: what waits for a place has none."""
+        others = self._others(None)
+        for attempt in self.sessions.queue:
+            if self._why_not(self.sessions.items[attempt], others) is None:
+                raise Violation("I11", f"{attempt} waits for a place, and there is one")
+
+
+def answers_stale(epoch: int, frame: Frame, sent: list[SendFrame]) -> None:
+    """I9: who speaks of an old link is told so, once, and no more."""
+    expected = 1 if frame.epoch < epoch and not isinstance(frame.body, Stale) else 0
+    said = [one.frame.body for one in sent]
+    if len(said) != expected or not all(isinstance(body, Stale) and body.epoch == epoch for body in said):
+        raise Violation("I9", f"a frame of epoch {frame.epoch} is answered with {said}, now is epoch {epoch}")
