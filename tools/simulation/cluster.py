@@ -50,6 +50,7 @@ class Sizes:
     router_limits: RouterLimits
     are_language_ranks_required: bool = False
     keep_s: float = KEEP_S
+    kv_tokens: int = 0
     encode_s: float = 0.3
     """How long an item takes at most."""
     clips: float = 0.2
@@ -111,7 +112,10 @@ class Cluster:
             before.is_open = False
         rank.hub, rank.from_hub_channel = back, forth
         hub.connections[role, rank.rank] = back
-        hub.take(RankUp(role, rank.rank, kept=() if isinstance(rank, SimEncode) else rank.offered))
+        if isinstance(rank, SimEncode):
+            hub.take(RankUp(role, rank.rank))
+        else:
+            hub.take(RankUp(role, rank.rank, self.sizes.kv_tokens, rank.offered))
         if isinstance(rank, SimEncode):
             rank.tell_links()
             if rank.is_leaving:
@@ -228,7 +232,7 @@ class Cluster:
                 grid=(1, 2, 2 * count),
                 num_rows=count,
                 offset=0,
-                param="",
+                param=f"item {index}",
             )
             for index, count in enumerate(rows)
         ]

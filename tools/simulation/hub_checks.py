@@ -60,6 +60,8 @@ class HubChecks:
         """To each language rank since it is here: requests."""
         self._offers: dict[str, tuple[int, str]] = {}
         """Name -> the language rank that has such a request, and the request."""
+        self.offered_twice: list[str] = []
+        """By the rank that came last, under names that were taken."""
         self._names: set[str] = set()
         """Under which something was ever offered."""
         self._adopting: set[str] = set()
@@ -95,8 +97,7 @@ class HubChecks:
                 self._language_down(event.rank)
                 self._language.add(event.rank)
                 self._given[event.rank] = set()
-                self._offers |= {kept.name: (event.rank, kept.request_id) for kept in event.kept}
-                self._names |= {kept.name for kept in event.kept}
+                self._offered(event)
             case RankDown(role="language"):
                 self._language_down(event.rank)
             case FromRank(message=ItemFailed() | ItemLost() as message):
@@ -112,6 +113,14 @@ class HubChecks:
             case FromRank(role="encode", message=Leaving()):
                 self._leaving.add(self._worker(event.rank))
 
+    def _offered(self, event: RankUp) -> None:
+        """The first under a name stays."""
+        self.offered_twice = []
+        for kept in event.kept:
+            if self._offers.setdefault(kept.name, (event.rank, kept.request_id))[0] != event.rank:
+                self.offered_twice.append(kept.request_id)
+            self._names.add(kept.name)
+
     def _down(self, rank: int) -> None:
         """A death is nobody's failure, also when the news of a lost link came before. What was under way is suspected;
         one that leaves was killed by nothing."""
@@ -121,12 +130,26 @@ class HubChecks:
         under_way = +self._under_way_at.pop(rank, Counter())
         for digest in under_way if self._worker(rank) not in self._leaving else ():
             until = self.world.now + self.hub.router.limits.suspect_s
-            self._suspects[digest] = (self._num_deaths(digest) or 0) + (len(under_way) == 1), until
+            deaths = self.num_deaths(digest) + (len(under_way) == 1)
+            self._suspects.pop(digest, None)
+            self._suspects[digest] = deaths, until
+        while len(self._suspects) > self.hub.router.limits.max_suspects:  # the oldest is forgotten
+            del self._suspects[next(iter(self._suspects))]
         self._leaving.discard(self._worker(rank))
         for (key, worker), attempt in list(self._lost_with.items()):
             if worker == self._worker(rank):
                 self._failed[key].discard(attempt)
                 del self._lost_with[key, worker]
+
+    def num_deaths(self, digest: str) -> int:
+        return self._num_deaths(digest) or 0
+
+    def is_suspect(self, digest: str) -> bool:
+        return self._num_deaths(digest) is not None
+
+    def is_staying(self, rank: int) -> bool:
+        """An encode rank that is here, and does not want to leave."""
+        return rank in self._under_way_at and self._worker(rank) not in self._leaving
 
     def _num_deaths(self, digest: str) -> int | None:
         """Of encode ranks that worked on nothing else; None for what is not suspected, or no longer."""
@@ -212,7 +235,7 @@ class HubChecks:
     def _is_fresh(self, key: Key, worker: Worker, language_rank: int) -> None:
         """I11: another try is another encode rank's, if there is one."""
         if worker in self._failed_on[key]:
-            others = {self._worker(rank) for rank in self.hub.router._attempts.linked(language_rank)}
+            others = {self._worker(rank) for rank in self.hub.counts.linked(language_rank)}
             if others - self._failed_on[key]:
                 raise Violation("I11", f"{key} goes to {worker}, which has failed on it, and not to {others}")
 
