@@ -131,7 +131,7 @@ def _nobody_waits_in_vain(rank: Any) -> None:
         return
     num_rows = first.visual.num_rows - rank.asked[first.request_id, first.item]
     needed = -(-num_rows // sessions.block_size) if sessions.row_sizes.deepstack_embeddings else 0
-    is_ranged = needed > allocator.totals["deepstack"]
+    is_ranged = needed > min(allocator.totals["deepstack"], layout.MAX_RUNS)
     deepstack = min(needed, 1) if is_ranged else needed if first.hold is None else 0
     if allocator.num_free("deepstack") >= deepstack and (first.hold is not None or allocator.num_free("slots")):
         raise Violation("I11", f"{first.key} waits though there is room")
@@ -198,7 +198,7 @@ def granted(rank: Any, grant: Room) -> None:
     wanted = (grant.deepstack_start, grant.deepstack_stop)
     if not sessions.row_sizes.deepstack_embeddings:
         expected = (grant.row_start, grant.row_start)
-    elif -(-(total - first) // size) > sessions.allocator.totals["deepstack"]:
+    elif -(-(total - first) // size) > min(sessions.allocator.totals["deepstack"], layout.MAX_RUNS):
         expected = (grant.row_start, grant.row_stop)
     else:
         expected = (first, total) if grant.row_start == first else (grant.row_start, grant.row_start)

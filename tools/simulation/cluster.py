@@ -16,7 +16,7 @@ from qwen3vl_disagg.language.kept_answers import KEEP_S
 from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.messages import Frame, Leaving, LinkMessage, Message
 from qwen3vl_disagg.protocol.router import RouterLimits
-from qwen3vl_disagg.protocol.routing import TOKEN_ID_BYTES, Abandon, Admit, FromRank, RankDown, RankUp
+from qwen3vl_disagg.protocol.routing import TOKEN_ID_BYTES, Abandon, Admit, AdmitTogether, FromRank, RankDown, RankUp
 from qwen3vl_disagg.protocol.session import GRANTED, RECEIVING, WAITING
 from qwen3vl_disagg.protocol.session_events import Attempt, SessionLimits
 from tools.simulation.encode import SimEncode
@@ -51,6 +51,8 @@ class Sizes:
     are_language_ranks_required: bool = False
     keep_s: float = KEEP_S
     kv_tokens: int = 0
+    moving_s: float = 0.1
+    """What the bytes of a payload may take at most: they are few."""
     encode_s: float = 0.3
     """How long an item takes at most."""
     clips: float = 0.2
@@ -175,12 +177,6 @@ class Cluster:
 
     # ---- what checks ask ----
 
-    @property
-    def num_waiting(self) -> list[int]:
-        """Of each request that has some: answers that have no token yet."""
-        running = [client.tokens.values() for client in self.clients.values() if not client.is_ended]
-        return [count for tokens in running if (count := list(tokens).count(0))]
-
     def is_at_work(self, attempt: Attempt) -> bool:
         """An encode rank has the attempt, or is asked for it or will be, also after a receive that has yet to come to
         its end; or it needs nobody any more."""
@@ -215,25 +211,18 @@ class Cluster:
         *,
         num_asks: int = 0,
         shares: bool = False,
+        together: list[Admit] | None = None,
     ) -> str:
         """`wrong`: the first image is `bad`, or `poison`. `n`: answers. A request for one token is one for a vector in
         its place. With `num_asks` it is keyed, and asked so often at most. What the hub calls it. `shares`: images of
-        two rows are one."""
+        two rows are one. `together`: where it waits for others, to be admitted with them."""
         hub, keep_as = self.hub, name if num_asks else ""
         kept = None if hub.is_dead else hub.router.kept_id(keep_as)
         request_id = kept or (name if name not in self.clients else f"{name}.{num_asks}")
         pooling = Pooling() if num_tokens == 1 else None
         n = n if pooling is None else 1
         items = [
-            VisualItem(
-                modality="video" if self.world.random() < self.sizes.clips else "image",
-                digest=_digest(name, index, count, wrong if index == 0 else None, shares),
-                num_bytes=1,
-                grid=(1, 2, 2 * count),
-                num_rows=count,
-                offset=0,
-                param=f"item {index}",
-            )
+            self._item(_digest(name, index, count, wrong if index == 0 else None, shares), index, count)
             for index, count in enumerate(rows)
         ]
         now = self.world.now
@@ -258,10 +247,41 @@ class Cluster:
             client.end(UnavailableError("nobody listens"))
         else:
             target_s = 2.0 * (len(self.clients) % 3)  # so that some pass those before them
-            num_all = sum(rows) + num_tokens
+            # Some may give far longer answers than they do.
+            num_all = sum(rows) + num_tokens + (3000 if sum(rows) % 7 == 5 else 0)
             prompt = bytes(TOKEN_ID_BYTES * sum(rows))
-            self.hub.take(Admit(request_id, prompt, num_all, items, sampling, timeout_s, target_s, keep_as))
+            admit = Admit(request_id, prompt, num_all, items, sampling, timeout_s, target_s, keep_as)
+            if together is None:
+                self.hub.take(admit)
+            else:
+                together.append(admit)
         return request_id
+
+    def submit_together(
+        self, name: str, rows: list[list[int]], num_tokens: int, timeout_s: float, wrong: str | None, n: int
+    ) -> None:
+        """Several prompts of one client: all are taken, or none."""
+        together: list[Admit] = []
+        for index, of_one in enumerate(rows):
+            wrong_here = wrong if index == 0 else None
+            self.submit(f"{name}+{index}", of_one, num_tokens, timeout_s, wrong_here, n, together=together)
+        if together:
+            self.hub.take(AdmitTogether(together))
+
+    def _item(self, digest: str, index: int, count: int) -> VisualItem:
+        """Of some clips' files more frames are decoded than are looked at."""
+        is_clip = self.world.random() < self.sizes.clips
+        return VisualItem(
+            modality="video" if is_clip else "image",
+            digest=digest,
+            num_bytes=1,
+            grid=(1, 2, 2 * count),
+            num_rows=count,
+            offset=0,
+            param=f"item {index}",
+            frames=(0, 2 + count) if is_clip and count % 3 == 0 else (),
+            is_frame_list=count % 2 == 0,
+        )
 
     def _ask_again(self, again: Callable[[], str], error: DisaggError) -> bool:
         """What is over for a reason of ours is asked for again."""

@@ -72,7 +72,7 @@ class SimEncode:
         self.request_ends: dict[Attempt, float] = {}
         self.num_steps: Counter[Attempt] = Counter()
         """Grants heard and headers sent: what is parked, granted and parked again began a new lease."""
-        self.stays, self.bounds = Stays(self.world), encode_bounds(cluster.limits)
+        self.stays, self.bounds = Stays(self.world), encode_bounds(cluster.limits, cluster.sizes.moving_s)
         self.is_leaving = False
         self.on_stop: Callable[[], None] | None = None
         self._do = {

@@ -20,7 +20,7 @@ from qwen3vl_disagg.protocol.messages import (
     Stop,
     Submit,
 )
-from qwen3vl_disagg.protocol.routing import Admit, Event, FromRank, RankDown, RankUp, Send
+from qwen3vl_disagg.protocol.routing import Admit, AdmitTogether, Event, FromRank, RankDown, RankUp, Send
 from qwen3vl_disagg.protocol.session_events import Tick
 from tools.simulation.stays import Stays
 from tools.simulation.world import Violation
@@ -245,10 +245,11 @@ class HubChecks:
         I11: without a rank that has a part of the experts nothing runs; what a dead encode rank had to do is at
         another one, or waits for one."""
         router = self.hub.router
-        if isinstance(event, Admit) and self.hub.cluster.clients[event.request_id].error is None:
-            deaths = max((self._num_deaths(visual.digest) or 0 for visual in event.items), default=0)
-            if deaths >= router.limits.max_deaths:
-                raise Violation("I11", f"{event.request_id} is taken, and encode ranks died over its image")
+        admits = (event,) if isinstance(event, Admit) else event.admits if isinstance(event, AdmitTogether) else ()
+        for one in admits:
+            deaths = max((self.num_deaths(visual.digest) for visual in one.items), default=0)
+            if self.hub.cluster.clients[one.request_id].error is None and deaths >= router.limits.max_deaths:
+                raise Violation("I11", f"{one.request_id} is taken, and encode ranks died over its image")
         if self._gone is not None:
             raise Violation("I17", f"{self._gone} is gone, and is not begun anew")
         for name in self._names:
@@ -285,7 +286,10 @@ class HubChecks:
         """I11: a request is given up only for as many failures as there were."""
         failures = [len(self._failed[key]) for key in self._attempts if key[0] == request_id]
         if isinstance(error, InputError) and error.code == "harmful_media":
-            deaths = max(self._num_deaths(digest) or 0 for digest in self.hub.cluster.clients[request_id].digests)
+            digests = self.hub.cluster.clients[request_id].digests
+            if isinstance(self._event, AdmitTogether):  # none of them is taken
+                digests = [item.digest for one in self._event.admits for item in one.items]
+            deaths = max(self.num_deaths(digest) for digest in digests)
             if deaths < self.hub.router.limits.max_deaths:
                 raise Violation("I11", f"{request_id} is refused after {deaths} deaths that it was alone with")
         if isinstance(error, DeadlineError) and self.world.now < self.hub.cluster.clients[request_id].deadline:
@@ -314,9 +318,6 @@ class HubChecks:
             if not client.is_ended and now >= client.deadline:
                 raise Violation("I11", f"{request_id} goes on after its deadline")
         limits = hub.router.limits
-        num_waiting = hub.cluster.num_waiting
-        if sum(num_waiting) > limits.max_waiting and len(num_waiting) > 1:  # one request alone always fits
-            raise Violation("I12", f"{num_waiting} answers of requests wait, {limits.max_waiting} may")
         waiting, unattended, unserved = (s.look(now) for s in (self._waiting, self._unattended, self._unserved))
         self._waits = {}
         for request_id, request in hub.router._requests.items():

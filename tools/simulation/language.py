@@ -83,7 +83,7 @@ class SimLanguage:
         """(request, item) -> generation of the room it was granted last"""
         self.num_broken: dict[Attempt, int] = {}
         """Payloads of an attempt that broke since rows came last."""
-        self.stays, self.bounds = Stays(self.world), language_bounds(cluster.limits)
+        self.stays, self.bounds = Stays(self.world), language_bounds(cluster.limits, cluster.sizes.moving_s)
         self.granted_over: dict[Attempt, int] = {}
         """Epoch of the link over which an attempt's last grant went."""
         self.epochs: dict[Attempt, int] = {}

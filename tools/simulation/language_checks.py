@@ -78,7 +78,7 @@ class LanguageLedger:
                 self.ends[message.request_id] = now + message.timeout_s
             case Assign():
                 last = self._assigned.get((message.request_id, message.item))
-                if last is None or last.attempt < message.attempt:
+                if last is None or last.attempt <= message.attempt:
                     self._assigned[message.request_id, message.item] = message
 
     def before(self, event: LanguageEvent) -> None:
@@ -178,12 +178,12 @@ class LanguageLedger:
     def enters(self, session: Session) -> None:
         """I11: each state has the time that it is meant to have, no less and no more."""
         state, now, limits = session.state, self.world.now, self.sessions.limits
-        _, before = self.entered.get(id(session), (state, math.inf))
+        old, before = self.entered.get(id(session), (state, math.inf))
         self.entered[id(session)] = state, session.deadline
         until = math.inf
         if state is GRANTED:
             until = now + limits.grant_s
-        elif state is RECEIVING and now < before:
+        elif state is RECEIVING and not (old is RECEIVING and now >= before):  # else its link has been broken
             until = now + 2 * (limits.payload_s + self._moving_s[session.key])
         elif state is WAITING and session.encode_rank not in self.sessions.links:
             until = now + limits.suspend_s

@@ -14,29 +14,28 @@ from tools.simulation.world import RETURN_S, Channel, SimLink, Violation
 TICK_S = 1.0
 MAX_BROKEN = 3
 """Payloads of one grant that may break before its attempt is over."""
-MOVING_S = 0.1
-"""What the bytes of a payload may take here at most: they are few."""
 
 
 _KEPT = (QUEUED, ENCODING, READY, PARKED)
 """An attempt in any other state ends with the answer of its link, or breaks it."""
 
 
-def encode_bounds(limits: SessionLimits) -> dict[str, float]:
-    """Seconds that an attempt may be in a state; in the others as long as its request."""
+def encode_bounds(limits: SessionLimits, moving_s: float) -> dict[str, float]:
+    """Seconds that an attempt may be in a state; in the others as long as its request. `moving_s`: what the bytes of a
+    payload may take at most."""
     return {
         HEADER: limits.answer_s,
-        SENDING: 2 * (limits.payload_s + MOVING_S),
-        SENT: limits.answer_s + MOVING_S,
+        SENDING: 2 * (limits.payload_s + moving_s),
+        SENT: limits.answer_s + moving_s,
         PARKED: limits.lease_s,
     }
 
 
-def language_bounds(limits: SessionLimits) -> dict[str, float]:
+def language_bounds(limits: SessionLimits, moving_s: float) -> dict[str, float]:
     """A payload that does not come ends its link, and then the receive returns."""
     return {
         GRANTED: limits.grant_s,
-        RECEIVING: 2 * (limits.payload_s + MOVING_S) + RETURN_S,
+        RECEIVING: 2 * (limits.payload_s + moving_s) + RETURN_S,
         WAITING: limits.suspend_s,
     }
 
