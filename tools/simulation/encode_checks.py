@@ -71,7 +71,7 @@ class EncodeLedger:
             return
         if isinstance(body, Room) and item.grant is not body:
             raise Violation("I11", f"{body.key} was granted {body}, the encode rank goes by {item.grant}")
-        is_whole = isinstance(body, Ack) and body.received == item.visual.num_rows
+        is_whole = isinstance(body, Ack) and body.received == item.visual.num_rows and item.is_encoded
         if is_whole or isinstance(body, Nack):
             raise Violation("I15", f"{body.key} is {item.state} after {body}")
 
