@@ -12,7 +12,7 @@ from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, RE
 from qwen3vl_disagg.protocol.link_state import LinkState
 from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, Nack, Resume, Room
 from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, WAITING, RequestSessions, Session
-from qwen3vl_disagg.protocol.session_events import Attempt, EncodeEvent, FrameIn, Receive, RowsReady, Tick
+from qwen3vl_disagg.protocol.session_events import Attempt, EncodeEvent, FrameIn, Recall, Receive, RowsReady, Tick
 from tools.simulation.payload import Payload
 from tools.simulation.world import Violation
 
@@ -107,6 +107,11 @@ def _as_due(sessions: Any) -> list[RequestSessions]:
     return sorted(sessions.requests.values(), key=lambda request: [session.due for session in request.sessions[:1]])
 
 
+def _lacks_room(session: Session) -> bool:
+    grant = session.grant
+    return session.state is not DONE and (grant is None or grant.row_stop < session.visual.num_rows)
+
+
 def _nobody_waits_in_vain(rank: Any) -> None:
     """I11: whoever is first in line gets room as soon as there is some."""
     sessions = rank.sessions
@@ -114,7 +119,7 @@ def _nobody_waits_in_vain(rank: Any) -> None:
     begun = unbegun = None
     for request in _as_due(sessions):
         for session in request.sessions:
-            if session.is_fully_granted or (session.request_id, session.item) not in rank.asked:
+            if not _lacks_room(session) or (session.request_id, session.item) not in rank.asked:
                 continue
             if session.encode_rank in sessions.links and session.state is not IDLE and session.quarantined_as is None:
                 if session.state is WAITING and session.room is not None:
@@ -135,37 +140,6 @@ def _nobody_waits_in_vain(rank: Any) -> None:
     deepstack = min(needed, 1) if is_ranged else needed if first.hold is None else 0
     if allocator.num_free("deepstack") >= deepstack and (first.hold is not None or allocator.num_free("slots")):
         raise Violation("I11", f"{first.key} waits though there is room")
-
-
-def encode_side(rank: Any) -> None:
-    """I12, I11, I16: memory is bounded; every state has a deadline; what is due first is first in the queue."""
-    sessions, limits = rank.sessions, rank.sessions.limits
-    num_languages = rank.cluster.sizes.num_language
-    most_parked = limits.max_parked * num_languages
-    places = limits.max_items + limits.max_urgent
-    most = places * num_languages + most_parked
-    if len(rank.encoded) > most:
-        raise Violation("I12", f"rows of {len(rank.encoded)} items in memory")
-    num_encoding = num_parked = num_sending = num_clips = 0
-    for item in sessions.items.values():
-        state = item.state
-        if state is ENCODING:
-            num_encoding += 1
-            num_clips += item.visual.modality == "video"
-        elif state is PARKED:
-            num_parked += 1
-        elif state in _SENDING:
-            num_sending += 1
-    for peer, outlet in sessions.outlets.items():
-        if outlet.ready and outlet.turn is None:
-            raise Violation("I11", f"{outlet.ready[0]} is ready for {peer}, and nobody has the turn")
-    dues = [sessions.items[attempt].due for attempt in sessions.queue]
-    if len(dues) > 1 and dues != sorted(dues):
-        raise Violation("I16", f"items in the queue are due at {dues}")
-    if num_encoding > places or num_clips > limits.max_clips + limits.max_urgent:
-        raise Violation("I12", f"{num_encoding} items are encoded at a time, {num_clips} clips")
-    if num_encoding + num_sending + num_parked > most or num_parked > most_parked:
-        raise Violation("I12", f"{num_encoding + num_sending} items in memory, {num_parked} parked")
 
 
 def granted(rank: Any, grant: Room) -> None:
@@ -252,7 +226,7 @@ def _nobody_passed_over(rank: Any, session: Session, had_begun: bool) -> None:
             if other is session:
                 is_behind = True
                 break
-            if other.is_fully_granted:
+            if not _lacks_room(other):
                 continue
             can_use_room = (
                 other.state is not IDLE and other.encode_rank in sessions.links and other.quarantined_as is None
@@ -320,6 +294,14 @@ def in_order(rank: Any, action: RowsReady) -> None:
     if rank.aux[session.hold.slots[0]] != (session.visual.num_rows, action.attempt):
         raise Violation("I6", f"rows of {key} before its aux")
     rank.progress[key] = (action.attempt, action.stop)
+
+
+def may_recall(rank: Any, recall: Recall) -> None:
+    """I10: what is recalled was given. Not said of what is given up: the engine knows of that."""
+    key = (recall.request_id, recall.item)
+    number, _ = rank.progress.get(key, (recall.attempt, 0))
+    if number != recall.attempt or (key in rank.asked and key not in rank.progress and not rank.ledger.is_giving_up):
+        raise Violation("I10", f"{recall} takes back what was not given: {rank.progress.get(key)}")
 
 
 def read(rank: Any, window: Any, start: int, stop: int) -> None:

@@ -3,6 +3,7 @@ turn it is, who has a place, and what is in memory."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT, Outgoing
@@ -31,8 +32,8 @@ class EncodeLedger:
         self.rank, self.sessions = rank, rank.sessions
         self._grants: dict[Attempt, Grant] = {}
         """The first of each attempt that is here."""
-        self._rooms: dict[Attempt, Room] = {}
-        """What was granted last."""
+        self._rooms: dict[Attempt, tuple[int, int, Room]] = {}
+        """What was granted last, and not acknowledged: language rank, epoch, grant."""
         self._came_at: dict[Attempt, float] = {}
         self._dues: dict[Attempt, float] = {}
         self._payload_s: dict[Attempt, float] = {}
@@ -57,7 +58,12 @@ class EncodeLedger:
         elif isinstance(body, HeaderOk):
             self._payload_s[body.key] = max(self.sessions.limits.payload_s, body.payload_s)
         if isinstance(body, Room):
-            self._rooms[body.key] = body
+            self._rooms[body.key] = peer, frame.epoch, body
+        elif isinstance(body, Ack) and body.key in self._rooms and self._rooms[body.key][2].row_stop == body.received:
+            del self._rooms[body.key]
+
+    def _granted(self, attempt: Attempt) -> Room | None:
+        return self._rooms[attempt][2] if attempt in self._rooms else None
 
     def taken(self, peer: int, frame: Frame) -> None:
         """I11, I13, I15: it has been handled, and its link goes on."""
@@ -86,11 +92,11 @@ class EncodeLedger:
                 self._begins(action)
             case SendHeader(grant=grant):
                 self._is_its_turn(action.peer, grant.key)
-                if grant is not self._rooms.get(grant.key):
-                    raise Violation("I8", f"{grant} is answered, granted was {self._rooms.get(grant.key)}")
+                if grant is not self._granted(grant.key):
+                    raise Violation("I8", f"{grant} is answered, granted was {self._granted(grant.key)}")
             case SendPayload(grant=grant):
                 payload_s = self._payload_s.get(grant.key)
-                if grant is not self._rooms.get(grant.key) or action.payload_s != payload_s:
+                if grant is not self._granted(grant.key) or action.payload_s != payload_s:
                     raise Violation("I11", f"{grant} is sent in {action.payload_s} s, its receiver waits {payload_s}")
             case Tell(message=ItemFailed() as message):
                 if message.key in self.sessions.items and not self.sessions.items[message.key].is_dropped:
@@ -120,48 +126,83 @@ class EncodeLedger:
     # ---- what must hold ----
 
     def after(self, event: EncodeEvent) -> None:
+        """I11, I12, I15, I16: each item is in the lines that its state belongs to, and in no other; memory is bounded;
+        what is due first is first in the queue."""
         sessions = self.sessions
-        items, outlets = sessions.items, sessions.outlets
-        num_queued = num_ready = 0
+        items, outlets, queue = sessions.items, sessions.outlets, sessions.queue
         entered = self._entered
+        num_encoding = num_clips = num_ready = num_sending = num_parked = 0
         for attempt, item in items.items():
             state = item.state
             seen = entered.get(attempt)
             if seen is None or seen[0] is not state or seen[1] != item.deadline:
                 entered[attempt] = (state, item.deadline)
                 self._enters(attempt, item)
-            if state is ENCODING:
-                continue
-            if (item.grant is None) != (state is PARKED):
-                raise Violation("I11", f"{attempt} is {state}, granted is {item.grant}")
-            if state is READY:
-                num_ready += 1
-            elif state is HEADER or state is SENDING:
-                if outlets[item.language_rank].turn != attempt:
-                    raise Violation("I8", f"{attempt} is {state}, and it is not its turn")
-            elif state is not PARKED and state is not SENT:
-                num_queued += 1
             if item.is_dropped and state is not HEADER:
                 raise Violation("I15", f"{attempt} was given up, and is {state}")
-        num_waiting = 0
+            if state is ENCODING:
+                num_encoding += 1
+                num_clips += item.visual.modality == "video"
+                if item.grant is None:
+                    self._is_void(attempt)
+            elif state is PARKED:
+                num_parked += 1
+                if item.grant is not None:
+                    raise Violation("I11", f"{attempt} is parked, granted is {item.grant}")
+                self._is_void(attempt)
+            elif item.grant is None:
+                raise Violation("I11", f"{attempt} is {state}, and nothing is granted")
+            elif state is READY:
+                num_ready += 1
+            elif state is HEADER or state is SENDING:
+                num_sending += 1
+                if outlets[item.language_rank].turn != attempt:
+                    raise Violation("I8", f"{attempt} is {state}, and it is not its turn")
+            elif state is SENT:
+                num_sending += 1
+        num_in_memory = num_encoding + num_ready + num_sending + num_parked
+        num_queued, num_waiting = len(items) - num_in_memory, 0
         for peer, outlet in outlets.items():
-            if outlet.ready or self._ready.get(peer):
-                self._ready[peer] = list(outlet.ready)
-                num_waiting += len(outlet.ready)
-        if num_waiting != num_ready or len(sessions.queue) != num_queued:
-            raise Violation("I15", f"{num_queued} items are queued, {num_ready} ready; in line are {sessions.queue}")
-        if len(self.rank.visuals) != len(items) - num_queued:
+            ready = outlet.ready
+            if ready or peer in self._ready:
+                self._ready[peer] = list(ready)
+                num_waiting += len(ready)
+                if ready and outlet.turn is None:
+                    raise Violation("I11", f"{ready[0]} is ready for {peer}, and nobody has the turn")
+        if num_waiting != num_ready or len(queue) != num_queued:
+            raise Violation("I15", f"{num_queued} items are queued, {num_ready} ready; in line are {queue}")
+        if len(self.rank.visuals) != num_in_memory:
             raise Violation("I15", f"{self.rank.visuals.keys()} are in memory, the sessions have {items.keys()}")
+        self._is_bounded(num_encoding, num_clips, num_in_memory, num_parked)
         if len(entered) > 2 * len(items) + 16:
             self._forget()
         if self._began is not None:
             self._may_begin(self._began)
-        if sessions.queue:
+        if queue:
             self._is_full()
-        if isinstance(event, PayloadSent) and event.error is not None:
-            outlet = outlets.get(event.language_rank)
-            if outlet is not None and outlet.state.epoch == event.epoch:
+        if type(event) is PayloadSent and event.error is not None:
+            sent_over = outlets.get(event.language_rank)
+            if sent_over is not None and sent_over.state.epoch == event.epoch:
                 raise Violation("I11", f"a payload of {event.attempt} was not sent, and its link goes on")
+
+    def _is_bounded(self, num_encoding: int, num_clips: int, num_in_memory: int, num_parked: int) -> None:
+        limits, num_languages = self.sessions.limits, self.rank.cluster.sizes.num_language
+        places, most_parked = limits.max_items + limits.max_urgent, limits.max_parked * num_languages
+        most = places * num_languages + most_parked
+        if len(self.rank.encoded) > most:
+            raise Violation("I12", f"rows of {len(self.rank.encoded)} items in memory")
+        if num_encoding > places or num_clips > limits.max_clips + limits.max_urgent:
+            raise Violation("I12", f"{num_encoding} items are encoded at a time, {num_clips} clips")
+        if num_in_memory > most or num_parked > most_parked:
+            raise Violation("I12", f"{num_in_memory} items in memory, {num_parked} parked")
+
+    def _is_void(self, attempt: Attempt) -> None:
+        """I11: a grant is void once its link is gone, or its rows are acknowledged, and not before."""
+        if attempt in self._rooms:
+            peer, epoch, grant = self._rooms[attempt]
+            outlet = self.sessions.outlets.get(peer)
+            if outlet is not None and outlet.state.epoch == epoch:
+                raise Violation("I11", f"{attempt} goes on without {grant}, which holds")
 
     def _forget(self) -> None:
         """Attempts that are over."""
@@ -215,11 +256,15 @@ class EncodeLedger:
             raise Violation("I12", f"{attempt} is begun beside {reason}")
 
     def _is_full(self) -> None:
-        """I11: what waits for a place has none."""
-        others = self._others(None)
+        """I11: what waits for a place has none. I16: the queue is in order, among equals by arrival."""
+        others, last = self._others(None), (-math.inf, -math.inf)
         for attempt in self.sessions.queue:
-            if self._why_not(self.sessions.items[attempt], others) is None:
+            item = self.sessions.items[attempt]
+            if self._why_not(item, others) is None:
                 raise Violation("I11", f"{attempt} waits for a place, and there is one")
+            if (item.due, self._came_at[attempt]) < last:
+                raise Violation("I16", f"{attempt}, due at {item.due}, is behind what is due at {last}")
+            last = item.due, self._came_at[attempt]
 
 
 def answers_stale(epoch: int, frame: Frame, sent: list[SendFrame]) -> None:

@@ -103,15 +103,16 @@ class SimLanguage:
     # ---- sessions ----
 
     def handle(self, event: LanguageEvent) -> None:
-        awaited = self.sessions.find(*event.key) if isinstance(event, PayloadEnd) else None
+        kind = type(event)
+        awaited = self.sessions.find(*event.key) if kind is PayloadEnd else None  # type: ignore[union-attr]
         if awaited is not None and awaited.state is not RECEIVING:
             awaited = None
         self.ledger.before(event)
         for action in self.sessions.handle(event, self.world.now):
             self._do[type(action)](action)  # type: ignore[operator]
         checks.language_side(self)
-        if isinstance(event, PayloadEnd):
-            self.ledger.after_payload(event, awaited)
+        if kind is PayloadEnd:
+            self.ledger.after_payload(event, awaited)  # type: ignore[arg-type]
 
     def _to_sessions(self, event: LanguageEvent) -> None:
         (self._expect if isinstance(event, Expect) else self.handle)(event)  # type: ignore[arg-type]
@@ -229,6 +230,7 @@ class SimLanguage:
         self.world.at(0.0, self, self.engine.provide, window)
 
     def _recall(self, action: Recall) -> None:
+        checks.may_recall(self, action)
         self.progress.pop((action.request_id, action.item), None)
         self.world.at(0.0, self, self.engine.recall, action)
 

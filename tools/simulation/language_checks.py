@@ -27,6 +27,7 @@ from qwen3vl_disagg.protocol.session import GRANTED, HELD, IDLE, RECEIVING, WAIT
 from qwen3vl_disagg.protocol.session_events import (
     Attempt,
     Expect,
+    FrameIn,
     LanguageEvent,
     LinkUp,
     PayloadEnd,
@@ -85,12 +86,20 @@ class LanguageLedger:
         self._event = event
         self.sent.clear()
         self._did.clear()
+        kind = type(event)
+        if kind is FrameIn:
+            return
         if isinstance(event, LinkUp):
             self._epochs[event.peer] = max(event.epoch, self._epochs.get(event.peer, 0))
         elif isinstance(event, Expect):
             self._is_as_submitted(event.request_id, event.deadline, event.due)
         elif isinstance(event, PayloadEnd):
             self._payload_is_here(event)
+
+    @property
+    def is_giving_up(self) -> bool:
+        """The engine has just said what it needs from now on, and what was before is over."""
+        return isinstance(self._event, Expect)
 
     def _payload_is_here(self, event: PayloadEnd) -> None:
         since, job = self._receiving.pop(event.key, (0.0, None))

@@ -10,6 +10,7 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import InputError, OverloadedError, UnavailableError
 from qwen3vl_disagg.language.kept_answers import KEEP_S
+from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
 from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.router import RouterLimits
 from qwen3vl_disagg.protocol.routing import Drain, EndAll
@@ -256,12 +257,20 @@ def _check_all_answered(clients: dict[str, Client]) -> None:
             raise Violation("I11", f"{name} ended with {client.error!r} though nothing was wrong")
 
 
+def _is_busy(rank: fault.SimRank) -> bool:
+    sessions = rank.sessions
+    if isinstance(sessions, EncodeSessions):
+        return bool(sessions.items or sessions.queue or any(o.ready or o.turn for o in sessions.outlets.values()))
+    allocator = sessions.allocator
+    return bool(sessions.requests or sessions.pending or sessions.recalled or allocator.leases or allocator.quarantined)
+
+
 def _check_drained(world: World, cluster: Cluster, plan: _Plan) -> None:
     """I15: after a drain all pools are full and all tables empty. That a request has ended is news, and takes time."""
     limit = world.now + max(cluster.limits.lease_s, KEEP_S if plan.are_kept else 0.0) + DRAIN_S
     while True:
         ranks: list[fault.SimRank] = [*cluster.encodes, *cluster.languages]
-        busy = [rank for rank in ranks if not rank.sessions.is_idle]
+        busy = [rank for rank in ranks if _is_busy(rank)]
         known = [name for rank in cluster.languages for name in (*rank.engine.known, *rank.book.running)]
         if not busy and not known and not any(encode.encoded or encode.tasks for encode in cluster.encodes):
             break
