@@ -67,7 +67,7 @@ def language_side(rank: Any) -> None:
                 raise Violation("I15", f"{session.key} is done and holds blocks")
             if state is IDLE or state is DONE:
                 continue
-            if entered.get(id(session)) != (state, session.deadline):
+            if entered.get(id(session)) is not session.deadline:  # it is set anew when the state is another
                 rank.ledger.enters(session)
             if state is WAITING:
                 is_waiting = True

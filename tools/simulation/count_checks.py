@@ -36,6 +36,9 @@ from tools.simulation.world import Violation
 MAX_OUTPUT = 1024
 """Of an answer's length, so much counts among what waits."""
 
+_NEWS = (LinksUp, EncodingBegun, EncodingEnded, ItemFailed, ItemLost, ItemReceived)
+"""Of what ranks say."""
+
 Key = tuple[str, int]
 """(request id, item)"""
 
@@ -76,6 +79,11 @@ class CountChecks:
     # ---- the ledger ----
 
     def heard(self, event: Event) -> None:
+        kind = type(event)
+        if kind is Tick:
+            self._looking()
+        if kind is Tick or (kind is FromRank and type(event.message) not in _NEWS):  # type: ignore[union-attr]
+            return
         match event:
             case Admit():
                 self._admitting([event])
@@ -91,8 +99,6 @@ class CountChecks:
             case RankDown(role="language"):
                 self._kv_tokens.pop(event.rank, None)
                 self._used_at.pop(event.rank, None)
-            case Tick():
-                self._looking()
             case FromRank(message=LinksUp(language_ranks=ranks, epochs=epochs)):
                 self._links[event.rank] = dict(zip(ranks, epochs, strict=True))
             case FromRank(message=EncodingBegun(digest=digest)):
@@ -266,6 +272,8 @@ class CountChecks:
         """I11: what can be taken from a slow rank now, for one that has nothing to do."""
         busy = {at for _, at in self._at.values()}
         self._relievable = {}
+        if len(busy) == len(self._links):
+            return
         for key, (number, rank) in self._at.items():
             visual = self._admits[key[0]].items[key[1]]
             known = self._relieved[key] | self.hub.checks.failed_on(key) | busy | {rank}
@@ -295,6 +303,9 @@ class CountChecks:
 
     def after(self, event: Event) -> None:
         """I11, I12: nobody is refused while there is place, and nobody is taken without."""
+        kind = type(event)
+        if kind is FromRank and type(event.message) not in _NEWS:  # type: ignore[union-attr]
+            return
         if isinstance(event, Admit | AdmitTogether):
             for one in (event,) if isinstance(event, Admit) else event.admits:
                 client = self.hub.cluster.clients[one.request_id]

@@ -44,7 +44,7 @@ from qwen3vl_disagg.protocol.session_events import (
     Tick,
 )
 from tools.simulation import checks, progress_checks
-from tools.simulation.encode_checks import EncodeLedger, answers_stale
+from tools.simulation.encode_checks import EncodeLedger, answers_stale, is_idle_event
 from tools.simulation.payload import Payload, make_payload, run_digests, wrong_header
 from tools.simulation.progress_checks import encode_bounds
 from tools.simulation.stays import Stays
@@ -96,13 +96,15 @@ class SimEncode:
     def handle(self, event: EncodeEvent) -> None:
         self._event, self.num_outlets = event, len(self.sessions.outlets)
         self._sent.clear()
-        self.ledger.before()
-        for action in self.sessions.handle(event, self.world.now):
+        self.ledger.began = None
+        actions = self.sessions.handle(event, self.world.now)
+        for action in actions:
             kind = type(action)
             self._do[kind](action)  # type: ignore[operator]
             if kind is not SendFrame and kind is not Release:
                 self.ledger.does(action)
-        self.ledger.after(event)
+        if actions or not is_idle_event(event):  # else the next event's look is soon enough
+            self.ledger.after(event)
 
     def _send_frame(self, action: SendFrame) -> None:
         self.cluster.check_wire(action.frame)
@@ -246,9 +248,11 @@ class SimEncode:
     def take(self, link: SimLink, frame: Frame) -> None:
         body, peer = frame.body, link.language.rank
         outlet = self.sessions.outlets.get(peer)
-        expected = 0 if outlet is None else outlet.state.num_received + (type(body) is not Beat)
-        is_next = outlet is not None and outlet.state.epoch == frame.epoch and frame.seq == expected
-        if is_next:
+        is_beat = type(body) is Beat
+        expected = 0 if outlet is None else outlet.state.num_received + (not is_beat)
+        is_next = False
+        if outlet is not None and not is_beat and outlet.state.epoch == frame.epoch and frame.seq == expected:
+            is_next = True
             self.ledger.heard(peer, frame)
         if type(body) is not Ack:
             if isinstance(body, Abort | Nack):

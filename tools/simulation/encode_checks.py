@@ -7,17 +7,20 @@ import math
 from typing import Any
 
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT, Outgoing
-from qwen3vl_disagg.protocol.messages import Abort, Ack, Frame, Grant, HeaderOk, Nack, Room, Stale
+from qwen3vl_disagg.protocol.messages import Abort, Ack, Beat, Frame, Grant, HeaderOk, Nack, Room, Stale
 from qwen3vl_disagg.protocol.session_events import (
     Attempt,
     EncodeEvent,
+    FrameIn,
     ItemFailed,
+    LanguageEvent,
     PayloadSent,
     SendFrame,
     SendHeader,
     SendPayload,
     StartEncode,
     Tell,
+    Tick,
 )
 from tools.simulation.world import Violation
 
@@ -38,11 +41,11 @@ class EncodeLedger:
         self._dues: dict[Attempt, float] = {}
         self._payload_s: dict[Attempt, float] = {}
         """How long the payload that is sent may take, as its receiver says."""
-        self._entered: dict[Attempt, tuple[str, float]] = {}
-        """State and deadline, when they were seen first."""
+        self._entered: dict[Attempt, float] = {}
+        """Deadline, when it was seen first."""
         self._ready: dict[int, list[Attempt]] = {}
         """What waited for its link's turn, in order."""
-        self._began: Attempt | None = None
+        self.began: Attempt | None = None
         """What was begun last by this event."""
 
     # ---- what it is told ----
@@ -83,9 +86,6 @@ class EncodeLedger:
 
     # ---- what it does ----
 
-    def before(self) -> None:
-        self._began = None
-
     def does(self, action: Any) -> None:
         match action:
             case StartEncode():
@@ -112,7 +112,7 @@ class EncodeLedger:
         if abs(action.waited_s - (now - self._came_at[attempt])) > _MOMENT_S:
             raise Violation("I11", f"{attempt} came at {self._came_at[attempt]}, waited {action.waited_s} s at {now}")
         if attempt in self.sessions.items:
-            self._began = attempt
+            self.began = attempt
 
     def _is_its_turn(self, peer: int, attempt: Attempt) -> None:
         """I16: payloads go in the order in which they are ready."""
@@ -134,9 +134,8 @@ class EncodeLedger:
         num_encoding = num_clips = num_ready = num_sending = num_parked = 0
         for attempt, item in items.items():
             state = item.state
-            seen = entered.get(attempt)
-            if seen is None or seen[0] is not state or seen[1] != item.deadline:
-                entered[attempt] = (state, item.deadline)
+            if entered.get(attempt) is not item.deadline:  # it is set anew when the state is another
+                entered[attempt] = item.deadline
                 self._enters(attempt, item)
             if item.is_dropped and state is not HEADER:
                 raise Violation("I15", f"{attempt} was given up, and is {state}")
@@ -173,11 +172,12 @@ class EncodeLedger:
             raise Violation("I15", f"{num_queued} items are queued, {num_ready} ready; in line are {queue}")
         if len(self.rank.visuals) != num_in_memory:
             raise Violation("I15", f"{self.rank.visuals.keys()} are in memory, the sessions have {items.keys()}")
-        self._is_bounded(num_encoding, num_clips, num_in_memory, num_parked)
+        if num_in_memory > 1:
+            self._is_bounded(num_encoding, num_clips, num_in_memory, num_parked)
         if len(entered) > 2 * len(items) + 16:
             self._forget()
-        if self._began is not None:
-            self._may_begin(self._began)
+        if self.began is not None:
+            self._may_begin(self.began)
         if queue:
             self._is_full()
         if type(event) is PayloadSent and event.error is not None:
@@ -212,14 +212,15 @@ class EncodeLedger:
 
     def _enters(self, attempt: Attempt, item: Outgoing) -> None:
         """I11: each state has the time that it is meant to have, no less and no more."""
-        rank, limits, state = self.rank, self.sessions.limits, item.state
-        moving_s = self._payload_s.get(attempt, limits.payload_s) - limits.payload_s
-        seconds = {
-            HEADER: limits.answer_s,
-            SENDING: 2 * (limits.payload_s + moving_s),
-            SENT: limits.answer_s + moving_s,
-            PARKED: limits.lease_s,
-        }.get(state)
+        rank, limits, state, seconds = self.rank, self.sessions.limits, item.state, None
+        if state is HEADER:
+            seconds = limits.answer_s
+        elif state is PARKED:
+            seconds = limits.lease_s
+        elif state is SENDING:
+            seconds = 2 * self._payload_s[attempt]
+        elif state is SENT:
+            seconds = limits.answer_s + self._payload_s[attempt] - limits.payload_s
         until = rank.request_ends[attempt] if seconds is None else rank.world.now + seconds
         if abs(item.deadline - until) > _MOMENT_S:
             raise Violation("I11", f"{attempt} is {state} until {item.deadline}, should be {until}")
@@ -273,3 +274,9 @@ def answers_stale(epoch: int, frame: Frame, sent: list[SendFrame]) -> None:
     said = [one.frame.body for one in sent]
     if len(said) != expected or not all(isinstance(body, Stale) and body.epoch == epoch for body in said):
         raise Violation("I9", f"a frame of epoch {frame.epoch} is answered with {said}, now is epoch {epoch}")
+
+
+def is_idle_event(event: EncodeEvent | LanguageEvent) -> bool:
+    """One that changes nothing, mostly."""
+    kind = type(event)
+    return kind is Tick or (kind is FrameIn and type(event.frame.body) is Beat)  # type: ignore[union-attr]

@@ -66,7 +66,6 @@ class SimHub:
         self.world.at(1.0, self, self._tick)
 
     def take(self, event: Event) -> None:
-        self.waits.heard()
         self.checks.heard(event)
         self.counts.heard(event)
         self.words.heard(event)
@@ -87,7 +86,8 @@ class SimHub:
         self.checks.after(event)
         self.counts.after(event)
         self.words.after(event)
-        self.waits.after()
+        if self.words.did_say:
+            self.waits.after()
 
     def _deliver(self, request_id: str, message: Message) -> None:
         client = self.cluster.clients[request_id]

@@ -32,6 +32,8 @@ Key = tuple[str, int]
 Worker = tuple[int, int]
 """(encode rank, its incarnation)"""
 
+_NEWS = (EncodingBegun, EncodingEnded, ItemFailed, ItemLost, Leaving)
+"""Of what ranks say."""
 LOOK_S = 1.0
 UNHEARD_S = 9.0
 """How long the news that an attempt is over may be under way, if nothing before it is."""
@@ -80,6 +82,9 @@ class HubChecks:
         self._event = event
         if isinstance(event, FromRank) and event.role == "language" and event.rank in self._given:
             self._heard_of_language(event.rank, event.message)
+        kind = type(event)
+        if kind is Tick or (kind is FromRank and type(event.message) not in _NEWS):  # type: ignore[union-attr]
+            return
         match event:
             case RankUp(role="encode"):
                 self._down(event.rank)
@@ -244,6 +249,11 @@ class HubChecks:
 
         I11: without a rank that has a part of the experts nothing runs; what a dead encode rank had to do is at
         another one, or waits for one."""
+        kind = type(event)
+        if kind is Tick or (kind is FromRank and type(event.message) is not RequestFailed):  # type: ignore[union-attr]
+            if self._gone is not None:
+                raise Violation("I17", f"{self._gone} is gone, and is not begun anew")
+            return
         router = self.hub.router
         admits = (event,) if isinstance(event, Admit) else event.admits if isinstance(event, AdmitTogether) else ()
         for one in admits:

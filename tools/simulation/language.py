@@ -41,7 +41,7 @@ from qwen3vl_disagg.protocol.session_events import (
     Tick,
 )
 from tools.simulation import checks, progress_checks
-from tools.simulation.encode_checks import answers_stale
+from tools.simulation.encode_checks import answers_stale, is_idle_event
 from tools.simulation.engine import SimEngine, Window
 from tools.simulation.kept_checks import KeptChecks
 from tools.simulation.language_checks import LanguageLedger
@@ -103,14 +103,17 @@ class SimLanguage:
     # ---- sessions ----
 
     def handle(self, event: LanguageEvent) -> None:
-        kind = type(event)
-        awaited = self.sessions.find(*event.key) if kind is PayloadEnd else None  # type: ignore[union-attr]
-        if awaited is not None and awaited.state is not RECEIVING:
-            awaited = None
+        kind, awaited = type(event), None
+        if kind is PayloadEnd:
+            awaited = self.sessions.find(*event.key)  # type: ignore[union-attr]
+            if awaited is not None and awaited.state is not RECEIVING:
+                awaited = None
         self.ledger.before(event)
-        for action in self.sessions.handle(event, self.world.now):
+        actions = self.sessions.handle(event, self.world.now)
+        for action in actions:
             self._do[type(action)](action)  # type: ignore[operator]
-        checks.language_side(self)
+        if actions or not is_idle_event(event):  # else the next event's look is soon enough
+            checks.language_side(self)
         if kind is PayloadEnd:
             self.ledger.after_payload(event, awaited)  # type: ignore[arg-type]
 

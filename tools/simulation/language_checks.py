@@ -39,6 +39,8 @@ from qwen3vl_disagg.protocol.session_events import (
 from tools.simulation.world import Violation
 
 _MOMENT_S = 1e-6
+_QUIET = (FrameIn, Tick)
+"""Events that say nothing here before they are handled."""
 
 
 class LanguageLedger:
@@ -46,8 +48,9 @@ class LanguageLedger:
 
     def __init__(self, rank: Any) -> None:
         self.rank, self.sessions, self.world = rank, rank.sessions, rank.world
-        self.entered: dict[int, tuple[str, float]] = {}
-        """Of each session: state and deadline, when they were seen first."""
+        self.entered: dict[int, float] = {}
+        self._states: dict[int, str] = {}
+        """Of each session: deadline and state, when they were seen first."""
         self.ends: dict[str, float] = {}
         self.dues: dict[str, float] = {}
         """When each request has to end, and when its first token is due."""
@@ -86,8 +89,7 @@ class LanguageLedger:
         self._event = event
         self.sent.clear()
         self._did.clear()
-        kind = type(event)
-        if kind is FrameIn:
+        if type(event) in _QUIET:
             return
         if isinstance(event, LinkUp):
             self._epochs[event.peer] = max(event.epoch, self._epochs.get(event.peer, 0))
@@ -187,8 +189,8 @@ class LanguageLedger:
     def enters(self, session: Session) -> None:
         """I11: each state has the time that it is meant to have, no less and no more."""
         state, now, limits = session.state, self.world.now, self.sessions.limits
-        old, before = self.entered.get(id(session), (state, math.inf))
-        self.entered[id(session)] = state, session.deadline
+        old, before = self._states.get(id(session), state), self.entered.get(id(session), math.inf)
+        self._states[id(session)], self.entered[id(session)] = state, session.deadline
         until = math.inf
         if state is GRANTED:
             until = now + limits.grant_s

@@ -76,6 +76,12 @@ class WordChecks:
                 table.clear()  # type: ignore[attr-defined]
         if type(event) is Tick:
             return
+        if type(event) is FromRank:
+            if event.role == "language":
+                self._heard_of_language(event.rank, event.message)
+            elif type(event.message) is Decoded:
+                self._heard_of_encode(event.rank, event.message)
+            return
         match event:
             case RankDown(role="language"):
                 self._language.discard(event.rank)
@@ -83,13 +89,11 @@ class WordChecks:
                 self._targets[event.request_id] = event
             case AdmitTogether():
                 self._targets |= {one.request_id: one for one in event.admits}
-            case FromRank(role="language", message=message):
-                self._heard_of_language(event.rank, message)
-            case FromRank(role="encode", message=Decoded() as message):
-                key = (message.request_id, message.item)
-                is_current = self.hub.counts.under_way(key) == (message.attempt, event.rank)
-                if is_current and message.item not in self.hub.cluster.clients[message.request_id].decoded:
-                    self._due = message
+
+    def _heard_of_encode(self, rank: int, message: Decoded) -> None:
+        is_current = self.hub.counts.under_way((message.request_id, message.item)) == (message.attempt, rank)
+        if is_current and message.item not in self.hub.cluster.clients[message.request_id].decoded:
+            self._due = message
 
     def _heard_of_language(self, rank: int, message: Message) -> None:
         if rank not in self._language:
@@ -211,32 +215,32 @@ class WaitingTime:
 
     def __init__(self, hub: Any) -> None:
         self.hub, self.world = hub, hub.world
-        self._looked_at = self._waited_s = 0.0
+        self._waited_s = 0.0
+        """Until `_since`; None where nothing waits."""
+        self._since: float | None = None
         self._served: list[tuple[float, int]] = []
-        self._did_wait = False
 
-    def heard(self) -> None:
-        """Before each event."""
-        if self._did_wait:
-            self._waited_s += self.world.now - self._looked_at
-        self._looked_at = self.world.now
+    def _waited(self) -> float:
+        return self._waited_s + (0.0 if self._since is None else self.world.now - self._since)
 
     def served(self, cost: int) -> None:
-        self._served.append((self._waited_s, cost))
+        self._served.append((self._waited(), cost))
 
     def after(self) -> None:
-        if self.hub.words.did_say:
-            clients = self.hub.cluster.clients
-            here = [clients[request_id] for request_id in self.hub.words.at]
-            self._did_wait = any(not client.is_ended and 0 in client.tokens.values() for client in here)
+        """Something was said, so that it may be others that wait."""
+        clients, waited_s = self.hub.cluster.clients, self._waited()
+        here = [clients[request_id] for request_id in self.hub.words.at]
+        does_wait = any(not client.is_ended and 0 in client.tokens.values() for client in here)
+        self._waited_s, self._since = waited_s, self.world.now if does_wait else None
 
     def refused(self, error: DisaggError | None, cost: int) -> None:
         """I11: as long as what waits takes at that rate. Where time is measured decides how much of it has faded."""
         if not isinstance(error, OverloadedError):
             return
-        served = sum(cost * 0.5 ** ((self._waited_s - at) / _HALF_LIFE_S) for at, cost in self._served)
-        faded_s = _HALF_LIFE_S / math.log(2) * (1 - 0.5 ** (self._waited_s / _HALF_LIFE_S))
+        waited_s = self._waited()
+        served = sum(cost * 0.5 ** ((waited_s - at) / _HALF_LIFE_S) for at, cost in self._served)
+        faded_s = _HALF_LIFE_S / math.log(2) * (1 - 0.5 ** (waited_s / _HALF_LIFE_S))
         each = cost / served if served else 1.0
-        least, most = (min(max(each * s, MIN_RETRY_S), MAX_RETRY_S) for s in (faded_s, self._waited_s))
+        least, most = (min(max(each * s, MIN_RETRY_S), MAX_RETRY_S) for s in (faded_s, waited_s))
         if not least - _MOMENT_S <= (error.retry_after or 0.0) <= most + _MOMENT_S:
             raise Violation("I11", f"to ask again after {error.retry_after} s, should be {least} to {most} s")
