@@ -219,6 +219,8 @@ class Cluster:
         hub, keep_as = self.hub, name if num_asks else ""
         kept = None if hub.is_dead else hub.router.kept_id(keep_as)
         request_id = kept or (name if name not in self.clients else f"{name}.{num_asks}")
+        while request_id != kept and request_id in self.clients:
+            request_id += "'"
         pooling = Pooling() if num_tokens == 1 else None
         n = n if pooling is None else 1
         items = [

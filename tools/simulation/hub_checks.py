@@ -122,7 +122,8 @@ class HubChecks:
         """The first under a name stays."""
         self.offered_twice = []
         for kept in event.kept:
-            if self._offers.setdefault(kept.name, (event.rank, kept.request_id))[0] != event.rank:
+            offer = (event.rank, kept.request_id)
+            if self._offers.setdefault(kept.name, offer) != offer:
                 self.offered_twice.append(kept.request_id)
             self._names.add(kept.name)
 
@@ -218,6 +219,8 @@ class HubChecks:
             self._adopting.add(message.request_id)
         elif isinstance(message, Stop):
             under_way = self._under_way(action.rank)
+            if self._worker(action.rank) in self._told_to_go:
+                raise Violation("I15", f"encode rank {action.rank} is told once more that it may go")
             self._told_to_go.add(self._worker(action.rank))
             if self._worker(action.rank) not in self._leaving or under_way:
                 raise Violation("I13", f"encode rank {action.rank} may go, and {under_way} are still to come from it")

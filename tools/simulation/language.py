@@ -265,11 +265,14 @@ class SimLanguage:
         if not link.to_language.is_open:
             return
         old = self.links.get(link.encode.rank)
-        if old is not None:
+        is_first = self.world.random() < 0.5  # of the two the sessions may hear in either order
+        if old is not None and is_first:
             old.close(self, "a new link takes its place")
         self.links[link.encode.rank] = link
         self._acked.clear()
         self.handle(LinkUp(link.encode.rank, link.epoch))
+        if old is not None and not is_first:
+            old.close(self, "a new link has taken its place")
         progress_checks.last_acks_come_again(self, link, self._acked)
 
     def lost_link(self, link: SimLink, reason: str) -> None:

@@ -36,6 +36,7 @@ from qwen3vl_disagg.protocol.session_events import (
     SendFrame,
     Tick,
 )
+from tools.simulation.stays import Stays
 from tools.simulation.world import Violation
 
 _MOMENT_S = 1e-6
@@ -64,6 +65,7 @@ class LanguageLedger:
         self.sent: list[SendFrame] = []
         self._did: list[Any] = []
         """By this event; frames and the rest."""
+        self._stays, self._linked_at = Stays(self.world), dict[int, float]()
         self._event: LanguageEvent = Tick()
         self._before: Session | None = None
 
@@ -265,7 +267,28 @@ class LanguageLedger:
             if not is_told or is_refused != (link is not None):
                 raise Violation("I11", f"{event.key} came wrong: told {is_told}, refused {is_refused}")
 
+    def _are_remembered(self) -> None:
+        """I9: epochs of links that are gone, as long as somebody may speak of them. I15: and no longer."""
+        sessions, stays = self.sessions, self._stays.look(self.world.now)
+        forget_s = sessions.limits.forget_s
+        at = {session.encode_rank for request in sessions.requests.values() for session in request.sessions}
+        for peer, epoch in list(self._epochs.items()):
+            if peer in sessions.links:
+                self._linked_at[peer] = self.world.now
+            gone_s = 0.0 if peer in sessions.links else stays.stay((peer, epoch))
+            is_free = peer not in at and stays.stay((peer, "free")) > 0
+            at_most_s = self.world.now - self._linked_at.get(peer, 0.0)
+            known = sessions._last_epochs.get(peer)
+            if known is None and (peer in sessions.links or peer in at or at_most_s < forget_s):
+                raise Violation("I9", f"epoch {epoch} of encode rank {peer} is forgotten after {at_most_s} s")
+            if known is not None and (known != epoch or (gone_s >= forget_s and is_free)):
+                raise Violation("I15", f"epoch {known} of encode rank {peer} is kept, the last was {epoch}")
+            if known is None:
+                del self._epochs[peer]
+        stays.done()
+
     def on_time(self) -> None:
+        self._are_remembered()
         for request_id, running in self.rank.book.running.items():
             self._is_as_submitted(request_id, running.deadline, running.due)
             request = self.sessions.requests.get(request_id)

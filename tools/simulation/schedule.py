@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 import msgspec
@@ -131,6 +132,9 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
     start = 0.3
     for number in range(rng.randint(2, 7) + 4 * is_crowded):
         world.at(start + 4.0 * rng.random() * rng.random(), None, _submit, cluster, f"r{number}", True, are_kept)
+    if sizes.router_limits.max_waiting == 2:  # some are refused when others have waited for long
+        for number in range(3):
+            world.at(start + 20.0 * rng.random(), None, _submit, cluster, f"again{number}", True)
     if has_faults:
         for _ in range(rng.randint(1, 6) + 4 * is_tight):
             world.at(start + plan.until * rng.random(), None, _strike, cluster)
@@ -159,6 +163,9 @@ def _submit(cluster: Cluster, name: str, may_fail: bool, may_be_kept: bool = Fal
         cluster.submit_together(name, [rows, rows[:1]], num_tokens, timeout_s, wrong, n)
         return
     request_id = cluster.submit(name, rows, num_tokens, timeout_s, wrong, n, num_asks=num_asks, shares=shared > 0)
+    if num_asks and rng.random() < 0.15:  # somebody asks under the same name while the first is served
+        again = partial(cluster.submit, name, rows, num_tokens, timeout_s, wrong, n, num_asks=1, shares=shared > 0)
+        cluster.world.at(2.0 * rng.random(), None, again)
     if may_fail and rng.random() < (0.4 if num_asks and n > 1 else 0.12):
         sample = None if rng.random() < (0.1 if num_asks else 0.5) else rng.randrange(n)
         cluster.world.at(2.0 * rng.random(), None, cluster.abandon, request_id, sample)

@@ -200,7 +200,7 @@ class WordChecks:
                 expected.append((rank, request_id))
         if self._unknown is not None:
             expected.append(self._unknown)
-        if isinstance(event, RankUp):
+        if isinstance(event, RankUp) and event.role == "language":
             expected += [(event.rank, request_id) for request_id in self.hub.checks.offered_twice]
         told = [(rank, cancel.request_id) for rank, cancel in self._cancels if cancel.sample is None]
         if sorted(told) != sorted(expected):
