@@ -188,7 +188,8 @@ def granted(rank: Any, grant: Room) -> None:
     had_begun, is_kept = key in rank.begun, rank.begun.get(key) == room
     rank.begun[key] = room
     if not is_kept:
-        _takes_what_is_free(sessions, session, grant)
+        if not rank.ledger.is_tick:  # in which other requests may end later
+            _takes_what_is_free(sessions, session, grant)
         _nobody_passed_over(rank, session, had_begun)
 
 

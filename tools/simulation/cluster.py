@@ -55,6 +55,8 @@ class Sizes:
     """What the bytes of a payload may take at most: they are few."""
     encode_s: float = 0.3
     """How long an item takes at most."""
+    payload_s: float = 0.0
+    """How long a payload takes at most, beside the way: then others are ready meanwhile."""
     clips: float = 0.2
     """How many of the items are clips."""
     shared: float = 0.0

@@ -101,6 +101,10 @@ class LanguageLedger:
             self._payload_is_here(event)
 
     @property
+    def is_tick(self) -> bool:
+        return type(self._event) is Tick
+
+    @property
     def is_giving_up(self) -> bool:
         """The engine has just said what it needs from now on, and what was before is over."""
         return isinstance(self._event, Expect)

@@ -11,6 +11,7 @@ from random import Random
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.protocol import encode_sessions, session
 from tools.simulation import (
+    mutants_of_accounts,
     mutants_of_counts,
     mutants_of_deadlines,
     mutants_of_invariants,
@@ -33,6 +34,7 @@ MODULES = (
     mutants_of_review,
     mutants_of_routing,
     mutants_of_counts,
+    mutants_of_accounts,
 )
 """Each registers its bugs when it is imported."""
 

@@ -118,6 +118,7 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
         ),
         are_language_ranks_required=rng.random() < 0.25,
         encode_s=1.0 if is_crowded else 0.3,
+        payload_s=1.5 if is_crowded else rng.choice((0.0, 0.0, 1.0)),
         clips=rng.choice((0.0, 0.2, 0.8)),
         shared=rng.choice((0.0, 0.0, 0.5)),
         kv_tokens=rng.choice((0, 0, 40)),

@@ -301,7 +301,7 @@ class SimLink:
                 self._never_end(payload, job)
                 continue
             slowness = max(self.encode.slowness, self.language.slowness)
-            done = self.world.delay(2.0 * slowness)
+            done = self.world.delay(2.0 * slowness) + self.encode.cluster.sizes.payload_s * self.world.random()
             self.world.at(done, None, self._complete, payload, job)
 
     def _never_end(self, payload: Any, job: Any) -> None:
