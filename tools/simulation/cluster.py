@@ -308,6 +308,7 @@ class Cluster:
         client = self.clients[request_id]
         if client.is_ended:
             return
+        self.hub.words.cuts_open_answer = sample in client.tokens and len(client.tokens) > 1
         if sample is None or client.tokens.keys() <= {sample}:
             client.is_abandoned = True
         else:

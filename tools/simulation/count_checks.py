@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from qwen3vl_disagg.core.errors import OverloadedError
+from qwen3vl_disagg.core.errors import OverloadedError, UnavailableError
 from qwen3vl_disagg.protocol.messages import (
     Adopt,
     Assign,
@@ -18,6 +18,7 @@ from qwen3vl_disagg.protocol.messages import (
     ItemLost,
     ItemReceived,
     LinksUp,
+    NeedItems,
     Submit,
 )
 from qwen3vl_disagg.protocol.routing import (
@@ -36,7 +37,7 @@ from tools.simulation.world import Violation
 MAX_OUTPUT = 1024
 """Of an answer's length, so much counts among what waits."""
 
-_NEWS = (LinksUp, EncodingBegun, EncodingEnded, ItemFailed, ItemLost, ItemReceived)
+_NEWS = (LinksUp, EncodingBegun, EncodingEnded, ItemFailed, ItemLost, ItemReceived, NeedItems)
 """Of what ranks say."""
 
 Key = tuple[str, int]
@@ -69,6 +70,8 @@ class CountChecks:
         self._since: dict[Key, tuple[float, int]] = {}
         """Of what is under way: since when, and the work of its encode rank then, with its own."""
         self._paces: dict[int, float] = {}
+        self._received: set[Key] = set()
+        """Items of which all rows are where they are needed."""
         self._relievable: dict[Key, tuple[tuple[int, int], set[int]]] = {}
         self._favourites: dict[str, dict[tuple[int, int], bool]] = {}
         """Content -> of two encode ranks: whether it goes to the first where both would do."""
@@ -105,12 +108,15 @@ class CountChecks:
                 self._under_way[event.rank][digest] += 1
             case FromRank(message=EncodingEnded(digest=digest)):
                 self._under_way[event.rank] -= Counter((digest,))
+            case FromRank(message=NeedItems(request_id=request_id, items=items)):
+                self._received -= {(request_id, item) for item in items}
             case FromRank(message=ItemFailed() | ItemLost() | ItemReceived() as message):
                 key = (message.request_id, message.item)
                 number, encode_rank = self._at.get(key, (0, -1))
                 if number == message.attempt:
                     del self._at[key]
                     if isinstance(message, ItemReceived):
+                        self._received.add(key)
                         self._learn(key, encode_rank)
                     if isinstance(message, ItemLost):
                         self._lost(encode_rank, event.rank, message.dead_epoch)
@@ -156,12 +162,19 @@ class CountChecks:
         num_new, cost = sum(e.sampling.n for e in events), sum(sum(self._costs[e.request_id]) for e in events)
         self.waiting_cost = sum(waiting)
         most = max(limits.max_waiting_tokens, limits.max_waiting_fills * sum(self._kv_tokens.values()))
-        self._is_too_much = bool(waiting) and (
-            len(waiting) + num_new > limits.max_waiting or self.waiting_cost + cost > most
-        )
+        is_dear = bool(waiting) and self.waiting_cost + cost > most
+        self._is_too_much = is_dear or (bool(waiting) and len(waiting) + num_new > limits.max_waiting)
+        for num_coming in (1, 3):
+            error = self.hub.router.refusal(self.world.now, cost=cost, num_coming=num_coming, num_new=num_new)
+            is_too_much = is_dear or len(waiting) + num_coming + num_new > limits.max_waiting
+            if not isinstance(error, UnavailableError) and (error is not None) != is_too_much:
+                raise Violation("I12", f"{num_coming} come before {num_new}, {len(waiting)} wait: {error!r}")
 
     def cost_of(self, request_id: str, answer: int) -> int:
         return self._costs[request_id][answer]
+
+    def lacks(self, key: Key) -> bool:
+        return key not in self._received
 
     def under_way(self, key: Key) -> tuple[int, int] | None:
         """The attempt at an item that is under way, and its encode rank."""
@@ -295,6 +308,7 @@ class CountChecks:
             raise Violation("I11", f"{key} goes back to a rank that was too slow with it, and not to {others}")
 
     def ended(self, request_id: str, num_items: int) -> None:
+        self._received -= {(request_id, item) for item in range(num_items)}
         for table in (self._at, self._relieved, self._since):
             for item in range(num_items):
                 table.pop((request_id, item), None)

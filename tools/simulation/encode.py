@@ -72,6 +72,8 @@ class SimEncode:
         self.request_ends: dict[Attempt, float] = {}
         self.num_steps: Counter[Attempt] = Counter()
         """Grants heard and headers sent: what is parked, granted and parked again began a new lease."""
+        self.said_at: dict[int, float] = {}
+        """When something was said last over each link."""
         self.stays, self.bounds = Stays(self.world), encode_bounds(cluster.limits, cluster.sizes.moving_s)
         self.is_leaving = False
         self.on_stop: Callable[[], None] | None = None
@@ -85,17 +87,17 @@ class SimEncode:
             Tell: self._tell,
         }
         self.ledger = EncodeLedger(self)
-        self._sent: list[SendFrame] = []
+        self.said: list[SendFrame] = []
         """By this event."""
-        self._event: EncodeEvent = Tick()
+        self.event: EncodeEvent = Tick()
         self.num_outlets = 0
         """Before the event."""
 
     # ---- sessions ----
 
     def handle(self, event: EncodeEvent) -> None:
-        self._event, self.num_outlets = event, len(self.sessions.outlets)
-        self._sent.clear()
+        self.event, self.num_outlets = event, len(self.sessions.outlets)
+        self.said.clear()
         self.ledger.began = None
         actions = self.sessions.handle(event, self.world.now)
         for action in actions:
@@ -108,9 +110,10 @@ class SimEncode:
 
     def _send_frame(self, action: SendFrame) -> None:
         self.cluster.check_wire(action.frame)
-        self._sent.append(action)
+        self.said.append(action)
         if isinstance(action.frame.body, Nack):
             checks.may_refuse(self, action.frame.body)
+        progress_checks.may_beat(self, action.peer, action.frame)
         link = self.links.get(action.peer)
         if link is not None and link.epoch == action.frame.epoch:
             link.to_language.send(action.frame)
@@ -191,8 +194,12 @@ class SimEncode:
         link = self.links.get(action.peer)
         if link is not None and self.world.happens("header", 4.0):
             link.count("header")
-            header = wrong_header(self.world.rng, header, [other for other in self.sessions.items if other != attempt])
+            header = wrong_header(self.world.rng, header, self._attempts_but(attempt))
         self._send_frame(SendFrame(action.peer, Frame(epoch=action.epoch, seq=action.seq, body=header)))
+
+    def _attempts_but(self, attempt: Attempt) -> list[Attempt]:
+        """Of all encode ranks."""
+        return [other for encode in self.cluster.encodes for other in encode.sessions.items if other != attempt]
 
     def _payload(self, action: SendHeader | SendPayload) -> Payload:
         grant = action.grant
@@ -215,7 +222,8 @@ class SimEncode:
         attempt = action.attempt
         if attempt not in self.visuals:
             raise Violation("I13", f"{attempt} is released, and is not in memory")
-        checks.may_release(self, self._event, attempt)
+        checks.may_release(self, self.event, attempt)
+        self.ledger.may_release(attempt)
         self._end_work(attempt)
         self.encoded.discard(attempt)
         for table in (self.visuals, self.lease_until, self.num_steps, self.request_ends):
@@ -236,7 +244,18 @@ class SimEncode:
         self.links[link.language.rank] = link
         link.to_language.said_at = self.world.now  # the sessions hear of it now
         self.tell_links()
+        self.said_at[link.language.rank] = self.world.now
         self.handle(LinkUp(link.language.rank, link.epoch))
+        if self.world.random() < 0.1:
+            self._hear_again(link)
+
+    def _hear_again(self, link: SimLink) -> None:
+        """Of a link that is here, and of the end of the one before: nothing may change."""
+        before, peer = self.snapshot(), link.language.rank
+        self.handle(LinkUp(peer, link.epoch))
+        self.handle(LinkDown(peer, link.epoch - 1, "late news"))
+        if self.snapshot() != before:
+            raise Violation("I9", f"late news of links between {self.rank} and {peer} changed something")
 
     def lost_link(self, link: SimLink, reason: str) -> None:
         if self.links.get(link.language.rank) is link:
@@ -286,7 +305,7 @@ class SimEncode:
         self.handle(FrameIn(link.language.rank, frame))
         checks.unchanged(self, before, frame)
         if outlet is not None:
-            answers_stale(outlet.state.epoch, frame, self._sent)
+            answers_stale(outlet.state.epoch, frame, self.said)
 
     def snapshot(self) -> Any:
         items = [(i.attempt, i.state, i.grant, i.is_dropped) for i in self.sessions.items.values()]

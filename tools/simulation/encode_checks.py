@@ -4,16 +4,20 @@ turn it is, who has a place, and what is in memory."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT, Outgoing
-from qwen3vl_disagg.protocol.messages import Abort, Ack, Beat, Frame, Grant, HeaderOk, Nack, Room, Stale
+from qwen3vl_disagg.protocol.messages import Abort, Ack, Beat, Frame, Grant, HeaderOk, Nack, Resume, Room, Stale
 from qwen3vl_disagg.protocol.session_events import (
     Attempt,
+    BreakLink,
     EncodeEvent,
     FrameIn,
     ItemFailed,
     LanguageEvent,
+    LinkDown,
+    LinkUp,
     PayloadSent,
     SendFrame,
     SendHeader,
@@ -38,13 +42,19 @@ class EncodeLedger:
         self._rooms: dict[Attempt, tuple[int, int, Room]] = {}
         """What was granted last, and not acknowledged: language rank, epoch, grant."""
         self._came_at: dict[Attempt, float] = {}
+        self._came_from: dict[Attempt, int] = {}
         self._dues: dict[Attempt, float] = {}
         self._payload_s: dict[Attempt, float] = {}
         """How long the payload that is sent may take, as its receiver says."""
         self._entered: dict[Attempt, float] = {}
         """Deadline, when it was seen first."""
+        self._links: dict[int, int] = {}
+        """Language rank -> epoch of the last link."""
         self._ready: dict[int, list[Attempt]] = {}
         """What waited for its link's turn, in order."""
+        self._dropped: set[Attempt] = set()
+        """Given up, and their payload has still to follow."""
+        self._parked: set[Attempt] = set()
         self.began: Attempt | None = None
         """What was begun last by this event."""
 
@@ -56,7 +66,7 @@ class EncodeLedger:
         if isinstance(body, Grant) and body.key not in items:
             now = self.rank.world.now
             of_request = [item.due for key, item in items.items() if key[0] == body.request_id]
-            self._grants[body.key], self._came_at[body.key] = body, now
+            self._grants[body.key], self._came_at[body.key], self._came_from[body.key] = body, now, peer
             self._dues[body.key] = of_request[0] if of_request else now + body.due_s
         elif isinstance(body, HeaderOk):
             self._payload_s[body.key] = max(self.sessions.limits.payload_s, body.payload_s)
@@ -76,6 +86,8 @@ class EncodeLedger:
         item = self.sessions.items.get(body.key)
         if isinstance(body, Grant) and item is None:
             raise Violation("I11", f"{body.key} is granted, and is not here")
+        if isinstance(body, Resume) and item is None and not self._is_refused(body):
+            raise Violation("I11", f"{body.key} is to be resumed, is gone, and that is not said")
         if item is None or item.language_rank != peer:
             return
         if isinstance(body, Room) and item.grant is not body:
@@ -83,6 +95,10 @@ class EncodeLedger:
         is_whole = isinstance(body, Ack) and body.received == item.visual.num_rows and item.is_encoded
         if is_whole or isinstance(body, Nack):
             raise Violation("I15", f"{body.key} is {item.state} after {body}")
+
+    def _is_refused(self, resume: Resume) -> bool:
+        said = [one.frame.body for one in self.rank.said]
+        return any(isinstance(body, Nack) and body.key == resume.key for body in said)
 
     # ---- what it does ----
 
@@ -98,9 +114,36 @@ class EncodeLedger:
                 payload_s = self._payload_s.get(grant.key)
                 if grant is not self._granted(grant.key) or action.payload_s != payload_s:
                     raise Violation("I11", f"{grant} is sent in {action.payload_s} s, its receiver waits {payload_s}")
+            case BreakLink():
+                event = self.rank.event
+                if isinstance(event, PayloadSent) and (event.language_rank, event.epoch) != (action.peer, action.epoch):
+                    raise Violation("I11", f"{action}, for {event}")
             case Tell(message=ItemFailed() as message):
                 if message.key in self.sessions.items and not self.sessions.items[message.key].is_dropped:
                     raise Violation("I15", f"{message.key} has failed, and goes on")
+
+    def may_release(self, attempt: Attempt) -> None:
+        """I13: rows go when they are not needed any more, or for want of room, and then those that wait longest."""
+        event = self.rank.event
+        if (
+            isinstance(event, Tick)
+            or attempt in self._dropped
+            or (isinstance(event, ItemFailed) and event.key == attempt)
+        ):
+            return
+        if isinstance(event, FrameIn):
+            body = event.frame.body
+            is_over = isinstance(body, Ack | Nack | Abort) and body.key == attempt
+            if is_over or (isinstance(body, Grant) and body.key[:2] == attempt[:2]):
+                return
+        peer = self._came_from.get(attempt)
+        parked = [o for o in self.sessions.items.values() if o.state is PARKED and o.language_rank == peer]
+        if len(parked) < self.sessions.limits.max_parked:
+            raise Violation("I13", f"rows of {attempt} go after {event}, and there is room for them")
+        just_now = self.rank.world.now + self.sessions.limits.lease_s
+        until = self._entered[attempt] if attempt in self._parked else just_now
+        if until > min(o.deadline for o in parked):
+            raise Violation("I13", f"rows of {attempt} go, and others have waited for longer")
 
     def _begins(self, action: StartEncode) -> None:
         """I11, I16: with what its grant says of it."""
@@ -137,13 +180,17 @@ class EncodeLedger:
             if entered.get(attempt) is not item.deadline:  # it is set anew when the state is another
                 entered[attempt] = item.deadline
                 self._enters(attempt, item)
-            if item.is_dropped and state is not HEADER:
-                raise Violation("I15", f"{attempt} was given up, and is {state}")
+            if item.is_dropped:
+                self._dropped.add(attempt)
+                if state is not HEADER:
+                    raise Violation("I15", f"{attempt} was given up, and is {state}")
             if state is ENCODING:
                 num_encoding += 1
                 num_clips += item.visual.modality == "video"
                 if item.grant is None:
                     self._is_void(attempt)
+                if attempt in self.rank.encoded:
+                    raise Violation("I11", f"{attempt} is encoded, and counts as being encoded")
             elif state is PARKED:
                 num_parked += 1
                 if item.grant is not None:
@@ -174,6 +221,10 @@ class EncodeLedger:
             raise Violation("I15", f"{self.rank.visuals.keys()} are in memory, the sessions have {items.keys()}")
         if num_in_memory > 1:
             self._is_bounded(num_encoding, num_clips, num_in_memory, num_parked)
+        if num_parked or self._parked:
+            self._parked = {attempt for attempt, item in items.items() if item.state is PARKED}
+        if type(event) is LinkDown or type(event) is LinkUp:
+            self._is_linked(event)
         if len(entered) > 2 * len(items) + 16:
             self._forget()
         if self.began is not None:
@@ -184,6 +235,11 @@ class EncodeLedger:
             sent_over = outlets.get(event.language_rank)
             if sent_over is not None and sent_over.state.epoch == event.epoch:
                 raise Violation("I11", f"a payload of {event.attempt} was not sent, and its link goes on")
+
+    def _is_linked(self, event: LinkUp | LinkDown) -> None:
+        """I9: a link that is gone is gone, and it alone; the last one that came is there."""
+        links = {peer: outlet.state.epoch for peer, outlet in self.sessions.outlets.items()}
+        is_as_told(event, links, self._links)
 
     def _is_bounded(self, num_encoding: int, num_clips: int, num_in_memory: int, num_parked: int) -> None:
         limits, num_languages = self.sessions.limits, self.rank.cluster.sizes.num_language
@@ -206,7 +262,16 @@ class EncodeLedger:
 
     def _forget(self) -> None:
         """Attempts that are over."""
-        for table in (self._entered, self._grants, self._rooms, self._came_at, self._dues, self._payload_s):
+        self._dropped &= self.sessions.items.keys()
+        for table in (
+            self._entered,
+            self._came_from,
+            self._grants,
+            self._rooms,
+            self._came_at,
+            self._dues,
+            self._payload_s,
+        ):
             for attempt in table.keys() - self.sessions.items.keys():
                 del table[attempt]  # type: ignore[attr-defined]
 
@@ -239,7 +304,7 @@ class EncodeLedger:
         encoding = [o for o in others if o.state is ENCODING]
         clips = [o for o in encoding if o.visual.modality == "video"]
         of_rank = [o for o in others if o.language_rank == item.language_rank]
-        share = limits.max_items if len(self.sessions.outlets) == 1 else (limits.max_items + 1) // 2
+        share = limits.max_items if len(self.sessions.outlets) < 2 else (limits.max_items + 1) // 2
         above = max(0, len(clips) - limits.max_clips)
         kinds = [("items", encoding, limits.max_items, above), ("items of its rank", of_rank, share, above)]
         if item.visual.modality == "video":
@@ -280,3 +345,13 @@ def is_idle_event(event: EncodeEvent | LanguageEvent) -> bool:
     """One that changes nothing, mostly."""
     kind = type(event)
     return kind is Tick or (kind is FrameIn and type(event.frame.body) is Beat)  # type: ignore[union-attr]
+
+
+def is_as_told(event: LinkUp | LinkDown, links: Mapping[int, int], last: dict[int, int]) -> None:
+    """I9: `links` are there now; `last`: the last epoch that came, of each peer."""
+    if isinstance(event, LinkUp):
+        last[event.peer] = max(event.epoch, last.get(event.peer, 0))
+        if event.epoch == last[event.peer] and links.get(event.peer) not in (None, event.epoch):
+            raise Violation("I9", f"{event}, and the link has epoch {links.get(event.peer)}")
+    elif links.get(event.peer) == event.epoch:
+        raise Violation("I9", f"{event}, and the link goes on")

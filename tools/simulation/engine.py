@@ -106,6 +106,8 @@ class SimEngine:
     def __init__(self, rank: Any) -> None:
         self.rank, self.world = rank, rank.world
         self.known: dict[str, _Sequence] = {}
+        self.cancelled: tuple[str, int | None] | None = None
+        """What it was told last to end: a request, or an answer of it."""
         self._commands: list[tuple[Callable[..., None], Any]] = []
         self._is_stepping = False
         self._said_at = 0.0
@@ -116,6 +118,7 @@ class SimEngine:
         self._command(self._add, message)
 
     def cancel(self, request_id: str, sample: int | None) -> None:
+        self.cancelled = (request_id, sample)
         if sample is None:
             self._command(self._remove, request_id)
         else:

@@ -112,7 +112,8 @@ class HubChecks:
                     is_lost = isinstance(message, ItemLost) and message.dead_epoch > 0
                     if is_lost and attempt not in self._failed[key]:
                         self._lost_with[key, worker] = attempt
-                    self._failed[key].add(attempt)
+                    if (self.hub.counts.under_way(key) or (0, 0))[0] == attempt:
+                        self._failed[key].add(attempt)
                     if self._is_encoding(key, attempt):
                         self._failed_on[key].add(worker)
             case FromRank(role="encode", message=Leaving()):
@@ -302,7 +303,8 @@ class HubChecks:
             digests = self.hub.cluster.clients[request_id].digests
             if isinstance(self._event, AdmitTogether):  # none of them is taken
                 digests = [item.digest for one in self._event.admits for item in one.items]
-            deaths = max(self.num_deaths(digest) for digest in digests)
+            lacks = [self.hub.counts.lacks((request_id, index)) for index in range(len(digests))]
+            deaths = max((self.num_deaths(d) for d, lack in zip(digests, lacks, strict=True) if lack), default=0)
             if deaths < self.hub.router.limits.max_deaths:
                 raise Violation("I11", f"{request_id} is refused after {deaths} deaths that it was alone with")
         if isinstance(error, DeadlineError) and self.world.now < self.hub.cluster.clients[request_id].deadline:
@@ -342,8 +344,8 @@ class HubChecks:
                         raise Violation("I11", f"{key} waits for an encode rank without end")
                     if hub.router._attempts.linked(request.language_rank) and unserved.stay(key) > 0:
                         raise Violation("I11", f"{key} waits for an encode rank, and there is one")
-                if item.failures > len(self._failed.get(key[:2], ())):
-                    raise Violation("I11", f"{item.failures} failures of {key}, there were {self._failed[key[:2]]}")
+                if item.failures != len(failed := self._failed.get(key[:2], ())):
+                    raise Violation("I11", f"{item.failures} failures of {key}, there were {failed}")
                 if item.state != "encoding" or hub.cluster.is_at_work(key):
                     continue
                 stay = unattended.stay(key)

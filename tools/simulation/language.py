@@ -20,6 +20,7 @@ from qwen3vl_disagg.protocol.messages import (
     ItemLost,
     KeptRequest,
     Message,
+    RequestFailed,
     Room,
     Submit,
 )
@@ -83,6 +84,8 @@ class SimLanguage:
         """(request, item) -> generation of the room it was granted last"""
         self.num_broken: dict[Attempt, int] = {}
         """Payloads of an attempt that broke since rows came last."""
+        self.said_at: dict[int, float] = {}
+        """When something was said last over each link."""
         self.stays, self.bounds = Stays(self.world), language_bounds(cluster.limits, cluster.sizes.moving_s)
         self.granted_over: dict[Attempt, int] = {}
         """Epoch of the link over which an attempt's last grant went."""
@@ -114,6 +117,8 @@ class SimLanguage:
             self._do[type(action)](action)  # type: ignore[operator]
         if actions or not is_idle_event(event):  # else the next event's look is soon enough
             checks.language_side(self)
+        if kind is LinkUp or kind is LinkDown:
+            self.ledger.after_link(event)  # type: ignore[arg-type]
         if kind is PayloadEnd:
             self.ledger.after_payload(event, awaited)  # type: ignore[arg-type]
 
@@ -140,11 +145,13 @@ class SimLanguage:
         elif isinstance(body, Room):
             self.granted_over[body.key] = action.frame.epoch
             checks.granted(self, body)
+        progress_checks.may_beat(self, action.peer, action.frame)
         link = self.links.get(action.peer)
         if link is not None and link.epoch == action.frame.epoch:
             link.to_encode.send(action.frame)
 
     def _break_link(self, action: BreakLink) -> None:
+        self.ledger.does(action)
         link = self.links.get(action.peer)
         if link is not None and link.epoch == action.epoch:
             self.world.at(0.0, self, link.close, self, action.reason)
@@ -246,6 +253,8 @@ class SimLanguage:
             self.progress.pop((message.request_id, message.item), None)
         self.kept_checks.of_sessions(message)
         self.book.of_sessions(message, self.world.now)
+        if isinstance(message, RequestFailed):
+            self.ledger.is_over(message.request_id)
 
     # ---- the engine ----
 
@@ -270,10 +279,21 @@ class SimLanguage:
             old.close(self, "a new link takes its place")
         self.links[link.encode.rank] = link
         self._acked.clear()
+        self.said_at[link.encode.rank] = self.world.now
         self.handle(LinkUp(link.encode.rank, link.epoch))
         if old is not None and not is_first:
             old.close(self, "a new link has taken its place")
         progress_checks.last_acks_come_again(self, link, self._acked)
+        if self.world.random() < 0.1:
+            self._hear_again(link)
+
+    def _hear_again(self, link: SimLink) -> None:
+        """Of a link that is here, and of the end of the one before: nothing may change."""
+        before, peer = self.snapshot(), link.encode.rank
+        self.handle(LinkUp(peer, link.epoch))
+        self.handle(LinkDown(peer, link.epoch - 1, "late news"))
+        if self.snapshot() != before:
+            raise Violation("I9", f"late news of links between {self.rank} and {peer} changed something")
 
     def lost_link(self, link: SimLink, reason: str) -> None:
         if self.links.get(link.encode.rank) is link:
@@ -329,6 +349,7 @@ class SimLanguage:
 
     def tell(self, message: Message) -> None:
         self.kept_checks.told(message)
+        self.ledger.told_last = message
         if self.hub is not None:
             self.hub.send(message)
 
@@ -342,6 +363,7 @@ class SimLanguage:
                 if self.world.happens("allocation", 0.3):
                     checks_of_kept.forgotten(message.request_id)
                     self.book.fail(message.request_id, Failure.of(ServerError("out of memory")))
+                    self.ledger.has_failed(message.request_id)
                 else:
                     self.engine.add(message)
             case Adopt():
@@ -355,9 +377,12 @@ class SimLanguage:
                 self.book.forget(message.request_id)
             case Cancel(sample=int(sample)):
                 checks_of_kept.cut(message.request_id, sample)
+                self.ledger.cutting(message.request_id, sample)
                 self.book.forget_answer(message.request_id, sample, now)
+                self.ledger.was_cut(message.request_id)
 
     def lost_hub(self) -> None:
+        self.ledger.hub_lost()
         self.kept_checks.losing_hub()
         self.book.hub_lost(self.world.now)
         self.kept_checks.lost_hub()

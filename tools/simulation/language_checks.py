@@ -20,15 +20,18 @@ from qwen3vl_disagg.protocol.messages import (
     ItemReceived,
     Message,
     Nack,
+    RequestFailed,
     Room,
     Submit,
 )
 from qwen3vl_disagg.protocol.session import GRANTED, HELD, IDLE, RECEIVING, WAITING, Session
 from qwen3vl_disagg.protocol.session_events import (
     Attempt,
+    BreakLink,
     Expect,
     FrameIn,
     LanguageEvent,
+    LinkDown,
     LinkUp,
     PayloadEnd,
     Receive,
@@ -36,6 +39,7 @@ from qwen3vl_disagg.protocol.session_events import (
     SendFrame,
     Tick,
 )
+from tools.simulation.encode_checks import is_as_told
 from tools.simulation.stays import Stays
 from tools.simulation.world import Violation
 
@@ -60,12 +64,16 @@ class LanguageLedger:
         """Encode rank -> epoch of the last link."""
         self._moved: dict[tuple[int, int], tuple[float, float]] = {}
         """(encode rank, epoch) -> bytes, and seconds that they took, of late."""
+        self._told: set[Attempt] = set()
+        """Attempts of which the hub knows that it needs nothing more of them."""
         self._receiving: dict[Attempt, tuple[float, Receive]] = {}
         self._moving_s: dict[Attempt, float] = {}
         self.sent: list[SendFrame] = []
         self._did: list[Any] = []
         """By this event; frames and the rest."""
         self._stays, self._linked_at = Stays(self.world), dict[int, float]()
+        self.told_last: Message | None = None
+        self._cut: tuple[str, int | None] | None = None
         self._event: LanguageEvent = Tick()
         self._before: Session | None = None
 
@@ -80,6 +88,7 @@ class LanguageLedger:
                 self.dues[message.request_id] = now + message.due_s
                 for item in range(len(message.items)):
                     self._assigned.pop((message.request_id, item), None)
+                self._told = {attempt for attempt in self._told if attempt[0] != message.request_id}
             case Adopt():
                 self.ends[message.request_id] = now + message.timeout_s
             case Assign():
@@ -132,6 +141,10 @@ class LanguageLedger:
         if deadline != expected[0] or due not in (None, expected[1]):
             raise Violation("I11", f"{request_id} ends at {deadline}, due at {due}; should be {expected}")
 
+    def hub_lost(self) -> None:
+        """The next one counts attempts on from where they are here."""
+        self._told.clear()
+
     # ---- what it says ----
 
     def sends(self, action: SendFrame) -> None:
@@ -160,6 +173,10 @@ class LanguageLedger:
     def tells(self, message: Message) -> None:
         """I11: what the router hears of an item is true."""
         self._did.append(message)
+        if isinstance(message, ItemReceived):
+            if message.key in self._told:
+                raise Violation("I11", f"{message} is told once more")
+            self._told.add(message.key)
         if isinstance(message, ItemReceived) and not isinstance(self._event, Expect):
             key = message.request_id, message.item
             _, stop = self.rank.progress.get(key, (0, 0))
@@ -178,7 +195,11 @@ class LanguageLedger:
 
     def does(self, action: Any) -> None:
         self._did.append(action)
-        if isinstance(action, Receive):
+        event = self._event
+        if isinstance(action, BreakLink) and isinstance(event, PayloadEnd):
+            if (event.encode_rank, event.epoch) != (action.peer, action.epoch):
+                raise Violation("I11", f"{action}, for {event}")
+        elif isinstance(action, Receive):
             self._receiving[action.grant.key] = self.world.now, action
             num_bytes, seconds = self._moved.get((action.encode_rank, action.epoch), (0.0, 0.0))
             rate = payload_time.FLOOR_RATE
@@ -189,6 +210,30 @@ class LanguageLedger:
             said = [one.frame.body.payload_s for one in self.sent if isinstance(one.frame.body, HeaderOk)]
             if abs(action.payload_s - expected) > _MOMENT_S or said != [action.payload_s]:
                 raise Violation("I11", f"a payload may take {action.payload_s} s, said is {said}, should be {expected}")
+
+    # ---- requests that are over ----
+
+    def has_failed(self, request_id: str) -> None:
+        """I11: it was given up here, and that is said."""
+        last = self.told_last
+        if not isinstance(last, RequestFailed) or last.request_id != request_id:
+            raise Violation("I11", f"{request_id} has failed, and nobody hears of it")
+        self.is_over(request_id)
+
+    def is_over(self, request_id: str) -> None:
+        """I15: the book has forgotten it, and the engine is told."""
+        if request_id in self.rank.book.running or self.rank.engine.cancelled != (request_id, None):
+            raise Violation("I15", f"{request_id} is over, and goes on")
+
+    def cutting(self, request_id: str, sample: int) -> None:
+        running = self.rank.book.running.get(request_id)
+        self._cut = None if running is None else (request_id, sample if running.open - {sample} else None)
+        self.rank.engine.cancelled = None
+
+    def was_cut(self, request_id: str) -> None:
+        """I15: nor does the engine go on with one answer."""
+        if self.rank.engine.cancelled != self._cut:
+            raise Violation("I15", f"{self._cut} is not wanted, the engine hears of {self.rank.engine.cancelled}")
 
     # ---- what must hold ----
 
@@ -247,6 +292,9 @@ class LanguageLedger:
     @property
     def was_whole(self) -> bool:
         return self._before is not None and self._before.received == self._before.total
+
+    def after_link(self, event: LinkUp | LinkDown) -> None:
+        is_as_told(event, {peer: link.epoch for peer, link in self.sessions.links.items()}, {})
 
     def after_payload(self, event: PayloadEnd, session: Session | None) -> None:
         """I11, I13: what came is acknowledged, handed on and told; a link over which a payload broke is over.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, QUEUED, READY, SENDING, SENT
-from qwen3vl_disagg.protocol.messages import Frame, ItemLost
+from qwen3vl_disagg.protocol.messages import Beat, Frame, ItemLost
 from qwen3vl_disagg.protocol.session import GRANTED, IDLE, RECEIVING, WAITING
 from qwen3vl_disagg.protocol.session_events import Attempt, SessionLimits
 from tools.simulation.stays import Stays
@@ -101,6 +101,14 @@ def _is_heard(way: Channel, now: float, limits: SessionLimits) -> None:
     """A link on which nothing happens has its beats: they show that the last frame was lost."""
     if way.is_open and now - way.said_at >= limits.beat_s + TICK_S:
         raise Violation("I11", f"nothing was said on a link for {now - way.said_at:.1f} s")
+
+
+def may_beat(rank: Any, peer: int, frame: Frame) -> None:
+    """I11: nobody says that nothing is new where something has been said."""
+    now, said_at = rank.world.now, rank.said_at
+    if type(frame.body) is Beat and now - said_at.get(peer, now) < rank.sessions.limits.beat_s - 1e-6:
+        raise Violation("I11", f"a beat, {now - said_at.get(peer, now)} s after something was said")
+    said_at[peer] = now
 
 
 def gives_up(rank: Any, attempt: Attempt, was_awaited: bool) -> None:

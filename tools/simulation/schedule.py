@@ -135,7 +135,9 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
         world.at(start + 4.0 * rng.random() * rng.random(), None, _submit, cluster, f"r{number}", True, are_kept)
     if sizes.router_limits.max_waiting == 2:  # some are refused when others have waited for long
         for number in range(3):
-            world.at(start + 20.0 * rng.random(), None, _submit, cluster, f"again{number}", True)
+            world.at(
+                start + (20.0 if has_faults else 5.0) * rng.random(), None, _submit, cluster, f"again{number}", True
+            )
     if has_faults:
         for _ in range(rng.randint(1, 6) + 4 * is_tight):
             world.at(start + plan.until * rng.random(), None, _strike, cluster)

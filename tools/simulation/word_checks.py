@@ -63,6 +63,8 @@ class WordChecks:
         self.did_say = False
         self._due: Message | None = None
         """What has to be passed on."""
+        self.cuts_open_answer = False
+        """What a client gives up now is one answer of several, which has not ended."""
         self._unknown: tuple[int, str] | None = None
         """A rank speaks of a request that is over."""
 
@@ -205,9 +207,12 @@ class WordChecks:
         told = [(rank, cancel.request_id) for rank, cancel in self._cancels if cancel.sample is None]
         if sorted(told) != sorted(expected):
             raise Violation("I15", f"{told} are told that a request is over after {event}, should be {expected}")
-        for rank, cancel in self._cancels:
-            if cancel.sample is not None and event != Abandon(cancel.request_id, cancel.sample):
-                raise Violation("I15", f"rank {rank} is told {cancel} after {event}")
+        cuts = [(rank, cancel) for rank, cancel in self._cancels if cancel.sample is not None]
+        wanted: list[tuple[int, Cancel]] = []
+        if isinstance(event, Abandon) and self.cuts_open_answer and event.request_id in self.at:
+            wanted = [(self.at[event.request_id], Cancel(request_id=event.request_id, sample=event.sample))]
+        if cuts != wanted:
+            raise Violation("I15", f"{cuts} are told after {event}, should be {wanted}")
 
 
 class WaitingTime:
