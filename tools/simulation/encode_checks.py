@@ -290,7 +290,8 @@ class EncodeLedger:
             seconds = limits.answer_s + self._payload_s[attempt] - limits.payload_s
         until = rank.request_ends[attempt] if seconds is None else rank.world.now + seconds
         if abs(item.deadline - until) > _MOMENT_S:
-            raise Violation("I11", f"{attempt} is {state} until {item.deadline}, should be {until}")
+            invariant = "I13" if state is PARKED and item.deadline < until else "I11"
+            raise Violation(invariant, f"{attempt} is {state} until {item.deadline}, should be {until}")
         if item.due != self._dues[attempt]:
             raise Violation("I16", f"{attempt} is due at {item.due}, should be {self._dues[attempt]}")
 

@@ -311,8 +311,10 @@ class LanguageLedger:
             is_told = any(isinstance(one, ItemReceived) for one in self._did)
             is_ready = any(isinstance(one, RowsReady) and one.key == event.key for one in self._did)
             is_whole = session.received == session.total
-            if not is_ready or is_acked != (link is not None) or is_told != is_whole:
-                raise Violation("I13", f"{event.key} came: told {is_told}, acknowledged {is_acked}, ready {is_ready}")
+            if not is_ready or is_told != is_whole:
+                raise Violation("I11", f"{event.key} came: told {is_told}, ready {is_ready}")
+            if is_acked != (link is not None):
+                raise Violation("I13", f"{event.key} came, acknowledged is {is_acked}")
         elif not event.is_broken:
             is_refused = any(isinstance(body, Nack) and body.key == event.key for body in bodies)
             is_told = any(isinstance(one, ItemLost) and one.key == event.key for one in self._did)

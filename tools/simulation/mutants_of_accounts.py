@@ -19,7 +19,6 @@ from qwen3vl_disagg.protocol.allocator import BlockAllocator
 from qwen3vl_disagg.protocol.attempts import Attempts
 from qwen3vl_disagg.protocol.encode_sessions import (
     ENCODING,
-    PARKED,
     SENDING,
     EncodeSessions,
     Outgoing,
@@ -110,18 +109,6 @@ def _() -> Iterator[None]:
             payload_sent(self, event, now)
 
     with swap(EncodeSessions, "_payload_sent", ignore):
-        yield
-
-
-@mutant("leases-end-early", "I11", "rows that are parked are kept for less long than they should be")
-def _() -> Iterator[None]:
-    go = method(EncodeSessions, "_go")
-
-    def shorter(self: EncodeSessions, item: Outgoing, state: str, now: float, *, more_s: float = 0.0) -> None:
-        go(self, item, state, now, more_s=more_s)
-        item.deadline -= 1.0 if state == PARKED else 0.0
-
-    with swap(EncodeSessions, "_go", shorter):
         yield
 
 
