@@ -24,6 +24,7 @@ from qwen3vl_disagg.protocol.messages import (
     Message,
     Nack,
     Room,
+    Stale,
     Stop,
 )
 from qwen3vl_disagg.protocol.session_events import (
@@ -247,15 +248,24 @@ class SimEncode:
         self.said_at[link.language.rank] = self.world.now
         self.handle(LinkUp(link.language.rank, link.epoch))
         if self.world.random() < 0.1:
-            self._hear_again(link)
+            self.world.at(self.world.random(), self, self._hear_again, link)
 
     def _hear_again(self, link: SimLink) -> None:
         """Of a link that is here, and of the end of the one before: nothing may change."""
         before, peer = self.snapshot(), link.language.rank
+        outlet = self.sessions.outlets.get(peer)
+        if self.links.get(peer) is not link or outlet is None or outlet.state.epoch != link.epoch:
+            return
         self.handle(LinkUp(peer, link.epoch))
         self.handle(LinkDown(peer, link.epoch - 1, "late news"))
         if self.snapshot() != before:
             raise Violation("I9", f"late news of links between {self.rank} and {peer} changed something")
+        if self.world.happens("break"):
+            link.count("break")
+            stale = Frame(epoch=link.epoch, seq=outlet.state.num_received + 1, body=Stale(epoch=link.epoch + 1))
+            self.handle(FrameIn(peer, stale))
+            if peer in self.sessions.outlets:
+                raise Violation("I9", f"the other end of {peer} is at a later epoch, and the link goes on")
 
     def lost_link(self, link: SimLink, reason: str) -> None:
         if self.links.get(link.language.rank) is link:

@@ -267,6 +267,7 @@ class SimLanguage:
 
     def preempted(self, request_id: str) -> None:
         self.book.preempted(request_id)
+        self.ledger.was_preempted(request_id)
 
     # ---- links ----
 
@@ -285,11 +286,14 @@ class SimLanguage:
             old.close(self, "a new link has taken its place")
         progress_checks.last_acks_come_again(self, link, self._acked)
         if self.world.random() < 0.1:
-            self._hear_again(link)
+            self.world.at(self.world.random(), self, self._hear_again, link)
 
     def _hear_again(self, link: SimLink) -> None:
         """Of a link that is here, and of the end of the one before: nothing may change."""
         before, peer = self.snapshot(), link.encode.rank
+        state = self.sessions.links.get(peer)
+        if self.links.get(peer) is not link or state is None or state.epoch != link.epoch:
+            return
         self.handle(LinkUp(peer, link.epoch))
         self.handle(LinkDown(peer, link.epoch - 1, "late news"))
         if self.snapshot() != before:

@@ -211,7 +211,14 @@ class LanguageLedger:
             if abs(action.payload_s - expected) > _MOMENT_S or said != [action.payload_s]:
                 raise Violation("I11", f"a payload may take {action.payload_s} s, said is {said}, should be {expected}")
 
-    # ---- requests that are over ----
+    # ---- requests that are over, or begin again ----
+
+    def was_preempted(self, request_id: str) -> None:
+        """I15: it needs no rows for now, and has no room."""
+        request = self.sessions.requests.get(request_id)
+        for session in () if request is None else request.sessions:
+            if session.is_under_way or session.room is not None or session.hold is not None:
+                raise Violation("I15", f"{session.key} was preempted, and is {session.state}")
 
     def has_failed(self, request_id: str) -> None:
         """I11: it was given up here, and that is said."""
@@ -272,6 +279,8 @@ class LanguageLedger:
                 raise Violation("I8", f"{body} is answered with {answers}; right is {was_right}")
         is_given_up = session is not None and isinstance(body, Header | Nack | Abort) and not was_right
         is_told = any(isinstance(one, ItemLost) and one.key == body.key for one in self._did)  # type: ignore[union-attr]
+        if is_told and session is None:
+            raise Violation("I11", f"{body} from encode rank {peer} ends an attempt that is not its own")
         if is_given_up and not was_whole and not is_told:
             raise Violation("I11", f"{body.key} was given up with {body}, and that is not told")
 

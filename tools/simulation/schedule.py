@@ -117,7 +117,7 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
             max_suspects=rng.choice((1, 2, 1024)),
         ),
         are_language_ranks_required=rng.random() < 0.25,
-        encode_s=1.0 if is_crowded else 0.3,
+        encode_s=3.0 if is_crowded else 0.3,
         payload_s=1.5 if is_crowded else rng.choice((0.0, 0.0, 1.0)),
         clips=rng.choice((0.0, 0.2, 0.8)),
         shared=rng.choice((0.0, 0.0, 0.5)),
@@ -131,8 +131,10 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
     cluster = Cluster(world, sizes, limits, preemption=rng.choice((0.0, 0.05, 0.2)))
     plan = _Plan(has_faults, world.faults_until, 2, are_kept, bounds, rng.random() < 0.2)
     start = 0.3
+    within_s = 1.5 if is_crowded else 4.0
     for number in range(rng.randint(2, 7) + 4 * is_crowded):
-        world.at(start + 4.0 * rng.random() * rng.random(), None, _submit, cluster, f"r{number}", True, are_kept)
+        come_at = start + within_s * rng.random() * rng.random()
+        world.at(come_at, None, _submit, cluster, f"r{number}", True, are_kept)
     if sizes.router_limits.max_waiting == 2:  # some are refused when others have waited for long
         for number in range(3):
             world.at(
