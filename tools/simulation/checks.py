@@ -50,7 +50,10 @@ def language_side(rank: Any) -> None:
     for request in sessions.requests.values():
         for session in request.sessions:
             state = session.state
-            num_held += (session.room is not None) + (session.hold is not None)
+            if session.room is not None:
+                num_held += 1
+            if session.hold is not None:
+                num_held += 1
             if (state is WAITING or state is IDLE) and session.grant is not None:
                 raise Violation("I4", f"{session.key} is {state} and has a grant")
             if (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import msgspec
@@ -223,8 +223,9 @@ class Cluster:
         request_id = kept or (name if name not in self.clients else f"{name}.{num_asks}")
         while request_id != kept and request_id in self.clients:
             request_id += "'"
-        pooling = Pooling() if num_tokens == 1 else None
-        n = n if pooling is None else 1
+        n = n if num_tokens != 1 else 1
+        sampling = _sampling(num_tokens, n)
+        pooling = sampling.pooling
         items = [
             self._item(_digest(name, index, count, wrong if index == 0 else None, shares), index, count)
             for index, count in enumerate(rows)
@@ -246,7 +247,6 @@ class Cluster:
             )
             client.ask_again = partial(self._ask_again, again)
         self.clients[request_id] = client
-        sampling = SamplingParams(max_new_tokens=num_tokens, n=n, pooling=pooling)
         if self.hub.is_dead:
             client.end(UnavailableError("nobody listens"))
         else:
@@ -314,6 +314,12 @@ class Cluster:
         else:
             client.tokens.pop(sample, None)  # nothing of it may come any more
         self.hub.take(Abandon(request_id, sample))
+
+
+@cache
+def _sampling(num_tokens: int, n: int) -> SamplingParams:
+    pooling = Pooling() if num_tokens == 1 else None
+    return SamplingParams(max_new_tokens=num_tokens, n=n, pooling=pooling)
 
 
 def _digest(name: str, index: int, num_rows: int, wrong: str | None, shares: bool) -> str:

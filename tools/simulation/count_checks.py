@@ -283,8 +283,11 @@ class CountChecks:
 
     def _looking(self) -> None:
         """I11: what can be taken from a slow rank now, for one that has nothing to do."""
+        if self._relievable:
+            self._relievable = {}
+        if not self._at:
+            return
         busy = {at for _, at in self._at.values()}
-        self._relievable = {}
         if len(busy) == len(self._links):
             return
         for key, (number, rank) in self._at.items():
@@ -296,6 +299,8 @@ class CountChecks:
                 self._relievable[key] = (number, rank), idle
 
     def _is_relieved(self) -> None:
+        if not self._relievable:
+            return
         busy = {at for _, at in self._at.values()}
         for key, (before, idle) in self._relievable.items():
             if self._at.get(key) == before and idle - busy:
@@ -339,6 +344,8 @@ class CountChecks:
     def on_time(self) -> None:
         """I15: what is over counts nowhere. I11: what is under way is known, as a death would be the work of that."""
         for rank, state in self.hub.router._attempts.ranks.items():
+            if not self._at and not state.jobs and not state.under_way and not self._under_way[rank]:
+                continue
             jobs = {key for key, (_, at) in self._at.items() if at == rank}
             if jobs != state.jobs.keys():
                 raise Violation("I15", f"encode rank {rank} counts as busy with {state.jobs.keys()}; it has {jobs}")

@@ -45,7 +45,7 @@ from qwen3vl_disagg.protocol.session_events import (
     Tick,
 )
 from tools.simulation import checks, progress_checks
-from tools.simulation.encode_checks import EncodeLedger, answers_stale, is_idle_event
+from tools.simulation.encode_checks import EncodeLedger, answers_stale, changed_nothing
 from tools.simulation.payload import Payload, make_payload, run_digests, wrong_header
 from tools.simulation.progress_checks import encode_bounds
 from tools.simulation.stays import Stays
@@ -98,7 +98,8 @@ class SimEncode:
 
     def handle(self, event: EncodeEvent) -> None:
         self.event, self.num_outlets = event, len(self.sessions.outlets)
-        self.said.clear()
+        if self.said:
+            self.said.clear()
         self.ledger.began = None
         actions = self.sessions.handle(event, self.world.now)
         for action in actions:
@@ -106,7 +107,7 @@ class SimEncode:
             self._do[kind](action)  # type: ignore[operator]
             if kind is not SendFrame and kind is not Release:
                 self.ledger.does(action)
-        if actions or not is_idle_event(event):  # else the next event's look is soon enough
+        if not changed_nothing(event, actions):
             self.ledger.after(event)
 
     def _send_frame(self, action: SendFrame) -> None:
@@ -277,10 +278,12 @@ class SimEncode:
     def take(self, link: SimLink, frame: Frame) -> None:
         body, peer = frame.body, link.language.rank
         outlet = self.sessions.outlets.get(peer)
-        is_beat = type(body) is Beat
-        expected = 0 if outlet is None else outlet.state.num_received + (not is_beat)
+        if type(body) is Beat:
+            self._take_beat(outlet, peer, frame)
+            return
+        expected = 0 if outlet is None else outlet.state.num_received + 1
         is_next = False
-        if outlet is not None and not is_beat and outlet.state.epoch == frame.epoch and frame.seq == expected:
+        if outlet is not None and outlet.state.epoch == frame.epoch and frame.seq == expected:
             is_next = True
             self.ledger.heard(peer, frame)
         if type(body) is not Ack:
@@ -308,6 +311,12 @@ class SimEncode:
             self.lease_until[item.attempt] = self.world.now + self.sessions.limits.lease_s
         if is_next and self.sessions.outlets.get(peer) is outlet:
             self.ledger.taken(peer, frame)
+
+    def _take_beat(self, outlet: Any, peer: int, frame: Frame) -> None:
+        expected = 0 if outlet is None else outlet.state.num_received
+        self.handle(FrameIn(peer, frame))
+        if outlet is not None and frame.seq > expected and peer in self.sessions.outlets:
+            checks.gap_ends_link(self.sessions.outlets[peer].state, expected, frame)
 
     def take_copy(self, link: SimLink, frame: Frame) -> None:
         """A frame that was here before, or comes too late: nothing may change."""

@@ -4,7 +4,7 @@ turn it is, who has a place, and what is in memory."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT, Outgoing
@@ -344,10 +344,12 @@ def answers_stale(epoch: int, frame: Frame, sent: list[SendFrame]) -> None:
         raise Violation("I9", f"a frame of epoch {frame.epoch} is answered with {said}, now is epoch {epoch}")
 
 
-def is_idle_event(event: EncodeEvent | LanguageEvent) -> bool:
-    """One that changes nothing, mostly."""
+def changed_nothing(event: EncodeEvent | LanguageEvent, actions: Sequence[Any]) -> bool:
+    """Mostly: a tick or a beat after which nothing was said but beats. The look after the next event is soon enough."""
     kind = type(event)
-    return kind is Tick or (kind is FrameIn and type(event.frame.body) is Beat)  # type: ignore[union-attr]
+    if kind is Tick:
+        return not actions or all(type(action) is SendFrame for action in actions)
+    return not actions and kind is FrameIn and type(event.frame.body) is Beat  # type: ignore[union-attr]
 
 
 def is_as_told(event: LinkUp | LinkDown, links: Mapping[int, int], last: dict[int, int]) -> None:

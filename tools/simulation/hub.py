@@ -70,24 +70,27 @@ class SimHub:
         self.counts.heard(event)
         self.words.heard(event)
         for action in self.router.handle(event, self.world.now):
-            match action:
-                case Send():
-                    self.checks.sent(action)
-                    self.counts.sent(action)
-                    self.words.sent(action)
-                    ranks: list[Any] = self.cluster.encodes if action.role == "encode" else self.cluster.languages
-                    rank = ranks[action.rank]
-                    if not rank.is_dead and rank.hub is not None and rank.hub.is_open:
-                        rank.from_hub_channel.send(action.message)
-                case Deliver():
-                    self._deliver(action.request_id, action.message)
-                case End():
-                    self._end(action.request_id, action.error)
+            kind = type(action)
+            if kind is Send:
+                self._send(action)  # type: ignore[arg-type]
+            elif kind is Deliver:
+                self._deliver(action.request_id, action.message)  # type: ignore[union-attr]
+            elif kind is End:
+                self._end(action.request_id, action.error)  # type: ignore[union-attr]
         self.checks.after(event)
         self.counts.after(event)
         self.words.after(event)
         if self.words.did_say:
             self.waits.after()
+
+    def _send(self, action: Send) -> None:
+        self.checks.sent(action)
+        self.counts.sent(action)
+        self.words.sent(action)
+        ranks: list[Any] = self.cluster.encodes if action.role == "encode" else self.cluster.languages
+        rank = ranks[action.rank]
+        if not rank.is_dead and rank.hub is not None and rank.hub.is_open:
+            rank.from_hub_channel.send(action.message)
 
     def _deliver(self, request_id: str, message: Message) -> None:
         client = self.cluster.clients[request_id]

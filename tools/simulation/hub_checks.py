@@ -329,9 +329,15 @@ class HubChecks:
         """I11, after each tick: requests end by their deadlines; no item waits too long for an encode rank, or for
         one that is not at it."""
         now, hub = self.world.now, self.hub
-        for request_id, client in hub.cluster.clients.items():
+        for request_id in hub.words.at:
+            client = hub.cluster.clients[request_id]
             if not client.is_ended and now >= client.deadline:
                 raise Violation("I11", f"{request_id} goes on after its deadline")
+        if not hub.router._requests and not self._leaving:  # nothing waits, nothing is awaited
+            for stays in (self._waiting, self._unattended, self._unserved, self._staying):
+                stays.forget()
+            self._waits = {}
+            return
         limits = hub.router.limits
         waiting, unattended, unserved = (s.look(now) for s in (self._waiting, self._unattended, self._unserved))
         self._waits = {}

@@ -218,6 +218,9 @@ class KeptChecks:
     def on_time(self) -> None:
         """What nobody adopted in time is not in the book, nor known to the engine or the sessions."""
         rank, now = self.rank, self.world.now
+        if not (rank.engine.known or self.entries or len(rank.book.kept)):
+            self._stays.forget()
+            return
         stays = self._stays.look(now)
         for request_id in rank.engine.known:
             if request_id not in rank.book.running and stays.stay((request_id, "pages")) > PAGES_S:

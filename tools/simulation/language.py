@@ -42,7 +42,7 @@ from qwen3vl_disagg.protocol.session_events import (
     Tick,
 )
 from tools.simulation import checks, progress_checks
-from tools.simulation.encode_checks import answers_stale, is_idle_event
+from tools.simulation.encode_checks import answers_stale, changed_nothing
 from tools.simulation.engine import SimEngine, Window
 from tools.simulation.kept_checks import KeptChecks
 from tools.simulation.language_checks import LanguageLedger
@@ -115,8 +115,9 @@ class SimLanguage:
         actions = self.sessions.handle(event, self.world.now)
         for action in actions:
             self._do[type(action)](action)  # type: ignore[operator]
-        if actions or not is_idle_event(event):  # else the next event's look is soon enough
-            checks.language_side(self)
+        if changed_nothing(event, actions):
+            return
+        checks.language_side(self)
         if kind is LinkUp or kind is LinkDown:
             self.ledger.after_link(event)  # type: ignore[arg-type]
         if kind is PayloadEnd:
@@ -140,7 +141,7 @@ class SimLanguage:
         self.cluster.check_wire(action.frame)
         self.ledger.sends(action)
         body = action.frame.body
-        if isinstance(body, Ack):
+        if type(body) is Ack:
             self._acked.add(body.key)
         elif isinstance(body, Room):
             self.granted_over[body.key] = action.frame.epoch

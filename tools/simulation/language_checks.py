@@ -12,6 +12,7 @@ from qwen3vl_disagg.protocol.messages import (
     Ack,
     Adopt,
     Assign,
+    Beat,
     Frame,
     Grant,
     Header,
@@ -44,8 +45,6 @@ from tools.simulation.stays import Stays
 from tools.simulation.world import Violation
 
 _MOMENT_S = 1e-6
-_QUIET = (FrameIn, Tick)
-"""Events that say nothing here before they are handled."""
 
 
 class LanguageLedger:
@@ -98,9 +97,12 @@ class LanguageLedger:
 
     def before(self, event: LanguageEvent) -> None:
         self._event = event
-        self.sent.clear()
-        self._did.clear()
-        if type(event) in _QUIET:
+        if self.sent:
+            self.sent.clear()
+        if self._did:
+            self._did.clear()
+        kind = type(event)
+        if kind is FrameIn or kind is Tick:
             return
         if isinstance(event, LinkUp):
             self._epochs[event.peer] = max(event.epoch, self._epochs.get(event.peer, 0))
@@ -148,8 +150,10 @@ class LanguageLedger:
     # ---- what it says ----
 
     def sends(self, action: SendFrame) -> None:
-        self.sent.append(action)
         body = action.frame.body
+        if type(body) is Beat:
+            return
+        self.sent.append(action)
         if isinstance(body, Room):
             assign = self._assigned.get((body.request_id, body.item))
             if assign is None or (assign.attempt, assign.encode_rank) != (body.attempt, action.peer):
@@ -332,7 +336,11 @@ class LanguageLedger:
 
     def _are_remembered(self) -> None:
         """I9: epochs of links that are gone, as long as somebody may speak of them. I15: and no longer."""
-        sessions, stays = self.sessions, self._stays.look(self.world.now)
+        sessions = self.sessions
+        if self._epochs.keys() == sessions._last_epochs.keys() == sessions.links.keys():
+            self._linked_at = dict.fromkeys(self._epochs, self.world.now)
+            return
+        stays = self._stays.look(self.world.now)
         forget_s = sessions.limits.forget_s
         at = {session.encode_rank for request in sessions.requests.values() for session in request.sessions}
         for peer, epoch in list(self._epochs.items()):
