@@ -256,8 +256,12 @@ class LanguageLedger:
         until = math.inf
         if state is GRANTED:
             until = now + limits.grant_s
-        elif state is RECEIVING and not (old is RECEIVING and now >= before):  # else its link has been broken
+        elif state is RECEIVING and not (old is RECEIVING and now >= before):
             until = now + 2 * (limits.payload_s + self._moving_s[session.key])
+        elif state is RECEIVING:  # it returns by itself, once its link is broken
+            link = self.sessions.links.get(session.encode_rank)
+            if link is not None and link.epoch <= self.rank.epochs[session.key]:
+                raise Violation("I11", f"{session.key} has not come in time, and its link goes on")
         elif state is WAITING and session.encode_rank not in self.sessions.links:
             until = now + limits.suspend_s
         is_right = session.deadline == until or abs(session.deadline - until) < _MOMENT_S

@@ -108,8 +108,8 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
         slots=rng.randint(1, 4),
         row_sizes=RowSizes(4, 4, 12, 64, 4 * levels),
         router_limits=RouterLimits(
-            max_waiting=rng.choice((2, 64, 64, 64)),
-            max_waiting_tokens=rng.choice((15, 60, 1 << 20, 1 << 20)),
+            max_waiting=rng.choice((2, 64, 64, 64, 64)),
+            max_waiting_tokens=rng.choice((15, 60, *[1 << 20] * 6)),
             encode_wait_s=15.0,
             max_waiting_fills=rng.choice((1, 8)),
             max_deaths=rng.randint(1, 3),
