@@ -184,10 +184,19 @@ class Cluster:
         its end; or it needs nobody any more."""
         if any(attempt in encode.sessions.items for encode in self.encodes):
             return True
+        if any(self._is_coming(language, attempt) for language in self.languages):
+            return True
         sessions = (language.sessions.find(*attempt) for language in self.languages)
         return any(
             s is not None and (s.received == s.total or s.state in (WAITING, GRANTED, RECEIVING)) for s in sessions
         )
+
+    @staticmethod
+    def _is_coming(language: SimLanguage, attempt: Attempt) -> bool:
+        """The language rank has the request, and the news of the attempt may be under way to it."""
+        request, channel = language.sessions.requests.get(attempt[0]), language.from_hub_channel
+        is_before = request is not None and request.sessions[attempt[1]].attempt < attempt[2]
+        return is_before and channel is not None and not channel.is_through
 
     def check_wire(self, frame: Frame) -> None:
         """Only typed frames cross a border; some are put through the real encoding."""
