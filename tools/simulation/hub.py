@@ -78,8 +78,8 @@ class SimHub:
             elif kind is End:
                 self._end(action.request_id, action.error)  # type: ignore[union-attr]
         self.checks.after(event)
-        self.counts.after(event)
         self.words.after(event)
+        self.counts.after(event)
         if self.words.did_say:
             self.waits.after()
 
