@@ -37,7 +37,7 @@ from tools.simulation.world import Violation
 MAX_OUTPUT = 1024
 """Of an answer's length, so much counts among what waits."""
 
-_NEWS = (LinksUp, EncodingBegun, EncodingEnded, ItemFailed, ItemLost, ItemReceived, NeedItems)
+_NEWS: tuple[type, ...] = (LinksUp, EncodingBegun, EncodingEnded, ItemFailed, ItemLost, ItemReceived, NeedItems)
 """Of what ranks say."""
 
 Key = tuple[str, int]

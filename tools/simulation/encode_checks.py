@@ -276,7 +276,7 @@ class EncodeLedger:
             self._payload_s,
         ):
             for attempt in table.keys() - self.sessions.items.keys():
-                del table[attempt]  # type: ignore[attr-defined]
+                del table[attempt]
 
     def _enters(self, attempt: Attempt, item: Outgoing) -> None:
         """I11: each state has the time that it is meant to have, no less and no more."""

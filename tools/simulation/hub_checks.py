@@ -32,7 +32,7 @@ Key = tuple[str, int]
 Worker = tuple[int, int]
 """(encode rank, its incarnation)"""
 
-_NEWS = (EncodingBegun, EncodingEnded, ItemFailed, ItemLost, Leaving)
+_NEWS: tuple[type, ...] = (EncodingBegun, EncodingEnded, ItemFailed, ItemLost, Leaving)
 """Of what ranks say."""
 LOOK_S = 1.0
 UNHEARD_S = 9.0

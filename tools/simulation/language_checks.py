@@ -286,11 +286,12 @@ class LanguageLedger:
             if kinds != [HeaderOk if was_right else Nack] or num_jobs != was_right:
                 raise Violation("I8", f"{body} is answered with {answers}; right is {was_right}")
         is_given_up = session is not None and isinstance(body, Header | Nack | Abort) and not was_right
-        is_told = any(isinstance(one, ItemLost) and one.key == body.key for one in self._did)  # type: ignore[union-attr]
+        key = getattr(body, "key", None)
+        is_told = any(isinstance(one, ItemLost) and one.key == key for one in self._did)
         if is_told and session is None:
             raise Violation("I11", f"{body} from encode rank {peer} ends an attempt that is not its own")
         if is_given_up and not was_whole and not is_told:
-            raise Violation("I11", f"{body.key} was given up with {body}, and that is not told")
+            raise Violation("I11", f"{key} was given up with {body}, and that is not told")
 
     def is_right(self, header: Header) -> bool:
         """Whether a header says what was granted."""

@@ -43,7 +43,7 @@ from qwen3vl_disagg.protocol.messages import (
 )
 from qwen3vl_disagg.protocol.placement import EncodeRankState
 from qwen3vl_disagg.protocol.router import Router
-from qwen3vl_disagg.protocol.routing import Admit, End
+from qwen3vl_disagg.protocol.routing import Admit, Send
 from qwen3vl_disagg.protocol.session import Session
 from qwen3vl_disagg.protocol.session_events import FrameIn, PayloadSent, Recall, SendFrame, Tell
 from qwen3vl_disagg.protocol.suspects import Suspects
@@ -394,9 +394,9 @@ def _() -> Iterator[None]:
     def cheap(self: Router, event: Admit, rank: int, timeout_s: float) -> None:
         submit(self, event, rank, timeout_s)
         last = self._actions[-1]
-        if event.items and event.target_s > -math.inf and not isinstance(last, End):
-            message = msgspec.structs.replace(last.message, due_s=last.message.due_s / 2)  # type: ignore[union-attr]
-            self._actions[-1] = type(last)(last.role, last.rank, message)  # type: ignore[union-attr,call-arg]
+        if event.items and event.target_s > -math.inf and isinstance(last, Send) and isinstance(last.message, Submit):
+            message = msgspec.structs.replace(last.message, due_s=last.message.due_s / 2)
+            self._actions[-1] = Send(last.role, last.rank, message)
 
     with swap(Router, "_submit", cheap):
         yield

@@ -170,7 +170,7 @@ def _submit(cluster: Cluster, name: str, may_fail: bool, may_be_kept: bool = Fal
     request_id = cluster.submit(name, rows, num_tokens, timeout_s, wrong, n, num_asks=num_asks, shares=shared > 0)
     if num_asks and rng.random() < 0.15:  # somebody asks under the same name while the first is served
         again = partial(cluster.submit, name, rows, num_tokens, timeout_s, wrong, n, num_asks=1, shares=shared > 0)
-        cluster.world.at(2.0 * rng.random(), None, again)
+        cluster.world.at(2.0 * rng.random(), None, again)  # type: ignore[arg-type]
     if may_fail and rng.random() < (0.12 if n == 1 else 0.4 if num_asks else 0.25):
         sample = None if rng.random() < (0.1 if num_asks else 0.5) else rng.randrange(n)
         cluster.world.at(2.0 * rng.random(), None, cluster.abandon, request_id, sample)

@@ -75,7 +75,7 @@ class WordChecks:
         if self.did_say:
             self.did_say = False
             for table in (self._cancels, self._ended, self._delivered, self._deaths):
-                table.clear()  # type: ignore[attr-defined]
+                table.clear()
         if type(event) is Tick:
             return
         if type(event) is FromRank:
@@ -148,7 +148,7 @@ class WordChecks:
         is_first = isinstance(message, Tokens) and message.timings is not None and message.sample == 0
         if is_first or (isinstance(message, Finished) and message.vector):
             num_prompt = len(self._targets[request_id].token_ids) // TOKEN_ID_BYTES
-            self._prices.learn(num_prompt, message.timings)  # type: ignore[union-attr]
+            self._prices.learn(num_prompt, message.timings)  # type: ignore[attr-defined]
 
     def ended(self, request_id: str, error: DisaggError | None) -> None:
         self.did_say = True
