@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3vl_disagg.core.errors import Failure, ServerError
-from qwen3vl_disagg.core.requests import RequestTimings, VisualItem
+from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, TokenLogprob, VisualItem
 from qwen3vl_disagg.language.request_book import Said
 from qwen3vl_disagg.protocol.allocator import Lease
-from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed, Submit, Tokens
+from qwen3vl_disagg.protocol.messages import Finished, NeedItems, PromptLogprobs, RequestFailed, Submit, Tokens
 from qwen3vl_disagg.protocol.session_events import Attempt, Consumed, Recall, Returned
 from tools.simulation import checks
 
@@ -51,6 +51,8 @@ class _Sequence:
     attempts: dict[int, int] = field(default_factory=dict)
     """Item -> whose rows of it were read since the last admission or restart."""
     windows: dict[int, Window] = field(default_factory=dict)
+    lists_prompt: bool = False
+    """Log probabilities of the prompt's tokens are asked for, and have not been given."""
     tokens: dict[int, int] = field(init=False)
     """Of each answer that has not ended."""
     num_preempted: int = 0
@@ -104,6 +106,8 @@ class SimEngine:
     def __init__(self, rank: Any) -> None:
         self.rank, self.world = rank, rank.world
         self.known: dict[str, _Sequence] = {}
+        self.cancelled: tuple[str, int | None] | None = None
+        """What it was told last to end: a request, or an answer of it."""
         self._commands: list[tuple[Callable[..., None], Any]] = []
         self._is_stepping = False
         self._said_at = 0.0
@@ -114,6 +118,7 @@ class SimEngine:
         self._command(self._add, message)
 
     def cancel(self, request_id: str, sample: int | None) -> None:
+        self.cancelled = (request_id, sample)
         if sample is None:
             self._command(self._remove, request_id)
         else:
@@ -144,6 +149,7 @@ class SimEngine:
         text_s = 10.0 * self.world.random() if self.world.random() < 0.3 else 0.0
         pace_s = self.world.rng.choice((0.0, 2.0, 4.0)) if message.keep_as else 0.0
         sequence = self.known[message.request_id] = _Sequence(message, text_s=text_s, pace_s=pace_s)
+        sequence.lists_prompt = message.sampling.pooling is None and self.world.random() < 0.2
         if message.keep_as and self.world.random() < 0.1:
             sequence.fails_at = self.world.now + 3.0 + 10.0 * self.world.random()
 
@@ -288,6 +294,10 @@ class SimEngine:
     def _give_tokens(self, sequence: _Sequence) -> None:
         """One to most of the answers: others may have been preempted."""
         request_id, sampling = sequence.submit.request_id, sequence.submit.sampling
+        if sequence.lists_prompt:
+            sequence.lists_prompt = False
+            own = bytes(4 * sequence.num_rows)
+            self._say(PromptLogprobs(request_id=request_id, index=0, own=own, ranks=own, top_ids=b"", top=b""))
         if sequence.pace_s:
             self._decode_after(sequence, sequence.pace_s * self.world.random())
         for sample, index in list(sequence.tokens.items()):
@@ -297,12 +307,28 @@ class SimEngine:
             sequence.tokens[sample] = stop
             if sampling.pooling is None:
                 ids = [*range(index, stop)]
-                self._say(Tokens(request_id=request_id, index=index, token_ids=ids, sample=sample))
+                logprobs = [TokenLogprob(0, 0.0, [])] * len(ids) if sequence.num_rows % 4 == 1 else None
+                timings = None if index else self._timings(sequence)
+                self._say(
+                    Tokens(
+                        request_id=request_id,
+                        index=index,
+                        token_ids=ids,
+                        logprobs=logprobs,
+                        timings=timings,
+                        sample=sample,
+                    )
+                )
             if stop == sampling.max_new_tokens:
                 self._remove_answer((request_id, sample))
-                self._say(self._end_of(request_id, sample, b"" if sampling.pooling is None else VECTOR))
+                vector = b"" if sampling.pooling is None else VECTOR
+                self._say(self._end_of(sequence, request_id, sample, vector))
 
-    @staticmethod
-    def _end_of(request_id: str, sample: int, vector: bytes) -> Finished:
-        timings = RequestTimings()
+    def _timings(self, sequence: _Sequence) -> RequestTimings:
+        """What prices follow from."""
+        items = [ItemTimings(encode=100.0 * self.world.random(), rows=item.num_rows) for item in sequence.items]
+        return RequestTimings(prefill=100.0 * self.world.random(), items=items)
+
+    def _end_of(self, sequence: _Sequence, request_id: str, sample: int, vector: bytes) -> Finished:
+        timings = self._timings(sequence)
         return Finished(request_id=request_id, finish_reason="length", timings=timings, vector=vector, sample=sample)
