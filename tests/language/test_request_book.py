@@ -198,3 +198,39 @@ def test_what_the_engine_says_of_others_changes_nothing(desk):
     desk.book.hear(NeedItems(request_id="gone", items=[0]), 1.0)
     desk.book.preempted("gone")
     assert (desk.sessions, desk.told) == ([], [])
+
+
+def test_what_the_engine_says_before_it_has_heard_of_the_end_is_not_of_the_next_request_of_that_name(desk):
+    """An answer that was kept too long is given up, and begun anew under its id; a step was under way."""
+    desk.begin("a", "image", keep_as="a")
+    desk.book.hear(tokens("a", 0), 1.0)
+    desk.book.hub_lost(2.0)
+    desk.book.look(2.0 + KEEP_S)
+    assert desk.cancelled == [("a", None)]
+    desk.begin("a", "image", keep_as="a", at=70.0)
+    desk.told.clear()
+    desk.sessions.clear()
+    for late in (NeedItems(request_id="a", items=[0]), Consumed("a", 0, 1, 3), tokens("a", 1), finished("a")):
+        desk.book.hear(late, 71.0)
+    desk.book.preempted("a")
+    assert not desk.told
+    assert not desk.sessions
+    desk.book.left("a")
+    desk.book.hear(tokens("a", 0), 72.0)
+    desk.book.hear(finished("a"), 73.0)
+    assert desk.told == [tokens("a", 0), finished("a")]
+
+
+def test_one_that_is_given_up_twice_is_left_twice(desk):
+    desk.begin("a")
+    desk.book.forget("a")
+    desk.begin("a")
+    desk.book.of_sessions(RequestFailed(request_id="a", failure=Failure.of(UnavailableError("x"))), 1.0)
+    desk.begin("a")
+    desk.told.clear()
+    desk.book.left("a")
+    desk.book.hear(tokens("a", 0), 2.0)
+    assert not desk.told
+    desk.book.left("a")
+    desk.book.hear(tokens("a", 0), 2.0)
+    assert desk.told == [tokens("a", 0)]

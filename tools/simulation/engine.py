@@ -120,7 +120,7 @@ class SimEngine:
     def cancel(self, request_id: str, sample: int | None) -> None:
         self.cancelled = (request_id, sample)
         if sample is None:
-            self._command(self._remove, request_id)
+            self._command(self._leave, request_id)
         else:
             self._command(self._remove_answer, (request_id, sample))
 
@@ -136,8 +136,8 @@ class SimEngine:
 
     # ---- the engine: what it is told ----
 
-    def _say(self, event: Said) -> None:
-        self._post(self.rank.hear, event)
+    def _say(self, event: Said, sequence: _Sequence) -> None:
+        self._post(self.rank.hear, event, sequence.submit)
 
     def _post(self, do: Callable[..., None], *args: Any) -> None:
         """The loop hears of it soon, but now and then it has other things to do first."""
@@ -152,6 +152,10 @@ class SimEngine:
         sequence.lists_prompt = message.sampling.pooling is None and self.world.random() < 0.2
         if message.keep_as and self.world.random() < 0.1:
             sequence.fails_at = self.world.now + 3.0 + 10.0 * self.world.random()
+
+    def _leave(self, request_id: str) -> None:
+        self._remove(request_id)
+        self._post(self.rank.book.left, request_id)
 
     def _remove(self, request_id: str) -> None:
         self.known.pop(request_id, None)
@@ -171,7 +175,7 @@ class SimEngine:
         if sequence is None or not sequence.is_admitted:
             return
         if window.stop <= sequence.next_row(item):
-            self._say(Consumed(*window.attempt, window.stop))
+            self._say(Consumed(*window.attempt, window.stop), sequence)
         elif window.start <= sequence.next_row(item):
             sequence.windows[item] = window
 
@@ -230,7 +234,7 @@ class SimEngine:
         sequence.attempts.clear()
         sequence.num_preempted += 1
         sequence.waits_until = self.world.now + patience
-        self._post(self.rank.preempted, request_id)
+        self._post(self.rank.preempted, request_id, sequence.submit)
         self.world.at(patience, self.rank, self._wake)
 
     def _admit(self) -> None:
@@ -244,7 +248,7 @@ class SimEngine:
                 lacking = [item for item, first in enumerate(firsts) if first < sequence.items[item].num_rows]
                 if lacking:
                     firsts = [firsts[item] for item in lacking]
-                    self._say(NeedItems(request_id=request_id, items=lacking, first_rows=firsts))
+                    self._say(NeedItems(request_id=request_id, items=lacking, first_rows=firsts), sequence)
                     if sequence.submit.keep_as and not sequence.num_preempted and self.world.random() < 0.25:
                         seconds = 0.4 * self.world.random()
                         sequence.preempted_at = self.world.now + seconds
@@ -260,7 +264,7 @@ class SimEngine:
         for sequence, window in work:
             is_over = sequence.fails_at <= self.world.now or self.world.happens("allocation", 0.05)
             if is_over and sequence.submit.request_id in self.known:
-                self._fail(sequence.submit.request_id)
+                self._fail(sequence)
             elif window is None:
                 self._give_tokens(sequence)
             else:
@@ -274,10 +278,11 @@ class SimEngine:
         if request_id in self.known and self.world.random() < 0.4:
             self.known[request_id].fails_at = self.world.now + 4.0 * self.world.random()
 
-    def _fail(self, request_id: str) -> None:
+    def _fail(self, sequence: _Sequence) -> None:
         """A step has failed, and the request with it."""
+        request_id = sequence.submit.request_id
         self._remove(request_id)
-        self._say(RequestFailed(request_id=request_id, failure=Failure.of(ServerError("out of pages"))))
+        self._say(RequestFailed(request_id=request_id, failure=Failure.of(ServerError("out of pages"))), sequence)
 
     def _consume(self, sequence: _Sequence, window: Window) -> None:
         _, item, number = window.attempt
@@ -285,7 +290,7 @@ class SimEngine:
         if sequence.cached == sequence.num_rows and sequence.text_s:
             self._decode_after(sequence, sequence.text_s)
         del sequence.windows[item]
-        self._say(Consumed(*window.attempt, window.stop))
+        self._say(Consumed(*window.attempt, window.stop), sequence)
 
     def _decode_after(self, sequence: _Sequence, seconds: float) -> None:
         sequence.decodes_at = self.world.now + seconds
@@ -297,7 +302,8 @@ class SimEngine:
         if sequence.lists_prompt:
             sequence.lists_prompt = False
             own = bytes(4 * sequence.num_rows)
-            self._say(PromptLogprobs(request_id=request_id, index=0, own=own, ranks=own, top_ids=b"", top=b""))
+            scores = PromptLogprobs(request_id=request_id, index=0, own=own, ranks=own, top_ids=b"", top=b"")
+            self._say(scores, sequence)
         if sequence.pace_s:
             self._decode_after(sequence, sequence.pace_s * self.world.random())
         for sample, index in list(sequence.tokens.items()):
@@ -317,12 +323,13 @@ class SimEngine:
                         logprobs=logprobs,
                         timings=timings,
                         sample=sample,
-                    )
+                    ),
+                    sequence,
                 )
             if stop == sampling.max_new_tokens:
                 self._remove_answer((request_id, sample))
                 vector = b"" if sampling.pooling is None else VECTOR
-                self._say(self._end_of(sequence, request_id, sample, vector))
+                self._say(self._end_of(sequence, request_id, sample, vector), sequence)
 
     def _timings(self, sequence: _Sequence) -> RequestTimings:
         """What prices follow from."""

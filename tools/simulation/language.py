@@ -72,6 +72,8 @@ class SimLanguage:
         self.engine = SimEngine(self)
         self.book = RequestBook(self.engine.cancel, self._to_sessions, self.tell, keep_s=sizes.keep_s)
         self.kept_checks, self.ledger = KeptChecks(self), LanguageLedger(self)
+        self.submits: dict[str, Submit] = {}
+        """What was begun last under each id."""
         self.offered: list[KeptRequest] = []
         """To the next hub, as it was when the last one was lost."""
         self.asked: dict[tuple[str, int], int] = {}
@@ -259,16 +261,21 @@ class SimLanguage:
 
     # ---- the engine ----
 
-    def hear(self, event: Said) -> None:
+    def hear(self, event: Said, of: Submit) -> None:
+        if self.submits[event.request_id] is not of:
+            with self.kept_checks.hearing_late(event):
+                self.book.hear(event, self.world.now)
+            return
         if event.request_id not in self.kept_checks.entries:
             self.book.hear(event, self.world.now)
             return
         with self.kept_checks.hearing(event):
             self.book.hear(event, self.world.now)
 
-    def preempted(self, request_id: str) -> None:
+    def preempted(self, request_id: str, of: Submit) -> None:
         self.book.preempted(request_id)
-        self.ledger.was_preempted(request_id)
+        if self.submits[request_id] is of:
+            self.ledger.was_preempted(request_id)
 
     # ---- links ----
 
@@ -363,6 +370,7 @@ class SimLanguage:
         now, checks_of_kept = self.world.now, self.kept_checks
         match message:
             case Submit():
+                self.submits[message.request_id] = message
                 checks_of_kept.begun(message)
                 self.book.begin(message, now)
                 if self.world.happens("allocation", 0.3):
