@@ -210,7 +210,9 @@ class HubChecks:
                     "I11", f"{message.request_id} may take {message.timeout_s} s, its client has {left_s} s"
                 )
             self._given[action.rank].add(message.request_id)
-            self._gone = None if self._gone == message.request_id else self._gone
+            if self._gone == message.request_id:  # what another rank has offered meanwhile under its name stays
+                self._gone = None
+                return
             offer = self._offers.pop(message.keep_as, None)
             if offer is not None and self.hub.cluster.languages[offer[0]].kept_checks.has(offer[1]):
                 raise Violation("I17", f"{message.request_id} is computed again; language rank {offer[0]} has it")
