@@ -72,7 +72,8 @@ class SimEncode:
         self.lease_until: dict[Attempt, float] = {}
         self.request_ends: dict[Attempt, float] = {}
         self.num_steps: Counter[Attempt] = Counter()
-        """Grants heard and headers sent: what is parked, granted and parked again began a new lease."""
+        """Grants heard and headers sent: what is parked, granted and parked again began a new lease; so did what was
+        given up and granted again, between two looks."""
         self.said_at: dict[int, float] = {}
         """When something was said last over each link."""
         self.stays, self.bounds = Stays(self.world), encode_bounds(cluster.limits, cluster.sizes.moving_s)
@@ -228,7 +229,7 @@ class SimEncode:
         self.ledger.may_release(attempt)
         self._end_work(attempt)
         self.encoded.discard(attempt)
-        for table in (self.visuals, self.lease_until, self.num_steps, self.request_ends):
+        for table in (self.visuals, self.lease_until, self.request_ends):
             table.pop(attempt, None)
 
     def _fail(self, attempt: Attempt, error: DisaggError) -> None:
