@@ -120,9 +120,9 @@ class RequestBook:
             if not self.kept.unhear(request_id, now) or request.missing:
                 self.forget(request_id)
 
-    def offer(self, attempts: Callable[[str], list[int]]) -> list[KeptRequest]:
-        """For the next frontend. `attempts`: the last one of each of a request's items."""
-        return self.kept.requests(attempts)
+    def offer(self, last_attempt: int) -> list[KeptRequest]:
+        """For the next frontend. `last_attempt`: the highest number that the sessions have heard of."""
+        return self.kept.requests(last_attempt)
 
     def look(self, now: float) -> bool:
         """Forget what nobody asked for; whether there will be more of that. Every so often."""

@@ -66,7 +66,7 @@ class LanguageRequests:
 
     def kept(self) -> list[KeptRequest]:
         """For the next frontend."""
-        return self.book.offer(self._links.attempts)
+        return self.book.offer(self._links.sessions.last_attempt)
 
     def _look(self) -> None:
         """Every so often, while there is something that may not be asked for in time."""

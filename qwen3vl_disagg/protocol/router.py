@@ -155,8 +155,8 @@ class Router:
             self._submit(event, rank, event.timeout_s)
             return
         self._requests[event.request_id].again = event
-        for item, attempt in zip(items, kept[1].attempts, strict=False):
-            item.state, item.attempt = "received", attempt
+        for item in items:
+            item.state, item.attempt = "received", kept[1].last_attempt
         self._actions.append(Send("language", rank, Adopt(request_id=event.request_id, timeout_s=event.timeout_s)))
 
     def _submit(self, event: Admit, rank: int, timeout_s: float) -> None:

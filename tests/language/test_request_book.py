@@ -13,6 +13,7 @@ from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.messages import (
     Adopt,
+    Assign,
     Cancel,
     Finished,
     ItemReceived,
@@ -51,7 +52,7 @@ class Desk:
         assert self.book.begin(submit, at) == at + 5.0
 
     def offers(self) -> list[str]:
-        return [offer.name for offer in self.book.offer(lambda _: [])]
+        return [offer.name for offer in self.book.offer(0)]
 
 
 @pytest.fixture
@@ -145,6 +146,20 @@ def test_the_sessions_keep_the_new_time():
     [tell] = sessions.handle(Tick(), 145.0)
     assert tell.message.request_id == "r"
     assert sessions.is_idle
+
+
+def test_what_is_over_is_offered_with_the_attempts_that_there_were(desk):
+    """It may be gone when somebody asks, and begin anew under its id: no attempt at it may come twice."""
+    allocator = BlockAllocator(num_blocks=4, num_deepstack_blocks=4, num_slots=4)
+    sessions = LanguageSessions(allocator, 8, RowSizes(4, 4, 12, 64, 4))
+    desk.begin("r", "a", keep_as="r")
+    sessions.handle(Expect("r", [visual("a")], [0], 100.0), 0.0)
+    sessions.handle(Assign(request_id="r", item=0, attempt=2, encode_rank=1), 0.0)
+    desk.book.hear(finished("r"), 1.0)
+    sessions.handle(Cancel(request_id="r"), 1.0)
+    desk.book.hub_lost(2.0)
+    [offer] = desk.book.offer(sessions.last_attempt)
+    assert offer.last_attempt == 2
 
 
 def test_what_nobody_adopts_is_over_in_time(desk):

@@ -235,9 +235,9 @@ class HubChecks:
                 "I17", f"{request_id} is adopted from language rank {language.rank}, which has not offered it"
             )
         self._offers = {name: offer for name, offer in self._offers.items() if offer[1] != request_id}
-        request = language.sessions.requests.get(request_id)
-        for session in () if request is None else request.sessions:
-            self._attempts[request_id, session.item] = (session.attempt, (-1, 0))
+        for key, assign in language.ledger.assigned.items():
+            if key[0] == request_id:
+                self._attempts[key] = (assign.attempt, (-1, 0))
 
     def failed_on(self, key: Key) -> set[int]:
         """Encode ranks that are here and have failed on an item."""

@@ -179,18 +179,18 @@ class KeptChecks:
         for request_id in self.rank.book.running:
             if request_id not in self.entries:
                 raise Violation("I17", f"{request_id} goes on though nobody will ask for it, or it lacks rows")
-        gone = self.entries.keys() - {offer.request_id for offer in self.rank.book.offer(_none)}
+        gone = self.entries.keys() - {offer.request_id for offer in self.rank.book.offer(0)}
         for request_id in gone:
             if self.entries[request_id].is_due(self.world.now, self._keep_s):
                 raise Violation("I17", f"{request_id} has all its rows, and is given up with its hub")
 
     def offers(self, offers: list[KeptRequest]) -> None:
-        """I10: who adopts counts the attempts on."""
+        """I10: who adopts counts the attempts on, also at what is over, and may have to begin anew."""
+        assigned = self.rank.ledger.assigned
         for offer in offers:
-            request = self.rank.sessions.requests.get(offer.request_id)
-            numbers = [] if request is None else [session.attempt for session in request.sessions]
-            if offer.attempts != numbers:
-                raise Violation("I10", f"{offer.request_id} is offered after attempts {offer.attempts} of {numbers}")
+            last = max((one.attempt for key, one in assigned.items() if key[0] == offer.request_id), default=0)
+            if offer.last_attempt < last:
+                raise Violation("I10", f"{offer.request_id} is offered after attempt {offer.last_attempt} of {last}")
 
     def told(self, message: Message) -> None:
         if self._overheard is not None:
@@ -237,7 +237,7 @@ class KeptChecks:
         for request_id in rank.engine.known:
             if request_id not in rank.book.running and stays.stay((request_id, "pages")) > PAGES_S:
                 raise Violation("I17", f"{request_id} is over, and keeps its pages")
-        kept = [offer.request_id for offer in rank.book.offer(_none)] if len(rank.book.kept) else []
+        kept = [offer.request_id for offer in rank.book.offer(0)] if len(rank.book.kept) else []
         for request_id in kept:
             entry = self.entries.get(request_id)
             since = None if entry is None else entry.unheard_since if entry.ended_at is None else entry.ended_at
@@ -256,8 +256,3 @@ class KeptChecks:
         """Whether a request is here that only has to be adopted."""
         entry = self.entries.get(request_id)
         return entry is not None and entry.is_due(self.world.now, self._keep_s)
-
-
-def _none(request_id: str) -> list[int]:
-    """Attempts do not matter here."""
-    return []

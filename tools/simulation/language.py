@@ -399,13 +399,8 @@ class SimLanguage:
         self.kept_checks.losing_hub()
         self.book.hub_lost(self.world.now)
         self.kept_checks.lost_hub()
-        self.offered = self.book.offer(self._attempts)
+        self.offered = self.book.offer(self.sessions.last_attempt)
         self.kept_checks.offers(self.offered)
-
-    def _attempts(self, request_id: str) -> list[int]:
-        """As the server of links does it."""
-        request = self.sessions.requests.get(request_id)
-        return [] if request is None else [session.attempt for session in request.sessions]
 
     def tick(self) -> None:
         self.handle(Tick())

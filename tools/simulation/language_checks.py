@@ -58,7 +58,7 @@ class LanguageLedger:
         self.ends: dict[str, float] = {}
         self.dues: dict[str, float] = {}
         """When each request has to end, and when its first token is due."""
-        self._assigned: dict[tuple[str, int], Assign] = {}
+        self.assigned: dict[tuple[str, int], Assign] = {}
         self._epochs: dict[int, int] = {}
         """Encode rank -> epoch of the last link."""
         self._moved: dict[tuple[int, int], tuple[float, float]] = {}
@@ -85,15 +85,14 @@ class LanguageLedger:
             case Submit():
                 self.ends[message.request_id] = now + message.timeout_s
                 self.dues[message.request_id] = now + message.due_s
-                for item in range(len(message.items)):
-                    self._assigned.pop((message.request_id, item), None)
-                self._told = {attempt for attempt in self._told if attempt[0] != message.request_id}
             case Adopt():
                 self.ends[message.request_id] = now + message.timeout_s
             case Assign():
-                last = self._assigned.get((message.request_id, message.item))
-                if last is None or last.attempt <= message.attempt:
-                    self._assigned[message.request_id, message.item] = message
+                key = (message.request_id, message.item)
+                last = self.assigned.get(key)
+                if last is not None and message.attempt <= last.attempt:
+                    raise Violation("I10", f"attempt {message.attempt} at {key} comes after attempt {last.attempt}")
+                self.assigned[key] = message
 
     def before(self, event: LanguageEvent) -> None:
         self._event = event
@@ -155,7 +154,7 @@ class LanguageLedger:
             return
         self.sent.append(action)
         if isinstance(body, Room):
-            assign = self._assigned.get((body.request_id, body.item))
+            assign = self.assigned.get((body.request_id, body.item))
             if assign is None or (assign.attempt, assign.encode_rank) != (body.attempt, action.peer):
                 raise Violation("I10", f"{body.key} is granted to encode rank {action.peer}; assigned is {assign}")
             if isinstance(body, Grant):
