@@ -65,8 +65,8 @@ class Refused(Message, frozen=True):
 class KeptRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request that a language rank goes on with, or whose answers it has, while nobody hears them.
 
-    `name`: what it was kept as (`Submit`). `last_attempt`: no attempt at an item of it has had a higher number; those of
-    a run that begins anew under its id count on.
+    `name`: what it was kept as (`Submit`). `last_attempt`: no attempt at an item of it has had a higher number; a run
+    that begins anew under its id counts on.
     """
 
     name: str

@@ -23,8 +23,8 @@ def _pools(rank: Any) -> None:
     """I1: pools add up and are disjoint. Looked at when something has been taken or given back."""
     allocator = rank.sessions.allocator
     free, totals = allocator._free, allocator.totals
-    counts = (len(free["rows"]), len(free["deepstack"]), len(free["slots"]), len(allocator.quarantined))
-    mark = (*counts, len(allocator.leases), allocator._generation)
+    num_free = len(free["rows"]), len(free["deepstack"]), len(free["slots"])
+    mark = num_free, len(allocator._leases), len(allocator._quarantine), allocator._generation
     if mark == rank.pools_mark:
         return
     rank.pools_mark = mark
@@ -83,11 +83,14 @@ def language_side(rank: Any) -> None:
                     raise Violation("I4", f"{session.key} received {session.received} of {grant.row_stop}")
     if is_waiting:
         _nobody_waits_in_vain(rank)
-    if len(allocator.leases) != num_held:
+    if len(allocator._leases) != num_held:
         raise Violation("I2", f"{len(allocator.leases)} leases are owned, sessions hold {num_held}")
-    num_quarantined = sum([len(leases) for leases in sessions.pending.values()])
-    num_quarantined += sum([len(leases) for leases in sessions.recalled.values()])
-    if len(allocator.quarantined) != num_quarantined:
+    num_quarantined = 0
+    if sessions.pending or sessions.recalled:
+        num_quarantined = sum(
+            len(leases) for table in (sessions.pending, sessions.recalled) for leases in table.values()
+        )
+    if len(allocator._quarantine) != num_quarantined:
         raise Violation("I2", f"{len(allocator.quarantined)} leases in quarantine, {num_quarantined} are accounted for")
 
 

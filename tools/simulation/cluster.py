@@ -82,6 +82,8 @@ class Cluster:
         """(from, to) pairs of roles and ranks that a partition keeps apart."""
         self.issued_at: dict[Attempt, float] = {}
         """When the hub gave an attempt out."""
+        self.gone: list[Any] = []
+        """Processes that are over."""
         self.num_payload_rows = 0
         self.num_asking = 0
         """Clients that will ask again."""
@@ -141,6 +143,7 @@ class Cluster:
     def restart(self, role: str, number: int) -> None:
         """The slot has forked a dead rank again."""
         ranks: Any = self.encodes if role == "encode" else self.languages
+        self.gone.append(ranks[number])
         ranks[number] = (SimEncode if role == "encode" else SimLanguage)(self, number)
         self.start(ranks[number])
 
@@ -149,9 +152,7 @@ class Cluster:
         language = self.languages[language_rank]
         if encode.is_dead or language_rank in encode.links:
             return
-        blocked = {(("encode", encode.rank), ("language", language_rank))}
-        blocked |= {(b, a) for a, b in blocked}
-        if language.is_dead or blocked & self.blocked or language.frozen_until > self.world.now:
+        if language.is_dead or language.frozen_until > self.world.now or self._are_apart(encode.rank, language_rank):
             self.world.at(0.3, encode, self.connect, encode, language_rank)
             return
         pair = (encode.rank, language_rank)
@@ -161,6 +162,10 @@ class Cluster:
         link.to_encode.last = self.world.now + self.world.delay()
         self.world.at_time(link.to_encode.last, encode, encode.link_up, link)
         language.link_up(link)
+
+    def _are_apart(self, encode_rank: int, language_rank: int) -> bool:
+        ends = ("encode", encode_rank), ("language", language_rank)
+        return bool(self.blocked) and (ends in self.blocked or ends[::-1] in self.blocked)
 
     def end_process(self, rank: Any, restart_s: float) -> None:
         """The kernel closes its connections; the slot forks it again."""

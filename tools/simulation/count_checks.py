@@ -18,6 +18,7 @@ from qwen3vl_disagg.protocol.messages import (
     ItemLost,
     ItemReceived,
     LinksUp,
+    Message,
     NeedItems,
     Submit,
 )
@@ -85,8 +86,13 @@ class CountChecks:
         kind = type(event)
         if kind is Tick:
             self._looking()
-        if kind is Tick or (kind is FromRank and type(event.message) not in _NEWS):  # type: ignore[union-attr]
-            return
+        elif kind is FromRank:
+            if type(event.message) in _NEWS:  # type: ignore[union-attr]
+                self._news(event.rank, event.message)  # type: ignore[union-attr]
+        else:
+            self._heard_otherwise(event)
+
+    def _heard_otherwise(self, event: Event) -> None:
         match event:
             case Admit():
                 self._admitting([event])
@@ -102,15 +108,18 @@ class CountChecks:
             case RankDown(role="language"):
                 self._kv_tokens.pop(event.rank, None)
                 self._used_at.pop(event.rank, None)
-            case FromRank(message=LinksUp(language_ranks=ranks, epochs=epochs)):
-                self._links[event.rank] = dict(zip(ranks, epochs, strict=True))
-            case FromRank(message=EncodingBegun(digest=digest)):
-                self._under_way[event.rank][digest] += 1
-            case FromRank(message=EncodingEnded(digest=digest)):
-                self._under_way[event.rank] -= Counter((digest,))
-            case FromRank(message=NeedItems(request_id=request_id, items=items)):
+
+    def _news(self, rank: int, message: Message) -> None:
+        match message:
+            case LinksUp(language_ranks=ranks, epochs=epochs):
+                self._links[rank] = dict(zip(ranks, epochs, strict=True))
+            case EncodingBegun(digest=digest):
+                self._under_way[rank][digest] += 1
+            case EncodingEnded(digest=digest):
+                self._under_way[rank] -= Counter((digest,))
+            case NeedItems(request_id=request_id, items=items):
                 self._received -= {(request_id, item) for item in items}
-            case FromRank(message=ItemFailed() | ItemLost() | ItemReceived() as message):
+            case ItemFailed() | ItemLost() | ItemReceived():
                 key = (message.request_id, message.item)
                 number, encode_rank = self._at.get(key, (0, -1))
                 if number == message.attempt:
@@ -119,7 +128,7 @@ class CountChecks:
                         self._received.add(key)
                         self._learn(key, encode_rank)
                     if isinstance(message, ItemLost):
-                        self._lost(encode_rank, event.rank, message.dead_epoch)
+                        self._lost(encode_rank, rank, message.dead_epoch)
 
     def _learn(self, key: Key, rank: int) -> None:
         """How long an encode rank took for a unit of work."""
@@ -323,9 +332,12 @@ class CountChecks:
     def after(self, event: Event) -> None:
         """I11, I12: nobody is refused while there is place, and nobody is taken without."""
         kind = type(event)
-        if kind is FromRank and type(event.message) not in _NEWS:  # type: ignore[union-attr]
-            return
-        if isinstance(event, Admit | AdmitTogether):
+        if kind is Tick:
+            self._is_relieved()
+        elif kind is FromRank:
+            if type(event.message) in (ItemLost, LinksUp):  # type: ignore[union-attr]
+                self._are_links_known()
+        elif isinstance(event, (Admit, AdmitTogether)):
             for one in (event,) if isinstance(event, Admit) else event.admits:
                 client = self.hub.cluster.clients[one.request_id]
                 is_refused = isinstance(client.error, OverloadedError)
@@ -334,12 +346,11 @@ class CountChecks:
                 if self._is_too_much and client.error is None:
                     raise Violation("I12", f"{one.request_id} was taken, and there was no place")
                 self.hub.waits.refused(client.error, self.waiting_cost)
-        elif isinstance(event, Tick):
-            self._is_relieved()
-        elif isinstance(event, FromRank) and isinstance(event.message, ItemLost | LinksUp):
-            for rank, links in self._links.items():
-                if (known := self.hub.router._attempts.ranks[rank].links) != links.keys():
-                    raise Violation("I11", f"encode rank {rank} has links to {links}, the router knows {known}")
+
+    def _are_links_known(self) -> None:
+        for rank, links in self._links.items():
+            if (known := self.hub.router._attempts.ranks[rank].links) != links.keys():
+                raise Violation("I11", f"encode rank {rank} has links to {links}, the router knows {known}")
 
     def on_time(self) -> None:
         """I15: what is over counts nowhere. I11: what is under way is known, as a death would be the work of that."""

@@ -288,7 +288,7 @@ class SimEncode:
             is_next = True
             self.ledger.heard(peer, frame)
         if type(body) is not Ack:
-            if isinstance(body, Abort | Nack):
+            if isinstance(body, (Abort, Nack)):
                 self.lease_until.pop(body.key, None)
             attempt = body.key if isinstance(body, Room) else None
             if attempt in self.sessions.items:

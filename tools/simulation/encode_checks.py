@@ -81,7 +81,7 @@ class EncodeLedger:
     def taken(self, peer: int, frame: Frame) -> None:
         """I11, I13, I15: it has been handled, and its link goes on."""
         body = frame.body
-        if not isinstance(body, Room | Ack | Nack | Abort):
+        if not isinstance(body, (Room, Ack, Nack, Abort)):
             return
         item = self.sessions.items.get(body.key)
         if isinstance(body, Grant) and item is None:
@@ -133,7 +133,7 @@ class EncodeLedger:
             return
         if isinstance(event, FrameIn):
             body = event.frame.body
-            is_over = isinstance(body, Ack | Nack | Abort) and body.key == attempt
+            is_over = isinstance(body, (Ack, Nack, Abort)) and body.key == attempt
             if is_over or (isinstance(body, Grant) and body.key[:2] == attempt[:2]):
                 return
         peer = self._came_from.get(attempt)

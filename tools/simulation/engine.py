@@ -205,10 +205,12 @@ class SimEngine:
         self._admit()
         work: list[tuple[_Sequence, Window | None]] = []
         for sequence in self.known.values():
-            is_decoding = sequence.cached == sequence.num_rows and sequence.decodes_at <= self.world.now
-            if sequence.is_admitted and (sequence.window or is_decoding):
-                checks.one_attempt(sequence.attempts, sequence.window)
-                work.append((sequence, sequence.window))
+            if not sequence.is_admitted:
+                continue
+            window, is_done = sequence.window, sequence.cached == sequence.num_rows
+            if window or (is_done and sequence.decodes_at <= self.world.now):
+                checks.one_attempt(sequence.attempts, window)
+                work.append((sequence, window))
         if work:
             self.world.at((0.002 + 0.03 * self.world.random()) * self.rank.slowness, self.rank, self._end, work)
         else:
@@ -238,7 +240,9 @@ class SimEngine:
         self.world.at(patience, self.rank, self._wake)
 
     def _admit(self) -> None:
-        running = sum(1 for s in self.known.values() if s.is_admitted)
+        running = sum([s.is_admitted for s in self.known.values()])
+        if running == min(len(self.known), MAX_RUNNING):
+            return
         for request_id, sequence in self.known.items():
             if not sequence.is_admitted and sequence.waits_until <= self.world.now and running < MAX_RUNNING:
                 running += 1

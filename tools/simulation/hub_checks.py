@@ -83,8 +83,13 @@ class HubChecks:
         if isinstance(event, FromRank) and event.role == "language" and event.rank in self._given:
             self._heard_of_language(event.rank, event.message)
         kind = type(event)
-        if kind is Tick or (kind is FromRank and type(event.message) not in _NEWS):  # type: ignore[union-attr]
-            return
+        if kind is FromRank:
+            if type(event.message) in _NEWS:  # type: ignore[union-attr]
+                self._news(event.rank, event.message)  # type: ignore[union-attr]
+        elif kind is not Tick:
+            self._heard_otherwise(event)
+
+    def _heard_otherwise(self, event: Event) -> None:
         match event:
             case RankUp(role="encode"):
                 self._down(event.rank)
@@ -92,12 +97,6 @@ class HubChecks:
                 self._under_way_at[event.rank] = Counter()
             case RankDown(role="encode"):
                 self._down(event.rank)
-            case FromRank(message=EncodingBegun() as message):
-                self._under_way_at[event.rank][message.digest] += 1
-            case FromRank(message=EncodingEnded() as message):
-                self._under_way_at[event.rank] -= Counter({message.digest: 1})
-                if message.is_well:
-                    self._suspects.pop(message.digest, None)
             case RankUp(role="language"):
                 self._language_down(event.rank)
                 self._language.add(event.rank)
@@ -105,7 +104,16 @@ class HubChecks:
                 self._offered(event)
             case RankDown(role="language"):
                 self._language_down(event.rank)
-            case FromRank(message=ItemFailed() | ItemLost() as message):
+
+    def _news(self, rank: int, message: Message) -> None:
+        match message:
+            case EncodingBegun():
+                self._under_way_at[rank][message.digest] += 1
+            case EncodingEnded():
+                self._under_way_at[rank] -= Counter({message.digest: 1})
+                if message.is_well:
+                    self._suspects.pop(message.digest, None)
+            case ItemFailed() | ItemLost():
                 key = (message.request_id, message.item)
                 attempt, worker = self._attempts.get(key, (0, (-1, 0)))
                 if attempt == message.attempt:
@@ -116,8 +124,8 @@ class HubChecks:
                         self._failed[key].add(attempt)
                     if self._is_encoding(key, attempt):
                         self._failed_on[key].add(worker)
-            case FromRank(role="encode", message=Leaving()):
-                self._leaving.add(self._worker(event.rank))
+            case Leaving():
+                self._leaving.add(self._worker(rank))
 
     def _offered(self, event: RankUp) -> None:
         """The first under a name stays."""
@@ -278,7 +286,7 @@ class HubChecks:
             for request_id, request in router._requests.items():
                 if request_id not in self._given[request.language_rank]:
                     raise Violation("I11", f"{request_id} is awaited from a language rank that has never had it")
-        if isinstance(event, RankUp | RankDown) and event.role == "encode":
+        if isinstance(event, (RankUp, RankDown)) and event.role == "encode":
             for request_id, request in router._requests.items():
                 for index, item in enumerate(request.items):
                     state = router._attempts.ranks.get(item.encode_rank)

@@ -94,7 +94,7 @@ class SimLanguage:
         self.epochs: dict[Attempt, int] = {}
         """Of the link over which an attempt's last payload comes."""
         self._acked: set[Attempt] = set()
-        self.pools_mark: tuple[int, ...] = ()
+        self.pools_mark: tuple[Any, ...] = ()
         self._jobs: dict[Attempt, Receive] = {}
         self._do = {
             SendFrame: self._send_frame,

@@ -70,7 +70,7 @@ class LanguageLedger:
         self.sent: list[SendFrame] = []
         self._did: list[Any] = []
         """By this event; frames and the rest."""
-        self._stays, self._linked_at = Stays(self.world), dict[int, float]()
+        self._stays, self._linked_at, self._all_linked_at = Stays(self.world), dict[int, float](), 0.0
         self.told_last: Message | None = None
         self._cut: tuple[str, int | None] | None = None
         self._event: LanguageEvent = Tick()
@@ -270,7 +270,7 @@ class LanguageLedger:
     def frame_comes(self, peer: int, frame: Frame) -> None:
         """One that is the next."""
         body = frame.body
-        session = self.sessions.find(*body.key) if isinstance(body, Header | Nack | Abort) else None
+        session = self.sessions.find(*body.key) if isinstance(body, (Header, Nack, Abort)) else None
         self._before = session if session is not None and session.encode_rank == peer else None
         if isinstance(body, Header) and session is not None and session.state is not GRANTED:
             self._before = None
@@ -279,12 +279,12 @@ class LanguageLedger:
         """I8: a header is answered once, with yes if it is right. I11: who gives an attempt up is believed."""
         body, session = frame.body, self._before
         if isinstance(body, Header):
-            answers = [one.frame.body for one in self.sent if isinstance(one.frame.body, HeaderOk | Nack)]
+            answers = [one.frame.body for one in self.sent if isinstance(one.frame.body, (HeaderOk, Nack))]
             kinds = [type(answer) for answer in answers if answer.key == body.key and self.sent[0].peer == peer]
             num_jobs = sum(isinstance(one, Receive) for one in self._did)
             if kinds != [HeaderOk if was_right else Nack] or num_jobs != was_right:
                 raise Violation("I8", f"{body} is answered with {answers}; right is {was_right}")
-        is_given_up = session is not None and isinstance(body, Header | Nack | Abort) and not was_right
+        is_given_up = session is not None and isinstance(body, (Header, Nack, Abort)) and not was_right
         key = getattr(body, "key", None)
         is_told = any(isinstance(one, ItemLost) and one.key == key for one in self._did)
         if is_told and session is None:
@@ -342,7 +342,7 @@ class LanguageLedger:
         """I9: epochs of links that are gone, as long as somebody may speak of them. I15: and no longer."""
         sessions = self.sessions
         if self._epochs.keys() == sessions._last_epochs.keys() == sessions.links.keys():
-            self._linked_at = dict.fromkeys(self._epochs, self.world.now)
+            self._all_linked_at = self.world.now
             return
         stays = self._stays.look(self.world.now)
         forget_s = sessions.limits.forget_s
@@ -352,7 +352,7 @@ class LanguageLedger:
                 self._linked_at[peer] = self.world.now
             gone_s = 0.0 if peer in sessions.links else stays.stay((peer, epoch))
             is_free = peer not in at and stays.stay((peer, "free")) > 0
-            at_most_s = self.world.now - self._linked_at.get(peer, 0.0)
+            at_most_s = self.world.now - max(self._linked_at.get(peer, 0.0), self._all_linked_at)
             known = sessions._last_epochs.get(peer)
             if known is None and (peer in sessions.links or peer in at or at_most_s < forget_s):
                 raise Violation("I9", f"epoch {epoch} of encode rank {peer} is forgotten after {at_most_s} s")

@@ -57,7 +57,15 @@ def run_schedule(rng: Random) -> Outcome:
         violation, invariant = f"raised {type(error).__name__}: {error}", "raised"
     answered = sum(1 for client in cluster.clients.values() if client.is_ended and client.error is None)
     failed = sum(1 for client in cluster.clients.values() if client.error is not None and not client.asks_again)
-    return Outcome(world.num_events, world.table, answered, failed, violation, invariant)
+    outcome = Outcome(world.num_events, world.table, answered, failed, violation, invariant)
+    _take_apart(world, cluster)
+    return outcome
+
+
+def _take_apart(world: World, cluster: Cluster) -> None:
+    """All of it knows all of it: without this only the collector of cycles would find that nobody has it any more."""
+    for part in (*cluster.gone, *cluster.encodes, *cluster.languages, cluster.hub, cluster, world):
+        vars(part).clear()
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class WordChecks:
             return
         request_id = getattr(message, "request_id", "")
         if self.at.get(request_id) != rank:
-            if isinstance(message, NeedItems | PromptLogprobs | Tokens):
+            if isinstance(message, (NeedItems, PromptLogprobs, Tokens)):
                 self._unknown = rank, request_id
             return
         client = self.hub.cluster.clients[request_id]
@@ -167,7 +167,7 @@ class WordChecks:
             return
         if self._delivered != ([] if self._due is None else [self._due]):
             raise Violation("I14", f"{self._delivered} is passed on after {event}, should be {self._due}")
-        is_of_many = isinstance(event, RankUp | RankDown) or getattr(event, "message", None).__class__ is LinksUp
+        is_of_many = isinstance(event, (RankUp, RankDown)) or getattr(event, "message", None).__class__ is LinksUp
         if is_of_many and self._deaths != sorted(self._deaths):
             raise Violation("I11", f"what {self._deaths} ranks died over is given out in that order")
         self._who_is_told(event)
@@ -196,7 +196,7 @@ class WordChecks:
         expected: list[tuple[int, str]] = []
         for request_id, (rank, _) in self._ended.items():
             message = event.message if isinstance(event, FromRank) else None
-            is_own_word = isinstance(message, Finished | RequestFailed) and message.request_id == request_id
+            is_own_word = isinstance(message, (Finished, RequestFailed)) and message.request_id == request_id
             is_back = isinstance(event, RankUp) and event.role == "language" and event.rank == rank
             if rank in self._language and not is_own_word and not is_back:
                 expected.append((rank, request_id))
