@@ -125,15 +125,15 @@ def _prepare(rng: Random) -> tuple[World, Cluster, _Plan]:
             max_suspects=rng.choice((1, 2, 1024)),
         ),
         are_language_ranks_required=rng.random() < 0.25,
-        encode_s=3.0 if is_crowded else 0.3,
-        payload_s=1.5 if is_crowded else rng.choice((0.0, 0.0, 1.0)),
+        encode_s=rng.choice((0.5, 3.0)) if is_crowded else 0.3,
+        payload_s=2.0 if is_crowded else rng.choice((0.0, 0.0, 1.0)),
         clips=rng.choice((0.0, 0.2, 0.8)),
         shared=rng.choice((0.0, 0.0, 0.5)),
         kv_tokens=rng.choice((0, 0, 40)),
         moving_s=moving_s(bounds),
         keep_s=rng.choice((4.0, 4.0, 20.0, KEEP_S)) if are_kept else KEEP_S,
     )
-    memory = rng.choice((1, 1, 4)) if is_crowded else rng.choice((1, 2, 8))
+    memory = rng.choice((1, 4, 4)) if is_crowded else rng.choice((1, 2, 8))
     limits = msgspec.structs.replace(LIMITS, max_items=memory, max_parked=memory, max_urgent=1, max_clips=1)
     limits = msgspec.structs.replace(limits, forget_s=rng.choice((6.0, 120.0)))
     cluster = Cluster(world, sizes, limits, preemption=rng.choice((0.0, 0.05, 0.2)))
