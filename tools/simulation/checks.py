@@ -122,7 +122,8 @@ def _nobody_waits_in_vain(rank: Any) -> None:
     """I11: whoever is first in line gets room as soon as there is some."""
     sessions = rank.sessions
     allocator = sessions.allocator
-    begun = unbegun = None
+    begun: list[Session] = []
+    unbegun = None
     for request in _as_due(sessions):
         for session in request.sessions:
             if not _lacks_room(session) or (session.request_id, session.item) not in rank.asked:
@@ -130,10 +131,14 @@ def _nobody_waits_in_vain(rank: Any) -> None:
             if session.encode_rank in sessions.links and session.state is not IDLE and session.quarantined_as is None:
                 if session.state is WAITING and session.room is not None:
                     raise Violation("I11", f"{session.key} has kept its room and is not granted")
-                begun = begun or (session if session.hold is not None else None)
-                unbegun = unbegun or (session if session.hold is None else None)
+                if session.hold is not None:
+                    begun.append(session)
+                else:
+                    unbegun = unbegun or session
             break
-    first = begun or unbegun
+    if len(begun) > 1:
+        _who_has_deepstack_passes(rank, begun)
+    first = begun[0] if begun else unbegun
     if first is None or first.state is not WAITING:
         return
     if not sessions.is_short_of_room:
@@ -146,6 +151,16 @@ def _nobody_waits_in_vain(rank: Any) -> None:
     deepstack = min(needed, 1) if is_ranged else needed if first.hold is None else 0
     if allocator.num_free("deepstack") >= deepstack and (first.hold is not None or allocator.num_free("slots")):
         raise Violation("I11", f"{first.key} waits though there is room")
+
+
+def _who_has_deepstack_passes(rank: Any, begun: list[Session]) -> None:
+    """I11: rows are kept from nobody by one that waits for DeepStack blocks, which those behind it may have."""
+    allocator = rank.sessions.allocator
+    for session in begun:
+        if session.state is not WAITING or not allocator.num_free("rows"):
+            return
+        if session.hold is not None and session.hold.deepstack:
+            raise Violation("I11", f"{session.key} lacks rows alone, waits for them, and some are free")
 
 
 def granted(rank: Any, grant: Room) -> None:
@@ -189,6 +204,8 @@ def granted(rank: Any, grant: Room) -> None:
         raise Violation("I5", f"DeepStack rows {wanted} granted, should be {expected}")
     if num_blocks > -(-(total - first) // size):
         raise Violation("I12", f"{num_blocks} DeepStack blocks for rows {first} to {total}")
+    if len(session.room.rows) > (most := _most_blocks(sessions)):
+        raise Violation("I12", f"{len(session.room.rows)} blocks for {grant.key} at once, {most} may be")
     _runs_are_whole(session.room.rows, size, grant.row_runs, sessions.row_sizes.max_run_rows)
     key, room = (grant.request_id, grant.item), session.room.generation
     had_begun, is_kept = key in rank.begun, rank.begun.get(key) == room
@@ -212,14 +229,18 @@ def _runs_are_whole(blocks: Sequence[int], size: int, runs: Sequence[int], most:
         raise Violation("I12", f"{left} rows in blocks {blocks} go in runs {runs}, should be {expected}")
 
 
+def _most_blocks(sessions: Any) -> int:
+    """Of one grant: the numbers of its runs go in a frame."""
+    return max(1, layout.MAX_RUNS // -(-sessions.block_size // sessions.row_sizes.max_run_rows))
+
+
 def _takes_what_is_free(sessions: Any, session: Session, grant: Room) -> None:
     """I11: who gets less than it lacks has got all that was free, or as much as one grant may have."""
     if grant.row_stop == session.total or session.room is None:
         return
-    allocator, runs_of_a_block = sessions.allocator, -(-sessions.block_size // sessions.row_sizes.max_run_rows)
-    most = max(1, layout.MAX_RUNS // runs_of_a_block)
+    allocator = sessions.allocator
     is_short = session.room.deepstack and not allocator.num_free("deepstack")
-    if allocator.num_free("rows") and len(session.room.rows) < most and not is_short:
+    if allocator.num_free("rows") and len(session.room.rows) < _most_blocks(sessions) and not is_short:
         raise Violation("I11", f"{session.key} got {len(session.room.rows)} blocks, and more were free")
 
 

@@ -384,7 +384,9 @@ class SimLanguage:
                     self.book.adopt(message, now)
                 self.engine.may_fail(message.request_id)
             case Assign():
+                whole = self.ledger.assigning(message)
                 self.handle(message)
+                self.ledger.was_assigned(whole)
             case Cancel(sample=None):
                 checks_of_kept.forgotten(message.request_id)
                 self.book.forget(message.request_id)

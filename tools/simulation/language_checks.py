@@ -25,7 +25,7 @@ from qwen3vl_disagg.protocol.messages import (
     Room,
     Submit,
 )
-from qwen3vl_disagg.protocol.session import GRANTED, HELD, IDLE, RECEIVING, WAITING, Session
+from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING, Session
 from qwen3vl_disagg.protocol.session_events import (
     Attempt,
     BreakLink,
@@ -266,6 +266,18 @@ class LanguageLedger:
         is_right = session.deadline == until or abs(session.deadline - until) < _MOMENT_S
         if state in (WAITING, GRANTED, RECEIVING, HELD) and not is_right:
             raise Violation("I11", f"{session.key} is {state} until {session.deadline}, should be {until}")
+
+    def assigning(self, assign: Assign) -> Session | None:
+        """The session, if all its rows are here: the news of that may be under way."""
+        request = self.sessions.requests.get(assign.request_id)
+        session = None if request is None else request.sessions[assign.item]
+        is_whole = session is not None and session.state in (HELD, DONE) and session.received == session.total
+        return session if is_whole else None
+
+    def was_assigned(self, whole: Session | None) -> None:
+        """I13: what is here is not encoded and sent once more."""
+        if whole is not None and whole.state not in (HELD, DONE):
+            raise Violation("I13", f"all rows of {whole.key} are here, and another attempt is {whole.state}")
 
     def frame_comes(self, peer: int, frame: Frame) -> None:
         """One that is the next."""
