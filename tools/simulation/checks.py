@@ -122,8 +122,7 @@ def _nobody_waits_in_vain(rank: Any) -> None:
     """I11: whoever is first in line gets room as soon as there is some."""
     sessions = rank.sessions
     allocator = sessions.allocator
-    begun: list[Session] = []
-    unbegun = None
+    begun = unbegun = None
     for request in _as_due(sessions):
         for session in request.sessions:
             if not _lacks_room(session) or (session.request_id, session.item) not in rank.asked:
@@ -131,14 +130,10 @@ def _nobody_waits_in_vain(rank: Any) -> None:
             if session.encode_rank in sessions.links and session.state is not IDLE and session.quarantined_as is None:
                 if session.state is WAITING and session.room is not None:
                     raise Violation("I11", f"{session.key} has kept its room and is not granted")
-                if session.hold is not None:
-                    begun.append(session)
-                else:
-                    unbegun = unbegun or session
+                begun = begun or (session if session.hold is not None else None)
+                unbegun = unbegun or (session if session.hold is None else None)
             break
-    if len(begun) > 1:
-        _who_has_deepstack_passes(rank, begun)
-    first = begun[0] if begun else unbegun
+    first = begun or unbegun
     if first is None or first.state is not WAITING:
         return
     if not sessions.is_short_of_room:
@@ -151,16 +146,6 @@ def _nobody_waits_in_vain(rank: Any) -> None:
     deepstack = min(needed, 1) if is_ranged else needed if first.hold is None else 0
     if allocator.num_free("deepstack") >= deepstack and (first.hold is not None or allocator.num_free("slots")):
         raise Violation("I11", f"{first.key} waits though there is room")
-
-
-def _who_has_deepstack_passes(rank: Any, begun: list[Session]) -> None:
-    """I11: rows are kept from nobody by one that waits for DeepStack blocks, which those behind it may have."""
-    allocator = rank.sessions.allocator
-    for session in begun:
-        if session.state is not WAITING or not allocator.num_free("rows"):
-            return
-        if session.hold is not None and session.hold.deepstack:
-            raise Violation("I11", f"{session.key} lacks rows alone, waits for them, and some are free")
 
 
 def granted(rank: Any, grant: Room) -> None:
