@@ -335,7 +335,7 @@ class CountChecks:
         if kind is Tick:
             self._is_relieved()
         elif kind is FromRank:
-            if type(event.message) in (ItemLost, LinksUp):  # type: ignore[union-attr]
+            if isinstance(event.message, (ItemLost, LinksUp)):  # type: ignore[union-attr]
                 self._are_links_known()
         elif isinstance(event, (Admit, AdmitTogether)):
             for one in (event,) if isinstance(event, Admit) else event.admits:
