@@ -8,7 +8,6 @@ its end is kept, for `keep_s` after the death or the end. What is adopted is hea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from qwen3vl_disagg.protocol.messages import Finished, KeptRequest, Message, PromptLogprobs, RequestFailed, Tokens
@@ -101,10 +100,10 @@ class KeptAnswers:
         """Those that nobody has asked for in time."""
         return [request_id for request_id, kept in self._kept.items() if now >= kept.until]
 
-    def requests(self, attempts: Callable[[str], list[int]]) -> list[KeptRequest]:
-        """For the next hello. `attempts`: of a request's items."""
+    def requests(self, last_attempt: int) -> list[KeptRequest]:
+        """For the next hello. `last_attempt`: the highest number that this rank has heard of."""
         return [
-            KeptRequest(name=kept.name, request_id=request_id, attempts=attempts(request_id))
+            KeptRequest(name=kept.name, request_id=request_id, last_attempt=last_attempt)
             for request_id, kept in self._kept.items()
         ]
 

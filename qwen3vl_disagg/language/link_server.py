@@ -172,11 +172,6 @@ class LinkServer:
             self._drop(link, "the language rank leaves")
             await link.control.close()
 
-    def attempts(self, request_id: str) -> list[int]:
-        """The last attempt of each item of a request; none of one that needs no items any more."""
-        request = self.sessions.requests.get(request_id)
-        return [] if request is None else [session.attempt for session in request.sessions]
-
     # -- sessions
 
     def handle(self, event: LanguageEvent) -> None:

@@ -7,6 +7,7 @@ called at once. The simulator runs it, too.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -47,8 +48,8 @@ class Running:
 
 
 class RequestBook:
-    """`cancel` takes a request, or one of its answers, from the engine; `to_sessions` is heard by the sessions; `tell`
-    gets what the router should hear."""
+    """`cancel` takes a request, or one of its answers, from the engine, which says `left` when a whole one has gone;
+    `to_sessions` is heard by the sessions; `tell` gets what the router should hear."""
 
     def __init__(
         self,
@@ -60,6 +61,8 @@ class RequestBook:
     ) -> None:
         self._cancel, self._to_sessions, self._tell = cancel, to_sessions, tell
         self.running: dict[str, Running] = {}
+        self._leaving: Counter[str] = Counter()
+        """Requests that the engine has not left yet. Under such a name another may have begun, or the same one anew."""
         self.kept = KeptAnswers(keep_s)
 
     # -- what the frontend says
@@ -117,9 +120,9 @@ class RequestBook:
             if not self.kept.unhear(request_id, now) or request.missing:
                 self.forget(request_id)
 
-    def offer(self, attempts: Callable[[str], list[int]]) -> list[KeptRequest]:
-        """For the next frontend. `attempts`: the last one of each of a request's items."""
-        return self.kept.requests(attempts)
+    def offer(self, last_attempt: int) -> list[KeptRequest]:
+        """For the next frontend. `last_attempt`: the highest number that the sessions have heard of."""
+        return self.kept.requests(last_attempt)
 
     def look(self, now: float) -> bool:
         """Forget what nobody asked for; whether there will be more of that. Every so often."""
@@ -130,8 +133,8 @@ class RequestBook:
     # -- what the engine says
 
     def hear(self, event: Said, now: float) -> None:
-        """Of a request that is not known nothing is done: it was cancelled while the step ran."""
-        request = self.running.get(event.request_id)
+        """Of a request that is not known, or begun anew, nothing is done: it was cancelled while the step ran."""
+        request = self._of_engine(event.request_id)
         if request is None:
             return
         match event:
@@ -149,10 +152,23 @@ class RequestBook:
 
     def preempted(self, request_id: str) -> None:
         """The engine gave the request's pages up: until it says NeedItems again, it needs no rows."""
-        request = self.running.get(request_id)
+        request = self._of_engine(request_id)
         if request is not None:
             request.missing = set()
             self._to_sessions(Expect(request_id, request.items, [], request.deadline, due=request.due))
+
+    def left(self, request_id: str) -> None:
+        """What it says from now on is of one that was begun later."""
+        self._leaving[request_id] -= 1
+        if self._leaving[request_id] <= 0:
+            del self._leaving[request_id]
+
+    def _of_engine(self, request_id: str) -> Running | None:
+        return None if request_id in self._leaving else self.running.get(request_id)
+
+    def _leave(self, request_id: str) -> None:
+        self._leaving[request_id] += 1
+        self._cancel(request_id, None)
 
     def _need(self, event: NeedItems, request: Running) -> None:
         if not self.kept.is_heard(event.request_id):  # only a frontend can have them encoded again
@@ -169,7 +185,7 @@ class RequestBook:
         """They have forgotten a request that fails."""
         if isinstance(message, RequestFailed):
             self.running.pop(message.request_id, None)
-            self._cancel(message.request_id, None)
+            self._leave(message.request_id)
             self._say(message, now)
             return
         if isinstance(message, ItemReceived) and (request := self.running.get(message.request_id)):
@@ -183,5 +199,5 @@ class RequestBook:
 
     def _drop(self, request_id: str) -> None:
         self.running.pop(request_id, None)
-        self._cancel(request_id, None)
+        self._leave(request_id)
         self._to_sessions(Cancel(request_id=request_id))

@@ -66,7 +66,7 @@ class LanguageRequests:
 
     def kept(self) -> list[KeptRequest]:
         """For the next frontend."""
-        return self.book.offer(self._links.attempts)
+        return self.book.offer(self._links.sessions.last_attempt)
 
     def _look(self) -> None:
         """Every so often, while there is something that may not be asked for in time."""
@@ -103,7 +103,12 @@ class LanguageRequests:
             self._look()
 
     def _cancel(self, request_id: str, sample: int | None) -> None:
-        self._post(lambda engine: engine.cancel(request_id, sample))
+        def cancel(engine: Engine) -> None:
+            engine.cancel(request_id, sample)
+            if sample is None:  # behind all that the engine has said of it
+                self._loop.call_soon_threadsafe(self.book.left, request_id)
+
+        self._post(cancel)
 
     # -- what the sessions say
 

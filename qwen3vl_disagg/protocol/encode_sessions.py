@@ -400,9 +400,11 @@ class EncodeSessions:
         self._cut(outlet, now)
 
     def _cut(self, outlet: _Outlet, now: float) -> None:
-        """Grants over this link are void; what is encoded waits for the next one."""
+        """Grants over this link are void; what is encoded waits for the next one. What is queued goes first, so that it
+        takes none of the places that come free."""
         del self.outlets[outlet.state.peer]
-        for item in [item for item in self.items.values() if item.language_rank == outlet.state.peer]:
+        items = [item for item in self.items.values() if item.language_rank == outlet.state.peer]
+        for item in sorted(items, key=lambda item: item.state != QUEUED):
             item.grant = None
             if item.state == QUEUED:
                 self._end(item.attempt)

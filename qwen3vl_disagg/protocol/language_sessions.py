@@ -94,6 +94,7 @@ class LanguageSessions:
         self.pending: Leases = {}  # in quarantine until a posted receive has returned
         self.recalled: Leases = {}  # in quarantine until the engine has answered a recall
         self.is_short_of_room = False  # some item waits for blocks
+        self.last_attempt = 0  # the highest number of all; a request's sessions, and their numbers, end before its id
         self._last_epochs: dict[int, int] = {}
         self._gone_at: dict[int, float] = {}  # when peers without a link had one last
         self._actions: list[LanguageAction] = []
@@ -146,6 +147,7 @@ class LanguageSessions:
         self._give_room(now)
 
     def _assigned(self, event: Assign, now: float) -> None:
+        self.last_attempt = max(self.last_attempt, event.attempt)
         request = self.requests.get(event.request_id)
         if request is None or not 0 <= event.item < len(request.sessions):
             return

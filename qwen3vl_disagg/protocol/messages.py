@@ -65,12 +65,13 @@ class Refused(Message, frozen=True):
 class KeptRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request that a language rank goes on with, or whose answers it has, while nobody hears them.
 
-    `name`: what it was kept as (`Submit`). `attempts`: the last one of each of its items, all of whose rows it has.
+    `name`: what it was kept as (`Submit`). `last_attempt`: no attempt at an item of it has had a higher number; a run
+    that begins anew under its id counts on.
     """
 
     name: str
     request_id: str
-    attempts: list[int] = []
+    last_attempt: int = 0
 
 
 class RankHello(Message, frozen=True):

@@ -93,6 +93,12 @@ class Router:
         """Take one event in; `now` is in seconds on any clock that does not go back."""
         self._now = now
         match event:
+            case FromRank(role="encode") if event.rank in self._attempts.ranks:
+                self._attempts.from_encode(event.rank, event.message, now)
+            case FromRank(role="language") if event.rank in self._language:
+                self._from_language(event.rank, event.message, now)
+            case Tick():
+                self._tick(now)
             case Admit():
                 self._admit([event], now)
             case AdmitTogether():
@@ -103,12 +109,6 @@ class Router:
                 self._rank_up(event, now)
             case RankDown():
                 self._rank_down(event, now)
-            case FromRank(role="encode") if event.rank in self._attempts.ranks:
-                self._attempts.from_encode(event.rank, event.message, now)
-            case FromRank(role="language") if event.rank in self._language:
-                self._from_language(event.rank, event.message, now)
-            case Tick():
-                self._tick(now)
             case Drain():
                 self.is_draining = True
             case EndAll():
@@ -155,8 +155,8 @@ class Router:
             self._submit(event, rank, event.timeout_s)
             return
         self._requests[event.request_id].again = event
-        for item, attempt in zip(items, kept[1].attempts, strict=False):
-            item.state, item.attempt = "received", attempt
+        for item in items:
+            item.state, item.attempt = "received", kept[1].last_attempt
         self._actions.append(Send("language", rank, Adopt(request_id=event.request_id, timeout_s=event.timeout_s)))
 
     def _submit(self, event: Admit, rank: int, timeout_s: float) -> None:

@@ -191,7 +191,11 @@ def in_line(
                 if session.encode_rank in links and session.state != IDLE and not is_quarantined:
                     line.append(session)
                 break
-    return sorted(line, key=lambda s: (s.state != WAITING or s.room is None, s.hold is None, s.due))
+    return (
+        line
+        if len(line) < 2
+        else sorted(line, key=lambda s: (s.state != WAITING or s.room is None, s.hold is None, s.due))
+    )
 
 
 def take_room(

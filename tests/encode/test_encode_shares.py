@@ -15,12 +15,13 @@ from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.pipeline import MAX_PULLED_BYTES, EncodePipeline
 from qwen3vl_disagg.media.decoding import MediaDecoder
-from qwen3vl_disagg.protocol.encode_sessions import ENCODING, EncodeSessions
+from qwen3vl_disagg.protocol.encode_sessions import ENCODING, PARKED, EncodeSessions
 from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, HeaderOk, NeedItems
 from qwen3vl_disagg.protocol.placement import encode_work
 from qwen3vl_disagg.protocol.session_events import (
     Encoded,
     FrameIn,
+    LinkDown,
     LinkUp,
     PayloadSent,
     SendHeader,
@@ -144,6 +145,18 @@ def test_encodings_are_bounded_whoever_wants_them():
     side.do(Tick())
     assert sorted(map(int, side.acknowledged)) == list(range(60))
     assert side.sessions.is_idle
+
+
+def test_what_waits_does_not_begin_when_its_link_breaks():
+    """Places come free, since what was on its way is parked; but the grants of what waits are void."""
+    side = Side(1, {0})
+    for n in range(20):
+        side.want(str(n), 0)
+    side.encode_all()
+    assert len(side.sessions.queue) == 20 - LIMITS.max_items
+    side.do(LinkDown(0, 1, "broken"))
+    assert side.encoding == []
+    assert {item.state for item in side.sessions.items.values()} == {PARKED}
 
 
 # ---- the pipeline: lanes ----

@@ -45,8 +45,8 @@ def test_it_is_silent_until_it_is_adopted_and_then_says_everything():
     assert kept.unhear("r", 1.0)
     assert not kept.note(said[1], 2.0)
     assert not kept.is_heard("r")
-    [one] = kept.requests(lambda request_id: [3])
-    assert (one.name, one.request_id, one.attempts) == ("order", "r", [3])
+    [one] = kept.requests(3)
+    assert (one.name, one.request_id, one.last_attempt) == ("order", "r", 3)
     assert kept.adopt("r") == said
     assert kept.note(finished("r"), 3.0)
     assert kept.expired(1.0 + KEEP_S) == []
@@ -78,7 +78,7 @@ def test_a_name_has_one_answer():
     kept.note(finished("r"), 0.0)
     kept.begin("s", "order", 1)
     assert kept.adopt("r") is None
-    assert [one.request_id for one in kept.requests(lambda _: [])] == ["s"]
+    assert [one.request_id for one in kept.requests(0)] == ["s"]
 
 
 @pytest.mark.parametrize(("most", "size", "left"), [(3, 1000, 3), (100, 25, 2), (100, 9, 0)])
@@ -90,7 +90,7 @@ def test_what_ended_first_makes_room(monkeypatch, most, size, left):
         kept.begin(f"r{i}", f"n{i}", 1)
         kept.note(tokens(f"r{i}", 0, 10), float(i))
         kept.note(finished(f"r{i}"), float(i))
-    assert [one.request_id for one in kept.requests(lambda _: [])] == [f"r{i}" for i in range(8 - left, 8)]
+    assert [one.request_id for one in kept.requests(0)] == [f"r{i}" for i in range(8 - left, 8)]
 
 
 def test_log_probabilities_weigh_more(monkeypatch):

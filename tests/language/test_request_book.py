@@ -13,6 +13,7 @@ from qwen3vl_disagg.protocol.language_sessions import LanguageSessions
 from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.messages import (
     Adopt,
+    Assign,
     Cancel,
     Finished,
     ItemReceived,
@@ -51,7 +52,7 @@ class Desk:
         assert self.book.begin(submit, at) == at + 5.0
 
     def offers(self) -> list[str]:
-        return [offer.name for offer in self.book.offer(lambda _: [])]
+        return [offer.name for offer in self.book.offer(0)]
 
 
 @pytest.fixture
@@ -147,6 +148,20 @@ def test_the_sessions_keep_the_new_time():
     assert sessions.is_idle
 
 
+def test_what_is_over_is_offered_with_the_attempts_that_there_were(desk):
+    """It may be gone when somebody asks, and begin anew under its id: no attempt at it may come twice."""
+    allocator = BlockAllocator(num_blocks=4, num_deepstack_blocks=4, num_slots=4)
+    sessions = LanguageSessions(allocator, 8, RowSizes(4, 4, 12, 64, 4))
+    desk.begin("r", "a", keep_as="r")
+    sessions.handle(Expect("r", [visual("a")], [0], 100.0), 0.0)
+    sessions.handle(Assign(request_id="r", item=0, attempt=2, encode_rank=1), 0.0)
+    desk.book.hear(finished("r"), 1.0)
+    sessions.handle(Cancel(request_id="r"), 1.0)
+    desk.book.hub_lost(2.0)
+    [offer] = desk.book.offer(sessions.last_attempt)
+    assert offer.last_attempt == 2
+
+
 def test_what_nobody_adopts_is_over_in_time(desk):
     desk.begin("r", "a", keep_as="r")
     desk.book.hub_lost(2.0)
@@ -198,3 +213,39 @@ def test_what_the_engine_says_of_others_changes_nothing(desk):
     desk.book.hear(NeedItems(request_id="gone", items=[0]), 1.0)
     desk.book.preempted("gone")
     assert (desk.sessions, desk.told) == ([], [])
+
+
+def test_what_the_engine_says_before_it_has_heard_of_the_end_is_not_of_the_next_request_of_that_name(desk):
+    """An answer that was kept too long is given up, and begun anew under its id; a step was under way."""
+    desk.begin("a", "image", keep_as="a")
+    desk.book.hear(tokens("a", 0), 1.0)
+    desk.book.hub_lost(2.0)
+    desk.book.look(2.0 + KEEP_S)
+    assert desk.cancelled == [("a", None)]
+    desk.begin("a", "image", keep_as="a", at=70.0)
+    desk.told.clear()
+    desk.sessions.clear()
+    for late in (NeedItems(request_id="a", items=[0]), Consumed("a", 0, 1, 3), tokens("a", 1), finished("a")):
+        desk.book.hear(late, 71.0)
+    desk.book.preempted("a")
+    assert not desk.told
+    assert not desk.sessions
+    desk.book.left("a")
+    desk.book.hear(tokens("a", 0), 72.0)
+    desk.book.hear(finished("a"), 73.0)
+    assert desk.told == [tokens("a", 0), finished("a")]
+
+
+def test_one_that_is_given_up_twice_is_left_twice(desk):
+    desk.begin("a")
+    desk.book.forget("a")
+    desk.begin("a")
+    desk.book.of_sessions(RequestFailed(request_id="a", failure=Failure.of(UnavailableError("x"))), 1.0)
+    desk.begin("a")
+    desk.told.clear()
+    desk.book.left("a")
+    desk.book.hear(tokens("a", 0), 2.0)
+    assert not desk.told
+    desk.book.left("a")
+    desk.book.hear(tokens("a", 0), 2.0)
+    assert desk.told == [tokens("a", 0)]

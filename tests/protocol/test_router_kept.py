@@ -17,7 +17,7 @@ from qwen3vl_disagg.protocol.messages import (
 from qwen3vl_disagg.protocol.routing import Deliver, RankDown, RankUp
 from tests.support.routing import BAD_KEPT, Script, admit, finished
 
-KEPT = KeptRequest(name="order", request_id="old-1", attempts=[4, 2])
+KEPT = KeptRequest(name="order", request_id="old-1", last_attempt=4)
 
 
 def after_a_death() -> Script:
@@ -50,7 +50,7 @@ def test_it_goes_to_its_rank_and_is_not_submitted_again():
 def test_its_items_are_here_and_are_counted_on_where_they_are_needed_again():
     script = adopted()
     script.language_says(3, NeedItems(request_id="old-1", items=[0, 1]))
-    assert [(assign.item, assign.attempt) for assign in script.assigned()] == [(0, 5), (1, 3)]
+    assert [(assign.item, assign.attempt) for assign in script.assigned()] == [(0, 5), (1, 5)]
     assert {send.rank for send in script.sent(Assign)} == {3}
 
 
@@ -96,7 +96,7 @@ def test_one_that_is_gone_begins_anew_once():
     assert (send.rank, send.message.keep_as, send.message.timeout_s) == (3, "order", 90.0)
     assert not script.ends()
     script.language_says(3, NeedItems(request_id="old-1", items=[1]))
-    assert [(assign.item, assign.attempt) for assign in script.assigned()] == [(1, 3)]
+    assert [(assign.item, assign.attempt) for assign in script.assigned()] == [(1, 5)]
     script.language_says(3, gone)
     assert [end.error.status for end in script.ends()] == [503]
     assert not script.sent(Cancel)

@@ -56,7 +56,7 @@ def say(cluster, kind, **fields):
     """What the language rank says of the attempt."""
     body = kind(**dict(zip(("request_id", "item", "attempt"), ATTEMPT, strict=True)), **fields)
     language = cluster.languages[0]
-    language._send_frame(language.sessions.links[0].send(body, cluster.world.now))
+    language.links[0].to_encode.send(language.sessions.links[0].send(body, cluster.world.now).frame)
 
 
 def test_an_item_may_be_kept_while_the_news_that_nobody_wants_it_is_under_way(cluster):
@@ -87,7 +87,7 @@ def test_two_lost_links_of_one_rank_are_two_failures_and_its_death_takes_back_th
     checks, key = cluster.hub.checks, ATTEMPT[:2]
     checks._given[0].add("r0")
     for attempt in (1, 2):
-        checks._attempts[key] = (attempt, checks._worker(0))
+        checks._attempts[key], cluster.hub.counts._at[key] = (attempt, checks._worker(0)), (attempt, 0)
         lost = ItemLost(request_id="r0", item=0, attempt=attempt, reason="no link", dead_epoch=attempt)
         checks.heard(FromRank("language", 0, lost))
     assert checks._failed[key] == {1, 2}
@@ -98,7 +98,7 @@ def test_two_lost_links_of_one_rank_are_two_failures_and_its_death_takes_back_th
 def test_what_had_failed_before_its_link_was_lost_stays_a_failure_when_the_rank_dies(cluster):
     checks, key = cluster.hub.checks, ATTEMPT[:2]
     checks._given[0].add("r0")
-    checks._attempts[key] = (1, checks._worker(0))
+    checks._attempts[key], cluster.hub.counts._at[key] = (1, checks._worker(0)), (1, 0)
     failure = Failure.of(ServerError("out of memory"))
     checks.heard(FromRank("encode", 0, ItemFailed(request_id="r0", item=0, attempt=1, failure=failure)))
     lost = ItemLost(request_id="r0", item=0, attempt=1, reason="no link", dead_epoch=1)

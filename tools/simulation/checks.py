@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections.abc import Sequence
 from typing import Any
 
+from qwen3vl_disagg.protocol import layout
 from qwen3vl_disagg.protocol.allocator import POOLS, BlockAllocator
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, READY, SENDING, SENT, Outgoing
 from qwen3vl_disagg.protocol.link_state import LinkState
 from qwen3vl_disagg.protocol.messages import Ack, Frame, Grant, Nack, Resume, Room
-from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, RECEIVING, WAITING, RequestSessions, Session
-from qwen3vl_disagg.protocol.session_events import Attempt, EncodeEvent, FrameIn, Receive, RowsReady, Tick
+from qwen3vl_disagg.protocol.session import DONE, GRANTED, HELD, IDLE, WAITING, RequestSessions, Session
+from qwen3vl_disagg.protocol.session_events import Attempt, EncodeEvent, FrameIn, Recall, Receive, RowsReady, Tick
 from tools.simulation.payload import Payload
 from tools.simulation.world import Violation
 
@@ -21,8 +23,8 @@ def _pools(rank: Any) -> None:
     """I1: pools add up and are disjoint. Looked at when something has been taken or given back."""
     allocator = rank.sessions.allocator
     free, totals = allocator._free, allocator.totals
-    counts = (len(free["rows"]), len(free["deepstack"]), len(free["slots"]), len(allocator.quarantined))
-    mark = (*counts, len(allocator.leases), allocator._generation)
+    num_free = len(free["rows"]), len(free["deepstack"]), len(free["slots"])
+    mark = num_free, len(allocator._leases), len(allocator._quarantine), allocator._generation
     if mark == rank.pools_mark:
         return
     rank.pools_mark = mark
@@ -43,12 +45,15 @@ def language_side(rank: Any) -> None:
     sessions = rank.sessions
     allocator = sessions.allocator
     _pools(rank)
-    bounds = rank.bounds
-    num_held, now, is_waiting = 0, rank.world.now, False
+    entered, links = rank.ledger.entered, sessions.links
+    num_held, is_waiting = 0, False
     for request in sessions.requests.values():
         for session in request.sessions:
             state = session.state
-            num_held += (session.room is not None) + (session.hold is not None)
+            if session.room is not None:
+                num_held += 1
+            if session.hold is not None:
+                num_held += 1
             if (state is WAITING or state is IDLE) and session.grant is not None:
                 raise Violation("I4", f"{session.key} is {state} and has a grant")
             if (
@@ -65,36 +70,33 @@ def language_side(rank: Any) -> None:
                 raise Violation("I15", f"{session.key} is done and holds blocks")
             if state is IDLE or state is DONE:
                 continue
-            is_waiting = is_waiting or state is WAITING
+            if entered.get(id(session)) is not session.deadline:  # it is set anew when the state is another
+                rank.ledger.enters(session)
+            if state is WAITING:
+                is_waiting = True
+                if (session.deadline == math.inf) != (session.encode_rank in links):
+                    raise Violation("I11", f"{session.key} waits until {session.deadline}, links are {links.keys()}")
             grant = session.grant
             if grant is not None:
                 low = session.received if state is not HELD else grant.row_start
                 if not low <= grant.row_stop <= session.visual.num_rows or session.received > grant.row_stop:
                     raise Violation("I4", f"{session.key} received {session.received} of {grant.row_stop}")
-            if state in bounds and session.deadline > now + bounds[state] and not _is_ending(rank, session):
-                raise Violation("I11", f"{session.key} is {state} until {session.deadline}, at {now}")
     if is_waiting:
         _nobody_waits_in_vain(rank)
-    if len(allocator.leases) != num_held:
+    if len(allocator._leases) != num_held:
         raise Violation("I2", f"{len(allocator.leases)} leases are owned, sessions hold {num_held}")
-    num_quarantined = sum([len(leases) for leases in sessions.pending.values()])
-    num_quarantined += sum([len(leases) for leases in sessions.recalled.values()])
-    if len(allocator.quarantined) != num_quarantined:
+    num_quarantined = 0
+    if sessions.pending or sessions.recalled:
+        num_quarantined = sum(
+            len(leases) for table in (sessions.pending, sessions.recalled) for leases in table.values()
+        )
+    if len(allocator._quarantine) != num_quarantined:
         raise Violation("I2", f"{len(allocator.quarantined)} leases in quarantine, {num_quarantined} are accounted for")
 
 
 def _is_void(rank: Any, session: Session) -> bool:
     link = rank.sessions.links.get(session.encode_rank)
     return link is None or link.epoch != rank.granted_over.get(session.key)
-
-
-def _is_ending(rank: Any, session: Session) -> bool:
-    """What waits for room, not for its link, has only its request's deadline; and a receive whose link has been broken
-    for its sake returns by itself."""
-    link = rank.sessions.links.get(session.encode_rank)
-    if session.state is WAITING:
-        return link is not None
-    return session.state is RECEIVING and (link is None or link.epoch > rank.epochs[session.key])
 
 
 def _no_quarantined_is_granted(allocator: BlockAllocator) -> None:
@@ -111,6 +113,11 @@ def _as_due(sessions: Any) -> list[RequestSessions]:
     return sorted(sessions.requests.values(), key=lambda request: [session.due for session in request.sessions[:1]])
 
 
+def _lacks_room(session: Session) -> bool:
+    grant = session.grant
+    return session.state is not DONE and (grant is None or grant.row_stop < session.visual.num_rows)
+
+
 def _nobody_waits_in_vain(rank: Any) -> None:
     """I11: whoever is first in line gets room as soon as there is some."""
     sessions = rank.sessions
@@ -118,7 +125,7 @@ def _nobody_waits_in_vain(rank: Any) -> None:
     begun = unbegun = None
     for request in _as_due(sessions):
         for session in request.sessions:
-            if session.is_fully_granted or (session.request_id, session.item) not in rank.asked:
+            if not _lacks_room(session) or (session.request_id, session.item) not in rank.asked:
                 continue
             if session.encode_rank in sessions.links and session.state is not IDLE and session.quarantined_as is None:
                 if session.state is WAITING and session.room is not None:
@@ -135,58 +142,10 @@ def _nobody_waits_in_vain(rank: Any) -> None:
         return
     num_rows = first.visual.num_rows - rank.asked[first.request_id, first.item]
     needed = -(-num_rows // sessions.block_size) if sessions.row_sizes.deepstack_embeddings else 0
-    is_ranged = needed > allocator.totals["deepstack"]
+    is_ranged = needed > min(allocator.totals["deepstack"], layout.MAX_RUNS)
     deepstack = min(needed, 1) if is_ranged else needed if first.hold is None else 0
     if allocator.num_free("deepstack") >= deepstack and (first.hold is not None or allocator.num_free("slots")):
         raise Violation("I11", f"{first.key} waits though there is room")
-
-
-def encode_side(rank: Any) -> None:
-    """I12, I11, I16: memory is bounded; every state has a deadline; what is due first is first in the queue."""
-    sessions, limits = rank.sessions, rank.sessions.limits
-    num_languages = rank.cluster.sizes.num_language
-    most_parked = limits.max_parked * num_languages
-    places = limits.max_items + limits.max_urgent
-    most = places * num_languages + most_parked
-    if len(rank.encoded) > most:
-        raise Violation("I12", f"rows of {len(rank.encoded)} items in memory")
-    num_encoding = num_parked = num_sending = num_clips = 0
-    now, bounds = rank.world.now, rank.bounds
-    for attempt, item in sessions.items.items():
-        state = item.state
-        if state is ENCODING:
-            num_encoding += 1
-            num_clips += item.visual.modality == "video"
-        elif state is PARKED:
-            num_parked += 1
-        elif state in _SENDING:
-            num_sending += 1
-        if item.deadline > (now + bounds[state] if state in bounds else rank.request_ends[attempt]):
-            raise Violation("I11", f"{attempt} is {state} until {item.deadline}, at {now}")
-    for peer, outlet in sessions.outlets.items():
-        if outlet.ready and outlet.turn is None:
-            raise Violation("I11", f"{outlet.ready[0]} is ready for {peer}, and nobody has the turn")
-    dues = [sessions.items[attempt].due for attempt in sessions.queue]
-    if len(dues) > 1 and dues != sorted(dues):
-        raise Violation("I16", f"items in the queue are due at {dues}")
-    if num_encoding > places or num_clips > limits.max_clips + limits.max_urgent:
-        raise Violation("I12", f"{num_encoding} items are encoded at a time, {num_clips} clips")
-    if dues and num_encoding < limits.max_items:
-        _no_place_is_empty(rank, num_clips)
-    if num_encoding + num_sending + num_parked > most or num_parked > most_parked:
-        raise Violation("I12", f"{num_encoding + num_sending} items in memory, {num_parked} parked")
-
-
-def _no_place_is_empty(rank: Any, num_clips: int) -> None:
-    """I11: nothing waits for a place while there is one, whatever others wait for."""
-    sessions, limits = rank.sessions, rank.sessions.limits
-    share = limits.max_items if len(sessions.outlets) < 2 else -(-limits.max_items // 2)
-    in_memory = Counter(i.language_rank for i in sessions.items.values() if i.state is ENCODING or i.state in _SENDING)
-    for attempt in sessions.queue:
-        item = sessions.items[attempt]
-        is_clip = item.visual.modality == "video"
-        if in_memory[item.language_rank] < share and (not is_clip or num_clips < limits.max_clips):
-            raise Violation("I11", f"{attempt} waits for a place, and there is one")
 
 
 def granted(rank: Any, grant: Room) -> None:
@@ -219,7 +178,7 @@ def granted(rank: Any, grant: Room) -> None:
     wanted = (grant.deepstack_start, grant.deepstack_stop)
     if not sessions.row_sizes.deepstack_embeddings:
         expected = (grant.row_start, grant.row_start)
-    elif -(-(total - first) // size) > sessions.allocator.totals["deepstack"]:
+    elif -(-(total - first) // size) > min(sessions.allocator.totals["deepstack"], layout.MAX_RUNS):
         expected = (grant.row_start, grant.row_stop)
     else:
         expected = (first, total) if grant.row_start == first else (grant.row_start, grant.row_start)
@@ -230,11 +189,44 @@ def granted(rank: Any, grant: Room) -> None:
         raise Violation("I5", f"DeepStack rows {wanted} granted, should be {expected}")
     if num_blocks > -(-(total - first) // size):
         raise Violation("I12", f"{num_blocks} DeepStack blocks for rows {first} to {total}")
+    if len(session.room.rows) > (most := _most_blocks(sessions)):
+        raise Violation("I12", f"{len(session.room.rows)} blocks for {grant.key} at once, {most} may be")
+    _runs_are_whole(session.room.rows, size, grant.row_runs, sessions.row_sizes.max_run_rows)
     key, room = (grant.request_id, grant.item), session.room.generation
     had_begun, is_kept = key in rank.begun, rank.begun.get(key) == room
     rank.begun[key] = room
     if not is_kept:
+        if not rank.ledger.is_tick:  # in which other requests may end later
+            _takes_what_is_free(sessions, session, grant)
         _nobody_passed_over(rank, session, had_begun)
+
+
+def _runs_are_whole(blocks: Sequence[int], size: int, runs: Sequence[int], most: int) -> None:
+    """I12: rows go in as few pieces as their places and the length of a piece allow."""
+    left, places = sum(runs), [block * size + row for block in blocks for row in range(size)]
+    expected: list[int] = []
+    for index, place in enumerate(places[:left]):
+        if index and place == places[index - 1] + 1 and expected[-1] < most:
+            expected[-1] += 1
+        else:
+            expected.append(1)
+    if [*runs] != expected:
+        raise Violation("I12", f"{left} rows in blocks {blocks} go in runs {runs}, should be {expected}")
+
+
+def _most_blocks(sessions: Any) -> int:
+    """Of one grant: the numbers of its runs go in a frame."""
+    return max(1, layout.MAX_RUNS // -(-sessions.block_size // sessions.row_sizes.max_run_rows))
+
+
+def _takes_what_is_free(sessions: Any, session: Session, grant: Room) -> None:
+    """I11: who gets less than it lacks has got all that was free, or as much as one grant may have."""
+    if grant.row_stop == session.total or session.room is None:
+        return
+    allocator = sessions.allocator
+    is_short = session.room.deepstack and not allocator.num_free("deepstack")
+    if allocator.num_free("rows") and len(session.room.rows) < _most_blocks(sessions) and not is_short:
+        raise Violation("I11", f"{session.key} got {len(session.room.rows)} blocks, and more were free")
 
 
 def _nobody_passed_over(rank: Any, session: Session, had_begun: bool) -> None:
@@ -247,7 +239,7 @@ def _nobody_passed_over(rank: Any, session: Session, had_begun: bool) -> None:
             if other is session:
                 is_behind = True
                 break
-            if other.is_fully_granted:
+            if not _lacks_room(other):
                 continue
             can_use_room = (
                 other.state is not IDLE and other.encode_rank in sessions.links and other.quarantined_as is None
@@ -315,6 +307,14 @@ def in_order(rank: Any, action: RowsReady) -> None:
     if rank.aux[session.hold.slots[0]] != (session.visual.num_rows, action.attempt):
         raise Violation("I6", f"rows of {key} before its aux")
     rank.progress[key] = (action.attempt, action.stop)
+
+
+def may_recall(rank: Any, recall: Recall) -> None:
+    """I10: what is recalled was given. Not said of what is given up: the engine knows of that."""
+    key = (recall.request_id, recall.item)
+    number, _ = rank.progress.get(key, (recall.attempt, 0))
+    if number != recall.attempt or (key in rank.asked and key not in rank.progress and not rank.ledger.is_giving_up):
+        raise Violation("I10", f"{recall} takes back what was not given: {rank.progress.get(key)}")
 
 
 def read(rank: Any, window: Any, start: int, stop: int) -> None:

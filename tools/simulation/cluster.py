@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ from qwen3vl_disagg.language.kept_answers import KEEP_S
 from qwen3vl_disagg.protocol.layout import RowSizes
 from qwen3vl_disagg.protocol.messages import Frame, Leaving, LinkMessage, Message
 from qwen3vl_disagg.protocol.router import RouterLimits
-from qwen3vl_disagg.protocol.routing import TOKEN_ID_BYTES, Abandon, Admit, FromRank, RankDown, RankUp
+from qwen3vl_disagg.protocol.routing import TOKEN_ID_BYTES, Abandon, Admit, AdmitTogether, FromRank, RankDown, RankUp
 from qwen3vl_disagg.protocol.session import GRANTED, RECEIVING, WAITING
 from qwen3vl_disagg.protocol.session_events import Attempt, SessionLimits
 from tools.simulation.encode import SimEncode
@@ -50,10 +50,17 @@ class Sizes:
     router_limits: RouterLimits
     are_language_ranks_required: bool = False
     keep_s: float = KEEP_S
+    kv_tokens: int = 0
+    moving_s: float = 0.1
+    """What the bytes of a payload may take at most: they are few."""
     encode_s: float = 0.3
     """How long an item takes at most."""
+    payload_s: float = 0.0
+    """How long a payload takes at most, beside the way: then others are ready meanwhile."""
     clips: float = 0.2
     """How many of the items are clips."""
+    shared: float = 0.0
+    """How many are the same image, and two rows long."""
 
 
 @dataclass
@@ -75,6 +82,8 @@ class Cluster:
         """(from, to) pairs of roles and ranks that a partition keeps apart."""
         self.issued_at: dict[Attempt, float] = {}
         """When the hub gave an attempt out."""
+        self.gone: list[Any] = []
+        """Processes that are over."""
         self.num_payload_rows = 0
         self.num_asking = 0
         """Clients that will ask again."""
@@ -109,7 +118,10 @@ class Cluster:
             before.is_open = False
         rank.hub, rank.from_hub_channel = back, forth
         hub.connections[role, rank.rank] = back
-        hub.take(RankUp(role, rank.rank, kept=() if isinstance(rank, SimEncode) else rank.offered))
+        if isinstance(rank, SimEncode):
+            hub.take(RankUp(role, rank.rank))
+        else:
+            hub.take(RankUp(role, rank.rank, self.sizes.kv_tokens, rank.offered))
         if isinstance(rank, SimEncode):
             rank.tell_links()
             if rank.is_leaving:
@@ -131,6 +143,7 @@ class Cluster:
     def restart(self, role: str, number: int) -> None:
         """The slot has forked a dead rank again."""
         ranks: Any = self.encodes if role == "encode" else self.languages
+        self.gone.append(ranks[number])
         ranks[number] = (SimEncode if role == "encode" else SimLanguage)(self, number)
         self.start(ranks[number])
 
@@ -139,9 +152,7 @@ class Cluster:
         language = self.languages[language_rank]
         if encode.is_dead or language_rank in encode.links:
             return
-        blocked = {(("encode", encode.rank), ("language", language_rank))}
-        blocked |= {(b, a) for a, b in blocked}
-        if language.is_dead or blocked & self.blocked or language.frozen_until > self.world.now:
+        if language.is_dead or language.frozen_until > self.world.now or self._are_apart(encode.rank, language_rank):
             self.world.at(0.3, encode, self.connect, encode, language_rank)
             return
         pair = (encode.rank, language_rank)
@@ -151,6 +162,10 @@ class Cluster:
         link.to_encode.last = self.world.now + self.world.delay()
         self.world.at_time(link.to_encode.last, encode, encode.link_up, link)
         language.link_up(link)
+
+    def _are_apart(self, encode_rank: int, language_rank: int) -> bool:
+        ends = ("encode", encode_rank), ("language", language_rank)
+        return bool(self.blocked) and (ends in self.blocked or ends[::-1] in self.blocked)
 
     def end_process(self, rank: Any, restart_s: float) -> None:
         """The kernel closes its connections; the slot forks it again."""
@@ -169,21 +184,24 @@ class Cluster:
 
     # ---- what checks ask ----
 
-    @property
-    def num_waiting(self) -> list[int]:
-        """Of each request that has some: answers that have no token yet."""
-        running = [client.tokens.values() for client in self.clients.values() if not client.is_ended]
-        return [count for tokens in running if (count := list(tokens).count(0))]
-
     def is_at_work(self, attempt: Attempt) -> bool:
         """An encode rank has the attempt, or is asked for it or will be, also after a receive that has yet to come to
         its end; or it needs nobody any more."""
         if any(attempt in encode.sessions.items for encode in self.encodes):
             return True
+        if any(self._is_coming(language, attempt) for language in self.languages):
+            return True
         sessions = (language.sessions.find(*attempt) for language in self.languages)
         return any(
             s is not None and (s.received == s.total or s.state in (WAITING, GRANTED, RECEIVING)) for s in sessions
         )
+
+    @staticmethod
+    def _is_coming(language: SimLanguage, attempt: Attempt) -> bool:
+        """The language rank has the request, and the news of the attempt may be under way to it."""
+        request, channel = language.sessions.requests.get(attempt[0]), language.from_hub_channel
+        is_before = request is not None and request.sessions[attempt[1]].attempt < attempt[2]
+        return is_before and channel is not None and not channel.is_through
 
     def check_wire(self, frame: Frame) -> None:
         """Only typed frames cross a border; some are put through the real encoding."""
@@ -208,24 +226,22 @@ class Cluster:
         n: int = 1,
         *,
         num_asks: int = 0,
+        shares: bool = False,
+        together: list[Admit] | None = None,
     ) -> str:
         """`wrong`: the first image is `bad`, or `poison`. `n`: answers. A request for one token is one for a vector in
-        its place. With `num_asks` it is keyed, and asked so often at most. What the hub calls it."""
+        its place. With `num_asks` it is keyed, and asked so often at most. What the hub calls it. `shares`: images of
+        two rows are one. `together`: where it waits for others, to be admitted with them."""
         hub, keep_as = self.hub, name if num_asks else ""
         kept = None if hub.is_dead else hub.router.kept_id(keep_as)
         request_id = kept or (name if name not in self.clients else f"{name}.{num_asks}")
-        pooling = Pooling() if num_tokens == 1 else None
-        n = n if pooling is None else 1
+        while request_id != kept and request_id in self.clients:
+            request_id += "'"
+        n = n if num_tokens != 1 else 1
+        sampling = _sampling(num_tokens, n)
+        pooling = sampling.pooling
         items = [
-            VisualItem(
-                modality="video" if self.world.random() < self.sizes.clips else "image",
-                digest=wrong if wrong and index == 0 else f"{name}/{index}",
-                num_bytes=1,
-                grid=(1, 2, 2 * count),
-                num_rows=count,
-                offset=0,
-                param="",
-            )
+            self._item(_digest(name, index, count, wrong if index == 0 else None, shares), index, count)
             for index, count in enumerate(rows)
         ]
         now = self.world.now
@@ -240,18 +256,50 @@ class Cluster:
             tokens=dict.fromkeys(range(n), 0),
         )
         if num_asks > 1:
-            again = partial(self.submit, name, rows, num_tokens, TIMEOUT_S, wrong, n, num_asks=num_asks - 1)
+            again = partial(
+                self.submit, name, rows, num_tokens, TIMEOUT_S, wrong, n, num_asks=num_asks - 1, shares=shares
+            )
             client.ask_again = partial(self._ask_again, again)
         self.clients[request_id] = client
-        sampling = SamplingParams(max_new_tokens=num_tokens, n=n, pooling=pooling)
         if self.hub.is_dead:
             client.end(UnavailableError("nobody listens"))
         else:
             target_s = 2.0 * (len(self.clients) % 3)  # so that some pass those before them
-            num_all = sum(rows) + num_tokens
+            # Some may give far longer answers than they do.
+            num_all = sum(rows) + num_tokens + (3000 if sum(rows) % 7 == 5 else 0)
             prompt = bytes(TOKEN_ID_BYTES * sum(rows))
-            self.hub.take(Admit(request_id, prompt, num_all, items, sampling, timeout_s, target_s, keep_as))
+            admit = Admit(request_id, prompt, num_all, items, sampling, timeout_s, target_s, keep_as)
+            if together is None:
+                self.hub.take(admit)
+            else:
+                together.append(admit)
         return request_id
+
+    def submit_together(
+        self, name: str, rows: list[list[int]], num_tokens: int, timeout_s: float, wrong: str | None, n: int
+    ) -> None:
+        """Several prompts of one client: all are taken, or none."""
+        together: list[Admit] = []
+        for index, of_one in enumerate(rows):
+            wrong_here = wrong if index == 0 else None
+            self.submit(f"{name}+{index}", of_one, num_tokens, timeout_s, wrong_here, n, together=together)
+        if together:
+            self.hub.take(AdmitTogether(together))
+
+    def _item(self, digest: str, index: int, count: int) -> VisualItem:
+        """Of some clips' files more frames are decoded than are looked at."""
+        is_clip = self.world.random() < self.sizes.clips
+        return VisualItem(
+            modality="video" if is_clip else "image",
+            digest=digest,
+            num_bytes=1,
+            grid=(1, 2, 2 * count),
+            num_rows=count,
+            offset=0,
+            param=f"item {index}",
+            frames=(0, 2 + count) if is_clip and count % 3 == 0 else (),
+            is_frame_list=count % 2 == 0,
+        )
 
     def _ask_again(self, again: Callable[[], str], error: DisaggError) -> bool:
         """What is over for a reason of ours is asked for again."""
@@ -274,8 +322,19 @@ class Cluster:
         client = self.clients[request_id]
         if client.is_ended:
             return
+        self.hub.words.cuts_open_answer = sample in client.tokens and len(client.tokens) > 1
         if sample is None or client.tokens.keys() <= {sample}:
             client.is_abandoned = True
         else:
             client.tokens.pop(sample, None)  # nothing of it may come any more
         self.hub.take(Abandon(request_id, sample))
+
+
+@cache
+def _sampling(num_tokens: int, n: int) -> SamplingParams:
+    pooling = Pooling() if num_tokens == 1 else None
+    return SamplingParams(max_new_tokens=num_tokens, n=n, pooling=pooling)
+
+
+def _digest(name: str, index: int, num_rows: int, wrong: str | None, shares: bool) -> str:
+    return wrong or ("shared" if shares and num_rows == 2 else f"{name}/{index}")

@@ -24,6 +24,7 @@ from qwen3vl_disagg.protocol.messages import (
     Message,
     Nack,
     Room,
+    Stale,
     Stop,
 )
 from qwen3vl_disagg.protocol.session_events import (
@@ -44,6 +45,7 @@ from qwen3vl_disagg.protocol.session_events import (
     Tick,
 )
 from tools.simulation import checks, progress_checks
+from tools.simulation.encode_checks import EncodeLedger, answers_stale, changed_nothing
 from tools.simulation.payload import Payload, make_payload, run_digests, wrong_header
 from tools.simulation.progress_checks import encode_bounds
 from tools.simulation.stays import Stays
@@ -70,8 +72,11 @@ class SimEncode:
         self.lease_until: dict[Attempt, float] = {}
         self.request_ends: dict[Attempt, float] = {}
         self.num_steps: Counter[Attempt] = Counter()
-        """Grants heard and headers sent: what is parked, granted and parked again began a new lease."""
-        self.stays, self.bounds = Stays(self.world), encode_bounds(cluster.limits)
+        """Grants heard and headers sent: what is parked, granted and parked again began a new lease; so did what was
+        given up and granted again, between two looks."""
+        self.said_at: dict[int, float] = {}
+        """When something was said last over each link."""
+        self.stays, self.bounds = Stays(self.world), encode_bounds(cluster.limits, cluster.sizes.moving_s)
         self.is_leaving = False
         self.on_stop: Callable[[], None] | None = None
         self._do = {
@@ -83,22 +88,35 @@ class SimEncode:
             Release: self._release,
             Tell: self._tell,
         }
-        self._event: EncodeEvent = Tick()
+        self.ledger = EncodeLedger(self)
+        self.said: list[SendFrame] = []
+        """By this event."""
+        self.event: EncodeEvent = Tick()
         self.num_outlets = 0
         """Before the event."""
 
     # ---- sessions ----
 
     def handle(self, event: EncodeEvent) -> None:
-        self._event, self.num_outlets = event, len(self.sessions.outlets)
-        for action in self.sessions.handle(event, self.world.now):
-            self._do[type(action)](action)  # type: ignore[operator]
-        checks.encode_side(self)
+        self.event, self.num_outlets = event, len(self.sessions.outlets)
+        if self.said:
+            self.said.clear()
+        self.ledger.began = None
+        actions = self.sessions.handle(event, self.world.now)
+        for action in actions:
+            kind = type(action)
+            self._do[kind](action)  # type: ignore[operator]
+            if kind is not SendFrame and kind is not Release:
+                self.ledger.does(action)
+        if not changed_nothing(event, actions):
+            self.ledger.after(event)
 
     def _send_frame(self, action: SendFrame) -> None:
         self.cluster.check_wire(action.frame)
+        self.said.append(action)
         if isinstance(action.frame.body, Nack):
             checks.may_refuse(self, action.frame.body)
+        progress_checks.may_beat(self, action.peer, action.frame)
         link = self.links.get(action.peer)
         if link is not None and link.epoch == action.frame.epoch:
             link.to_language.send(action.frame)
@@ -179,8 +197,12 @@ class SimEncode:
         link = self.links.get(action.peer)
         if link is not None and self.world.happens("header", 4.0):
             link.count("header")
-            header = wrong_header(self.world.rng, header, [other for other in self.sessions.items if other != attempt])
+            header = wrong_header(self.world.rng, header, self._attempts_but(attempt))
         self._send_frame(SendFrame(action.peer, Frame(epoch=action.epoch, seq=action.seq, body=header)))
+
+    def _attempts_but(self, attempt: Attempt) -> list[Attempt]:
+        """Of all encode ranks."""
+        return [other for encode in self.cluster.encodes for other in encode.sessions.items if other != attempt]
 
     def _payload(self, action: SendHeader | SendPayload) -> Payload:
         grant = action.grant
@@ -201,10 +223,13 @@ class SimEncode:
 
     def _release(self, action: Release) -> None:
         attempt = action.attempt
-        checks.may_release(self, self._event, attempt)
+        if attempt not in self.visuals:
+            raise Violation("I13", f"{attempt} is released, and is not in memory")
+        checks.may_release(self, self.event, attempt)
+        self.ledger.may_release(attempt)
         self._end_work(attempt)
         self.encoded.discard(attempt)
-        for table in (self.visuals, self.lease_until, self.num_steps, self.request_ends):
+        for table in (self.visuals, self.lease_until, self.request_ends):
             table.pop(attempt, None)
 
     def _fail(self, attempt: Attempt, error: DisaggError) -> None:
@@ -222,7 +247,27 @@ class SimEncode:
         self.links[link.language.rank] = link
         link.to_language.said_at = self.world.now  # the sessions hear of it now
         self.tell_links()
+        self.said_at[link.language.rank] = self.world.now
         self.handle(LinkUp(link.language.rank, link.epoch))
+        if self.world.random() < 0.1:
+            self.world.at(self.world.random(), self, self._hear_again, link)
+
+    def _hear_again(self, link: SimLink) -> None:
+        """Of a link that is here, and of the end of the one before: nothing may change."""
+        before, peer = self.snapshot(), link.language.rank
+        outlet = self.sessions.outlets.get(peer)
+        if self.links.get(peer) is not link or outlet is None or outlet.state.epoch != link.epoch:
+            return
+        self.handle(LinkUp(peer, link.epoch))
+        self.handle(LinkDown(peer, link.epoch - 1, "late news"))
+        if self.snapshot() != before:
+            raise Violation("I9", f"late news of links between {self.rank} and {peer} changed something")
+        if self.world.happens("break"):
+            link.count("break")
+            stale = Frame(epoch=link.epoch, seq=outlet.state.num_received + 1, body=Stale(epoch=link.epoch + 1))
+            self.handle(FrameIn(peer, stale))
+            if peer in self.sessions.outlets:
+                raise Violation("I9", f"the other end of {peer} is at a later epoch, and the link goes on")
 
     def lost_link(self, link: SimLink, reason: str) -> None:
         if self.links.get(link.language.rank) is link:
@@ -234,9 +279,16 @@ class SimEncode:
     def take(self, link: SimLink, frame: Frame) -> None:
         body, peer = frame.body, link.language.rank
         outlet = self.sessions.outlets.get(peer)
-        expected = 0 if outlet is None else outlet.state.num_received + (type(body) is not Beat)
+        if type(body) is Beat:
+            self._take_beat(outlet, peer, frame)
+            return
+        expected = 0 if outlet is None else outlet.state.num_received + 1
+        is_next = False
+        if outlet is not None and outlet.state.epoch == frame.epoch and frame.seq == expected:
+            is_next = True
+            self.ledger.heard(peer, frame)
         if type(body) is not Ack:
-            if isinstance(body, Abort | Nack):
+            if isinstance(body, (Abort, Nack)):
                 self.lease_until.pop(body.key, None)
             attempt = body.key if isinstance(body, Room) else None
             if attempt in self.sessions.items:
@@ -250,18 +302,30 @@ class SimEncode:
                 progress_checks.one_attempt_is_made(self, attempt)
             if outlet is not None and frame.seq > expected and peer in self.sessions.outlets:
                 checks.gap_ends_link(self.sessions.outlets[peer].state, expected, frame)
+            if is_next and self.sessions.outlets.get(peer) is outlet:
+                self.ledger.taken(peer, frame)
             return
         item = self.sessions.items.get(body.key)
         was_parked = item is not None and item.state == PARKED
         self.handle(FrameIn(link.language.rank, frame))
         if item is not None and item.state == PARKED and not was_parked:
             self.lease_until[item.attempt] = self.world.now + self.sessions.limits.lease_s
+        if is_next and self.sessions.outlets.get(peer) is outlet:
+            self.ledger.taken(peer, frame)
+
+    def _take_beat(self, outlet: Any, peer: int, frame: Frame) -> None:
+        expected = 0 if outlet is None else outlet.state.num_received
+        self.handle(FrameIn(peer, frame))
+        if outlet is not None and frame.seq > expected and peer in self.sessions.outlets:
+            checks.gap_ends_link(self.sessions.outlets[peer].state, expected, frame)
 
     def take_copy(self, link: SimLink, frame: Frame) -> None:
         """A frame that was here before, or comes too late: nothing may change."""
-        before = self.snapshot()
+        before, outlet = self.snapshot(), self.sessions.outlets.get(link.language.rank)
         self.handle(FrameIn(link.language.rank, frame))
         checks.unchanged(self, before, frame)
+        if outlet is not None:
+            answers_stale(outlet.state.epoch, frame, self.said)
 
     def snapshot(self) -> Any:
         items = [(i.attempt, i.state, i.grant, i.is_dropped) for i in self.sessions.items.values()]

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3vl_disagg.core.errors import Failure, ServerError
-from qwen3vl_disagg.core.requests import RequestTimings, VisualItem
+from qwen3vl_disagg.core.requests import ItemTimings, RequestTimings, TokenLogprob, VisualItem
 from qwen3vl_disagg.language.request_book import Said
 from qwen3vl_disagg.protocol.allocator import Lease
-from qwen3vl_disagg.protocol.messages import Finished, NeedItems, RequestFailed, Submit, Tokens
+from qwen3vl_disagg.protocol.messages import Finished, NeedItems, PromptLogprobs, RequestFailed, Submit, Tokens
 from qwen3vl_disagg.protocol.session_events import Attempt, Consumed, Recall, Returned
 from tools.simulation import checks
 
@@ -51,6 +51,8 @@ class _Sequence:
     attempts: dict[int, int] = field(default_factory=dict)
     """Item -> whose rows of it were read since the last admission or restart."""
     windows: dict[int, Window] = field(default_factory=dict)
+    lists_prompt: bool = False
+    """Log probabilities of the prompt's tokens are asked for, and have not been given."""
     tokens: dict[int, int] = field(init=False)
     """Of each answer that has not ended."""
     num_preempted: int = 0
@@ -60,6 +62,8 @@ class _Sequence:
     pace_s: float = 0.0
     """How long a token takes at most, beside the step."""
     decodes_at: float = 0.0
+    preempted_at: float = math.inf
+    """When it is, if it still waits for rows."""
     fails_at: float = math.inf
     """When a step of it fails."""
     offsets: list[int] = field(init=False)
@@ -102,6 +106,8 @@ class SimEngine:
     def __init__(self, rank: Any) -> None:
         self.rank, self.world = rank, rank.world
         self.known: dict[str, _Sequence] = {}
+        self.cancelled: tuple[str, int | None] | None = None
+        """What it was told last to end: a request, or an answer of it."""
         self._commands: list[tuple[Callable[..., None], Any]] = []
         self._is_stepping = False
         self._said_at = 0.0
@@ -112,8 +118,9 @@ class SimEngine:
         self._command(self._add, message)
 
     def cancel(self, request_id: str, sample: int | None) -> None:
+        self.cancelled = (request_id, sample)
         if sample is None:
-            self._command(self._remove, request_id)
+            self._command(self._leave, request_id)
         else:
             self._command(self._remove_answer, (request_id, sample))
 
@@ -129,8 +136,8 @@ class SimEngine:
 
     # ---- the engine: what it is told ----
 
-    def _say(self, event: Said) -> None:
-        self._post(self.rank.hear, event)
+    def _say(self, event: Said, sequence: _Sequence) -> None:
+        self._post(self.rank.hear, event, sequence.submit)
 
     def _post(self, do: Callable[..., None], *args: Any) -> None:
         """The loop hears of it soon, but now and then it has other things to do first."""
@@ -142,8 +149,13 @@ class SimEngine:
         text_s = 10.0 * self.world.random() if self.world.random() < 0.3 else 0.0
         pace_s = self.world.rng.choice((0.0, 2.0, 4.0)) if message.keep_as else 0.0
         sequence = self.known[message.request_id] = _Sequence(message, text_s=text_s, pace_s=pace_s)
+        sequence.lists_prompt = message.sampling.pooling is None and self.world.random() < 0.2
         if message.keep_as and self.world.random() < 0.1:
             sequence.fails_at = self.world.now + 3.0 + 10.0 * self.world.random()
+
+    def _leave(self, request_id: str) -> None:
+        self._remove(request_id)
+        self._post(self.rank.book.left, request_id)
 
     def _remove(self, request_id: str) -> None:
         self.known.pop(request_id, None)
@@ -163,7 +175,7 @@ class SimEngine:
         if sequence is None or not sequence.is_admitted:
             return
         if window.stop <= sequence.next_row(item):
-            self._say(Consumed(*window.attempt, window.stop))
+            self._say(Consumed(*window.attempt, window.stop), sequence)
         elif window.start <= sequence.next_row(item):
             sequence.windows[item] = window
 
@@ -193,10 +205,12 @@ class SimEngine:
         self._admit()
         work: list[tuple[_Sequence, Window | None]] = []
         for sequence in self.known.values():
-            is_decoding = sequence.cached == sequence.num_rows and sequence.decodes_at <= self.world.now
-            if sequence.is_admitted and (sequence.window or is_decoding):
-                checks.one_attempt(sequence.attempts, sequence.window)
-                work.append((sequence, sequence.window))
+            if not sequence.is_admitted:
+                continue
+            window, is_done = sequence.window, sequence.cached == sequence.num_rows
+            if window or (is_done and sequence.decodes_at <= self.world.now):
+                checks.one_attempt(sequence.attempts, window)
+                work.append((sequence, window))
         if work:
             self.world.at((0.002 + 0.03 * self.world.random()) * self.rank.slowness, self.rank, self._end, work)
         else:
@@ -205,22 +219,30 @@ class SimEngine:
                 self._wake()
 
     def _preempt(self) -> None:
-        """Now and then somebody gives all up, and waits to be admitted again."""
+        """Now and then somebody gives all up, and waits to be admitted again; some while they wait for rows, and then
+        for long, so that hubs die meanwhile."""
         for request_id, sequence in self.known.items():
             may = sequence.is_admitted and sequence.num_preempted < MAX_PREEMPTED
-            if may and self.world.random() < self.rank.cluster.preemption:
-                sequence.is_admitted = False
-                sequence.found = sequence.cached = 0
-                sequence.windows.clear()
-                sequence.attempts.clear()
-                sequence.num_preempted += 1
+            if may and sequence.preempted_at <= self.world.now and sequence.cached < sequence.num_rows:
+                self._give_up_pages(request_id, sequence, 4.0 * self.world.random())
+            elif may and self.world.random() < self.rank.cluster.preemption:
                 patience = self.world.random() * self.world.random() if self.world.random() < 0.3 else 0.0
-                sequence.waits_until = self.world.now + patience
-                self._post(self.rank.preempted, request_id)
-                self.world.at(patience, self.rank, self._wake)
+                self._give_up_pages(request_id, sequence, patience)
+
+    def _give_up_pages(self, request_id: str, sequence: _Sequence, patience: float) -> None:
+        sequence.is_admitted, sequence.preempted_at = False, math.inf
+        sequence.found = sequence.cached = 0
+        sequence.windows.clear()
+        sequence.attempts.clear()
+        sequence.num_preempted += 1
+        sequence.waits_until = self.world.now + patience
+        self._post(self.rank.preempted, request_id, sequence.submit)
+        self.world.at(patience, self.rank, self._wake)
 
     def _admit(self) -> None:
-        running = sum(1 for s in self.known.values() if s.is_admitted)
+        running = sum([s.is_admitted for s in self.known.values()])
+        if running == min(len(self.known), MAX_RUNNING):
+            return
         for request_id, sequence in self.known.items():
             if not sequence.is_admitted and sequence.waits_until <= self.world.now and running < MAX_RUNNING:
                 running += 1
@@ -230,7 +252,11 @@ class SimEngine:
                 lacking = [item for item, first in enumerate(firsts) if first < sequence.items[item].num_rows]
                 if lacking:
                     firsts = [firsts[item] for item in lacking]
-                    self._say(NeedItems(request_id=request_id, items=lacking, first_rows=firsts))
+                    self._say(NeedItems(request_id=request_id, items=lacking, first_rows=firsts), sequence)
+                    if sequence.submit.keep_as and not sequence.num_preempted and self.world.random() < 0.25:
+                        seconds = 0.4 * self.world.random()
+                        sequence.preempted_at = self.world.now + seconds
+                        self.world.at(seconds, self.rank, self._wake)
 
     def _find(self, sequence: _Sequence) -> int:
         """How much of the prompt is in the prefix cache: up to any row. A bad image was never encoded."""
@@ -240,9 +266,9 @@ class SimEngine:
 
     def _end(self, work: list[tuple[_Sequence, Window | None]]) -> None:
         for sequence, window in work:
-            is_over = sequence.fails_at <= self.world.now or self.world.happens("allocation", 0.3)
+            is_over = sequence.fails_at <= self.world.now or self.world.happens("allocation", 0.05)
             if is_over and sequence.submit.request_id in self.known:
-                self._fail(sequence.submit.request_id)
+                self._fail(sequence)
             elif window is None:
                 self._give_tokens(sequence)
             else:
@@ -256,10 +282,11 @@ class SimEngine:
         if request_id in self.known and self.world.random() < 0.4:
             self.known[request_id].fails_at = self.world.now + 4.0 * self.world.random()
 
-    def _fail(self, request_id: str) -> None:
+    def _fail(self, sequence: _Sequence) -> None:
         """A step has failed, and the request with it."""
+        request_id = sequence.submit.request_id
         self._remove(request_id)
-        self._say(RequestFailed(request_id=request_id, failure=Failure.of(ServerError("out of pages"))))
+        self._say(RequestFailed(request_id=request_id, failure=Failure.of(ServerError("out of pages"))), sequence)
 
     def _consume(self, sequence: _Sequence, window: Window) -> None:
         _, item, number = window.attempt
@@ -267,7 +294,7 @@ class SimEngine:
         if sequence.cached == sequence.num_rows and sequence.text_s:
             self._decode_after(sequence, sequence.text_s)
         del sequence.windows[item]
-        self._say(Consumed(*window.attempt, window.stop))
+        self._say(Consumed(*window.attempt, window.stop), sequence)
 
     def _decode_after(self, sequence: _Sequence, seconds: float) -> None:
         sequence.decodes_at = self.world.now + seconds
@@ -276,6 +303,11 @@ class SimEngine:
     def _give_tokens(self, sequence: _Sequence) -> None:
         """One to most of the answers: others may have been preempted."""
         request_id, sampling = sequence.submit.request_id, sequence.submit.sampling
+        if sequence.lists_prompt:
+            sequence.lists_prompt = False
+            own = bytes(4 * sequence.num_rows)
+            scores = PromptLogprobs(request_id=request_id, index=0, own=own, ranks=own, top_ids=b"", top=b"")
+            self._say(scores, sequence)
         if sequence.pace_s:
             self._decode_after(sequence, sequence.pace_s * self.world.random())
         for sample, index in list(sequence.tokens.items()):
@@ -285,12 +317,29 @@ class SimEngine:
             sequence.tokens[sample] = stop
             if sampling.pooling is None:
                 ids = [*range(index, stop)]
-                self._say(Tokens(request_id=request_id, index=index, token_ids=ids, sample=sample))
+                logprobs = [TokenLogprob(0, 0.0, [])] * len(ids) if sequence.num_rows % 4 == 1 else None
+                timings = None if index else self._timings(sequence)
+                self._say(
+                    Tokens(
+                        request_id=request_id,
+                        index=index,
+                        token_ids=ids,
+                        logprobs=logprobs,
+                        timings=timings,
+                        sample=sample,
+                    ),
+                    sequence,
+                )
             if stop == sampling.max_new_tokens:
                 self._remove_answer((request_id, sample))
-                self._say(self._end_of(request_id, sample, b"" if sampling.pooling is None else VECTOR))
+                vector = b"" if sampling.pooling is None else VECTOR
+                self._say(self._end_of(sequence, request_id, sample, vector), sequence)
 
-    @staticmethod
-    def _end_of(request_id: str, sample: int, vector: bytes) -> Finished:
-        timings = RequestTimings()
+    def _timings(self, sequence: _Sequence) -> RequestTimings:
+        """What prices follow from."""
+        items = [ItemTimings(encode=100.0 * self.world.random(), rows=item.num_rows) for item in sequence.items]
+        return RequestTimings(prefill=100.0 * self.world.random(), items=items)
+
+    def _end_of(self, sequence: _Sequence, request_id: str, sample: int, vector: bytes) -> Finished:
+        timings = self._timings(sequence)
         return Finished(request_id=request_id, finish_reason="length", timings=timings, vector=vector, sample=sample)

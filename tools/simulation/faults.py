@@ -79,6 +79,7 @@ def kill_hub(cluster: Cluster, restart_s: float) -> None:
 
 
 def _restart_hub(cluster: Cluster) -> None:
+    cluster.gone.append(cluster.hub)
     cluster.hub = SimHub(cluster)
 
 

@@ -20,7 +20,7 @@ from qwen3vl_disagg.protocol.messages import (
     Stop,
     Submit,
 )
-from qwen3vl_disagg.protocol.routing import Admit, Event, FromRank, RankDown, RankUp, Send
+from qwen3vl_disagg.protocol.routing import Admit, AdmitTogether, Event, FromRank, RankDown, RankUp, Send
 from qwen3vl_disagg.protocol.session_events import Tick
 from tools.simulation.stays import Stays
 from tools.simulation.world import Violation
@@ -32,6 +32,8 @@ Key = tuple[str, int]
 Worker = tuple[int, int]
 """(encode rank, its incarnation)"""
 
+_NEWS: tuple[type, ...] = (EncodingBegun, EncodingEnded, ItemFailed, ItemLost, Leaving)
+"""Of what ranks say."""
 LOOK_S = 1.0
 UNHEARD_S = 9.0
 """How long the news that an attempt is over may be under way, if nothing before it is."""
@@ -60,6 +62,8 @@ class HubChecks:
         """To each language rank since it is here: requests."""
         self._offers: dict[str, tuple[int, str]] = {}
         """Name -> the language rank that has such a request, and the request."""
+        self.offered_twice: list[str] = []
+        """By the rank that came last, under names that were taken."""
         self._names: set[str] = set()
         """Under which something was ever offered."""
         self._adopting: set[str] = set()
@@ -78,6 +82,14 @@ class HubChecks:
         self._event = event
         if isinstance(event, FromRank) and event.role == "language" and event.rank in self._given:
             self._heard_of_language(event.rank, event.message)
+        kind = type(event)
+        if kind is FromRank:
+            if type(event.message) in _NEWS:  # type: ignore[union-attr]
+                self._news(event.rank, event.message)  # type: ignore[union-attr]
+        elif kind is not Tick:
+            self._heard_otherwise(event)
+
+    def _heard_otherwise(self, event: Event) -> None:
         match event:
             case RankUp(role="encode"):
                 self._down(event.rank)
@@ -85,32 +97,44 @@ class HubChecks:
                 self._under_way_at[event.rank] = Counter()
             case RankDown(role="encode"):
                 self._down(event.rank)
-            case FromRank(message=EncodingBegun() as message):
-                self._under_way_at[event.rank][message.digest] += 1
-            case FromRank(message=EncodingEnded() as message):
-                self._under_way_at[event.rank] -= Counter({message.digest: 1})
-                if message.is_well:
-                    self._suspects.pop(message.digest, None)
             case RankUp(role="language"):
                 self._language_down(event.rank)
                 self._language.add(event.rank)
                 self._given[event.rank] = set()
-                self._offers |= {kept.name: (event.rank, kept.request_id) for kept in event.kept}
-                self._names |= {kept.name for kept in event.kept}
+                self._offered(event)
             case RankDown(role="language"):
                 self._language_down(event.rank)
-            case FromRank(message=ItemFailed() | ItemLost() as message):
+
+    def _news(self, rank: int, message: Message) -> None:
+        match message:
+            case EncodingBegun():
+                self._under_way_at[rank][message.digest] += 1
+            case EncodingEnded():
+                self._under_way_at[rank] -= Counter({message.digest: 1})
+                if message.is_well:
+                    self._suspects.pop(message.digest, None)
+            case ItemFailed() | ItemLost():
                 key = (message.request_id, message.item)
                 attempt, worker = self._attempts.get(key, (0, (-1, 0)))
                 if attempt == message.attempt:
                     is_lost = isinstance(message, ItemLost) and message.dead_epoch > 0
                     if is_lost and attempt not in self._failed[key]:
                         self._lost_with[key, worker] = attempt
-                    self._failed[key].add(attempt)
+                    if (self.hub.counts.under_way(key) or (0, 0))[0] == attempt:
+                        self._failed[key].add(attempt)
                     if self._is_encoding(key, attempt):
                         self._failed_on[key].add(worker)
-            case FromRank(role="encode", message=Leaving()):
-                self._leaving.add(self._worker(event.rank))
+            case Leaving():
+                self._leaving.add(self._worker(rank))
+
+    def _offered(self, event: RankUp) -> None:
+        """The first under a name stays."""
+        self.offered_twice = []
+        for kept in event.kept:
+            offer = (event.rank, kept.request_id)
+            if self._offers.setdefault(kept.name, offer) != offer:
+                self.offered_twice.append(kept.request_id)
+            self._names.add(kept.name)
 
     def _down(self, rank: int) -> None:
         """A death is nobody's failure, also when the news of a lost link came before. What was under way is suspected;
@@ -121,12 +145,26 @@ class HubChecks:
         under_way = +self._under_way_at.pop(rank, Counter())
         for digest in under_way if self._worker(rank) not in self._leaving else ():
             until = self.world.now + self.hub.router.limits.suspect_s
-            self._suspects[digest] = (self._num_deaths(digest) or 0) + (len(under_way) == 1), until
+            deaths = self.num_deaths(digest) + (len(under_way) == 1)
+            self._suspects.pop(digest, None)
+            self._suspects[digest] = deaths, until
+        while len(self._suspects) > self.hub.router.limits.max_suspects:  # the oldest is forgotten
+            del self._suspects[next(iter(self._suspects))]
         self._leaving.discard(self._worker(rank))
         for (key, worker), attempt in list(self._lost_with.items()):
             if worker == self._worker(rank):
                 self._failed[key].discard(attempt)
                 del self._lost_with[key, worker]
+
+    def num_deaths(self, digest: str) -> int:
+        return self._num_deaths(digest) or 0
+
+    def is_suspect(self, digest: str) -> bool:
+        return self._num_deaths(digest) is not None
+
+    def is_staying(self, rank: int) -> bool:
+        """An encode rank that is here, and does not want to leave."""
+        return rank in self._under_way_at and self._worker(rank) not in self._leaving
 
     def _num_deaths(self, digest: str) -> int | None:
         """Of encode ranks that worked on nothing else; None for what is not suspected, or no longer."""
@@ -180,7 +218,9 @@ class HubChecks:
                     "I11", f"{message.request_id} may take {message.timeout_s} s, its client has {left_s} s"
                 )
             self._given[action.rank].add(message.request_id)
-            self._gone = None if self._gone == message.request_id else self._gone
+            if self._gone == message.request_id:  # what another rank has offered meanwhile under its name stays
+                self._gone = None
+                return
             offer = self._offers.pop(message.keep_as, None)
             if offer is not None and self.hub.cluster.languages[offer[0]].kept_checks.has(offer[1]):
                 raise Violation("I17", f"{message.request_id} is computed again; language rank {offer[0]} has it")
@@ -190,6 +230,8 @@ class HubChecks:
             self._adopting.add(message.request_id)
         elif isinstance(message, Stop):
             under_way = self._under_way(action.rank)
+            if self._worker(action.rank) in self._told_to_go:
+                raise Violation("I15", f"encode rank {action.rank} is told once more that it may go")
             self._told_to_go.add(self._worker(action.rank))
             if self._worker(action.rank) not in self._leaving or under_way:
                 raise Violation("I13", f"encode rank {action.rank} may go, and {under_way} are still to come from it")
@@ -201,9 +243,9 @@ class HubChecks:
                 "I17", f"{request_id} is adopted from language rank {language.rank}, which has not offered it"
             )
         self._offers = {name: offer for name, offer in self._offers.items() if offer[1] != request_id}
-        request = language.sessions.requests.get(request_id)
-        for session in () if request is None else request.sessions:
-            self._attempts[request_id, session.item] = (session.attempt, (-1, 0))
+        for key, assign in language.ledger.assigned.items():
+            if key[0] == request_id:
+                self._attempts[key] = (assign.attempt, (-1, 0))
 
     def failed_on(self, key: Key) -> set[int]:
         """Encode ranks that are here and have failed on an item."""
@@ -212,7 +254,7 @@ class HubChecks:
     def _is_fresh(self, key: Key, worker: Worker, language_rank: int) -> None:
         """I11: another try is another encode rank's, if there is one."""
         if worker in self._failed_on[key]:
-            others = {self._worker(rank) for rank in self.hub.router._attempts.linked(language_rank)}
+            others = {self._worker(rank) for rank in self.hub.counts.linked(language_rank)}
             if others - self._failed_on[key]:
                 raise Violation("I11", f"{key} goes to {worker}, which has failed on it, and not to {others}")
 
@@ -221,11 +263,17 @@ class HubChecks:
 
         I11: without a rank that has a part of the experts nothing runs; what a dead encode rank had to do is at
         another one, or waits for one."""
+        kind = type(event)
+        if kind is Tick or (kind is FromRank and type(event.message) is not RequestFailed):  # type: ignore[union-attr]
+            if self._gone is not None:
+                raise Violation("I17", f"{self._gone} is gone, and is not begun anew")
+            return
         router = self.hub.router
-        if isinstance(event, Admit) and self.hub.cluster.clients[event.request_id].error is None:
-            deaths = max((self._num_deaths(visual.digest) or 0 for visual in event.items), default=0)
-            if deaths >= router.limits.max_deaths:
-                raise Violation("I11", f"{event.request_id} is taken, and encode ranks died over its image")
+        admits = (event,) if isinstance(event, Admit) else event.admits if isinstance(event, AdmitTogether) else ()
+        for one in admits:
+            deaths = max((self.num_deaths(visual.digest) for visual in one.items), default=0)
+            if self.hub.cluster.clients[one.request_id].error is None and deaths >= router.limits.max_deaths:
+                raise Violation("I11", f"{one.request_id} is taken, and encode ranks died over its image")
         if self._gone is not None:
             raise Violation("I17", f"{self._gone} is gone, and is not begun anew")
         for name in self._names:
@@ -238,7 +286,7 @@ class HubChecks:
             for request_id, request in router._requests.items():
                 if request_id not in self._given[request.language_rank]:
                     raise Violation("I11", f"{request_id} is awaited from a language rank that has never had it")
-        if isinstance(event, RankUp | RankDown) and event.role == "encode":
+        if isinstance(event, (RankUp, RankDown)) and event.role == "encode":
             for request_id, request in router._requests.items():
                 for index, item in enumerate(request.items):
                     state = router._attempts.ranks.get(item.encode_rank)
@@ -262,7 +310,11 @@ class HubChecks:
         """I11: a request is given up only for as many failures as there were."""
         failures = [len(self._failed[key]) for key in self._attempts if key[0] == request_id]
         if isinstance(error, InputError) and error.code == "harmful_media":
-            deaths = max(self._num_deaths(digest) or 0 for digest in self.hub.cluster.clients[request_id].digests)
+            digests = self.hub.cluster.clients[request_id].digests
+            if isinstance(self._event, AdmitTogether):  # none of them is taken
+                digests = [item.digest for one in self._event.admits for item in one.items]
+            lacks = [self.hub.counts.lacks((request_id, index)) for index in range(len(digests))]
+            deaths = max((self.num_deaths(d) for d, lack in zip(digests, lacks, strict=True) if lack), default=0)
             if deaths < self.hub.router.limits.max_deaths:
                 raise Violation("I11", f"{request_id} is refused after {deaths} deaths that it was alone with")
         if isinstance(error, DeadlineError) and self.world.now < self.hub.cluster.clients[request_id].deadline:
@@ -287,13 +339,16 @@ class HubChecks:
         """I11, after each tick: requests end by their deadlines; no item waits too long for an encode rank, or for
         one that is not at it."""
         now, hub = self.world.now, self.hub
-        for request_id, client in hub.cluster.clients.items():
+        for request_id in hub.words.at:
+            client = hub.cluster.clients[request_id]
             if not client.is_ended and now >= client.deadline:
                 raise Violation("I11", f"{request_id} goes on after its deadline")
+        if not hub.router._requests and not self._leaving:  # nothing waits, nothing is awaited
+            for stays in (self._waiting, self._unattended, self._unserved, self._staying):
+                stays.forget()
+            self._waits = {}
+            return
         limits = hub.router.limits
-        num_waiting = hub.cluster.num_waiting
-        if sum(num_waiting) > limits.max_waiting and len(num_waiting) > 1:  # one request alone always fits
-            raise Violation("I12", f"{num_waiting} answers of requests wait, {limits.max_waiting} may")
         waiting, unattended, unserved = (s.look(now) for s in (self._waiting, self._unattended, self._unserved))
         self._waits = {}
         for request_id, request in hub.router._requests.items():
@@ -305,8 +360,8 @@ class HubChecks:
                         raise Violation("I11", f"{key} waits for an encode rank without end")
                     if hub.router._attempts.linked(request.language_rank) and unserved.stay(key) > 0:
                         raise Violation("I11", f"{key} waits for an encode rank, and there is one")
-                if item.failures > len(self._failed.get(key[:2], ())):
-                    raise Violation("I11", f"{item.failures} failures of {key}, there were {self._failed[key[:2]]}")
+                if item.failures != len(failed := self._failed.get(key[:2], ())):
+                    raise Violation("I11", f"{item.failures} failures of {key}, there were {failed}")
                 if item.state != "encoding" or hub.cluster.is_at_work(key):
                     continue
                 stay = unattended.stay(key)

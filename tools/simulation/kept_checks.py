@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen3vl_disagg.language import kept_answers
 from qwen3vl_disagg.language.request_book import Said
 from qwen3vl_disagg.protocol.messages import (
     Adopt,
@@ -19,6 +20,7 @@ from qwen3vl_disagg.protocol.messages import (
     KeptRequest,
     Message,
     NeedItems,
+    PromptLogprobs,
     RequestFailed,
     Submit,
     Tokens,
@@ -42,6 +44,9 @@ class _Entry:
     """Answers that have come to their end."""
     cut: set[int] = field(default_factory=set)
     """Those that nobody wants: more of them may come until the engine has heard of it."""
+    size: int = 0
+    """Of what was said."""
+    prompt: list[PromptLogprobs] = field(default_factory=list)
     unheard_since: float | None = None
     ended_at: float | None = None
 
@@ -60,6 +65,8 @@ class KeptChecks:
         self.entries: dict[str, _Entry] = {}
         self._stays, self._keep_s = Stays(self.world), rank.cluster.sizes.keep_s
         self._overheard: list[Message] | None = None
+        self._dropped: set[str] = set()
+        """Those for which there was no room."""
 
     # ---- the ledger ----
 
@@ -69,6 +76,7 @@ class KeptChecks:
                 if self.entries[other].ended_at is not None:
                     del self.entries[other]
             answers = range(message.sampling.n)
+            self._dropped.discard(message.request_id)
             self.entries[message.request_id] = _Entry(message.keep_as, set(answers), dict.fromkeys(answers, 0))
 
     def forgotten(self, request_id: str) -> None:
@@ -85,6 +93,17 @@ class KeptChecks:
         entry.open.discard(sample)
         if not entry.open:
             entry.ended_at = self.world.now
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """There is a bound on how many are kept, and on how long those are that have ended: the oldest of these go."""
+        ended = sorted((entry.ended_at, key) for key, entry in self.entries.items() if entry.ended_at is not None)
+        sizes = {key: self.entries[key].size for _, key in ended}
+        for _, key in ended:
+            if len(self.entries) <= kept_answers.MAX_KEPT and sum(sizes.values()) <= kept_answers.MAX_KEPT_SIZE:
+                return
+            del self.entries[key], sizes[key]
+            self._dropped.add(key)
 
     @contextlib.contextmanager
     def hearing(self, event: Said) -> Iterator[None]:
@@ -94,7 +113,7 @@ class KeptChecks:
             yield
             return
         is_wanted = isinstance(event, RequestFailed) or (
-            isinstance(event, (Tokens, Finished)) and event.sample in entry.open
+            isinstance(event, PromptLogprobs) or (isinstance(event, (Tokens, Finished)) and event.sample in entry.open)
         )
         self._hear(event, entry)
         self._overheard = []
@@ -103,17 +122,36 @@ class KeptChecks:
         if is_wanted and (event in told) != (entry.unheard_since is None):
             raise Violation("I17", f"{event} is told {len(told)} times; unheard since {entry.unheard_since}")
 
+    @contextlib.contextmanager
+    def hearing_late(self, event: Said) -> Iterator[None]:
+        """It is of a request that is over, whose id another has now: the sessions know no more of it, nor does the
+        hub."""
+        before, self._overheard = self.rank.sessions.requests.get(event.request_id), []
+        running = self.rank.book.running.get(event.request_id)
+        yield
+        told, self._overheard = self._overheard, None
+        is_same = self.rank.book.running.get(event.request_id) is running
+        if told or not is_same or self.rank.sessions.requests.get(event.request_id) is not before:
+            raise Violation("I17", f"{event} is of a request that was begun anew since, and {told} is told")
+
     def _hear(self, event: Said, entry: _Entry) -> None:
         match event:
             case RequestFailed():
                 self.forgotten(event.request_id)
             case NeedItems() if entry.unheard_since is not None:
                 self.forgotten(event.request_id)
-            case Tokens(sample=sample) if sample in entry.open:
-                entry.num_tokens[sample] += len(event.token_ids)
-            case Finished(sample=sample) if sample in entry.open:
-                entry.ended.add(sample)
-                self._close(entry, sample)
+            case Tokens(sample=sample):
+                entry.size += len(event.token_ids) * (16 if event.logprobs else 1)
+                if sample in entry.open:
+                    entry.num_tokens[sample] += len(event.token_ids)
+            case PromptLogprobs():
+                entry.prompt.append(event)
+                entry.size += (len(event.own) + len(event.ranks) + len(event.top_ids) + len(event.top)) // 4
+            case Finished(sample=sample):
+                entry.size += 1
+                if sample in entry.open:
+                    entry.ended.add(sample)
+                    self._close(entry, sample)
 
     def of_sessions(self, message: Message) -> None:
         if isinstance(message, RequestFailed):
@@ -141,18 +179,18 @@ class KeptChecks:
         for request_id in self.rank.book.running:
             if request_id not in self.entries:
                 raise Violation("I17", f"{request_id} goes on though nobody will ask for it, or it lacks rows")
-        gone = self.entries.keys() - {offer.request_id for offer in self.rank.book.offer(_none)}
+        gone = self.entries.keys() - {offer.request_id for offer in self.rank.book.offer(0)}
         for request_id in gone:
             if self.entries[request_id].is_due(self.world.now, self._keep_s):
                 raise Violation("I17", f"{request_id} has all its rows, and is given up with its hub")
 
     def offers(self, offers: list[KeptRequest]) -> None:
-        """I10: who adopts counts the attempts on."""
+        """I10: who adopts counts the attempts on, also at what is over, and may have to begin anew."""
+        assigned = self.rank.ledger.assigned
         for offer in offers:
-            request = self.rank.sessions.requests.get(offer.request_id)
-            numbers = [] if request is None else [session.attempt for session in request.sessions]
-            if offer.attempts != numbers:
-                raise Violation("I10", f"{offer.request_id} is offered after attempts {offer.attempts} of {numbers}")
+            last = max((one.attempt for key, one in assigned.items() if key[0] == offer.request_id), default=0)
+            if offer.last_attempt < last:
+                raise Violation("I10", f"{offer.request_id} is offered after attempt {offer.last_attempt} of {last}")
 
     def told(self, message: Message) -> None:
         if self._overheard is not None:
@@ -176,6 +214,8 @@ class KeptChecks:
         request = self.rank.sessions.requests.get(message.request_id)
         if request is not None and request.deadline < self.world.now + message.timeout_s:
             raise Violation("I11", f"{message.request_id} ends at {request.deadline}, with the client that has left")
+        if [one for one in told if isinstance(one, PromptLogprobs)] != entry.prompt:
+            raise Violation("I17", f"{message.request_id} is told {told}, without {entry.prompt}")
         for sample, count in entry.num_tokens.items():
             said = [one for one in told if isinstance(one, Tokens) and one.sample == sample]
             ends = [one for one in told if isinstance(one, Finished) and one.sample == sample]
@@ -190,14 +230,19 @@ class KeptChecks:
     def on_time(self) -> None:
         """What nobody adopted in time is not in the book, nor known to the engine or the sessions."""
         rank, now = self.rank, self.world.now
+        if not (rank.engine.known or self.entries or len(rank.book.kept)):
+            self._stays.forget()
+            return
         stays = self._stays.look(now)
         for request_id in rank.engine.known:
             if request_id not in rank.book.running and stays.stay((request_id, "pages")) > PAGES_S:
                 raise Violation("I17", f"{request_id} is over, and keeps its pages")
-        kept = [offer.request_id for offer in rank.book.offer(_none)] if len(rank.book.kept) else []
+        kept = [offer.request_id for offer in rank.book.offer(0)] if len(rank.book.kept) else []
         for request_id in kept:
             entry = self.entries.get(request_id)
             since = None if entry is None else entry.unheard_since if entry.ended_at is None else entry.ended_at
+            if entry is None and request_id in self._dropped:
+                raise Violation("I12", f"{request_id} is kept, and more is kept than may be")
             is_for_nobody = entry is None or since is not None
             if is_for_nobody and stays.stay((request_id, since)) > self._keep_s + GIVE_UP_S:
                 raise Violation("I17", f"{request_id} is kept for longer than {self._keep_s} s")
@@ -211,8 +256,3 @@ class KeptChecks:
         """Whether a request is here that only has to be adopted."""
         entry = self.entries.get(request_id)
         return entry is not None and entry.is_due(self.world.now, self._keep_s)
-
-
-def _none(request_id: str) -> list[int]:
-    """Attempts do not matter here."""
-    return []

@@ -16,12 +16,15 @@ from qwen3vl_disagg.protocol.messages import (
     Beat,
     Cancel,
     Frame,
+    Header,
     ItemLost,
     KeptRequest,
     Message,
+    RequestFailed,
     Room,
     Submit,
 )
+from qwen3vl_disagg.protocol.session import RECEIVING
 from qwen3vl_disagg.protocol.session_events import (
     Attempt,
     BreakLink,
@@ -39,8 +42,10 @@ from qwen3vl_disagg.protocol.session_events import (
     Tick,
 )
 from tools.simulation import checks, progress_checks
+from tools.simulation.encode_checks import answers_stale, changed_nothing
 from tools.simulation.engine import SimEngine, Window
 from tools.simulation.kept_checks import KeptChecks
+from tools.simulation.language_checks import LanguageLedger
 from tools.simulation.payload import Payload, run_digests
 from tools.simulation.progress_checks import language_bounds
 from tools.simulation.stays import Stays
@@ -66,7 +71,9 @@ class SimLanguage:
         self.from_hub_channel: Channel | None = None
         self.engine = SimEngine(self)
         self.book = RequestBook(self.engine.cancel, self._to_sessions, self.tell, keep_s=sizes.keep_s)
-        self.kept_checks = KeptChecks(self)
+        self.kept_checks, self.ledger = KeptChecks(self), LanguageLedger(self)
+        self.submits: dict[str, Submit] = {}
+        """What was begun last under each id."""
         self.offered: list[KeptRequest] = []
         """To the next hub, as it was when the last one was lost."""
         self.asked: dict[tuple[str, int], int] = {}
@@ -79,13 +86,15 @@ class SimLanguage:
         """(request, item) -> generation of the room it was granted last"""
         self.num_broken: dict[Attempt, int] = {}
         """Payloads of an attempt that broke since rows came last."""
-        self.stays, self.bounds = Stays(self.world), language_bounds(cluster.limits)
+        self.said_at: dict[int, float] = {}
+        """When something was said last over each link."""
+        self.stays, self.bounds = Stays(self.world), language_bounds(cluster.limits, cluster.sizes.moving_s)
         self.granted_over: dict[Attempt, int] = {}
         """Epoch of the link over which an attempt's last grant went."""
         self.epochs: dict[Attempt, int] = {}
         """Of the link over which an attempt's last payload comes."""
         self._acked: set[Attempt] = set()
-        self.pools_mark: tuple[int, ...] = ()
+        self.pools_mark: tuple[Any, ...] = ()
         self._jobs: dict[Attempt, Receive] = {}
         self._do = {
             SendFrame: self._send_frame,
@@ -99,9 +108,22 @@ class SimLanguage:
     # ---- sessions ----
 
     def handle(self, event: LanguageEvent) -> None:
-        for action in self.sessions.handle(event, self.world.now):
+        kind, awaited = type(event), None
+        if kind is PayloadEnd:
+            awaited = self.sessions.find(*event.key)  # type: ignore[union-attr]
+            if awaited is not None and awaited.state is not RECEIVING:
+                awaited = None
+        self.ledger.before(event)
+        actions = self.sessions.handle(event, self.world.now)
+        for action in actions:
             self._do[type(action)](action)  # type: ignore[operator]
+        if changed_nothing(event, actions):
+            return
         checks.language_side(self)
+        if kind is LinkUp or kind is LinkDown:
+            self.ledger.after_link(event)  # type: ignore[arg-type]
+        if kind is PayloadEnd:
+            self.ledger.after_payload(event, awaited)  # type: ignore[arg-type]
 
     def _to_sessions(self, event: LanguageEvent) -> None:
         (self._expect if isinstance(event, Expect) else self.handle)(event)  # type: ignore[arg-type]
@@ -119,23 +141,27 @@ class SimLanguage:
 
     def _send_frame(self, action: SendFrame) -> None:
         self.cluster.check_wire(action.frame)
+        self.ledger.sends(action)
         body = action.frame.body
-        if isinstance(body, Ack):
+        if type(body) is Ack:
             self._acked.add(body.key)
         elif isinstance(body, Room):
             self.granted_over[body.key] = action.frame.epoch
             checks.granted(self, body)
+        progress_checks.may_beat(self, action.peer, action.frame)
         link = self.links.get(action.peer)
         if link is not None and link.epoch == action.frame.epoch:
             link.to_encode.send(action.frame)
 
     def _break_link(self, action: BreakLink) -> None:
+        self.ledger.does(action)
         link = self.links.get(action.peer)
         if link is not None and link.epoch == action.epoch:
             self.world.at(0.0, self, link.close, self, action.reason)
 
     def _receive(self, job: Receive) -> None:
         checks.agrees(job)
+        self.ledger.does(job)
         self.epochs[job.grant.request_id, job.grant.item, job.grant.attempt] = job.epoch
         link = self.links.get(job.encode_rank)
         if link is not None and link.epoch == job.epoch:
@@ -207,6 +233,7 @@ class SimLanguage:
 
     def _rows_ready(self, action: RowsReady) -> None:
         attempt = action.key
+        self.ledger.does(action)
         job = self._jobs.pop(attempt, None)
         if job is None:
             raise Violation("I7", f"rows {action.start}..{action.stop} of {attempt} are ready, but did not come well")
@@ -216,29 +243,39 @@ class SimLanguage:
         self.world.at(0.0, self, self.engine.provide, window)
 
     def _recall(self, action: Recall) -> None:
+        checks.may_recall(self, action)
         self.progress.pop((action.request_id, action.item), None)
         self.world.at(0.0, self, self.engine.recall, action)
 
     def _tell(self, action: Tell) -> None:
         message = action.message
+        self.ledger.tells(message)
         if isinstance(message, ItemLost):
             progress_checks.has_no_link(self, message)
             self._jobs.pop(message.key, None)
             self.progress.pop((message.request_id, message.item), None)
         self.kept_checks.of_sessions(message)
         self.book.of_sessions(message, self.world.now)
+        if isinstance(message, RequestFailed):
+            self.ledger.is_over(message.request_id)
 
     # ---- the engine ----
 
-    def hear(self, event: Said) -> None:
+    def hear(self, event: Said, of: Submit) -> None:
+        if self.submits[event.request_id] is not of:
+            with self.kept_checks.hearing_late(event):
+                self.book.hear(event, self.world.now)
+            return
         if event.request_id not in self.kept_checks.entries:
             self.book.hear(event, self.world.now)
             return
         with self.kept_checks.hearing(event):
             self.book.hear(event, self.world.now)
 
-    def preempted(self, request_id: str) -> None:
+    def preempted(self, request_id: str, of: Submit) -> None:
         self.book.preempted(request_id)
+        if self.submits[request_id] is of:
+            self.ledger.was_preempted(request_id)
 
     # ---- links ----
 
@@ -246,12 +283,29 @@ class SimLanguage:
         if not link.to_language.is_open:
             return
         old = self.links.get(link.encode.rank)
-        if old is not None:
+        is_first = self.world.random() < 0.5  # of the two the sessions may hear in either order
+        if old is not None and is_first:
             old.close(self, "a new link takes its place")
         self.links[link.encode.rank] = link
         self._acked.clear()
+        self.said_at[link.encode.rank] = self.world.now
         self.handle(LinkUp(link.encode.rank, link.epoch))
+        if old is not None and not is_first:
+            old.close(self, "a new link has taken its place")
         progress_checks.last_acks_come_again(self, link, self._acked)
+        if self.world.random() < 0.1:
+            self.world.at(self.world.random(), self, self._hear_again, link)
+
+    def _hear_again(self, link: SimLink) -> None:
+        """Of a link that is here, and of the end of the one before: nothing may change."""
+        before, peer = self.snapshot(), link.encode.rank
+        state = self.sessions.links.get(peer)
+        if self.links.get(peer) is not link or state is None or state.epoch != link.epoch:
+            return
+        self.handle(LinkUp(peer, link.epoch))
+        self.handle(LinkDown(peer, link.epoch - 1, "late news"))
+        if self.snapshot() != before:
+            raise Violation("I9", f"late news of links between {self.rank} and {peer} changed something")
 
     def lost_link(self, link: SimLink, reason: str) -> None:
         if self.links.get(link.encode.rank) is link:
@@ -261,15 +315,26 @@ class SimLanguage:
     def take(self, link: SimLink, frame: Frame) -> None:
         state = self.sessions.links.get(link.encode.rank)
         expected = 0 if state is None else state.num_received + (type(frame.body) is not Beat)
-        self.handle(FrameIn(link.encode.rank, frame))
+        ledger, peer = self.ledger, link.encode.rank
+        is_next = state is not None and state.epoch == frame.epoch and frame.seq == expected
+        if is_next and type(frame.body) is not Beat:
+            ledger.frame_comes(peer, frame)
+            was_right = isinstance(frame.body, Header) and ledger.is_right(frame.body)
+            was_whole = ledger.was_whole
+            self.handle(FrameIn(peer, frame))
+            ledger.frame_was_taken(peer, frame, was_right, was_whole)
+            return
+        self.handle(FrameIn(peer, frame))
         if state is not None and frame.seq > expected:
             checks.gap_ends_link(self.sessions.links.get(link.encode.rank), expected, frame)
 
     def take_copy(self, link: SimLink, frame: Frame) -> None:
         """A frame that was here before, or comes too late: nothing may change."""
-        before = self.snapshot()
+        before, state = self.snapshot(), self.sessions.links.get(link.encode.rank)
         self.handle(FrameIn(link.encode.rank, frame))
         checks.unchanged(self, before, frame)
+        if state is not None:
+            answers_stale(state.epoch, frame, self.ledger.sent)
 
     def snapshot(self) -> Any:
         sessions = [
@@ -296,18 +361,22 @@ class SimLanguage:
 
     def tell(self, message: Message) -> None:
         self.kept_checks.told(message)
+        self.ledger.told_last = message
         if self.hub is not None:
             self.hub.send(message)
 
     def from_hub(self, message: Message) -> None:
+        self.ledger.heard(message)
         now, checks_of_kept = self.world.now, self.kept_checks
         match message:
             case Submit():
+                self.submits[message.request_id] = message
                 checks_of_kept.begun(message)
                 self.book.begin(message, now)
                 if self.world.happens("allocation", 0.3):
                     checks_of_kept.forgotten(message.request_id)
                     self.book.fail(message.request_id, Failure.of(ServerError("out of memory")))
+                    self.ledger.has_failed(message.request_id)
                 else:
                     self.engine.add(message)
             case Adopt():
@@ -315,30 +384,31 @@ class SimLanguage:
                     self.book.adopt(message, now)
                 self.engine.may_fail(message.request_id)
             case Assign():
+                whole = self.ledger.assigning(message)
                 self.handle(message)
+                self.ledger.was_assigned(whole)
             case Cancel(sample=None):
                 checks_of_kept.forgotten(message.request_id)
                 self.book.forget(message.request_id)
             case Cancel(sample=int(sample)):
                 checks_of_kept.cut(message.request_id, sample)
+                self.ledger.cutting(message.request_id, sample)
                 self.book.forget_answer(message.request_id, sample, now)
+                self.ledger.was_cut(message.request_id)
 
     def lost_hub(self) -> None:
+        self.ledger.hub_lost()
         self.kept_checks.losing_hub()
         self.book.hub_lost(self.world.now)
         self.kept_checks.lost_hub()
-        self.offered = self.book.offer(self._attempts)
+        self.offered = self.book.offer(self.sessions.last_attempt)
         self.kept_checks.offers(self.offered)
-
-    def _attempts(self, request_id: str) -> list[int]:
-        """As the server of links does it."""
-        request = self.sessions.requests.get(request_id)
-        return [] if request is None else [session.attempt for session in request.sessions]
 
     def tick(self) -> None:
         self.handle(Tick())
         self.book.look(self.world.now)
         progress_checks.language_on_time(self)
+        self.ledger.on_time()
         self.kept_checks.on_time()
         self.world.at(1.0, self, self.tick)
 

@@ -13,7 +13,16 @@ from qwen3vl_disagg.protocol.admission import Admission
 from qwen3vl_disagg.protocol.attempts import Attempts
 from qwen3vl_disagg.protocol.encode_sessions import EncodeSessions
 from qwen3vl_disagg.protocol.link_state import LinkState
-from qwen3vl_disagg.protocol.messages import Beat, Cancel, Frame, ItemLost, Message, RequestFailed, Tokens
+from qwen3vl_disagg.protocol.messages import (
+    Beat,
+    Cancel,
+    EncodingEnded,
+    Frame,
+    ItemLost,
+    Message,
+    RequestFailed,
+    Tokens,
+)
 from qwen3vl_disagg.protocol.placement import LanguageRankState
 from qwen3vl_disagg.protocol.router import Router
 from qwen3vl_disagg.protocol.routing import Admit, RankUp, Request
@@ -167,6 +176,19 @@ def _() -> Iterator[None]:
         yield
 
 
+@mutant("contents-under-way-are-a-set", "I11", "what is under way twice is forgotten when the first of it has ended")
+def _() -> Iterator[None]:
+    from_encode = method(Attempts, "from_encode")
+
+    def drop(self: Attempts, rank: int, message: Message, now: float) -> None:
+        from_encode(self, rank, message, now)
+        if isinstance(message, EncodingEnded):
+            self.ranks[rank].under_way.pop(message.digest, None)
+
+    with swap(Attempts, "from_encode", drop):
+        yield
+
+
 # ---- ranks ----
 
 
@@ -228,4 +250,21 @@ def _() -> Iterator[None]:
         self._to_sessions = to_sessions
 
     with swap(RequestBook, "hear", silent):
+        yield
+
+
+@mutant(
+    "preempted-still-misses-its-rows", "I17", "a preempted request is given up with its hub for rows it needs no more"
+)
+def _() -> Iterator[None]:
+    preempted = method(RequestBook, "preempted")
+
+    def keep(self: RequestBook, request_id: str) -> None:
+        request = self.running.get(request_id)
+        missing = set() if request is None else request.missing
+        preempted(self, request_id)
+        if request is not None:
+            request.missing = missing
+
+    with swap(RequestBook, "preempted", keep):
         yield

@@ -258,12 +258,9 @@ def _() -> Iterator[None]:
     granted = method(EncodeSessions, "_granted")
 
     def beside(self: EncodeSessions, outlet: Any, grant: Any, now: float) -> None:
-        key = (grant.request_id, grant.item)
-        older = {k: item for k, item in self.items.items() if k[:2] == key and k[2] < grant.attempt}
-        for attempt in older:
-            del self.items[attempt]
+        self._end = lambda attempt: None  # type: ignore[method-assign]
         granted(self, outlet, grant, now)
-        self.items |= older
+        del self._end
 
     with swap(EncodeSessions, "_granted", beside):
         yield

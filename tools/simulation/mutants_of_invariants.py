@@ -250,7 +250,8 @@ def _() -> Iterator[None]:
         while self.queue:
             item = self.items[self.queue.pop(0)]
             item.state = encode_sessions.ENCODING
-            self._actions.append(encode_sessions.StartEncode(item.attempt, item.visual, item.is_alone))
+            said = (item.attempt, item.visual, item.is_alone, item.due, now - item.granted_at)
+            self._actions.append(encode_sessions.StartEncode(*said))
 
     with swap(EncodeSessions, "_fill_places", fill):
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from qwen3vl_disagg.core.errors import UnavailableError
@@ -164,8 +164,8 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     offer = method(RequestBook, "offer")
 
-    def without(self: RequestBook, attempts: Callable[[str], list[int]]) -> list[KeptRequest]:
-        return offer(self, lambda request_id: [])
+    def without(self: RequestBook, last_attempt: int) -> list[KeptRequest]:
+        return offer(self, 0)
 
     with swap(RequestBook, "offer", without):
         yield

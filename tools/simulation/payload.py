@@ -52,8 +52,9 @@ def run_digests(cells: Sequence[int], runs: Sequence[int], start: int) -> list[i
 
 def make_payload(names: Names, attempt: Attempt, grant: Room, total: int) -> Payload:
     """The rows that a grant asks for, as their encoder knows them."""
-    rows = [names.row(attempt, row) for row in range(grant.row_start, grant.row_stop)]
-    deepstack = [-names.row(attempt, row) for row in range(grant.deepstack_start, grant.deepstack_stop)]
+    first = names.row(attempt, 0)
+    rows = [*range(first + grant.row_start, first + grant.row_stop)]
+    deepstack = [*range(-first - grant.deepstack_start, -first - grant.deepstack_stop, -1)]
     aux = None if isinstance(grant, Resume) else (total, attempt[2])
     return Payload(attempt, grant, aux, deepstack, rows, len(rows) + len(deepstack))
 

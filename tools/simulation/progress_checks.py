@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwen3vl_disagg.protocol.encode_sessions import ENCODING, HEADER, PARKED, QUEUED, READY, SENDING, SENT
-from qwen3vl_disagg.protocol.messages import Frame, ItemLost
+from qwen3vl_disagg.protocol.messages import Beat, Frame, ItemLost
 from qwen3vl_disagg.protocol.session import GRANTED, IDLE, RECEIVING, WAITING
 from qwen3vl_disagg.protocol.session_events import Attempt, SessionLimits
 from tools.simulation.stays import Stays
@@ -14,29 +14,28 @@ from tools.simulation.world import RETURN_S, Channel, SimLink, Violation
 TICK_S = 1.0
 MAX_BROKEN = 3
 """Payloads of one grant that may break before its attempt is over."""
-MOVING_S = 0.1
-"""What the bytes of a payload may take here at most: they are few."""
 
 
 _KEPT = (QUEUED, ENCODING, READY, PARKED)
 """An attempt in any other state ends with the answer of its link, or breaks it."""
 
 
-def encode_bounds(limits: SessionLimits) -> dict[str, float]:
-    """Seconds that an attempt may be in a state; in the others as long as its request."""
+def encode_bounds(limits: SessionLimits, moving_s: float) -> dict[str, float]:
+    """Seconds that an attempt may be in a state; in the others as long as its request. `moving_s`: what the bytes of a
+    payload may take at most."""
     return {
         HEADER: limits.answer_s,
-        SENDING: 2 * (limits.payload_s + MOVING_S),
-        SENT: limits.answer_s + MOVING_S,
+        SENDING: 2 * (limits.payload_s + moving_s),
+        SENT: limits.answer_s + moving_s,
         PARKED: limits.lease_s,
     }
 
 
-def language_bounds(limits: SessionLimits) -> dict[str, float]:
+def language_bounds(limits: SessionLimits, moving_s: float) -> dict[str, float]:
     """A payload that does not come ends its link, and then the receive returns."""
     return {
         GRANTED: limits.grant_s,
-        RECEIVING: 2 * (limits.payload_s + MOVING_S) + RETURN_S,
+        RECEIVING: 2 * (limits.payload_s + moving_s) + RETURN_S,
         WAITING: limits.suspend_s,
     }
 
@@ -102,6 +101,14 @@ def _is_heard(way: Channel, now: float, limits: SessionLimits) -> None:
     """A link on which nothing happens has its beats: they show that the last frame was lost."""
     if way.is_open and now - way.said_at >= limits.beat_s + TICK_S:
         raise Violation("I11", f"nothing was said on a link for {now - way.said_at:.1f} s")
+
+
+def may_beat(rank: Any, peer: int, frame: Frame) -> None:
+    """I11: nobody says that nothing is new where something has been said."""
+    now, said_at = rank.world.now, rank.said_at
+    if type(frame.body) is Beat and now - said_at.get(peer, now) < rank.sessions.limits.beat_s - 1e-6:
+        raise Violation("I11", f"a beat, {now - said_at.get(peer, now)} s after something was said")
+    said_at[peer] = now
 
 
 def gives_up(rank: Any, attempt: Attempt, was_awaited: bool) -> None:

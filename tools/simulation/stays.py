@@ -34,3 +34,7 @@ class Stays:
     def done(self) -> None:
         """What was not seen in this look is gone."""
         self._before, self._since = self._since, {}
+
+    def forget(self) -> None:
+        """Nothing is there."""
+        self._before = {}

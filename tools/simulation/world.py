@@ -82,9 +82,9 @@ class World:
 
     def run(self, until: float) -> None:
         """All events before `until`, in order."""
-        heap = self._heap
+        heap, pop = self._heap, heappop
         while heap and heap[0][0] < until:
-            time, came, count, owner, do, args = heappop(heap)
+            time, came, count, owner, do, args = pop(heap)
             if owner is not None:
                 if owner.is_dead:
                     continue
@@ -98,7 +98,7 @@ class World:
 
     def happens(self, fault: str, times: float = 1.0) -> bool:
         """Whether this kind of fault strikes now; `times` as often as usual."""
-        return fault in self.faults and self.now < self.faults_until and self.random() < times * self.rate
+        return self.now < self.faults_until and fault in self.faults and self.random() < times * self.rate
 
     def delay(self, slowness: float = 1.0) -> float:
         return (0.001 + 0.02 * self.random()) * slowness
@@ -138,14 +138,17 @@ class Channel:
             self.held.append(message)
             return
         world = self.world
-        arrival = max(self.last, world.now + world.delay(self.sender.slowness))
+        arrival = world.now + (0.001 + 0.02 * world.random()) * self.sender.slowness
+        if arrival < self.last:
+            arrival = self.last
         if self.link is None:  # of the hub
             arrival += 3.0 * world.random() if world.happens("delay") else 0.0
         elif world.now < world.faults_until and world.faults:
             arrival = self._hurt(message, arrival)
             if arrival < 0:
                 return
-        self.last = max(self.last, arrival)
+        if arrival > self.last:
+            self.last = arrival
         world.at_time(arrival, self.owner, self._arrive, message, world.now)
 
     def _hurt(self, message: Any, arrival: float) -> float:
@@ -182,7 +185,8 @@ class Channel:
         if self.is_open:
             if seen is not None:
                 seen.append(True)
-            self.heard_at = max(self.heard_at, said_at)
+            if said_at > self.heard_at:
+                self.heard_at = said_at
             self.deliver(message)
 
     def _arrive_again(self, message: Any, seen: list[bool]) -> None:
@@ -301,7 +305,7 @@ class SimLink:
                 self._never_end(payload, job)
                 continue
             slowness = max(self.encode.slowness, self.language.slowness)
-            done = self.world.delay(2.0 * slowness)
+            done = self.world.delay(2.0 * slowness) + self.encode.cluster.sizes.payload_s * self.world.random()
             self.world.at(done, None, self._complete, payload, job)
 
     def _never_end(self, payload: Any, job: Any) -> None:
