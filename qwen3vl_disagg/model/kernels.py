@@ -1,4 +1,4 @@
-"""Which parts of a loaded module run through the CPU kernels."""
+"""Which parts of a loaded module run through the CPU kernels, and which weights are one on CUDA."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from qwen3vl_disagg.kernels import int8, ops
+from qwen3vl_disagg.model.attention import Attention
 from qwen3vl_disagg.model.decoder import Qwen3MoeModel
-from qwen3vl_disagg.model.layers import Linear, RMSNorm, SwiGLU
+from qwen3vl_disagg.model.layers import Linear, RMSNorm, SwiGLU, join
 from qwen3vl_disagg.model.moe import Experts, SparseMoe, takes_grouped_mm
 from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear
 from qwen3vl_disagg.model.vision import VisionAttention, VisionMlp
@@ -43,6 +44,9 @@ def use_kernels(module: ModuleT) -> ModuleT:
         elif isinstance(part, SwiGLU):
             weight = part.gate_proj.weight
             part.use_kernel = _is_plain(weight) and ops.can_swiglu(len(weight), weight)
+            join(part.gate_proj, part.up_proj)
+        elif isinstance(part, Attention):
+            join(part.q_proj, part.k_proj, part.v_proj)
         elif isinstance(part, Experts):
             gate_up, down = part.local_weights()
             is_kernel = len(down) > 0 and all(map(_is_plain, (gate_up, down))) and ops.can_experts(down, gate_up, down)

@@ -40,8 +40,12 @@ class Linear(nn.Linear):
     """Few rows go through the kernel that reads the weight as it is, where there is one and no bias; many through the
     one for tiles, where the processor has them."""
 
+    joined: Tensor | None
+    """On the first of several layers of one input, the weight of all of them (`join`)."""
+
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
+        self.register_buffer("joined", None, persistent=False)
         self.use_kernel = self.use_tiles = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +69,25 @@ def project(x_TD: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
         return ops.linear(x_TD, weights).split(sizes, dim=-1)
     if is_tiles and not torch.compiler.is_compiling():
         return ops.many_rows(x_TD, weights).split(sizes, dim=-1)
+    if type(layers[0]) is Linear and layers[0].joined is not None:
+        return F.linear(x_TD, layers[0].joined).split(sizes, dim=-1)
     return tuple(layer(x_TD) for layer in layers)
+
+
+@torch.no_grad()
+def join(*layers: Linear) -> None:
+    """One weight for layers of one input that `project` runs: on CUDA, where each product is a launch. Each layer's own
+    stays under its name and becomes a part of it. Nothing where one of them is quantized or has a bias."""
+    if not all(type(layer) is Linear for layer in layers):
+        return
+    weights = [layer.weight for layer in layers]
+    is_plain = all(layer.bias is None and layer.weight.dtype == weights[0].dtype for layer in layers)
+    if not is_plain or any(weight.device.type != "cuda" for weight in weights):
+        layers[0].joined = None
+        return
+    layers[0].joined = joined = torch.cat(weights)
+    for layer, part in zip(layers, joined.split([len(weight) for weight in weights]), strict=True):
+        layer.weight = nn.Parameter(part, requires_grad=False)
 
 
 class SwiGLU(nn.Module):
