@@ -194,8 +194,8 @@ def run_experts_in_slices(
     the device knows, and it may be all of them: room is made for those of so many tokens, one slice after another."""
     run = run_experts_sorted if gpu.takes(x_TD) else run_experts_grouped
     num_rows = max(MAX_ROUTED_ROWS // max(ids_TK.shape[1], 1), 1)
-    slices = zip(*(rows.split(num_rows) for rows in (x_TD, weights_TK, ids_TK)), strict=True)
-    parts = [run(*rows, gate_up_EGD, down_EDF) for rows in slices]
+    slices = zip(x_TD.split(num_rows), weights_TK.split(num_rows), ids_TK.split(num_rows), strict=True)
+    parts = [run(x, weights, ids, gate_up_EGD, down_EDF) for x, weights, ids in slices]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
