@@ -11,6 +11,7 @@ from qwen3vl_disagg.model import ForwardBatch, moe, quantized, use_kernels
 from qwen3vl_disagg.model.attention import Attention
 from qwen3vl_disagg.model.layers import SwiGLU
 from qwen3vl_disagg.model.vision import attend_frames
+from qwen3vl_disagg.parallel.expert_placement import held_bytes
 from tests.model.test_expert_impls import inputs, make_experts
 from tests.model.test_expert_impls import quantized as quantize
 from tests.support.peak import peak_bytes
@@ -111,6 +112,7 @@ def test_one_product_for_layers_of_one_input(make, names):
     with simulated() as watch, torch.no_grad():
         on_device = use_kernels(to_device(module, watch))
         assert len(on_device.get_submodule(names[0]).joined) == sum(len(kept[f"{name}.weight"]) for name in names)
+        assert held_bytes(on_device) == sum(value.nbytes for value in kept.values()), "counted once"
         held = {name: value.elem for name, value in on_device.state_dict().items()}
         given = [t.to(DEVICE) for t in (x, *rotary)]
         actual = [run(on_device, *given).elem]
