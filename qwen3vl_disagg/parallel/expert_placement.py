@@ -44,8 +44,9 @@ def shard_rows(size: int, num_ranks: int, rank: int) -> range:
 
 
 def held_bytes(module: nn.Module) -> int:
-    """Bytes of a module's weights in this process: of what is spread over ranks only the part that is here."""
-    tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    """Bytes of a module's weights in this process: of what is spread over ranks only the part that is here, what
+    has two names once."""
+    tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
     return sum(tensor.numel() * tensor.itemsize for tensor in local)
 
