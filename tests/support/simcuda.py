@@ -43,6 +43,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "paged_attention": paged._paged_attention,
     "attend_frames": vision._attend_frames_opaque,
     "experts_ungrouped": moe.run_experts_ungrouped,
+    "experts_in_slices": moe.run_experts_in_slices,
     "experts_dequantized": quantized.run_experts_dequantized,
     "flex_attention": flex._flex_attention,
 }
