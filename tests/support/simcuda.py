@@ -11,7 +11,6 @@ Compiled regions run uncompiled, and are told that they are compiled. FlexAttent
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import threading
 import weakref
@@ -27,6 +26,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3vl_disagg.model import flex, moe, paged, quantized, vision
+from tests.support.simcompile import uncompiled
+from tests.support.simstreams import Streams
+from tests.support.simvarlen import varlen_attn
 
 DEVICE = torch.device("cuda", 0)
 H2D, STAGED, ASYNC, D2H, ITEM, SHAPE = "H2D blocking", "H2D staged", "H2D pinned", "D2H", "item", "shape"
@@ -46,21 +48,26 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 class Watch:
-    """What was seen: `counts` of copies and waits by kind and place, `problems` that a device would have raised, and
-    the `sdpa` backends that were allowed when attention was computed (flash, efficient, math, cuDNN)."""
+    """What was seen: `counts` of copies and waits by kind and place, `problems` that a device would have raised, the
+    `sdpa` backends that were allowed when attention was computed (flash, efficient, math, cuDNN), how often it was
+    `varlen`, and bytes `uploaded`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.streams = Streams()
         self.reset()
 
     def reset(self) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
         self.problems: list[str] = []
         self.sdpa: set[tuple[bool, bool, bool, bool]] = set()
+        self.varlen = self.uploaded = 0
 
     def count(self, kind: str) -> None:
         with self._lock:
             self.counts[kind, _place()] += 1
+        if kind in WAITS:
+            self.streams.current.synchronize()
 
     def problem(self, message: str) -> RuntimeError:
         with self._lock:
@@ -93,6 +100,11 @@ class SimTensor(Tensor):
         )
         made.elem, made.watch = elem, watch
         return made
+
+    recorded: tuple[Any, ...] = ()
+
+    def record_stream(self, stream: Any) -> None:
+        self.recorded = (*self.recorded, stream)
 
     def __repr__(self, **_: Any) -> str:
         return f"SimTensor({tuple(self.shape)}, {self.dtype})"
@@ -250,6 +262,7 @@ def _run(watch: Watch, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return _OPERATORS[name](*args, **kwargs)
     target = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     is_on_device = target.type == "cuda" if target is not None else bool(sims)
+    watch.streams.look(sims, watch.problem)
     _look(watch, func, name, args, kwargs, tensors, is_on_device)
     args, kwargs = _elems(tuple(args)), {name: _elems(x) for name, x in kwargs.items()}
     if target is not None:
@@ -259,8 +272,12 @@ def _run(watch: Watch, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "_grouped_mm":  # whatever was in memory
         out[int((kwargs.get("offs") if "offs" in kwargs else args[2])[-1]) :] = float("nan")
     if name.endswith("_") and not name.endswith("__"):
+        watch.streams.tag(tensors[0])
         return tensors[0]
-    return _wrapped(watch, out) if is_on_device else out
+    if not is_on_device:
+        return out
+    watch.streams.tag(out := _wrapped(watch, out))
+    return out
 
 
 def _look(
@@ -271,6 +288,7 @@ def _look(
     if name == "_to_copy":
         if is_on_device and not sims and args[0].numel():
             watch.count(_upload_kind(args[0], bool(kwargs.get("non_blocking"))))
+            watch.uploaded += args[0].nbytes
         if not is_on_device and sims and args[0].numel():
             watch.count(D2H)
         return
@@ -408,17 +426,6 @@ def _attention_by_lists(kind: flex.FlexKind) -> Callable[..., Tensor]:
     return attend
 
 
-def _compile(run: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-    """Uncompiled, but told that it is."""
-
-    @functools.wraps(run)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
-            return run(*args, **kwargs)
-
-    return call
-
-
 def to_device(module: nn.Module, watch: Watch) -> nn.Module:
     """In place, as `module.to("cuda")` would."""
     for part in module.modules():
@@ -458,7 +465,7 @@ def simulated(*, free_bytes: int = 64 << 20, num_devices: int = 1) -> Iterator[W
         "device_count": lambda: num_devices,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
-        "synchronize": lambda *_: None,
+        "get_device_capability": lambda *_: (9, 0),
         "mem_get_info": lambda *_: (free_bytes, free_bytes),
         "_lazy_init": lambda: None,
     }
@@ -468,9 +475,11 @@ def simulated(*, free_bytes: int = 64 << 20, num_devices: int = 1) -> Iterator[W
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         stack.enter_context(mock.patch.object(torch.inference_mode, "__enter__", _NoGrad.__enter__))
         stack.enter_context(mock.patch.object(torch.inference_mode, "__exit__", _NoGrad.__exit__))
-        stack.enter_context(mock.patch.object(torch, "compile", _compile))
+        stack.enter_context(uncompiled())
         stack.enter_context(mock.patch.object(torch._dynamo, "mark_dynamic"))
         stack.enter_context(mock.patch.object(flex, "compiled_attention", _attention_by_lists))
+        stack.enter_context(mock.patch.object(vision, "varlen_attn", varlen_attn))
+        stack.enter_context(watch.streams.simulated())
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_in_modes))
         stack.enter_context(_modes(watch))
         torch._C._set_only_lift_cpu_tensors(True)
