@@ -21,6 +21,8 @@ FIRST, MOST = 1024.0, 65_536.0
 """Of the tower beside a decode step: visual tokens' worth of work in one block, as `tower_cost` counts."""
 STEPS_A_BLOCK = 2
 """However slow decode steps become: after so many there is another block, so that images come to an end."""
+LOOK_AGAIN = 32
+"""Decode steps beside the tower, after which one is taken alone: what that takes changes with who is there."""
 STALE_S = 0.5
 """A decode step that takes longer is not waited for: whoever steps the engine may have paused."""
 _MOST_FACTOR = 4.0
@@ -37,11 +39,14 @@ class TowerPace:
     def __init__(self, slowdown: float) -> None:
         self._slowdown, self.budget = slowdown, FIRST
         self._alone: deque[float] = deque(maxlen=5)
+        self._num_beside = 0
 
     def decoded(self, seconds: float, work: float) -> None:
         """A decode step took so long beside so much of the tower. The middle of the last ones alone counts."""
+        self._num_beside += 1
         if not work:
             self._alone.append(seconds)
+            self._num_beside = 0
         if not work or not self._alone:
             return
         alone_s = sorted(self._alone)[(len(self._alone) - 1) // 2]
@@ -50,6 +55,10 @@ class TowerPace:
             return  # that says nothing about more
         self.budget *= min(max(factor, 1 / _MOST_FACTOR), _MOST_FACTOR) ** 0.5
         self.budget = min(max(self.budget, 1.0), MOST)
+
+    @property
+    def wants_one_alone(self) -> bool:
+        return self._num_beside >= LOOK_AGAIN
 
 
 class TowerTurns:
@@ -95,7 +104,7 @@ class TowerTurns:
                 self.pace.decoded(seconds, self._beside)
             self._beside, self._is_decoding = self._out, is_decoding
             share = self._share(self._cost)
-            self._credit = min(self._credit + share, share)
+            self._credit = min(self._credit, 0.0) if self.pace.wants_one_alone else min(self._credit + share, share)
             self._told.notify_all()
 
     def _share(self, cost: float) -> float:

@@ -10,7 +10,7 @@ import pytest
 from qwen3vl_disagg.core.errors import InputError
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode import shared_gpu
-from qwen3vl_disagg.encode.shared_gpu import FIRST, MOST, STEPS_A_BLOCK, TowerPace, TowerTurns
+from qwen3vl_disagg.encode.shared_gpu import FIRST, LOOK_AGAIN, MOST, STEPS_A_BLOCK, TowerPace, TowerTurns
 
 
 @pytest.mark.parametrize(("alone_ms", "per_token_ms"), [(10.0, 0.01), (10.0, 0.001), (5.0, 0.1), (40.0, 0.02)])
@@ -58,7 +58,7 @@ class Played:
         seen, until = -1, time.monotonic() + 10
         while seen != len(self.log) and time.monotonic() < until:
             seen = len(self.log)
-            time.sleep(0.02)
+            time.sleep(0.01)
 
     def step(self, *, is_decoding: bool = True) -> None:
         self.log.append("step")
@@ -130,6 +130,26 @@ def test_what_still_runs_counts_in_the_next_step():
     turns.stepped(1.0, is_decoding=True)
     turns.stepped(1.0, is_decoding=True)
     assert told == [100.0, 100.0, 100.0, 0.0]
+
+
+def test_now_and_then_a_step_is_alone_so_that_what_it_takes_is_known(monkeypatch):
+    """Here it becomes faster while images come without an end, and the tower gets less beside it."""
+    monkeypatch.setattr(shared_gpu, "STALE_S", 30.0)
+    played = Played(100.0, 100.0, 400)
+    played.turns.stepped(None, is_decoding=True)
+    played.thread.start()
+    played.settle()
+    alone_s = 1.0
+    for number in range(4 * LOOK_AGAIN):
+        played.log.append("step")
+        busy = played.turns._beside > 0
+        played.turns.stepped(alone_s + busy * 0.5, is_decoding=True)
+        played.settle()
+        alone_s = 1.0 if number < 2 * LOOK_AGAIN else 0.1
+    quiet = [number for number, count in enumerate(played.blocks()) if not count]
+    assert len(quiet) >= 3
+    assert played.turns.pace.budget < 100.0
+    played.turns.stepped(None, is_decoding=False)
 
 
 @pytest.mark.parametrize("value", [1.0, 0.0, -2.0, 101.0, float("nan")])
