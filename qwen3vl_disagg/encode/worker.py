@@ -177,11 +177,11 @@ class EncodeWorker:
         is_cuda = self.device.type == "cuda"
         patches: Tensor | Frames
         if visual.modality == "image":
-            cut = self.processor.frames if is_cuda else self.processor.pixels
-            patches, grid = cut(data, visual, self.decoder, stop, notes)
+            of_image = self.processor.frames if is_cuda else self.processor.pixels
+            patches, grid = of_image(data, visual, self.decoder, stop, notes)
         elif self.video is not None and self.decoder is not None:
-            cut = self.video.frames if is_cuda else self.video.pixels
-            patches, grid = cut(data, visual, self.decoder, stop, notes)
+            of_clip = self.video.frames if is_cuda else self.video.pixels
+            patches, grid = of_clip(data, visual, self.decoder, stop, notes)
         else:
             raise UnavailableError("this encode rank takes no videos")
         if grid != tuple(visual.grid):

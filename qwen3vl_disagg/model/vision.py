@@ -101,7 +101,8 @@ def attend_frames(
     says that one call can have all frames; without it each run of equal frames is a call."""
     if cu_on_gpu is not None:
         longest = int(cu_seqlens.diff().max())
-        return varlen_attn(q_PNH, k_PNH, v_PNH, cu_on_gpu, cu_on_gpu, longest, longest)
+        out_PNH: Tensor = varlen_attn(q_PNH, k_PNH, v_PNH, cu_on_gpu, cu_on_gpu, longest, longest)  # type: ignore[assignment]
+        return out_PNH
     outs, start = [], 0
     for length, run in groupby(cu_seqlens.diff().tolist()):  # neighbours of one length share a batched call
         count = len(list(run))

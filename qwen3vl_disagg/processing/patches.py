@@ -293,8 +293,8 @@ class ImageProcessor:
         notes: list[str] | None = None,
     ) -> tuple[Frames, Grid]:
         """As `pixels`, for a GPU to cut up."""
-        levels_HWC, (_, *size) = self._levels(data, visual, decoder, stop, notes), visual.grid
-        grid = (1, *size)
+        levels_HWC = self._levels(data, visual, decoder, stop, notes)
+        grid = 1, visual.grid[1], visual.grid[2]
         return Frames.of([levels_HWC], 1, grid, self.config, self._transform), grid
 
     def _levels(
