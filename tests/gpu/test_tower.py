@@ -55,4 +55,4 @@ def test_rows_beside_a_decoder_are_those_of_the_cpu(compile):
         assert isinstance(one, EncodedItem)
         assert isinstance(other, EncodedItem)
         error = (one.main.cpu().float() - other.main.float()).norm() / other.main.float().norm()
-        assert error < 0.06
+        assert error < 0.02
