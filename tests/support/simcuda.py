@@ -12,7 +12,6 @@ Compiled regions run uncompiled, and are told that they are compiled. FlexAttent
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import threading
 from collections import Counter
@@ -23,11 +22,14 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3vl_disagg.model import flex, moe, paged, quantized, vision
+from tests.support.simcompile import uncompiled
 from tests.support.simstreams import Order, here, is_pinned, pin, split_uses
+from tests.support.simvarlen import varlen_attn
 
 DEVICE = torch.device("cuda", 0)
 H2D, STAGED, ASYNC, D2H, ITEM, SHAPE = "H2D blocking", "H2D staged", "H2D pinned", "D2H", "item", "shape"
@@ -52,8 +54,8 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 
 class Watch:
     """What was seen: `counts` of copies and waits by kind and place, `num_bytes` of copies, `problems` that a
-    device would have raised or could not have promised, and the `sdpa` backends that were allowed when attention was
-    computed (flash, efficient, math, cuDNN)."""
+    device would have raised or could not have promised, the `sdpa` backends that were allowed when attention was
+    computed (flash, efficient, math, cuDNN), and how often it was `varlen`."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -65,6 +67,7 @@ class Watch:
         self.num_bytes: Counter[tuple[str, str]] = Counter()
         self.problems: list[str] = []
         self.sdpa: set[tuple[bool, bool, bool, bool]] = set()
+        self.varlen = 0
 
     def count(self, kind: str, num_bytes: int = 0) -> None:
         with self._lock:
@@ -241,8 +244,11 @@ def _sdpa(watch: Watch, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: A
         (on.flash_sdp_enabled(), on.mem_efficient_sdp_enabled(), on.math_sdp_enabled(), on.cudnn_sdp_enabled())
     )
     args, kwargs = _elems(args), {name: _elem(x) for name, x in kwargs.items()}
+    step = watch.order.step([part.elem for part in parts], [])
     with here():
-        return SimTensor(F.scaled_dot_product_attention(_elem(q), _elem(k), _elem(v), *args, **kwargs), watch)
+        out = F.scaled_dot_product_attention(_elem(q), _elem(k), _elem(v), *args, **kwargs)
+    watch.order.tag(step, [out])
+    return SimTensor(out, watch)
 
 
 _METHODS: dict[Any, Callable[..., Any]] = {
@@ -428,17 +434,6 @@ def _attention_by_lists(kind: flex.FlexKind) -> Callable[..., Tensor]:
     return attend
 
 
-def _compile(run: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-    """Uncompiled, but told that it is."""
-
-    @functools.wraps(run)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
-            return run(*args, **kwargs)
-
-    return call
-
-
 def to_device(module: nn.Module, watch: Watch) -> nn.Module:
     """In place, as `module.to("cuda")` would."""
     for part in module.modules():
@@ -478,6 +473,7 @@ def simulated(*, free_bytes: int = 64 << 20, num_devices: int = 1) -> Iterator[W
         "device_count": lambda: num_devices,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
+        "get_device_capability": lambda *_: (9, 0),
         "mem_get_info": lambda *_: (free_bytes, free_bytes),
         "_lazy_init": lambda: None,
     }
@@ -487,9 +483,10 @@ def simulated(*, free_bytes: int = 64 << 20, num_devices: int = 1) -> Iterator[W
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         stack.enter_context(mock.patch.object(torch.inference_mode, "__enter__", _NoGrad.__enter__))
         stack.enter_context(mock.patch.object(torch.inference_mode, "__exit__", _NoGrad.__exit__))
-        stack.enter_context(mock.patch.object(torch, "compile", _compile))
+        stack.enter_context(uncompiled())
         stack.enter_context(mock.patch.object(torch._dynamo, "mark_dynamic"))
         stack.enter_context(mock.patch.object(flex, "compiled_attention", _attention_by_lists))
+        stack.enter_context(mock.patch.object(varlen, "varlen_attn", varlen_attn))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_in_modes))
         stack.enter_context(watch.order.simulated())
         stack.enter_context(_modes(watch))

@@ -237,6 +237,8 @@ class Order:
 
         class Stream:
             def __init__(self, device: Any = None, priority: int = 0, *, number: int | None = None) -> None:
+                if priority > 0:
+                    raise RuntimeError(f"priority {priority}: 0 is the least")
                 self.number = order.new_stream() if number is None else number
 
             def record_event(self, event: Event | None = None) -> Event:
