@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3vl_disagg.model import flex, moe, paged, quantized, vision
+from tests.support.simgraphs import SimGraphs
 
 DEVICE = torch.device("cuda", 0)
 H2D, STAGED, ASYNC, D2H, ITEM, SHAPE = "H2D blocking", "H2D staged", "H2D pinned", "D2H", "item", "shape"
@@ -51,6 +52,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.graphs = SimGraphs(self.problem)
         self.reset()
 
     def reset(self) -> None:
@@ -59,6 +61,8 @@ class Watch:
         self.sdpa: set[tuple[bool, bool, bool, bool]] = set()
 
     def count(self, kind: str) -> None:
+        if kind in WAITS:
+            self.graphs.refuse(kind, is_pageable=kind == STAGED)
         with self._lock:
             self.counts[kind, _place()] += 1
 
@@ -163,7 +167,7 @@ def _index(watch: Watch, index: Any) -> Any:
 def _getitem(watch: Watch, x: Tensor, index: Any) -> Any:
     if not isinstance(x, SimTensor):  # a CPU tensor by places on the device
         raise watch.problem("indices should be on the CPU or on the indexed tensor's device (cpu)")
-    return SimTensor(x.elem[_index(watch, index)], watch)
+    return SimTensor(watch.graphs.run(Tensor.__getitem__, x.elem, _index(watch, index)), watch)
 
 
 def _setitem(watch: Watch, x: Tensor, index: Any, value: Any) -> None:
@@ -173,7 +177,7 @@ def _setitem(watch: Watch, x: Tensor, index: Any, value: Any) -> None:
         return
     if isinstance(value, Tensor) and not isinstance(value, SimTensor) and value.dim():
         watch.count(H2D)
-    x.elem[_index(watch, index)] = _elem(value)
+    watch.graphs.run(Tensor.__setitem__, x.elem, _index(watch, index), _elem(value), writes=[x.elem])
 
 
 def _tolist(watch: Watch, x: SimTensor) -> Any:
@@ -185,7 +189,8 @@ def _tolist(watch: Watch, x: SimTensor) -> Any:
 def _copy(watch: Watch, x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if isinstance(x, SimTensor) != isinstance(source, SimTensor) and source.numel():
         watch.count(_upload_kind(source, non_blocking) if isinstance(x, SimTensor) else D2H)
-    _elem(x).copy_(_elem(source))
+    target = _elem(x)
+    watch.graphs.run(Tensor.copy_, target, _elem(source), writes=[target])
     return x
 
 
@@ -196,6 +201,11 @@ def _upload_kind(source: Tensor, is_async: bool) -> str:
 def _nonzero(watch: Watch, x: SimTensor, *, as_tuple: bool = False) -> Any:
     watch.count(SHAPE)
     return _wrapped(watch, x.elem.nonzero(as_tuple=as_tuple))
+
+
+def _contiguous(watch: Watch, x: SimTensor, *, memory_format: Any = torch.contiguous_format) -> SimTensor:
+    """C++ would make room on the device by itself."""
+    return x if x.elem.is_contiguous() else SimTensor(watch.graphs.run(Tensor.contiguous, x.elem), watch)
 
 
 def _no_pointer(watch: Watch, *_: Any) -> Any:
@@ -212,7 +222,8 @@ def _sdpa(watch: Watch, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: A
     )
     args, kwargs = _elems(args), {name: _elem(x) for name, x in kwargs.items()}
     with _here():
-        return SimTensor(F.scaled_dot_product_attention(_elem(q), _elem(k), _elem(v), *args, **kwargs), watch)
+        out = watch.graphs.run(F.scaled_dot_product_attention, _elem(q), _elem(k), _elem(v), *args, **kwargs)
+    return SimTensor(out, watch)
 
 
 _METHODS: dict[Any, Callable[..., Any]] = {
@@ -221,6 +232,7 @@ _METHODS: dict[Any, Callable[..., Any]] = {
     Tensor.tolist: _tolist,
     Tensor.nonzero: _nonzero,
     Tensor.copy_: _copy,
+    Tensor.contiguous: _contiguous,
     Tensor.numpy: _no_pointer,
     Tensor.data_ptr: _no_pointer,
     Tensor.untyped_storage: lambda watch, x: x.elem.untyped_storage(),
@@ -255,12 +267,27 @@ def _run(watch: Watch, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if target is not None:
         kwargs["device"] = torch.device("cpu")
     kwargs.pop("pin_memory", None)
-    out = func(*args, **kwargs)
-    if name == "_grouped_mm":  # whatever was in memory
-        out[int((kwargs.get("offs") if "offs" in kwargs else args[2])[-1]) :] = float("nan")
+    work = _grouped_mm if name == "_grouped_mm" else func
+    if is_on_device or sims:
+        out = watch.graphs.run(work, *args, writes=_written(func, args, kwargs), **kwargs)
+    else:
+        out = work(*args, **kwargs)
     if name.endswith("_") and not name.endswith("__"):
         return tensors[0]
     return _wrapped(watch, out) if is_on_device else out
+
+
+def _grouped_mm(*args: Any, **kwargs: Any) -> Tensor:
+    """Rows past the last group are whatever was in memory."""
+    out = torch.ops.aten._grouped_mm.default(*args, **kwargs)
+    out[int((kwargs.get("offs") if "offs" in kwargs else args[2])[-1]) :] = float("nan")
+    return out
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    named = zip(func._schema.arguments, args, strict=False)
+    found = [x for argument, x in named if argument.alias_info is not None and argument.alias_info.is_write]
+    return [*found, *(kwargs[name] for name in ("out",) if name in kwargs)]
 
 
 def _look(
@@ -386,24 +413,27 @@ def _attention_by_lists(kind: flex.FlexKind) -> Callable[..., Tensor]:
     """What the compiled kernel computes, from the pages that its lists name and no others."""
 
     def attend(q: SimTensor, k_pool: SimTensor, v_pool: SimTensor, *lists: SimTensor) -> SimTensor:
-        q_RNMH, keys, values, num_partial, partial, offset, starts, *rest = map(_elem, (q, k_pool, v_pool, *lists))
         with _here():
-            mask_mod = flex.block_mask(kind, len(keys), num_partial, partial, offset, starts).mask_mod
-            out = torch.zeros_like(q_RNMH, dtype=torch.float32)
-            row_M1, group = torch.arange(q_RNMH.shape[2])[:, None], q_RNMH.shape[1] // keys.shape[1]
-            for r in range(len(q_RNMH)):
-                pages = partial[r, : num_partial[r]].long()
-                full = rest[1][r, : rest[0][r]].long() if rest else pages[:0]
-                listed = (torch.cat([pages, full])[:, None] * kind.page_size + torch.arange(kind.page_size)).flatten()
-                if not len(listed):
-                    continue
-                sees_ML = mask_mod(torch.tensor(r), torch.tensor(0), row_M1, listed)
-                sees_ML[:, len(pages) * kind.page_size :] = True
-                k, v = (pool[listed].float().transpose(0, 1).repeat_interleave(group, 0) for pool in (keys, values))
-                scores = (q_RNMH[r].float() @ k.transpose(1, 2)) * q_RNMH.shape[3] ** -0.5
-                weights = scores.masked_fill(~sees_ML, float("-inf")).softmax(-1)
-                out[r] = weights.nan_to_num(0.0) @ v  # a row that sees nothing comes out as zeros
-            return SimTensor(out.to(q.dtype), q.watch)
+            return SimTensor(q.watch.graphs.run(compute, *map(_elem, (q, k_pool, v_pool, *lists))), q.watch)
+
+    def compute(q_RNMH: Tensor, keys: Tensor, values: Tensor, *lists: Tensor) -> Tensor:
+        num_partial, partial, offset, starts, *rest = lists
+        mask_mod = flex.block_mask(kind, len(keys), num_partial, partial, offset, starts).mask_mod
+        out = torch.zeros_like(q_RNMH, dtype=torch.float32)
+        row_M1, group = torch.arange(q_RNMH.shape[2])[:, None], q_RNMH.shape[1] // keys.shape[1]
+        for r in range(len(q_RNMH)):
+            pages = partial[r, : num_partial[r]].long()
+            full = rest[1][r, : rest[0][r]].long() if rest else pages[:0]
+            listed = (torch.cat([pages, full])[:, None] * kind.page_size + torch.arange(kind.page_size)).flatten()
+            if not len(listed):
+                continue
+            sees_ML = mask_mod(torch.tensor(r), torch.tensor(0), row_M1, listed)
+            sees_ML[:, len(pages) * kind.page_size :] = True
+            k, v = (pool[listed].float().transpose(0, 1).repeat_interleave(group, 0) for pool in (keys, values))
+            scores = (q_RNMH[r].float() @ k.transpose(1, 2)) * q_RNMH.shape[3] ** -0.5
+            weights = scores.masked_fill(~sees_ML, float("-inf")).softmax(-1)
+            out[r] = weights.nan_to_num(0.0) @ v  # a row that sees nothing comes out as zeros
+        return out.to(q_RNMH.dtype)
 
     return attend
 
@@ -417,6 +447,10 @@ def _compile(run: Callable[..., Any], **_: Any) -> Callable[..., Any]:
             return run(*args, **kwargs)
 
     return call
+
+
+def _mark_nothing(x: Tensor, dim: int) -> None:
+    """A mock would keep the tensors of its calls."""
 
 
 def to_device(module: nn.Module, watch: Watch) -> nn.Module:
@@ -469,9 +503,10 @@ def simulated(*, free_bytes: int = 64 << 20, num_devices: int = 1) -> Iterator[W
         stack.enter_context(mock.patch.object(torch.inference_mode, "__enter__", _NoGrad.__enter__))
         stack.enter_context(mock.patch.object(torch.inference_mode, "__exit__", _NoGrad.__exit__))
         stack.enter_context(mock.patch.object(torch, "compile", _compile))
-        stack.enter_context(mock.patch.object(torch._dynamo, "mark_dynamic"))
+        stack.enter_context(mock.patch.object(torch._dynamo, "mark_dynamic", _mark_nothing))
         stack.enter_context(mock.patch.object(flex, "compiled_attention", _attention_by_lists))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_in_modes))
+        stack.enter_context(watch.graphs.simulated())
         stack.enter_context(_modes(watch))
         torch._C._set_only_lift_cpu_tensors(True)
         try:
