@@ -18,6 +18,7 @@ import logging
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,14 +38,14 @@ _NUMBERS = 4
 
 
 class Graphs:
-    """Of one kind of step, by number of rows, in memory of one pool. Where that does not suffice for the largest, the
+    """Of one kind of step, by number of rows, in memory of one pool (of `torch.cuda.graph_pool_handle`). Where that does not suffice for the largest, the
     log says so, and there are fewer."""
 
     def __init__(
         self,
         what: str,
         sizes: Iterable[int],
-        pool: tuple[int, int],
+        pool: Any,
         prepare: Callable[[int], None],
         step: Callable[[int], None],
     ) -> None:

@@ -207,8 +207,10 @@ class Dispatcher:
     returned by it and handed on, never kept.
     """
 
-    can_capture = True
-    """Whether what it does is done by the device, in the order of its stream."""
+    @property
+    def can_capture(self) -> bool:
+        """Whether the device does it all, in the order of its stream."""
+        return True
 
     def num_rows(self, num_tokens: int) -> int:
         """That the experts here see, where each rank brings so many tokens."""

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3vl_disagg.model import flex, moe, paged, quantized, vision
-from tests.support.simgraphs import SimGraphs
+from tests.support.simgraphs import SimGraphs, mark_nothing
 
 DEVICE = torch.device("cuda", 0)
 H2D, STAGED, ASYNC, D2H, ITEM, SHAPE = "H2D blocking", "H2D staged", "H2D pinned", "D2H", "item", "shape"
@@ -267,27 +267,10 @@ def _run(watch: Watch, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if target is not None:
         kwargs["device"] = torch.device("cpu")
     kwargs.pop("pin_memory", None)
-    work = _grouped_mm if name == "_grouped_mm" else func
-    if is_on_device or sims:
-        out = watch.graphs.run(work, *args, writes=_written(func, args, kwargs), **kwargs)
-    else:
-        out = work(*args, **kwargs)
+    out = watch.graphs.operator(func, args, kwargs) if is_on_device or sims else func(*args, **kwargs)
     if name.endswith("_") and not name.endswith("__"):
         return tensors[0]
     return _wrapped(watch, out) if is_on_device else out
-
-
-def _grouped_mm(*args: Any, **kwargs: Any) -> Tensor:
-    """Rows past the last group are whatever was in memory."""
-    out = torch.ops.aten._grouped_mm.default(*args, **kwargs)
-    out[int((kwargs.get("offs") if "offs" in kwargs else args[2])[-1]) :] = float("nan")
-    return out
-
-
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    named = zip(func._schema.arguments, args, strict=False)
-    found = [x for argument, x in named if argument.alias_info is not None and argument.alias_info.is_write]
-    return [*found, *(kwargs[name] for name in ("out",) if name in kwargs)]
 
 
 def _look(
@@ -449,10 +432,6 @@ def _compile(run: Callable[..., Any], **_: Any) -> Callable[..., Any]:
     return call
 
 
-def _mark_nothing(x: Tensor, dim: int) -> None:
-    """A mock would keep the tensors of its calls."""
-
-
 def to_device(module: nn.Module, watch: Watch) -> nn.Module:
     """In place, as `module.to("cuda")` would."""
     for part in module.modules():
@@ -503,7 +482,7 @@ def simulated(*, free_bytes: int = 64 << 20, num_devices: int = 1) -> Iterator[W
         stack.enter_context(mock.patch.object(torch.inference_mode, "__enter__", _NoGrad.__enter__))
         stack.enter_context(mock.patch.object(torch.inference_mode, "__exit__", _NoGrad.__exit__))
         stack.enter_context(mock.patch.object(torch, "compile", _compile))
-        stack.enter_context(mock.patch.object(torch._dynamo, "mark_dynamic", _mark_nothing))
+        stack.enter_context(mock.patch.object(torch._dynamo, "mark_dynamic", mark_nothing))
         stack.enter_context(mock.patch.object(flex, "compiled_attention", _attention_by_lists))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_in_modes))
         stack.enter_context(watch.graphs.simulated())

@@ -51,6 +51,17 @@ def _plainly() -> Iterator[None]:
         yield
 
 
+def _grouped_mm(*args: Any, **kwargs: Any) -> Tensor:
+    """Rows past the last group are whatever was in memory."""
+    out = torch.ops.aten._grouped_mm.default(*args, **kwargs)
+    out[int((kwargs.get("offs") if "offs" in kwargs else args[2])[-1]) :] = float("nan")
+    return out
+
+
+def mark_nothing(x: Tensor, dim: int) -> None:
+    """In place of `torch._dynamo.mark_dynamic`. A mock would keep the tensors of its calls."""
+
+
 class Capture:
     """The work of one graph."""
 
@@ -145,6 +156,13 @@ class SimGraphs:
         """Work of the device, on tensors of the CPU; `writes`: those that it changes."""
         capture = self._capture
         return call(*args, **kwargs) if capture is None else capture.add(call, args, kwargs, writes)
+
+    def operator(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The same of an operator of PyTorch, whose schema says what it writes."""
+        work = _grouped_mm if func is torch.ops.aten._grouped_mm.default else func
+        named = zip(func._schema.arguments, args, strict=False)
+        writes = [x for argument, x in named if argument.alias_info is not None and argument.alias_info.is_write]
+        return self.run(work, *args, writes=[*writes, *_tensors(kwargs.get("out"))], **kwargs)
 
     @contextlib.contextmanager
     def simulated(self) -> Iterator[None]:
