@@ -38,8 +38,8 @@ _NUMBERS = 4
 
 
 class Graphs:
-    """Of one kind of step, by number of rows, in memory of one pool (of `torch.cuda.graph_pool_handle`). Where that does not suffice for the largest, the
-    log says so, and there are fewer."""
+    """Of one kind of step, by number of rows, in memory of one `torch.cuda.graph_pool_handle`. Where there is none for
+    the largest, the log says so, and there are fewer."""
 
     def __init__(
         self,
