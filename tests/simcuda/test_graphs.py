@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from qwen3vl_disagg.engine.graphs import GraphedDecode, RowInputs
 from qwen3vl_disagg.engine.runner import ModelRunner
 from qwen3vl_disagg.engine.sampler import Sampler
 from qwen3vl_disagg.engine.sampling import SamplingPlan, SamplingRow
-from qwen3vl_disagg.model import moe
+from qwen3vl_disagg.kernels.compiling import GraphCounts
+from qwen3vl_disagg.model import PagedBatch, flex, moe, paged
 from qwen3vl_disagg.model.moe import DispatchPlan, Experts
 from qwen3vl_disagg.parallel.dispatch import ExpertDispatcher
 from tests.engine.test_page_tables import make_sequence
@@ -300,3 +302,38 @@ def test_ranks_replay_the_size_that_they_agreed_on(has_native, monkeypatch, capl
             assert runner.captured.sizes == [2, 4, 8]
             assert runner.captured.size_for(1, DispatchPlan(2, "all_to_all")) is None
             assert runner.captured.size_for(1, None) is None
+
+
+# ---- compiled layers ----
+
+
+def test_a_captured_step_needs_no_graph_of_the_compiler_of_its_own(monkeypatch):
+    """Its lists are made on the device, but look to compiled layers as those of a step from Python."""
+    attend = flex.flex_attend
+    monkeypatch.setattr(paged, "flex_kind", lambda _, *args, **sizes: flex.flex_kind("cuda", *args, **sizes))
+    monkeypatch.setattr(flex, "compiled_attention", lambda _: lambda q, *_: torch.zeros_like(q))
+    monkeypatch.setattr(flex, "flex_attend", lambda q, k, v, kind, lists: attend(q, k, v, on_cuda(kind), lists))
+    torch._dynamo.reset()
+    decoder = copy.deepcopy(model())
+    step = decoder.model.step
+    decoder.model.step = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    caches = [(torch.zeros(8 * PAGE, 2, 16), torch.zeros(8 * PAGE, 2, 16)) for _ in decoder.model.layers]
+    before = GraphCounts.now()
+    with torch.inference_mode():
+        for lens in ([1], [7], [13], *([1] * size for size in (2, 4, 8))):
+            batch = PagedBatch(lens, lens, torch.zeros(len(lens), 1).long(), PAGE, caches, impl="flex")
+            batch.dispatch_plan = None
+            decoder(torch.zeros(sum(lens)).long(), torch.zeros(3, sum(lens)).long(), batch)
+        made = GraphCounts.now().since(before)
+        assert made.graphs > 0
+        for size in (8, 7, 3, 2, 1):
+            rows = torch.ones(2, size).long().unbind(0)
+            batch = PagedBatch.of_tensors(rows[0], torch.zeros(size, 5).int(), rows[1], PAGE, caches)
+            batch.dispatch_plan = None
+            decoder(torch.zeros(size).long(), torch.zeros(3, size).long(), batch)
+        assert GraphCounts.now().since(before) == made
+    torch._dynamo.reset()
+
+
+def on_cuda(kind: flex.FlexKind) -> flex.FlexKind:
+    return replace(kind, device="cuda")
