@@ -230,6 +230,15 @@ class Dispatcher:
     returned by it and handed on, never kept.
     """
 
+    @property
+    def can_capture(self) -> bool:
+        """Whether the device does it all, in the order of its stream."""
+        return True
+
+    def num_rows(self, num_tokens: int) -> int:
+        """That the experts here see, where each rank brings so many tokens."""
+        return num_tokens
+
     def local(self, weight: Tensor) -> Tensor:
         """The part of a parameter `[E, ..]` that is here."""
         return weight
@@ -318,6 +327,16 @@ class SparseMoe(nn.Module):
         else:
             weights_TK, ids_TK = (ops.route if is_kernel else route)(logits_TE, num_choices)
         return self.experts(x_TD, weights_TK, ids_TK, plan)
+
+    def waits(self, num_tokens: int, dtype: torch.dtype) -> bool:
+        """Whether the host waits for CUDA in a step in which each rank brings so many tokens: in the loop over
+        experts."""
+        experts = self.experts
+        if experts.impl == "grouped" and takes_grouped_mm("cuda", dtype, *experts.down_proj.shape[1:]):
+            return False
+        one = sum(getattr(experts, name)[0].numel() for name in ("gate_up_proj", "down_proj"))
+        num_rows = experts.dispatcher.num_rows(num_tokens) * self.num_experts_per_tok
+        return not should_gather("cuda", num_rows, one * dtype.itemsize)
 
     def take_part(self, plan: DispatchPlan) -> None:
         """Serve the tokens of other ranks, without any of one's own."""

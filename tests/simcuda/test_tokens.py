@@ -69,7 +69,9 @@ def check_llm(dtype: str, quantize: str, compile: str, caplog: pytest.LogCapture
         assert llm.engine.scheduler.pool.page_size == 64
         assert llm.engine.runner.impl == ("sdpa" if compile == "off" else "flex")
         watch.reset()
+        assert watch.graphs.num_captures == (0 if compile == "off" else 9)  # 1, 2 and 4 rows, and their picks
         found, num_known, num_sent = answers(llm)
+        assert (watch.graphs.num_replays > 10) == (compile != "off")
         num_encoded = llm.transfer.pipeline.cache.num_bytes
         llm.transfer.close()
     assert found == wanted
@@ -127,3 +129,4 @@ def test_requests_that_give_their_pages_back(compile):
     assert engine.scheduler.num_preempted > 0
     assert not watch.problems
     assert watch.of(D2H) > 12
+    assert (watch.graphs.num_replays > 20) == compile
