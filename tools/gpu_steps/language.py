@@ -144,7 +144,8 @@ def capture(check: Check) -> None:
     from tests.support.simcuda import simulated, to_device
 
     with simulated() as watch:
-        capture_all(check, use_kernels(to_device(model, watch)))
+        to_device(model, watch)
+        capture_all(check, use_kernels(model))
     if watch.problems:
         raise RuntimeError(f"the simulated device refuses: {watch.problems}")
 
