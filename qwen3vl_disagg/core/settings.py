@@ -125,6 +125,9 @@ class BufferOptions:
     """Rows of the DeepStack pool. Default: as many as there are embedding rows."""
 
 
+MAX_SLOWDOWN = 100
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
     """How an encode rank uses its memory and its vision tower."""
@@ -133,13 +136,19 @@ class EncodeOptions:
     """Memory for the rows of images that were encoded before; 0 keeps none."""
     vision_batch_tokens: int = 1024
     """Images go through the vision tower together up to this many visual tokens' worth of work; 0: one by one."""
+    tower_slowdown: float = 1.5
+    """Where the tower and the decoder have one GPU: a decode step beside the tower takes at most about so many times as
+    long as alone."""
 
     @property
     def cache_bytes(self) -> int:
         return self.embedding_cache_mib << 20
 
     def check(self) -> None:
-        """InputError for a negative number."""
+        """InputError for a number that is out of range."""
+        if not 1 < self.tower_slowdown <= MAX_SLOWDOWN:
+            bounds = f"more than 1 and at most {MAX_SLOWDOWN}"
+            raise InputError(f"--tower-slowdown {self.tower_slowdown:g}: must be {bounds}", param="tower-slowdown")
         for name in ("embedding_cache_mib", "vision_batch_tokens"):
             if getattr(self, name) < 0:
                 option = name.replace("_", "-")

@@ -22,6 +22,7 @@ from qwen3vl_disagg.kernels.calls import NotRecordable, Tape
 from qwen3vl_disagg.kernels.ops import MAX_LINEAR_ROWS, has_kernels
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.attention import LayerCache
+from qwen3vl_disagg.model.moe import DispatchPlan
 from qwen3vl_disagg.model.paged import DecodeBatch, PagedPlaces
 
 logger = logging.getLogger(__name__)
@@ -58,10 +59,14 @@ class CapturedDecode:
     def __init__(self, max_rows: int, inputs: StepInputs, logits_RV: Tensor, replay: Callable[[int], None]) -> None:
         self.max_rows, self.inputs, self.logits_RV, self.replay = max_rows, inputs, logits_RV, replay
 
-    def run(self, sequences: Seq[Sequence]) -> Tensor:
+    def size_for(self, num_sequences: int, plan: DispatchPlan | None) -> int | None:
+        """The rows to run for so many sequences; None where there are too many, or experts of other ranks."""
+        return num_sequences if plan is None and num_sequences <= self.max_rows else None
+
+    def run(self, sequences: Seq[Sequence], num_rows: int) -> Tensor:
         """Logits `[B, V]`, which stand until the next run."""
         self.inputs.fill(sequences)
-        self.replay(len(sequences))
+        self.replay(num_rows)
         return self.logits_RV[: len(sequences)]
 
 

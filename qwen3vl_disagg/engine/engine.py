@@ -19,6 +19,7 @@ from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.core.spans import span
 from qwen3vl_disagg.engine.failures import NotFinite, fatal_where
 from qwen3vl_disagg.engine.grammars import Grammars, no_grammars
+from qwen3vl_disagg.engine.graphs import GraphedDecode, GraphedPick
 from qwen3vl_disagg.engine.pace import Pace
 from qwen3vl_disagg.engine.pages import PagePool
 from qwen3vl_disagg.engine.picking import Broken, Pick, Picker
@@ -110,6 +111,8 @@ class Engine:
         self._pace = None if target is None else Pace(self.options.chunk_tokens, most, target, is_cuda=is_cuda)
         banned = (self.config.image_token_id, self.config.video_token_id)
         self.sampler = Sampler(banned_ids=banned, eos_ids=eos_ids)
+        if isinstance(self.runner.captured, GraphedDecode):
+            self.sampler.captured = GraphedPick(self.sampler, self.runner.captured)
         self._picker = Picker(self.sampler, eos_ids=eos_ids, language_rank=language_rank)
         self.grammars = grammars
         self._compiling: dict[str, list[Sequence]] = {}

@@ -15,8 +15,9 @@ from qwen3vl_disagg.core.environment import CAPTURE, variable
 from qwen3vl_disagg.core.errors import ServerError
 from qwen3vl_disagg.core.host import keep_freed_memory
 from qwen3vl_disagg.core.tensors import TouchedAhead, lazy_zeros, uploaded
-from qwen3vl_disagg.engine.captured import record
+from qwen3vl_disagg.engine.captured import CapturedDecode, record
 from qwen3vl_disagg.engine.compiled import CompiledDecoder
+from qwen3vl_disagg.engine.graphs import GraphedDecode, capture
 from qwen3vl_disagg.engine.page_tables import PageTables
 from qwen3vl_disagg.engine.prompt_logprobs import ScoredSlice, score
 from qwen3vl_disagg.engine.scheduler import Chunk
@@ -98,7 +99,10 @@ class ModelRunner:
         self.impl = resolve_attention(
             attention, self.device, compile=compile, page_size=page_size, head_dim=text.head_dim
         )
-        shape = (num_pages * page_size, text.num_key_value_heads, text.head_dim)
+        may_capture = variable(CAPTURE) != "off"
+        has_graphs = may_capture and compile and self.impl == "flex" and self.device.type == "cuda"
+        # Behind those that are handed out, one page for the rows of graphs that a step does not need.
+        shape = ((num_pages + has_graphs) * page_size, text.num_key_value_heads, text.head_dim)
         self._tables = PageTables(self.max_running, num_pages)
         self._pools = [lazy_zeros(shape, self.dtype, self.device) for _ in range(2 * text.num_hidden_layers)]
         self.caches: list[LayerCache] = list(zip(self._pools[::2], self._pools[1::2], strict=True))
@@ -106,10 +110,13 @@ class ModelRunner:
         self.compiled = CompiledDecoder(model) if compile else None
         if self.compiled is not None:
             self.compiled.warm_up(self.caches, page_size, impl=self.impl, max_sequences=max_running, progress=progress)
-        can_capture = variable(CAPTURE) != "off" and not compile and self.impl in (None, "kernel")
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.captured = record(model, self.caches, page_size, max_running=max_running) if can_capture else None
+        self.captured: CapturedDecode | GraphedDecode | None = None
+        if has_graphs:
+            self.captured = capture(model, self.caches, page_size, max_running=self.max_running)
+        elif may_capture and not compile and self.impl in (None, "kernel"):
+            self.captured = record(model, self.caches, page_size, max_running=max_running)
 
     @torch.inference_mode()
     def take_part(self, plan: DispatchPlan) -> None:
@@ -160,8 +167,10 @@ class ModelRunner:
     @torch.inference_mode()
     def decode(self, sequences: Seq[Sequence], plan: DispatchPlan | None = None) -> Tensor:
         """The last token of each sequence -> logits `[B, V]`, which stand until the next step."""
-        if self.captured is not None and plan is None and len(sequences) <= self.captured.max_rows:
-            return self.captured.run(sequences)
+        if self.captured is not None:
+            num_rows = self.captured.size_for(len(sequences), plan)
+            if num_rows is not None:
+                return self.captured.run(sequences, num_rows)
         contexts = [s.num_cached + 1 for s in sequences]
         ids_T = self._upload([s.generated[-1] for s in sequences])
         next_position = self._upload([s.num_cached + s.delta for s in sequences])

@@ -20,24 +20,37 @@ Dims: B rows, S sampled rows, R rows with logprobs, V vocabulary, K sorted logit
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3vl_disagg.core.requests import TokenLogprob
+from qwen3vl_disagg.core.requests import SamplingParams, TokenLogprob
 from qwen3vl_disagg.core.tensors import uploaded
 from qwen3vl_disagg.engine.allowed import AllowedTokens
 from qwen3vl_disagg.engine.masks import Mask
 from qwen3vl_disagg.engine.penalties import Penalties, upload
-from qwen3vl_disagg.engine.sampling import SamplingPlan, SamplingRow, SortedRows
+from qwen3vl_disagg.engine.sampling import FEW, SamplingPlan, SamplingRow, SortedRows
 from qwen3vl_disagg.kernels.ops import can_take_largest, largest
 
 ONE = 2**40
 """Weight of the most likely token. 2**22 of these fit into 62 bits."""
 _SORT_ALL_FROM = 0.25
 """Share of the vocabulary from which on a whole sort is cheaper than a search for the largest."""
+
+
+class CapturedPick(Protocol):
+    """Picks from the logits of a captured step, itself captured."""
+
+    def takes(self, logits_BV: Tensor, rows: Sequence[SamplingRow]) -> bool:
+        """Whether these are the logits, and it can do what the rows ask for."""
+        ...
+
+    def ids(self, rows: Sequence[SamplingRow]) -> list[int | None]:
+        """As `Sampler.sample`. Waits for the device, once."""
+        ...
 
 
 class Sampler:
@@ -49,7 +62,8 @@ class Sampler:
 
     def __init__(self, *, banned_ids: Iterable[int], eos_ids: Iterable[int]) -> None:
         self.banned_ids, self.eos_ids = sorted(set(banned_ids)), sorted(set(eos_ids))
-        self._banned = torch.tensor(self.banned_ids, dtype=torch.long)
+        self._banned, self._eos = (torch.tensor(ids, dtype=torch.long) for ids in (self.banned_ids, self.eos_ids))
+        self.captured: CapturedPick | None = None
         self._penalties = Penalties()
         self._allowed: WeakKeyDictionary[object, AllowedTokens] = WeakKeyDictionary()
 
@@ -74,9 +88,10 @@ class Sampler:
             raise ValueError(f"{len(logits_BV)} rows of logits for {len(rows)} requests")
         vocab_size = logits_BV.shape[1]
         masks = [self.narrowed(row, None, vocab_size) for row in rows] if masks is None else masks
-        if all(row.is_plain and mask is None for row, mask in zip(rows, masks, strict=True)) and can_take_largest(
-            logits_BV
-        ):
+        is_free = all(mask is None for mask in masks)
+        if self.captured is not None and is_free and self.captured.takes(logits_BV, rows):
+            return self.captured.ids(rows), [None] * len(rows)
+        if is_free and all(row.is_plain for row in rows) and can_take_largest(logits_BV):
             ids = largest(logits_BV, self.banned_ids, self.eos_ids, [row.bans_end for row in rows])
             return [None if token_id < 0 else token_id for token_id in ids], [None] * len(rows)
         plan = SamplingPlan.of(rows, vocab_size=vocab_size, eos_ids=self.eos_ids, masks=masks)
@@ -103,10 +118,30 @@ class Sampler:
             parts += logprobs(logits_BV, ids_B, upload([plan.told], logits_BV.device)[0].long(), max(plan.num_top))
         return torch.cat([part.double() for part in parts])
 
+    def run_few(self, logits_RV: Tensor, settings_6R: Tensor, *, draws: bool) -> Tensor:
+        """As `run`, of rows that need few, with nothing to decide on the host: whether a row may not end, and is drawn,
+        its temperature, top-k, top-p and random number, float64 `[6, R]` on the device. `draws`: some row is drawn."""
+        self._move_to(logits_RV.device)
+        bans_end_R, is_drawn_R, temperature, top_k, top_p, uniform_R = settings_6R.unbind(0)
+        logits_RV = logits_RV.float()
+        masked_RV = logits_RV.index_fill(1, self._banned, float("-inf"))
+        ends_RE = masked_RV.index_select(1, self._eos).masked_fill(bans_end_R[:, None] > 0, float("-inf"))
+        masked_RV.index_copy_(1, self._eos, ends_RE)
+        ids_R = masked_RV.argmax(-1)
+        if draws:
+            settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+            most = SamplingRow(SamplingParams(temperature=1.0, top_k=FEW, top_p=0.5), seed=0)
+            plan = SamplingPlan.of([most] * len(logits_RV), vocab_size=logits_RV.shape[1], eos_ids=[])
+            ids_R = torch.where(is_drawn_R > 0, pick(weigh(masked_RV, settings, plan), uniform_R), ids_R)
+        return torch.cat([part.double() for part in (logits_RV.sum(-1).isfinite(), ids_R)])
+
+    def _move_to(self, device: torch.device) -> None:
+        if self._banned.device != device:  # once
+            self._banned, self._eos = self._banned.to(device), self._eos.to(device)
+
     def _masked(self, logits_BV: Tensor, plan: SamplingPlan) -> Tensor:
         """Steps 2 and 3, in a copy."""
-        if self._banned.device != logits_BV.device:
-            self._banned = self._banned.to(logits_BV.device)  # once
+        self._move_to(logits_BV.device)
         if not plan.penalized and not plan.bans and not plan.masked:
             return logits_BV.index_fill(1, self._banned, float("-inf"))
         masked_BV = logits_BV.clone()

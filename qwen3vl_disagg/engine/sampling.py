@@ -20,8 +20,10 @@ FILTERS = [
     name for name, option in OPTIONS.items() if option.step in ORDER[ORDER.index("temperature") : ORDER.index("draw")]
 ]
 """Options that decide what a token weighs once logits are as they should be."""
-_FEW = 64
+FEW = 64
 """Looking for fewer of the largest logits than this is no cheaper."""
+GREEDY_SETTINGS = (0.0, 0.0, 1.0, 0.0, 1.0, 0.0)
+"""`few_settings` of a row that may end and is not drawn."""
 _GAMMA, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
@@ -76,19 +78,45 @@ class SamplingRow:
         """Whether it lets only some tokens come, beside its grammar."""
         return self.params.allowed_token_ids is not None or bool(self.params.bad_words)
 
+    @property
+    def is_greedy(self) -> bool:
+        return self.params.temperature < GREEDY_BELOW
+
+    @cached_property
+    def is_simple(self) -> bool:
+        """Whether the logits stay as they are but for end tokens, whatever was said before, and only the token is
+        told."""
+        params = self.params
+        return params.logprobs is None and not (
+            self.has_penalties or self.is_narrowed or (params.min_tokens and params.stop_token_ids)
+        )
+
     @cached_property
     def is_plain(self) -> bool:
         """Whether it takes the largest logit of those that may come, whatever was said before, and tells only that."""
-        params = self.params
-        is_greedy = params.temperature < GREEDY_BELOW and params.logprobs is None
-        return is_greedy and not (
-            self.has_penalties or self.is_narrowed or (params.min_tokens and params.stop_token_ids)
-        )
+        return self.is_greedy and self.is_simple
+
+    @cached_property
+    def needs_few(self) -> bool:
+        """Whether it is simple, and the FEW largest logits are enough to say which tokens may be drawn."""
+        params, settings = self.params, ("temperature", "top_k", "top_p")
+        is_known = all(getattr(params, name) == DEFAULTS[name] for name in FILTERS if name not in settings)
+        is_few = params.top_k <= FEW and (params.top_p >= 1 or params.top_k > 0)
+        return self.is_simple and (self.is_greedy or (is_known and is_few))
 
     @property
     def bans_end(self) -> bool:
         """Whether no end token may come now."""
         return self.params.ignore_eos or self.index < self.params.min_tokens
+
+    @property
+    def few_settings(self) -> tuple[float, ...]:
+        """What `Sampler.run_few` has to know of a row that needs few."""
+        params = self.params
+        if self.is_greedy:
+            return float(self.bans_end), *GREEDY_SETTINGS[1:]
+        drawn = (params.temperature, params.top_k, params.top_p, uniform(self.seed, self.index))
+        return float(self.bans_end), 1.0, *drawn
 
 
 @dataclass(frozen=True)
@@ -164,7 +192,7 @@ class SamplingPlan:
             count = top_k or (vocab_size if params.top_p < 1 else 0)
             if count:
                 # One row that needs many, or all, makes the others no dearer.
-                by_size.setdefault(max(count, _FEW).bit_length(), []).append((len(picked), count, params.top_p < 1))
+                by_size.setdefault(max(count, FEW).bit_length(), []).append((len(picked), count, params.top_p < 1))
             picked.append(b)
         return cls(
             num_rows=len(rows),

@@ -7,9 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from contextlib import nullcontext
 from typing import Any
 
 from qwen3vl_disagg.cluster.shared_cores import SharedCores
+from qwen3vl_disagg.encode.shared_gpu import SharedGpu
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent
 from qwen3vl_disagg.parallel.lockstep import Outlook, StepPlan
 from qwen3vl_disagg.protocol.messages import LanguageLoad
@@ -27,8 +29,11 @@ class EngineSteps:
 
     `post` a command (a function of the engine; the events it returns are passed on) from any thread. With `report`,
     steps are taken together with other ranks: it is told what this one could do, whenever that changes, and each plan
-    that `take_plan` brings is a step. `cores`: those of the host, claimed before each step.
+    that `take_plan` brings is a step. `cores`: those of the host, claimed before each step. `gpu`: where a tower of
+    this process has it, too.
     """
+
+    gpu: SharedGpu | None = None
 
     def __init__(
         self,
@@ -83,14 +88,15 @@ class EngineSteps:
         self._is_in_turn, started = True, time.monotonic()
         if self._cores is not None:
             self._cores.claim()
-        _tell(on_events, [event for command in commands for event in command(self._engine) or []])
-        _tell(on_events, self._engine.admit())
-        if self._report is not None:
-            self._step_together(on_events, plan, self._report)
-        elif self._engine.has_work:
-            _tell(on_events, self._engine.step())
-            if self._engine.owes_decode:
+        with nullcontext() if self.gpu is None else self.gpu.step(self._engine.scheduler):
+            _tell(on_events, [event for command in commands for event in command(self._engine) or []])
+            _tell(on_events, self._engine.admit())
+            if self._report is not None:
+                self._step_together(on_events, plan, self._report)
+            elif self._engine.has_work:
                 _tell(on_events, self._engine.step())
+                if self._engine.owes_decode:
+                    _tell(on_events, self._engine.step())
         # Commands alone take ranks that step together no step further.
         self._num_steps += self._report is None or plan is not None
         self._longest_s = max(self._longest_s, time.monotonic() - started)
@@ -175,8 +181,8 @@ class EngineThread(EngineSteps):
 
 
 class BetweenSteps(Executor):
-    """Runs what it is given between two steps of an engine, on the thread of these: the two have the same cores, or the
-    same device, and would not be faster beside one another."""
+    """Runs what it is given between two steps of an engine, on the thread of these: the two have the same cores,
+    and would not be faster beside one another. On a GPU they are: `SharedGpu`."""
 
     def __init__(self, post: Callable[[Command], None]) -> None:
         self._post = post

@@ -14,6 +14,7 @@ from qwen3vl_disagg.cluster.slots import run_loop
 from qwen3vl_disagg.core.devices import resolve_compile, use_device
 from qwen3vl_disagg.core.settings import default_chunk_tokens
 from qwen3vl_disagg.encode.rank import EncodeRank, checked_rows, load_worker
+from qwen3vl_disagg.encode.shared_gpu import SharedGpu
 from qwen3vl_disagg.engine.canary import Canary
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.engine.grammars import Grammars
@@ -60,7 +61,7 @@ def run_language_rank(context: RankContext) -> int:
 def run_combined_rank(context: RankContext) -> int:
     """Both roles in one process, joined by an in-process link: what a world of one runs.
 
-    They have the same cores (or device), so the tower runs between two steps of the engine.
+    On a CPU they have the same cores, so the tower runs between two steps of the engine; on a GPU beside them.
     """
     setup = RankSetup.of(context)
     engine, worker = load_engine(setup), load_worker(setup)
@@ -70,14 +71,18 @@ def run_combined_rank(context: RankContext) -> int:
     async def serve() -> int:
         links = in_process_links()
         language = await start_language_rank(setup, engine, links)
+        is_cuda, options = setup.device.type == "cuda", context.options.encode
+        if is_cuda:
+            language.engine.gpu = SharedGpu(setup.device, options.tower_slowdown)
+            worker.share(language.engine.gpu)
         encode = EncodeRank(
             worker,
             setup.hello("encode", worker.model),
             context.hub_address,
             make_link=links,
-            tower=BetweenSteps(language.engine.post),
+            tower=None if is_cuda else BetweenSteps(language.engine.post),
             host=context.host,
-            options=context.options.encode,
+            options=options,
             canary=canary,
             tls=context.tls,
         )

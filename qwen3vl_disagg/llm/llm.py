@@ -24,6 +24,7 @@ from qwen3vl_disagg.core.settings import (
     TaskChoice,
     check_supported,
 )
+from qwen3vl_disagg.encode.shared_gpu import SharedGpu
 from qwen3vl_disagg.encode.worker import EncodeWorker
 from qwen3vl_disagg.engine.engine import Engine, EngineOptions
 from qwen3vl_disagg.engine.grammars import Grammars
@@ -186,15 +187,19 @@ class LLM:
             compile=engine_options.compile,
         )
 
-        config, torch_device = self.config, self.device
+        config, torch_device, gpu = self.config, self.device, None
+        if self.device.type == "cuda":
+            gpu = SharedGpu(self.device, encode_options.tower_slowdown)
+            worker.share(gpu)
 
         def make_transfer(post: Callable[[Command], None]) -> LocalTransfer:
             buffers = MultimodalDataBuffers.from_options(
                 config, buffer_options or BufferOptions(), dtype=weight.dtype, device=torch_device
             )
-            return LocalTransfer(worker, Receiver(buffers, config), post, encode_options)
+            receiver = Receiver(buffers, config)
+            return LocalTransfer(worker, receiver, post, encode_options, is_between_steps=gpu is None)
 
-        self._requests = LocalRequests(self.engine, make_transfer)
+        self._requests = LocalRequests(self.engine, make_transfer, gpu)
 
     @property
     def transfer(self) -> LocalTransfer:

@@ -12,6 +12,7 @@ import msgspec
 
 from qwen3vl_disagg.core.errors import DisaggError
 from qwen3vl_disagg.core.requests import FinishReason, RequestTimings, SamplingParams, TokenLogprob
+from qwen3vl_disagg.encode.shared_gpu import SharedGpu
 from qwen3vl_disagg.engine.engine import Engine, EngineEvent
 from qwen3vl_disagg.language.engine_thread import Command, EngineSteps
 from qwen3vl_disagg.llm.transfer import LocalTransfer
@@ -65,9 +66,14 @@ class LocalRequests:
     Tokens stay on the thread that steps; the transfer's thread hears of requests with images or clips alone.
     """
 
-    def __init__(self, engine: Engine, make_transfer: Callable[[Callable[[Command], None]], LocalTransfer]) -> None:
-        """`make_transfer` is told where commands for the engine go."""
-        self.engine, self._make_transfer = engine, make_transfer
+    def __init__(
+        self,
+        engine: Engine,
+        make_transfer: Callable[[Callable[[Command], None]], LocalTransfer],
+        gpu: SharedGpu | None = None,
+    ) -> None:
+        """`make_transfer` is told where commands for the engine go. `gpu`: see `EngineSteps`."""
+        self.engine, self._make_transfer, self._gpu = engine, make_transfer, gpu
         self._requests: dict[str, _Request] = {}
         self._num_begun = 0
         self._pid = os.getpid()
@@ -77,6 +83,7 @@ class LocalRequests:
 
     def _renew(self) -> None:
         steps = EngineSteps(self.engine)
+        steps.gpu = self._gpu
         if not self._is_forked:
             transfer = self._make_transfer(steps.post)
             end_transfer = weakref.finalize(self, transfer.close)

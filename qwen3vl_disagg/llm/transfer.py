@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from qwen3vl_disagg.cluster.media_store import MediaStore
-from qwen3vl_disagg.core.errors import DisaggError, Failure, HandshakeError, TransferError
+from qwen3vl_disagg.core.errors import DeviceLost, DisaggError, Failure, HandshakeError, TransferError
 from qwen3vl_disagg.core.requests import SamplingParams, VisualItem
 from qwen3vl_disagg.core.settings import EncodeOptions
 from qwen3vl_disagg.encode.pipeline import EncodePipeline
@@ -53,7 +53,8 @@ dropped."""
 
 class LocalTransfer:
     """`admit` requests with images or clips, tell it `events` of their engine, `forget` them; from any thread. What the
-    engine has to do (take rows, run the tower, hear of failures) is given to `post`, as commands.
+    engine has to do (take rows, hear of failures, and run the tower, where that is between steps and not on a thread of
+    its own) is given to `post`, as commands.
 
     The thread sleeps while it knows of no request. `close` ends it.
     """
@@ -64,6 +65,8 @@ class LocalTransfer:
         receiver: Receiver,
         post: Callable[[Command], None],
         options: EncodeOptions | None = None,
+        *,
+        is_between_steps: bool = True,
     ) -> None:
         self.worker, self.receiver, self._post = worker, receiver, post
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
@@ -91,8 +94,9 @@ class LocalTransfer:
             on_refused=self._refused,
             limits=_SESSION_LIMITS,
             options=options,
-            tower=BetweenSteps(post),
+            tower=BetweenSteps(post) if is_between_steps else None,
             gathers=True,
+            on_lost=lambda lost: post(_raising(lost)),
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._awake = threading.Event()
@@ -241,7 +245,7 @@ def _raising(error: BaseException) -> Command:
     """Ends the step, and with it all that is under way."""
 
     def fail(_: Engine) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, (Exception, DeviceLost)):
             raise error
         raise DisaggError(f"{type(error).__name__} in the thread that brings images and clips") from error
 

@@ -87,12 +87,13 @@ def why_not_flex(device: torch.device, page_size: int, head_dim: int) -> str | N
 
 def unwritten_slots(contexts_B: Tensor, tables_BW: Tensor, page_size: int, device: torch.device) -> Tensor:
     """Slots behind the last token of each sequence in its last page: the kernels multiply what lies there by 0, which
-    does not take NaN away. One entry for each place of the page; those of before repeat the last token's.
+    does not take NaN away. One entry for each place of the page; those of before repeat the last token's. Contexts and
+    tables on the host, or both on `device`.
 
     Example: page size 4, page table [7, 2], 6 tokens: slots 9, 9, 10, 11.
     """
     last_B1 = (contexts_B - 1)[:, None]
-    place_BP = torch.arange(page_size).maximum(last_B1 % page_size)
+    place_BP = torch.arange(page_size, device=last_B1.device).maximum(last_B1 % page_size)
     slots = (tables_BW.gather(1, last_B1 // page_size) * page_size + place_BP).flatten()
     slots = uploaded(slots.repeat(1 if len(slots) > 1 else 2), device)  # a size of one is a constant
     torch._dynamo.mark_dynamic(slots, 0)
@@ -142,6 +143,10 @@ def make_plan(
     counted from slot 8 on in page 2, and from 4 before slot 20 in page 5.
     """
     page_size, rows = kind.page_size, kind.rows
+    if not kind.has_full:
+        width = max(2, -(-int(contexts_B.max()) // page_size))
+        flat = decode_lists(kind, contexts_B, _as_wide(tables_BW, width))
+        return plan_of(kind, flat, kind.num_blocks, len(new_B), width, device)
     blocks_B = (new_B + rows - 1) // rows
     ends_B = new_B.cumsum(0)
     sequence_R = torch.repeat_interleave(torch.arange(len(new_B)), blocks_B)
@@ -156,7 +161,7 @@ def make_plan(
     # On CPU the lists must be as wide as the pool; and a width of one would be a constant to the compiler.
     width = -(-num_slots // page_size) if kind.device == "cpu" else max(2, int(pages_R.max()))
     page_W = torch.arange(width)
-    tables_RW = torch.nn.functional.pad(tables_BW[:, :width], (0, max(0, width - tables_BW.shape[1])))[sequence_R]
+    tables_RW = _as_wide(tables_BW, width)[sequence_R]
     tables_RW = torch.where(page_W < pages_R[:, None], tables_RW, 0)
     partial_RK = full_R[:, None] + torch.arange(kind.num_partial)
     is_there_RK = partial_RK < pages_R[:, None]
@@ -165,22 +170,49 @@ def make_plan(
     row_RM = torch.arange(rows)
     rows_RM = torch.where(row_RM < count_R[:, None], token_R[:, None] + row_RM, token_R[:, None])
     back_T = (row_RM < count_R[:, None]).flatten().nonzero().squeeze(1)
-    if kind.has_full:
-        shifted_RW = tables_RW.gather(1, (full_R[:, None] + page_W).clamp(max=width - 1))
-        lists = [pages_R - full_R, full_R, first_R - full_R * page_size, starts_RK, shifted_RW, tables_RW, rows_RM]
-    else:
-        lists = [pages_R, full_R * 0, first_R - full_R * page_size, starts_RK, tables_RW, tables_RW[:, :0], rows_RM]
-    # Blocks without pages: their rows come out as zeros and are dropped.
+    shifted_RW = tables_RW.gather(1, (full_R[:, None] + page_W).clamp(max=width - 1))
+    lists = [pages_R - full_R, full_R, first_R - full_R * page_size, starts_RK, shifted_RW, tables_RW, rows_RM]
     num_blocks = kind.num_blocks or max(2, len(sequence_R))
-    missing = num_blocks - len(sequence_R)
-    padded = [torch.cat([part, part.new_zeros(missing, *part.shape[1:])]).flatten() for part in lists]
-    aligned = [torch.nn.functional.pad(part, (0, -len(part) % ALIGNMENT)) for part in [*padded, back_T]]
-    flat = torch.cat(aligned).to(torch.int32)
-    sizes = [num_blocks, width, len(back_T), page_size, rows, kind.num_blocks, int(kind.has_full), 0]
+    return plan_of(kind, _flat(lists, num_blocks, back_T), num_blocks, len(back_T), width, device)
+
+
+def decode_lists(kind: FlexKind, contexts_R: Tensor, tables_RW: Tensor) -> Tensor:
+    """`FlexPlan.lists` for one new token of each of R sequences, of a kind without full pages; where the arguments are,
+    and on a device without a wait. What stands in the tables behind a sequence's pages is not read.
+
+    W is no smaller for short contexts in a step that is captured: the kernel reads as many entries as there are pages.
+    """
+    page_size, (num_rows, width) = kind.page_size, tables_RW.shape
+    full_R, last_R, row_R = contexts_R // page_size, contexts_R - 1, torch.arange(num_rows, device=contexts_R.device)
+    pages_R = last_R // page_size + 1
+    tables_RW = torch.where(torch.arange(width, device=row_R.device) < pages_R[:, None], tables_RW, 0)
+    starts_R1 = tables_RW.gather(1, full_R[:, None].clamp(max=width - 1)) * page_size
+    starts_R1 = torch.where((full_R < pages_R)[:, None], starts_R1, -page_size)
+    lists = [pages_R, full_R * 0, last_R - full_R * page_size, starts_R1, tables_RW, row_R]
+    return _flat(lists, kind.num_blocks, row_R)
+
+
+def plan_of(
+    kind: FlexKind, flat: Tensor, num_blocks: int, num_tokens: int, width: int, device: torch.device
+) -> FlexPlan:
+    """The lists on their device, and the sizes by which `read_plan` takes them apart."""
+    sizes = [num_blocks, width, num_tokens, kind.page_size, kind.rows, kind.num_blocks, int(kind.has_full), 0]
     flat = uploaded(flat, device)
     # A size of its own: the compiler would take it for the same as another that is equal by chance.
     torch._dynamo.mark_dynamic(flat, 0)
     return FlexPlan(flat, torch.tensor(sizes))
+
+
+def _as_wide(tables_BW: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(tables_BW[:, :width], (0, max(0, width - tables_BW.shape[1])))
+
+
+def _flat(lists_R: list[Tensor], num_blocks: int, back_T: Tensor) -> Tensor:
+    """int32. Blocks without pages are added: their rows come out as zeros and are dropped."""
+    missing = num_blocks - len(lists_R[0])
+    padded = [torch.cat([part, part.new_zeros(missing, *part.shape[1:])]).flatten() for part in lists_R]
+    aligned = [torch.nn.functional.pad(part, (0, -len(part) % ALIGNMENT)) for part in [*padded, back_T]]
+    return torch.cat(aligned).to(torch.int32)
 
 
 def read_plan(lists: Tensor, sizes: Tensor) -> tuple[FlexKind, FlexLists]:

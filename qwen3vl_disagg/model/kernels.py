@@ -1,4 +1,4 @@
-"""How the parts of a loaded module are run: through the CPU kernels, and on a GPU with products of one input fused."""
+"""Which parts of a loaded module run through the CPU kernels, and which weights are one on CUDA."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from qwen3vl_disagg.core.environment import KERNELS, variable
 from qwen3vl_disagg.kernels import int8, ops
 from qwen3vl_disagg.model.attention import Attention
 from qwen3vl_disagg.model.decoder import Qwen3MoeModel
-from qwen3vl_disagg.model.layers import Linear, RMSNorm, SwiGLU, fuse
+from qwen3vl_disagg.model.layers import Linear, RMSNorm, SwiGLU, join
 from qwen3vl_disagg.model.moe import Experts, SparseMoe, takes_grouped_mm
 from qwen3vl_disagg.model.quantized import QuantizedExperts, QuantizedLinear
 from qwen3vl_disagg.model.vision import VisionAttention, VisionMlp
@@ -42,12 +41,12 @@ def use_kernels(module: ModuleT) -> ModuleT:
         elif isinstance(part, SparseMoe):
             weight = part.gate.weight
             part.use_kernel = _is_plain(weight) and ops.can_route(len(weight), part.num_experts_per_tok, weight)
-        elif isinstance(part, Attention):
-            fuse_on_gpu(part.q_proj, part.k_proj, part.v_proj)
         elif isinstance(part, SwiGLU):
-            fuse_on_gpu(part.gate_proj, part.up_proj)
             weight = part.gate_proj.weight
             part.use_kernel = _is_plain(weight) and ops.can_swiglu(len(weight), weight)
+            join(part.gate_proj, part.up_proj)
+        elif isinstance(part, Attention):
+            join(part.q_proj, part.k_proj, part.v_proj)
         elif isinstance(part, Experts):
             gate_up, down = part.local_weights()
             is_kernel = len(down) > 0 and all(map(_is_plain, (gate_up, down))) and ops.can_experts(down, gate_up, down)
@@ -58,14 +57,6 @@ def use_kernels(module: ModuleT) -> ModuleT:
         elif isinstance(part, VisionMlp):
             part.use_kernel = _is_plain(part.linear_fc1.weight) and ops.is_cpu_bf16(part.linear_fc1.weight)
     return module
-
-
-def fuse_on_gpu(*layers: Linear) -> None:
-    """A launch less for each layer but one; not with `Q3VL_KERNELS=off`. On CPUs a kernel reads several weights."""
-    if variable(KERNELS) == "off":
-        return
-    if all(type(layer) is Linear and layer.bias is None and layer.weight.device.type == "cuda" for layer in layers):
-        fuse(*layers)
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qwen3vl_disagg.core.environment import KERNELS, variable
 from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.kernels.ops import MAX_LINEAR_ROWS
 
@@ -40,12 +41,13 @@ class Linear(nn.Linear):
     """Few rows go through the kernel that reads the weight as it is, where there is one and no bias; many through the
     one for tiles, where the processor has them."""
 
-    fused: Tensor | None
+    joined: Tensor | None
+    """On the first of several layers of one input, the weight of all of them (`join`)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
+        self.register_buffer("joined", None, persistent=False)
         self.use_kernel = self.use_tiles = False
-        self.register_buffer("fused", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.use_kernel and x.shape[0] <= MAX_LINEAR_ROWS:
@@ -59,20 +61,8 @@ class Linear(nn.Linear):
         return self.weight[numbers].float()
 
 
-def fuse(*layers: Linear) -> None:
-    """Lay the weights of layers of one input behind one another, so that `project` needs one product for all. Each
-    layer's own is a view of that, under its name as before; until they are freed both are in memory."""
-    sizes = [layer.out_features for layer in layers]
-    fused = torch.cat([layer.weight.detach() for layer in layers])
-    for layer, weight in zip(layers, fused.split(sizes), strict=True):
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-    layers[0].fused = fused
-
-
 def project(x_TD: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
-    """Several layers of one input, without bias; in one call where they are fused, or a bfloat16 kernel has them."""
-    if type(layers[0]) is Linear and layers[0].fused is not None:
-        return F.linear(x_TD, layers[0].fused).split([layer.out_features for layer in layers], dim=-1)
+    """Several layers of one input, without bias; those that a bfloat16 kernel runs in one call."""
     is_kernel = all(type(layer) is Linear and layer.use_kernel for layer in layers)
     is_tiles = all(type(layer) is Linear and layer.use_tiles and layer.bias is None for layer in layers)
     weights, sizes = [layer.weight for layer in layers], [layer.out_features for layer in layers]
@@ -80,7 +70,26 @@ def project(x_TD: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
         return ops.linear(x_TD, weights).split(sizes, dim=-1)
     if is_tiles and not torch.compiler.is_compiling():
         return ops.many_rows(x_TD, weights).split(sizes, dim=-1)
+    if type(layers[0]) is Linear and layers[0].joined is not None:
+        return F.linear(x_TD, layers[0].joined).split(sizes, dim=-1)
     return tuple(layer(x_TD) for layer in layers)
+
+
+@torch.no_grad()
+def join(*layers: Linear) -> None:
+    """One weight for layers of one input that `project` runs: on CUDA, where each product is a launch. Each layer's own
+    stays under its name and becomes a part of it; until then both are in memory. Nothing where one of them is quantized
+    or has a bias, or with `Q3VL_KERNELS=off`."""
+    if variable(KERNELS) == "off" or not all(type(layer) is Linear for layer in layers):
+        return
+    weights = [layer.weight for layer in layers]
+    is_plain = all(layer.bias is None and layer.weight.dtype == weights[0].dtype for layer in layers)
+    if not is_plain or any(weight.device.type != "cuda" for weight in weights):
+        layers[0].joined = None
+        return
+    layers[0].joined = joined = torch.cat(weights)
+    for layer, part in zip(layers, joined.split([len(weight) for weight in weights]), strict=True):
+        layer.weight = nn.Parameter(part, requires_grad=False)
 
 
 class SwiGLU(nn.Module):

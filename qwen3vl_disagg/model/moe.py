@@ -162,24 +162,47 @@ def run_experts_kernel(
 
 
 def run_experts_triton(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    ids_TK: Tensor,
-    gate_up_EGD: Tensor,
-    down_EDF: Tensor,
-    *,
-    takes_few_rows: bool = True,
+    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
 ) -> Tensor:
-    """Same value: bfloat16 on CUDA, few rows by one kernel that sorts nothing, more as `run_experts_grouped`, with
-    kernels of our own around the two products."""
-    if takes_few_rows and x_TD.shape[0] <= gpu.MAX_FEW_ROWS:
+    """Same value: bfloat16 on CUDA, few rows by one kernel that sorts nothing, more of them sorted."""
+    if x_TD.shape[0] <= gpu.MAX_FEW_ROWS:
         return torch.ops.q3vl.gpu_few_rows(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF)
+    return run_experts_sorted(x_TD, weights_TK, ids_TK, gate_up_EGD, down_EDF)
+
+
+def run_experts_sorted(
+    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """As `run_experts_grouped`, with Triton kernels around the two products, which leave remote rows as they are."""
     if down_EDF.shape[0] == 0:
         return torch.zeros_like(x_TD)
     token_R, place_TK, end_E = torch.ops.q3vl.gpu_order(ids_TK, down_EDF.shape[0])
-    gate_up_RG = F.grouped_mm(x_TD[token_R], gate_up_EGD.transpose(1, 2), offs=end_E)
-    y_RD = F.grouped_mm(torch.ops.q3vl.gpu_swiglu(gate_up_RG), down_EDF.transpose(1, 2), offs=end_E)
+    x_RD = torch.ops.q3vl.gpu_pick(x_TD, token_R, end_E)
+    gate_up_RG = F.grouped_mm(x_RD, gate_up_EGD.transpose(1, 2), offs=end_E)
+    y_RD = F.grouped_mm(torch.ops.q3vl.gpu_swiglu(gate_up_RG, end_E), down_EDF.transpose(1, 2), offs=end_E)
     return torch.ops.q3vl.gpu_combine(y_RD, place_TK, weights_TK)
+
+
+MAX_ROUTED_ROWS = 1 << 15
+"""Choices of tokens of several ranks for which there is room at once: those of a chunk of 4,096 tokens with 8 each."""
+
+
+def run_experts_in_slices(
+    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Same value, beyond the CPU, of tokens that came from several ranks. How many choices are of experts here only
+    the device knows, and it may be all of them: room is made for those of so many tokens, one slice after another."""
+    run = run_experts_sorted if gpu.takes(x_TD) else run_experts_grouped
+    num_rows = max(MAX_ROUTED_ROWS // max(ids_TK.shape[1], 1), 1)
+    slices = zip(x_TD.split(num_rows), weights_TK.split(num_rows), ids_TK.split(num_rows), strict=True)
+    parts = [run(x, weights, ids, gate_up_EGD, down_EDF) for x, weights, ids in slices]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# Opaque: into how many slices rows fall is no part of a graph, which is for any number of them.
+_library.define("experts_in_slices(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor down) -> Tensor")
+_library.impl("experts_in_slices", run_experts_in_slices, "CompositeExplicitAutograd")
+torch.library.register_fake("q3vl::experts_in_slices", lambda x_TD, *_: torch.empty_like(x_TD))
 
 
 EXPERT_IMPLS = {"loop": run_experts_loop, "grouped": run_experts_grouped, "kernel": run_experts_kernel}
@@ -206,6 +229,15 @@ class Dispatcher:
     back, for each token that went in, the sum over all of its experts. What `combine` needs to know of a dispatch is
     returned by it and handed on, never kept.
     """
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether the device does it all, in the order of its stream."""
+        return True
+
+    def num_rows(self, num_tokens: int) -> int:
+        """That the experts here see, where each rank brings so many tokens."""
+        return num_tokens
 
     def local(self, weight: Tensor) -> Tensor:
         """The part of a parameter `[E, ..]` that is here."""
@@ -260,9 +292,10 @@ class Experts(nn.Module):
         impl, device = self.impl, x_TD.device.type
         if impl == "grouped" and not takes_grouped_mm(device, x_TD.dtype, *local_weights[1].shape[1:]):
             impl = "loop"
+        if impl == "grouped" and device != "cpu" and type(self.dispatcher) is not Dispatcher:
+            return torch.ops.q3vl.experts_in_slices(x_TD, weights_TK, ids_TK, *local_weights)
         if impl == "grouped" and gpu.takes(x_TD):
-            few = self.takes_few_rows(x_TD)
-            return run_experts_triton(x_TD, weights_TK, ids_TK, *local_weights, takes_few_rows=few)
+            return run_experts_triton(x_TD, weights_TK, ids_TK, *local_weights)
         if impl == "loop" and torch.compiler.is_compiling():
             return torch.ops.q3vl.experts_ungrouped(x_TD, weights_TK, ids_TK, *local_weights)
         if impl == "loop":
@@ -294,6 +327,16 @@ class SparseMoe(nn.Module):
         else:
             weights_TK, ids_TK = (ops.route if is_kernel else route)(logits_TE, num_choices)
         return self.experts(x_TD, weights_TK, ids_TK, plan)
+
+    def waits(self, num_tokens: int, dtype: torch.dtype) -> bool:
+        """Whether the host waits for CUDA in a step in which each rank brings so many tokens: in the loop over
+        experts."""
+        experts = self.experts
+        if experts.impl == "grouped" and takes_grouped_mm("cuda", dtype, *experts.down_proj.shape[1:]):
+            return False
+        one = sum(getattr(experts, name)[0].numel() for name in ("gate_up_proj", "down_proj"))
+        num_rows = experts.dispatcher.num_rows(num_tokens) * self.num_experts_per_tok
+        return not should_gather("cuda", num_rows, one * dtype.itemsize)
 
     def take_part(self, plan: DispatchPlan) -> None:
         """Serve the tokens of other ranks, without any of one's own."""

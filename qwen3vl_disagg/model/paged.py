@@ -20,7 +20,15 @@ from torch.nn import functional as F
 from qwen3vl_disagg.core.tensors import uploaded
 from qwen3vl_disagg.kernels import ops
 from qwen3vl_disagg.model.attention import ForwardBatch, LayerCache
-from qwen3vl_disagg.model.flex import flex_kind, make_plan, unwritten_slots, why_not_flex, widened
+from qwen3vl_disagg.model.flex import (
+    decode_lists,
+    flex_kind,
+    make_plan,
+    plan_of,
+    unwritten_slots,
+    why_not_flex,
+    widened,
+)
 
 PagedImpl = Literal["sdpa", "kernel", "flex"]
 
@@ -83,6 +91,21 @@ class PagedBatch(ForwardBatch):
             tables = tables.long().contiguous()
             self.places = PagedPlaces(new_B, contexts_B, tables, self.new_slots_T, page_size, device)
             self._packed = self.places.pack() if is_compiled else None
+
+    @classmethod
+    def of_tensors(
+        cls, contexts_R: Tensor, tables_RW: Tensor, slots_R: Tensor, page_size: int, caches: Sequence[LayerCache]
+    ) -> PagedBatch:
+        """One new token for each row, by FlexAttention on CUDA, for a step that is captured: contexts and slots int64,
+        page tables int32, all on the device, whose numbers the host does not know. Logits of all rows."""
+        batch, device, (num_rows, width) = cls.__new__(cls), contexts_R.device, tables_RW.shape
+        batch.seq_lens, batch.logit_rows, batch.impl = [1] * num_rows, None, "flex"
+        batch.caches, batch.page_size = caches, page_size
+        kind = flex_kind(device.type, page_size, num_sequences=num_rows, is_decode=True)
+        lists = decode_lists(kind, contexts_R, tables_RW)
+        batch.plan = plan_of(kind, lists, kind.num_blocks, num_rows, width, device)
+        batch.new_slots_T, batch.unwritten = slots_R, unwritten_slots(contexts_R, tables_RW, page_size, device)
+        return batch
 
     def layer_cache(self, layer: int) -> LayerCache:
         return self.caches[layer]

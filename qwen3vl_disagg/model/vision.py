@@ -8,7 +8,7 @@ Dims: P patches, D tower width, N heads, H head size, R = P / merge_unit visual 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 
@@ -25,6 +25,7 @@ from qwen3vl_disagg.model.rope import apply_rotary, vision_rotary
 
 Grid = tuple[int, int, int]
 _EPS = 1e-6
+_MAX_FLASH_HEAD = 256
 
 
 def patch_coordinates(grids: Sequence[Grid], merge: int) -> Tensor:
@@ -83,9 +84,26 @@ def sdpa_backends(q_PNH: Tensor) -> AbstractContextManager[None]:
     return sdpa_kernel(backends if q_PNH.shape[2] % 8 == 0 else [*backends, SDPBackend.MATH])
 
 
-def attend_frames(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, cu_seqlens: Tensor) -> Tensor:
+def takes_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether flash attention over frames of any lengths takes such heads: from Ampere on, numbers of 16 bits, sizes
+    that are multiples of 8."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return head_dim % 8 == 0 and head_dim <= _MAX_FLASH_HEAD and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def attend_frames(
+    q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, cu_seqlens: Tensor, cu_on_gpu: Tensor | None = None
+) -> Tensor:
     """Full attention within each frame -> `[P, N, H]`. `cu_seqlens` `[frames + 1]` int64: where frames begin, and the
-    end; on the host, because it decides the shapes."""
+    end; on the host, because it decides the shapes. `cu_on_gpu`: the same as int32 on the device, where `takes_varlen`
+    says that one call can have all frames; without it each run of equal frames is a call."""
+    if cu_on_gpu is not None:
+        from torch.nn.attention.varlen import varlen_attn  # brings the compiler, which a CPU may start without
+
+        longest = int(cu_seqlens.diff().max())
+        out_PNH: Tensor = varlen_attn(q_PNH, k_PNH, v_PNH, cu_on_gpu, cu_on_gpu, longest, longest)  # type: ignore[assignment]
+        return out_PNH
     outs, start = [], 0
     for length, run in groupby(cu_seqlens.diff().tolist()):  # neighbours of one length share a batched call
         count = len(list(run))
@@ -97,20 +115,22 @@ def attend_frames(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, cu_seqlens: Tenso
     return torch.cat(outs)
 
 
-def _attend_frames_opaque(q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _attend_frames_opaque(
+    q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, cu_seqlens: Tensor, cu_on_gpu: Tensor | None = None
+) -> Tensor:
     if ops.can_attend_frames(q_PNH.shape[2], q_PNH):
         return ops.full_attention(q_PNH, k_PNH, v_PNH, cu_seqlens.diff().tolist())
-    return attend_frames(q_PNH, k_PNH, v_PNH, cu_seqlens)
+    return attend_frames(q_PNH, k_PNH, v_PNH, cu_seqlens, cu_on_gpu)
 
 
 # The compiler need not know how long the frames are.
 _library = torch.library.Library("q3vl", "FRAGMENT")
-_library.define("attend_frames(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens) -> Tensor")
+_library.define("attend_frames(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_on_gpu=None) -> Tensor")
 _library.impl("attend_frames", _attend_frames_opaque, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("q3vl::attend_frames")
-def _(q_PNH: Tensor, *_: Tensor) -> Tensor:
+def _(q_PNH: Tensor, *_: Tensor | None) -> Tensor:
     return q_PNH.new_empty(q_PNH.shape)
 
 
@@ -124,7 +144,9 @@ class VisionAttention(nn.Module):
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True)
         self.proj = Linear(config.hidden_size, config.hidden_size, bias=True)
 
-    def forward(self, x_PD: Tensor, cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x_PD: Tensor, cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor], cu_on_gpu: Tensor | None = None
+    ) -> Tensor:
         qkv_P3NH = self.qkv(x_PD).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv_P3NH.unbind(1)
         is_compiling = torch.compiler.is_compiling()
@@ -133,7 +155,8 @@ class VisionAttention(nn.Module):
             out_PNH = ops.full_attention(q, k, v, cu_seqlens.diff().tolist())
         else:
             q, k = (apply_rotary(x.float(), *rotary).to(x.dtype) for x in (q, k))
-            out_PNH = (torch.ops.q3vl.attend_frames if is_compiling else attend_frames)(q, k, v, cu_seqlens)
+            attend = torch.ops.q3vl.attend_frames if is_compiling else attend_frames
+            out_PNH = attend(q, k, v, cu_seqlens, cu_on_gpu)
         return self.proj(out_PNH.flatten(1))
 
 
@@ -164,8 +187,10 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(config)
         self.mlp = VisionMlp(config)
 
-    def forward(self, x_PD: Tensor, cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        x_PD = x_PD + self.attn(self.norm1(x_PD), cu_seqlens, rotary)
+    def forward(
+        self, x_PD: Tensor, cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor], cu_on_gpu: Tensor | None = None
+    ) -> Tensor:
+        x_PD = x_PD + self.attn(self.norm1(x_PD), cu_seqlens, rotary, cu_on_gpu)
         return x_PD + self.mlp(self.norm2(x_PD))
 
 
@@ -192,7 +217,12 @@ class PatchMerger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patch embedding, blocks, the main merger and one merger for each DeepStack level."""
+    """Patch embedding, blocks, the main merger and one merger for each DeepStack level.
+
+    `before_block`, where somebody else wants to compute, too, is called before each block.
+    """
+
+    before_block: Callable[[], None] | None = None
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -225,17 +255,28 @@ class VisionTower(nn.Module):
         cu_seqlens = torch.tensor([0, *(h * w for t, h, w in grids for _ in range(t))]).cumsum(0)
         head_dim = self.config.hidden_size // self.config.num_heads
         rotary = vision_rotary(coords, head_dim=head_dim, theta=self.config.rope_theta)
+        is_varlen = takes_varlen(pixels.device, self.patch_embed.proj.weight.dtype, head_dim)
+        cu_on_gpu = uploaded(cu_seqlens.int(), pixels.device) if is_varlen else None
 
         x_PD = self.patch_embed(pixels)
         x_PD = x_PD + self.pos_embed(coords, sizes).to(x_PD.dtype)
         levels = []
         mergers = dict(zip(self.config.deepstack_visual_indexes, self.deepstack_merger_list, strict=True))
         for i, block in enumerate(self.blocks):
-            x_PD = self.step(block, x_PD, cu_seqlens, rotary)
+            if self.before_block is not None:
+                self.before_block()
+            x_PD = self.step(block, x_PD, cu_seqlens, rotary, cu_on_gpu)
             if i in mergers:
                 levels.append(mergers[i](x_PD))
         return self.merger(x_PD), levels
 
-    def step(self, block: nn.Module, x_PD: Tensor, cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def step(
+        self,
+        block: nn.Module,
+        x_PD: Tensor,
+        cu_seqlens: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cu_on_gpu: Tensor | None = None,
+    ) -> Tensor:
         """The region to compile: one block."""
-        return block(x_PD, cu_seqlens, rotary)
+        return block(x_PD, cu_seqlens, rotary, cu_on_gpu)

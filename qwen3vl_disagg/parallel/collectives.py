@@ -22,6 +22,8 @@ class Collectives(Protocol):
 
     rank: int
     num_ranks: int
+    has_native: bool
+    """Whether the device does it, in the order of its stream."""
 
     def all_gather(self, x_SC: Tensor) -> Tensor:
         """`[N * S, C]`, the rows of rank 0 first. S is the same on all ranks."""
@@ -41,16 +43,16 @@ class GroupCollectives:
 
     def __init__(self, group_name: str, rank: int, num_ranks: int, *, has_native: bool) -> None:
         self.rank, self.num_ranks = rank, num_ranks
-        self._group_name, self._has_native = group_name, has_native
+        self._group_name, self.has_native = group_name, has_native
 
     def all_gather(self, x_SC: Tensor) -> Tensor:
-        if self._has_native:
+        if self.has_native:
             return _wait(_ops.all_gather_into_tensor(x_SC.contiguous(), self.num_ranks, self._group_name))
         sizes = [x_SC.shape[0]] * self.num_ranks
         return self.all_to_all(x_SC.repeat(self.num_ranks, 1), sizes, sizes)
 
     def reduce_scatter(self, x_SC: Tensor) -> Tensor:
-        if self._has_native:
+        if self.has_native:
             wide = x_SC.float().contiguous()
             return _wait(_ops.reduce_scatter_tensor(wide, "sum", self.num_ranks, self._group_name)).to(x_SC.dtype)
         sizes = [x_SC.shape[0] // self.num_ranks] * self.num_ranks

@@ -87,6 +87,13 @@ class ExpertDispatcher(Dispatcher):
         # A tensor: as a number it would be a constant of the graph, and each rank would compile its own.
         self._first = torch.tensor(first)
 
+    @property
+    def can_capture(self) -> bool:
+        return self._collectives.has_native
+
+    def num_rows(self, num_tokens: int) -> int:
+        return num_tokens * self._collectives.num_ranks
+
     def local(self, weight: Tensor) -> Tensor:
         return weight.to_local()  # type: ignore[attr-defined]  # a DTensor
 

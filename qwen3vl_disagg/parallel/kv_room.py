@@ -4,8 +4,9 @@
     auto, CPU    half of the free memory, divided by the language ranks of the host, - a step
     never        more than the longest context for each of the requests that run at once
 
-Free: with the weights in place. Step: activations of the longest prefill, and room for visual rows (an estimate,
-`SizedModel`). On a CPU memory is taken when it is first written, so a server that is asked little takes little.
+Free: with the weights in place. Step: activations of the longest prefill, on CUDA what captured decode steps keep, and
+room for visual rows (an estimate, `SizedModel`). On a CPU memory is taken when it is first written, so a server that
+is asked little takes little.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def kv_room(
     else:
         parts = model.language_memory(num_language, settings.max_running, 0, settings.max_prefill_tokens)
         step = parts["room for visual rows"] + parts["activations"]
+        step += model.captured_bytes(settings.max_running, num_language)
         if image_rows:
             encode = model.encode_memory(image_rows)
             step += encode["cache of rows"] + encode["activations"]

@@ -16,6 +16,11 @@ from qwen3vl_disagg.model.config import ModelConfig
 from qwen3vl_disagg.protocol.layout import RowSizes
 
 FLOAT32_BYTES = 4
+PICK_BYTES = 48
+"""Of each logit, at the same time: float32 as it is and without what may not come, weights, their sums, ties, in int64,
+and what lies between."""
+GRAPH_LAYER_BYTES = 1 << 19
+"""A guess."""
 
 
 @dataclass(frozen=True)
@@ -222,10 +227,33 @@ class SizedModel:
             "activations": (own + routed) * self.itemsize + 4.0 * max(1, requests) * text.vocab_size,
         }
 
+    def captured_bytes(self, requests: int, num_ranks: int) -> float:
+        """Of captured decode steps, which keep what they need: activations of the largest, logits and what the sampler
+        makes of them, and what the driver keeps of each graph. An estimate."""
+        if not self.is_cuda:
+            return 0.0
+        text = self.config.text
+        activations = self.language_memory(num_ranks, 0, 0, requests)["activations"]
+        driver = len(step_sizes(requests)) * text.num_hidden_layers * GRAPH_LAYER_BYTES
+        return activations + requests * text.vocab_size * (self.itemsize + PICK_BYTES) + driver
+
 
 def _miss(total: int, here: int, chosen: int) -> float:
     """The chance that none of a token's `chosen` experts of `total` is among `here` of them."""
     return math.comb(total - here, chosen) / math.comb(total, chosen)
+
+
+def step_sizes(max_running: int) -> list[int]:
+    """Numbers of rows for which decode steps are captured: at most an eighth more than there are requests, or 7.
+
+    >>> step_sizes(40), step_sizes(3), step_sizes(150)[-4:]
+    ([1, 2, 4, 8, 16, 24, 32, 40], [1, 2, 3], [120, 128, 144, 150])
+    """
+    sizes, size = [], 1
+    while size < max_running:
+        sizes.append(size)
+        size += size if size < 8 else max(8, 1 << (size.bit_length() - 4))
+    return [*sizes, max_running]
 
 
 def padded_rows(rows: int) -> int:

@@ -24,6 +24,7 @@ from qwen3vl_disagg.media.images import MAX_ASPECT
 from qwen3vl_disagg.media.stop import StopSignal
 from qwen3vl_disagg.model.config import VisionConfig
 from qwen3vl_disagg.processing.patches import (
+    Frames,
     PixelSettings,
     PixelTransform,
     check_size,
@@ -198,18 +199,41 @@ class VideoProcessor:
         InputError for damaged media, ServerError for frames of another size than announced, Stopped when nobody wants
         them any more. What is missing is appended to `notes`.
         """
-        if visual.is_frame_list:
-            frames = _images(unpack_frames(data), visual.frames, decoder, stop, notes)
-        else:
-            frames = decoder.video_frames(data, visual.frames, stop=stop, notes=notes)
-        with closing(frames):  # also when this fails: whoever decodes must not wait for frames to be taken
+        # Closed also when this fails: whoever decodes must not wait for frames to be taken.
+        with closing(_decoded(data, visual, decoder, stop, notes)) as frames:
             return self.patches(_announced(frames, visual), len(visual.frames), visual.grid)
+
+    def frames(
+        self,
+        data: bytes,
+        visual: VisualItem,
+        decoder: MediaDecoder,
+        stop: StopSignal | None = None,
+        notes: list[str] | None = None,
+    ) -> tuple[Frames, Grid]:
+        """As `pixels`, for a GPU to cut up."""
+        count = len(visual.frames)
+        grid = self._stepped(count, visual.grid)
+        with closing(_decoded(data, visual, decoder, stop, notes)) as frames:
+            counted = _counted(_announced(frames, visual), count)
+            return Frames.of(counted, count, grid, self.config, self._transform), grid
 
     def patches(self, frames: Iterable[np.ndarray], num_frames: int, grid: Grid) -> tuple[Tensor, Grid]:
         """Frames `[H, W, 3]` uint8 of one size -> patches `[P, patch_dim]` float32 and the grid, with as many steps as
         they have. InputError if sizes differ or another number of frames comes."""
-        grid = -(-num_frames // self.config.temporal_patch_size), grid[1], grid[2]
+        grid = self._stepped(num_frames, grid)
         return cut_patches(_counted(frames, num_frames), num_frames, grid, self.config, self._transform), grid
+
+    def _stepped(self, num_frames: int, grid: Grid) -> Grid:
+        return -(-num_frames // self.config.temporal_patch_size), grid[1], grid[2]
+
+
+def _decoded(
+    data: bytes, visual: VisualItem, decoder: MediaDecoder, stop: StopSignal | None, notes: list[str] | None
+) -> Generator[np.ndarray]:
+    if visual.is_frame_list:
+        return _images(unpack_frames(data), visual.frames, decoder, stop, notes)
+    return decoder.video_frames(data, visual.frames, stop=stop, notes=notes)
 
 
 def _announced(frames: Iterable[np.ndarray], visual: VisualItem) -> Iterator[np.ndarray]:

@@ -1,8 +1,9 @@
 """Image bytes -> patches: decoded, resized, normalised, cut up; and what clips have in common with that.
 
-How bytes become RGB pixels is the business of `qwen3vl_disagg.media.images`.
+How bytes become RGB pixels is the business of `qwen3vl_disagg.media.images`. Where the tower is on a GPU, what goes
+there is `Frames`: resized levels as bytes, which are cut up and normalised by the device, with the same arithmetic.
 
-Dims: H, W pixels; C channels; P patches in the tower's order, merge block by merge block.
+Dims: F frames; H, W pixels; C channels; P patches in the tower's order, merge block by merge block.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qwen3vl_disagg.core.errors import ENCODE_ERROR, CheckpointError, ServerErro
 from qwen3vl_disagg.core.json_text import parse_json
 from qwen3vl_disagg.core.requests import VisualItem
 from qwen3vl_disagg.core.settings import ImageResize
+from qwen3vl_disagg.core.tensors import uploaded
 from qwen3vl_disagg.media.decoding import MediaDecoder
 from qwen3vl_disagg.media.images import check_aspect, decode_rgb
 from qwen3vl_disagg.media.stop import StopSignal
@@ -141,16 +143,26 @@ class PixelTransform:
 
     def __call__(self, levels_HWC: np.ndarray, height: int, width: int) -> Tensor:
         """`[H, W, C]` uint8 -> `[C, height, width]` float32."""
+        return self.normalised(self.resized(levels_HWC, height, width))
+
+    def resized(self, levels_HWC: np.ndarray, height: int, width: int) -> Tensor:
+        """`[H, W, C]` uint8 -> `[C, height, width]` uint8, with channels last in memory."""
         is_resized = levels_HWC.shape[:2] != (height, width)
         if is_resized and self.how == "pillow":
             image = Image.fromarray(levels_HWC).resize((width, height), Image.Resampling.BICUBIC)
             levels_HWC = np.asarray(image)
         levels_CHW = torch.from_numpy(np.require(levels_HWC, requirements=["C", "W"])).permute(2, 0, 1)
+        if is_resized and self.how == "torch":
+            return _interpolate(levels_CHW, height, width)
+        return levels_CHW
+
+    def normalised(self, levels_CXX: Tensor) -> Tensor:
+        """Levels `[.., C, .., ..]` uint8 on any device -> the same in float32. Divided by tensors: on a GPU a number
+        is multiplied by its reciprocal, which rounds otherwise."""
+        mean_C11, std_C11 = (uploaded(x, levels_CXX.device) for x in (self._mean_C11, self._std_C11))
         if self.how == "pillow":
-            return (levels_CHW.double() * (1 / 255)).float().sub_(self._mean_C11).div_(self._std_C11)
-        if is_resized:
-            levels_CHW = _interpolate(levels_CHW, height, width)
-        return levels_CHW.float().sub_(self._mean_C11 * 255.0).div_(self._std_C11 * 255.0)
+            return (levels_CXX.double() * (1 / 255)).float().sub_(mean_C11).div_(std_C11)
+        return levels_CXX.float().sub_(mean_C11 * 255.0).div_(std_C11 * 255.0)
 
 
 def _interpolate(levels_CHW: Tensor, height: int, width: int) -> Tensor:
@@ -182,6 +194,34 @@ def cut_patches(
         blocks = pixels_CHW.reshape(3, rows // merge, merge, patch, cols // merge, merge, patch)
         out[step, ..., first:stop, :, :] = blocks.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)
     return out.view(steps * rows * cols, config.patch_dim)
+
+
+@dataclass(frozen=True)
+class Frames:
+    """An image, or the frames of a clip, resized and not yet cut up: `levels` `[F, H, W, C]` uint8."""
+
+    levels: Tensor
+    transform: PixelTransform
+
+    @classmethod
+    def of(
+        cls, frames: Iterable[np.ndarray], num_frames: int, grid: Grid, config: VisionConfig, transform: PixelTransform
+    ) -> Frames:
+        """What `cut_patches` takes, resized."""
+        height, width = (size * config.patch_size for size in grid[1:])
+        levels_FHWC = torch.empty(num_frames, height, width, 3, dtype=torch.uint8)
+        for number, frame in enumerate(frames):
+            levels_FHWC[number] = transform.resized(frame, height, width).permute(1, 2, 0)
+        return cls(levels_FHWC, transform)
+
+    def patches(self, levels_FHWC: Tensor, grid: Grid, config: VisionConfig) -> Tensor:
+        """What `cut_patches` makes, `[P, patch_dim]` float32, of these levels wherever they are now."""
+        (steps, rows, cols), patch, merge = grid, config.patch_size, config.spatial_merge_size
+        lacking = steps * config.temporal_patch_size - len(levels_FHWC)
+        filled = torch.cat([levels_FHWC, levels_FHWC[-1:].expand(lacking, -1, -1, -1)])
+        blocks = filled.view(steps, -1, rows // merge, merge, patch, cols // merge, merge, patch, 3)
+        levels_PCXX = blocks.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(steps * rows * cols, 3, -1, patch)
+        return self.transform.normalised(levels_PCXX).view(-1, config.patch_dim)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -241,14 +281,37 @@ class ImageProcessor:
         InputError for a damaged image, ServerError for one of another size than announced, Stopped when nobody wants
         it any more. What is missing is appended to `notes`. Without a decoder, decoded in this process.
         """
+        levels_HWC = self._levels(data, visual, decoder, stop, notes)
+        return self.patches(levels_HWC, None if visual is None else visual.grid)
+
+    def frames(
+        self,
+        data: bytes,
+        visual: VisualItem,
+        decoder: MediaDecoder | None = None,
+        stop: StopSignal | None = None,
+        notes: list[str] | None = None,
+    ) -> tuple[Frames, Grid]:
+        """As `pixels`, for a GPU to cut up."""
+        levels_HWC = self._levels(data, visual, decoder, stop, notes)
+        grid = 1, visual.grid[1], visual.grid[2]
+        return Frames.of([levels_HWC], 1, grid, self.config, self._transform), grid
+
+    def _levels(
+        self,
+        data: bytes,
+        visual: VisualItem | None,
+        decoder: MediaDecoder | None,
+        stop: StopSignal | None,
+        notes: list[str] | None,
+    ) -> np.ndarray:
         if decoder is None:
             levels_HWC = np.asarray(decode_rgb(data, notes))
         else:
             levels_HWC = decoder.image(data, stop=stop, notes=notes)
-        if visual is None:
-            return self.patches(levels_HWC)
-        check_size(levels_HWC, visual)
-        return self.patches(levels_HWC, visual.grid)
+        if visual is not None:
+            check_size(levels_HWC, visual)
+        return levels_HWC
 
     def patches(self, levels_HWC: np.ndarray, grid: Grid | None = None) -> tuple[Tensor, Grid]:
         """`[H, W, 3]` uint8 -> patches `[P, patch_dim]` float32 and the grid."""

@@ -18,6 +18,7 @@ CASES = {
     "check_route": "gpu_route",
     "check_route_of_broken_rows": "gpu_route",
     "check_order": "gpu_order",
+    "check_pick": "gpu_pick",
     "check_swiglu": "gpu_swiglu",
     "check_combine": "gpu_combine",
     "check_experts": "gpu_few_rows",

@@ -22,7 +22,8 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 from qwen3vl_disagg.kernels import gpu
-from qwen3vl_disagg.model.moe import Dispatcher, SparseMoe, run_experts_triton
+from qwen3vl_disagg.model import moe
+from qwen3vl_disagg.model.moe import SparseMoe, run_experts_triton
 
 gpu.register()
 
@@ -35,18 +36,31 @@ CHECKS = {
     "route": (checks.check_route, lambda: OPS.gpu_route),
     "broken rows": (checks.check_route_of_broken_rows, lambda: OPS.gpu_route),
     "order": (checks.check_order, lambda: OPS.gpu_order),
+    "pick": (checks.check_pick, lambda: OPS.gpu_pick),
     "swiglu": (checks.check_swiglu, lambda: OPS.gpu_swiglu),
     "combine": (checks.check_combine, lambda: OPS.gpu_combine),
     "few rows": (checks.check_experts, lambda: OPS.gpu_few_rows),
     "sorted": (checks.check_sorted_experts, lambda: run_experts_triton),
+    "slices": (checks.check_sorted_experts, lambda: in_slices),
 }
 QUICK, MANY = 8, 300
+
+
+def in_slices(*given: torch.Tensor) -> torch.Tensor:
+    """By the kernels, as on CUDA."""
+    with pytest.MonkeyPatch.context() as patch, Names() as names:
+        patch.setattr(gpu, "takes", lambda x: True)
+        out = moe.run_experts_in_slices(*given)
+    assert not len(given[-1]) or {"gpu_pick", "gpu_combine"} <= names.seen
+    return out
 
 
 @pytest.fixture(autouse=True)
 def conversions_as_on_a_gpu(monkeypatch):
     """The interpreter cuts bfloat16 off, the hardware rounds to nearest (and this is ten times as fast)."""
     from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(moe, "MAX_ROUTED_ROWS", 24)  # so that few rows are several slices
 
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounding(InterpreterBuilder.cast_impl))
 
@@ -74,7 +88,7 @@ def test_equals_the_reference(name):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", CHECKS)
 def test_equals_the_reference_on_many_shapes(name):
-    """2,100 altogether."""
+    """2,700 altogether."""
     holds(name, MANY)
 
 
@@ -89,6 +103,10 @@ def test_equals_the_reference_on_many_shapes(name):
         ("order", "tl.where(expert < E, place, -1)", "place", "order"),
         ("order", "before + count, mask", "count, mask", "order"),
         ("order", "before += tl.sum(is_mine.to(tl.int32), 0)", "before += 0", "order"),
+        ("pick", "ends + E - 1", "ends + E - 2", "pick"),
+        ("pick", "row < tl.load", "row + 1 < tl.load", "pick"),
+        ("pick", "token * row_stride", "row * row_stride", "pick"),
+        ("swiglu", "ends + E - 1", "ends + E - 2", "swiglu"),
         ("swiglu", "(column + width) * column_stride", "(column + width) * 1", "swiglu"),
         ("swiglu", "1.0 + tl.exp(-gate)", "1.0 + tl.exp(gate)", "swiglu"),
         ("combine", "place >= 0", "place > 0", "combine"),
@@ -133,7 +151,7 @@ class Names(TorchDispatchMode):
     [
         (0, {"gpu_route", "gpu_few_rows"}),
         (gpu.MAX_FEW_ROWS, {"gpu_route", "gpu_few_rows"}),
-        (gpu.MAX_FEW_ROWS + 1, {"gpu_route", "gpu_order", "gpu_swiglu", "gpu_combine"}),
+        (gpu.MAX_FEW_ROWS + 1, {"gpu_route", "gpu_order", "gpu_pick", "gpu_swiglu", "gpu_combine"}),
     ],
 )
 def test_a_layer_takes_them_where_they_are_on(rows, names, monkeypatch):
@@ -161,7 +179,7 @@ def test_experts_of_several_ranks_are_always_sorted(monkeypatch):
     monkeypatch.setattr(gpu, "takes", lambda x: x.dtype == torch.bfloat16)
     experts = SparseMoe(replace(small_config().text, moe_intermediate_size=24)).bfloat16().experts
     assert experts.takes_few_rows(experts.down_proj)
-    experts.dispatcher = type("Spread", (Dispatcher,), {})()
+    experts.dispatcher = type("Spread", (moe.Dispatcher,), {})()
     assert not experts.takes_few_rows(experts.down_proj)
 
 
@@ -172,17 +190,18 @@ def arguments() -> dict[str, tuple]:
         return torch.randn(shape, generator=generator).bfloat16()
 
     ids = torch.rand(5, 6, generator=generator).topk(3).indices
-    _, places, _ = OPS.gpu_order(ids, 4)
+    tokens, places, ends = OPS.gpu_order(ids, 4)
     return {
         "gpu_route": (normal(5, 6), 3),
         "gpu_order": (ids, 4),
-        "gpu_swiglu": (normal(5, 14),),
+        "gpu_pick": (normal(5, 6), tokens[: int(ends[-1])], ends),
+        "gpu_swiglu": (normal(int(ends[-1]), 14), ends),
         "gpu_combine": (normal(15, 7), places, normal(5, 3)),
         "gpu_few_rows": (normal(5, 8), normal(5, 3), ids, normal(4, 12, 8), normal(4, 8, 6)),
     }
 
 
-@pytest.mark.parametrize("name", ["gpu_route", "gpu_order", "gpu_swiglu", "gpu_combine", "gpu_few_rows"])
+@pytest.mark.parametrize("name", ["gpu_route", "gpu_order", "gpu_pick", "gpu_swiglu", "gpu_combine", "gpu_few_rows"])
 def test_operators_are_what_they_say(name):
     """Schema, fake, no mutation. What the compiler makes of them the compile-only tool shows: the interpreter's kernels
     cannot be traced."""

@@ -107,7 +107,7 @@ def attention_across_images(model, monkeypatch):
     monkeypatch.setattr(
         vision.VisionAttention,
         "forward",
-        lambda self, x, cu_seqlens, rotary: original(self, x, cu_seqlens[[0, -1]], rotary),
+        lambda self, x, cu_seqlens, rotary, _: original(self, x, cu_seqlens[[0, -1]], rotary),
     )
 
 

@@ -36,7 +36,8 @@ AUTO = EngineSettings()
 
 def step_bytes(model: SizedModel, ranks: int, settings: EngineSettings) -> float:
     parts = model.language_memory(ranks, settings.max_running, 0, settings.max_prefill_tokens)
-    return parts["room for visual rows"] + parts["activations"]
+    graphs = model.captured_bytes(settings.max_running, ranks)
+    return parts["room for visual rows"] + parts["activations"] + graphs
 
 
 def test_a_card_by_hand():
@@ -45,6 +46,16 @@ def test_a_card_by_hand():
     assert kv_room(B30, AUTO, free_bytes=free, total_bytes=total, num_language=6).num_pages == expected
     # Nothing is left: one page, so that the engine stands, and says of each request how much too long it is.
     assert kv_room(B30, AUTO, free_bytes=GIB, total_bytes=total).num_pages == 1
+
+
+def test_captured_steps_of_a_card_by_hand():
+    """Graphs of 1, 2, 4, 8, 16, 24 and 32 rows; none on a CPU."""
+    text = B30.config.text
+    activations = B30.language_memory(6, 0, 0, 32)["activations"]
+    found = B30.captured_bytes(32, 6)
+    assert found == activations + 32 * text.vocab_size * 50 + 7 * 48 * 2**19
+    assert 0.3 * GIB < found < GIB
+    assert SizedModel(PRESETS["30b-a3b"], 2, is_cuda=False).captured_bytes(32, 6) == 0
 
 
 def test_a_host_is_shared_by_its_language_ranks_and_half_of_it_stays_free():

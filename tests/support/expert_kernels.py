@@ -121,12 +121,34 @@ def check_order(draw, op, device: str = "cpu") -> None:
         assert torch.equal(actual, expected), name
 
 
+def ends_within(case: Case, num_rows: int) -> tuple[Tensor, int]:
+    """Ends of some experts' rows, of `num_rows` at most, and the last of them."""
+    count = case.draw(st.integers(1, 5))
+    ends = sorted(case.draw(st.lists(st.integers(0, num_rows), min_size=count, max_size=count)))
+    return torch.tensor(ends, dtype=torch.int32, device=case.device), ends[-1]
+
+
+def check_pick(draw, op, device: str = "cpu") -> None:
+    """The same bits up to the last end; what tokens past it say is not looked at."""
+    case = Case(draw, device)
+    hidden = draw(st.one_of(st.integers(1, 70), st.sampled_from([1024, 1030])))
+    x = case.normal(case.rows + 1, hidden)
+    tokens = torch.randint(case.rows + 1, (draw(st.integers(0, 30)),), generator=case.generator).int()
+    ends, last = ends_within(case, len(tokens))
+    tokens = tokens.to(device)
+    expected = x[tokens[:last].long()]
+    actual = op(x, tokens, ends)
+    assert actual.shape == (len(tokens), hidden)
+    assert torch.equal(actual[:last], expected), "rows differ"
+
+
 def check_swiglu(draw, op, device: str = "cpu") -> None:
-    """Within a step of each of the two roundings, and nearly always the same."""
+    """Within a step of each of the two roundings, and nearly always the same; of rows up to the last end."""
     case = Case(draw, device)
     width = draw(st.one_of(st.integers(1, 70), st.sampled_from([768, 1025])))
     gate_up = case.normal(case.rows, 2 * width, scale=draw(st.sampled_from([1.0, 30.0])))
-    actual, expected = op(gate_up), swiglu_reference(gate_up)
+    ends, last = ends_within(case, case.rows)
+    actual, expected = op(gate_up, ends)[:last], swiglu_reference(gate_up)[:last]
     close(actual, expected, 2 * U * expected.double().abs() + 1e-37, "silu(gate) * up")
     assert (actual == expected).float().mean() > 0.97 or actual.numel() < 200
 

@@ -12,7 +12,6 @@ Compiled regions run uncompiled, and are told that they are compiled. FlexAttent
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import threading
 from collections import Counter
@@ -23,10 +22,14 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3vl_disagg.model import flex, moe, paged, quantized, vision
+from tests.support.simattention import attention_by_lists, varlen_attn
+from tests.support.simcompile import uncompiled
+from tests.support.simgraphs import SimGraphs, mark_nothing
 from tests.support.simstreams import Order, here, is_pinned, pin, split_uses
 
 DEVICE = torch.device("cuda", 0)
@@ -43,6 +46,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "paged_attention": paged._paged_attention,
     "attend_frames": vision._attend_frames_opaque,
     "experts_ungrouped": moe.run_experts_ungrouped,
+    "experts_in_slices": moe.run_experts_in_slices,
     "experts_dequantized": quantized.run_experts_dequantized,
     "flex_attention": flex._flex_attention,
 }
@@ -51,12 +55,13 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 
 class Watch:
     """What was seen: `counts` of copies and waits by kind and place, `num_bytes` of copies, `problems` that a
-    device would have raised or could not have promised, and the `sdpa` backends that were allowed when attention was
-    computed (flash, efficient, math, cuDNN)."""
+    device would have raised or could not have promised, the `sdpa` backends that were allowed when attention was
+    computed (flash, efficient, math, cuDNN), and how often it was `varlen`."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self.order = Order(self.problem, self.count)
+        self.graphs = SimGraphs(self)
+        self.order = Order(self.problem, self.count, lambda: self.graphs.is_capturing)
         self.reset()
 
     def reset(self) -> None:
@@ -64,8 +69,11 @@ class Watch:
         self.num_bytes: Counter[tuple[str, str]] = Counter()
         self.problems: list[str] = []
         self.sdpa: set[tuple[bool, bool, bool, bool]] = set()
+        self.varlen = 0
 
     def count(self, kind: str, num_bytes: int = 0) -> None:
+        if kind in WAITS:
+            self.graphs.refuse(kind, is_pageable=kind == STAGED)
         with self._lock:
             self.counts[kind, _place()] += 1
             self.num_bytes[kind, _place()] += num_bytes
@@ -177,7 +185,7 @@ def _index(watch: Watch, index: Any) -> Any:
 def _getitem(watch: Watch, x: Tensor, index: Any) -> Any:
     if not isinstance(x, SimTensor):  # a CPU tensor by places on the device
         raise watch.problem("indices should be on the CPU or on the indexed tensor's device (cpu)")
-    found = x.elem[_index(watch, index)]
+    found = watch.graphs.run(Tensor.__getitem__, x.elem, _index(watch, index))
     if found.untyped_storage()._cdata != x.elem.untyped_storage()._cdata:
         watch.order.tag(watch.order.step([x.elem], []), [found])
     return SimTensor(found, watch)
@@ -191,7 +199,7 @@ def _setitem(watch: Watch, x: Tensor, index: Any, value: Any) -> None:
     watch.order.step([value.elem] if isinstance(value, SimTensor) else [], [x.elem])
     if isinstance(value, Tensor) and not isinstance(value, SimTensor) and value.dim():
         watch.count(H2D)
-    x.elem[_index(watch, index)] = _elem(value)
+    watch.graphs.run(Tensor.__setitem__, x.elem, _index(watch, index), _elem(value), writes=[x.elem])
 
 
 def _tolist(watch: Watch, x: SimTensor) -> Any:
@@ -214,7 +222,7 @@ def _copy(watch: Watch, x: Tensor, source: Tensor, non_blocking: bool = False) -
             return x
         if kind == ASYNC:
             watch.order.upload(step, given)
-        target.copy_(given)
+        watch.graphs.run(Tensor.copy_, target, given, writes=[target])
     return x
 
 
@@ -225,6 +233,11 @@ def _upload_kind(source: Tensor, is_async: bool) -> str:
 def _nonzero(watch: Watch, x: SimTensor, *, as_tuple: bool = False) -> Any:
     watch.count(SHAPE)
     return _wrapped(watch, x.elem.nonzero(as_tuple=as_tuple))
+
+
+def _contiguous(watch: Watch, x: SimTensor, *, memory_format: Any = torch.contiguous_format) -> SimTensor:
+    """C++ would make room on the device by itself."""
+    return x if x.elem.is_contiguous() else SimTensor(watch.graphs.run(Tensor.contiguous, x.elem), watch)
 
 
 def _no_pointer(watch: Watch, *_: Any) -> Any:
@@ -240,8 +253,11 @@ def _sdpa(watch: Watch, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: A
         (on.flash_sdp_enabled(), on.mem_efficient_sdp_enabled(), on.math_sdp_enabled(), on.cudnn_sdp_enabled())
     )
     args, kwargs = _elems(args), {name: _elem(x) for name, x in kwargs.items()}
+    step = watch.order.step([part.elem for part in parts], [])
     with here():
-        return SimTensor(F.scaled_dot_product_attention(_elem(q), _elem(k), _elem(v), *args, **kwargs), watch)
+        out = watch.graphs.run(F.scaled_dot_product_attention, _elem(q), _elem(k), _elem(v), *args, **kwargs)
+    watch.order.tag(step, [out])
+    return SimTensor(out, watch)
 
 
 _METHODS: dict[Any, Callable[..., Any]] = {
@@ -250,6 +266,7 @@ _METHODS: dict[Any, Callable[..., Any]] = {
     Tensor.tolist: _tolist,
     Tensor.nonzero: _nonzero,
     Tensor.copy_: _copy,
+    Tensor.contiguous: _contiguous,
     Tensor.numpy: _no_pointer,
     Tensor.data_ptr: _no_pointer,
     Tensor.untyped_storage: lambda watch, x: x.elem.untyped_storage(),
@@ -281,9 +298,7 @@ def _run(watch: Watch, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if target is not None:
         kwargs["device"] = torch.device("cpu")
     kwargs.pop("pin_memory", None)
-    out = func(*args, **kwargs)
-    if name == "_grouped_mm":  # whatever was in memory
-        out[int((kwargs.get("offs") if "offs" in kwargs else args[2])[-1]) :] = float("nan")
+    out = watch.graphs.operator(func, args, kwargs) if is_on_device or sims else func(*args, **kwargs)
     if name.endswith("_") and not name.endswith("__"):
         return tensors[0]
     if step is not None and is_on_device:
@@ -401,43 +416,6 @@ def _place() -> str:
 # ---- parts that stand for what only a device has ----
 
 
-def _attention_by_lists(kind: flex.FlexKind) -> Callable[..., Tensor]:
-    """What the compiled kernel computes, from the pages that its lists name and no others."""
-
-    def attend(q: SimTensor, k_pool: SimTensor, v_pool: SimTensor, *lists: SimTensor) -> SimTensor:
-        q_RNMH, keys, values, num_partial, partial, offset, starts, *rest = map(_elem, (q, k_pool, v_pool, *lists))
-        with here():
-            mask_mod = flex.block_mask(kind, len(keys), num_partial, partial, offset, starts).mask_mod
-            out = torch.zeros_like(q_RNMH, dtype=torch.float32)
-            row_M1, group = torch.arange(q_RNMH.shape[2])[:, None], q_RNMH.shape[1] // keys.shape[1]
-            for r in range(len(q_RNMH)):
-                pages = partial[r, : num_partial[r]].long()
-                full = rest[1][r, : rest[0][r]].long() if rest else pages[:0]
-                listed = (torch.cat([pages, full])[:, None] * kind.page_size + torch.arange(kind.page_size)).flatten()
-                if not len(listed):
-                    continue
-                sees_ML = mask_mod(torch.tensor(r), torch.tensor(0), row_M1, listed)
-                sees_ML[:, len(pages) * kind.page_size :] = True
-                k, v = (pool[listed].float().transpose(0, 1).repeat_interleave(group, 0) for pool in (keys, values))
-                scores = (q_RNMH[r].float() @ k.transpose(1, 2)) * q_RNMH.shape[3] ** -0.5
-                weights = scores.masked_fill(~sees_ML, float("-inf")).softmax(-1)
-                out[r] = weights.nan_to_num(0.0) @ v  # a row that sees nothing comes out as zeros
-            return SimTensor(out.to(q.dtype), q.watch)
-
-    return attend
-
-
-def _compile(run: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-    """Uncompiled, but told that it is."""
-
-    @functools.wraps(run)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
-            return run(*args, **kwargs)
-
-    return call
-
-
 def to_device(module: nn.Module, watch: Watch) -> nn.Module:
     """In place, as `module.to("cuda")` would."""
     for part in module.modules():
@@ -477,6 +455,7 @@ def simulated(*, free_bytes: int = 64 << 20, num_devices: int = 1) -> Iterator[W
         "device_count": lambda: num_devices,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
+        "get_device_capability": lambda *_: (9, 0),
         "mem_get_info": lambda *_: (free_bytes, free_bytes),
         "_lazy_init": lambda: None,
     }
@@ -486,11 +465,13 @@ def simulated(*, free_bytes: int = 64 << 20, num_devices: int = 1) -> Iterator[W
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         stack.enter_context(mock.patch.object(torch.inference_mode, "__enter__", _NoGrad.__enter__))
         stack.enter_context(mock.patch.object(torch.inference_mode, "__exit__", _NoGrad.__exit__))
-        stack.enter_context(mock.patch.object(torch, "compile", _compile))
-        stack.enter_context(mock.patch.object(torch._dynamo, "mark_dynamic"))
-        stack.enter_context(mock.patch.object(flex, "compiled_attention", _attention_by_lists))
+        stack.enter_context(uncompiled())
+        stack.enter_context(mock.patch.object(torch._dynamo, "mark_dynamic", mark_nothing))
+        stack.enter_context(mock.patch.object(flex, "compiled_attention", attention_by_lists))
+        stack.enter_context(mock.patch.object(varlen, "varlen_attn", varlen_attn))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_in_modes))
         stack.enter_context(watch.order.simulated())
+        stack.enter_context(watch.graphs.simulated())
         stack.enter_context(_modes(watch))
         torch._C._set_only_lift_cpu_tensors(True)
         try:

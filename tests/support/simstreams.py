@@ -49,13 +49,17 @@ def _region(x: Tensor) -> tuple[int, int, int]:
 
 
 class Order:
-    """Of all steps. `problem` notes what a device could not have promised, and makes the error."""
+    """Of all steps. `problem` notes what a device could not have promised, and makes the error. What this thread
+    captures is no step: its replay is one."""
 
-    def __init__(self, problem: Callable[[str], RuntimeError], count: Callable[[str], None]) -> None:
-        self._problem, self._count = problem, count
+    def __init__(
+        self, problem: Callable[[str], RuntimeError], count: Callable[[str], None], is_capturing: Callable[[], bool]
+    ) -> None:
+        self._problem, self._count, self._is_capturing = problem, count, is_capturing
         self._lock = threading.RLock()
         self._here = threading.local()
         self._last: Clock = {0: 0}
+        self._priorities = {0: 0}
         self._before: dict[int, Clock] = {0: {}}
         self._known: Clock = {}
         """What the host knows to have run."""
@@ -80,11 +84,17 @@ class Order:
         finally:
             self._here.stream = before
 
-    def new_stream(self) -> int:
+    def new_stream(self, priority: int) -> int:
+        """`priority`: as CUDA has it, a lower number goes first."""
+        if priority > 0:
+            raise self._problem(f"priority {priority}: 0 is the least")
         with self._lock:
             number = len(self._last)
-            self._last[number], self._before[number] = 0, {}
+            self._last[number], self._before[number], self._priorities[number] = 0, {}, priority
             return number
+
+    def priority_of(self, stream: int) -> int:
+        return self._priorities[stream]
 
     def clock(self, stream: int) -> Clock:
         """Of what comes next on it."""
@@ -120,6 +130,8 @@ class Order:
         """The next one of the current stream."""
         with self._lock:
             stream = self.current
+            if self._is_capturing():
+                return Step(stream, self._last[stream])
             self._last[stream] += 1
             for tensors, is_write in ((reads, False), (writes, True)):
                 for x in tensors:
@@ -131,7 +143,7 @@ class Order:
 
     def tag(self, step: Step, tensors: Sequence[Tensor], *, is_write: bool = True) -> None:
         with self._lock:
-            for x in tensors:
+            for x in () if self._is_capturing() else tensors:
                 storage, low, high = _region(x)
                 uses = self._uses.get(storage)
                 if uses is None:
@@ -204,6 +216,8 @@ class Order:
 
     def upload(self, step: Step, source: Tensor) -> None:
         """`source` must stay as it is until the device has read it."""
+        if self._is_capturing():
+            return
         seen = source.clone(memory_format=torch.contiguous_format)
 
         def compare() -> None:
@@ -237,7 +251,7 @@ class Order:
 
         class Stream:
             def __init__(self, device: Any = None, priority: int = 0, *, number: int | None = None) -> None:
-                self.number = order.new_stream() if number is None else number
+                self.number = order.new_stream(priority) if number is None else number
 
             def record_event(self, event: Event | None = None) -> Event:
                 made = event or Event()

@@ -182,4 +182,6 @@ def test_the_rehearsal_passes(tmp_path):
     assert [step["name"] for step in report["steps"]] == [step.name for step in STEPS]
     assert {step["status"] for step in report["steps"]} == {"passed"}
     skipped = {name for step in report["steps"] for name, value in step["found"].items() if value == NEEDS_GPU}
-    assert {"graph_1", "ipc", "float8_grouped", "kernels_1", "triton_1"} <= skipped
+    [capture] = [step["found"] for step in report["steps"] if step["name"] == "capture"]
+    assert capture["graph_4"].keys() == {"rows", "step ms", "replay ms", "difference"}
+    assert {"ipc", "float8_grouped", "kernels_1", "triton_1"} <= skipped

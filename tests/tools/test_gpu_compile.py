@@ -9,7 +9,7 @@ import pytest
 from tools.gpu_compile import command
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-OURS = ("_route", "_order", "_swiglu", "_combine", "_up", "_down")
+OURS = ("_route", "_order", "_pick", "_swiglu", "_combine", "_up", "_down")
 
 
 def test_a_table_of_launches():
@@ -40,7 +40,7 @@ def test_a_layer_compiles_for_sm_90_and_launches_less_with_our_kernels(model):
         assert not set(launched(old)) & set(OURS)
     few, many = after[0], after[-1]
     assert {"_route", "_up", "_down"} <= set(launched(few))
-    assert {"_route", "_order", "_swiglu", "_combine"} <= set(launched(many))
+    assert {"_route", "_order", "_pick", "_swiglu", "_combine"} <= set(launched(many))
 
 
 def launched(made) -> list[str]:

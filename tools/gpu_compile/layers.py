@@ -13,9 +13,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qwen3vl_disagg.engine.compiled import CompiledDecoder
-from qwen3vl_disagg.model import ModelConfig, PagedBatch, Qwen3MoeForCausalLMWithDeepStack, TextConfig, flex
+from qwen3vl_disagg.model import (
+    ModelConfig,
+    PagedBatch,
+    Qwen3MoeForCausalLMWithDeepStack,
+    TextConfig,
+    flex,
+    use_kernels,
+)
 from qwen3vl_disagg.model.deepstack import Qwen3MoeModelWithDeepStack
-from qwen3vl_disagg.model.kernels import use_kernels
 from qwen3vl_disagg.model.moe import SparseMoe
 from qwen3vl_disagg.model.rope import text_rotary
 from qwen3vl_disagg.plan.presets import PRESETS
@@ -44,14 +50,15 @@ class Step:
 
 STEPS = (
     Step("1", (1,), (700,)),
-    Step("1 + level", (1,), (700,), True),
     Step("8", (1,) * 8, (700, 3, 40, 900, 16, 17, 5, 1000)),
     Step("8 + level", (1,) * 8, (700, 3, 40, 900, 16, 17, 5, 1000), True),
     Step("32", (1,) * 32, (700,) * 32),
+    Step("128", (1,) * 128, (100,) * 128),
     Step("512", (512,), (512,)),
     Step("512 + level", (512,), (512,), True),
+    Step("4096", (4096,), (4096,)),
 )
-"""32 and 512 tokens have the same graph of a layer, and different ones of FlexAttention."""
+"""32 tokens and more have the same graph of a layer, and different ones of FlexAttention."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +126,7 @@ def fake_model(config: ModelConfig) -> Qwen3MoeForCausalLMWithDeepStack:
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(fake(*parameter.shape), requires_grad=False))
-    with MODE:
-        use_kernels(model)
-    return model.eval()
+    return use_kernels(model.eval())
 
 
 def make(name: str, steps: tuple[Step, ...] = STEPS) -> Iterator[Made]:

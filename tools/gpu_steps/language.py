@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import torch
 
 from qwen3vl_disagg.core.requests import SamplingParams
 from qwen3vl_disagg.engine.engine import Engine
-from qwen3vl_disagg.model import PagedBatch, Qwen3MoeForCausalLMWithDeepStack
+from qwen3vl_disagg.engine.graphs import GraphedDecode
+from qwen3vl_disagg.engine.runner import ModelRunner
+from qwen3vl_disagg.engine.sequence import Sequence
+from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack, use_kernels
 from qwen3vl_disagg.protocol.messages import Tokens
 from tools import bench_ceilings
 from tools.bench_contestants.this_project import decode_stamps
@@ -22,6 +26,8 @@ from tools.gpu_steps.sizes import Sizes, difference, language_model, least_ms, m
 from tools.gpu_steps.step import Check
 
 PROFILED_STEPS = 3
+MOST_REPLAYED = 0.02
+"""Of the largest logit: a graph has more rows than the step, whose products may be summed in another order."""
 
 
 def ceilings(check: Check) -> bench_ceilings.Rates | None:
@@ -130,49 +136,64 @@ def kernels_of(profiled: torch.profiler.profile, seconds: float) -> dict[str, An
 
 
 def capture(check: Check) -> None:
-    """The model's step over tensors that stay where they are, by hand."""
-    sizes = sizes_of(check)
+    """The engine's captured step beside the one from Python. Rehearsed on the simulated device of the tests."""
     model = language_model(check)
-    engine = make_engine(check, model)
-    for batch in sizes.captured:
+    if not check.is_dry:
+        capture_all(check, model)
+        return
+    from tests.support.simcuda import simulated, to_device
+
+    with simulated() as watch:
+        to_device(model, watch)
+        capture_all(check, use_kernels(model))
+    if watch.problems:
+        raise RuntimeError(f"the simulated device refuses: {watch.problems}")
+
+
+def capture_all(check: Check, model: Qwen3MoeForCausalLMWithDeepStack) -> None:
+    started = time.monotonic()
+    runner = make_engine(check, model, compile=True).runner
+    captured = runner.captured
+    if not isinstance(captured, GraphedDecode):
+        raise RuntimeError("decode steps were not captured; the log says why")
+    check.say(start_s=time.monotonic() - started, sizes=captured.sizes)
+    for batch in sizes_of(check).captured:
         with check.part(f"graph_{batch}"), torch.inference_mode():
-            capture_batch(check, model, engine, batch)
+            capture_batch(check, runner, captured, batch)
 
 
-def capture_batch(check: Check, model: Qwen3MoeForCausalLMWithDeepStack, engine: Engine, batch: int) -> None:
-    """One step of `batch` sequences with contexts of their own: eager, then captured and replayed."""
-    sizes, runner = sizes_of(check), engine.runner
-    contexts = [sizes.context + i % 7 for i in range(batch)]
-    width = -(-max(contexts) // runner.page_size)
+def capture_batch(check: Check, runner: ModelRunner, captured: GraphedDecode, batch: int) -> None:
+    """One step of `batch` sequences with contexts of their own: from Python, then replayed."""
+    sequences = decoding(sizes_of(check), runner, batch)
+    for pool in (pool for pair in runner.caches for pool in pair):
+        pool[: runner.num_pages * runner.page_size].normal_(0, 0.5)
+    step = partial(runner.decode, sequences)
+    runner.captured = None
+    expected = step().clone()
+    check.say(**{f"step_{batch}": {"step ms": least_ms(check, step), "again": difference(step(), expected)}})
+    runner.captured = captured
+    num_rows = captured.size_for(batch, None)
+    if num_rows is None:
+        raise RuntimeError(f"no step of {batch} rows was captured")
+    replayed = difference(step(), expected)
+    replay_ms = least_ms(check, partial(captured.graphs.replay, num_rows))
+    found = {"rows": num_rows, "step ms": least_ms(check, step), "replay ms": replay_ms, "difference": replayed}
+    check.say(**{f"graph_{batch}": found})
+    if not replayed <= MOST_REPLAYED:  # nor NaN
+        raise RuntimeError(f"the replayed step differs from Python's by {replayed:.3g} of the largest logit")
+
+
+def decoding(sizes: Sizes, runner: ModelRunner, batch: int) -> list[Sequence]:
+    """So many, each with pages of its own and a token that is not yet in them."""
+    sequences, width = list[Sequence](), sizes.context // runner.page_size + 1
     if batch * width > runner.num_pages:
         raise RuntimeError(f"{batch} contexts of {width} pages, and there are {runner.num_pages}")
-    tables = torch.arange(batch * width).view(batch, width)
-    for pool in (pool for pair in runner.caches for pool in pair):
-        pool[: batch * width * runner.page_size].normal_(0, 0.5)
-    paged = PagedBatch([1] * batch, contexts, tables, runner.page_size, runner.caches, impl=runner.impl)
-    ids = torch.arange(1, batch + 1, device=check.device)
-    positions = torch.tensor(contexts, device=check.device).sub_(1).expand(3, -1)
-
-    def step() -> torch.Tensor:
-        return model(ids, positions, paged)
-
-    expected = step().clone()
-    found: dict[str, Any] = {"step ms": least_ms(check, step), "again": difference(step(), expected)}
-    check.say(**{f"step_{batch}": found})
-    if not check.needs_gpu(f"graph_{batch}"):
-        return
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    replayed = difference(logits, expected)
-    check.say(**{f"graph_{batch}": {"replay ms": least_ms(check, graph.replay), "difference": replayed}})
-    if replayed > 0.0:
-        raise RuntimeError(f"the replayed step differs from the eager one by {replayed:.3g} of the largest logit")
+    for number in range(batch):
+        ids = prompt(sizes, sizes.context - number % 7, number)
+        positions = torch.arange(len(ids)).expand(3, -1)
+        sequence = Sequence(str(number), ids, [], SamplingParams(), positions=positions, delta=0, seed=0)
+        sequence.num_cached = len(ids)
+        sequence.pages += range(number * width, (number + 1) * width)
+        sequence.generated.append(1 + number)
+        sequences.append(sequence)
+    return sequences

@@ -24,7 +24,12 @@ STEPS = (
     Step("readme", "correct:small_checkpoint", 60, "LLM and a server with the small checkpoint: a picture, a stream"),
     Step("language", "language:speed", 80, "graphs of the whole decoder, decode and prefill"),
     Step("profile", "language:profile", 50, "kernels of a step, how busy the GPU is, where the time goes"),
-    Step("capture", "language:capture", 70, "the decode step as a CUDA graph: equal logits, time of a replay"),
+    Step(
+        "capture",
+        "language:capture",
+        70,
+        "the captured step: logits of the one from Python, time of a replay",
+    ),
     Step("micro", "micro:choices", 45, "experts by rows, FlexAttention by page and context, SDPA at heads of 72"),
     Step("tower", "tower:images", 45, "milliseconds of an image, alone and in a batch, eager and compiled"),
     Step("oracle", "oracle:same_weights", 90, "transformers with the same weights: tokens, logits, speed"),

@@ -48,10 +48,14 @@ def language_model(check: Check) -> Qwen3MoeForCausalLMWithDeepStack:
     return random_language_model(sizes_of(check).config, torch.bfloat16, check.device, 0)
 
 
-def make_engine(check: Check, model: Qwen3MoeForCausalLMWithDeepStack) -> Engine:
+def make_engine(check: Check, model: Qwen3MoeForCausalLMWithDeepStack, *, compile: bool | None = None) -> Engine:
+    """`compile`: where it is not as the sizes have it."""
     sizes = sizes_of(check)
     options = EngineOptions(
-        max_running=max(sizes.captured), page_size=sizes.page_size, kv_cache_gib=sizes.gib, compile=sizes.compile
+        max_running=max(sizes.captured),
+        page_size=sizes.page_size,
+        kv_cache_gib=sizes.gib,
+        compile=sizes.compile if compile is None else compile,
     )
     return Engine(model, eos_ids=frozenset(), options=options)
 

@@ -19,7 +19,7 @@ from qwen3vl_disagg.core.environment import KERNELS
 
 MAX_FEW_ROWS = 8
 """Up to here each choice of each row reads its expert by itself; above, rows are sorted by expert."""
-_FILES = ("route", "order", "swiglu", "combine", "few_rows")
+_FILES = ("route", "order", "pick", "swiglu", "combine", "few_rows")
 
 
 def register() -> None:
