@@ -144,7 +144,7 @@ def test_a_step_waits_once_and_asks_nothing_of_the_host_meanwhile():
                 ran.clear()
                 seen.append((watch.of(*WAITS), watch.of(D2H), watch.of(H2D, STAGED), watch.graphs.num_replays - before))
     assert len(seen) >= 5
-    assert set(seen) == {(1, 1, 0, 2)}  # the model's graph, and the sampler's
+    assert {(1, 1, 0, 2), (1, 1, 0, 3)} >= set(seen)  # the sampler's graph, and the next step's
 
 
 def rows_of(draw, vocab_size: int) -> list[SamplingRow]:
