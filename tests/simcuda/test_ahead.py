@@ -126,3 +126,20 @@ def test_numbers_that_are_not_finite_end_their_request_alone():
     kinds = {name: [type(event).__name__ for event in events if event.request_id == name] for name in "ab"}
     assert kinds["a"] == ["Tokens", "Tokens", "RequestFailed"]
     assert kinds["b"] == ["Tokens"] * 8 + ["Finished"]
+
+
+def test_nothing_is_begun_ahead_of_a_prompt_that_waits():
+    """Whoever comes waits for the step that is under way, and for no other."""
+    with simulated() as watch:
+        engine = make_engine(on_device(watch), compile=True, page_size=16, chunk_tokens=16, max_prefill_tokens=16)
+        engine.add("a", [20, 21, 22], [], SamplingParams(max_new_tokens=40, ignore_eos=True))
+        engine.step()
+        engine.step()
+        noted, steps = Noted(engine), []
+        engine.add("b", [*range(20, 60)], [], SamplingParams(max_new_tokens=9, ignore_eos=True))
+        for _ in range(8):
+            engine.step()
+            steps.append(" ".join(noted.calls))
+            noted.calls.clear()
+    chunk, alone = "", "model pick wait"
+    assert steps == ["pick wait", chunk, alone, chunk, alone, chunk, "model pick model wait", "pick model wait"]
