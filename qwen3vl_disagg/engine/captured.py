@@ -39,14 +39,16 @@ class StepInputs:
         self._tables = PageTables(max_rows, num_pages)
         self.tables = self._tables.table
 
-    def fill(self, sequences: Seq[Sequence]) -> None:
-        """Row b becomes the step of `sequences[b]`: its last token comes behind what is in the cache."""
+    def fill(self, sequences: Seq[Sequence], *, ahead: int = 0) -> None:
+        """Row b becomes the step of `sequences[b]`: its last token comes behind what is in the cache, and `ahead` tokens
+        more."""
         size, num_rows = self.page_size, len(sequences)
+        places = [s.num_cached + ahead for s in sequences]
         columns = (
             [s.generated[-1] for s in sequences],
-            [s.num_cached + s.delta for s in sequences],
-            [s.num_cached + 1 for s in sequences],
-            [s.pages[s.num_cached // size] * size + s.num_cached % size for s in sequences],
+            [place + s.delta for place, s in zip(places, sequences, strict=True)],
+            [place + 1 for place in places],
+            [s.pages[place // size] * size + place % size for place, s in zip(places, sequences, strict=True)],
         )
         for array, column in zip(self._arrays, columns, strict=True):
             array[:num_rows] = column

@@ -17,6 +17,7 @@ from qwen3vl_disagg.core.errors import DisaggError, Failure, InputError, ServerE
 from qwen3vl_disagg.core.requests import ItemTimings, SamplingParams, VisualItem
 from qwen3vl_disagg.core.settings import EngineSettings
 from qwen3vl_disagg.core.spans import span
+from qwen3vl_disagg.engine.ahead import StepAhead
 from qwen3vl_disagg.engine.failures import NotFinite, fatal_where
 from qwen3vl_disagg.engine.grammars import Grammars, no_grammars
 from qwen3vl_disagg.engine.graphs import GraphedDecode, GraphedPick
@@ -27,7 +28,7 @@ from qwen3vl_disagg.engine.pooling import pool
 from qwen3vl_disagg.engine.requests import make_sequences
 from qwen3vl_disagg.engine.runner import AttentionChoice, BadRows, ModelRunner
 from qwen3vl_disagg.engine.sampler import Sampler
-from qwen3vl_disagg.engine.scheduler import Chunk, Scheduler, SchedulerLimits
+from qwen3vl_disagg.engine.scheduler import Chunk, Scheduler, SchedulerLimits, Step
 from qwen3vl_disagg.engine.sequence import Sequence
 from qwen3vl_disagg.model import Qwen3MoeForCausalLMWithDeepStack
 from qwen3vl_disagg.model.moe import DispatchPlan
@@ -111,8 +112,11 @@ class Engine:
         self._pace = None if target is None else Pace(self.options.chunk_tokens, most, target, is_cuda=is_cuda)
         banned = (self.config.image_token_id, self.config.video_token_id)
         self.sampler = Sampler(banned_ids=banned, eos_ids=eos_ids)
+        self._ahead: StepAhead | None = None
+        self._decoded_at = 0.0
         if isinstance(self.runner.captured, GraphedDecode):
             self.sampler.captured = GraphedPick(self.sampler, self.runner.captured)
+            self._ahead = StepAhead(self.runner.captured, self.sampler.captured)
         self._picker = Picker(self.sampler, eos_ids=eos_ids, language_rank=language_rank)
         self.grammars = grammars
         self._compiling: dict[str, list[Sequence]] = {}
@@ -304,7 +308,8 @@ class Engine:
         """
         events = self.admit()
         dispatch = None if plan is None else DispatchPlan(plan.num_rows, plan.kind)
-        step, preempted = self.scheduler.schedule(plan)
+        begun, logits = self._ahead.taken(self.scheduler.admitted) if self._ahead is not None else ([], None)
+        step, preempted = (Step(decode=begun), []) if begun else self.scheduler.schedule(plan)
         # Those who stay have the whole prompt, and whoever comes back has it from them.
         gone = dict.fromkeys(sequence.request_id for sequence in preempted if not sequence.samples.admitted)
         events += [Preempted(request_id) for request_id in gone]
@@ -313,16 +318,19 @@ class Engine:
             return events
         if step.prefill:
             return events + self._prefill(step.prefill, plan, dispatch)
-        started = time.monotonic()
+        started = self._decoded_at if begun else time.monotonic()
         try:
             names = [sequence.request_id for sequence in step.decode]
             with span("decode", tokens=len(step.decode), requests=names), fatal_where(dispatch):
-                logits = self.runner.decode(step.decode, dispatch)
+                logits = self.runner.decode(step.decode, dispatch) if logits is None else logits
+            if self._ahead is not None:
+                self._ahead.plan(logits, step.decode, self.scheduler)
             picks, broken = self._picker.pick(logits, step.decode, self.on_ready, is_alone=self._is_alone(plan))
         except (RuntimeError, ValueError) as error:
             return events + self._fail(step.decode, error)
+        self._decoded_at = time.monotonic()
         if self._pace is not None and not (plan and plan.prefill):
-            self._pace.decoded(time.monotonic() - started)
+            self._pace.decoded(self._decoded_at - started)
         for sequence, _, _ in picks:
             sequence.num_cached += 1
             self.scheduler.remember(sequence)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen3vl_disagg.core.tensors import uploaded
 from qwen3vl_disagg.engine.captured import StepInputs
 from qwen3vl_disagg.engine.sampler import Sampler
 from qwen3vl_disagg.engine.sampling import GREEDY_SETTINGS, SamplingRow
@@ -84,17 +85,26 @@ class RowInputs:
         self._spare = torch.zeros(_NUMBERS + width, 1, dtype=torch.int32)
         self._spare[2:5, 0] = torch.tensor([1, spare_page * page_size, spare_page])
 
-    def fill(self, sequences: Seq[Sequence], num_rows: int) -> None:
-        """Row b becomes the step of `sequences[b]`, those behind them the spare one. Waits for nothing."""
+    def fill(self, sequences: Seq[Sequence], num_rows: int, *, picked: tuple[Tensor, Seq[int]] | None = None) -> None:
+        """Row b becomes the step of `sequences[b]`, those behind them the spare one. Waits for nothing.
+
+        `picked`: it is the step behind the one whose tokens these are, on the device; that of row b stands at the place
+        b of the list.
+        """
         host, count = self._host, len(sequences)
-        host.fill(sequences)
+        host.fill(sequences, ahead=int(picked is not None))
         height = _NUMBERS + max((len(sequence.pages) for sequence in sequences), default=1)
         up = torch.empty(height, num_rows, dtype=torch.int32, pin_memory=True)
         up[:, count:] = self._spare[:height]
         for row, numbers in enumerate((host.ids, host.positions, host.contexts, host.slots)):
             up[row, :count] = numbers[:count]
         up[_NUMBERS:, :count] = host.tables[:count, : height - _NUMBERS].T
+        if picked is not None:
+            up[0, :count] = torch.tensor(picked[1], dtype=torch.int32)
         self._memory[: up.numel()].copy_(up.view(-1), non_blocking=True)
+        if picked is not None:
+            ids_R = self._memory[:num_rows]
+            ids_R.copy_(picked[0].index_select(0, ids_R))
 
     def of(self, num_rows: int) -> Tensor:
         """`[4 + W, R]`."""
@@ -127,6 +137,8 @@ class GraphedDecode:
         self.graphs = Graphs("decode steps", sizes, self.pool, partial(self._inputs.fill, ()), self._step)
         self.logits_BV = self._logits_RV[:0]
         self.num_rows = 0
+        self.places: Seq[int] = ()
+        """Rows of the last step that are asked for: those of `logits_BV`."""
 
     @property
     def sizes(self) -> list[int]:
@@ -155,13 +167,28 @@ class GraphedDecode:
         """Logits `[B, V]`, which stand until the next run."""
         self._inputs.fill(sequences, num_rows)
         self.graphs.replay(num_rows)
-        self.num_rows, self.logits_BV = num_rows, self._logits_RV[: len(sequences)]
+        return self.logits(range(len(sequences)), num_rows)
+
+    def run_behind(self, sequences: Seq[Sequence], num_rows: int, picked_R: Tensor, places: Seq[int]) -> None:
+        """The step behind the last one, of some of its rows: `places` among the tokens that were picked for it."""
+        self._inputs.fill(sequences, num_rows, picked=(picked_R, places))
+        self.graphs.replay(num_rows)
+
+    def logits(self, places: Seq[int], num_rows: int) -> Tensor:
+        """Of these rows of the last step, which was one of so many."""
+        self.num_rows, self.places = num_rows, places
+        is_all = list(places) == list(range(len(places)))
+        rows = self._logits_RV[: len(places)]
+        self.logits_BV = rows if is_all else self._logits_RV[uploaded(torch.tensor(places), rows.device)]
         return self.logits_BV
 
 
 class GraphedPick:
     """The sampler behind captured steps, captured too: one graph of each size for rows that are all greedy, another
     where some are drawn."""
+
+    meanwhile: Callable[[], None] | None = None
+    """Called when a step's tokens are on their way to the host, which has not waited for them."""
 
     @torch.inference_mode()
     def __init__(self, sampler: Sampler, decode: GraphedDecode) -> None:
@@ -181,9 +208,17 @@ class GraphedPick:
         self._picked[: 2 * num_rows].copy_(picked)
 
     def _fill(self, rows: Seq[SamplingRow], num_rows: int) -> None:
-        settings = [row.few_settings for row in rows] + [GREEDY_SETTINGS] * (num_rows - len(rows))
+        settings = [GREEDY_SETTINGS] * num_rows
+        for place, row in zip(self._decode.places, rows, strict=True):
+            settings[place] = row.few_settings
         up = torch.tensor(settings, dtype=torch.float64).T.contiguous().view(-1).pin_memory()
         self._settings[: up.numel()].copy_(up, non_blocking=True)
+
+    @property
+    def picked_R(self) -> Tensor:
+        """Token ids of the last step's rows, float64."""
+        num_rows = self._decode.num_rows
+        return self._picked[num_rows : 2 * num_rows]
 
     def takes(self, logits_BV: Tensor, rows: Seq[SamplingRow]) -> bool:
         is_known = logits_BV is self._decode.logits_BV and all(row.needs_few for row in rows)
@@ -191,13 +226,18 @@ class GraphedPick:
 
     @torch.inference_mode()
     def ids(self, rows: Seq[SamplingRow]) -> list[int | None]:
-        num_rows = self._decode.num_rows
+        num_rows, places = self._decode.num_rows, self._decode.places
         self._fill(rows, num_rows)
         self._graphs[_draws(rows)].replay(num_rows)
-        # The step's only wait for the device, after all of its work is queued.
-        values = self._picked[: 2 * num_rows].tolist()
-        picked = zip(values[: len(rows)], values[num_rows:], strict=False)
-        return [int(token_id) if is_finite else None for is_finite, token_id in picked]
+        came = torch.empty(2 * num_rows, dtype=torch.float64, pin_memory=True)
+        came.copy_(self._picked[: 2 * num_rows], non_blocking=True)
+        is_here = torch.cuda.Event()
+        is_here.record()
+        if self.meanwhile is not None:
+            self.meanwhile()
+        is_here.synchronize()  # the step's only wait for the device
+        values = came.tolist()
+        return [int(values[num_rows + place]) if values[place] else None for place in places]
 
 
 def _draws(rows: Seq[SamplingRow]) -> bool:

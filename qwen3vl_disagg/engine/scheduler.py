@@ -299,6 +299,14 @@ class Scheduler:
                 return False
         return True
 
+    def has_page_ahead(self, sequence: Sequence) -> bool:
+        """Whether there is a page for the token after the next one, taken from nobody."""
+        if len(sequence.pages) * self.pool.page_size > sequence.num_tokens:
+            return True
+        pages = self.pool.allocate(1)
+        sequence.pages += pages or []
+        return pages is not None
+
     def _preempt(self, sequence: Sequence) -> None:
         self._give_back(sequence)
         sequence.leave()

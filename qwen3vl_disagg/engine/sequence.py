@@ -171,6 +171,11 @@ class Sequence:
         return bool(self.generated) and self.num_cached == self.num_tokens - 1
 
     @property
+    def goes_on(self) -> bool:
+        """Its next token need not be its last."""
+        return len(self.generated) + 1 < self.sampling.max_new_tokens
+
+    @property
     def can_decode(self) -> bool:
         """Its next token can be computed, and picked."""
         return self.is_decoding and not (self.masks is not None and self.masks.is_late)

@@ -130,8 +130,8 @@ def test_a_step_waits_once_and_asks_nothing_of_the_host_meanwhile():
     with simulated() as watch:
         engine = make_engine(on_device(watch), compile=True, page_size=PAGE, max_running=4)
         ran: list[str] = []
-        decode = engine.runner.decode
-        engine.runner.decode = lambda *args: ran.append("decode") or decode(*args)
+        pick = engine.sampler.captured.ids
+        engine.sampler.captured.ids = lambda *args: ran.append("decode") or pick(*args)
         for (name, (ids, items, _)), params in zip(requests.items(), kinds, strict=True):
             if not items:
                 engine.add(name, ids, items, params)
@@ -144,7 +144,7 @@ def test_a_step_waits_once_and_asks_nothing_of_the_host_meanwhile():
                 ran.clear()
                 seen.append((watch.of(*WAITS), watch.of(D2H), watch.of(H2D, STAGED), watch.graphs.num_replays - before))
     assert len(seen) >= 5
-    assert set(seen) == {(1, 1, 0, 2)}  # the model's graph, and the sampler's
+    assert {(1, 0, 0, 1), (1, 0, 0, 2), (1, 0, 0, 3)} >= set(seen)  # the sampler's graph, and one or two of the model
 
 
 def rows_of(draw, vocab_size: int) -> list[SamplingRow]:

@@ -43,7 +43,7 @@ def burst(count: int) -> list[dict]:
 def observed(watch: Watch, monkeypatch: pytest.MonkeyPatch, **options: float) -> tuple[LLM, list[str]]:
     """An LLM, and what runs: each block of the tower and decode step, with the stream that it is on."""
     llm = LLM(kv_cache_gib=0.02, max_running=4, encode_options=EncodeOptions(**options))
-    log, tower, runner = list[str](), llm.transfer.worker.model.visual, llm.engine.runner
+    log, tower, engine = list[str](), llm.transfer.worker.model.visual, llm.engine
     gpu = llm._requests._gpu
     names = {0: "default", gpu._tower.number: "tower", gpu._decoder.number: "decoder"}
 
@@ -55,8 +55,8 @@ def observed(watch: Watch, monkeypatch: pytest.MonkeyPatch, **options: float) ->
         return call
 
     monkeypatch.setattr(tower, "step", told("block", tower.step))
-    monkeypatch.setattr(runner, "decode", told("decode", runner.decode))
-    monkeypatch.setattr(runner, "prefill", told("prefill", runner.prefill))
+    monkeypatch.setattr(engine.sampler.captured, "ids", told("decode", engine.sampler.captured.ids))
+    monkeypatch.setattr(engine.runner, "prefill", told("prefill", engine.runner.prefill))
     return llm, log
 
 
@@ -68,16 +68,16 @@ def hold_until_it_decodes(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         assert decoding.wait(20)
         return preprocess(*args)
 
-    decode, seen = llm.engine.runner.decode, []
+    pick, seen = llm.engine.sampler.captured.ids, []
 
     def counted(*args):
         seen.append(1)
         if len(seen) == 3:
             decoding.set()
-        return decode(*args)
+        return pick(*args)
 
     monkeypatch.setattr(llm.transfer.worker, "preprocess", held)
-    monkeypatch.setattr(llm.engine.runner, "decode", counted)
+    monkeypatch.setattr(llm.engine.sampler.captured, "ids", counted)
 
 
 def test_decode_steps_come_between_the_blocks_of_a_burst_of_images(monkeypatch):
