@@ -208,7 +208,7 @@ class GraphedPick:
         self._picked[: 2 * num_rows].copy_(picked)
 
     def _fill(self, rows: Seq[SamplingRow], num_rows: int) -> None:
-        settings = [GREEDY_SETTINGS] * num_rows
+        settings: list[tuple[float, ...]] = [GREEDY_SETTINGS] * num_rows
         for place, row in zip(self._decode.places, rows, strict=True):
             settings[place] = row.few_settings
         up = torch.tensor(settings, dtype=torch.float64).T.contiguous().view(-1).pin_memory()
