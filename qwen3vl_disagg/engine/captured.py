@@ -40,8 +40,8 @@ class StepInputs:
         self.tables = self._tables.table
 
     def fill(self, sequences: Seq[Sequence], *, ahead: int = 0) -> None:
-        """Row b becomes the step of `sequences[b]`: its last token comes behind what is in the cache, and behind `ahead`
-        tokens more."""
+        """Row b becomes the step of `sequences[b]`: its last token comes behind what is in the cache, and behind
+        `ahead` tokens more."""
         size, num_rows = self.page_size, len(sequences)
         places = [s.num_cached + ahead for s in sequences]
         columns = (
