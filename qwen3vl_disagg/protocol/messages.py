@@ -21,7 +21,7 @@ from qwen3vl_disagg.core.errors import Failure
 from qwen3vl_disagg.core.requests import RequestTimings, SamplingParams, TokenLogprob, VisualItem
 from qwen3vl_disagg.core.spans import Span
 
-PROTOCOL_VERSION = 18
+PROTOCOL_VERSION = 19
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
