@@ -89,7 +89,8 @@ class EngineSteps:
         if self._cores is not None:
             self._cores.claim()
         with nullcontext() if self.gpu is None else self.gpu.step(self._engine.scheduler):
-            _tell(on_events, [event for command in commands for event in command(self._engine) or []])
+            for command in commands:
+                _tell(on_events, command(self._engine) or [])
             _tell(on_events, self._engine.admit())
             if self._report is not None:
                 self._step_together(on_events, plan, self._report)

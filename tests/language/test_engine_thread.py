@@ -40,6 +40,16 @@ class FakeEngine:
         return [self.log[-1]]
 
 
+def test_what_a_command_gives_is_told_before_the_next_command_runs():
+    """What that one says by itself, as of a request that has left, is behind it."""
+    turns, told = EngineSteps(FakeEngine([])), []
+    turns.post(lambda _: ["rows are used"])
+    turns.post(lambda _: told.append("left"))
+    turns.post(lambda _: ["taken in"])
+    assert turns.turn(told.extend)
+    assert told == ["rows are used", "left", "taken in"]
+
+
 def test_a_prefill_step_and_the_decode_step_it_owes_are_one_turn():
     steps = ["prefill", "decode", "decode", "prefill", "decode"]
     engine, told = FakeEngine(list(steps)), []
