@@ -74,7 +74,7 @@ def test_a_language_rank_is_killed_and_everybody_hears_of_it(tmp_path, world, en
 
 def ask_again(server: Server, content: object) -> tuple[int, list[int], str | None]:
     """Status, tokens and the error's code."""
-    status, body = server.chat(content, max_tokens=600, ignore_eos=True)
+    status, body = server.chat(content, max_tokens=300, ignore_eos=True)
     return status, body["choices"][0]["token_ids"] if status == 200 else [], body.get("error", {}).get("code")
 
 
