@@ -216,12 +216,14 @@ class EncodeSessions:
                 continue
             self.queue.remove(attempt)
             self._go(item, ENCODING, now)
+            waited_s = now - item.granted_at
+            self._actions.append(StartEncode(attempt, item.visual, item.is_alone, item.due, waited_s))
+            if is_clip and len(clips) >= limits.max_clips:
+                return self._fill_places(now)  # who is before one above their number may have a place now
             insort(encoding, item.due)
             insort(of_rank, item.due)
             if is_clip:
                 insort(clips, item.due)
-            waited_s = now - item.granted_at
-            self._actions.append(StartEncode(attempt, item.visual, item.is_alone, item.due, waited_s))
 
     def _is_full(self, dues: list[float], places: int, item: Outgoing, num_apart: int = 0) -> bool:
         """Whether places are taken by what is no less urgent, but for `num_apart`, or all and those for the urgent."""

@@ -131,6 +131,22 @@ def test_an_urgent_clip_does_not_wait_for_clips_and_takes_no_place_from_images()
     assert encoder.begun[8:] == [f"image {number}" for number in range(4)], "all have their places, and no more"
 
 
+def test_an_urgent_clip_that_begins_leaves_a_place_to_an_image_before_it():
+    encoder = Encoder(num_language=2, max_items=4, max_urgent=1, max_clips=1)
+    for name, due, rank, modality in (
+        ("image 0", 1.0, 0, "image"),
+        ("image 1", 1.0, 0, "image"),
+        ("image 2", 3.0, 1, "image"),
+        ("clip", 6.0, 1, "video"),
+        ("waits", 2.0, 0, "image"),
+    ):
+        encoder.want(name, due, rank, modality=modality)
+        encoder.do(Encoded(("image 0", 0, 1)))  # its rows stay: nobody answers the header
+    assert encoder.begun == ["image 0", "image 1", "image 2", "clip"], "half of the places are one rank's"
+    encoder.want("urgent clip", 5.0, 1, modality="video")
+    assert encoder.begun[4:] == ["urgent clip", "waits"], "clips above their number are not counted with images"
+
+
 def test_where_places_are_gone_the_most_urgent_has_the_next():
     encoder = Encoder(max_items=1, max_urgent=1)
     for name, due in (("a", 40.0), ("b", 30.0), ("c", 35.0), ("d", 20.0), ("e", 20.0), ("f", 50.0)):
