@@ -122,7 +122,7 @@ class RankContext:
 
     @property
     def is_first_language_rank(self) -> bool:
-        """This one hosts the store in which links meet."""
+        """This one hosts the store in which ranks that share experts meet."""
         return self.rank == self.layout.language_ranks[0]
 
     @property

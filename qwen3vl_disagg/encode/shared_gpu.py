@@ -16,6 +16,8 @@ from typing import Protocol
 
 import torch
 
+from qwen3vl_disagg.core.devices import use_device
+
 FIRST, MOST = 1024.0, 65_536.0
 """Of the tower beside a decode step: visual tokens' worth of work in one block, as `tower_cost` counts."""
 STEPS_A_BLOCK = 2
@@ -103,7 +105,8 @@ class TowerTurns:
                 self.pace.decoded(seconds, self._beside)
             self._beside, self._is_decoding = self._out, is_decoding
             share = self._share(self._cost)
-            self._credit = min(self._credit, 0.0) if self.pace.wants_one_alone else min(self._credit + share, share)
+            withholds = seconds is not None and self.pace.wants_one_alone
+            self._credit = min(self._credit, 0.0) if withholds else min(self._credit + share, share)
             self._told.notify_all()
 
     def _share(self, cost: float) -> float:
@@ -117,7 +120,7 @@ class Schedule(Protocol):
     def num_decoding(self) -> int: ...
 
     @property
-    def num_prefill_tokens(self) -> int: ...
+    def num_prefills(self) -> int: ...
 
 
 class SharedGpu:
@@ -125,6 +128,7 @@ class SharedGpu:
 
     def __init__(self, device: torch.device, slowdown: float) -> None:
         torch.cuda.synchronize(device)  # weights are there for both
+        self._device = device
         self._tower = torch.cuda.Stream(device)
         self._decoder = torch.cuda.Stream(device, priority=-1)
         self._in_tower = threading.Lock()
@@ -134,18 +138,24 @@ class SharedGpu:
     def tower(self) -> Iterator[None]:
         """What is launched here is the tower's; whoever launches waits for it. One batch at a time, also where one was
         given up that still runs."""
+        use_device(self._device)  # what the end of the context goes back to
         with self._in_tower, torch.cuda.stream(self._tower):
             try:
                 yield
             finally:
                 self.turns.ended()
 
+    def wait_for_decoder(self) -> None:
+        """Until nothing runs any more of what was launched for steps."""
+        self._decoder.synchronize()
+
     @contextmanager
     def step(self, schedule: Schedule) -> Iterator[None]:
         """What is launched here is the decoder's."""
-        started = time.monotonic()
-        is_decode = schedule.num_decoding > 0 and not schedule.num_prefill_tokens
+        use_device(self._device)
+        started, num_prefills = time.monotonic(), schedule.num_prefills
+        was_decoding = schedule.num_decoding > 0
         with torch.cuda.stream(self._decoder):
             yield
-        seconds = time.monotonic() - started if is_decode else None
+        seconds = time.monotonic() - started if was_decoding and schedule.num_prefills == num_prefills else None
         self.turns.stepped(seconds, is_decoding=schedule.num_decoding > 0)

@@ -26,6 +26,7 @@ class StepAhead:
         self._planned: dict[Sequence, int] = {}
         self._begun: dict[Sequence, int] = {}
         """Row of each sequence, in their order."""
+        self._places: list[int] = []
         self._num_rows = 0
 
     def plan(self, logits_BV: Tensor, batch: list[Sequence], scheduler: Scheduler) -> None:
@@ -35,7 +36,7 @@ class StepAhead:
             return  # a step from Python
         going_on = {s: row for s, row in zip(batch, self._decode.places, strict=True) if s.goes_on}
         is_few = all(s.masks is None and s.sampling_row.needs_few for s in batch)
-        if is_few and len(batch) == len(scheduler.admitted) and all(map(scheduler.has_page_ahead, going_on)):
+        if is_few and scheduler.are_all_that_run(batch) and all(map(scheduler.has_page_ahead, going_on)):
             self._planned = going_on
 
     def _begin(self) -> None:
@@ -45,8 +46,13 @@ class StepAhead:
             self._num_rows = num_rows
             self._begun = {sequence: row for row, sequence in enumerate(places)}
 
-    def taken(self, admitted: Mapping[str, Sequence]) -> tuple[list[Sequence], Tensor | None]:
-        """Of the step that was begun: who is still here, and their logits; nobody where none was."""
+    def taken(self, admitted: Mapping[str, Sequence]) -> list[Sequence]:
+        """Of the step that was begun: who is still here; nobody where none was."""
         begun, self._begun = self._begun, {}
         here = {sequence: row for sequence, row in begun.items() if admitted.get(sequence.name) is sequence}
-        return [*here], self._decode.logits([*here.values()], self._num_rows) if here else None
+        self._places = [*here.values()]
+        return [*here]
+
+    def logits(self) -> Tensor:
+        """`[B, V]` of those that were taken."""
+        return self._decode.logits(self._places, self._num_rows)

@@ -308,7 +308,7 @@ class Engine:
         """
         events = self.admit()
         dispatch = None if plan is None else DispatchPlan(plan.num_rows, plan.kind)
-        begun, logits = self._ahead.taken(self.scheduler.admitted) if self._ahead is not None else ([], None)
+        begun = self._ahead.taken(self.scheduler.admitted) if self._ahead is not None else []
         step, preempted = (Step(decode=begun), []) if begun else self.scheduler.schedule(plan)
         # Those who stay have the whole prompt, and whoever comes back has it from them.
         gone = dict.fromkeys(sequence.request_id for sequence in preempted if not sequence.samples.admitted)
@@ -322,8 +322,9 @@ class Engine:
         try:
             names = [sequence.request_id for sequence in step.decode]
             with span("decode", tokens=len(step.decode), requests=names), fatal_where(dispatch):
-                logits = self.runner.decode(step.decode, dispatch) if logits is None else logits
-            if self._ahead is not None:
+                ahead = self._ahead if begun else None
+                logits = self.runner.decode(step.decode, dispatch) if ahead is None else ahead.logits()
+            if self._ahead is not None and plan is None:
                 self._ahead.plan(logits, step.decode, self.scheduler)
             picks, broken = self._picker.pick(logits, step.decode, self.on_ready, is_alone=self._is_alone(plan))
         except (RuntimeError, ValueError) as error:

@@ -3,7 +3,7 @@ for that many and fewer.
 
 A graph reads and writes memory that stays where it is. What differs from step to step goes up in one copy, and all else
 (block lists, slots that are zeroed) follows from it on the device. Rows that are not needed are all the same one: a
-token 0 that stands alone in a spare page, which no sequence ever gets. Block lists are as wide as the longest context,
+token that stands alone in a spare page, which no sequence ever gets. Block lists are as wide as the longest context,
 for the kernel reads as many entries as a row has pages; of that width only what a step needs goes up.
 
 The model's part and the sampler's are graphs of their own, one behind the other without a wait: what a request asks of
@@ -49,7 +49,11 @@ class Graphs:
         pool: Any,
         prepare: Callable[[int], None],
         step: Callable[[int], None],
+        *,
+        may_lack: bool = True,
     ) -> None:
+        """`may_lack`: whether memory that does not suffice costs graphs, and not the process: other ranks that are
+        within a step with this one would wait for it."""
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # Kernels of a graph keep the priority of this stream, whatever stream they are replayed on (`SharedGpu`).
         stream = torch.cuda.Stream(priority=-1)
@@ -62,6 +66,8 @@ class Graphs:
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     step(size)
             except torch.OutOfMemoryError:
+                if not may_lack:
+                    raise
                 logger.warning("no memory to capture %s of %d rows: they run from Python", what, size)
                 continue
             self._graphs[size] = graph
@@ -134,7 +140,8 @@ class GraphedDecode:
         self._inputs = RowInputs(max(sizes), width, page_size, spare, weight.device)
         self._logits_RV = torch.zeros(max(sizes), text.vocab_size, dtype=weight.dtype, device=weight.device)
         self.pool = torch.cuda.graph_pool_handle()
-        self.graphs = Graphs("decode steps", sizes, self.pool, partial(self._inputs.fill, ()), self._step)
+        prepare = partial(self._inputs.fill, ())
+        self.graphs = Graphs("decode steps", sizes, self.pool, prepare, self._step, may_lack=not is_spread)
         self.logits_BV = self._logits_RV[:0]
         self.num_rows = 0
         self.places: Seq[int] = ()

@@ -99,6 +99,8 @@ class Scheduler:
         self.samples: dict[str, Samples] = {}
         """Request -> its answers."""
         self.num_preempted = 0
+        self.num_prefills = 0
+        """Steps."""
         self._num_arrived = 0
         self._prefilled_last = False
 
@@ -229,6 +231,7 @@ class Scheduler:
             chunks = self._chunks(budget)
             if chunks:
                 self._prefilled_last = True
+                self.num_prefills += 1
                 return Step(prefill=chunks), preempted
         self._prefilled_last = False
         running: list[Sequence] = []
@@ -298,6 +301,11 @@ class Scheduler:
             if last is sequence:
                 return False
         return True
+
+    def are_all_that_run(self, batch: list[Sequence]) -> bool:
+        """Whether nobody else of those that are in could do something now."""
+        others = set(self.admitted.values()).difference(batch)
+        return not any(s.can_decode or s.can_begin or self._chunk_end(s) for s in others)
 
     def has_page_ahead(self, sequence: Sequence) -> bool:
         """Whether there is a page for the token after the next one, taken from nobody."""

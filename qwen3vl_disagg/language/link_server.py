@@ -66,6 +66,8 @@ from qwen3vl_disagg.transport.ticks import tick
 from qwen3vl_disagg.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
+MAX_EPOCHS = 2**32
+"""That a peer may have had more than this rank knows of."""
 
 
 @dataclass
@@ -295,6 +297,8 @@ class LinkServer:
             raise TransferError(f"{type(hello).__name__} in place of a hello")
         try:
             check_fingerprint(self._fingerprint, hello.fingerprint)
+            if hello.last_epoch > self._last_epoch + MAX_EPOCHS:  # it would be everybody's
+                raise HandshakeError("last_epoch", f"at most {self._last_epoch + MAX_EPOCHS}", hello.last_epoch)
             return await self._make_link_with(hello, control)
         except HandshakeError as error:
             await control.send(Refused(field=error.field, expected=str(error.expected), got=str(error.got)))

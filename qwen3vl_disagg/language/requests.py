@@ -4,6 +4,7 @@ given back is said to the sessions. What there is to decide the `RequestBook` do
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -106,7 +107,8 @@ class LanguageRequests:
         def cancel(engine: Engine) -> None:
             engine.cancel(request_id, sample)
             if sample is None:  # behind all that the engine has said of it
-                self._loop.call_soon_threadsafe(self.book.left, request_id)
+                with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody hears of anything
+                    self._loop.call_soon_threadsafe(self.book.left, request_id)
 
         self._post(cancel)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, count, repeat
@@ -191,6 +192,8 @@ class LLM:
         if self.device.type == "cuda":
             gpu = SharedGpu(self.device, encode_options.tower_slowdown)
             worker.share(gpu)
+            # A step that was begun ahead of the host may still write to memory that would go to somebody else.
+            weakref.finalize(self.engine, gpu.wait_for_decoder).atexit = False
 
         def make_transfer(post: Callable[[Command], None]) -> LocalTransfer:
             buffers = MultimodalDataBuffers.from_options(

@@ -8,6 +8,7 @@ Dims: T tokens, D hidden, E experts, K experts per token, F expert width, R = T 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -334,7 +335,7 @@ class SparseMoe(nn.Module):
         experts = self.experts
         if experts.impl == "grouped" and takes_grouped_mm("cuda", dtype, *experts.down_proj.shape[1:]):
             return False
-        one = sum(getattr(experts, name)[0].numel() for name in ("gate_up_proj", "down_proj"))
+        one = sum(math.prod(getattr(experts, name).shape[1:]) for name in ("gate_up_proj", "down_proj"))
         num_rows = experts.dispatcher.num_rows(num_tokens) * self.num_experts_per_tok
         return not should_gather("cuda", num_rows, one * dtype.itemsize)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right, insort
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,33 +201,35 @@ class EncodeSessions:
         if not self.queue:
             return
         limits, in_memory = self.limits, self._in_memory()
-        encoding = sorted(item.due for item in self.items.values() if item.state == ENCODING)
-        clips = sorted(i.due for i in self.items.values() if i.state == ENCODING and i.visual.modality == "video")
+        encoding, clips = list[float](), list[float]()
+        clips_of = defaultdict[int, list[float]](list)
+        for item in self.items.values():
+            if item.state == ENCODING:
+                insort(encoding, item.due)
+                if item.visual.modality == "video":
+                    insort(clips, item.due)
+                    insort(clips_of[item.language_rank], item.due)
         share = limits.max_items if len(self.outlets) < 2 else -(-limits.max_items // 2)
         for attempt in list(self.queue):
             item = self.items[attempt]
-            is_clip, of_rank = item.visual.modality == "video", in_memory[item.language_rank]
-            num_apart = max(0, len(clips) - limits.max_clips)
-            if self._is_full(encoding, limits.max_items, item, num_apart):
+            is_clip, rank = item.visual.modality == "video", item.language_rank
+            if self._is_full(encoding, limits.max_items, item, clips):
                 return
             if is_clip and self._is_full(clips, limits.max_clips, item):
                 continue
-            if self._is_full(of_rank, share, item, num_apart):
+            if self._is_full(in_memory[rank], share, item, clips_of[rank]):
                 continue
             self.queue.remove(attempt)
             self._go(item, ENCODING, now)
+            for dues in (encoding, in_memory[rank], *((clips, clips_of[rank]) if is_clip else ())):
+                insort(dues, item.due)
             waited_s = now - item.granted_at
             self._actions.append(StartEncode(attempt, item.visual, item.is_alone, item.due, waited_s))
-            if is_clip and len(clips) >= limits.max_clips:
-                return self._fill_places(now)  # who is before one above their number may have a place now
-            insort(encoding, item.due)
-            insort(of_rank, item.due)
-            if is_clip:
-                insort(clips, item.due)
 
-    def _is_full(self, dues: list[float], places: int, item: Outgoing, num_apart: int = 0) -> bool:
-        """Whether places are taken by what is no less urgent, but for `num_apart`, or all and those for the urgent."""
-        num_before = bisect_right(dues, item.due) - num_apart
+    def _is_full(self, dues: list[float], places: int, item: Outgoing, clips: Sequence[float] = ()) -> bool:
+        """Whether places are taken by what is no less urgent, or all and those for the urgent. Of these `clips` those
+        above their number are not counted with images."""
+        num_before = bisect_right(dues, item.due) - max(0, bisect_right(clips, item.due) - self.limits.max_clips)
         return num_before >= places or len(dues) >= places + self.limits.max_urgent
 
     def _in_memory(self) -> defaultdict[int, list[float]]:

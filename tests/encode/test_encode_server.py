@@ -309,7 +309,7 @@ def test_an_item_that_cannot_be_made_fails_alone(error, failure, capsys):
     run(scenario)
 
 
-@pytest.mark.parametrize("error", [LinkBroken("no group"), RuntimeError("the store is down"), OSError("no route")])
+@pytest.mark.parametrize("error", [LinkBroken("no group"), RuntimeError("no thread"), OSError("no route")])
 def test_a_group_that_cannot_be_made_is_tried_again(error):
     failures = [error]
 

@@ -55,7 +55,9 @@ def test_logits_and_pages_are_those_of_the_step_from_python(monkeypatch):
                 torch.testing.assert_close(one[: NUM_PAGES * PAGE], other, atol=5e-2, rtol=5e-2)
 
 
-def test_an_engine_answers_all_kinds_of_requests():
+def test_an_engine_answers_all_kinds_of_requests(monkeypatch):
+    """With steps captured and ahead of the host each time the same, and what steps from Python give; in bfloat16 other
+    kernels round otherwise, which now and then decides."""
     requests = make_requests(cuda_model(), 9)
     for _, items, rows in requests.values():
         for index in range(len(items)):
@@ -71,8 +73,10 @@ def test_an_engine_answers_all_kinds_of_requests():
     ]
     sampling = {name: kinds[n % 3] for n, name in enumerate(requests)}
     answers = []
-    for _ in range(2):
+    for value in ("off", "on", "on"):
+        monkeypatch.setenv("Q3VL_CAPTURE", value)
         engine = make_engine(cuda_model(), compile=True, page_size=PAGE, max_running=5)
         answers.append({name: token_ids(events) for name, events in run(engine, requests, sampling).items()})
-    assert answers[0] == answers[1]
+    assert answers[1] == answers[2]
+    assert sum(answers[0][name] == answers[1][name] for name in requests) >= 6
     assert {len(ids) for ids in answers[0].values()} == {5, 8, 12}

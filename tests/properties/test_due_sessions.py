@@ -131,20 +131,38 @@ def test_an_urgent_clip_does_not_wait_for_clips_and_takes_no_place_from_images()
     assert encoder.begun[8:] == [f"image {number}" for number in range(4)], "all have their places, and no more"
 
 
-def test_an_urgent_clip_that_begins_leaves_a_place_to_an_image_before_it():
+def test_clips_of_one_language_rank_give_another_no_more_than_its_share():
     encoder = Encoder(num_language=2, max_items=4, max_urgent=1, max_clips=1)
     for name, due, rank, modality in (
         ("image 0", 1.0, 0, "image"),
         ("image 1", 1.0, 0, "image"),
         ("image 2", 3.0, 1, "image"),
         ("clip", 6.0, 1, "video"),
-        ("waits", 2.0, 0, "image"),
+        ("waits", 7.0, 0, "image"),
     ):
         encoder.want(name, due, rank, modality=modality)
         encoder.do(Encoded(("image 0", 0, 1)))  # its rows stay: nobody answers the header
     assert encoder.begun == ["image 0", "image 1", "image 2", "clip"], "half of the places are one rank's"
     encoder.want("urgent clip", 5.0, 1, modality="video")
-    assert encoder.begun[4:] == ["urgent clip", "waits"], "clips above their number are not counted with images"
+    encoder.do(Encoded(("image 2", 0, 1)))
+    assert encoder.begun[4:] == ["urgent clip"]
+    encoder.give_up("image 1")
+    assert encoder.begun[5:] == ["waits"]
+
+
+def test_a_clip_above_the_number_leaves_no_place_to_what_is_due_before_it():
+    """It takes none from images that are due behind it, and counts for nothing with those before it."""
+    encoder = Encoder(max_items=2, max_urgent=1, max_clips=1)
+    encoder.want("image", 1.0)
+    encoder.want("clip", 6.0, modality="video")
+    encoder.want("before", 2.0)
+    assert encoder.begun == ["image", "clip", "before"]
+    encoder = Encoder(max_items=2, max_urgent=2, max_clips=1)
+    encoder.want("clip", 6.0, modality="video")
+    encoder.want("urgent clip", 5.0, modality="video")
+    encoder.want("behind", 7.0)
+    encoder.want("behind, too", 7.0)
+    assert encoder.begun == ["clip", "urgent clip", "behind"]
 
 
 def test_where_places_are_gone_the_most_urgent_has_the_next():

@@ -281,7 +281,7 @@ def test_no_group_without_the_other_end(host, port):
     started = time.monotonic()
     with pytest.raises(LinkBroken, match="link 0-1, epoch 1: RuntimeError"):
         process_group_links(host, timeout_s=1)("encode", 0, 1, 1, swap)
-    assert time.monotonic() - started < 4
+    assert (0.0 if port == 1 else 0.8) < time.monotonic() - started < 4  # refused at once, or waited for
 
 
 WRONG = {

@@ -20,7 +20,15 @@ from typing import Any
 import pytest
 
 from qwen3vl_disagg.encode.links import EncodeLinks
-from qwen3vl_disagg.protocol.messages import Heartbeat, LinkAccept, LinkAddress, LinkHello, LinkMessage, LinkReady
+from qwen3vl_disagg.protocol.messages import (
+    Heartbeat,
+    LinkAccept,
+    LinkAddress,
+    LinkHello,
+    LinkMessage,
+    LinkReady,
+    Refused,
+)
 from qwen3vl_disagg.transport.control import (
     MAX_LINK_FRAME,
     Connection,
@@ -69,6 +77,29 @@ def test_encode_ranks_that_die_while_their_links_are_made_do_not_keep_others_out
                 assert time.monotonic() - started < SOON_S
             finally:
                 stuck.let_go.set()
+
+    run(scenario)
+
+
+def test_epochs_go_on_above_those_that_a_peer_had_and_none_can_make_them_useless():
+    """A language rank that was started again counts from the beginning."""
+
+    async def scenario():
+        async with language() as it:
+
+            async def hello(last_epoch: int) -> Any:
+                control = await connect_link(it.address, deadline_s=5)
+                said = LinkHello(token=TOKEN, encode_rank=0, pid=1, fingerprint=FINGERPRINT, last_epoch=last_epoch)
+                await control.send(said)
+                answer = await control.receive(5)
+                control.abort()
+                return answer
+
+            assert (await hello(7)).epoch == 8
+            assert (await hello(0)).epoch == 9
+            refused = await hello(2**64 - 1)
+            assert (type(refused), refused.field) == (Refused, "last_epoch")
+            assert (await hello(0)).epoch == 10
 
     run(scenario)
 
@@ -316,6 +347,8 @@ def test_no_name_server_is_asked_for_a_link(tmp_path):
     )
     env = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(Path(__file__).parents[2])}
     told = subprocess.run([sys.executable, "-c", _MAKES_A_LINK], env=env, capture_output=True, text=True, timeout=100)
+    asks = [sys.executable, "-c", "import socket; socket.getnameinfo(('127.0.0.1', 1), 0)"]
+    assert b"asked" in subprocess.run(asks, env=env, capture_output=True, timeout=60).stdout, "it would be seen"
     assert told.returncode == 0, told.stdout + told.stderr
     assert "asked" not in told.stdout
     assert float(told.stdout) < 4

@@ -303,14 +303,22 @@ class EncodeLedger:
 
     def _why_not(self, item: Outgoing, others: list[Outgoing]) -> str | None:
         """What keeps an item from a place beside these: so many places of each kind are for all, `max_urgent` more for
-        what is due before those that have them. Clips above their number are not counted with the images."""
+        what is due before those that have them. Clips above their number are not counted with the images, and those
+        of a rank that are above it not with that rank's."""
         limits = self.sessions.limits
         encoding = [o for o in others if o.state is ENCODING]
         clips = [o for o in encoding if o.visual.modality == "video"]
         of_rank = [o for o in others if o.language_rank == item.language_rank]
         share = limits.max_items if len(self.sessions.outlets) < 2 else (limits.max_items + 1) // 2
-        above = max(0, len(clips) - limits.max_clips)
-        kinds = [("items", encoding, limits.max_items, above), ("items of its rank", of_rank, share, above)]
+
+        def above(those: list[Outgoing]) -> int:
+            num_clips = sum(1 for o in those if o in clips and o.due <= item.due)
+            return max(0, num_clips - limits.max_clips)
+
+        kinds = [
+            ("items", encoding, limits.max_items, above(encoding)),
+            ("items of its rank", of_rank, share, above(of_rank)),
+        ]
         if item.visual.modality == "video":
             kinds.append(("clips", clips, limits.max_clips, 0))
         for name, in_places, most, more in kinds:

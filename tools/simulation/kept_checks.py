@@ -123,15 +123,15 @@ class KeptChecks:
             raise Violation("I17", f"{event} is told {len(told)} times; unheard since {entry.unheard_since}")
 
     @contextlib.contextmanager
-    def hearing_late(self, event: Said) -> Iterator[None]:
+    def hearing_late(self, event: Said | str, request_id: str) -> Iterator[None]:
         """It is of a request that is over, whose id another has now: the sessions know no more of it, nor does the
         hub."""
-        before, self._overheard = self.rank.sessions.requests.get(event.request_id), []
-        running = self.rank.book.running.get(event.request_id)
+        before, self._overheard = self.rank.sessions.requests.get(request_id), []
+        running = self.rank.book.running.get(request_id)
         yield
         told, self._overheard = self._overheard, None
-        is_same = self.rank.book.running.get(event.request_id) is running
-        if told or not is_same or self.rank.sessions.requests.get(event.request_id) is not before:
+        is_same = self.rank.book.running.get(request_id) is running
+        if told or not is_same or self.rank.sessions.requests.get(request_id) is not before:
             raise Violation("I17", f"{event} is of a request that was begun anew since, and {told} is told")
 
     def _hear(self, event: Said, entry: _Entry) -> None:

@@ -263,7 +263,7 @@ class SimLanguage:
 
     def hear(self, event: Said, of: Submit) -> None:
         if self.submits[event.request_id] is not of:
-            with self.kept_checks.hearing_late(event):
+            with self.kept_checks.hearing_late(event, event.request_id):
                 self.book.hear(event, self.world.now)
             return
         if event.request_id not in self.kept_checks.entries:
@@ -273,9 +273,16 @@ class SimLanguage:
             self.book.hear(event, self.world.now)
 
     def preempted(self, request_id: str, of: Submit) -> None:
-        self.book.preempted(request_id)
         if self.submits[request_id] is of:
+            self.book.preempted(request_id)
             self.ledger.was_preempted(request_id)
+            return
+        running = self.book.running.get(request_id)
+        missing = None if running is None else set(running.missing)
+        with self.kept_checks.hearing_late("its end of pages", request_id):
+            self.book.preempted(request_id)
+        if running is not None and running.missing != missing:
+            raise Violation("I17", f"{request_id} lacks {missing}, and not {running.missing}")
 
     # ---- links ----
 

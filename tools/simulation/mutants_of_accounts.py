@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -79,8 +79,10 @@ def _() -> Iterator[None]:
 
 @mutant("places-of-the-urgent-go-to-equals", "I12", "what is no more urgent than others takes places for the urgent")
 def _() -> Iterator[None]:
-    def is_full(self: EncodeSessions, dues: list[float], places: int, item: Outgoing, num_apart: int = 0) -> bool:
-        num_before = bisect_left(dues, item.due) - num_apart
+    def is_full(
+        self: EncodeSessions, dues: list[float], places: int, item: Outgoing, clips: Sequence[float] = ()
+    ) -> bool:
+        num_before = bisect_left(dues, item.due) - max(0, bisect_right(clips, item.due) - self.limits.max_clips)
         return num_before >= places or len(dues) >= places + self.limits.max_urgent
 
     with swap(EncodeSessions, "_is_full", is_full):

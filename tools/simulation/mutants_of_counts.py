@@ -3,7 +3,7 @@ goes wrong for long."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -214,9 +214,11 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     is_full = method(EncodeSessions, "_is_full")
 
-    def only_items(self: EncodeSessions, dues: list[float], places: int, item: Any, num_apart: int = 0) -> bool:
+    def only_items(
+        self: EncodeSessions, dues: list[float], places: int, item: Any, clips: Sequence[float] = ()
+    ) -> bool:
         most = self.limits.max_items if places == self.limits.max_clips else places
-        return is_full(self, dues, most, item, num_apart)
+        return is_full(self, dues, most, item, clips)
 
     with swap(EncodeSessions, "_is_full", only_items):
         yield
