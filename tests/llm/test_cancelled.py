@@ -22,7 +22,8 @@ from tests.support.scenes import ask_scenes
 STAGES = ("queued", "encoding", "transferring", "prefilling", "decoding", "streaming")
 UNDER_WAY = 8
 """More than run at once, so that some are queued."""
-BOUNDED = {"core.spans.ring": MAX_SPANS, "qwen3vl_disagg.core.spans.Span": MAX_SPANS}
+BOUNDED = {"core.spans.ring": 8 * MAX_SPANS, "qwen3vl_disagg.core.spans.Span": MAX_SPANS}
+"""A span names the requests of a step, also those of the tests before."""
 CHILDREN = 4
 """Of anything: the two children that decode may come late, each with two pipes and its last job."""
 QUICK, MANY = 150, 10_000

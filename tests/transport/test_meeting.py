@@ -223,8 +223,19 @@ async def says_hello(address: tuple[str, int], rank: int) -> Connection:
     return control
 
 
+_before: set[threading.Thread] = set()
+"""Threads of the tests before: an `LLM` that somebody still has keeps those of its link."""
+
+
+@pytest.fixture(autouse=True)
+def threads_of_before():
+    _before.clear()
+    _before.update(threading.enumerate())
+
+
 def link_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("link-")]
+    """Of this test."""
+    return [one.name for one in threading.enumerate() if one.name.startswith("link-") and one not in _before]
 
 
 async def no_threads() -> None:
