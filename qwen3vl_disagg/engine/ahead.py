@@ -1,7 +1,7 @@
 """Captured decode steps that are begun before the host knows the tokens that they go on from.
 
-The tokens of a step go from the device to the host; meanwhile the device computes the next step from them, and never
-waits for what the host does between two steps. Who turns out to be at its end, or is cancelled, has a row of that step
+The tokens of a step go from the device to the host; meanwhile the device computes the next step from them, beside
+what the host does between two steps. Who turns out to be at its end, or is cancelled, has a row of that step
 which nobody reads: what it wrote lies behind all that is known of its pages. So whatever else is to be done, a prompt
 among it, comes one step later.
 """
